@@ -1,0 +1,1 @@
+"""dynarank: dynamic-rank training for PyTorch."""
