@@ -18,17 +18,17 @@ class RankedConv2d(RankedLayer, nn.Conv2d):
 
     @property
     def geometry(self) -> Geometry:
-        """The convolution's own, without the padding that ``pad`` has done already."""
-        padding = self.padding if self.padding_mode == "zeros" else (0,) * len(self.stride)
-        return Geometry(self.stride, padding, self.dilation)
+        """The convolution's own."""
+        return Geometry(self.stride, self.padding, self.dilation)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """(out, in, height, width)."""
         return self.out_channels, self.in_channels, *self.kernel_size
 
-    def pad(self, x: Tensor) -> Tensor:
-        """Pad by the layer's mode, unless the convolution itself pads with zeros."""
+    def pad(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """Pad by the layer's mode, unless the convolution itself pads, with zeros."""
         if self.padding_mode == "zeros":
-            return x
-        return F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            return x, self.geometry
+        padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        return padded, Geometry(self.stride, (0,) * len(self.stride), self.dilation)

@@ -49,9 +49,9 @@ class RankedLayer(nn.Module):
         """The shape of the effective weight."""
         raise NotImplementedError
 
-    def pad(self, x: Tensor) -> Tensor:
-        """What the layer does to its input before multiplying."""
-        return x
+    def pad(self, x: Tensor) -> tuple[Tensor, Geometry]:
+        """The input as the weight meets it, and how the weight slides over that."""
+        return x, self.geometry
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore
@@ -82,7 +82,8 @@ class RankedLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``layer(x)`` with the effective weight, by the form's own order of multiplication."""
-        x, form, geometry = self.pad(x), self.form, self.geometry
+        form = self.form
+        x, geometry = self.pad(x)
         bias = self._parameters["bias"]
         if isinstance(form, LowRank):
             return apply(x, self.factors, self.decomposition.stages(geometry), bias)
