@@ -58,6 +58,10 @@ class ScheduleCost:
         """Steps of the run."""
         return sum(cost.phase.steps for cost in self.phases)
 
+    def at(self, step: int) -> PhaseCost:
+        """The phase that a step belongs to."""
+        return next(cost for cost in reversed(self.phases) if cost.phase.start <= step)
+
     @property
     def training_flops(self) -> int:
         """Of the whole run."""
