@@ -232,8 +232,8 @@ def test_damaged_npz_raises_or_reads_true(tmp_path: Path, save: object) -> None:
 def test_npz_whose_header_claims_fewer_bytes(tmp_path: Path) -> None:
     """numpy alone reads other labels here and never reaches the checksum."""
     path = tmp_path / "cifar10.npz"
-    pixels = np.zeros((2, 3, 32, 32), np.uint8)
-    np.savez(path, x_train=pixels, y_train=np.array([1, 2]), x_test=pixels, y_test=np.array([3, 4]))
+    pixels, labels = np.zeros((1100, 3, 32, 32), np.uint8), np.arange(1100) % 10
+    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
     path.write_bytes(path.read_bytes().replace(b"'<i8'", b"'<i4'"))
     with pytest.raises(DataError, match="checksum"):
         load_cifar10(str(path))
