@@ -117,9 +117,7 @@ def form_parameters(shape: Sequence[int], form: Form, trains: bool = True) -> tu
     return factors, whole + factors
 
 
-def form_flops(
-    use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool
-) -> Flops:
+def form_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool) -> Flops:
     """FLOPs of one call of a layer in a form; its rank must be resolved."""
     whole = _map_flops(input_shape, use.shape, use.geometry)
     if isinstance(form, FullRank):
@@ -133,9 +131,7 @@ def form_flops(
     return Flops(whole + joining, whole * (2 + input_grad) + 3 * joining)
 
 
-def trace(
-    model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None
-) -> ModelUse:
+def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
     """Run one training step on a copy of the model without memory (meta tensors), and take notes.
 
     Args:
@@ -153,7 +149,7 @@ def trace(
     for site in sites:
         layer = ghost.get_submodule(site.path)
         layer.register_forward_pre_hook(_note(calls.setdefault(site.path, [])))
-    inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, sample)
+    inputs = tree_map(_ghost, sample)
     counted = count_flops(ghost, inputs, loss)
     layers = {
         site.path: LayerUse(
@@ -161,7 +157,11 @@ def trace(
             _geometry(site.module),
             cast(Form, site.form),
             tuple(calls[site.path]),
-            any(p.requires_grad for n, p in site.module.named_parameters(recurse=False) if n != "bias"),
+            any(
+                p.requires_grad
+                for n, p in site.module.named_parameters(recurse=False)
+                if n != "bias"
+            ),
         )
         for site in sites
     }
@@ -192,6 +192,13 @@ def count_flops(
         return Flops(forward, counter.get_total_flops())
 
 
+def _ghost(value: Any) -> Any:
+    """A tensor's shape and need of a gradient, without its memory."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to("meta").requires_grad_(value.requires_grad)
+
+
 def _call(model: nn.Module, sample: Any) -> Any:
     if isinstance(sample, Mapping):
         return model(**sample)
@@ -200,7 +207,9 @@ def _call(model: nn.Module, sample: Any) -> Any:
 
 def _sum_all(output: Any) -> Tensor:
     tensors: Iterator[Tensor] = (
-        leaf.sum() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        leaf.sum()
+        for leaf in tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
     )
     return cast(Tensor, sum(tensors))
 
@@ -219,17 +228,13 @@ def _geometry(module: nn.Module) -> Geometry:
     return cast(Geometry, RANKED[type(module)].geometry.fget(module))  # type: ignore[attr-defined]
 
 
-def _map_flops(
-    input_shape: Sequence[int], weight: Sequence[int], geometry: Geometry
-) -> int:
+def _map_flops(input_shape: Sequence[int], weight: Sequence[int], geometry: Geometry) -> int:
     """2 N m n: twice the entries of the weight, for each of N output positions."""
     output = output_shape(input_shape, weight, geometry)
     return 2 * math.prod(output) * math.prod(weight[1:])
 
 
-def _chain_flops(
-    use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool
-) -> Flops:
+def _chain_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool) -> Flops:
     """The factors one after another; all but the first are sure to need their input's gradient."""
     assert not isinstance(form, FullRank)
     decomposition = get_decomposition(form.decomposition)

@@ -81,7 +81,9 @@ def prepare_edit(path: str, layer: nn.Module, before: Form, after: Form) -> Edit
     old = {name: p for name, p in old.items() if p is not None}
     _check_values(path, old)
     weight = _effective(before, old)
-    trains = isinstance(after, Adapted) or any(p.requires_grad for n, p in old.items() if n != "base")
+    trains = isinstance(after, Adapted) or any(
+        p.requires_grad for n, p in old.items() if n != "base"
+    )
     tensors = _tensors(path, weight, before, after, old)
     like = next(iter(old.values()))
     new = {
@@ -119,7 +121,9 @@ def _tensors(
         factors = decomposition.split(weight.to(dtype), rank)
     else:
         factors = _zero_adaptor(path, decomposition.shapes(weight.shape, rank))
-    base = {"base": old["weight"].detach() if same else weight} if isinstance(after, Adapted) else {}
+    base = (
+        {"base": old["weight"].detach() if same else weight} if isinstance(after, Adapted) else {}
+    )
     return base | dict(zip(decomposition.factor_names, factors, strict=True))
 
 

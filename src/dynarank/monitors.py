@@ -83,7 +83,11 @@ class SpectralMonitor:
         values = singular_values(weight)
         rank = self._lambda_rank(site, weight_shape(site.module))
         return SpectralReading(
-            effective_rank(values), stable_rank(values), spectral_ratio(values, rank), rank, len(values)
+            effective_rank(values),
+            stable_rank(values),
+            spectral_ratio(values, rank),
+            rank,
+            len(values),
         )
 
     def _lambda_rank(self, site: Site, shape: tuple[int, ...]) -> int:

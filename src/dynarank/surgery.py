@@ -184,9 +184,7 @@ def deflate(
     return model
 
 
-def merge(
-    model: _Model, *, optimizer: Optimizers = None, moments: Moments = "project"
-) -> _Model:
+def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "project") -> _Model:
     """Make every ranked layer the plain module it was; the model's function is unchanged.
 
     ``W = base + scale * join(factors)``, trainable. A model without ranked layers stays as it is.

@@ -163,7 +163,9 @@ def _nothing(layers: LayerFilter, form: LowRank | None, sites: list[Site]) -> st
         asked = "the filter" if callable(layers) else repr(layers)
         return f"{asked} matches no layer that can change form; the model has: {listed or 'none'}"
     if form is None:
-        return f"the model has no ranked layer yet; name the layers by layers=... (it has: {listed})"
+        return (
+            f"the model has no ranked layer yet; name the layers by layers=... (it has: {listed})"
+        )
     return (
         f"rank {form.rank} makes no layer of the model cheaper (each has a limit of min(m, n) and "
         f"breaks even at mn / (m + n)); lower the rank, or insist with layers='*' "

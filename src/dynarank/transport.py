@@ -107,7 +107,9 @@ def _needs_home(edit: Edit) -> bool:
 def _home(edit: Edit, optimizers: Sequence[Optimizer]) -> Optimizer:
     """The optimizer that trains the layer."""
     ids = {id(p) for p in edit.old.values()}
-    found = [o for o in optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])]
+    found = [
+        o for o in optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])
+    ]
     if len(found) == 1:
         return found[0]
     count = "two optimizers hold" if found else "no optimizer given holds"

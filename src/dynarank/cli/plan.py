@@ -126,7 +126,9 @@ def _cell(use: LayerUse, form: Form) -> str:
 
 def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     numbers = ["trainable", "all parameters", "forward FLOPs", "training FLOPs", "weights + state"]
-    table = right_aligned("Per phase, whole model, relative to full-rank", ["epochs", "form"], numbers)
+    table = right_aligned(
+        "Per phase, whole model, relative to full-rank", ["epochs", "form"], numbers
+    )
     for one in cost.phases:
         names = sorted({form_name(form) for form in one.phase.plan.values()})
         table.add_row(
@@ -143,7 +145,9 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     total = f"{cost.relative_training:.3f}x"
     table.add_row("whole run", "mean over steps", mean, "", "", total, "")
     terminal.print(table)
-    terminal.print("Weights + state: parameters, gradients and momentum in fp32; activations extra.")
+    terminal.print(
+        "Weights + state: parameters, gradients and momentum in fp32; activations extra."
+    )
 
 
 def _remarks(

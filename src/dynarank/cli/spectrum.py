@@ -23,10 +23,12 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 def spectrum(
     file: Annotated[Path, typer.Argument(help="A .safetensors file of any model's weights.")],
     rank: Annotated[
-        float, typer.Option(help="Where lambda is taken: a share of the outputs up to 1, else a rank.")
+        float,
+        typer.Option(help="Where lambda is taken: a share of the outputs up to 1, else a rank."),
     ] = 0.5,
     plot: Annotated[
-        Path | None, typer.Option(help="Picture file (.png, .svg, .pdf); default: STEM-spectrum.png.")
+        Path | None,
+        typer.Option(help="Picture file (.png, .svg, .pdf); default: STEM-spectrum.png."),
     ] = None,
     no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no picture.")] = False,
     as_json: Annotated[

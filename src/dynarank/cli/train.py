@@ -98,7 +98,9 @@ def _machine(device: str, precision: str, compile: bool) -> Machine:
         chosen = torch.device(name)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise RecipeError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise RecipeError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
     if precision not in ("auto", "fp32", "bf16"):
         raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}")
     if precision == "auto":

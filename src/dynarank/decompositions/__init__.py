@@ -28,7 +28,9 @@ __all__ = [
     "precise",
 ]
 
-DECOMPOSITIONS: dict[str, Decomposition] = {decomposition.name: decomposition for decomposition in [SVD()]}
+DECOMPOSITIONS: dict[str, Decomposition] = {
+    decomposition.name: decomposition for decomposition in [SVD()]
+}
 
 
 def get_decomposition(name: str) -> Decomposition:

@@ -22,7 +22,9 @@ class MemoryProbe:
 
 
 @contextmanager
-def probe_memory(model: nn.Module, optimizer: Optimizer, device: torch.device) -> Iterator[MemoryProbe]:
+def probe_memory(
+    model: nn.Module, optimizer: Optimizer, device: torch.device
+) -> Iterator[MemoryProbe]:
     """Measure the peak memory of the training step inside the block, without changing it.
 
     On CUDA it is the allocator's peak. Elsewhere it is the sum of the tensors alive when the

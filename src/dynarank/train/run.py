@@ -78,7 +78,9 @@ def run_schedule(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     writer = RecordWriter(folder)
     try:
-        return _Recorder(recipe, schedule, data, writer, listener, seed, epochs, machine).run(folder)
+        return _Recorder(recipe, schedule, data, writer, listener, seed, epochs, machine).run(
+            folder
+        )
     finally:
         writer.close()
 
@@ -233,13 +235,17 @@ def _commit() -> str | None:
     """The commit of the checkout this file is tracked in, if it is in one."""
     here = Path(__file__)
     tracked = _git("ls-files", "--error-unmatch", here.name, cwd=here.parent)
-    return _git("describe", "--always", "--dirty", "--abbrev=12", cwd=here.parent) if tracked else None
+    return (
+        _git("describe", "--always", "--dirty", "--abbrev=12", cwd=here.parent) if tracked else None
+    )
 
 
 def _git(*arguments: str, cwd: Path) -> str | None:
     command = ["git", *arguments]
     try:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -73,7 +73,9 @@ class Recipe(BaseModel):
             RecipeError: the recipe is not of a published experiment.
         """
         if not self.as_published:
-            raise RecipeError(f"recipe {self.name!r} is no published experiment; leave out the switch")
+            raise RecipeError(
+                f"recipe {self.name!r} is no published experiment; leave out the switch"
+            )
         return Recipe.model_validate({**self.model_dump(), **self.as_published})
 
     @property
@@ -109,7 +111,9 @@ class Recipe(BaseModel):
 def recipe_names() -> list[str]:
     """The names of the recipes there are."""
     folder = files("dynarank.train.recipes")
-    return sorted(f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml"))
+    return sorted(
+        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
+    )
 
 
 def load_recipe(name: str) -> Recipe:
@@ -125,5 +129,3 @@ def load_recipe(name: str) -> Recipe:
         raise RecipeError(f"unknown recipe {name!r}{hint} Known recipes: {', '.join(names)}.")
     text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
     return Recipe(name=name, **tomllib.loads(text))
-
-
