@@ -1,0 +1,168 @@
+"""matplotlib on a leash: imported when a figure is drawn, styled without touching global state."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from functools import wraps
+from importlib import import_module
+from io import StringIO
+from typing import TYPE_CHECKING, ParamSpec
+
+if TYPE_CHECKING:
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "INK",
+    "NEUTRAL",
+    "depth_colormap",
+    "inline_svg",
+    "new_figure",
+    "palette",
+    "percent_tick",
+    "plain_tick",
+    "require_matplotlib",
+    "shown",
+    "styled",
+]
+
+INK = "#24292f"
+NEUTRAL = "#6e7781"
+# Okabe and Ito's colours, without the yellow that white paper swallows.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLE: dict[str, object] = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "axes.edgecolor": "#8c959f",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#d8dee4",
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": "#57606a",
+    "ytick.color": "#57606a",
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.solid_capstyle": "round",
+    # Fixed, or every save would name its clip paths anew; text stays text: legible and searchable.
+    "svg.hashsalt": "dynarank",
+    "svg.fonttype": "none",
+}
+_P = ParamSpec("_P")
+
+
+def require_matplotlib() -> None:
+    """Import matplotlib, or say which extra brings it.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+
+    """
+    try:
+        import_module("matplotlib.figure")
+    except ImportError as error:
+        raise ImportError(
+            "figures need matplotlib, which is not installed: pip install 'dynarank[report]'"
+        ) from error
+
+
+@contextmanager
+def _style() -> Generator[None]:
+    """Put the report's style over matplotlib's defaults (not the user's) for a while."""
+    require_matplotlib()
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", _STYLE]), warnings.catch_warnings():
+        # A layer's name may hold letters the font lacks; the browser has them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        yield
+
+
+def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
+    """Draw a figure in the report's style."""
+
+    @wraps(draw)
+    def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
+        with _style():
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Make an empty figure, in inches, which keeps its labels inside."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def palette(names: Sequence[str]) -> dict[str, str]:
+    """Give each name a colour, safe for colour-blind readers; a graded scale beyond seven."""
+    if len(names) <= len(_COLOURS):
+        return dict(zip(names, _COLOURS, strict=False))
+    from matplotlib.colors import to_hex
+
+    scale = depth_colormap()
+    return {name: to_hex(scale(i / (len(names) - 1))) for i, name in enumerate(names)}
+
+
+def depth_colormap() -> Colormap:
+    """Build viridis as far as the yellow that white paper swallows."""
+    require_matplotlib()
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap
+
+    viridis = colormaps["viridis"]
+    return ListedColormap([viridis(0.88 * i / 63) for i in range(64)], name="depth")
+
+
+def plain_tick(value: float, _: float) -> str:
+    """Write a tick without padding zeros or powers of ten."""
+    return f"{value:g}"
+
+
+def percent_tick(value: float, _: float) -> str:
+    """Write a tick of a share in per cent, with no more decimals than it needs."""
+    return f"{100 * value:.6g}%"
+
+
+def shown(name: str, limit: int = 30) -> str:
+    """Make a name fit for a figure: no markup, one line, its middle left out when too long.
+
+    matplotlib reads ``$`` as mathematics and hides labels that begin with an underscore.
+    """
+    text = "".join(letter if letter.isprintable() else " " for letter in name)
+    if len(text) > limit:
+        head = (limit - 1) // 3
+        text = f"{text[:head]}…{text[-(limit - 1 - head) :]}"
+    text = text.replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
+def inline_svg(figure: Figure, prefix: str) -> str:
+    """Render an ``<svg>`` element for a page that holds several: every id gets ``prefix``."""
+    file = StringIO()
+    with _style():
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", svg)
+    svg = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", svg)
+    return re.sub(r"<[^<>]+>", lambda tag: _prefixed(tag.group(), prefix), svg).strip()
+
+
+def _prefixed(tag: str, prefix: str) -> str:
+    tag = re.sub(r' id="', f' id="{prefix}-', tag)
+    return tag.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")

@@ -1,0 +1,95 @@
+"""How numbers are written in a report: 272,762; 56.9%; 0.567x; 12.3 MiB; 1 min 32 s."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = [
+    "bytes_text",
+    "count",
+    "error_text",
+    "flops_text",
+    "joined",
+    "number",
+    "percent",
+    "plural",
+    "ratio",
+    "seconds_text",
+]
+
+NOT_FINITE = "not finite"
+
+
+def count(value: float) -> str:
+    """Write a whole number with thousands separated: ``272,762``."""
+    return f"{value:,.0f}" if math.isfinite(value) else NOT_FINITE
+
+
+def number(value: float, digits: int = 4) -> str:
+    """Write a number to ``digits`` significant digits: ``4.4``."""
+    return f"{value:.{digits}g}" if math.isfinite(value) else NOT_FINITE
+
+
+def percent(value: float, digits: int = 1) -> str:
+    """Write a share between 0 and 1 in per cent: ``56.9%``."""
+    return f"{value:.{digits}%}" if math.isfinite(value) else NOT_FINITE
+
+
+def ratio(value: float) -> str:
+    """Write a multiple: ``0.567x``."""
+    return f"{value:.3f}x" if math.isfinite(value) else NOT_FINITE
+
+
+def bytes_text(value: float) -> str:
+    """Write a size in binary units: ``12.3 MiB``."""
+    return _scaled(value, 1024.0, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def flops_text(value: float) -> str:
+    """Write floating-point operations in decimal units: ``1.9 GFLOP``."""
+    return _scaled(value, 1000.0, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
+
+
+def seconds_text(value: float) -> str:
+    """Write a duration: ``0.42 s``, ``42 s``, ``1 min 32 s``, ``2 h 5 min``."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    if value < 9.995:
+        return f"{value:.2f} s"
+    total = round(value)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60} s"
+    minutes = round(value / 60)
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def error_text(value: float) -> str:
+    """Write an error to one significant digit: ``1e-7``; ``0`` when exact."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    if value == 0:
+        return "0"
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def plural(amount: int, noun: str) -> str:
+    """Count things: ``1 layer``, ``19 layers``."""
+    return f"{amount:,} {noun}" if amount == 1 else f"{amount:,} {noun}s"
+
+
+def joined(items: Sequence[str]) -> str:
+    """List words: ``a``; ``a and b``; ``a, b and c``."""
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
+
+
+def _scaled(value: float, base: float, units: Sequence[str]) -> str:
+    if not math.isfinite(value):
+        return NOT_FINITE
+    power = 0
+    while power + 1 < len(units) and abs(value) >= base * 0.99995:
+        value, power = value / base, power + 1
+    return f"{value:,.0f} {units[0]}" if power == 0 else f"{value:,.1f} {units[power]}"

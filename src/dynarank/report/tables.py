@@ -1,0 +1,205 @@
+"""The tables of a report: cost, phases, changes of form, rank health by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean, stdev
+
+from dynarank.records import (
+    ChangeRecord,
+    EpochRecord,
+    LayerSpectrum,
+    PhaseRecord,
+    Run,
+    SpectrumRecord,
+    SummaryRecord,
+)
+from dynarank.report.drawing import palette
+from dynarank.report.formats import (
+    bytes_text,
+    count,
+    error_text,
+    flops_text,
+    number,
+    percent,
+    plural,
+    ratio,
+    seconds_text,
+)
+from dynarank.report.markup import Html, details, element, table
+from dynarank.report.moments import Moment, by_schedule, change_kind, last_epoch, moments
+
+__all__ = ["changes_table", "cost_table", "layers_table", "phases_table"]
+
+MOST_ROWS = 60
+_NONE = "–"
+
+
+def cost_table(runs: Sequence[Run]) -> Html:
+    """Tell what each schedule reached and what it cost; means over its finished runs."""
+    columns = (
+        "schedule",
+        "test accuracy",
+        "best",
+        "trainable, peak",
+        "trainable, mean",
+        "training FLOPs",
+        "peak memory",
+        "training",
+        "wall-clock",
+    )
+    colours = palette(list(by_schedule(runs)))
+    rows: list[Sequence[str]] = []
+    for name, group in by_schedule(runs).items():
+        ends = [run.summary for run in group if run.summary is not None]
+        swatch = element("span", class_="swatch", style=f"background:{colours[name]}")
+        if ends:
+            counted = [element("small", f"mean of {len(ends)} runs")] if len(ends) > 1 else []
+            rows.append((element("span", swatch, name, *counted), *_cost_cells(ends)))
+        rows.extend(_unfinished_cells(swatch, run) for run in group if run.summary is None)
+    return table(columns, rows)
+
+
+def _cost_cells(ends: Sequence[SummaryRecord]) -> Iterator[str]:
+    yield _mean_and_spread([end.test_accuracy for end in ends])
+    yield _mean_and_spread([end.best_test_accuracy for end in ends])
+    cells: tuple[tuple[Callable[[SummaryRecord], float], Callable[[float], str]], ...] = (
+        (lambda end: end.trainable_parameters_peak, count),
+        (lambda end: end.trainable_parameters_mean, count),
+        (lambda end: end.relative_flops, ratio),
+        (lambda end: end.memory_bytes, bytes_text),
+        (lambda end: end.train_seconds, seconds_text),
+        (lambda end: end.wall_seconds, seconds_text),
+    )
+    for value, written in cells:
+        yield written(fmean(value(end) for end in ends))
+
+
+def _mean_and_spread(values: Sequence[float]) -> str:
+    finite = all(map(math.isfinite, values))
+    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 and finite else ""
+    return percent(fmean(values)) + spread
+
+
+def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
+    header, epochs = run.header, run.all(EpochRecord)
+    reached = f"seed {header.seed} unfinished: epoch {number(last_epoch(run))} of {header.epochs}"
+    first = element("span", swatch, header.schedule, element("small", reached))
+    if not epochs:
+        return (first, *[_NONE] * 8)
+    best = max(epoch.test_accuracy for epoch in epochs)
+    seconds = seconds_text(math.fsum(epoch.seconds for epoch in epochs))
+    peak = count(max(epoch.trainable_parameters for epoch in epochs))
+    last = percent(epochs[-1].test_accuracy)
+    return (first, last, percent(best), peak, _NONE, _NONE, _NONE, seconds, _NONE)
+
+
+def phases_table(runs: Sequence[Run]) -> Html:
+    """Tell the cost of a training step in each phase, run by run."""
+    columns = (
+        "schedule",
+        "epochs",
+        "forms",
+        "trainable",
+        "parameters",
+        "FLOPs a step, predicted",
+        "counted",
+        "relative",
+        "memory",
+    )
+    rows = [row for run in runs for row in _phase_rows(run)]
+    return Html(table(columns, rows[:MOST_ROWS], text=(0, 1, 2)) + _cut(len(rows), "phase"))
+
+
+def _phase_rows(run: Run) -> Iterator[Sequence[str]]:
+    phases = run.all(PhaseRecord)
+    ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
+    for phase, end in zip(phases, ends, strict=True):
+        forms = ", ".join(f"{amount:,} {form}" for form, amount in phase.forms.items())
+        yield (
+            run.header.schedule,
+            f"{number(phase.epoch)} to {number(end)}",
+            forms,
+            count(phase.trainable_parameters),
+            count(phase.total_parameters),
+            flops_text(phase.predicted_flops),
+            _NONE if phase.counted_flops is None else flops_text(phase.counted_flops),
+            ratio(phase.relative_flops),
+            _NONE if phase.memory_bytes is None else bytes_text(phase.memory_bytes),
+        )
+
+
+def changes_table(runs: Sequence[Run]) -> Html:
+    """Tell changes of form by moment: which layers, from what to what, with what error."""
+    found = [(run, moment) for run in runs for moment in moments(run)]
+    if not found:
+        return element("p", "No layer changed form.")
+    columns = ("schedule", "moment", "kind", "change", "largest weight error")
+    rows = [row for run, moment in found[:MOST_ROWS] for row in _change_rows(run, moment)]
+    return Html(table(columns, rows, text=(0, 1, 2, 3)) + _cut(len(found), "moment"))
+
+
+def _change_rows(run: Run, moment: Moment) -> Iterator[Sequence[str]]:
+    grouped: dict[tuple[str, str, str], list[ChangeRecord]] = {}
+    for change in moment.changes:
+        key = (change_kind(change), _form_text(change.before), _form_text(change.after))
+        grouped.setdefault(key, []).append(change)
+    at = "start" if moment.step == 0 else f"epoch {number(moment.epoch)}"
+    for (kind, before, after), changes in grouped.items():
+        title = f"{plural(len(changes), 'layer')} {before} → {after}"
+        paths = [element("li", _path_text(change)) for change in changes]
+        listed = details(title, element("ul", *paths, class_="paths"))
+        yield run.header.schedule, at, kind, listed, error_text(_largest(changes))
+
+
+def _form_text(form: dict[str, object]) -> str:
+    name, decomposition = form.get("form", "unknown"), form.get("decomposition")
+    return f"{name} ({decomposition})" if decomposition else str(name)
+
+
+def _path_text(change: ChangeRecord) -> str:
+    ranks = [f"{form['rank']}" for form in (change.before, change.after) if "rank" in form]
+    rank = f", rank {' → '.join(ranks)}" if ranks else ""
+    return f"{change.path}{rank}, error {error_text(change.error)}"
+
+
+def _largest(changes: Sequence[ChangeRecord]) -> float:
+    """Find the largest error; nan where any is nan, as ``max`` alone would not tell."""
+    errors = [change.error for change in changes]
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
+
+
+def _cut(rows: int, noun: str) -> Html:
+    left = rows - MOST_ROWS
+    return element("p", f"{plural(left, noun)} more in records.jsonl.") if left > 0 else Html("")
+
+
+def layers_table(runs: Sequence[Run]) -> Html:
+    """Tell each watched layer's rank health at the last reading, schedule beside schedule."""
+    last = [records[-1] for run in runs if (records := run.all(SpectrumRecord))]
+    watched = [run for run in runs if run.all(SpectrumRecord)]
+    names = dict.fromkeys(name for record in last for name in record.layers)
+    columns = ["layer", "full rank", "low rank"]
+    for run in watched:
+        columns += [f"{run.header.schedule}: {measure}" for measure in ("λ", "effective", "stable")]
+    rows = [_layer_row(name, [record.layers.get(name) for record in last]) for name in names]
+    return table(columns, rows)
+
+
+def _layer_row(name: str, layers: Sequence[LayerSpectrum | None]) -> Sequence[str]:
+    known = next(layer for layer in layers if layer is not None)
+    cells = [name, count(known.full_rank), count(known.rank)]
+    for layer in layers:
+        if layer is None:
+            cells += [_NONE] * 3
+        else:
+            measures = (layer.spectral_ratio, layer.effective_rank, layer.stable_rank)
+            cells += [
+                _fixed(value, digits) for value, digits in zip(measures, (3, 1, 1), strict=True)
+            ]
+    return cells
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{value:,.{digits}f}" if math.isfinite(value) else number(value)

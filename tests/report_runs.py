@@ -1,0 +1,168 @@
+"""Synthetic runs on disk, for the tests of the report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from dynarank.records import (
+    ChangeRecord,
+    EpochRecord,
+    LayerSpectrum,
+    PhaseRecord,
+    RecordWriter,
+    RunRecord,
+    SpectrumRecord,
+    SummaryRecord,
+)
+
+LOW = {"form": "low-rank", "rank": 8, "decomposition": "svd"}
+FULL = {"form": "full-rank"}
+ADAPTED = {"form": "adapted", "rank": 8, "decomposition": "svd"}
+STEPS = 45
+
+# For each schedule: what it starts as, then (epoch, form) for each change.
+CHANGES = {
+    "full-rank": (FULL, []),
+    "low-rank": (LOW, []),
+    "dynamic-rank": (LOW, [(4.4, FULL), (9.6, ADAPTED)]),
+    "dynamic-rank-low": (LOW, [(4.4, FULL), (9.6, LOW)]),
+    "relora": (ADAPTED, [(epoch, ADAPTED) for epoch in range(1, 12)]),
+}
+COST = {"full-rank": 1.0, "low-rank": 0.567, "adapted": 1.22}
+
+
+def write_run(
+    folder: Path,
+    schedule: str = "dynamic-rank",
+    *,
+    seed: int = 0,
+    layers: list[str] | int = 3,
+    finished: bool = True,
+    epochs: int = 12,
+    accuracy: float = 0.97,
+    diverged: bool = False,
+    recipe: str = "digits",
+) -> Path:
+    """Write one run of ``schedule`` below ``folder``; returns the run's folder."""
+    names = [f"blocks.{i}.conv" for i in range(layers)] if isinstance(layers, int) else layers
+    run = folder / f"{schedule}-{seed}"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"batch_size": 32, "schedule": schedule}))
+    writer = RecordWriter(run)
+    header = RunRecord(
+        recipe=recipe,
+        schedule=schedule,
+        seed=seed,
+        epochs=epochs,
+        steps_per_epoch=STEPS,
+        device="cpu",
+        hardware="a CPU of 2 cores",
+        precision="float32",
+        versions={"torch": "2.13.0", "dynarank": "0.1.0"},
+        started=f"2026-03-0{1 + seed}T10:0{list(CHANGES).index(schedule)}:00",
+    )
+    writer.write(header)
+    form, changes = CHANGES[schedule]
+    _phase(writer, 0, form, names)
+    _spectrum(writer, 0, names)
+    last = epochs if finished else epochs // 2
+    for epoch in range(1, last + 1):
+        for moment, after in [c for c in changes if epoch - 1 < c[0] <= epoch]:
+            _change(writer, moment, form, after, names)
+            form = after
+        _epoch(writer, epoch, epochs, accuracy, math.inf if diverged and epoch > 3 else 1)
+        _spectrum(writer, epoch, names)
+    if finished:
+        _summary(writer, schedule, accuracy)
+    writer.close()
+    return run
+
+
+def _phase(writer: RecordWriter, epoch: float, form: dict, names: list[str]) -> None:
+    trainable = 272_762 if form == FULL else 154_211
+    relative = COST[form["form"]]
+    writer.write(
+        PhaseRecord(
+            epoch=epoch,
+            step=round(epoch * STEPS),
+            forms={form["form"]: len(names)},
+            trainable_parameters=trainable,
+            total_parameters=272_762 + (trainable if form["form"] == "adapted" else 0),
+            predicted_flops=round(1.9e9 * relative),
+            counted_flops=round(1.9e9 * relative),
+            relative_flops=relative,
+            memory_bytes=round(12.3 * 2**20 * (0.7 + 0.3 * relative)),
+        )
+    )
+
+
+def _change(
+    writer: RecordWriter, epoch: float, before: dict, after: dict, names: list[str]
+) -> None:
+    for index, name in enumerate(names):
+        writer.write(
+            ChangeRecord(
+                epoch=epoch,
+                step=round(epoch * STEPS),
+                path=name,
+                before=before,
+                after=after,
+                error=1e-7 / (1 + index) if after != LOW else 0.12 / (1 + index),
+            )
+        )
+    _phase(writer, epoch, after, names)
+
+
+def _epoch(writer: RecordWriter, epoch: int, epochs: int, accuracy: float, factor: float) -> None:
+    progress = 1 - math.exp(-4 * epoch / epochs)
+    writer.write(
+        EpochRecord(
+            epoch=epoch,
+            step=epoch * STEPS,
+            learning_rate=0.1,
+            train_loss=2.3 * (1.01 - progress) * factor,
+            train_accuracy=min(1, accuracy * progress + 0.02),
+            test_loss=2.3 * (1.04 - progress * accuracy) * factor,
+            test_accuracy=accuracy * progress,
+            trainable_parameters=272_762,
+            relative_flops=1.0,
+            seconds=1.4,
+        )
+    )
+
+
+def _spectrum(writer: RecordWriter, epoch: float, names: list[str]) -> None:
+    layers = {}
+    for index, name in enumerate(names):
+        depth = (index + 1) / len(names)
+        full = 16 * 2 ** round(2 * depth)
+        share = (0.9 - 0.35 * depth) * (1 - 0.025 * epoch) + 0.02 * math.sin(7 * index + epoch)
+        layers[name] = LayerSpectrum(
+            effective_rank=full * share,
+            stable_rank=full * share / 3,
+            spectral_ratio=1 - 0.6 * share,
+            rank=full // 2,
+            full_rank=full,
+        )
+    writer.write(SpectrumRecord(epoch=epoch, step=round(epoch * STEPS), layers=layers))
+
+
+def _summary(writer: RecordWriter, schedule: str, accuracy: float) -> None:
+    start, changes = CHANGES[schedule]
+    forms = [start, *(after for _, after in changes)]
+    relative = sum(COST[form["form"]] for form in forms) / len(forms)
+    writer.write(
+        SummaryRecord(
+            test_accuracy=accuracy * 0.98,
+            best_test_accuracy=accuracy,
+            trainable_parameters_peak=272_762 if FULL in forms else 154_211,
+            trainable_parameters_mean=200_000.4,
+            training_flops=1e12 * relative,
+            relative_flops=relative,
+            memory_bytes=round(12.3 * 2**20 * (0.7 + 0.3 * relative)),
+            train_seconds=92 * (0.8 + 0.2 * relative),
+            wall_seconds=130.0,
+        )
+    )
