@@ -56,7 +56,7 @@ class LayerUse:
     """How a model uses one layer.
 
     Args:
-        shape: the weight's (out, in, \\*kernel).
+        shape: the weight's (out, in, *kernel).
         geometry: how the weight slides.
         form: the form the layer has.
         calls: for each call in a forward pass, the input's shape and whether it needs a gradient.
@@ -100,7 +100,7 @@ class ModelUse:
 
 
 def form_parameters(shape: Sequence[int], form: Form, trains: bool = True) -> tuple[int, int]:
-    """Trainable and total entries of a weight (out, in, \\*kernel) in a form.
+    """Trainable and total entries of a weight (out, in, *kernel) in a form.
 
     Example:
         >>> form_parameters((16, 16, 3, 3), LowRank(8))

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from dynarank.decompositions import UnfitWeightError, get_decomposition, precise
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank
-from dynarank.layers import RANKED, RankedLayer, parameter_names
+from dynarank.layers import RANKED, RankedLayer, own_parameters, parameter_names
 
 __all__ = ["LOSSLESS", "Edit", "prepare_edit", "retype_plain"]
 
@@ -45,7 +45,7 @@ class Edit:
 
     def commit(self) -> None:
         """Give the layer its new class, parameters and form."""
-        layer, parameters = self.layer, self.layer._parameters
+        layer, parameters = self.layer, own_parameters(self.layer)
         self._undo = {"class": type(layer), "dict": dict(layer.__dict__), "all": dict(parameters)}
         others = {name: p for name, p in parameters.items() if name not in self.old}
         parameters.clear()
@@ -61,8 +61,8 @@ class Edit:
         if not self._undo:
             return
         self.layer.__class__ = self._undo["class"]
-        self.layer._parameters.clear()
-        self.layer._parameters.update(self._undo["all"])
+        own_parameters(self.layer).clear()
+        own_parameters(self.layer).update(self._undo["all"])
         for name in ("form", "home"):
             self.layer.__dict__.pop(name, None)
             if name in self._undo["dict"]:
@@ -77,7 +77,8 @@ def prepare_edit(path: str, layer: nn.Module, before: Form, after: Form) -> Edit
         UnfitWeightError: it is not finite, its decomposition fails, or a change that must keep the
             function would not.
     """
-    old = {name: layer._parameters[name] for name in parameter_names(before)}
+    own = own_parameters(layer)
+    old = {name: own[name] for name in parameter_names(before)}
     old = {name: p for name, p in old.items() if p is not None}
     _check_values(path, old)
     weight = _effective(before, old)

@@ -120,7 +120,7 @@ class Adapted:
 
     @property
     def scale(self) -> float:
-        """alpha / rank; the rank must be resolved."""
+        """Alpha / rank; the rank must be resolved."""
         return self.alpha / operator.index(self.rank)  # type: ignore[arg-type]
 
 

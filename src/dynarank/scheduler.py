@@ -119,8 +119,8 @@ class RankScheduler:
         """
         if state["total_steps"] != self.total_steps:
             raise ValueError(
-                f"the saved rank schedule is of a run of {state['total_steps']} steps, this one has "
-                f"{self.total_steps}; give the same total_steps"
+                f"the saved rank schedule is of a run of {state['total_steps']} steps, this one "
+                f"has {self.total_steps}; give the same total_steps"
             )
         self.last_step = int(state["last_step"])
         self._apply()
@@ -147,7 +147,8 @@ class RankScheduler:
         self._patience = max(1, 2 * self._patience)
         self._retry_at = self.last_step + self._patience
         warnings.warn(
-            f"step {self.last_step}: no change of form now, again in {self._patience} steps: {error}",
+            f"step {self.last_step}: no change of form now, next try in {self._patience} steps: "
+            f"{error}",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -2,18 +2,12 @@
 
 Legend: s1 >= s2 >= ... >= sn the singular values of the matricised weight (out, in * positions).
 
-========================  ===============================  ==========================================
-measure                   formula                          source
-========================  ===============================  ==========================================
-effective rank            exp(H(s / sum s)), H entropy     Roy and Vetterli, "The effective rank", 2007
-stable rank               sum s^2 / s1^2                   Rudelson and Vershynin 2007
-energy rank               least r: sum_{i<=r} s_i^2        (common)
-                          >= share * sum s^2
-spectral ratio, lambda_r  sum_{i<=r} s_i / sum s_i         the definition is ours: Shin et al. (arXiv
-                                                           2508.08625) plot a "singular-value spectral
-                                                           ratio", large near low rank, whose formula
-                                                           is not public
-========================  ===============================  ==========================================
+- effective rank: exp(H(s / sum s)), H the entropy (Roy and Vetterli, "The effective rank", 2007);
+- stable rank: sum s^2 / s1^2 (Rudelson and Vershynin, 2007);
+- energy rank: the least r with sum_{i<=r} s_i^2 >= share * sum s^2;
+- spectral ratio, lambda_r = sum_{i<=r} s_i / sum s_i. This definition is ours: Shin et al. (arXiv
+  2508.08625) plot a "singular-value spectral ratio", large near low rank, whose formula is not
+  public.
 
 A weight of zeros has effective, stable and energy rank 0 and lambda 1.
 """
@@ -23,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dynarank.decompositions import UnfitWeightError, precise
+from dynarank.decompositions import LinAlgError, UnfitWeightError, precise
 
 __all__ = [
     "effective_rank",
@@ -35,7 +29,7 @@ __all__ = [
 
 
 def singular_values(weight: Tensor) -> Tensor:
-    """The singular values of a weight (out, in, \\*kernel), largest first, in fp64 on its device.
+    """The singular values of a weight (out, in, *kernel), largest first, in fp64 on its device.
 
     For fp64 weights by an SVD, else from the Gram matrix of the shorter side in fp64, which is
     exact to 1e-8 of the largest value and several times cheaper.
@@ -60,13 +54,15 @@ def singular_values(weight: Tensor) -> Tensor:
         if weight.dtype == torch.float64:
             return torch.linalg.svdvals(matrix)
         return torch.linalg.eigvalsh(matrix @ matrix.T).clamp(min=0).sqrt().flip(0)
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         shape = tuple(weight.shape)
         raise UnfitWeightError(f"the SVD of a weight of shape {shape} failed: {error}") from error
 
 
 def effective_rank(values: Tensor) -> float:
-    """exp(H(s / sum s)): n if all n values are equal, 1 if only one is not zero.
+    """The effective rank, exp(H(s / sum s)).
+
+    It is n if all n values are equal, and 1 if only one is not zero.
 
     Example:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
@@ -79,7 +75,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 def stable_rank(values: Tensor) -> float:
-    """sum s^2 / s1^2.
+    """The stable rank, sum s^2 / s1^2.
 
     Example:
         >>> stable_rank(torch.tensor([2.0, 1.0, 0.0]))
@@ -109,7 +105,9 @@ def energy_rank(values: Tensor, share: float = 0.99) -> int:
 
 
 def spectral_ratio(values: Tensor, rank: int) -> float:
-    """lambda_r = sum_{i<=r} s_i / sum s_i: 1 for a weight of rank r, r / n for a flat spectrum.
+    """Lambda_r = sum_{i<=r} s_i / sum s_i.
+
+    It is 1 for a weight of rank r, and r / n for a flat spectrum.
 
     Raises:
         ValueError: ``rank`` is below 1.

@@ -41,7 +41,7 @@ COUNTERS = ("step",)
 
 @dataclass
 class Transport:
-    """Prepared contents of the optimizers' groups and states; committed or undone with the edits."""
+    """Prepared contents of the optimizers' groups and states, committed or undone as a whole."""
 
     groups: list[tuple[dict[str, Any], dict[str, list[Any]]]] = field(default_factory=list)
     states: list[tuple[Optimizer, Parameter, dict[str, Any]]] = field(default_factory=list)
@@ -201,7 +201,7 @@ def _factors(form: Form, parameters: dict[str, Parameter]) -> tuple[Decompositio
 
 def _vjp(decomposition: Decomposition, factors: Factors, cotangent: Tensor) -> Factors:
     """dL/df from dL/dW, W = join(f)."""
-    _, pull = torch.func.vjp(lambda *f: decomposition.join(f), *factors)
+    pull = torch.func.vjp(lambda *f: decomposition.join(f), *factors)[1]
     return pull(cotangent)
 
 

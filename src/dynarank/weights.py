@@ -23,7 +23,7 @@ class WeightSpectrum:
 
     Args:
         name: its name, without a trailing ``.weight``.
-        shape: (out, in, \\*kernel); of the product, for a pair of factors.
+        shape: (out, in, *kernel); of the product, for a pair of factors.
         values: its singular values, largest first, in fp64; None if it is not finite.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from dynarank.cli.show import console, mebibytes, right_aligned
 from dynarank.cost import LayerUse, ModelUse, form_parameters, trace
-from dynarank.forms import Form, FullRank, form_name, form_to_data, resolve_form
+from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data, resolve_form
 from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.survey import select, survey
 from dynarank.train.models import MODELS
@@ -51,7 +52,7 @@ def plan(
     terminal = console()
     _show_layers(terminal, chosen, schedule, use, cost)
     _show_phases(terminal, chosen, cost)
-    for line in _remarks(chosen, schedule, model, layers, cost):
+    for line in _remarks(chosen, model, layers, use, cost):
         terminal.print(line)
 
 
@@ -121,7 +122,7 @@ def _cell(use: LayerUse, form: Form) -> str:
     name = form_name(form)
     name = name if isinstance(resolved, FullRank) else f"{name} {resolved.rank}"
     trained, _ = form_parameters(use.shape, form)
-    return f"{name:<12} {trained:>7,} {_relative(use, form):>6.3f}x"
+    return f"{name} {trained:,} {_relative(use, form):.3f}x"
 
 
 def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
@@ -150,14 +151,25 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     )
 
 
+def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:
+    """What the phase costs if its adaptors run as branches of their own."""
+    forms = one.phase.plan.items()
+    plan = {
+        path: replace(form, execution="two-branch") if isinstance(form, Adapted) else form
+        for path, form in forms
+    }
+    return use.flops(plan).training / cost.full_rank.training
+
+
 def _remarks(
-    recipe: Recipe, schedule: str, model: nn.Module, layers: list[str], cost: ScheduleCost
+    recipe: Recipe, model: nn.Module, layers: list[str], use: ModelUse, cost: ScheduleCost
 ) -> list[str]:
     lines = [
         f"[bold yellow]The adapted phase costs more than full-rank training: "
-        f"{one.relative_training:.3f}x a step.[/] The frozen weight is still multiplied forward and "
-        f"backward and the adaptor (rank {recipe.rank} of the outputs) comes on top. "
-        f"`--schedule dynamic-rank-low` deflates to true factors instead."
+        f"{one.relative_training:.3f}x a step ({_two_branch(use, one, cost):.3f}x as two branches, "
+        f"as published).[/] The frozen weight is still multiplied forward and backward, and the "
+        f"adaptor (rank {recipe.rank} of the outputs) comes on top. `--schedule dynamic-rank-low` "
+        f"deflates to true factors instead."
         for one in cost.phases
         if one.adapted_is_dearer
     ]

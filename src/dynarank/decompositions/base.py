@@ -1,6 +1,6 @@
 """What a decomposition is, and how a chain of factors is applied. Pure tensor functions.
 
-Legend: ``W`` a weight (out, in, \\*kernel); n = out, m = in * kernel positions, r the rank.
+Legend: ``W`` a weight (out, in, *kernel); n = out, m = in * kernel positions, r the rank.
 
 A decomposition writes W as a chain of smaller weights, each a linear map or a convolution of its
 own. It says which shapes they have (``shapes``), how W becomes factors (``split``) and back
@@ -22,6 +22,7 @@ __all__ = [
     "Decomposition",
     "Factors",
     "Geometry",
+    "LinAlgError",
     "UnfitWeightError",
     "apply",
     "linear_map",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 Factors: TypeAlias = tuple[Tensor, ...]
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
 class UnfitWeightError(ValueError):
@@ -51,7 +53,7 @@ class Geometry:
 
 
 class Decomposition(Protocol):
-    """W (out, in, \\*kernel) as a chain of factors.
+    """W (out, in, *kernel) as a chain of factors.
 
     Law: ``join(split(W, limit)) == W``, and ``apply(x, factors) == layer(x, join(factors))``.
     """
@@ -85,7 +87,7 @@ class Decomposition(Protocol):
 
 
 def linear_map(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-    """One stage: ``weight`` (out, in) or (out, in, \\*kernel) applied to ``x``."""
+    """One stage: ``weight`` (out, in) or (out, in, *kernel) applied to ``x``."""
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]

@@ -10,13 +10,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, Geometry, UnfitWeightError, precise
+from dynarank.decompositions.base import (
+    Factors,
+    Geometry,
+    LinAlgError,
+    UnfitWeightError,
+    precise,
+)
 
 __all__ = ["SVD"]
 
 
 class SVD:
-    """``W = up @ down`` with ``down`` (r, in, \\*kernel) and ``up`` (out, r, 1, ...).
+    """``W = up @ down`` with ``down`` (r, in, *kernel) and ``up`` (out, r, 1, ...).
 
     The truncation of rank r has the least possible Frobenius error, sqrt(sum_{i>r} s_i^2)
     (Eckart and Young 1936). The factors are balanced, ``up' up == down down' == diag(s)``, which is
@@ -24,10 +30,10 @@ class SVD:
     """
 
     name = "svd"
-    factor_names = ("down", "up")
+    factor_names: tuple[str, ...] = ("down", "up")
 
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
-        """``down`` (r, in, \\*kernel), ``up`` (out, r, 1, ...)."""
+        """``down`` (r, in, *kernel), ``up`` (out, r, 1, ...)."""
         ones = (1,) * (len(shape) - 2)
         return (rank, *shape[1:]), (shape[0], rank, *ones)
 
@@ -72,8 +78,9 @@ class SVD:
     def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
         """An outer product from row and column means, ``v_ij = row_i col_j / mean``.
 
-        ``row_i = mean_k v_up[i, k] / ||D_k||^2``, ``col_j = mean_k v_down[k, j] / ||U_k||^2``: exact
-        where the entries of G are uncorrelated and E[G * G] has rank one (Adafactor's assumption).
+        ``row_i = mean_k v_up[i, k] / ||D_k||^2``, ``col_j = mean_k v_down[k, j] / ||U_k||^2``:
+        exact where the entries of G are uncorrelated and E[G * G] has rank one (Adafactor's
+        assumption).
         """
         down, up = (factor.flatten(1) for factor in factors)
         v_down, v_up = (square.flatten(1) for square in squares)
@@ -111,7 +118,7 @@ def _leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         else:
             squares, vectors = torch.linalg.eigh(exact @ exact.T)
             vectors, values = vectors.flip(1), squares.flip(0).clamp(min=0).sqrt()
-    except torch.linalg.LinAlgError as error:
+    except LinAlgError as error:
         shape = tuple(matrix.shape)
         raise UnfitWeightError(f"the SVD of a weight of shape {shape} failed: {error}") from error
     return vectors[:, :rank], values[:rank]

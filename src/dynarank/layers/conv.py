@@ -11,7 +11,7 @@ from dynarank.layers.ranked import RankedLayer
 __all__ = ["RankedConv2d"]
 
 
-class RankedConv2d(RankedLayer, nn.Conv2d):
+class RankedConv2d(RankedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A two-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv2d

@@ -10,7 +10,7 @@ from dynarank.layers.ranked import RankedLayer
 __all__ = ["RankedLinear"]
 
 
-class RankedLinear(RankedLayer, nn.Linear):
+class RankedLinear(RankedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A linear layer in one of the three forms."""
 
     plain = nn.Linear

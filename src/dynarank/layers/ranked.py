@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import ClassVar, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -24,7 +23,7 @@ from dynarank.decompositions import (
 )
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 
-__all__ = ["RankedLayer", "parameter_names"]
+__all__ = ["RankedLayer", "own_parameters", "parameter_names"]
 
 
 class RankedLayer(nn.Module):
@@ -80,10 +79,10 @@ class RankedLayer(nn.Module):
         """The factors, in the order the input meets them."""
         return tuple(cast(Tensor, self._parameters[n]) for n in self.decomposition.factor_names)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``layer(x)`` with the effective weight, by the form's own order of multiplication."""
         form = self.form
-        x, geometry = self.pad(x)
+        x, geometry = self.pad(input)
         bias = self._parameters["bias"]
         if isinstance(form, LowRank):
             return apply(x, self.factors, self.decomposition.stages(geometry), bias)
@@ -97,6 +96,11 @@ class RankedLayer(nn.Module):
     def extra_repr(self) -> str:
         """The plain layer's, and the form."""
         return f"{super().extra_repr()}, form={self.form}"
+
+
+def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
+    """The module's own table of parameters: what is written here changes the module."""
+    return module._parameters  # pyright: ignore[reportPrivateUsage]
 
 
 def parameter_names(form: Form) -> tuple[str, ...]:

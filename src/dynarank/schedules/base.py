@@ -13,7 +13,7 @@ from typing import Protocol
 
 from dynarank.forms import Plan
 
-__all__ = ["Clock", "Phase", "Readings", "RankSchedule", "timeline"]
+__all__ = ["Clock", "Phase", "RankSchedule", "Readings", "timeline"]
 
 # Plans are compared at this many moments of a run, and a change between two of them is then found
 # to the step: a phase shorter than a 4096th of the run could be missed.
@@ -29,7 +29,7 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        """step / total_steps."""
+        """Step / total_steps."""
         return self.step / self.total_steps
 
 
@@ -38,7 +38,7 @@ class Readings:
     """What a schedule may look at.
 
     Args:
-        layers: the weight's shape (out, in, \\*kernel) of each layer under the schedule.
+        layers: the weight's shape (out, in, *kernel) of each layer under the schedule.
         learning_rate: that of the optimizer's first group, if there is one.
     """
 

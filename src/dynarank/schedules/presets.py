@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from dynarank.forms import Adapted, Form, FullRank, LowRank, RankLike
 from dynarank.schedules.phases import Moment, Phases
@@ -74,13 +75,19 @@ def dynamic_rank(
     return Phases((0.0, inflate, deflate), (low, FullRank(), last))
 
 
+def _full_rank(**_: Any) -> Phases:
+    return full_rank()
+
+
+def _low_rank(rank: RankLike = 0.5, decomposition: str = "svd", **_: Any) -> Phases:
+    return low_rank(rank, decomposition=decomposition)
+
+
 PRESETS: dict[str, Callable[..., Phases]] = {
-    "full-rank": lambda **_: full_rank(),
-    "low-rank": lambda rank=0.5, decomposition="svd", **_: low_rank(
-        rank, decomposition=decomposition
-    ),
-    "dynamic-rank": lambda **options: dynamic_rank(**options, to="adapted"),
-    "dynamic-rank-low": lambda **options: dynamic_rank(**options, to="low-rank"),
+    "full-rank": _full_rank,
+    "low-rank": _low_rank,
+    "dynamic-rank": partial(dynamic_rank, to="adapted"),
+    "dynamic-rank-low": partial(dynamic_rank, to="low-rank"),
 }
 """Schedules by name, each taking ``dynamic_rank``'s keyword arguments and using those it needs."""
 

@@ -106,8 +106,8 @@ class Trainer:
         )
         self.epochs, self.total_steps = epochs, epochs * len(self.batches)
         torch.manual_seed(seed)
-        model = MODELS[recipe.model](data.classes)
-        self.model = model.to(machine.device, memory_format=torch.channels_last)
+        model = MODELS[recipe.model](data.classes).to(machine.device)
+        self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._build(recipe.schedule(schedule))
         if recipe.init == "published":
             published_init_(self.model.parameters(), seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class MemoryProbe:
 @contextmanager
 def probe_memory(
     model: nn.Module, optimizer: Optimizer, device: torch.device
-) -> Iterator[MemoryProbe]:
+) -> Generator[MemoryProbe]:
     """Measure the peak memory of the training step inside the block, without changing it.
 
     On CUDA it is the allocator's peak. Elsewhere it is the sum of the tensors alive when the
