@@ -134,6 +134,8 @@ def form_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
     """Run one training step on a copy of the model without memory (meta tensors), and take notes.
 
+    Fused attention is counted too, which FlopCounterMode leaves out when it runs on a CPU.
+
     Args:
         model: any model whose forward pass does not depend on values.
         sample: a batch: a tensor, or a tuple or dict of a forward pass's arguments.

@@ -46,28 +46,25 @@ class Transport:
     groups: list[tuple[dict[str, Any], dict[str, list[Any]]]] = field(default_factory=list)
     states: list[tuple[Optimizer, Parameter, dict[str, Any]]] = field(default_factory=list)
     dropped: list[tuple[Optimizer, Parameter]] = field(default_factory=list)
-    _undo: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    _undo: list[tuple[Any, dict[Any, Any]]] = field(default_factory=list)
 
     def commit(self) -> None:
         """Write the groups and states."""
+        changing = [group for group, _ in self.groups]
+        changing += {id(o): o.state for o, *_ in (*self.dropped, *self.states)}.values()
+        self._undo = [(mapping, dict(mapping)) for mapping in changing]
         for group, contents in self.groups:
-            for key, values in contents.items():
-                self._undo.append((group, key, group[key]))
-                group[key] = values
+            group.update(contents)
         for optimizer, parameter in self.dropped:
-            self._undo.append((optimizer.state, parameter, optimizer.state.pop(parameter)))
+            del optimizer.state[parameter]
         for optimizer, parameter, state in self.states:
-            self._undo.append((optimizer.state, parameter, None))
             optimizer.state[parameter] = state
 
     def undo(self) -> None:
-        """Take back ``commit``, last first."""
-        for mapping, key, value in reversed(self._undo):
-            if value is None:
-                mapping.pop(key, None)
-            else:
-                mapping[key] = value
-        self._undo.clear()
+        """Take back ``commit``; nothing if it was not called."""
+        for mapping, contents in self._undo:
+            mapping.clear()
+            mapping.update(contents)
 
 
 def prepare_transport(edits: Sequence[Edit], optimizers: Optimizers, moments: str) -> Transport:
