@@ -1,0 +1,192 @@
+"""The commands as a user types them: output, exit codes, JSON, help."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dynarank.cli import main
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DYNARANK_DATA", raising=False)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["dynarank", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+        raise SystemExit(0)
+    code = stop.value.code
+    return code if isinstance(code, int) else 0
+
+
+def test_train_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    code = call(monkeypatch, "train", "digits", "--epochs", "3", "--train-limit", "128")
+    out = capsys.readouterr().out
+    assert code == 0
+    for words in ("test accuracy", "trainable", "training FLOPs", "peak memory", "wall-clock"):
+        assert all(word in out for word in words.split())
+    folder = next((here / "runs").iterdir())
+    for schedule in ("full-rank", "low-rank", "dynamic-rank"):
+        assert schedule in out
+        names = {path.name for path in (folder / schedule).iterdir()}
+        assert names == {"config.json", "records.jsonl", "model.safetensors"}
+    assert "0.580x" in out and "1.000x" in out
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!") and "dynamic-rank" in page
+
+
+def test_train_json_and_report_and_spectrum(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    words = ["train", "digits", "--epochs", "3", "--train-limit", "128", "--schedule",
+             "dynamic-rank-low", "--out", "one", "--json"]  # fmt: skip
+    assert call(monkeypatch, *words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["runs"]) == {"dynamic-rank-low"}
+    assert 0 < result["runs"]["dynamic-rank-low"]["relative_flops"] < 1
+    assert {p.name for p in (here / "one").iterdir()} == {
+        "config.json", "records.jsonl", "model.safetensors", "report.html",
+    }  # fmt: skip
+
+    assert call(monkeypatch, *words) == 2
+    assert "one holds a run already" in capsys.readouterr().err
+
+    assert call(monkeypatch, "report", "one", "--out", "page.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["schedule"] == "dynamic-rank-low"
+    assert (here / "page.html").exists()
+
+    assert call(monkeypatch, "spectrum", "one/model.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "conv2" in out and "effective" in out and "█" in out
+    assert (here / "model-spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_shows_layers_phases_and_says_aloud_what_the_adaptor_costs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "cifar10-resnet20", "--as-published") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "stages.2.2.conv2" in out and "272,762" in out and "155,170" in out
+    assert "0.567x" in out and "0.886x" in out
+    assert re.search(r"adapted phase costs more than full-rank training: 1\.22\dx", out)
+    assert "head (not among the recipe layers)" in out
+
+
+def test_plan_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "plan", "cifar10-resnet20", "--schedule", "low-rank", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["phases"]) == 1 and len(plan["phases"][0]["layers"]) == 19
+    assert plan["relative_training_flops"] == pytest.approx(0.567, abs=0.003)
+    assert plan["phases"][0]["layers"][0]["rank"] == 8
+
+
+def test_spectrum_as_json_of_any_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    weights = {"a.weight": torch.diag(torch.tensor([4.0, 2.0, 1.0])), "a.bias": torch.ones(3),
+               "b.weight": torch.full((2, 2), float("nan"))}  # fmt: skip
+    save_file(weights, "any.safetensors")
+    words = ["spectrum", "any.safetensors", "--rank", "1", "--json", "--plot", "p.svg"]
+    assert call(monkeypatch, *words) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers[0]["layer"] == "a" and layers[0]["stable_rank"] == pytest.approx(21 / 16)
+    assert layers[1] == {"layer": "b", "shape": [2, 2], "finite": False}
+    assert "<svg" in (here / "p.svg").read_text()
+
+
+REFUSED = {
+    "recipe": (["train", "digit"], r"unknown recipe 'digit'; did you mean 'digits'\?.*cifar10"),
+    "schedule": (
+        ["train", "digits", "--schedule", "lora"],
+        r"unknown schedule 'lora'; known: full",
+    ),
+    "plan": (["plan", "cifar"], "unknown recipe 'cifar'"),
+    "data": (["train", "cifar10-resnet20"], r"--data|DYNARANK_DATA"),
+    "folder": (["train", "cifar10-resnet20", "--data", "nowhere"], "nowhere"),
+    "device": (["train", "digits", "--device", "warp"], "device 'warp' cannot be used"),
+    "precision": (["train", "digits", "--precision", "int3"], "got 'int3'"),
+    "limit": (["train", "digits", "--train-limit", "10"], "do not fill one batch of 64"),
+    "too-many": (["train", "digits", "--train-limit", "9999"], "9,?999"),
+    "published": (["train", "digits", "--as-published"], "no published experiment"),
+    "report": (["report", "nowhere"], "no run folder at nowhere"),
+    "file": (["spectrum", "nowhere.safetensors"], "no file nowhere.safetensors"),
+    "broken": (["spectrum", "broken.safetensors"], "not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_errors_are_one_line_and_exit_2(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"w": torch.ones(8, 8)}, "whole.safetensors")
+    Path("broken.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-9])
+    words, pattern = REFUSED[case]
+    assert call(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dynarank: error: ") and re.search(pattern, error)
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+
+
+def test_a_diverged_run_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dynarank.train.loop import DivergedError
+
+    def diverge(*_: object, **__: object) -> None:
+        raise DivergedError("the training loss of epoch 1 is nan")
+
+    monkeypatch.setattr(sys.modules["dynarank.cli.train"], "run_schedule", diverge)
+    assert call(monkeypatch, "train", "digits", "--epochs", "1") == 1
+    assert "loss of epoch 1 is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "spectrum", "report"])
+def test_help_is_there_and_every_command_has_json(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, command, "--help") == 0
+    assert "--json" in capsys.readouterr().out
+
+
+OPTIONS = {
+    "train": {"data", "schedule", "seed", "epochs", "train-limit", "as-published", "out", "device",
+              "precision", "compile", "json", "help"},
+    "plan": {"schedule", "as-published", "json", "help"},
+    "spectrum": {"rank", "plot", "no-plot", "json", "help"},
+    "report": {"out", "json", "help"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_stay_few(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is one recipe; flags are for paths and overrides. Adding one is a decision."""
+    call(monkeypatch, command, "--help")
+    found = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
+    mentioned_elsewhere = {"no-compile"}
+    assert found - mentioned_elsewhere == OPTIONS[command]
+
+
+def test_the_installed_command_runs() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "dynarank", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in OPTIONS)
