@@ -1,1 +1,38 @@
-"""dynarank: dynamic-rank training for PyTorch."""
+"""dynarank: dynamic-rank training for PyTorch.
+
+Layers are low-rank where that is enough, full-rank while it matters, and low-rank again:
+
+>>> import torch, dynarank as dr
+>>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+>>> model = dr.factorize(model, rank=2)         # W = up @ down
+>>> model = dr.inflate(model)                   # one full-rank W again, the same function
+>>> model = dr.deflate(model, to="adapted")     # W frozen, a zero-output adaptor trains
+>>> model = dr.merge(model)                     # plain modules again
+"""
+
+from dynarank import schedules
+from dynarank.decompositions import UnfitWeightError
+from dynarank.forms import Adapted, Change, FullRank, LowRank, Rank
+from dynarank.monitors import SpectralMonitor
+from dynarank.scheduler import RankScheduler
+from dynarank.surgery import apply_plan, deflate, factorize, inflate, merge
+from dynarank.survey import current_plan, survey
+
+__all__ = [
+    "Adapted",
+    "Change",
+    "FullRank",
+    "LowRank",
+    "Rank",
+    "RankScheduler",
+    "SpectralMonitor",
+    "UnfitWeightError",
+    "apply_plan",
+    "current_plan",
+    "deflate",
+    "factorize",
+    "inflate",
+    "merge",
+    "schedules",
+    "survey",
+]

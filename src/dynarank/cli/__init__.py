@@ -1,1 +1,44 @@
-"""."""
+"""The command line: thin commands over the library.
+
+Exit codes: 0 done, 1 a run failed, 2 what was asked cannot be done, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from dynarank.cli.plan import plan
+from dynarank.cli.report import report
+from dynarank.cli.spectrum import spectrum
+from dynarank.cli.train import train
+from dynarank.train.loop import DivergedError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="dynarank",
+    help="Dynamic-rank training: low-rank where that is enough, full-rank while it matters.",
+    epilog="Exit codes: 0 done, 1 a run failed, 2 what was asked cannot be done, 130 interrupted.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (train, plan, spectrum, report):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; errors of the user's become one line and an exit code."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(_complain(error, 2))
+    except DivergedError as error:
+        sys.exit(_complain(error, 1))
+
+
+def _complain(error: Exception, code: int) -> int:
+    print(f"dynarank: error: {error}", file=sys.stderr)
+    return code

@@ -1,1 +1,46 @@
-"""."""
+"""How a weight becomes factors and back: one decomposition a file, found by name."""
+
+from __future__ import annotations
+
+from dynarank.decompositions.base import (
+    Decomposition,
+    Factors,
+    Geometry,
+    LinAlgError,
+    UnfitWeightError,
+    apply,
+    linear_map,
+    output_shape,
+    precise,
+)
+from dynarank.decompositions.svd import SVD
+
+__all__ = [
+    "DECOMPOSITIONS",
+    "SVD",
+    "Decomposition",
+    "Factors",
+    "Geometry",
+    "LinAlgError",
+    "UnfitWeightError",
+    "apply",
+    "get_decomposition",
+    "linear_map",
+    "output_shape",
+    "precise",
+]
+
+DECOMPOSITIONS: dict[str, Decomposition] = {
+    decomposition.name: decomposition for decomposition in [SVD()]
+}
+
+
+def get_decomposition(name: str) -> Decomposition:
+    """The decomposition of this name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in DECOMPOSITIONS:
+        raise ValueError(f"unknown decomposition {name!r}; known: {', '.join(DECOMPOSITIONS)}")
+    return DECOMPOSITIONS[name]

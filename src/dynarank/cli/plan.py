@@ -1,0 +1,181 @@
+"""``dynarank plan``: what a recipe costs under a schedule, before anything trains."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+
+from dynarank.cli.show import console, mebibytes, right_aligned
+from dynarank.cost import LayerUse, ModelUse, form_parameters, trace
+from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data, resolve_form
+from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
+from dynarank.survey import select, survey
+from dynarank.train.models import MODELS
+from dynarank.train.recipes import Recipe, load_recipe, recipe_names
+
+__all__ = ["plan"]
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    schedule: Annotated[
+        str,
+        typer.Option(help="full-rank, low-rank, dynamic-rank or dynamic-rank-low."),
+    ] = "dynamic-rank",
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="Plan what the published code runs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Show what RECIPE costs, per layer and per phase: form, rank, parameters, FLOPs, memory.
+
+    FLOPs are of matrix products and convolutions in forward and backward pass (1 multiply-add = 2),
+    relative to full-rank training. Nothing is trained and no data is read.
+    """
+    chosen = load_recipe(recipe)
+    chosen = chosen.published() if as_published else chosen
+    with torch.device("meta"):
+        model = MODELS[chosen.model](chosen.classes)
+    layers = [site.path for site in select(model, chosen.layers)]
+    batch = torch.empty(chosen.batch_size, *chosen.image_shape, device="meta")
+    use = trace(model, batch)
+    cost = cost_schedule(use, chosen.schedule(schedule), layers, chosen.epochs * _SCALE)
+    if as_json:
+        print(json.dumps(_data(chosen, schedule, use, cost), indent=2))
+        return
+    terminal = console()
+    _show_layers(terminal, chosen, schedule, use, cost)
+    _show_phases(terminal, chosen, cost)
+    for line in _remarks(chosen, model, layers, use, cost):
+        terminal.print(line)
+
+
+# Phases are planned to a thousandth of an epoch: how many steps an epoch has is the data's affair.
+_SCALE = 1000
+
+
+def _epochs(steps: int) -> str:
+    return f"{steps / _SCALE:g}"
+
+
+def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> dict[str, Any]:
+    return {
+        "recipe": recipe.name,
+        "schedule": schedule,
+        "relative_training_flops": cost.relative_training,
+        "trainable_parameters_mean": cost.mean_trainable,
+        "trainable_parameters_peak": cost.peak_trainable,
+        "phases": [_phase_data(use, phase) for phase in cost.phases],
+    }
+
+
+def _phase_data(use: ModelUse, cost: PhaseCost) -> dict[str, Any]:
+    layers = [
+        {
+            "layer": path,
+            **form_to_data(resolve_form(form, use.layers[path].shape)),
+            "trainable_parameters": form_parameters(use.layers[path].shape, form)[0],
+            "relative_training_flops": _relative(use.layers[path], form),
+        }
+        for path, form in cost.phase.plan.items()
+    ]
+    return {
+        "start_epoch": cost.phase.start / _SCALE,
+        "stop_epoch": cost.phase.stop / _SCALE,
+        "trainable_parameters": cost.trainable_parameters,
+        "total_parameters": cost.total_parameters,
+        "relative_forward_flops": cost.relative_forward,
+        "relative_training_flops": cost.relative_training,
+        "state_bytes": cost.state_bytes,
+        "dearer_than_full_rank": cost.relative_training > 1,
+        "layers": layers,
+    }
+
+
+def _relative(use: LayerUse, form: Form) -> float:
+    return use.flops(form).training / use.flops(FullRank()).training
+
+
+def _show_layers(
+    terminal: Console, recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost
+) -> None:
+    phases = [
+        f"epoch {_epochs(c.phase.start)} to {_epochs(c.phase.stop)}\nform, trained, FLOPs"
+        for c in cost.phases
+    ]
+    table = right_aligned(f"{recipe.name}, {schedule}: per layer", ["layer", "weight"], phases)
+    for path in cost.phases[0].phase.plan:
+        one = use.layers[path]
+        cells = [_cell(one, phase.phase.plan[path]) for phase in cost.phases]
+        table.add_row(path, "x".join(map(str, one.shape)), *cells)
+    terminal.print(table)
+
+
+def _cell(use: LayerUse, form: Form) -> str:
+    resolved = resolve_form(form, use.shape)
+    name = form_name(form)
+    name = name if isinstance(resolved, FullRank) else f"{name} {resolved.rank}"
+    trained, _ = form_parameters(use.shape, form)
+    return f"{name} {trained:,} {_relative(use, form):.3f}x"
+
+
+def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
+    numbers = ["trainable", "all parameters", "forward FLOPs", "training FLOPs", "weights + state"]
+    table = right_aligned(
+        "Per phase, whole model, relative to full-rank", ["epochs", "form"], numbers
+    )
+    for one in cost.phases:
+        names = sorted({form_name(form) for form in one.phase.plan.values()})
+        table.add_row(
+            f"{_epochs(one.phase.start)} to {_epochs(one.phase.stop)}",
+            ", ".join(names),
+            f"{one.trainable_parameters:,}",
+            f"{one.total_parameters:,}",
+            f"{one.relative_forward:.3f}x",
+            f"{one.relative_training:.3f}x",
+            mebibytes(one.state_bytes),
+        )
+    table.add_section()
+    mean = f"{cost.mean_trainable:,.0f}"
+    total = f"{cost.relative_training:.3f}x"
+    table.add_row("whole run", "mean over steps", mean, "", "", total, "")
+    terminal.print(table)
+    terminal.print(
+        "Weights + state: parameters, gradients and momentum in fp32; activations extra."
+    )
+
+
+def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:
+    """What the phase costs if its adaptors run as branches of their own."""
+    forms = one.phase.plan.items()
+    plan = {
+        path: replace(form, execution="two-branch") if isinstance(form, Adapted) else form
+        for path, form in forms
+    }
+    return use.flops(plan).training / cost.full_rank.training
+
+
+def _remarks(
+    recipe: Recipe, model: nn.Module, layers: list[str], use: ModelUse, cost: ScheduleCost
+) -> list[str]:
+    lines = [
+        f"[bold yellow]The adapted phase costs more than full-rank training: "
+        f"{one.relative_training:.3f}x a step ({_two_branch(use, one, cost):.3f}x as two branches, "
+        f"as published).[/] The frozen weight is still multiplied forward and backward, and the "
+        f"adaptor (rank {recipe.rank} of the outputs) comes on top. `--schedule dynamic-rank-low` "
+        f"deflates to true factors instead."
+        for one in cost.phases
+        if one.adapted_is_dearer
+    ]
+    left = [
+        f"{site.path} ({site.obstacle or 'not among the recipe layers'})"
+        for site in survey(model)
+        if site.path not in layers
+    ]
+    return [*lines, f"Left as they are: {', '.join(left)}."] if left else lines

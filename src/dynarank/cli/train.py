@@ -1,0 +1,160 @@
+"""``dynarank train``: a recipe under one or several schedules."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from dynarank.cli.show import ProgressListener, console, duration, mebibytes, right_aligned
+from dynarank.records import SummaryRecord
+from dynarank.report import write_report
+from dynarank.schedules import get_preset
+from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
+from dynarank.train.loop import Machine
+from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
+from dynarank.train.run import run_schedule
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder (or .npz) of the data set; 'hub' fetches it by name; "
+                     "default: $DYNARANK_DATA. digits needs none."),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Schedules, separated by commas: full-rank, low-rank, dynamic-rank, "
+                     "dynamic-rank-low (deflates to true factors). Default: the recipe's."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order, augmentation.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
+    ] = None,
+    train_limit: Annotated[
+        int | None, typer.Option(min=1, help="Train on this many images only, class-balanced.")
+    ] = None,
+    as_published: Annotated[
+        bool, typer.Option("--as-published", help="Keep the published code's faults.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32 or bf16 (autocast).")
+    ] = "auto",
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Train a RECIPE under its schedules and compare them.
+
+    Each schedule gets the same seed, initial weights and data order. The run folder holds, for each
+    schedule, config.json, records.jsonl and model.safetensors, and one report.html over all.
+    """
+    chosen = load_recipe(recipe)
+    chosen = chosen.published() if as_published else chosen
+    schedules = _schedules(schedule, chosen)
+    machine = _machine(device, precision, compile)
+    images = _on_device(_load(chosen, data, train_limit), machine.device)
+    _check_batches(chosen, images)
+    folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
+    if any(folder.rglob("records.jsonl")):
+        raise RecipeError(f"{folder} holds a run already; name another folder with --out")
+    terminal = console(quiet_stdout=as_json)
+    length = epochs or chosen.epochs
+    summaries: dict[str, SummaryRecord] = {}
+    for name in schedules:
+        place = folder / name if len(schedules) > 1 else folder
+        with ProgressListener(terminal, name, length) as listener:
+            summaries[name] = run_schedule(
+                chosen, name, images, place, listener, seed=seed, epochs=length, machine=machine
+            )
+    report = _report(folder, terminal)
+    if as_json:
+        runs = {name: summary.model_dump() for name, summary in summaries.items()}
+        print(json.dumps({"folder": str(folder), "report": report, "runs": runs}, indent=2))
+        return
+    _show(terminal, chosen, seed, length, summaries)
+    terminal.print(f"Run folder: {folder}" + (f"; report: {report}" if report else ""))
+
+
+def _schedules(asked: str | None, recipe: Recipe) -> list[str]:
+    names = [name.strip() for name in asked.split(",")] if asked else list(recipe.schedules)
+    for name in names:
+        get_preset(name)
+    return list(dict.fromkeys(names))
+
+
+def _machine(device: str, precision: str, compile: bool) -> Machine:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}")
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" else "fp32"
+    return Machine(chosen, precision, compile)
+
+
+def _load(recipe: Recipe, data: str | None, train_limit: int | None) -> ImageData:
+    images = load_digits_data() if recipe.data == "digits" else load_cifar10(data)
+    return limit(images, train_limit) if train_limit is not None else images
+
+
+def _on_device(images: ImageData, device: torch.device) -> ImageData:
+    return ImageData(
+        images.train_images.to(device),
+        images.train_labels.to(device),
+        images.test_images.to(device),
+        images.test_labels.to(device),
+        images.classes,
+    )
+
+
+def _check_batches(recipe: Recipe, images: ImageData) -> None:
+    if len(images.train_labels) < recipe.batch_size:
+        raise RecipeError(
+            f"{len(images.train_labels)} training images do not fill one batch of "
+            f"{recipe.batch_size}; raise --train-limit"
+        )
+
+
+def _report(folder: Path, terminal: Console) -> str | None:
+    try:
+        return str(write_report(folder))
+    except ImportError as error:
+        terminal.print(f"No report.html: {error}")
+        return None
+
+
+def _show(
+    terminal: Console, recipe: Recipe, seed: int, epochs: int, summaries: dict[str, SummaryRecord]
+) -> None:
+    numbers = ["test accuracy", "trainable, peak", "trainable, mean", "training FLOPs",
+               "peak memory", "training time", "wall-clock"]  # fmt: skip
+    table = right_aligned(f"{recipe.name}, seed {seed}, {epochs} epochs", ["schedule"], numbers)
+    for name, summary in summaries.items():
+        table.add_row(
+            name,
+            f"{summary.test_accuracy:.2%}",
+            f"{summary.trainable_parameters_peak:,}",
+            f"{summary.trainable_parameters_mean:,.0f}",
+            f"{summary.relative_flops:.3f}x",
+            mebibytes(summary.memory_bytes),
+            duration(summary.train_seconds),
+            duration(summary.wall_seconds),
+        )
+    terminal.print(table)
+    terminal.print("Training FLOPs: matrix products and convolutions, relative to full-rank.")

@@ -1,0 +1,132 @@
+"""The singular value decomposition: W = up @ down, a kernel into r channels, then 1x1 out of them.
+
+Legend: W (n, m) the matricised weight, n = out, m = in * kernel positions; r the rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dynarank.decompositions.base import (
+    Factors,
+    Geometry,
+    LinAlgError,
+    UnfitWeightError,
+    precise,
+)
+
+__all__ = ["SVD"]
+
+
+class SVD:
+    """``W = up @ down`` with ``down`` (r, in, *kernel) and ``up`` (out, r, 1, ...).
+
+    The truncation of rank r has the least possible Frobenius error, sqrt(sum_{i>r} s_i^2)
+    (Eckart and Young 1936). The factors are balanced, ``up' up == down down' == diag(s)``, which is
+    the spectral initialisation of Khodak et al. (arXiv 2105.01029) when W is an initial weight.
+    """
+
+    name = "svd"
+    factor_names: tuple[str, ...] = ("down", "up")
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
+        """``down`` (r, in, *kernel), ``up`` (out, r, 1, ...)."""
+        ones = (1,) * (len(shape) - 2)
+        return (rank, *shape[1:]), (shape[0], rank, *ones)
+
+    def split(self, weight: Tensor, rank: int) -> Factors:
+        """The best rank-r factors of ``weight``, balanced, in fp64.
+
+        A direction in which W is numerically zero gets one factor of the smallest live size and
+        one of (almost) zero: the product is the same and the zero one can still learn; with both
+        at zero neither would ever receive a gradient.
+        """
+        matrix = weight.detach().flatten(1)  # (n, m)
+        wide = matrix.shape[0] <= matrix.shape[1]
+        left, right = _split_wide(matrix if wide else matrix.T, rank)
+        down, up = (right, left) if wide else (left.T, right.T)
+        down_shape, up_shape = self.shapes(weight.shape, rank)
+        return down.reshape(down_shape), up.reshape(up_shape)
+
+    def join(self, factors: Factors) -> Tensor:
+        """``up @ down``, in the weight's shape."""
+        down, up = factors
+        return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+    def stages(self, geometry: Geometry) -> tuple[Geometry, ...]:
+        """``down`` slides as the weight does; ``up`` is pointwise."""
+        return geometry, Geometry.pointwise(len(geometry.stride))
+
+    def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
+        """The least M with ``M down' = C_up`` and ``up' M = C_down``.
+
+        ``M = C_up D+ + U+ C_down - U+ (U' C_up + C_down D') D+ / 2`` with
+        ``D+ = (D D')^-1 D`` and ``U+ = U (U' U)^-1``: the projection of the true M on the tangent
+        space of the rank-r matrices. What M had outside it was never observed.
+        """
+        down, up = (factor.flatten(1) for factor in factors)  # (r, m), (n, r)
+        c_down, c_up = (cotangent.flatten(1) for cotangent in cotangents)
+        d_plus = torch.linalg.pinv(down @ down.T, hermitian=True) @ down  # (r, m)
+        u_plus = up @ torch.linalg.pinv(up.T @ up, hermitian=True)  # (n, r)
+        core = (up.T @ c_up + c_down @ down.T) / 2  # (r, r)
+        lifted = c_up @ d_plus + u_plus @ c_down - u_plus @ core @ d_plus
+        return lifted.reshape(up.shape[0], *factors[0].shape[1:])
+
+    def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
+        """An outer product from row and column means, ``v_ij = row_i col_j / mean``.
+
+        ``row_i = mean_k v_up[i, k] / ||D_k||^2``, ``col_j = mean_k v_down[k, j] / ||U_k||^2``:
+        exact where the entries of G are uncorrelated and E[G * G] has rank one (Adafactor's
+        assumption).
+        """
+        down, up = (factor.flatten(1) for factor in factors)
+        v_down, v_up = (square.flatten(1) for square in squares)
+        row = _mean_over_live(v_up, down.square().sum(1))  # (n,)
+        col = _mean_over_live(v_down.T, up.square().sum(0))  # (m,)
+        if not row.any():
+            row = col.mean().expand_as(row)
+        if not col.any():
+            col = row.mean().expand_as(col)
+        mean = (row.mean() * col.mean()).sqrt()
+        lifted = torch.outer(row, col) / mean if mean > 0 else torch.outer(row, col)
+        return lifted.reshape(up.shape[0], *factors[0].shape[1:])
+
+
+def _split_wide(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors (n, r), (r, m) of an (n, m) matrix with n <= m."""
+    basis, values = _leading_directions(matrix, rank)
+    noise = torch.finfo(matrix.dtype).eps * max(matrix.shape) * values[:1]
+    live = values > noise
+    floor = values[live].min() if live.any() else torch.ones_like(values[0])
+    root = torch.where(live, values, floor).sqrt()
+    return basis * root, (basis.T @ precise(matrix)) / root[:, None]
+
+
+def _leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (n, r) and values (r,), largest first, in fp64.
+
+    The Gram matrix in fp64 resolves values down to 1e-8 of the largest: finer than the rounding of
+    any weight below fp64, in a tenth of the time of an SVD (640 x 5760, one CPU core, 2026-11).
+    """
+    exact = precise(matrix)
+    try:
+        if matrix.dtype == torch.float64:
+            vectors, values, _ = torch.linalg.svd(exact, full_matrices=False)
+        else:
+            squares, vectors = torch.linalg.eigh(exact @ exact.T)
+            vectors, values = vectors.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    except LinAlgError as error:
+        shape = tuple(matrix.shape)
+        raise UnfitWeightError(f"the SVD of a weight of shape {shape} failed: {error}") from error
+    return vectors[:, :rank], values[:rank]
+
+
+def _mean_over_live(values: Tensor, energy: Tensor) -> Tensor:
+    """Mean over k of ``values[:, k] / energy[k]``, leaving out directions without energy."""
+    live = energy > torch.finfo(energy.dtype).eps * energy.max()
+    if not live.any():
+        return values.new_zeros(values.shape[0])
+    return (values[:, live] / energy[live]).mean(1)

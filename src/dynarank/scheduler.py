@@ -1,0 +1,185 @@
+"""The rank scheduler: asks a schedule once a step and brings the model to its answer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dynarank.decompositions import UnfitWeightError
+from dynarank.forms import Change, FullRank, LowRank, resolve_form
+from dynarank.layers import RankedLayer
+from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
+from dynarank.surgery import apply_plan
+from dynarank.survey import LayerFilter, Site, select, survey, weight_shape
+from dynarank.transport import Moments, Optimizers
+
+__all__ = ["RankScheduler", "scheduled_layers"]
+
+
+class RankScheduler:
+    """Changes layers' forms during training, as ``torch.optim.lr_scheduler`` does the LR.
+
+    The model is at the schedule's first plan as soon as the scheduler exists. Call :meth:`step`
+    once after each ``optimizer.step()``; a gradient-accumulation step that does not call the
+    optimizer does not call it either.
+
+    A weight that cannot be changed at the moment (not finite, no convergence) does not end the
+    run: the change is put off with a warning and tried again after 1, 2, 4, ... steps.
+
+    Args:
+        model: the model; it may be ranked already.
+        optimizer: its optimizer, or several.
+        schedule: any function ``(clock, readings) -> plan``, such as those of
+            :mod:`dynarank.schedules`.
+        total_steps: how many optimizer steps the run has.
+        layers: the layers under the schedule, a filter ``(module, path) -> bool`` or glob patterns.
+            None: those that are ranked already, or, if none is, all that get cheaper in every
+            low-rank phase of the schedule.
+        moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`.
+        on_change: called with the list of changes after each change of plan.
+
+    Raises:
+        ValueError: no layer to schedule; a plan of the schedule's that cannot be (unknown layer,
+            rank above a layer's limit). Every phase that can be foreseen is checked here, before
+            anything changes.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> from dynarank.schedules import dynamic_rank
+        >>> ranks = RankScheduler(model, optimizer, dynamic_rank(2), total_steps=10)
+        >>> for _ in range(5):
+        ...     optimizer.step()
+        ...     changes = ranks.step()
+        >>> model[0].form
+        FullRank()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizers,
+        schedule: RankSchedule,
+        total_steps: int,
+        *,
+        layers: LayerFilter = None,
+        moments: Moments = "project",
+        on_change: Callable[[list[Change]], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.moments: Moments = moments
+        self.on_change = on_change
+        self.last_step = 0
+        self._patience = 0
+        self._retry_at = 0
+        sites = scheduled_layers(model, schedule, total_steps, layers)
+        self._layers = {site.path: weight_shape(site.module) for site in sites}
+        for phase in self.phases():
+            _check_phase(phase, self._layers)
+        self._apply()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The paths of the layers under the schedule."""
+        return tuple(self._layers)
+
+    def phases(self) -> list[Phase]:
+        """The phases of the whole run, as far as today's readings tell."""
+        return timeline(self.schedule, self._readings(), self.total_steps)
+
+    def step(self) -> list[Change]:
+        """Count one optimizer step and bring the model to the plan for the next.
+
+        Returns:
+            The changes made, most often none.
+        """
+        self.last_step += 1
+        return self._apply() if self.last_step >= self._retry_at else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the run; what holds there is asked of the schedule again."""
+        return {"last_step": self.last_step, "total_steps": self.total_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a saved position and bring the model to the plan that holds there.
+
+        Load this before the model's and the optimizer's ``state_dict``: structure first, then
+        weights.
+
+        Raises:
+            ValueError: the state is of a run of another length.
+        """
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"the saved rank schedule is of a run of {state['total_steps']} steps, this one "
+                f"has {self.total_steps}; give the same total_steps"
+            )
+        self.last_step = int(state["last_step"])
+        self._apply()
+
+    def _readings(self) -> Readings:
+        first = self.optimizer if isinstance(self.optimizer, Optimizer) else None
+        rate = float(first.param_groups[0]["lr"]) if first is not None else None
+        return Readings(self._layers, rate)
+
+    def _apply(self) -> list[Change]:
+        clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
+        plan = self.schedule(clock, self._readings())
+        try:
+            changes = apply_plan(self.model, plan, optimizer=self.optimizer, moments=self.moments)
+        except UnfitWeightError as error:
+            self._put_off(error)
+            return []
+        self._patience = 0
+        if changes and self.on_change is not None:
+            self.on_change(changes)
+        return changes
+
+    def _put_off(self, error: UnfitWeightError) -> None:
+        self._patience = max(1, 2 * self._patience)
+        self._retry_at = self.last_step + self._patience
+        warnings.warn(
+            f"step {self.last_step}: no change of form now, next try in {self._patience} steps: "
+            f"{error}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+def scheduled_layers(
+    model: nn.Module, schedule: RankSchedule, total_steps: int, layers: LayerFilter = None
+) -> list[Site]:
+    """The layers a schedule is for: see ``layers`` of :class:`RankScheduler`."""
+    ranked = any(isinstance(site.module, RankedLayer) for site in survey(model))
+    if layers is not None or ranked:
+        return select(model, layers)
+    able = {s.path: weight_shape(s.module) for s in survey(model) if s.form is not None}
+    forms = {
+        form: None
+        for phase in timeline(schedule, Readings(able), total_steps)
+        for form in phase.plan.values()
+    }
+    low = [form for form in forms if isinstance(form, LowRank)]
+    if not low:
+        return select(model, lambda module, path: path in able)
+    paths = set.intersection(*({site.path for site in select(model, None, form)} for form in low))
+    return select(model, lambda module, path: path in paths)
+
+
+def _check_phase(phase: Phase, layers: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise for a rank that no weight of its layer can have; unknown paths raise when applied."""
+    for path, form in phase.plan.items():
+        if path not in layers or isinstance(form, FullRank):
+            continue
+        try:
+            resolve_form(form, layers[path])
+        except ValueError as error:
+            raise ValueError(f"from step {phase.start}, layer {path!r}: {error}") from None

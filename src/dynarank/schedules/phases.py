@@ -1,0 +1,67 @@
+"""Schedules set by hand: one form after another, the same for every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+from dynarank.forms import Form, Plan
+from dynarank.schedules.base import Clock, Readings
+
+__all__ = ["Moment", "Phases"]
+
+Moment: TypeAlias = int | float
+"""When: a float in [0, 1] is a share of the run, an int a step."""
+
+
+@dataclass(frozen=True)
+class Phases:
+    """``forms[i]`` for every layer from moment ``starts[i]`` on.
+
+    Args:
+        starts: when each form begins, increasing, the first at 0.
+        forms: the forms, one for each start.
+
+    Raises:
+        ValueError: no phase, unequal lengths, a first start that is not 0, starts that do not
+            increase, or a share outside [0, 1].
+
+    Example:
+        >>> from dynarank.forms import FullRank, LowRank
+        >>> Phases([0.0, 0.25], [FullRank(), LowRank(8)])(Clock(50, 100), Readings({"a": (16, 16)}))
+        {'a': LowRank(rank=8, decomposition='svd')}
+    """
+
+    starts: Sequence[Moment]
+    forms: Sequence[Form]
+
+    def __post_init__(self) -> None:
+        if not self.starts or len(self.starts) != len(self.forms):
+            raise ValueError(
+                f"phases need a start for each form, got {len(self.starts)} starts and "
+                f"{len(self.forms)} forms"
+            )
+        for start in self.starts:
+            if start < 0 or (isinstance(start, float) and not start <= 1):
+                raise ValueError(
+                    f"a phase starts at a step (int >= 0) or at a share of the run (float in "
+                    f"[0, 1]), got {start!r}"
+                )
+        if self.starts[0] != 0:
+            raise ValueError(f"the first phase starts at 0, got {self.starts[0]!r}")
+        for one, two in pairwise(self.starts):
+            if type(one) is type(two) and not one < two:
+                raise ValueError(f"phases start one after another, got {one!r} then {two!r}")
+
+    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+        """The latest form that has begun, for every layer."""
+        begun = [form for start, form in zip(self.starts, self.forms, strict=True)
+                 if step_of(start, clock.total_steps) <= clock.step]  # fmt: skip
+        return dict.fromkeys(readings.layers, begun[-1])
+
+
+def step_of(moment: Moment, total_steps: int) -> int:
+    """The step that a moment means in a run of ``total_steps``: shares are rounded."""
+    return round(moment * total_steps) if isinstance(moment, float) else moment

@@ -1,0 +1,103 @@
+"""The named schedules: full-rank, low-rank, and the paper's dynamic rank with both its endings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+from dynarank.forms import Adapted, Form, FullRank, LowRank, RankLike
+from dynarank.schedules.phases import Moment, Phases
+
+__all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
+
+
+def full_rank() -> Phases:
+    """Every layer full-rank throughout: ordinary training.
+
+    Example:
+        >>> full_rank().forms
+        (FullRank(),)
+    """
+    return Phases((0.0,), (FullRank(),))
+
+
+def low_rank(rank: RankLike = 0.5, *, decomposition: str = "svd") -> Phases:
+    """Every layer low-rank throughout: ``W = join(factors)`` from the first step to the last.
+
+    Example:
+        >>> low_rank(8).forms
+        (LowRank(rank=8, decomposition='svd'),)
+    """
+    return Phases((0.0,), (LowRank(rank, decomposition),))
+
+
+def dynamic_rank(
+    rank: RankLike = 0.5,
+    *,
+    inflate: Moment = 0.37,
+    deflate: Moment = 0.80,
+    to: Literal["adapted", "low-rank"] = "adapted",
+    decomposition: str = "svd",
+    alpha: float = 16.0,
+    execution: Literal["merged", "two-branch"] = "merged",
+) -> Phases:
+    """Low-rank, full-rank from ``inflate`` on, deflated from ``deflate`` on.
+
+    Inflate while the learning rate is still high (high-noise regime), stay full-rank across its
+    first decay, deflate in the low-noise regime.
+
+    Args:
+        rank: of the low-rank phase, and of the deflated one.
+        inflate: when to inflate, a share of the run (float) or a step (int).
+        deflate: when to deflate, likewise.
+        to: ``"adapted"``, the paper's: freeze W, add a zero-output adaptor; the function is
+            unchanged. ``"low-rank"``: truncate; the cost really falls.
+        decomposition: the decomposition's name.
+        alpha: the adaptor's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
+
+    Raises:
+        ValueError: moments that do not increase, an unknown ending, an impossible rank.
+
+    Example:
+        >>> dynamic_rank(0.5, inflate=55 / 150, deflate=120 / 150).starts[1:]
+        (0.36666666666666664, 0.8)
+
+    Reference:
+        Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
+        Training", arXiv 2508.08625, 2025. The defaults are its CIFAR-10 epochs, 55 and 120 of 150.
+    """
+    if to not in ("adapted", "low-rank"):
+        raise ValueError(f'dynamic rank deflates to "adapted" or "low-rank", got {to!r}')
+    low = LowRank(rank, decomposition)
+    last: Form = low if to == "low-rank" else Adapted(rank, decomposition, alpha, execution)
+    return Phases((0.0, inflate, deflate), (low, FullRank(), last))
+
+
+def _full_rank(**_: Any) -> Phases:
+    return full_rank()
+
+
+def _low_rank(rank: RankLike = 0.5, decomposition: str = "svd", **_: Any) -> Phases:
+    return low_rank(rank, decomposition=decomposition)
+
+
+PRESETS: dict[str, Callable[..., Phases]] = {
+    "full-rank": _full_rank,
+    "low-rank": _low_rank,
+    "dynamic-rank": partial(dynamic_rank, to="adapted"),
+    "dynamic-rank-low": partial(dynamic_rank, to="low-rank"),
+}
+"""Schedules by name, each taking ``dynamic_rank``'s keyword arguments and using those it needs."""
+
+
+def get_preset(name: str) -> Callable[..., Phases]:
+    """The schedule of this name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(PRESETS)}")
+    return PRESETS[name]

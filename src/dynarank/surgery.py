@@ -1,0 +1,247 @@
+"""The verbs: bring a model to a plan, with its optimizer, all or nothing.
+
+A change of plan is one transaction: find the layers, prepare every new weight beside the model,
+verify it, prepare the optimizer's groups and states, commit by moving references, check. An
+exception anywhere leaves model and optimizer exactly as they were.
+
+Call the verbs between ``optimizer.step()`` and the next forward pass: gradients of the layers that
+change are dropped with their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dynarank.edit import Edit, prepare_edit, retype_plain
+from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, RankLike, resolve_form
+from dynarank.layers import RankedLayer
+from dynarank.survey import LayerFilter, Site, find_sites, select, survey, weight_shape
+from dynarank.transport import Moments, Optimizers, prepare_transport
+
+__all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def apply_plan(
+    model: nn.Module, plan: Plan, *, optimizer: Optimizers = None, moments: Moments = "project"
+) -> list[Change]:
+    """Bring ``model`` to ``plan``, in place; the layers the plan does not name stay as they are.
+
+    Law: applied twice it is applied once; what it need not touch keeps its object.
+
+    Args:
+        model: any module; ranked layers keep their identity, hooks and names.
+        plan: a form for each path.
+        optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
+            the old ones, and their state moves with them.
+        moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"``
+            forgets them.
+
+    Returns:
+        One change for each layer that changed form.
+
+    Raises:
+        ValueError: a path that is not there or cannot change form, a rank above the layer's
+            limit, a layer that trains but is in no optimizer. Nothing has changed then.
+        UnfitWeightError: a weight that is not finite or cannot be decomposed. Likewise.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
+        ['2']
+    """
+    edits = [
+        prepare_edit(path, site.module, before, after)
+        for path, site, before, after in _differences(model, plan)
+    ]
+    transport = prepare_transport(edits, optimizer, moments)
+    try:
+        for edit in edits:
+            edit.commit()
+        transport.commit()
+        _check(edits, optimizer)
+    except BaseException:
+        transport.undo()
+        for edit in reversed(edits):
+            edit.undo()
+        raise
+    return [edit.change for edit in edits]
+
+
+def factorize(
+    model: _Model,
+    rank: RankLike,
+    *,
+    layers: LayerFilter = None,
+    decomposition: str = "svd",
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+) -> _Model:
+    """Bring layers to ``LowRank(rank)``: ``W -> join(split(W, rank))``.
+
+    Args:
+        model: changed in place.
+        rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`.
+        layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
+            are ranked already, or, if none is, every layer that gets cheaper.
+        decomposition: the decomposition's name.
+        optimizer: see :func:`apply_plan`.
+        moments: see :func:`apply_plan`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: as :func:`apply_plan`; or no layer is selected, or one that is cannot be handled
+            rightly (parametrized, tied).
+
+    Example:
+        >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
+        torch.Size([8, 2])
+    """
+    form = LowRank(rank, decomposition)
+    plan = {site.path: form for site in select(model, layers, form)}
+    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    return model
+
+
+def inflate(
+    model: _Model,
+    *,
+    layers: LayerFilter = None,
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+) -> _Model:
+    """Bring ranked layers to ``FullRank()``; the model's function is unchanged.
+
+    Arguments, result and errors as :func:`factorize`.
+
+    Example:
+        >>> inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0].weight.shape
+        torch.Size([8, 8])
+    """
+    plan = {site.path: FullRank() for site in select(model, layers)}
+    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    return model
+
+
+def deflate(
+    model: _Model,
+    rank: RankLike | None = None,
+    *,
+    to: Literal["adapted", "low-rank"] = "adapted",
+    layers: LayerFilter = None,
+    decomposition: str | None = None,
+    alpha: float = 16.0,
+    execution: Literal["merged", "two-branch"] = "merged",
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+) -> _Model:
+    """Bring layers down from full rank, by one of two endings.
+
+    ``to="adapted"``: freeze W and add a zero-output adaptor; the function is unchanged and the cost
+    of a step hardly falls. ``to="low-rank"``: truncate; the function changes by the energy cut off
+    and the cost falls with the rank.
+
+    Args:
+        model: changed in place.
+        rank: as for :func:`factorize`; None: the rank each layer had when it last had factors.
+        to: the ending.
+        layers: as for :func:`factorize`.
+        decomposition: the decomposition's name; None: the one each layer last had, or ``"svd"``.
+        alpha: the adaptor's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`Adapted`.
+        optimizer: see :func:`apply_plan`.
+        moments: see :func:`apply_plan`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: as :func:`factorize`; or ``rank`` is None and a layer never had factors.
+
+    Example:
+        >>> model = inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))
+        >>> deflate(model)[0].form.rank
+        2
+    """
+    if to not in ("adapted", "low-rank"):
+        raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
+
+    def form(site: Site) -> Form:
+        asked = _home_rank(site) if rank is None else rank
+        name = decomposition or _home_decomposition(site)
+        return LowRank(asked, name) if to == "low-rank" else Adapted(asked, name, alpha, execution)
+
+    selecting = None if rank is None else LowRank(rank)
+    plan = {site.path: form(site) for site in select(model, layers, selecting)}
+    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    return model
+
+
+def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "project") -> _Model:
+    """Make every ranked layer the plain module it was; the model's function is unchanged.
+
+    ``W = base + scale * join(factors)``, trainable. A model without ranked layers stays as it is.
+
+    Example:
+        >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    ranked = [site for site in survey(model) if isinstance(site.module, RankedLayer)]
+    plan = {site.path: FullRank() for site in ranked}
+    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    for site in ranked:
+        assert isinstance(site.module, RankedLayer)
+        retype_plain(site.module)
+    return model
+
+
+def _differences(model: nn.Module, plan: Plan) -> list[tuple[str, Site, Form, Form]]:
+    """The layers whose form differs from the plan's, with both forms resolved."""
+    differences: dict[int, tuple[str, Site, Form, Form]] = {}
+    for path, site in find_sites(model, plan).items():
+        try:
+            after = resolve_form(plan[path], weight_shape(site.module))
+        except ValueError as error:
+            raise ValueError(f"layer {path!r}: {error}") from None
+        assert site.form is not None
+        key = id(site.module)
+        if key in differences and differences[key][3] != after:
+            raise ValueError(f"{differences[key][0]!r} and {path!r} are one layer with two forms")
+        if after != site.form:
+            differences.setdefault(key, (path, site, site.form, after))
+    return list(differences.values())
+
+
+def _home_rank(site: Site) -> RankLike:
+    if isinstance(site.module, RankedLayer) and site.module.home is not None:
+        return site.module.home.rank
+    raise ValueError(f"layer {site.path!r} never had factors, so no rank to return to; give rank=")
+
+
+def _home_decomposition(site: Site) -> str:
+    layer = site.module
+    return layer.home.decomposition if isinstance(layer, RankedLayer) and layer.home else "svd"
+
+
+def _check(edits: Sequence[Edit], optimizers: Optimizers) -> None:
+    """The invariants of a change: each trainable parameter in exactly one group, none left over."""
+    if optimizers is None:
+        return
+    listed = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
+    held = [id(p) for o in listed for group in o.param_groups for p in group["params"]]
+    for edit in edits:
+        for name, p in edit.new.items():
+            assert held.count(id(p)) == int(p.requires_grad), (edit.path, name)
+        assert not {id(p) for p in edit.old.values()} & set(held), edit.path
+    for optimizer in listed:
+        for p, state in optimizer.state.items():
+            for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+                value = state.get(key)
+                assert value is None or value.shape == p.shape, key

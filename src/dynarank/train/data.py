@@ -1,0 +1,155 @@
+"""Data sets of images, whole in memory and normalised: what the recipes train on.
+
+Pixels are normalised one by one: each of the C x H x W positions has its own mean and standard
+deviation over the training set, as in the published code of the method.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+
+from dynarank.train.cifar10_files import CLASSES, DataError, RawImages, read_files, read_hub
+
+__all__ = ["DataError", "ImageData", "limit", "load_cifar10", "load_digits_data"]
+
+_SPLIT_SEED = 0  # the split of the digits; part of the data set's definition, not an option
+_ORDER_SEED = 0  # the order in which `limit` takes images; likewise
+_DIGITS_TEST = 360
+_STD_FLOOR = 0.05  # of the full scale: below it a pixel is nearly constant (CIFAR-10's least: .2)
+_CHUNK = 1_000
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A classification data set: images float32 ``(N, C, H, W)``, normalised; labels int64."""
+
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    classes: int
+
+
+def load_digits_data() -> ImageData:
+    """Scikit-learn's handwritten digits: 1,437 + 360 images of 1 x 8 x 8, always split alike.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+
+    """
+    try:
+        datasets: Any = importlib.import_module("sklearn.datasets")
+        selection: Any = importlib.import_module("sklearn.model_selection")
+    except ImportError as error:
+        raise ImportError(
+            "the digits data set was asked for, which comes with scikit-learn: "
+            "pip install 'dynarank[demo]'"
+        ) from error
+    digits = datasets.load_digits()
+    images: NDArray[np.uint8] = digits.images.astype(np.uint8)[:, None]  # whole numbers, 0 to 16
+    labels: NDArray[np.int64] = digits.target.astype(np.int64)
+    train, test = selection.train_test_split(
+        np.arange(len(labels)), test_size=_DIGITS_TEST, random_state=_SPLIT_SEED, stratify=labels
+    )
+    raw = RawImages(images[train], labels[train], images[test], labels[test])
+    return _normalised(raw, classes=10, scale=16)
+
+
+def load_cifar10(folder: str | None) -> ImageData:
+    """CIFAR-10: 50,000 + 10,000 images of 3 x 32 x 32.
+
+    Args:
+        folder: one of: a folder that holds the binary version (``data_batch_1.bin`` ...
+            ``data_batch_5.bin``, ``test_batch.bin``) itself or in ``cifar-10-batches-bin/``; a
+            folder that holds ``cifar10.npz``; an .npz file (uint8 ``x_train``, ``x_test`` of
+            shape ``(N, 32, 32, 3)`` or ``(N, 3, 32, 32)``; integer ``y_train``, ``y_test``);
+            the word ``hub`` (``./hub`` for a folder of that name); None for what the environment
+            variable DYNARANK_DATA says.
+
+    Raises:
+        DataError: if no place is named, or what is there is absent, incomplete or damaged.
+        ImportError: if the hub is asked for without the ``data`` extra.
+
+    """
+    place = os.environ.get("DYNARANK_DATA", "") if folder is None else folder
+    if not place:
+        raise DataError(
+            "CIFAR-10 was asked for and no place to read it from was named (DYNARANK_DATA is not "
+            "set). Name (1) a folder that holds the binary version, cifar-10-binary.tar.gz "
+            "unpacked; (2) an .npz file with x_train, y_train, x_test, y_test; or (3) the word "
+            "hub, to download it (needs pip install 'dynarank[data]'): as --data or DYNARANK_DATA"
+        )
+    raw = read_hub() if place == "hub" else read_files(Path(place).expanduser())
+    return _normalised(raw, classes=CLASSES, scale=255)
+
+
+def limit(data: ImageData, train_limit: int) -> ImageData:
+    """Keep ``train_limit`` training images; the test images stay.
+
+    They are the first of a fixed order which deals the classes out in turn, so that classes are
+    balanced as far as there are images, and a smaller limit's images are among a larger one's.
+    The normalisation stays that of the full training set.
+
+    Raises:
+        ValueError: if ``train_limit`` is less than 1 or more than there are.
+
+    """
+    count = len(data.train_labels)
+    if not 1 <= train_limit <= count:
+        raise ValueError(
+            f"{train_limit} training images were asked for; there are {count}: ask for 1 to {count}"
+        )
+    kept = _dealt_order(data.train_labels.cpu())[:train_limit].to(data.train_labels.device)
+    images, labels = data.train_images[kept], data.train_labels[kept]
+    return replace(data, train_images=images, train_labels=labels)
+
+
+def _dealt_order(labels: torch.Tensor) -> torch.Tensor:
+    """Shuffle the images, always alike; then take each class's first, each class's second, ..."""
+    generator = torch.Generator().manual_seed(_ORDER_SEED)
+    order = torch.randperm(len(labels), generator=generator)
+    shuffled = labels[order]
+    turns = F.one_hot(shuffled).cumsum(0)  # (N, classes): how many of each class up to an image
+    turn = turns.gather(1, shuffled[:, None]).squeeze(1)
+    return order[turn.argsort(stable=True)]
+
+
+def _normalised(raw: RawImages, *, classes: int, scale: int) -> ImageData:
+    mean, std = _pixel_statistics(raw.train_images, floor=_STD_FLOOR * scale)
+    return ImageData(
+        train_images=_standardised(raw.train_images, mean, std),
+        train_labels=torch.as_tensor(raw.train_labels),
+        test_images=_standardised(raw.test_images, mean, std),
+        test_labels=torch.as_tensor(raw.test_labels),
+        classes=classes,
+    )
+
+
+def _pixel_statistics(
+    images: NDArray[np.uint8], *, floor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of each pixel, ``(C, H, W)``, from exact whole-number sums."""
+    total = np.zeros(images.shape[1:], np.int64)
+    squares = np.zeros_like(total)
+    for start in range(0, len(images), _CHUNK):  # int64 is 8 times the size of the images
+        chunk = images[start : start + _CHUNK].astype(np.int64)
+        total += chunk.sum(0)
+        squares += (chunk * chunk).sum(0)
+    mean = total / len(images)
+    std = np.sqrt(np.maximum(squares / len(images) - mean * mean, floor * floor))
+    return torch.as_tensor(mean).float(), torch.as_tensor(std).float()
+
+
+def _standardised(images: NDArray[np.uint8], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    out = torch.empty(images.shape, dtype=torch.float32)
+    out.copy_(torch.as_tensor(images))
+    return out.sub_(mean).div_(std)

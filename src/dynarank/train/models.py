@@ -1,0 +1,140 @@
+"""The networks that the recipes train, and how they are initialised.
+
+In both, the glob ``*conv*`` selects exactly the convolutions that are worth factorising.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["MODELS", "DigitsNet", "ResNet20", "published_init_"]
+
+
+class DigitsNet(nn.Module):
+    """A small convolutional network for 1 x 8 x 8 digits: 32, 64 and 64 channels.
+
+    The stem is not called ``conv``: a kernel of 32 x 9 has nothing to gain from a low rank.
+
+    Args:
+        classes: how many outputs.
+
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.stem = _conv3x3(1, 32)
+        self.bn0 = nn.BatchNorm2d(32)
+        self.conv1 = _conv3x3(32, 64, stride=2)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.conv2 = _conv3x3(64, 64)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.head = nn.Linear(64, classes)
+        _glorot_init_(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``(N, classes)`` of images ``(N, 1, 8, 8)``."""
+        x = F.relu(self.bn0(self.stem(x)))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class ResNet20(nn.Module):
+    """ResNet-20 for 3 x 32 x 32 images as the method's published code has it: 272,762 parameters.
+
+    Post-activation blocks (He et al., Deep Residual Learning, arXiv 1512.03385), three stages of
+    three, 16, 32 and 64 channels. Unlike the original, the first block of EVERY stage has a 1x1
+    convolution and batch norm as its shortcut, also where the shape stays (16 to 16), and the
+    second batch norm of each block starts at zero, so that every block starts as its shortcut.
+
+    Args:
+        classes: how many outputs.
+
+    """
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.conv = _conv3x3(3, 16)
+        self.bn = _keras_batch_norm(16)
+        self.stages = nn.Sequential(_stage(16, 16, 1), _stage(16, 32, 2), _stage(32, 64, 2))
+        self.head = nn.Linear(64, classes)
+        _glorot_init_(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``(N, classes)`` of images ``(N, 3, H, W)``."""
+        x = self.stages(F.relu(self.bn(self.conv(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut: relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut x)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: nn.Module) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(inputs, outputs, stride=stride)
+        self.bn1 = _keras_batch_norm(outputs)
+        self.conv2 = _conv3x3(outputs, outputs)
+        self.bn2 = _keras_batch_norm(outputs)
+        self.shortcut = shortcut
+        nn.init.zeros_(self.bn2.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def _stage(inputs: int, outputs: int, stride: int, blocks: int = 3) -> nn.Sequential:
+    projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+    shortcut = nn.Sequential(projection, _keras_batch_norm(outputs))
+    rest = [_Block(outputs, outputs, 1, nn.Identity()) for _ in range(blocks - 1)]
+    return nn.Sequential(_Block(inputs, outputs, stride, shortcut), *rest)
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def _keras_batch_norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # Keras calls this momentum 0.99
+
+
+def _glorot_init_(model: nn.Module) -> None:
+    """Keras's default: kernels uniform (Glorot), each drawn for itself; biases zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
+    """Draw weights as the method's published ResNet-20 does, which reproduces a fault of it.
+
+    That code gives every layer one initialiser of one seed, which starts anew at each call: all
+    kernels of one shape begin with identical values (among them the factors of low-rank layers).
+    Use it to repeat the published runs, not to train well. Each parameter of two or more
+    dimensions is overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), the fans
+    read from its shape ``(out, in, *kernel)``; others (biases, batch norm) are left alone.
+
+    Args:
+        parameters: of one model, or several that are to start alike; changed in place.
+        seed: of a private generator; the global one is not touched.
+
+    """
+    for parameter in parameters:
+        if parameter.ndim < 2:
+            continue
+        window = math.prod(parameter.shape[2:])
+        bound = math.sqrt(6 / (window * (parameter.shape[0] + parameter.shape[1])))
+        generator = torch.Generator().manual_seed(seed)  # anew for each: this is the fault
+        values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
+        with torch.no_grad():
+            parameter.copy_(values)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"digits-net": DigitsNet, "resnet20": ResNet20}

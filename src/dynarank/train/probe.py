@@ -1,0 +1,59 @@
+"""What a training step holds in memory, measured on the step itself."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Optimizer
+
+__all__ = ["MemoryProbe", "probe_memory", "tensor_bytes"]
+
+
+@dataclass
+class MemoryProbe:
+    """The peak of the step inside :func:`probe_memory`, in bytes; 0 until the step is done."""
+
+    peak_bytes: int = 0
+
+
+@contextmanager
+def probe_memory(
+    model: nn.Module, optimizer: Optimizer, device: torch.device
+) -> Generator[MemoryProbe]:
+    """Measure the peak memory of the training step inside the block, without changing it.
+
+    On CUDA it is the allocator's peak. Elsewhere it is the sum of the tensors alive when the
+    backward pass begins, at the largest: parameters and buffers, gradients, optimizer state, and
+    what autograd saved for the backward pass; each storage counted once. Work space inside single
+    operations is not seen then.
+    """
+    probe = MemoryProbe()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield probe
+        probe.peak_bytes = torch.cuda.max_memory_allocated(device)
+        return
+    saved: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        yield probe
+    kept = [*model.parameters(), *model.buffers()]
+    for tensor in kept:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    probe.peak_bytes = sum(saved.values()) + tensor_bytes([*kept, *state, *gradients])
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' entries."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,96 @@
+"""The table behind the laws: layers, forms, dtypes and tolerances. A new method adds a row."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dynarank import Adapted, FullRank, LowRank
+from dynarank.forms import Form
+
+# Largest relative difference allowed, ||a - b|| / ||b||, for what is equal in exact arithmetic.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+DECOMPOSITIONS = ["svd"]
+
+
+@dataclass(frozen=True)
+class LayerCase:
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]  # of an input
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _convs() -> Iterator[LayerCase]:
+    options = itertools.product([1, (2, 1)], [0, (2, 1)], [1, 2], [True, False])
+    for stride, padding, dilation, bias in options:
+        yield LayerCase(
+            f"conv-s{stride}-p{padding}-d{dilation}-b{bias:d}".replace(" ", ""),
+            lambda s=stride, p=padding, d=dilation, b=bias: nn.Conv2d(
+                6, 10, 3, stride=s, padding=p, dilation=d, bias=b
+            ),
+            (2, 6, 9, 8),
+        )
+
+
+LAYERS = [
+    LayerCase("linear", lambda: nn.Linear(12, 10), (3, 12)),
+    LayerCase("linear-tall", lambda: nn.Linear(5, 14, bias=False), (2, 4, 5)),
+    LayerCase("conv-1x1", lambda: nn.Conv2d(8, 6, 1), (2, 8, 5, 5)),
+    LayerCase("conv-tall", lambda: nn.Conv2d(1, 16, (3, 1), bias=False), (2, 1, 5, 5)),
+    LayerCase(
+        "conv-same", lambda: nn.Conv2d(6, 10, (3, 5), padding="same", dilation=(2, 1)), (2, 6, 7, 7)
+    ),
+    LayerCase("conv-valid", lambda: nn.Conv2d(6, 10, 3, padding="valid"), (2, 6, 7, 7)),
+    LayerCase(
+        "conv-circular",
+        lambda: nn.Conv2d(6, 10, 3, stride=2, padding=(2, 1), padding_mode="circular"),
+        (2, 6, 7, 7),
+    ),
+    LayerCase(
+        "conv-reflect", lambda: nn.Conv2d(6, 10, 3, padding=1, padding_mode="reflect"), (2, 6, 7, 7)
+    ),
+    *_convs(),
+]
+
+DTYPES = [torch.float64, torch.float32]
+
+
+def forms(decomposition: str, rank: int = 3) -> list[Form]:
+    """Every form and every way to run it."""
+    return [
+        FullRank(),
+        LowRank(rank, decomposition),
+        Adapted(rank, decomposition, execution="merged"),
+        Adapted(rank, decomposition, alpha=3.0, execution="two-branch"),
+    ]
+
+
+ALL_FORMS = [form for name in DECOMPOSITIONS for form in forms(name)]
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:
+    """Relative difference in the Frobenius norm, within the table's tolerance for the dtype."""
+    limit = TOLERANCE[expected.dtype] if tolerance is None else tolerance
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    difference = (actual.double() - expected.double()).norm().item()
+    scale = max(expected.double().norm().item(), 1e-30)
+    assert difference <= limit * scale, (
+        f"relative difference {difference / scale:.1e} > {limit:.0e}"
+    )
+
+
+def randomise(module: nn.Module, seed: int = 1) -> None:
+    """Fill every parameter, adaptors too, so that no term of a law is zero by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 3)

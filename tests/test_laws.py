@@ -1,0 +1,373 @@
+"""The laws of the design, over layer x dtype x form; then over random sequences of changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from laws import (
+    ALL_FORMS,
+    DECOMPOSITIONS,
+    DTYPES,
+    LAYERS,
+    LayerCase,
+    assert_close,
+    forms,
+    randomise,
+)
+from torch import Tensor, nn
+
+import dynarank as dr
+from dynarank import Adapted, FullRank, LowRank
+from dynarank.cost import count_flops, trace
+from dynarank.decompositions import get_decomposition
+from dynarank.forms import Form, rank_limit
+from dynarank.layers import RankedLayer
+from dynarank.survey import weight_shape
+
+over_layers = pytest.mark.parametrize("case", LAYERS, ids=str)
+over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+over_decompositions = pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+
+
+def build(case: LayerCase, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(case.make()).to(dtype)
+    return model, torch.randn(case.shape, dtype=dtype)
+
+
+def in_form(case: LayerCase, dtype: torch.dtype, form: Form) -> tuple[nn.Module, Tensor]:
+    model, x = build(case, dtype)
+    dr.apply_plan(model, {"0": form})
+    randomise(model)
+    return model, x
+
+
+# Law 1: join(split(W, full rank)) == W, and the truncation's error is optimal.
+
+
+@over_layers
+@over_dtypes
+@over_decompositions
+def test_split_at_the_limit_loses_nothing(
+    case: LayerCase, dtype: torch.dtype, decomposition: str
+) -> None:
+    weight = case.make().to(dtype).weight.detach()
+    method = get_decomposition(decomposition)
+    factors = method.split(weight, rank_limit(weight.shape))
+    shapes = method.shapes(weight.shape, rank_limit(weight.shape))
+    assert tuple(tuple(f.shape) for f in factors) == shapes
+    assert_close(method.join(factors), weight.double(), 1e-12)
+
+
+@over_layers
+@over_dtypes
+@pytest.mark.parametrize("rank", [1, 3])
+def test_svd_truncation_is_optimal(case: LayerCase, dtype: torch.dtype, rank: int) -> None:
+    weight = case.make().to(dtype).weight.detach()
+    factors = get_decomposition("svd").split(weight, rank)
+    error = (get_decomposition("svd").join(factors) - weight.double()).norm().item()
+    tail = torch.linalg.svdvals(weight.double().flatten(1))[rank:]
+    assert error == pytest.approx(tail.norm().item(), rel=1e-9)
+
+
+# Law 2: apply(x, factors) == layer(x, join(factors)), in values and in gradients.
+
+
+@over_layers
+@over_dtypes
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_a_form_computes_with_its_effective_weight(
+    case: LayerCase, dtype: torch.dtype, form: Form
+) -> None:
+    model, x = in_form(case, dtype, form)
+    layer = model[0]
+    assert isinstance(layer, RankedLayer) or isinstance(form, FullRank)
+    plain, _ = build(case, dtype)
+    with torch.no_grad():
+        plain[0].weight.copy_(layer.weight)
+        if plain[0].bias is not None:
+            plain[0].bias.copy_(layer.bias)
+    one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+    actual, expected = model(one), plain(two)
+    assert_close(actual, expected)
+    seed = torch.randn(expected.shape, dtype=dtype)
+    actual.backward(seed)
+    expected.backward(seed)
+    assert one.grad is not None and two.grad is not None
+    assert_close(one.grad, two.grad)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@pytest.mark.parametrize("case", [LAYERS[0], LAYERS[6], LAYERS[-1]], ids=str)
+def test_gradients_against_finite_differences(case: LayerCase, form: Form) -> None:
+    model, x = in_form(case, torch.float64, form)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+
+    def call(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    values = [p.detach().clone().requires_grad_() for p in model.parameters() if p.requires_grad]
+    assert torch.autograd.gradcheck(call, (x.requires_grad_(), *values), fast_mode=True)
+
+
+# Law 3: inflate, deflate to adapted and merge keep the function; low-rank changes it as announced.
+
+
+@over_layers
+@over_dtypes
+@over_decompositions
+@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("verb", ["inflate", "deflate", "merge"])
+def test_the_function_is_unchanged(
+    case: LayerCase, dtype: torch.dtype, decomposition: str, before: int, verb: str
+) -> None:
+    model, x = in_form(case, dtype, forms(decomposition)[before])
+    expected = model(x)
+    if verb == "inflate":
+        dr.inflate(model, layers="*")
+    elif verb == "deflate":
+        dr.deflate(model, 2, to="adapted", layers="*", decomposition=decomposition)
+    else:
+        dr.merge(model)
+        assert type(model[0]) in (nn.Linear, nn.Conv2d)
+    assert_close(model(x), expected)
+
+
+@over_layers
+@over_dtypes
+@pytest.mark.parametrize("before", ALL_FORMS, ids=str)
+def test_a_truncation_changes_the_weight_by_its_announced_error(
+    case: LayerCase, dtype: torch.dtype, before: Form
+) -> None:
+    model, _ = in_form(case, dtype, before)
+    weight = model[0].weight.detach().double()
+    changes = dr.apply_plan(model, {"0": LowRank(2)})
+    actual = (model[0].weight.detach().double() - weight).norm() / weight.norm()
+    tail = torch.linalg.svdvals(weight.flatten(1))[2:].norm() / weight.norm()
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    assert changes[0].error == pytest.approx(actual.item(), abs=tolerance)
+    assert actual.item() == pytest.approx(tail.item(), abs=tolerance)
+
+
+# Law 4: applying twice is applying once; untouched things keep their object.
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.down = nn.Conv2d(8, 12, 3, stride=2)
+        self.mix = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.conv(x)))
+        x = torch.relu(self.down(x)).mean((2, 3))
+        return self.head(torch.relu(self.mix(x)))
+
+
+PATHS = ["conv", "down", "mix", "head"]
+
+
+def net(dtype: torch.dtype = torch.float32) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    return Net().to(dtype), torch.randn(4, 3, 8, 8, dtype=dtype)
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_a_plan_applied_twice_is_applied_once(form: Form) -> None:
+    model, _ = net()
+    plan = dict.fromkeys(PATHS, form)
+    dr.apply_plan(model, plan)
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    assert dr.apply_plan(model, plan) == []
+    after = dict(model.named_parameters())
+    assert {name: id(p) for name, p in after.items()} == {n: i for n, (i, _) in before.items()}
+    assert all(torch.equal(after[name], value) for name, (_, value) in before.items())
+
+
+@pytest.mark.parametrize("form", ALL_FORMS[1:], ids=str)
+def test_what_is_not_named_is_not_touched(form: Form) -> None:
+    model, x = net()
+    model.eval()
+    calls: list[int] = []
+    model.conv.register_forward_hook(lambda *_: calls.append(1))
+    model.head.weight.requires_grad_(False)
+    modules = {path: module for path, module in model.named_modules()}
+    kept = {n: p for n, p in model.named_parameters() if n != "conv.weight"}
+    dr.apply_plan(model, {"conv": form})
+    after = dict(model.named_parameters())
+    assert all(after[name] is p for name, p in kept.items())
+    assert dict(model.named_modules()) == modules
+    assert all(not module.training for module in model.modules())
+    assert not model.head.weight.requires_grad
+    model(x)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("form", ALL_FORMS[1:], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_dtype_and_memory_format_stay(form: Form, dtype: torch.dtype) -> None:
+    model, _ = net(dtype)
+    model.to(memory_format=torch.channels_last)
+    dr.apply_plan(model, {"down": form})
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    dr.inflate(model)
+    assert model.down.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.down.weight.is_contiguous()
+
+
+def test_a_full_rank_layer_has_the_keys_of_its_plain_one() -> None:
+    model, _ = net()
+    keys = list(model.state_dict())
+    dr.inflate(dr.factorize(model, 2, layers="*"))
+    assert list(model.state_dict()) == keys
+    Net().load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+def test_a_frozen_layer_stays_frozen_unless_adapted(form: Form) -> None:
+    model, _ = net()
+    model.mix.weight.requires_grad_(False)
+    dr.apply_plan(model, {"mix": LowRank(2)})
+    dr.apply_plan(model, {"mix": form})
+    names = {n for n, p in model.mix.named_parameters() if p.requires_grad} - {"bias"}
+    assert names == ({"down", "up"} if isinstance(form, Adapted) else set())
+
+
+# Law 7: predicted parameters and FLOPs are exact, for every form of every layer.
+
+
+@over_layers
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "inner"])
+def test_cost_is_exact(case: LayerCase, form: Form, first: bool) -> None:
+    """An inner layer's input needs a gradient, a first layer's does not."""
+    model, x = build(case, torch.float32)
+    x.requires_grad_(not first)
+    use = trace(model, x)
+    predicted = use.flops({"0": form})
+    parameters = use.parameters({"0": form})
+    dr.apply_plan(model, {"0": form})
+    assert count_flops(model, x) == predicted
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    assert parameters == (sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
+
+
+@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@pytest.mark.parametrize("now", ALL_FORMS, ids=str)
+def test_cost_does_not_depend_on_the_form_it_was_traced_in(now: Form, form: Form) -> None:
+    model, x = net()
+    dr.apply_plan(model, dict.fromkeys(PATHS, now))
+    predicted = trace(model, x).flops(dict.fromkeys(PATHS, form))
+    dr.apply_plan(model, dict.fromkeys(PATHS, form))
+    assert count_flops(model, x) == predicted
+
+
+# All laws at once, over random sequences of changes, with an optimizer.
+
+any_form = st.one_of(
+    st.just(FullRank()),
+    st.builds(LowRank, st.integers(1, 5)),
+    st.builds(
+        Adapted,
+        st.integers(1, 5),
+        alpha=st.sampled_from([1.0, 16.0]),
+        execution=st.sampled_from(["merged", "two-branch"]),
+    ),
+)
+any_plan = st.dictionaries(st.sampled_from(PATHS), any_form, min_size=1)
+OPTIMIZERS = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=1e-3),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, amsgrad=True),
+}
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Law 5: every trainable parameter once, none foreign, states that fit."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(held) == len({id(p) for p in held})
+    assert {id(p) for p in held} == {id(p) for p in trainable}
+    assert {id(p) for p in optimizer.state} <= {id(p) for p in held}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step":
+                assert value.shape == p.shape and value.dtype == p.dtype
+                assert torch.isfinite(value).all()
+    copied = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copied)
+
+
+def check_moments(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Law 6's bound, for parameters that a change has just made."""
+    for p in parameters:
+        state = optimizer.state.get(p, {})
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            if key in state:
+                assert (state[key] * (1 + 1e-9) >= state["exp_avg"].square()).all()
+
+
+def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    plans=st.lists(any_plan, min_size=1, max_size=5),
+    kind=st.sampled_from(sorted(OPTIMIZERS)),
+    moments=st.sampled_from(["project", "reset"]),
+    train_between=st.booleans(),
+)
+def test_any_sequence_of_changes(
+    plans: list[dict[str, Form]], kind: str, moments: str, train_between: bool
+) -> None:
+    model, x = net(torch.float64)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 1e-4},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "lr": 0.02},
+    ]
+    optimizer = OPTIMIZERS[kind](groups)
+    del groups  # it holds the first parameters
+    options = [
+        {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        for group in optimizer.param_groups
+    ]
+    for plan in plans:
+        if train_between:
+            step(model, x, optimizer)
+        model.eval()
+        before, shapes = model(x), {p: weight_shape(model.get_submodule(p)) for p in PATHS}
+        old = [weakref.ref(p) for p in model.parameters()]
+        changes = dr.apply_plan(model, plan, optimizer=optimizer, moments=moments)  # type: ignore[arg-type]
+        if not any(isinstance(change.after, LowRank) for change in changes):
+            assert_close(model(x), before)
+        assert all(dr.current_plan(model)[path] == form for path, form in plan.items())
+        assert {p: weight_shape(model.get_submodule(p)) for p in PATHS} == shapes
+        check_optimizer(model, optimizer)
+        known = [ref() for ref in old]
+        made = [p for p in model.parameters() if not any(p is one for one in known)]
+        check_moments(made, optimizer)
+        del known
+        assert dr.apply_plan(model, plan, optimizer=optimizer) == []
+        alive = {id(p) for p in model.parameters()}
+        del before
+        gc.collect()
+        assert all(ref() is None or id(ref()) in alive for ref in old)
+        model.train()
+    after = [
+        {k: group[k] for k in one}
+        for group, one in zip(optimizer.param_groups, options, strict=True)
+    ]
+    assert after == options
+    step(model, x, optimizer)

@@ -1,0 +1,239 @@
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dynarank.train import cifar10_files
+from dynarank.train.data import DataError, ImageData, load_cifar10
+
+RECORDS = 20
+TRAIN = 5 * RECORDS
+BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cifar10_files, "RECORDS_PER_FILE", RECORDS)
+    monkeypatch.delenv("DYNARANK_DATA", raising=False)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    """All images, train then test: uint8 (N, C, H, W)."""
+    return np.random.default_rng(0).integers(0, 256, (TRAIN + RECORDS, 3, 32, 32), dtype=np.uint8)
+
+
+@pytest.fixture
+def labels() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 10, TRAIN + RECORDS)
+
+
+def write_binary(folder: Path, images: np.ndarray, labels: np.ndarray) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.concatenate([labels[:, None].astype(np.uint8), images.reshape(len(images), -1)], 1)
+    for i, name in enumerate([*BATCHES, "test_batch.bin"]):
+        rows[i * RECORDS : (i + 1) * RECORDS].tofile(folder / name)
+    return folder
+
+
+def npz_arrays(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        "x_train": images[:TRAIN],
+        "y_train": labels[:TRAIN],
+        "x_test": images[TRAIN:],
+        "y_test": labels[TRAIN:],
+    }
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> str:
+    np.savez_compressed(path, **arrays)
+    return str(path)
+
+
+def assert_is(data: ImageData, images: np.ndarray, labels: np.ndarray) -> None:
+    """Compare with the published normalisation, spelt out in float64."""
+    scaled = images / 255.0
+    mean, std = scaled[:TRAIN].mean(0), scaled[:TRAIN].std(0)
+    wanted = torch.from_numpy((scaled - mean) / std).float()
+    assert data.classes == 10
+    assert data.train_images.dtype == torch.float32 and data.train_images.is_contiguous()
+    torch.testing.assert_close(data.train_images, wanted[:TRAIN], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(data.test_images, wanted[TRAIN:], rtol=1e-5, atol=1e-5)
+    assert data.train_labels.dtype == data.test_labels.dtype == torch.int64
+    assert data.train_labels.tolist() == labels[:TRAIN].tolist()
+    assert data.test_labels.tolist() == labels[TRAIN:].tolist()
+
+
+@pytest.mark.parametrize("inside", [".", "cifar-10-batches-bin"])
+def test_binary(tmp_path: Path, images: np.ndarray, labels: np.ndarray, inside: str) -> None:
+    write_binary(tmp_path / inside, images, labels)
+    assert_is(load_cifar10(str(tmp_path)), images, labels)
+
+
+def test_environment_variable(
+    tmp_path: Path, images: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNARANK_DATA", str(write_binary(tmp_path, images, labels)))
+    assert_is(load_cifar10(None), images, labels)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_npz(
+    tmp_path: Path, images: np.ndarray, labels: np.ndarray, channels_last: bool, by_folder: bool
+) -> None:
+    arrays = npz_arrays(images, labels[:, None])
+    if channels_last:
+        arrays |= {key: arrays[key].transpose(0, 2, 3, 1) for key in ("x_train", "x_test")}
+    path = write_npz(tmp_path / "cifar10.npz", **arrays)
+    assert_is(load_cifar10(str(tmp_path) if by_folder else path), images, labels)
+
+
+def hub(images: np.ndarray, labels: np.ndarray) -> SimpleNamespace:
+    def load_dataset(name: str) -> dict[str, dict[str, list]]:
+        assert name == "uoft-cs/cifar10"
+        pixels, found = list(images.transpose(0, 2, 3, 1)), labels.tolist()
+        return {
+            "train": {"img": pixels[:TRAIN], "label": found[:TRAIN]},
+            "test": {"img": pixels[TRAIN:], "label": found[TRAIN:]},
+        }
+
+    return SimpleNamespace(load_dataset=load_dataset)
+
+
+def test_hub(images: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", hub(images, labels))
+    assert_is(load_cifar10("hub"), images, labels)
+
+
+def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ImportError, match=r"pip install 'dynarank\[data\]'"):
+        load_cifar10("hub")
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match=r"uoft-cs/cifar10.*no route.*name a folder"):
+        load_cifar10("hub")
+
+
+@pytest.mark.parametrize("folder", [None, ""])
+def test_no_place_named(folder: str | None) -> None:
+    with pytest.raises(DataError, match=r"DYNARANK_DATA.*binary version.*\.npz.*hub"):
+        load_cifar10(folder)
+
+
+def test_place_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere, which does not exist"):
+        load_cifar10(str(tmp_path / "nowhere"))
+
+
+def test_folder_of_something_else(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="it is empty"):
+        load_cifar10(str(tmp_path))
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    for i in range(13):
+        (tmp_path / f"n{i:02}.txt").touch()
+    with pytest.raises(DataError, match=r"it holds cifar-10-batches-py/, n00.txt,.* and 2 more"):
+        load_cifar10(str(tmp_path))
+
+
+@pytest.mark.parametrize("missing", ["data_batch_1.bin", "data_batch_4.bin", "test_batch.bin"])
+def test_missing_file(tmp_path: Path, images: np.ndarray, labels: np.ndarray, missing: str) -> None:
+    (write_binary(tmp_path, images, labels) / missing).unlink()
+    with pytest.raises(DataError, match=rf"{missing} is missing from .*it holds data_batch_"):
+        load_cifar10(str(tmp_path))
+
+
+@pytest.mark.parametrize("change", [-1, 1, -3073])
+def test_wrong_size(tmp_path: Path, images: np.ndarray, labels: np.ndarray, change: int) -> None:
+    path = write_binary(tmp_path, images, labels) / "data_batch_3.bin"
+    whole = path.read_bytes()
+    path.write_bytes((whole + b"\0")[: len(whole) + change])
+    with pytest.raises(DataError, match=rf"data_batch_3.bin.*61,460 bytes.*{61460 + change:,}"):
+        load_cifar10(str(tmp_path))
+
+
+def test_label_out_of_range(tmp_path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    labels[3 * RECORDS + 7] = 10
+    write_binary(tmp_path, images, labels)
+    with pytest.raises(DataError, match=r"data_batch_4.bin.*0 to 9.*record 7 has label 10"):
+        load_cifar10(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "message"),
+    [
+        ("x_train", None, "lacks x_train and holds y_train, x_test, y_test"),
+        ("x_train", np.zeros((TRAIN, 3, 32, 32), np.float32), "x_train must be uint8.*float32"),
+        ("x_train", np.zeros((TRAIN, 32, 32), np.uint8), r"x_train must be.*\(100, 32, 32\)"),
+        ("x_train", np.zeros((TRAIN, 3, 16, 64), np.uint8), "x_train must be"),
+        ("x_test", np.zeros((0, 3, 32, 32), np.uint8), "x_test must be.*N >= 1"),
+        ("x_test", np.array(7, np.uint8), r"x_test must be.*shape \(\)"),
+        ("y_train", np.zeros(TRAIN - 1, np.int64), r"y_train must be.*\(100,\).*\(99,\)"),
+        ("y_train", np.zeros((TRAIN, 2), np.int64), "y_train must be integer labels"),
+        ("y_train", np.zeros(TRAIN), "y_train must be integer labels.*float64"),
+        ("y_test", np.full(RECORDS, -1), "y_test: labels must be 0 to 9, but record 0 has .*-1"),
+        ("y_test", np.array([object()] * RECORDS), "allow_pickle=False"),
+    ],
+)
+def test_wrong_npz(
+    tmp_path: Path,
+    images: np.ndarray,
+    labels: np.ndarray,
+    key: str,
+    wrong: np.ndarray | None,
+    message: str,
+) -> None:
+    arrays = npz_arrays(images, labels)
+    arrays.pop(key)
+    if wrong is not None:
+        arrays[key] = wrong
+    path = write_npz(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(DataError, match=message):
+        load_cifar10(path)
+
+
+def test_not_an_npz(tmp_path: Path) -> None:
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(b"something else")
+    with pytest.raises(DataError, match=r"tar.gz was read as an .npz file.*not a zip file"):
+        load_cifar10(str(path))
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_npz_raises_or_reads_true(tmp_path: Path, save: object) -> None:
+    """One byte changed anywhere, or the end cut off: never another exception, nor other data."""
+    path, rng = tmp_path / "cifar10.npz", np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    arrays = {"x_train": pixels, "y_train": [1, 2, 3], "x_test": pixels[:1], "y_test": [4]}
+    save(path, **arrays)  # type: ignore[operator]
+    whole, raised = path.read_bytes(), 0
+    for at in [*range(0, 400), *rng.integers(0, len(whole), 400)]:
+        damaged = whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
+        path.write_bytes(whole[:at] if at % 10 == 0 else damaged)
+        try:
+            raw = cifar10_files.read_files(path)
+        except DataError:
+            raised += 1
+        else:
+            assert (raw.train_images == pixels).all() and raw.train_labels.tolist() == [1, 2, 3]
+            assert (raw.test_images == pixels[:1]).all() and raw.test_labels.tolist() == [4]
+    assert raised > 600
+
+
+def test_npz_whose_header_claims_fewer_bytes(tmp_path: Path) -> None:
+    """numpy alone reads other labels here and never reaches the checksum."""
+    path = tmp_path / "cifar10.npz"
+    pixels, labels = np.zeros((1100, 3, 32, 32), np.uint8), np.arange(1100) % 10
+    np.savez(path, x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    path.write_bytes(path.read_bytes().replace(b"'<i8'", b"'<i4'"))
+    with pytest.raises(DataError, match="checksum"):
+        load_cifar10(str(path))
