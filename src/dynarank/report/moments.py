@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dynarank.records import ChangeRecord, EpochRecord, PhaseRecord, Run, SpectrumRecord
@@ -35,7 +35,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of training during which most layers had one form."""
+    """A stretch of training with one prevailing form."""
 
     start: float
     end: float
@@ -72,12 +72,20 @@ def spans(run: Run) -> list[Span]:
     ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
     found: list[Span] = []
     for phase, end in zip(phases, ends, strict=False):
-        form = max(phase.forms, key=lambda name, forms=phase.forms: forms[name])
-        start = phase.epoch
+        form, start = _prevailing(phase.forms), phase.epoch
         if found and found[-1].form == form:
             start = found.pop().start
         found.append(Span(start, end, form))
     return [span for span in found if span.end > span.start]
+
+
+def _prevailing(forms: Mapping[str, int]) -> str:
+    """Name the form most layers have, of those that are not full-rank if there are any.
+
+    Some layers (the last, say) stay full-rank under most schedules: they do not make a phase so.
+    """
+    reduced = {form: amount for form, amount in forms.items() if form != "full-rank"}
+    return max(reduced or forms, key=lambda form: forms[form])
 
 
 def by_schedule(runs: Sequence[Run]) -> dict[str, list[Run]]:

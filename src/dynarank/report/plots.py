@@ -253,4 +253,6 @@ def _patch(colour: str) -> Artist:
 def _legend_below(figure: Figure, keys: Sequence[tuple[Artist, str]]) -> None:
     if keys:
         handles, labels = zip(*keys, strict=True)
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(keys), 6))
+        rows = math.ceil(len(keys) / 7)
+        columns = math.ceil(len(keys) / rows)
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["cost_figure"]
 
 _Value = Callable[[SummaryRecord], float]
+_Box = tuple[float, float, float, float]  # left, right, low, high, in fractions of the axes
 
 
 @dataclass(frozen=True)
@@ -85,23 +86,47 @@ def _limit(axes: Axes, pairs: Sequence[tuple[float, float]]) -> None:
 
 
 def _label(axes: Axes, points: Sequence[_Point]) -> None:
-    """Name each point beside it, names spread upwards until none touches the one below."""
+    """Name each point beside it, where the name covers no other point and no other name."""
     (_, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    last = -1.0
-    for point in sorted(points, key=lambda point: point.y):
-        across, up = point.x / right, (point.y - low) / (high - low)
-        last = max(up - 0.015, last + 0.085)
-        on_right = across < 0.5
+    spots = {point: (point.x / right, (point.y - low) / (high - low)) for point in points}
+    taken = [(x - 0.03, x + 0.03, y - 0.02, y + 0.02) for x, y in spots.values()]
+    for point, (x, y) in spots.items():
+        text = shown(point.name, 24)
+        box = next((b for b in _places(x, y, text) if not _meets(b, taken)), None)
+        box = box or next(_places(x, y, text))
+        taken.append(box)
+        on_right = box[0] > x
         axes.annotate(
-            shown(point.name, 24),
+            text,
             (point.x, point.y),
-            xytext=(across + (0.05 if on_right else -0.05), last),
+            xytext=(box[0] if on_right else box[1], (box[2] + box[3]) / 2),
             textcoords="axes fraction",
             ha="left" if on_right else "right",
+            va="center",
             fontsize=8,
             color=INK,
             arrowprops={"arrowstyle": "-", "color": NEUTRAL, "linewidth": 0.5, "shrinkB": 4},
         )
+
+
+def _places(x: float, y: float, text: str) -> Iterator[_Box]:
+    """Boxes for a name beside ``(x, y)``, nearest first, that stay inside the axes."""
+    width = 0.023 * len(text)  # of panels 2.7 inches wide, in letters of .06 inches
+    for step in range(12):
+        for up in sorted({y + 0.08 * step, y - 0.08 * step}, reverse=True):
+            for left in (x - 0.05 - width, x + 0.05):
+                if step == 0 or (left >= 0 and left + width <= 1 and 0.04 <= up <= 0.96):
+                    yield left, left + width, up - 0.035, up + 0.035
+
+
+def _meets(box: _Box, others: Sequence[_Box]) -> bool:
+    """Tell whether a box overlaps any other, or leaves the axes."""
+    if box[0] < 0 or box[1] > 1:
+        return True
+    return any(
+        box[0] < other[1] and other[0] < box[1] and box[2] < other[3] and other[2] < box[3]
+        for other in others
+    )
 
 
 def _memory_unit(runs: Sequence[Run]) -> tuple[float, str]:
