@@ -45,7 +45,7 @@ def test_train_digits(
         assert schedule in out
         names = {path.name for path in (folder / schedule).iterdir()}
         assert names == {"config.json", "records.jsonl", "model.safetensors"}
-    assert "0.580x" in out and "1.000x" in out
+    assert "0.294x" in out and "1.000x" in out
     page = (folder / "report.html").read_text()
     assert page.startswith("<!") and "dynamic-rank" in page
 

@@ -50,8 +50,8 @@ class Transport:
 
     def commit(self) -> None:
         """Write the groups and states."""
-        changing = [group for group, _ in self.groups]
-        changing += {id(o): o.state for o, *_ in (*self.dropped, *self.states)}.values()
+        states = {id(o): o.state for o, *_ in (*self.dropped, *self.states)}
+        changing: list[dict[Any, Any]] = [*(group for group, _ in self.groups), *states.values()]
         self._undo = [(mapping, dict(mapping)) for mapping in changing]
         for group, contents in self.groups:
             group.update(contents)

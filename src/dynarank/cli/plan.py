@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dynarank.cli.show import console, mebibytes, right_aligned
+from dynarank.cli.show import console, right_aligned
 from dynarank.cost import LayerUse, ModelUse, form_parameters, trace
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data, resolve_form
 from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
+from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.survey import select, survey
 from dynarank.train.models import MODELS
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
@@ -135,15 +136,14 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
         table.add_row(
             f"{_epochs(one.phase.start)} to {_epochs(one.phase.stop)}",
             ", ".join(names),
-            f"{one.trainable_parameters:,}",
-            f"{one.total_parameters:,}",
-            f"{one.relative_forward:.3f}x",
-            f"{one.relative_training:.3f}x",
-            mebibytes(one.state_bytes),
+            count(one.trainable_parameters),
+            count(one.total_parameters),
+            ratio(one.relative_forward),
+            ratio(one.relative_training),
+            bytes_text(one.state_bytes),
         )
     table.add_section()
-    mean = f"{cost.mean_trainable:,.0f}"
-    total = f"{cost.relative_training:.3f}x"
+    mean, total = count(cost.mean_trainable), ratio(cost.relative_training)
     table.add_row("whole run", "mean over steps", mean, "", "", total, "")
     terminal.print(table)
     terminal.print(

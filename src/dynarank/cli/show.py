@@ -19,8 +19,9 @@ from rich.table import Table
 
 from dynarank.forms import Change, form_name
 from dynarank.records import EpochRecord
+from dynarank.report.formats import seconds_text
 
-__all__ = ["ProgressListener", "console", "duration", "mebibytes", "right_aligned"]
+__all__ = ["ProgressListener", "console", "right_aligned"]
 
 
 def console(*, quiet_stdout: bool = False) -> Console:
@@ -37,19 +38,6 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
     for name in numbers:
         table.add_column(name, justify="right")
     return table
-
-
-def mebibytes(count: float) -> str:
-    """Bytes in MiB."""
-    return f"{count / 2**20:,.1f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person writes them."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s"
 
 
 class ProgressListener:
@@ -105,7 +93,7 @@ class ProgressListener:
         if not self._out.is_terminal:
             self._out.print(
                 f"{self._schedule}: epoch {record.epoch:.0f}/{self._epochs}  {self._scores}  "
-                f"FLOPs {record.relative_flops:.3f}x  {duration(record.seconds)}"
+                f"FLOPs {record.relative_flops:.3f}x  {seconds_text(record.seconds)}"
             )
 
     def _note(self) -> str:

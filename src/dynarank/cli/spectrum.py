@@ -108,6 +108,8 @@ def _sparkline(values: list[float], width: int = 16) -> str:
 
 def _picture(terminal: Console, place: Path, spectra: list[WeightSpectrum]) -> None:
     values = {weight.name: weight.values for weight in spectra if weight.values is not None}
+    if not values:
+        return
     try:
         figure = spectrum_figure({name: v.tolist() for name, v in values.items()})
         figure.savefig(place)

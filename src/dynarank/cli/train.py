@@ -11,9 +11,10 @@ import torch
 import typer
 from rich.console import Console
 
-from dynarank.cli.show import ProgressListener, console, duration, mebibytes, right_aligned
+from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import SummaryRecord
 from dynarank.report import write_report
+from dynarank.report.formats import bytes_text, count, percent, ratio, seconds_text
 from dynarank.schedules import get_preset
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
 from dynarank.train.loop import Machine
@@ -148,13 +149,13 @@ def _show(
     for name, summary in summaries.items():
         table.add_row(
             name,
-            f"{summary.test_accuracy:.2%}",
-            f"{summary.trainable_parameters_peak:,}",
-            f"{summary.trainable_parameters_mean:,.0f}",
-            f"{summary.relative_flops:.3f}x",
-            mebibytes(summary.memory_bytes),
-            duration(summary.train_seconds),
-            duration(summary.wall_seconds),
+            percent(summary.test_accuracy, 2),
+            count(summary.trainable_parameters_peak),
+            count(summary.trainable_parameters_mean),
+            ratio(summary.relative_flops),
+            bytes_text(summary.memory_bytes),
+            seconds_text(summary.train_seconds),
+            seconds_text(summary.wall_seconds),
         )
     terminal.print(table)
     terminal.print("Training FLOPs: matrix products and convolutions, relative to full-rank.")

@@ -6,7 +6,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from dynarank.report.drawing import depth_colormap, new_figure, plain_tick, shown, styled
+from dynarank.spectrum import effective_rank, stable_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,18 +53,6 @@ def spectrum_figure(
     return figure
 
 
-def _effective_rank(values: Sequence[float]) -> float:
-    """Compute ``exp(H(s / sum s))``, H the entropy, of values not all zero."""
-    total = math.fsum(values)
-    shares = [value / total for value in values if value > 0]
-    return math.exp(-math.fsum(share * math.log(share) for share in shares))
-
-
-def _stable_rank(values: Sequence[float]) -> float:
-    """Compute ``sum s^2 / s_1^2`` of values not all zero."""
-    return math.fsum((value / max(values)) ** 2 for value in values)
-
-
 def _check(spectra: Mapping[str, Sequence[float]]) -> None:
     if not spectra:
         raise ValueError("there is no layer to draw: spectra is empty")
@@ -74,14 +66,15 @@ def _sound(values: Sequence[float]) -> bool:
     return all(map(math.isfinite, values)) and max(values) > 0
 
 
-def _share(values: Sequence[float], rank: Callable[[Sequence[float]], float]) -> float:
+def _share(values: Sequence[float], rank: Callable[[Tensor], float]) -> float:
     """Divide a rank by the full rank; a spectrum that cannot be drawn gets nothing."""
-    return rank(values) / len(values) if _sound(values) else 0.0
+    exact = torch.tensor(values, dtype=torch.float64)
+    return rank(exact) / len(values) if _sound(values) else 0.0
 
 
 def _lowest(spectra: Mapping[str, Sequence[float]], limit: int) -> list[str]:
     """Choose the ``limit`` layers of the lowest effective rank, in the order they came."""
-    ranked = sorted(spectra, key=lambda name: _share(spectra[name], _effective_rank))
+    ranked = sorted(spectra, key=lambda name: _share(spectra[name], effective_rank))
     kept = set(ranked[:limit])
     return [name for name in spectra if name in kept]
 
@@ -116,8 +109,8 @@ def _rank_bars(axes: Axes, spectra: Mapping[str, Sequence[float]], total: int) -
     from matplotlib.ticker import PercentFormatter
 
     rows = range(len(spectra))
-    effective = [_share(values, _effective_rank) for values in spectra.values()]
-    stable = [_share(values, _stable_rank) for values in spectra.values()]
+    effective = [_share(values, effective_rank) for values in spectra.values()]
+    stable = [_share(values, stable_rank) for values in spectra.values()]
     axes.barh(
         [row - 0.19 for row in rows], effective, 0.36, color=_EFFECTIVE, label="effective rank"
     )

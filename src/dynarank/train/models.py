@@ -16,7 +16,7 @@ __all__ = ["MODELS", "DigitsNet", "ResNet20", "published_init_"]
 
 
 class DigitsNet(nn.Module):
-    """A small convolutional network for 1 x 8 x 8 digits: 32, 64 and 64 channels.
+    """A small convolutional network for 1 x 8 x 8 digits: 32, 64, 128 and 128 channels.
 
     The stem is not called ``conv``: a kernel of 32 x 9 has nothing to gain from a low rank.
 
@@ -29,11 +29,13 @@ class DigitsNet(nn.Module):
         super().__init__()
         self.stem = _conv3x3(1, 32)
         self.bn0 = nn.BatchNorm2d(32)
-        self.conv1 = _conv3x3(32, 64, stride=2)
+        self.conv1 = _conv3x3(32, 64)
         self.bn1 = nn.BatchNorm2d(64)
-        self.conv2 = _conv3x3(64, 64)
-        self.bn2 = nn.BatchNorm2d(64)
-        self.head = nn.Linear(64, classes)
+        self.conv2 = _conv3x3(64, 128, stride=2)
+        self.bn2 = nn.BatchNorm2d(128)
+        self.conv3 = _conv3x3(128, 128)
+        self.bn3 = nn.BatchNorm2d(128)
+        self.head = nn.Linear(128, classes)
         _glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,6 +43,7 @@ class DigitsNet(nn.Module):
         x = F.relu(self.bn0(self.stem(x)))
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
         return self.head(x.mean((2, 3)))
 
 
