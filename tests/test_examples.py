@@ -1,0 +1,53 @@
+"""Every example runs, is short, and says at the top what it shows."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+ARGUMENTS = {
+    "01_functions": ["--steps", "5"],
+    "02_plain_loop": ["--epochs", "2"],
+    "03_own_schedule": ["--steps", "10"],
+}
+SAYS = {
+    "01_functions": 'deflate(to="adapted")     50,206 trainable, output moved by 0.0e+00',
+    "02_plain_loop": "layer 3: FullRank() -> LowRank(rank=16, decomposition='svd')",
+    "03_own_schedule": "layer 2: LowRank(rank=25, decomposition='svd')",
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_an_example_runs(path: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", path, *ARGUMENTS[path.stem]],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert SAYS[path.stem] in done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_an_example_is_short_and_explains_itself(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= 150
+    assert ast.get_docstring(ast.parse(text))
+
+
+def test_the_readme_shows_code_that_runs() -> None:
+    """Each Python block of the README, one after another in one namespace."""
+    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
+    assert blocks
+    code = "\n".join(block.split("```")[0] for block in blocks)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
