@@ -49,5 +49,7 @@ def test_the_readme_shows_code_that_runs() -> None:
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
     assert blocks
     code = "\n".join(block.split("```")[0] for block in blocks)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

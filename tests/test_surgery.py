@@ -86,6 +86,14 @@ def poison(model: nn.Sequential) -> None:
         model[2].weight[3, 3] = float("nan")
 
 
+def hook(model: nn.Sequential) -> None:
+    model[2].weight.register_hook(lambda grad: grad)
+
+
+def late_hook(model: nn.Sequential) -> None:
+    model[2].weight.register_post_accumulate_grad_hook(lambda p: None)
+
+
 def blow_up(model: nn.Sequential) -> None:
     with torch.no_grad():
         model[2].weight[0, 0] = float("inf")
@@ -105,6 +113,8 @@ REFUSED: list[tuple[str, Callable[[nn.Sequential], None], dict[str, Form], str]]
     ("tied-memory", tie_memory, {"2": LowRank(2)}, r"'2' .*tied to 5.weight"),
     ("nan", poison, {"0": LowRank(2), "2": LowRank(2)}, r"'2': its weight holds NaN"),
     ("inf", blow_up, {"2": Adapted(2)}, r"'2': its weight holds NaN or infinite"),
+    ("hook", hook, {"0": LowRank(2), "2": LowRank(2)}, r"'2': its weight has gradient hooks"),
+    ("late-hook", late_hook, {"2": LowRank(2)}, r"'2': its weight has gradient hooks"),
     ("meta", lambda m: m[2].to("meta"), {"2": LowRank(2)}, r"on the meta device"),  # type: ignore[misc, list-item]
 ]
 # fmt: on
@@ -252,6 +262,29 @@ def test_layers_that_are_not_handled_are_left_and_listed(caplog: pytest.LogCaptu
     }
     with pytest.raises(ValueError, match="'3' cannot change form: grouped convolutions"):
         dr.apply_plan(model, {"3": LowRank(2)})
+
+
+def test_lazy_and_subclassed_layers_are_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(16, 32), Own(32, 32))
+    dr.factorize(model, 2)
+    obstacles = {site.path: site.obstacle for site in dr.survey(model)}
+    assert obstacles["2"] == "Own layers are not handled" and "lazy" in obstacles["0"]
+    assert dr.current_plan(model) == {"1": LowRank(2)}
+
+
+@pytest.mark.parametrize("wrapper", ["DistributedDataParallel", "FSDPModule"])
+def test_a_wrapped_model_is_refused(wrapper: str) -> None:
+    class Base(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    wrapped = type(wrapper, (Base,), {})(mlp())
+    with pytest.raises(ValueError, match=f"wrapped by {wrapper}.*before wrapping"):
+        dr.factorize(wrapped, 2)
 
 
 def test_deflate_returns_to_the_last_rank_or_asks_for_one() -> None:

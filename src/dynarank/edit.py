@@ -160,10 +160,21 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"layer {path!r}: its {name} is on the meta device and has no values")
+        if _has_hooks(p):
+            raise ValueError(
+                f"layer {path!r}: its {name} has gradient hooks, which would be lost with it; "
+                "remove them first and register them on the new parameters"
+            )
         if not p.is_floating_point():
             raise ValueError(f"layer {path!r}: its {name} is {p.dtype}; real floating point only")
         if not torch.isfinite(p).all():
             raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
+
+
+def _has_hooks(parameter: Parameter) -> bool:
+    """Whether hooks wait for the parameter's gradient."""
+    names = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    return any(getattr(parameter, name, None) for name in names)
 
 
 def _relative_error(before: Tensor, after: Tensor) -> float:

@@ -109,7 +109,7 @@ def cost_schedule(
         >>> from dynarank.schedules import low_rank
         >>> use = trace(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.ones(2, 64))
         >>> cost_schedule(use, low_rank(16), ["0"], 10).relative_training
-        0.75
+        0.625
     """
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
     readings = Readings({path: use.layers[path].shape for path in layers})

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, FullRank, LowRank, resolve_form
+from dynarank.forms import Change, FullRank, LowRank, Plan, resolve_form
 from dynarank.layers import RankedLayer
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
 from dynarank.surgery import apply_plan
@@ -80,6 +80,7 @@ class RankScheduler:
         self.last_step = 0
         self._patience = 0
         self._retry_at = 0
+        self._plan: Plan | None = None  # as last applied
         sites = scheduled_layers(model, schedule, total_steps, layers)
         self._layers = {site.path: weight_shape(site.module) for site in sites}
         for phase in self.phases():
@@ -123,6 +124,7 @@ class RankScheduler:
                 f"has {self.total_steps}; give the same total_steps"
             )
         self.last_step = int(state["last_step"])
+        self._plan = None
         self._apply()
 
     def _readings(self) -> Readings:
@@ -133,12 +135,14 @@ class RankScheduler:
     def _apply(self) -> list[Change]:
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
         plan = self.schedule(clock, self._readings())
+        if plan == self._plan:  # the usual step: no traversal of the model
+            return []
         try:
             changes = apply_plan(self.model, plan, optimizer=self.optimizer, moments=self.moments)
         except UnfitWeightError as error:
             self._put_off(error)
             return []
-        self._patience = 0
+        self._patience, self._plan = 0, plan
         if changes and self.on_change is not None:
             self.on_change(changes)
         return changes

@@ -19,7 +19,15 @@ from torch.optim import Optimizer
 from dynarank.edit import Edit, prepare_edit, retype_plain
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, RankLike, resolve_form
 from dynarank.layers import RankedLayer
-from dynarank.survey import LayerFilter, Site, find_sites, select, survey, weight_shape
+from dynarank.survey import (
+    LayerFilter,
+    Site,
+    check_unwrapped,
+    find_sites,
+    select,
+    survey,
+    weight_shape,
+)
 from dynarank.transport import Moments, Optimizers, prepare_transport
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
@@ -47,7 +55,8 @@ def apply_plan(
 
     Raises:
         ValueError: a path that is not there or cannot change form, a rank above the layer's
-            limit, a layer that trains but is in no optimizer. Nothing has changed then.
+            limit, a layer that trains but is in no optimizer, gradient hooks on a weight, a model
+            that is wrapped already. Nothing has changed then.
         UnfitWeightError: a weight that is not finite or cannot be decomposed. Likewise.
 
     Example:
@@ -55,6 +64,7 @@ def apply_plan(
         >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
         ['2']
     """
+    check_unwrapped(model)
     edits = [
         prepare_edit(path, site.module, before, after)
         for path, site, before, after in _differences(model, plan)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from typing import TypeAlias, cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import (
     ParametrizationList,
     is_parametrized,
@@ -19,7 +20,18 @@ from torch.nn.utils.parametrize import (
 from dynarank.forms import Form, FullRank, LowRank, resolve_rank
 from dynarank.layers import RANKED, RankedLayer
 
-__all__ = ["LayerFilter", "Site", "current_plan", "find_sites", "select", "survey", "weight_shape"]
+__all__ = [
+    "LayerFilter",
+    "Site",
+    "check_unwrapped",
+    "current_plan",
+    "find_sites",
+    "select",
+    "survey",
+    "weight_shape",
+]
+
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 logger = logging.getLogger("dynarank")
 
@@ -76,6 +88,21 @@ def weight_shape(module: nn.Module) -> tuple[int, ...]:
     if isinstance(module, RankedLayer):
         return module.weight_shape
     return tuple(cast(Tensor, module.weight).shape)
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise if a wrapper that holds on to the parameters would miss a change of form.
+
+    Raises:
+        ValueError: the model, or a part of it, is wrapped for data-parallel or sharded training.
+    """
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise ValueError(
+                    f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
+                    "the old parameters, silently out of step; change forms before wrapping"
+                )
 
 
 def find_sites(model: nn.Module, paths: Iterable[str]) -> dict[str, Site]:
@@ -176,6 +203,8 @@ def _nothing(layers: LayerFilter, form: LowRank | None, sites: list[Site]) -> st
 def _site(path: str, module: nn.Module, owners: dict[object, list[str]]) -> Site:
     kind = type_before_parametrizations(module)
     known = isinstance(module, RankedLayer) or kind in RANKED
+    if any(is_lazy(p) for p in module.parameters(recurse=False)):
+        return Site(path, module, None, "it is lazy: it has no shape before its first forward pass")
     if not known:
         return Site(path, module, None, f"{kind.__name__} layers are not handled")
     if getattr(module, "groups", 1) != 1:
@@ -199,7 +228,7 @@ def _obstacle(path: str, module: nn.Module, owners: dict[object, list[str]]) -> 
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, p) for name, p in module.named_parameters(recurse=False)]
+    return [(name, p) for name, p in module.named_parameters(recurse=False) if not is_lazy(p)]
 
 
 def _identity(parameter: Tensor) -> object:
@@ -214,7 +243,8 @@ def _inside(module: nn.Module) -> bool:
 
 def _owns_weight(module: nn.Module) -> bool:
     wrapped = is_parametrized(module) and type_before_parametrizations(module) in RANKED
-    return wrapped or any(parameter.ndim > 1 for _, parameter in _parameters(module))
+    own = list(module.parameters(recurse=False))
+    return wrapped or any(is_lazy(parameter) or parameter.ndim > 1 for parameter in own)
 
 
 def _nearest(path: str, known: Iterable[str]) -> str:
