@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from types import TracebackType
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -32,9 +33,9 @@ def console(*, quiet_stdout: bool = False) -> Console:
 
 def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
     """A table whose first columns are words and whose others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     for name in first:
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for name in numbers:
         table.add_column(name, justify="right")
     return table

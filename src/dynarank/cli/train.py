@@ -143,8 +143,14 @@ def _report(folder: Path, terminal: Console) -> str | None:
 def _show(
     terminal: Console, recipe: Recipe, seed: int, epochs: int, summaries: dict[str, SummaryRecord]
 ) -> None:
-    numbers = ["test accuracy", "trainable, peak", "trainable, mean", "training FLOPs",
-               "peak memory", "training time", "wall-clock"]  # fmt: skip
+    numbers = [
+        "test accuracy",
+        "trainable peak",
+        "trainable mean",
+        "training FLOPs",
+        "peak memory",
+        "wall-clock",
+    ]
     table = right_aligned(f"{recipe.name}, seed {seed}, {epochs} epochs", ["schedule"], numbers)
     for name, summary in summaries.items():
         table.add_row(
@@ -154,7 +160,6 @@ def _show(
             count(summary.trainable_parameters_mean),
             ratio(summary.relative_flops),
             bytes_text(summary.memory_bytes),
-            seconds_text(summary.train_seconds),
             seconds_text(summary.wall_seconds),
         )
     terminal.print(table)
