@@ -68,6 +68,7 @@ def forms(decomposition: str, rank: int = 3) -> list[Form]:
     return [
         FullRank(),
         LowRank(rank, decomposition),
+        Adapted(rank, decomposition),
         Adapted(rank, decomposition, execution="merged"),
         Adapted(rank, decomposition, alpha=3.0, execution="two-branch"),
     ]

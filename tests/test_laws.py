@@ -122,7 +122,7 @@ def test_gradients_against_finite_differences(case: LayerCase, form: Form) -> No
 @over_layers
 @over_dtypes
 @over_decompositions
-@pytest.mark.parametrize("before", range(4))
+@pytest.mark.parametrize("before", range(5))
 @pytest.mark.parametrize("verb", ["inflate", "deflate", "merge"])
 def test_the_function_is_unchanged(
     case: LayerCase, dtype: torch.dtype, decomposition: str, before: int, verb: str
@@ -280,7 +280,7 @@ any_form = st.one_of(
         Adapted,
         st.integers(1, 5),
         alpha=st.sampled_from([1.0, 16.0]),
-        execution=st.sampled_from(["merged", "two-branch"]),
+        execution=st.sampled_from(["auto", "merged", "two-branch"]),
     ),
 )
 any_plan = st.dictionaries(st.sampled_from(PATHS), any_form, min_size=1)

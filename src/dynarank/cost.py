@@ -11,6 +11,7 @@ form                            training FLOPs / full-rank
 low-rank                        k
 adapted, two branches           2/3 + k
 adapted, merged                 1 + r / N
+adapted, auto                   the less of the two
 ==============================  ======================================
 
 Only matrix products and convolutions are counted: additions, normalisations and the optimizer are
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.decompositions import Geometry, get_decomposition, output_shape
-from dynarank.forms import Form, FullRank, LowRank, Plan, resolve_form
+from dynarank.forms import Form, FullRank, LowRank, Plan, execution_of, resolve_form
 from dynarank.layers import RANKED, RankedLayer
 from dynarank.survey import survey, weight_shape
 
@@ -125,7 +126,8 @@ def form_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad
     factored = _chain_flops(use, form, input_shape, input_grad)
     if isinstance(form, LowRank):
         return factored
-    if form.execution == "two-branch":
+    rows = whole // (2 * math.prod(use.shape))
+    if execution_of(form, use.shape, rows) == "two-branch":
         return Flops(whole, whole * (1 + input_grad)) + factored
     joining = 2 * math.prod(use.shape) * cast(int, form.rank)
     return Flops(whole + joining, whole * (2 + input_grad) + 3 * joining)

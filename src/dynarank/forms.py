@@ -19,17 +19,19 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
 
 __all__ = [
     "Adapted",
     "Change",
+    "Execution",
     "Form",
     "FullRank",
     "LowRank",
     "Plan",
     "Rank",
     "RankLike",
+    "execution_of",
     "form_from_data",
     "form_name",
     "form_to_data",
@@ -71,6 +73,7 @@ class Rank:
 
 
 RankLike: TypeAlias = int | float | Rank
+Execution: TypeAlias = Literal["auto", "merged", "two-branch"]
 
 
 @dataclass(frozen=True)
@@ -103,20 +106,22 @@ class Adapted:
         decomposition: the name of the decomposition.
         alpha: the adaptor's weight before division by the rank (16 for SVD in the published code).
         execution: ``"merged"`` adds the adaptor to the base before multiplying, ``"two-branch"``
-            multiplies by each and adds the results, as the published code does.
+            multiplies by each and adds the results, as the published code does; ``"auto"`` takes
+            the one with fewer training FLOPs (:func:`execution_of`).
     """
 
     rank: RankLike
     decomposition: str = "svd"
     alpha: float = 16.0
-    execution: Literal["merged", "two-branch"] = "merged"
+    execution: Execution = "auto"
 
     def __post_init__(self) -> None:
         _check_rank(self.rank)
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
-        if self.execution not in ("merged", "two-branch"):
-            raise ValueError(f'execution is "merged" or "two-branch", got {self.execution!r}')
+        if self.execution not in get_args(Execution):
+            known = ", ".join(map(repr, get_args(Execution)))
+            raise ValueError(f"execution is one of {known}, got {self.execution!r}")
 
     @property
     def scale(self) -> float:
@@ -201,6 +206,23 @@ def resolve_rank(rank: RankLike, shape: Sequence[int]) -> int:
     n, m = shape[0], math.prod(shape[1:])
     whole = {"out": n, "min": limit, "break-even": m * n / (m + n)}[share.of]
     return min(max(int(share.value * whole), 1), limit)
+
+
+def execution_of(form: Adapted, shape: Sequence[int], rows: int) -> Execution:
+    """How an adapted layer multiplies ``rows`` rows: as its form says, or by the fewest FLOPs.
+
+    Relative to the full-rank layer's training FLOPs, two branches cost 2/3 + k and the merged
+    weight 1 + r / rows, with k = r(m + n) / (mn): merging wins where k > 1/3 + r / rows.
+
+    Example:
+        >>> [execution_of(Adapted(r), (64, 64, 3, 3), 8192) for r in (16, 32)]
+        ['two-branch', 'merged']
+    """
+    if form.execution != "auto":
+        return form.execution
+    rank = operator.index(form.rank)  # type: ignore[arg-type]
+    n, m = shape[0], math.prod(shape[1:])
+    return "merged" if rank * (m + n) / (m * n) > 1 / 3 + rank / rows else "two-branch"
 
 
 def resolve_form(form: Form, shape: Sequence[int]) -> Form:

@@ -17,7 +17,17 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.edit import Edit, prepare_edit, retype_plain
-from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, RankLike, resolve_form
+from dynarank.forms import (
+    Adapted,
+    Change,
+    Execution,
+    Form,
+    FullRank,
+    LowRank,
+    Plan,
+    RankLike,
+    resolve_form,
+)
 from dynarank.layers import RankedLayer
 from dynarank.survey import (
     LayerFilter,
@@ -148,7 +158,7 @@ def deflate(
     layers: LayerFilter = None,
     decomposition: str | None = None,
     alpha: float = 16.0,
-    execution: Literal["merged", "two-branch"] = "merged",
+    execution: Execution = "auto",
     optimizer: Optimizers = None,
     moments: Moments = "project",
 ) -> _Model:

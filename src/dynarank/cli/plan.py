@@ -52,7 +52,7 @@ def plan(
         return
     terminal = console()
     _show_layers(terminal, chosen, schedule, use, cost)
-    _show_phases(terminal, chosen, cost)
+    _show_phases(terminal, cost)
     for line in _remarks(chosen, model, layers, use, cost):
         terminal.print(line)
 
@@ -106,11 +106,9 @@ def _relative(use: LayerUse, form: Form) -> float:
 def _show_layers(
     terminal: Console, recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost
 ) -> None:
-    phases = [
-        f"epoch {_epochs(c.phase.start)} to {_epochs(c.phase.stop)}\nform, trained, FLOPs"
-        for c in cost.phases
-    ]
-    table = right_aligned(f"{recipe.name}, {schedule}: per layer", ["layer", "weight"], phases)
+    title = f"{recipe.name}, {schedule}: form, trainable parameters, FLOPs by layer and epochs"
+    phases = [f"{_epochs(c.phase.start)} to {_epochs(c.phase.stop)}" for c in cost.phases]
+    table = right_aligned(title, ["layer", "weight"], phases)
     for path in cost.phases[0].phase.plan:
         one = use.layers[path]
         cells = [_cell(one, phase.phase.plan[path]) for phase in cost.phases]
@@ -126,11 +124,9 @@ def _cell(use: LayerUse, form: Form) -> str:
     return f"{name} {trained:,} {_relative(use, form):.3f}x"
 
 
-def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
-    numbers = ["trainable", "all parameters", "forward FLOPs", "training FLOPs", "weights + state"]
-    table = right_aligned(
-        "Per phase, whole model, relative to full-rank", ["epochs", "form"], numbers
-    )
+def _show_phases(terminal: Console, cost: ScheduleCost) -> None:
+    numbers = ["trainable", "all", "forward", "training", "state"]
+    table = right_aligned("Per phase, whole model", ["epochs", "form"], numbers)
     for one in cost.phases:
         names = sorted({form_name(form) for form in one.phase.plan.values()})
         table.add_row(
@@ -147,7 +143,8 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     table.add_row("whole run", "mean over steps", mean, "", "", total, "")
     terminal.print(table)
     terminal.print(
-        "Weights + state: parameters, gradients and momentum in fp32; activations extra."
+        "Trainable and all: parameters. Forward and training: FLOPs relative to full-rank. State: "
+        "parameters, gradients and momentum in fp32; activations come on top.\n"
     )
 
 

@@ -33,7 +33,15 @@ def console(*, quiet_stdout: bool = False) -> Console:
 
 def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
     """A table whose first columns are words and whose others are figures."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for name in first:
         table.add_column(name, no_wrap=True)
     for name in numbers:

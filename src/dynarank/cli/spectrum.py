@@ -76,8 +76,8 @@ def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:
 
 
 def _show(terminal: Console, file: Path, rows: list[dict[str, Any]]) -> None:
-    numbers = ["shape", "full", "effective", "of full", "stable", "99% energy", "lambda"]
-    table = right_aligned(f"Rank health of {file.name}", ["layer"], numbers)
+    numbers = ["full", "effective", "of full", "stable", "99%", "lambda"]
+    table = right_aligned(f"Rank health of {file.name}", ["layer", "shape"], numbers)
     table.add_column("singular values", no_wrap=True)
     for row in rows:
         shape = "x".join(map(str, row["shape"]))

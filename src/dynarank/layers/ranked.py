@@ -8,6 +8,7 @@ ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.L
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -20,8 +21,9 @@ from dynarank.decompositions import (
     apply,
     get_decomposition,
     linear_map,
+    output_shape,
 )
-from dynarank.forms import Adapted, Form, FullRank, LowRank
+from dynarank.forms import Adapted, Execution, Form, FullRank, LowRank, execution_of
 
 __all__ = ["RankedLayer", "own_parameters", "parameter_names"]
 
@@ -86,12 +88,17 @@ class RankedLayer(nn.Module):
         bias = self._parameters["bias"]
         if isinstance(form, LowRank):
             return apply(x, self.factors, self.decomposition.stages(geometry), bias)
-        if isinstance(form, Adapted) and form.execution == "two-branch":
+        if isinstance(form, Adapted) and self._execution(form, x, geometry) == "two-branch":
             *first, last = self.factors
             scaled = (*first, last * form.scale)  # cheaper than scaling the output
             adaptor = apply(x, scaled, self.decomposition.stages(geometry))
             return linear_map(x, self.base, geometry, bias) + adaptor
         return linear_map(x, self.weight, geometry, bias)
+
+    def _execution(self, form: Adapted, x: Tensor, geometry: Geometry) -> Execution:
+        shape = self.weight_shape
+        output = output_shape(x.shape, shape, geometry)
+        return execution_of(form, shape, math.prod(output) // shape[0])
 
     def extra_repr(self) -> str:
         """The plain layer's, and the form."""
