@@ -17,7 +17,13 @@ from torch.nn import Parameter
 
 from dynarank.decompositions import UnfitWeightError, get_decomposition, precise
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank
-from dynarank.layers import RANKED, RankedLayer, own_parameters, parameter_names
+from dynarank.layers import (
+    RANKED,
+    RankedLayer,
+    effective_weight,
+    own_parameters,
+    parameter_names,
+)
 
 __all__ = ["LOSSLESS", "Edit", "prepare_edit", "retype_plain"]
 
@@ -147,13 +153,7 @@ def _glorot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def _effective(form: Form, parameters: dict[str, Parameter]) -> Tensor:
     """The weight that the parameters stand for, in fp64."""
-    if isinstance(form, FullRank):
-        return precise(parameters["weight"])
-    decomposition = get_decomposition(form.decomposition)
-    joined = decomposition.join(tuple(precise(parameters[n]) for n in decomposition.factor_names))
-    if isinstance(form, LowRank):
-        return joined
-    return precise(parameters["base"]) + form.scale * joined
+    return effective_weight(form, {name: precise(p) for name, p in parameters.items()})
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:

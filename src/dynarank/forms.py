@@ -19,7 +19,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, SupportsIndex, TypeAlias, get_args
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, get_args
 
 __all__ = [
     "Adapted",
@@ -94,7 +94,7 @@ class LowRank:
     decomposition: str = "svd"
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank)
+        object.__setattr__(self, "rank", _plain_rank(self.rank))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Adapted:
     execution: Execution = "auto"
 
     def __post_init__(self) -> None:
-        _check_rank(self.rank)
+        object.__setattr__(self, "rank", _plain_rank(self.rank))
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
         if self.execution not in get_args(Execution):
@@ -194,14 +194,14 @@ def resolve_rank(rank: RankLike, shape: Sequence[int]) -> int:
     Raises:
         ValueError: an int above the limit ``min(out, in * kernel positions)``.
     """
-    limit = rank_limit(shape)
-    if isinstance(rank, SupportsIndex):
-        if (value := operator.index(rank)) > limit:
+    limit, rank = rank_limit(shape), _plain_rank(rank)
+    if isinstance(rank, int):
+        if rank > limit:
             raise ValueError(
-                f"rank {value} is above the limit {limit} of a weight of shape {tuple(shape)}; "
+                f"rank {rank} is above the limit {limit} of a weight of shape {tuple(shape)}; "
                 f"ask for at most {limit}, or for a share such as 0.5"
             )
-        return value
+        return rank
     share = rank if isinstance(rank, Rank) else Rank(rank)
     n, m = shape[0], math.prod(shape[1:])
     whole = {"out": n, "min": limit, "break-even": m * n / (m + n)}[share.of]
@@ -232,13 +232,14 @@ def resolve_form(form: Form, shape: Sequence[int]) -> Form:
     return replace(form, rank=resolve_rank(form.rank, shape))
 
 
-def _check_rank(rank: object) -> None:
+def _plain_rank(rank: object) -> RankLike:
+    """The rank, checked, with other libraries' numbers made Python's."""
     if isinstance(rank, Rank):
-        return
-    if isinstance(rank, bool) or not isinstance(rank, SupportsIndex | float):
-        raise TypeError(f"a rank is an int, a float in (0, 1] or a Rank, got {rank!r}")
-    if isinstance(rank, SupportsIndex):
-        if operator.index(rank) < 1:
-            raise ValueError(f"a rank must be at least 1, got {rank!r}")
-    else:
-        Rank(rank)
+        return rank
+    if isinstance(rank, SupportsIndex) and not isinstance(rank, bool):
+        if (value := operator.index(rank)) < 1:
+            raise ValueError(f"a rank must be at least 1, got {value}")
+        return value
+    if isinstance(rank, SupportsFloat) and not isinstance(rank, bool):
+        return Rank(float(rank)).value
+    raise TypeError(f"a rank is an int, a float in (0, 1] or a Rank, got {rank!r}")

@@ -9,9 +9,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import RankLike, resolve_rank
-from dynarank.layers import RankedLayer
+from dynarank.decompositions import UnfitWeightError, precise
+from dynarank.forms import FullRank, RankLike, resolve_rank
+from dynarank.layers import RankedLayer, effective_weight
 from dynarank.spectrum import effective_rank, singular_values, spectral_ratio, stable_rank
 from dynarank.survey import LayerFilter, Site, select, survey, weight_shape
 
@@ -79,8 +79,7 @@ class SpectralMonitor:
         return ranked or able
 
     def _read(self, site: Site) -> SpectralReading:
-        weight = cast(Tensor, site.module.weight)
-        values = singular_values(weight)
+        values = singular_values(_weight(site))
         rank = self._lambda_rank(site, weight_shape(site.module))
         return SpectralReading(
             effective_rank(values),
@@ -94,3 +93,11 @@ class SpectralMonitor:
         home = site.module.home if isinstance(site.module, RankedLayer) else None
         asked = self._rank if self._rank is not None else home.rank if home else 0.5
         return resolve_rank(asked, shape)
+
+
+def _weight(site: Site) -> Tensor:
+    """The effective weight; joined in fp64, where rounding cannot raise a low rank."""
+    if not isinstance(site.module, RankedLayer) or isinstance(site.module.form, FullRank):
+        return cast(Tensor, site.module.weight)
+    parameters = site.module.named_parameters(recurse=False)
+    return effective_weight(site.module.form, {name: precise(p) for name, p in parameters})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -207,19 +208,19 @@ def read_run(folder: Path) -> Run:
         ValueError: a line is not a record of a known kind, or the first is not a run record.
     """
     path = folder / "records.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
+    *lines, tail = path.read_bytes().split(b"\n")  # a whole line ends with a newline
     records = list(_parse(path, lines))
+    with suppress(ValidationError):
+        records += [_RECORD.validate_json(tail)]
     if not records or not isinstance(records[0], RunRecord):
         raise ValueError(f"{path} does not begin with a run record")
     config = folder / "config.json"
     return Run(folder, json.loads(config.read_text()) if config.exists() else {}, records)
 
 
-def _parse(path: Path, lines: list[str]) -> Iterator[Record]:
+def _parse(path: Path, lines: list[bytes]) -> Iterator[Record]:
     for number, line in enumerate(lines, start=1):
         try:
             yield _RECORD.validate_json(line)
         except ValidationError as error:
-            if number == len(lines) and not line.endswith("}"):
-                return
             raise ValueError(f"{path}, line {number}: not a record: {error}") from error

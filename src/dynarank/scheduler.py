@@ -9,12 +9,21 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, FullRank, LowRank, Plan, resolve_form
+from dynarank.decompositions import UnfitWeightError, get_decomposition
+from dynarank.forms import (
+    Change,
+    Form,
+    FullRank,
+    LowRank,
+    Plan,
+    form_from_data,
+    form_to_data,
+    resolve_form,
+)
 from dynarank.layers import RankedLayer
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
 from dynarank.surgery import apply_plan
-from dynarank.survey import LayerFilter, Site, select, survey, weight_shape
+from dynarank.survey import LayerFilter, Site, find_sites, select, survey, weight_shape
 from dynarank.transport import Moments, Optimizers
 
 __all__ = ["RankScheduler", "scheduled_layers"]
@@ -84,7 +93,7 @@ class RankScheduler:
         sites = scheduled_layers(model, schedule, total_steps, layers)
         self._layers = {site.path: weight_shape(site.module) for site in sites}
         for phase in self.phases():
-            _check_phase(phase, self._layers)
+            _check_phase(phase, model)
         self._apply()
 
     @property
@@ -106,26 +115,47 @@ class RankScheduler:
         return self._apply() if self.last_step >= self._retry_at else []
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the run; what holds there is asked of the schedule again."""
-        return {"last_step": self.last_step, "total_steps": self.total_steps}
+        """The position in the run and the forms the layers have, as plain data."""
+        sites = find_sites(self.model, self._layers)
+        homes = {path: _home(site) for path, site in sites.items()}
+        return {
+            "last_step": self.last_step,
+            "total_steps": self.total_steps,
+            "patience": self._patience,
+            "retry_at": self._retry_at,
+            "forms": {path: form_to_data(site.form) for path, site in sites.items() if site.form},
+            "homes": {path: form_to_data(home) for path, home in homes.items() if home},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position and bring the model to the plan that holds there.
+        """Go to a saved position and give the layers the forms they had there.
 
         Load this before the model's and the optimizer's ``state_dict``: structure first, then
-        weights.
+        weights. Values that are not finite, about to be replaced, are set to zero on the way.
 
         Raises:
-            ValueError: the state is of a run of another length.
+            ValueError: the state is of a run of another length, or of other layers.
         """
         if state["total_steps"] != self.total_steps:
             raise ValueError(
                 f"the saved rank schedule is of a run of {state['total_steps']} steps, this one "
                 f"has {self.total_steps}; give the same total_steps"
             )
+        for key in ("homes", "forms"):  # the last form with factors first: deflate returns to it
+            plan = {path: form_from_data(data) for path, data in state[key].items()}
+            self._restore(plan)
         self.last_step = int(state["last_step"])
+        self._patience, self._retry_at = int(state["patience"]), int(state["retry_at"])
         self._plan = None
-        self._apply()
+
+    def _restore(self, plan: Plan) -> None:
+        try:
+            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
+        except UnfitWeightError:
+            for site in find_sites(self.model, plan).values():
+                for parameter in site.module.parameters(recurse=False):
+                    parameter.data.nan_to_num_(0, 0, 0)
+            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
 
     def _readings(self) -> Readings:
         first = self.optimizer if isinstance(self.optimizer, Optimizer) else None
@@ -142,7 +172,7 @@ class RankScheduler:
         except UnfitWeightError as error:
             self._put_off(error)
             return []
-        self._patience, self._plan = 0, plan
+        self._patience, self._plan = 0, dict(plan)
         if changes and self.on_change is not None:
             self.on_change(changes)
         return changes
@@ -178,12 +208,22 @@ def scheduled_layers(
     return select(model, lambda module, path: path in paths)
 
 
-def _check_phase(phase: Phase, layers: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise for a rank that no weight of its layer can have; unknown paths raise when applied."""
-    for path, form in phase.plan.items():
-        if path not in layers or isinstance(form, FullRank):
+def _home(site: Site) -> Form | None:
+    return site.module.home if isinstance(site.module, RankedLayer) else None
+
+
+def _check_phase(phase: Phase, model: nn.Module) -> None:
+    """Raise for a plan that no weights could make possible.
+
+    Raises:
+        ValueError: an unknown layer or decomposition, a rank above the layer's limit.
+    """
+    for path, site in find_sites(model, phase.plan).items():
+        form = phase.plan[path]
+        if isinstance(form, FullRank):
             continue
         try:
-            resolve_form(form, layers[path])
+            get_decomposition(form.decomposition)
+            resolve_form(form, weight_shape(site.module))
         except ValueError as error:
             raise ValueError(f"from step {phase.start}, layer {path!r}: {error}") from None

@@ -9,12 +9,12 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dynarank.decompositions import UnfitWeightError, get_decomposition
+from dynarank.decompositions import SVD, UnfitWeightError
 from dynarank.spectrum import singular_values
 
 __all__ = ["WeightSpectrum", "file_spectra"]
 
-_SVD = get_decomposition("svd")
+_SVD = SVD()
 
 
 @dataclass(frozen=True)
@@ -43,33 +43,32 @@ def file_spectra(path: Path) -> Iterator[WeightSpectrum]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    found = False
     try:
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if not any(len(file.get_slice(name).get_shape()) > 1 for name in names):
-                raise ValueError(f"{path} holds no weight of two or more dimensions")
-            for name in names:
-                tensor = _weight(file, name, names)
+            names = set(file.keys())
+            for name in file.keys():
+                label, tensor = _weight(file, name, names)
                 if tensor is not None and tensor.is_floating_point() and tensor.ndim > 1:
-                    yield _spectrum(_label(name), tensor)
+                    found = True
+                    yield _spectrum(label, tensor)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+    if not found:
+        raise ValueError(f"{path} holds no weight of two or more dimensions")
 
 
-def _weight(file: safe_open, name: str, names: list[str]) -> Tensor | None:
-    """The tensor, or the product it is the first factor of; None for a second factor."""
-    stem, _, last = name.rpartition(".")
-    paired = {f"{stem}.down", f"{stem}.up"} <= set(names) and f"{stem}.base" not in names
-    if not paired or last not in ("down", "up"):
-        return file.get_tensor(name)
-    if last == "up":
-        return None
-    down, up = file.get_tensor(name), file.get_tensor(f"{stem}.up")
-    return _SVD.join((down.double(), up.double()))
-
-
-def _label(name: str) -> str:
-    return name.removesuffix(".weight").removesuffix(".down") or name
+def _weight(file: safe_open, name: str, names: set[str]) -> tuple[str, Tensor | None]:
+    """A label and the tensor, or the product it is a factor of; None for the second factor."""
+    stem, dot, last = name.rpartition(".")
+    down, up = f"{stem}{dot}down", f"{stem}{dot}up"
+    if last not in ("down", "up") or not {down, up} <= names or f"{stem}{dot}base" in names:
+        return name.removesuffix(".weight"), file.get_tensor(name)
+    factors = file.get_tensor(down), file.get_tensor(up)
+    if not _SVD.fits(factors):
+        return name, file.get_tensor(name)
+    joined = _SVD.join((factors[0].double(), factors[1].double())) if last == "down" else None
+    return stem or "weight", joined
 
 
 def _spectrum(name: str, tensor: Tensor) -> WeightSpectrum:

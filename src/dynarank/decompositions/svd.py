@@ -37,6 +37,14 @@ class SVD:
         ones = (1,) * (len(shape) - 2)
         return (rank, *shape[1:]), (shape[0], rank, *ones)
 
+    def fits(self, factors: Factors) -> bool:
+        """Whether two tensors are a pair of this decomposition's factors."""
+        down, up = factors
+        if down.ndim < 2 or up.ndim != down.ndim:
+            return False
+        shape = (up.shape[0], *down.shape[1:])
+        return self.shapes(shape, down.shape[0]) == (tuple(down.shape), tuple(up.shape))
+
     def split(self, weight: Tensor, rank: int) -> Factors:
         """The best rank-r factors of ``weight``, balanced, in fp64.
 

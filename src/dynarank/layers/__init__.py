@@ -6,13 +6,19 @@ from torch import nn
 
 from dynarank.layers.conv import RankedConv2d
 from dynarank.layers.linear import RankedLinear
-from dynarank.layers.ranked import RankedLayer, own_parameters, parameter_names
+from dynarank.layers.ranked import (
+    RankedLayer,
+    effective_weight,
+    own_parameters,
+    parameter_names,
+)
 
 __all__ = [
     "RANKED",
     "RankedConv2d",
     "RankedLayer",
     "RankedLinear",
+    "effective_weight",
     "own_parameters",
     "parameter_names",
 ]

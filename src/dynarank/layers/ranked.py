@@ -9,6 +9,7 @@ ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.L
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar, cast
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from dynarank.decompositions import (
 )
 from dynarank.forms import Adapted, Execution, Form, FullRank, LowRank, execution_of
 
-__all__ = ["RankedLayer", "own_parameters", "parameter_names"]
+__all__ = ["RankedLayer", "effective_weight", "own_parameters", "parameter_names"]
 
 
 class RankedLayer(nn.Module):
@@ -57,13 +58,7 @@ class RankedLayer(nn.Module):
     @property
     def weight(self) -> Tensor:  # pyright: ignore
         """The effective weight: the parameter itself if full-rank, else ``base + scale * join``."""
-        form = self.form
-        if isinstance(form, FullRank):
-            return cast(Parameter, self._parameters["weight"])
-        joined = self.decomposition.join(self.factors)
-        if isinstance(form, LowRank):
-            return joined
-        return self.base + form.scale * joined
+        return effective_weight(self.form, cast(dict[str, Tensor], self._parameters))
 
     @property
     def base(self) -> Parameter:
@@ -108,6 +103,17 @@ class RankedLayer(nn.Module):
 def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
     """The module's own table of parameters: what is written here changes the module."""
     return module._parameters  # pyright: ignore[reportPrivateUsage]
+
+
+def effective_weight(form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
+    """``base + scale * join(factors)`` from the parameters of a weight in ``form``, by name."""
+    if isinstance(form, FullRank):
+        return parameters["weight"]
+    decomposition = get_decomposition(form.decomposition)
+    joined = decomposition.join(tuple(parameters[name] for name in decomposition.factor_names))
+    if isinstance(form, LowRank):
+        return joined
+    return parameters["base"] + form.scale * joined
 
 
 def parameter_names(form: Form) -> tuple[str, ...]:

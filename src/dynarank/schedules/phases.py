@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
+from typing import SupportsIndex, TypeAlias
 
 from dynarank.forms import Form, Plan
 from dynarank.schedules.base import Clock, Readings
@@ -43,23 +44,40 @@ class Phases:
                 f"phases need a start for each form, got {len(self.starts)} starts and "
                 f"{len(self.forms)} forms"
             )
-        for start in self.starts:
+        starts = tuple(_plain(start) for start in self.starts)
+        object.__setattr__(self, "starts", starts)
+        object.__setattr__(self, "forms", tuple(self.forms))
+        for start in starts:
             if start < 0 or (isinstance(start, float) and not start <= 1):
                 raise ValueError(
                     f"a phase starts at a step (int >= 0) or at a share of the run (float in "
                     f"[0, 1]), got {start!r}"
                 )
-        if self.starts[0] != 0:
-            raise ValueError(f"the first phase starts at 0, got {self.starts[0]!r}")
-        for one, two in pairwise(self.starts):
-            if type(one) is type(two) and not one < two:
+        if starts[0] != 0:
+            raise ValueError(f"the first phase starts at 0, got {starts[0]!r}")
+        for one, two in pairwise(starts):
+            if two == 0 or (type(one) is type(two) and not one < two):
                 raise ValueError(f"phases start one after another, got {one!r} then {two!r}")
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The latest form that has begun, for every layer."""
-        begun = [form for start, form in zip(self.starts, self.forms, strict=True)
-                 if step_of(start, clock.total_steps) <= clock.step]  # fmt: skip
-        return dict.fromkeys(readings.layers, begun[-1])
+        """The latest form that has begun, for every layer.
+
+        Raises:
+            ValueError: shares and steps are mixed and do not increase in a run of this length.
+        """
+        steps = [step_of(start, clock.total_steps) for start in self.starts]
+        if steps != sorted(steps):
+            raise ValueError(
+                f"phases start one after another, but {self.starts} are the steps {steps} in a run "
+                f"of {clock.total_steps}"
+            )
+        begun = sum(step <= clock.step for step in steps)
+        return dict.fromkeys(readings.layers, self.forms[begun - 1])
+
+
+def _plain(moment: Moment) -> Moment:
+    """The moment with other libraries' numbers made Python's."""
+    return operator.index(moment) if isinstance(moment, SupportsIndex) else float(moment)
 
 
 def step_of(moment: Moment, total_steps: int) -> int:
