@@ -48,6 +48,17 @@ def test_changes_happen_exactly_at_their_steps_and_are_told() -> None:
     assert seen == list(returned.values())
 
 
+def test_a_model_that_is_at_the_plan_already_does_not_change() -> None:
+    model = dr.factorize(net(), 2)
+    optimizer = sgd(model)
+    seen: list[list[Change]] = []
+    schedule = Phases([0, 2], [LOW, LowRank(0.3)])  # .3 of 8 and of 6 is 2 and 1
+    with untouched(model, optimizer):
+        ranks = RankScheduler(model, optimizer, schedule, 9, layers="0", on_change=seen.append)
+        assert [ranks.step() for _ in range(5)] == [[]] * 5
+    assert seen == []
+
+
 def test_stepping_beyond_the_run_keeps_the_last_plan() -> None:
     model = net()
     ranks = RankScheduler(model, sgd(model), Phases([0, 3, 7], [LOW, FULL, LAST]), 5)
@@ -148,9 +159,10 @@ def test_with_several_optimizers_there_is_no_one_learning_rate() -> None:
 
 
 def test_by_default_the_layers_cheaper_in_every_low_rank_phase() -> None:
-    model = net()
-    shrinking = Phases([0, 4, 8], [LowRank(2), FULL, LowRank(1)])
-    assert RankScheduler(model, sgd(model), shrinking, STEPS).layers == ("0", "2")
+    for first, last in [(1, 2), (2, 1)]:
+        model = net()
+        schedule = Phases([0, 4, 8], [LowRank(first), FULL, LowRank(last)])
+        assert RankScheduler(model, sgd(model), schedule, STEPS).layers == ("0", "2")
     for then in (FULL, Adapted(3)):
         model = net()
         schedule = Phases([0, 4], [LowRank(1), then])
@@ -164,9 +176,10 @@ def test_by_default_all_layers_if_no_phase_is_low_rank() -> None:
 
 
 def test_by_default_the_layers_that_are_ranked_already() -> None:
-    model = dr.factorize(net(), 1, layers="4")
-    assert RankScheduler(model, sgd(model), SCHEDULE, STEPS).layers == ("4",)
-    assert forms(model) == [FULL, FULL, LOW]
+    for schedule, form in [(SCHEDULE, LOW), (Phases([0], [LAST]), LAST)]:
+        model = dr.factorize(net(), 1, layers="4")
+        assert RankScheduler(model, sgd(model), schedule, STEPS).layers == ("4",)
+        assert forms(model) == [FULL, FULL, form]
 
 
 def test_layers_are_those_asked_for() -> None:

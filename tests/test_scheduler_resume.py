@@ -12,6 +12,7 @@ from small_run import FULL, LOW, SCHEDULE, STEPS, forms, net, sgd, snapshot, tra
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler, SpectralMonitor
 from dynarank.forms import Change
 from dynarank.schedules import Phases, RankSchedule, dynamic_rank, low_rank
@@ -129,6 +130,14 @@ def test_a_run_can_go_back() -> None:
     assert_same_bits(run.state(), saved)
     run.steps(3, STEPS)
     assert_same_bits(run.state(), end)
+
+
+def test_loading_brings_the_model_to_the_plan_whatever_was_done_to_it() -> None:
+    run = running(SCHEDULE)
+    run.steps(0, 3)
+    dr.inflate(run.model, optimizer=run.optimizer)
+    run.ranks.load_state_dict(run.ranks.state_dict())
+    assert forms(run.model) == [LOW, LOW, FULL]
 
 
 @pytest.mark.xfail(strict=True, reason="the forms between the first plan and this one are skipped")

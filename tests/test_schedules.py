@@ -144,14 +144,17 @@ def test_the_phases_of_a_run_follow_one_another() -> None:
     assert [phase.steps for phase in phases] == [4, 4, 2]
 
 
+GAPS = st.lists(st.integers(0, 3), min_size=1, max_size=3)  # several changes close together
+RUNS = st.integers(1, 20_000) | st.integers(16_000, 20_000)
 PLANS: list[Plan] = [{"a": LowRank(rank)} for rank in range(1, 14)]
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 20_000), st.data())
+@given(RUNS, st.data())
 def test_boundaries_are_exact(total_steps: int, data: st.DataObject) -> None:
     """Any boundaries, as long as no plan comes back within a 4096th of the run."""
-    boundaries = data.draw(st.lists(st.integers(0, total_steps + 5), max_size=12).map(sorted))
+    starts = data.draw(st.lists(st.integers(0, total_steps + 5), max_size=4))
+    boundaries = sorted(start + gap for start in starts for gap in data.draw(GAPS))
 
     def schedule(clock: Clock, readings: Readings) -> Plan:
         assert clock.total_steps == total_steps and 0 <= clock.step < total_steps
@@ -167,7 +170,7 @@ def test_boundaries_are_exact(total_steps: int, data: st.DataObject) -> None:
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(1, 20_000), st.data())
+@given(RUNS, st.data())
 def test_phases_between_equal_plans_are_found_from_a_4096th_of_the_run_on(
     total_steps: int, data: st.DataObject
 ) -> None:
