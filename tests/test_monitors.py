@@ -64,14 +64,12 @@ def in_bf16(read: Callable[[], object]) -> object:
         return read()
 
 
-@pytest.mark.xfail(strict=True, reason="the monitor joins the factors in their own dtype")
 def test_lambda_of_a_low_rank_layer_in_bf16_is_one_at_its_rank() -> None:
     torch.manual_seed(0)
     model = dr.factorize(nn.Sequential(nn.Linear(64, 64)).bfloat16(), 4)
     assert SpectralMonitor(model).read()["0"].spectral_ratio == pytest.approx(1.0, abs=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="under autocast the factors are joined in bf16")
 def test_readings_do_not_depend_on_autocast() -> None:
     model = dr.factorize(net(torch.float32), 3)
     monitor = SpectralMonitor(model)
