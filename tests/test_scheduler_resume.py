@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler, SpectralMonitor
-from dynarank.forms import Change
-from dynarank.schedules import Phases, RankSchedule, dynamic_rank, low_rank
+from dynarank.forms import Change, Plan
+from dynarank.schedules import Clock, Phases, RankSchedule, Readings, dynamic_rank, low_rank
 
 # A run saved and resumed is the run uninterrupted.
 
@@ -266,3 +266,15 @@ def test_a_state_saved_while_a_change_is_put_off_can_be_loaded() -> None:
     resumed = running(SCHEDULE)
     resumed.load(run.state())
     assert forms(resumed.model) == forms(run.model) == [LOW, LOW, FULL]
+
+
+def test_layers_that_only_a_plan_names_resume_too() -> None:
+    def schedule(clock: Clock, readings: Readings) -> Plan:
+        return {"0": LOW, "2": FULL if clock.step < 3 else Adapted(2)}
+
+    run, resumed = running(schedule, layers="0"), running(schedule, layers="0")
+    run.steps(0, 6)
+    resumed.load(run.state())
+    run.steps(6, STEPS)
+    resumed.steps(6, STEPS)
+    assert_same_bits(resumed.state(), run.state())

@@ -293,3 +293,14 @@ def test_a_presets_changes_come_at_the_rounded_steps(
     forms = [form_at(schedule, step, total_steps) for step in range(total_steps)]
     assert forms == ([LOW] * one + [FULL] * (two - one) + [LAST] * (total_steps - two))
     assert all(p.stop == q.start for p, q in pairwise(timeline(schedule, LAYERS, total_steps)))
+
+
+def test_a_timeline_copes_with_one_dict_given_again_and_again() -> None:
+    plan: dict[str, Form] = {}
+
+    def schedule(clock: Clock, readings: Readings) -> Plan:
+        plan["a"] = LOW if clock.step < 4 else FULL
+        return plan
+
+    found = [(phase.start, phase.plan) for phase in timeline(schedule, LAYERS, 12)]
+    assert found == [(0, {"a": LOW}), (4, {"a": FULL})]

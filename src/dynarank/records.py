@@ -215,7 +215,8 @@ def read_run(folder: Path) -> Run:
     if not records or not isinstance(records[0], RunRecord):
         raise ValueError(f"{path} does not begin with a run record")
     config = folder / "config.json"
-    return Run(folder, json.loads(config.read_text()) if config.exists() else {}, records)
+    text = config.read_text(encoding="utf-8") if config.exists() else "{}"
+    return Run(folder, json.loads(text), records)
 
 
 def _parse(path: Path, lines: list[bytes]) -> Iterator[Record]:

@@ -116,7 +116,7 @@ class RankScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
-        sites = find_sites(self.model, self._layers)
+        sites = find_sites(self.model, {**self._layers, **(self._plan or {})})
         homes = {path: _home(site) for path, site in sites.items()}
         return {
             "last_step": self.last_step,

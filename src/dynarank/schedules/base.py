@@ -88,7 +88,7 @@ def timeline(schedule: RankSchedule, readings: Readings, total_steps: int) -> li
         raise ValueError(f"a run has at least one step, got total_steps={total_steps}")
 
     def plan(step: int) -> Plan:
-        return schedule(Clock(step, total_steps), readings)
+        return dict(schedule(Clock(step, total_steps), readings))
 
     starts = [0, *_changes(plan, total_steps)]
     stops = [*starts[1:], total_steps]
