@@ -227,6 +227,17 @@ def test_by_default_the_layers_that_get_cheaper() -> None:
     assert dr.current_plan(model) == {"0": Adapted(8), "2": Adapted(8), "4": FullRank()}
 
 
+def test_what_is_ranked_can_change_beside_layers_that_are_refused() -> None:
+    """GPT-style: the tied head is left out once, then never in the way again."""
+    model = mlp()
+    tie(model)
+    with pytest.raises(ValueError, match="tied to"):
+        dr.factorize(model, 2)
+    dr.factorize(model, 2, layers="0")
+    dr.merge(dr.deflate(dr.inflate(model)))
+    assert model[2].weight is model[5].weight
+
+
 def test_a_share_is_of_each_layer_and_never_above_its_limit() -> None:
     model = dr.factorize(mlp(), 1.0, layers="*")
     assert [dr.current_plan(model)[p].rank for p in "024"] == [16, 32, 4]  # type: ignore[union-attr]

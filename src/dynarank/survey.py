@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,7 +36,8 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"
 
 logger = logging.getLogger("dynarank")
 
-LayerFilter: TypeAlias = Callable[[nn.Module, str], bool] | str | Sequence[str] | None
+_Filter: TypeAlias = Callable[[nn.Module, str], bool]
+LayerFilter: TypeAlias = _Filter | str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -139,24 +141,22 @@ def select(model: nn.Module, layers: LayerFilter, form: LowRank | None = None) -
         ValueError: nothing matches, or a layer that matches is refused.
     """
     sites = survey(model)
-    matching = [site for site in sites if _matches(layers, site)]
+    matching = _ranked(sites) or sites if layers is None else _matching(sites, layers)
     if refused := [site for site in matching if site.refused]:
         reasons = "; ".join(f"layer {site.path!r}: {site.obstacle}" for site in refused)
         raise ValueError(f"{reasons}. Leave it out with layers=..., or undo what wraps it first")
     able = [site for site in matching if site.form is not None]
-    chosen = _by_default(able, form) if layers is None else able
-    if not chosen:
+    if layers is None and not _ranked(able):
+        able = [site for site in able if form and _cheaper(form, weight_shape(site.module))]
+    if not able:
         raise ValueError(_nothing(layers, form, sites))
-    if left := [site.path for site in sites if site not in chosen]:
+    if left := [site.path for site in sites if site not in able]:
         logger.info("left as they are: %s", ", ".join(left))
-    return chosen
+    return able
 
 
-def _by_default(able: list[Site], form: LowRank | None) -> list[Site]:
-    ranked = [site for site in able if isinstance(site.module, RankedLayer)]
-    if ranked or form is None:
-        return ranked
-    return [site for site in able if _cheaper(form, weight_shape(site.module))]
+def _ranked(sites: list[Site]) -> list[Site]:
+    return [site for site in sites if isinstance(site.module, RankedLayer)]
 
 
 def _cheaper(form: LowRank, shape: tuple[int, ...]) -> bool:
@@ -164,24 +164,15 @@ def _cheaper(form: LowRank, shape: tuple[int, ...]) -> bool:
         rank = resolve_rank(form.rank, shape)
     except ValueError:  # above this layer's limit, so not cheaper than the layer
         return False
-    n, m = shape[0], _prod(shape[1:])
+    n, m = shape[0], math.prod(shape[1:])
     return rank * (m + n) < m * n
 
 
-def _prod(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
-def _matches(layers: LayerFilter, site: Site) -> bool:
-    if layers is None:
-        return True
+def _matching(sites: list[Site], layers: _Filter | str | Sequence[str]) -> list[Site]:
     if callable(layers):
-        return bool(layers(site.module, site.path))
+        return [site for site in sites if layers(site.module, site.path)]
     patterns = [layers] if isinstance(layers, str) else layers
-    return any(fnmatchcase(site.path, pattern) for pattern in patterns)
+    return [s for s in sites if any(fnmatchcase(s.path, pattern) for pattern in patterns)]
 
 
 def _nothing(layers: LayerFilter, form: LowRank | None, sites: list[Site]) -> str:
