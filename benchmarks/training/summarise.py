@@ -1,4 +1,4 @@
-"""Print the runs under a folder as one Markdown table: a row a schedule, mean and spread over seeds.
+"""Print the runs under a folder as one Markdown table: a row a schedule, mean and spread of seeds.
 
 python benchmarks/training/summarise.py benchmarks/training/results/FOLDER
 """
