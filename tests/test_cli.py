@@ -109,6 +109,17 @@ def test_spectrum_as_json_of_any_model(
     assert "<svg" in (here / "p.svg").read_text()
 
 
+def test_spectrum_shows_names_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a[bold]b", "c[/bold]", ":smile:"]
+    weights = {f"{name}.weight": torch.randn(4, 4) for name in names}
+    save_file({**weights, "empty": torch.zeros(0, 4)}, "odd.safetensors")
+    assert call(monkeypatch, "spectrum", "odd.safetensors", "--no-plot") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names) and "empty" not in out
+
+
 REFUSED = {
     "recipe": (["train", "digit"], r"unknown recipe 'digit'; did you mean 'digits'\?.*cifar10"),
     "schedule": (
@@ -125,6 +136,8 @@ REFUSED = {
     "published": (["train", "digits", "--as-published"], "no published experiment"),
     "report": (["report", "nowhere"], "no run folder at nowhere"),
     "file": (["spectrum", "nowhere.safetensors"], "no file nowhere.safetensors"),
+    "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank is a share"),
+    "plot": (["spectrum", "whole.safetensors", "--plot", "x.doc"], "--plot wants a file"),
     "broken": (["spectrum", "broken.safetensors"], "not a whole safetensors file"),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,13 @@ def test_the_readme_shows_code_that_runs() -> None:
         [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_no_document_holds_a_placeholder_or_a_dead_link() -> None:
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    assert len(documents) >= 6
+    for path in documents:
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"\b[A-Z]{3,}_[A-Z]{3,}\b|^RESULTS$|TODO", text, re.M), path
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (path.parent / target).exists(), f"{path}: {target}"

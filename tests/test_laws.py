@@ -233,13 +233,19 @@ def test_a_full_rank_layer_has_the_keys_of_its_plain_one() -> None:
 
 
 @pytest.mark.parametrize("form", ALL_FORMS, ids=str)
-def test_a_frozen_layer_stays_frozen_unless_adapted(form: Form) -> None:
-    model, _ = net()
+@pytest.mark.parametrize("held", [True, False], ids=["held", "not-held"])
+def test_a_frozen_layer_stays_frozen(form: Form, held: bool) -> None:
+    """In every form and back, whether the optimizer holds it or not."""
+    model, x = net()
     model.mix.weight.requires_grad_(False)
-    dr.apply_plan(model, {"mix": LowRank(2)})
-    dr.apply_plan(model, {"mix": form})
-    names = {n for n, p in model.mix.named_parameters() if p.requires_grad} - {"bias"}
-    assert names == ({"down", "up"} if isinstance(form, Adapted) else set())
+    parameters = [p for p in model.parameters() if held or p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    for plan in (LowRank(2), form, Adapted(3), FullRank()):
+        dr.apply_plan(model, {"mix": plan}, optimizer=optimizer)
+        step(model, x, optimizer)
+        frozen = {n for n, p in model.mix.named_parameters() if not p.requires_grad}
+        assert frozen == {n for n, _ in model.mix.named_parameters()} - {"bias"}
+    assert any(p is model.mix.weight for p in optimizer.param_groups[0]["params"]) == held
 
 
 # Law 7: predicted parameters and FLOPs are exact, for every form of every layer.

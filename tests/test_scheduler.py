@@ -232,7 +232,7 @@ def test_an_optimizer_of_another_model_is_refused_at_construction() -> None:
 
 def test_a_run_has_at_least_one_step() -> None:
     model = net()
-    with pytest.raises(ValueError, match="at least one step"):
+    with pytest.raises(ValueError, match="whole number of at least 1"):
         RankScheduler(model, sgd(model), SCHEDULE, 0)
 
 
@@ -273,3 +273,11 @@ def test_learning_rates_are_the_same_with_and_without_changes(name: str) -> None
             rates.step()
     assert traces[0] == traces[1]
     assert len({str(rates) for rates in traces[0]}) >= 5
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam])
+def test_an_optimizer_whose_state_cannot_move_is_refused_at_once(kind: type) -> None:
+    model = net()
+    with pytest.raises(ValueError, match=f"state of {kind.__name__} .* moments='reset'"):
+        RankScheduler(model, kind(model.parameters()), SCHEDULE, STEPS)
+    RankScheduler(model, kind(model.parameters()), SCHEDULE, STEPS, moments="reset")

@@ -205,7 +205,9 @@ def test_a_long_run_is_not_asked_about_every_step() -> None:
 
 @pytest.mark.parametrize("total_steps", [0, -5])
 def test_a_run_has_at_least_one_step(total_steps: int) -> None:
-    with pytest.raises(ValueError, match=f"at least one step, got total_steps={total_steps}"):
+    with pytest.raises(
+        ValueError, match=f"total_steps is a whole number of at least 1, got {total_steps}"
+    ):
         timeline(full_rank(), LAYERS, total_steps)
 
 

@@ -307,6 +307,54 @@ def test_deflate_returns_to_the_last_rank_or_asks_for_one() -> None:
         dr.deflate(model, to="lora")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("plan", [{"0": None}, {"0": "low-rank"}, {"0": LowRank}, {0: LowRank(2)}])
+def test_a_plan_of_something_else_is_refused(plan: dict[str, Form]) -> None:
+    with pytest.raises(TypeError, match="a plan maps paths"):
+        dr.apply_plan(mlp(), plan)
+    with pytest.raises(TypeError, match="optimizer is a torch optimizer or a list of them, got 3"):
+        dr.factorize(mlp(), 2, optimizer=3)  # type: ignore[arg-type]
+
+
+def test_optimizers_may_come_from_a_generator() -> None:
+    model = mlp()
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model[0], model[2], model[4])]
+    dr.factorize(model, 2, optimizer=(one for one in optimizers))
+    assert [len(one.param_groups[0]["params"]) for one in optimizers] == [3, 3, 3]
+
+
+def test_a_change_in_inference_mode_leaves_a_model_that_trains() -> None:
+    model = mlp()
+    optimizer = trained(model)
+    with torch.inference_mode():
+        dr.factorize(model, 2, optimizer=optimizer)
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+
+
+def test_moments_that_are_not_finite_do_not_spread() -> None:
+    model = mlp()
+    optimizer = trained(model)
+    optimizer.state[model[2].weight]["exp_avg"][0, 0] = float("nan")
+    before = Snapshot(model, optimizer)
+    with pytest.raises(UnfitWeightError, match="'2': the optimizer's state holds NaN"):
+        dr.factorize(model, 2, optimizer=optimizer)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_factors_are_balanced_in_every_dtype(dtype: torch.dtype) -> None:
+    layer = dr.factorize(nn.Linear(256, 256).to(dtype), 64)
+    up, down = layer.up.double(), layer.down.double()
+    assert torch.allclose(up.norm(dim=0), down.norm(dim=1), rtol=2e-2)
+
+
+def test_an_empty_batch_passes_through_every_form() -> None:
+    for form in (LowRank(2), Adapted(2), FullRank()):
+        layer = nn.Linear(16, 16)
+        dr.apply_plan(layer, {"": form})
+        assert layer(torch.empty(0, 16)).shape == (0, 16)
+
+
 def test_the_root_can_change_form() -> None:
     layer = nn.Linear(16, 16)
     assert dr.factorize(layer, 2) is layer

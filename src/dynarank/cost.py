@@ -115,7 +115,7 @@ def form_parameters(shape: Sequence[int], form: Form, trains: bool = True) -> tu
     factors = sum(math.prod(s) for s in shapes)
     if isinstance(form, LowRank):
         return factors * trains, factors
-    return factors, whole + factors
+    return factors * trains, whole + factors
 
 
 def form_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool) -> Flops:
@@ -130,7 +130,9 @@ def form_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad
     if execution_of(form, use.shape, rows) == "two-branch":
         return Flops(whole, whole * (1 + input_grad)) + factored
     joining = 2 * math.prod(use.shape) * cast(int, form.rank)
-    return Flops(whole + joining, whole * (2 + input_grad) + 3 * joining)
+    return Flops(
+        whole + joining, whole * (1 + input_grad + use.trains) + joining * (1 + 2 * use.trains)
+    )
 
 
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
@@ -242,7 +244,7 @@ def _chain_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_gr
     """The factors one after another; all but the first are sure to need their input's gradient."""
     assert not isinstance(form, FullRank)
     decomposition = get_decomposition(form.decomposition)
-    trains = use.trains or not isinstance(form, LowRank)
+    trains = use.trains
     total, needs_grad = Flops(), input_grad
     shapes = decomposition.shapes(use.shape, cast(int, form.rank))
     for shape, geometry in zip(shapes, decomposition.stages(use.geometry), strict=True):

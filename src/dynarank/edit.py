@@ -88,9 +88,7 @@ def prepare_edit(path: str, layer: nn.Module, before: Form, after: Form) -> Edit
     old = {name: p for name, p in old.items() if p is not None}
     _check_values(path, old)
     weight = _effective(before, old)
-    trains = isinstance(after, Adapted) or any(
-        p.requires_grad for n, p in old.items() if n != "base"
-    )
+    trains = any(p.requires_grad for name, p in old.items() if name != "base")
     tensors = _tensors(path, weight, before, after, old)
     like = next(iter(old.values()))
     new = {

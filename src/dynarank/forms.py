@@ -63,7 +63,7 @@ class Rank:
     of: Literal["out", "min", "break-even"] = "out"
 
     def __post_init__(self) -> None:
-        if not 0 < self.value <= 1:
+        if isinstance(self.value, bool) or not 0 < self.value <= 1:
             raise ValueError(
                 f"a rank given as a share must lie in (0, 1], got {self.value!r}; "
                 "give an int for a number of directions"
@@ -222,7 +222,8 @@ def execution_of(form: Adapted, shape: Sequence[int], rows: int) -> Execution:
         return form.execution
     rank = operator.index(form.rank)  # type: ignore[arg-type]
     n, m = shape[0], math.prod(shape[1:])
-    return "merged" if rank * (m + n) / (m * n) > 1 / 3 + rank / rows else "two-branch"
+    wins = 3 * rank * (m + n) * rows > m * n * (rows + 3 * rank)
+    return "merged" if wins else "two-branch"
 
 
 def resolve_form(form: Form, shape: Sequence[int]) -> Form:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from dynarank.decompositions import UnfitWeightError, get_decomposition
 from dynarank.forms import (
@@ -24,7 +23,7 @@ from dynarank.layers import RankedLayer
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
 from dynarank.surgery import apply_plan
 from dynarank.survey import LayerFilter, Site, find_sites, select, survey, weight_shape
-from dynarank.transport import Moments, Optimizers
+from dynarank.transport import Moments, Optimizers, as_list, check_movable
 
 __all__ = ["RankScheduler", "scheduled_layers"]
 
@@ -53,8 +52,8 @@ class RankScheduler:
 
     Raises:
         ValueError: no layer to schedule; a plan of the schedule's that cannot be (unknown layer,
-            rank above a layer's limit). Every phase that can be foreseen is checked here, before
-            anything changes.
+            rank above a layer's limit); an optimizer whose moments cannot be moved. Every phase
+            that can be foreseen is checked here, before anything changes.
 
     Example:
         >>> import torch
@@ -81,7 +80,8 @@ class RankScheduler:
         on_change: Callable[[list[Change]], None] | None = None,
     ) -> None:
         self.model = model
-        self.optimizer = optimizer
+        self.optimizer = optimizers = as_list(optimizer)
+        check_movable(optimizers, moments)
         self.schedule = schedule
         self.total_steps = total_steps
         self.moments: Moments = moments
@@ -158,9 +158,8 @@ class RankScheduler:
             apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
 
     def _readings(self) -> Readings:
-        first = self.optimizer if isinstance(self.optimizer, Optimizer) else None
-        rate = float(first.param_groups[0]["lr"]) if first is not None else None
-        return Readings(self._layers, rate)
+        one = self.optimizer[0] if len(self.optimizer) == 1 else None
+        return Readings(self._layers, float(one.param_groups[0]["lr"]) if one else None)
 
     def _apply(self) -> list[Change]:
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -38,7 +39,7 @@ from dynarank.survey import (
     survey,
     weight_shape,
 )
-from dynarank.transport import Moments, Optimizers, prepare_transport
+from dynarank.transport import Moments, Optimizers, as_list, prepare_transport
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
@@ -74,17 +75,20 @@ def apply_plan(
         >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
         ['2']
     """
+    _check_plan(plan)
     check_unwrapped(model)
-    edits = [
-        prepare_edit(path, site.module, before, after)
-        for path, site, before, after in _differences(model, plan)
-    ]
-    transport = prepare_transport(edits, optimizer, moments)
+    optimizers = as_list(optimizer)
+    with torch.inference_mode(False):  # parameters made in inference mode could never train
+        edits = [
+            prepare_edit(path, site.module, before, after)
+            for path, site, before, after in _differences(model, plan)
+        ]
+        transport = prepare_transport(edits, optimizers, moments)
     try:
         for edit in edits:
             edit.commit()
         transport.commit()
-        _check(edits, optimizer)
+        _check(edits, optimizers)
     except BaseException:
         transport.undo()
         for edit in reversed(edits):
@@ -250,17 +254,23 @@ def _home_decomposition(site: Site) -> str:
     return layer.home.decomposition if isinstance(layer, RankedLayer) and layer.home else "svd"
 
 
-def _check(edits: Sequence[Edit], optimizers: Optimizers) -> None:
+def _check_plan(plan: Plan) -> None:
+    for path, form in plan.items():
+        if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
+
+
+def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
     """The invariants of a change: each trainable parameter in exactly one group, none left over."""
-    if optimizers is None:
+    if not optimizers:
         return
-    listed = [optimizers] if isinstance(optimizers, Optimizer) else optimizers
-    held = [id(p) for o in listed for group in o.param_groups for p in group["params"]]
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
     for edit in edits:
         for name, p in edit.new.items():
-            assert held.count(id(p)) == int(p.requires_grad), (edit.path, name)
+            count = held.count(id(p))
+            assert count == (name != "base") or (count == 0 and not p.requires_grad), edit.path
         assert not {id(p) for p in edit.old.values()} & set(held), edit.path
-    for optimizer in listed:
+    for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
                 value = state.get(key)

@@ -15,7 +15,7 @@ Whatever the two forms, a moment goes through the full-rank one:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -24,19 +24,33 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dynarank.decompositions import Decomposition, Factors, get_decomposition, precise
+from dynarank.decompositions import (
+    Decomposition,
+    Factors,
+    UnfitWeightError,
+    get_decomposition,
+    precise,
+)
 from dynarank.edit import Edit
 from dynarank.forms import Adapted, Form, FullRank
 
-__all__ = ["Moments", "Optimizers", "Transport", "prepare_transport"]
+__all__ = [
+    "Moments",
+    "Optimizers",
+    "Transport",
+    "as_list",
+    "check_movable",
+    "prepare_transport",
+]
 
 Moments: TypeAlias = Literal["project", "reset"]
-Optimizers: TypeAlias = Optimizer | Sequence[Optimizer] | None
+Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
 
 # Optimizer state by role: SGD's velocity and Adam's averages; steps are copied, not transformed.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 COUNTERS = ("step",)
+MOVABLE = ("SGD", "Adam", "AdamW", "RAdam")
 
 
 @dataclass
@@ -67,7 +81,39 @@ class Transport:
             mapping.update(contents)
 
 
-def prepare_transport(edits: Sequence[Edit], optimizers: Optimizers, moments: str) -> Transport:
+def as_list(optimizers: Optimizers) -> list[Optimizer]:
+    """The optimizers as a list, none as an empty one.
+
+    Raises:
+        TypeError: something else than an optimizer or several.
+    """
+    if optimizers is None:
+        return []
+    found = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
+    for one in found:
+        if not (hasattr(one, "param_groups") and hasattr(one, "state")):
+            raise TypeError(f"optimizer is a torch optimizer or a list of them, got {one!r}")
+    return found
+
+
+def check_movable(optimizers: Sequence[Optimizer], moments: str) -> None:
+    """Raise for an optimizer of torch's whose state is not known how to move.
+
+    Raises:
+        ValueError: such an optimizer, under ``moments="project"``.
+    """
+    for one in optimizers:
+        name, home = type(one).__name__, type(one).__module__
+        if moments == "project" and home.startswith("torch.optim") and name not in MOVABLE:
+            raise ValueError(
+                f"the state of {name} is not known how to move through a change of form (known: "
+                f"{', '.join(MOVABLE)}); use moments='reset'"
+            )
+
+
+def prepare_transport(
+    edits: Sequence[Edit], optimizers: Sequence[Optimizer], moments: str
+) -> Transport:
     """Compute what the optimizers must hold after ``edits``; change nothing.
 
     Each new parameter takes the place of the old ones, in their group and position; moments follow
@@ -81,11 +127,10 @@ def prepare_transport(edits: Sequence[Edit], optimizers: Optimizers, moments: st
     if moments not in ("project", "reset"):
         raise ValueError(f'moments is "project" or "reset", got {moments!r}')
     transport = Transport()
-    if optimizers is None:
+    if not optimizers:
         return transport
-    listed = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
-    homes = [(edit, _home(edit, listed)) for edit in edits if _needs_home(edit)]
-    for optimizer in listed:
+    homes = [(edit, _home(edit, optimizers)) for edit in edits]
+    for optimizer in optimizers:
         mine = [edit for edit, home in homes if home is optimizer]
         transport.groups += _regroup(optimizer, mine)
         for edit in mine:
@@ -97,18 +142,16 @@ def prepare_transport(edits: Sequence[Edit], optimizers: Optimizers, moments: st
     return transport
 
 
-def _needs_home(edit: Edit) -> bool:
-    return any(p.requires_grad for p in (*edit.old.values(), *edit.new.values()))
-
-
-def _home(edit: Edit, optimizers: Sequence[Optimizer]) -> Optimizer:
-    """The optimizer that trains the layer."""
+def _home(edit: Edit, optimizers: Sequence[Optimizer]) -> Optimizer | None:
+    """The optimizer that holds the layer; a frozen layer may have none."""
     ids = {id(p) for p in edit.old.values()}
     found = [
         o for o in optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])
     ]
     if len(found) == 1:
         return found[0]
+    if not found and not any(p.requires_grad for p in edit.new.values()):
+        return None
     count = "two optimizers hold" if found else "no optimizer given holds"
     raise ValueError(
         f"layer {edit.path!r} trains, but {count} its parameters ({', '.join(edit.old)}); pass the "
@@ -135,7 +178,7 @@ def _regroup(
             elif id(edit) not in placed:
                 placed.add(id(edit))
                 stem = name.rpartition(".")[0]
-                members += [(f"{stem}.{n}".lstrip("."), p) for n, p in _trainable(edit.new).items()]
+                members += [(f"{stem}.{n}".lstrip("."), p) for n, p in _held(edit.new).items()]
         contents: dict[str, list[Any]] = {"params": [p for _, p in members]}
         if "param_names" in group:
             contents["param_names"] = [n for n, _ in members]
@@ -143,8 +186,8 @@ def _regroup(
     return result
 
 
-def _trainable(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
-    return {name: p for name, p in parameters.items() if p.requires_grad}
+def _held(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    return {name: p for name, p in parameters.items() if name != "base"}
 
 
 def _project(optimizer: Optimizer, edit: Edit) -> list[tuple[Parameter, dict[str, Any]]]:
@@ -153,7 +196,8 @@ def _project(optimizer: Optimizer, edit: Edit) -> list[tuple[Parameter, dict[str
     states = [optimizer.state.get(p, {}) for p in old]
     keys = list(dict.fromkeys(k for state in states for k in state if state[k] is not None))
     _check_known(edit.path, keys)
-    new = list(_trainable(edit.new).values())
+    _check_finite(edit.path, states)
+    new = list(_held(edit.new).values())
     moved: dict[str, list[Any]] = {}
     first: Tensor | None = None
     for key in sorted(keys, key=(COUNTERS + FIRST_MOMENTS + SECOND_MOMENTS).index):
@@ -181,6 +225,14 @@ def _check_known(path: str, keys: Sequence[str]) -> None:
         raise ValueError(
             f"layer {path!r}: the optimizer keeps {', '.join(unknown)}, which is not known how to "
             f"move (known: {', '.join(known)}, of SGD, Adam and AdamW); use moments='reset'"
+        )
+
+
+def _check_finite(path: str, states: Sequence[dict[str, Any]]) -> None:
+    tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+    if not all(torch.isfinite(value).all() for value in tensors):
+        raise UnfitWeightError(
+            f"layer {path!r}: the optimizer's state holds NaN or infinite values"
         )
 
 

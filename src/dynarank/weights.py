@@ -49,7 +49,12 @@ def file_spectra(path: Path) -> Iterator[WeightSpectrum]:
             names = set(file.keys())
             for name in file.keys():
                 label, tensor = _weight(file, name, names)
-                if tensor is not None and tensor.is_floating_point() and tensor.ndim > 1:
+                if (
+                    tensor is not None
+                    and tensor.is_floating_point()
+                    and tensor.ndim > 1
+                    and tensor.numel()
+                ):
                     found = True
                     yield _spectrum(label, tensor)
     except SafetensorError as error:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
 
 from dynarank.cli.show import console, right_aligned
 from dynarank.forms import resolve_rank
@@ -17,6 +19,7 @@ from dynarank.weights import WeightSpectrum, file_spectra
 
 __all__ = ["spectrum"]
 
+_FORMATS = (".png", ".svg", ".pdf")
 _BLOCKS = "▁▂▃▄▅▆▇█"
 
 
@@ -41,6 +44,12 @@ def spectrum(
     directions that hold 99% of sum s^2, lambda the first r singular values' share of sum s. Each
     is of the weight as a matrix, out x (in * kernel positions).
     """
+    if not 0 < rank < float("inf"):
+        raise ValueError(f"--rank is a share up to 1 or a number of directions, got {rank}")
+    if plot is not None and (not plot.parent.is_dir() or plot.suffix not in _FORMATS):
+        raise ValueError(
+            f"--plot wants a file in a folder there is, ending in {_FORMATS}; got {plot}"
+        )
     spectra = list(file_spectra(file))
     rows = [_row(weight, rank) for weight in spectra]
     terminal = console(quiet_stdout=as_json)
@@ -77,15 +86,15 @@ def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:
 
 def _show(terminal: Console, file: Path, rows: list[dict[str, Any]]) -> None:
     numbers = ["full", "effective", "of full", "stable", "99%", "lambda"]
-    table = right_aligned(f"Rank health of {file.name}", ["layer", "shape"], numbers)
+    table = right_aligned(escape(f"Rank health of {file.name}"), ["layer", "shape"], numbers)
     table.add_column("singular values", no_wrap=True)
     for row in rows:
         shape = "x".join(map(str, row["shape"]))
         if not row["finite"]:
-            table.add_row(row["layer"], shape, "", "not finite", "", "", "", "", "")
+            table.add_row(Text(row["layer"]), shape, "", "not finite", "", "", "", "", "")
             continue
         table.add_row(
-            row["layer"],
+            Text(row["layer"]),
             shape,
             str(row["full_rank"]),
             f"{row['effective_rank']:.1f}",

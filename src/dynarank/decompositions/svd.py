@@ -106,7 +106,8 @@ class SVD:
 def _split_wide(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (n, r), (r, m) of an (n, m) matrix with n <= m."""
     basis, values = _leading_directions(matrix, rank)
-    noise = torch.finfo(matrix.dtype).eps * max(matrix.shape) * values[:1]
+    eps = min(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
+    noise = eps * max(matrix.shape) * values[:1]
     live = values > noise
     floor = values[live].min() if live.any() else torch.ones_like(values[0])
     root = torch.where(live, values, floor).sqrt()

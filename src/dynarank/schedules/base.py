@@ -39,7 +39,7 @@ class Readings:
 
     Args:
         layers: the weight's shape (out, in, *kernel) of each layer under the schedule.
-        learning_rate: that of the optimizer's first group, if there is one.
+        learning_rate: that of the optimizer's first group; None with no optimizer or several.
     """
 
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -84,8 +84,8 @@ def timeline(schedule: RankSchedule, readings: Readings, total_steps: int) -> li
         >>> [p.start for p in timeline(schedule, Readings({"a": (8, 8)}), 100)]
         [0, 40, 80]
     """
-    if total_steps < 1:
-        raise ValueError(f"a run has at least one step, got total_steps={total_steps}")
+    if not isinstance(total_steps, int) or total_steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"total_steps is a whole number of at least 1, got {total_steps!r}")
 
     def plan(step: int) -> Plan:
         return dict(schedule(Clock(step, total_steps), readings))

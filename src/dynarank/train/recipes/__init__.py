@@ -126,7 +126,7 @@ def load_recipe(name: str) -> Recipe:
     names = recipe_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise RecipeError(f"unknown recipe {name!r}{hint} Known recipes: {', '.join(names)}.")
     text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
     return Recipe(name=name, **tomllib.loads(text))
