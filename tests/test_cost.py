@@ -130,6 +130,21 @@ def test_the_rest_of_a_model_is_counted_too(form: Form, named: bool) -> None:
     assert parameters == (trainable, sum(p.numel() for p in model.parameters()))
 
 
+def test_a_layer_called_by_keyword_is_costed() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(input=x)
+
+    model, x = Named(), torch.randn(4, 8)
+    predicted = trace(model, x).flops({"inner": LowRank(2)})
+    dr.factorize(model, 2)
+    assert count_flops(model, x) == predicted
+
+
 def test_a_loss_of_the_users_own_decides_what_runs_backward() -> None:
     model, x = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}), torch.randn(4, 8)
 

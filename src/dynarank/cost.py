@@ -113,9 +113,8 @@ def form_parameters(shape: Sequence[int], form: Form, trains: bool = True) -> tu
         return whole * trains, whole
     shapes = get_decomposition(form.decomposition).shapes(shape, cast(int, form.rank))
     factors = sum(math.prod(s) for s in shapes)
-    if isinstance(form, LowRank):
-        return factors * trains, factors
-    return factors * trains, whole + factors
+    base = 0 if isinstance(form, LowRank) else whole
+    return factors * trains, base + factors
 
 
 def form_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool) -> Flops:
@@ -154,7 +153,8 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     sites = [site for site in survey(model) if site.form is not None]
     for site in sites:
         layer = ghost.get_submodule(site.path)
-        layer.register_forward_pre_hook(_note(calls.setdefault(site.path, [])))
+        note = _note(calls.setdefault(site.path, []))
+        layer.register_forward_pre_hook(note, with_kwargs=True)
     inputs = tree_map(_ghost, sample)
     counted = count_flops(ghost, inputs, loss)
     layers = {
@@ -220,9 +220,10 @@ def _sum_all(output: Any) -> Tensor:
     return cast(Tensor, sum(tensors))
 
 
-def _note(calls: list[tuple[tuple[int, ...], bool]]) -> Callable[[nn.Module, Any], None]:
-    def note(_: nn.Module, inputs: Any) -> None:
-        calls.append((tuple(inputs[0].shape), inputs[0].requires_grad))
+def _note(calls: list[tuple[tuple[int, ...], bool]]) -> Callable[[nn.Module, Any, Any], None]:
+    def note(_: nn.Module, inputs: Any, named: Any) -> None:
+        x = inputs[0] if inputs else named["input"]
+        calls.append((tuple(x.shape), x.requires_grad))
 
     return note
 
@@ -244,12 +245,11 @@ def _chain_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_gr
     """The factors one after another; all but the first are sure to need their input's gradient."""
     assert not isinstance(form, FullRank)
     decomposition = get_decomposition(form.decomposition)
-    trains = use.trains
     total, needs_grad = Flops(), input_grad
     shapes = decomposition.shapes(use.shape, cast(int, form.rank))
     for shape, geometry in zip(shapes, decomposition.stages(use.geometry), strict=True):
         forward = _map_flops(input_shape, shape, geometry)
-        total += Flops(forward, forward * (1 + needs_grad + trains))
+        total += Flops(forward, forward * (1 + needs_grad + use.trains))
         input_shape = output_shape(input_shape, shape, geometry)
-        needs_grad = needs_grad or trains
+        needs_grad = needs_grad or use.trains
     return total

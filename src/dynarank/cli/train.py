@@ -63,20 +63,22 @@ def train(
     chosen = chosen.published() if as_published else chosen
     schedules = _schedules(schedule, chosen)
     machine = _machine(device, precision, compile)
-    images = _on_device(_load(chosen, data, train_limit), machine.device)
-    _check_batches(chosen, images)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
         raise RecipeError(f"{folder} holds a run already; name another folder with --out")
+    images = _on_device(_load(chosen, data, train_limit), machine.device)
+    _check_batches(chosen, images)
     terminal = console(quiet_stdout=as_json)
     length = epochs or chosen.epochs
-    summaries: dict[str, SummaryRecord] = {}
-    for name in schedules:
+
+    def run(name: str) -> SummaryRecord:
         place = folder / name if len(schedules) > 1 else folder
         with ProgressListener(terminal, name, length) as listener:
-            summaries[name] = run_schedule(
+            return run_schedule(
                 chosen, name, images, place, listener, seed=seed, epochs=length, machine=machine
             )
+
+    summaries = {name: run(name) for name in schedules}
     report = _report(folder, terminal)
     if as_json:
         runs = {name: summary.model_dump() for name, summary in summaries.items()}

@@ -18,6 +18,7 @@ from dynarank.cost import trace
 from dynarank.forms import Change
 from dynarank.planning import cost_schedule
 from dynarank.scheduler import RankScheduler
+from dynarank.schedules import RankSchedule
 from dynarank.survey import select
 from dynarank.train.batches import Batches
 from dynarank.train.data import ImageData
@@ -116,7 +117,7 @@ class Trainer:
         self.done = 0
         self.train_seconds = 0.0
 
-    def _build(self, schedule: Any) -> None:
+    def _build(self, schedule: RankSchedule) -> None:
         """The optimizer, the two schedulers, and the cost of the run as predicted."""
         recipe = self.recipe
         self.optimizer = torch.optim.SGD(
