@@ -12,7 +12,10 @@ from dynarank.decompositions.base import (
     linear_map,
     output_shape,
     precise,
+    pull_back,
+    swap_channels,
 )
+from dynarank.decompositions.grouped import Grouped
 from dynarank.decompositions.svd import SVD
 
 __all__ = [
@@ -21,6 +24,7 @@ __all__ = [
     "Decomposition",
     "Factors",
     "Geometry",
+    "Grouped",
     "LinAlgError",
     "UnfitWeightError",
     "apply",
@@ -28,6 +32,8 @@ __all__ = [
     "linear_map",
     "output_shape",
     "precise",
+    "pull_back",
+    "swap_channels",
 ]
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
@@ -35,12 +41,13 @@ DECOMPOSITIONS: dict[str, Decomposition] = {
 }
 
 
-def get_decomposition(name: str) -> Decomposition:
-    """The decomposition of this name.
+def get_decomposition(name: str, groups: int = 1) -> Decomposition:
+    """The decomposition of this name, of each group of a grouped weight.
 
     Raises:
         ValueError: there is none; the message lists those there are.
     """
     if name not in DECOMPOSITIONS:
         raise ValueError(f"unknown decomposition {name!r}; known: {', '.join(DECOMPOSITIONS)}")
-    return DECOMPOSITIONS[name]
+    decomposition = DECOMPOSITIONS[name]
+    return decomposition if groups == 1 else Grouped(decomposition, groups)

@@ -5,6 +5,7 @@ Legend: W (n, m) the matricised weight, n = out, m = in * kernel positions; r th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +31,14 @@ class SVD:
     """
 
     name = "svd"
-    factor_names: tuple[str, ...] = ("down", "up")
+
+    def factor_names(self, dims: int) -> tuple[str, ...]:
+        """``down`` and ``up``."""
+        return "down", "up"
+
+    def limit(self, shape: Sequence[int]) -> int:
+        """min(n, m)."""
+        return min(shape[0], math.prod(shape[1:]))
 
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
         """``down`` (r, in, *kernel), ``up`` (out, r, 1, ...)."""
@@ -64,7 +72,14 @@ class SVD:
         down, up = factors
         return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
-    def stages(self, geometry: Geometry) -> tuple[Geometry, ...]:
+    def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
+        """``up' G`` and ``G down'``."""
+        down, up = factors
+        gradient = cotangent.flatten(1)  # (n, m)
+        pulled = up.flatten(1).T @ gradient, gradient @ down.flatten(1).T
+        return pulled[0].reshape(down.shape), pulled[1].reshape(up.shape)
+
+    def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """``down`` slides as the weight does; ``up`` is pointwise."""
         return geometry, Geometry.pointwise(len(geometry.stride))
 

@@ -1,0 +1,80 @@
+"""Any decomposition for a grouped weight: each group on its own, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dynarank.decompositions.base import Decomposition, Factors, Geometry
+
+__all__ = ["Grouped"]
+
+
+class Grouped:
+    """``groups`` weights decomposed one by one; the rank is that of each group.
+
+    A weight (out, in / groups, *kernel) is ``groups`` weights (out / groups, in / groups, *kernel)
+    along its first dimension, and so is each factor: the chain is one of grouped convolutions.
+
+    Args:
+        inner: the decomposition of one group.
+        groups: how many there are.
+    """
+
+    def __init__(self, inner: Decomposition, groups: int) -> None:
+        self.name = inner.name
+        self.inner, self.groups = inner, groups
+
+    def factor_names(self, dims: int) -> tuple[str, ...]:
+        """Those of one group."""
+        return self.inner.factor_names(dims)
+
+    def limit(self, shape: Sequence[int]) -> int:
+        """That of one group."""
+        return self.inner.limit(self._unit(shape))
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
+        """Those of one group, ``groups`` times along the first dimension."""
+        shapes = self.inner.shapes(self._unit(shape), rank)
+        return tuple((first * self.groups, *rest) for first, *rest in shapes)
+
+    def split(self, weight: Tensor, rank: int) -> Factors:
+        """Each group's factors, side by side."""
+        return self._stack([self.inner.split(w, rank) for w in weight.chunk(self.groups)])
+
+    def join(self, factors: Factors) -> Tensor:
+        """Each group's weight, side by side."""
+        return torch.cat([self.inner.join(f) for f in self._groups_of(factors)])
+
+    def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
+        """Those of one group, with ``groups`` times its groups."""
+        stages = self.inner.stages(replace(geometry, groups=1), rank)
+        return tuple(replace(stage, groups=stage.groups * self.groups) for stage in stages)
+
+    def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
+        """Each group's, side by side."""
+        pairs = zip(self._groups_of(factors), cotangent.chunk(self.groups), strict=True)
+        return self._stack([self.inner.pull(f, c) for f, c in pairs])
+
+    def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
+        """Each group's, side by side."""
+        pairs = zip(self._groups_of(factors), self._groups_of(cotangents), strict=True)
+        return torch.cat([self.inner.lift(f, c) for f, c in pairs])
+
+    def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
+        """Each group's, side by side."""
+        pairs = zip(self._groups_of(factors), self._groups_of(squares), strict=True)
+        return torch.cat([self.inner.lift_squares(f, s) for f, s in pairs])
+
+    def _unit(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return (shape[0] // self.groups, *shape[1:])
+
+    def _groups_of(self, factors: Factors) -> list[Factors]:
+        chunks = [factor.chunk(self.groups) for factor in factors]
+        return list(zip(*chunks, strict=True))
+
+    def _stack(self, groups: list[Factors]) -> Factors:
+        return tuple(torch.cat(parts) for parts in zip(*groups, strict=True))
