@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from dynarank.decompositions import UnfitWeightError, precise
 from dynarank.forms import FullRank, RankLike, resolve_rank
-from dynarank.layers import RankedLayer, effective_weight
+from dynarank.layers import RankedLayer
 from dynarank.spectrum import effective_rank, singular_values, spectral_ratio, stable_rank
-from dynarank.survey import LayerFilter, Site, select, survey, weight_shape
+from dynarank.selection import LayerFilter, select
+from dynarank.survey import Site, survey
 
 __all__ = ["SpectralMonitor", "SpectralReading"]
 
@@ -80,7 +81,7 @@ class SpectralMonitor:
 
     def _read(self, site: Site) -> SpectralReading:
         values = singular_values(_weight(site))
-        rank = self._lambda_rank(site, weight_shape(site.module))
+        rank = self._lambda_rank(site, site.shape)
         return SpectralReading(
             effective_rank(values),
             stable_rank(values),
@@ -90,14 +91,15 @@ class SpectralMonitor:
         )
 
     def _lambda_rank(self, site: Site, shape: tuple[int, ...]) -> int:
-        home = site.module.home if isinstance(site.module, RankedLayer) else None
-        asked = self._rank if self._rank is not None else home.rank if home else 0.5
-        return resolve_rank(asked, shape)
+        asked = self._rank if self._rank is not None else site.home.rank if site.home else 0.5
+        limit = min(shape[0], math.prod(shape[1:]))
+        return min(asked, limit) if isinstance(asked, int) else resolve_rank(asked, shape)
 
 
 def _weight(site: Site) -> Tensor:
     """The effective weight; joined in fp64, where rounding cannot raise a low rank."""
-    if not isinstance(site.module, RankedLayer) or isinstance(site.module.form, FullRank):
-        return cast(Tensor, site.module.weight)
-    parameters = site.module.named_parameters(recurse=False)
-    return effective_weight(site.module.form, {name: precise(p) for name, p in parameters})
+    if isinstance(site.form, FullRank):
+        return site.effective()
+    precisely = {name: precise(p) for name, p in site.parameters().items()}
+    assert site.form is not None
+    return site.spec.turn(site.spec.effective(site.form, precisely))
