@@ -22,6 +22,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"spectrum": set(), "survey": set(), "edit": {"survey"}, "selection": {"survey"}},
     {"transport": set(), "cost": set(), "monitors": set(), "weights": set(), "schedules": set()},
     {"surgery": set(), "planning": set()},
+    {"measure": set()},
     {"scheduler": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
@@ -40,7 +41,7 @@ FORBIDDEN = {
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
     "forms", "decompositions", "layers", "spectrum", "survey", "selection", "edit", "transport",
-    "cost", "monitors", "schedules", "surgery", "planning", "scheduler",
+    "cost", "monitors", "schedules", "surgery", "planning", "measure", "scheduler",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.
