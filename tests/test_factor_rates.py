@@ -123,7 +123,7 @@ def moved(down: Tensor, up: Tensor, step_down: Tensor, step_up: Tensor) -> Tenso
 
 
 def test_a_scaled_step_is_as_long_as_a_full_rank_one() -> None:
-    """In the singular basis the components (i, j) inside the factors' span move by eta, on average."""
+    """In the singular basis the components inside the factors' span move by eta on average."""
     g = torch.Generator().manual_seed(0)
     s = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64)
     left = torch.linalg.qr(torch.randn(9, 3, generator=g, dtype=torch.float64)).Q
@@ -211,7 +211,7 @@ def test_errors() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
     for rule in ("spectrum", 0.0, float("nan"), True):
-        with pytest.raises(ValueError, match="rule|factor"):
+        with pytest.raises(ValueError, match=r"rule|factor"):
             FactorRates(model, optimizer, rule)
     with pytest.raises(ValueError, match="every"):
         FactorRates(model, optimizer, every=0)

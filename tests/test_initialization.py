@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import zlib
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def test_the_variance_is_met_exactly_given_the_target(layer: str) -> None:
     decomposition = site.spec.decomposition(site.form)
     generator = torch.Generator().manual_seed(3)
     factors = factors_of_variance(decomposition, site.shape, 3, 0.37, generator)
-    assert_close(decomposition.join(factors).square().mean(), torch.tensor(0.37, dtype=torch.float64))
+    assert_close(
+        decomposition.join(factors).square().mean(), torch.tensor(0.37, dtype=torch.float64)
+    )
 
 
 def test_factors_are_balanced_in_expectation() -> None:
@@ -84,8 +87,6 @@ def test_spectrum_is_the_leading_part_of_a_draw(layer: str) -> None:
     model = low_rank(layer)
     initialize_factors(model, match="spectrum", seed=5)
     site = only(model)
-    import zlib
-
     draw = next(plain_draw(site, (5 ^ zlib.crc32(b"0")) % 2**63))
     groups = site.spec.geometry.groups
     pairs = zip(site.effective().chunk(groups), draw.chunk(groups), strict=True)
@@ -131,7 +132,9 @@ def test_it_touches_nothing_else(match: str) -> None:
     initialize_factors(model, match=match, seed=1)
     assert all(torch.equal(p, again[n]) for n, p in model.named_parameters())
     assert initialize_factors(model, layers="1") == ["1"]
-    assert model[0].form == dr.LowRank(3) and model[0](torch.ones(2, 12).bfloat16()).isfinite().all()
+    assert (
+        model[0].form == dr.LowRank(3) and model[0](torch.ones(2, 12).bfloat16()).isfinite().all()
+    )
 
 
 def test_another_reset_and_errors() -> None:

@@ -139,9 +139,12 @@ def test_orthonormal_factors_get_nothing() -> None:
     q = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64)).Q
     assert orthogonality_gradient(q).abs().max() < 1e-14
     assert srip_gradient(torch.eye(4, 2)).eq(0).all()
-    assert SoftOrthogonality(model_in("linear", dr.FullRank()), 1.0).gradients(
-        survey(model_in("linear", dr.FullRank()))[0]
-    ) == []
+    assert (
+        SoftOrthogonality(model_in("linear", dr.FullRank()), 1.0).gradients(
+            survey(model_in("linear", dr.FullRank()))[0]
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("cls", [FrobeniusDecay, SoftOrthogonality, DoubleSoftOrthogonality, SRIP])

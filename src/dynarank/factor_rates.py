@@ -91,7 +91,6 @@ class FactorRates:
         self._scales: list[tuple[Site, float]] = []
         self._age = 0
         self._olds: list[tuple[Tensor, Tensor, float]] = []
-        self._held = optimizer
         self._handles = [
             optimizer.register_step_pre_hook(self._before),  # pyright: ignore
             optimizer.register_step_post_hook(self._after),  # pyright: ignore
@@ -135,9 +134,10 @@ class FactorRates:
         if not self._olds:
             return
         news, olds, scales = (list(part) for part in zip(*self._olds, strict=True))
-        torch._foreach_sub_(news, olds)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_mul_(news, scales)  # pyright: ignore[reportPrivateUsage]
-        torch._foreach_add_(news, olds)  # pyright: ignore[reportPrivateUsage]
+        foreach: Any = torch  # whose foreach operations are not annotated
+        foreach._foreach_sub_(news, olds)
+        foreach._foreach_mul_(news, scales)
+        foreach._foreach_add_(news, olds)
         self._olds = []
 
 

@@ -169,7 +169,7 @@ def plain_draw(
         ValueError: the layer has no ``reset_parameters``.
     """
     shell = _plain_shell(site)
-    reset = reset or getattr(shell, "reset_parameters", None) and _own_reset
+    reset = reset or (_own_reset if hasattr(shell, "reset_parameters") else None)
     if reset is None:
         raise ValueError(
             f"layer {site.path!r}: {type(shell).__name__} has no reset_parameters to draw its "
@@ -178,9 +178,10 @@ def plain_draw(
     state: Tensor | None = None
     while True:
         with torch.random.fork_rng(devices=[]):  # the CPU's state, where the draws are made
-            torch.default_generator.manual_seed(seed) if state is None else torch.set_rng_state(
-                state
-            )
+            if state is None:
+                torch.default_generator.manual_seed(seed)
+            else:
+                torch.set_rng_state(state)
             reset(shell)
             state = torch.get_rng_state()
         yield site.spec.turn(_own(shell)[site.spec.name].detach()).clone()

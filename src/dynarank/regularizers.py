@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -79,7 +80,7 @@ class Regularizer:
         for site in self._sites() if self.coefficient else []:
             for p, gradient in self.gradients(site):
                 if p.requires_grad and p.grad is not None:
-                    added = torch.nan_to_num(gradient * (self.coefficient * scale), 0.0, 0.0, 0.0)
+                    added = torch.nan_to_num(gradient * self.coefficient * scale, 0.0, 0.0, 0.0)
                     p.grad.add_(added.to(p.grad.dtype))
 
     def register(self, optimizer: Optimizer) -> RemovableHandle:
@@ -197,9 +198,7 @@ class SoftOrthogonality(Regularizer):
         """Those of the first and the last factor."""
         if site.form is None or isinstance(site.form, FullRank):
             return []
-        rule = self.gradient
-        if self._normalized:
-            rule = lambda f: _through_norms(self.gradient, f)  # noqa: E731
+        rule = partial(_through_norms, self.gradient) if self._normalized else self.gradient
         return _end_gradients(site.spec.decomposition(site.form), site.factors(), rule)
 
 
