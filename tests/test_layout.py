@@ -19,10 +19,24 @@ LAYERS: list[dict[str, set[str]]] = [
     {"forms": set()},
     {"decompositions": set()},
     {"layers": set(), "records": set()},
-    {"spectrum": set(), "survey": set(), "edit": {"survey"},
-     "selection": {"survey"}, "present": {"survey", "selection"}},
-    {"transport": set(), "cost": set(), "monitors": set(), "weights": set(), "schedules": set(),
-     "regularizers": set(), "initialization": set(), "factor_rates": set()},
+    {
+        "spectrum": set(),
+        "penalties": set(),
+        "survey": set(),
+        "edit": {"survey"},
+        "selection": {"survey"},
+        "present": {"survey", "selection"},
+    },
+    {
+        "transport": set(),
+        "cost": set(),
+        "monitors": set(),
+        "weights": set(),
+        "schedules": set(),
+        "regularizers": set(),
+        "initialization": set(),
+        "factor_rates": set(),
+    },
     {"surgery": set(), "planning": set()},
     {"scheduler": set()},
     {"train": set(), "report": set()},
@@ -42,7 +56,7 @@ FORBIDDEN = {
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
     "forms", "decompositions", "layers", "spectrum", "survey", "selection", "edit", "transport",
-    "cost", "monitors", "schedules", "surgery", "planning", "scheduler", "present",
+    "cost", "monitors", "schedules", "surgery", "planning", "scheduler", "present", "penalties",
     "regularizers", "initialization", "factor_rates",
 }  # fmt: skip
 

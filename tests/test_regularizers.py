@@ -10,15 +10,13 @@ from laws import assert_close, randomise
 from torch import Tensor, nn
 
 import dynarank as dr
+from dynarank.penalties import orthogonality_gradient, srip_gradient, tall_matrices
 from dynarank.regularizers import (
     SRIP,
     DoubleSoftOrthogonality,
     FrobeniusDecay,
     Regularizer,
     SoftOrthogonality,
-    orthogonality_gradient,
-    srip_gradient,
-    tall_matrices,
 )
 from dynarank.survey import survey
 

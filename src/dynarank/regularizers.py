@@ -3,7 +3,7 @@
 Legend: ``W`` (n, m) a matricised weight, D = down (r, m), U = up (n, r), W = U D; F a factor as a
 tall matrix: U itself, or D'. c the coefficient, I an identity.
 
-Each penalty is a pure function of the factors (``*_gradients``), proven against automatic
+Each penalty is a pure function of the factors (``penalties``), proven against automatic
 differentiation of its formula, and a class that adds it to the gradients of a model's present
 factors, whatever its forms have become since.
 
@@ -26,8 +26,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dynarank.decompositions import Decomposition, Factors, Grouped
+from dynarank.decompositions import Decomposition, Factors
 from dynarank.forms import Adapted, FullRank
+from dynarank.penalties import (
+    frobenius_gradients,
+    orthogonality_gradient,
+    srip_gradient,
+    tall_matrices,
+    through_norms,
+)
 from dynarank.present import PresentSites
 from dynarank.selection import LayerFilter
 from dynarank.survey import Site
@@ -38,10 +45,6 @@ __all__ = [
     "FrobeniusDecay",
     "Regularizer",
     "SoftOrthogonality",
-    "frobenius_gradients",
-    "orthogonality_gradient",
-    "srip_gradient",
-    "tall_matrices",
 ]
 
 
@@ -198,7 +201,7 @@ class SoftOrthogonality(Regularizer):
         """Those of the first and the last factor."""
         if site.form is None or isinstance(site.form, FullRank):
             return []
-        rule = partial(_through_norms, self.gradient) if self._normalized else self.gradient
+        rule = partial(through_norms, self.gradient) if self._normalized else self.gradient
         return _end_gradients(site.spec.decomposition(site.form), site.factors(), rule)
 
 
@@ -249,45 +252,6 @@ class SRIP(SoftOrthogonality):
         return srip_gradient(tall, self._iterations)
 
 
-def frobenius_gradients(decomposition: Decomposition, factors: Factors) -> Factors:
-    """The gradients of ``1/2 ||join(factors)||_F^2``: ``pull(factors, join(factors))``.
-
-    For an SVD pair ``(U'U) D`` and ``U (D D')``: 2 r^2 (m + n) multiplications, W never formed.
-    """
-    if decomposition.name != "svd":
-        return decomposition.pull(factors, decomposition.join(factors))
-    groups = decomposition.groups if isinstance(decomposition, Grouped) else 1
-    down, up = (f.flatten(1).unflatten(0, (groups, -1)) for f in factors)
-    pulled = (up.mT @ up) @ down, up @ (down @ down.mT)
-    return tuple(g.reshape(f.shape) for g, f in zip(pulled, factors, strict=True))
-
-
-def orthogonality_gradient(tall: Tensor) -> Tensor:
-    """``4 F (F'F - I)``, the gradient of ``||F'F - I||_F^2``; F (..., m, r)."""
-    return 4 * tall @ _excess(tall)
-
-
-def srip_gradient(tall: Tensor, iterations: int = 10) -> Tensor:
-    """``2 sign(mu) F v v'`` with the top eigenpair (mu, v) of ``F'F - I``; F (..., m, r)."""
-    excess = _excess(tall)  # (..., r, r)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(tall.shape[-1], 1, generator=generator, dtype=torch.float64)
-    vector = start.to(tall).expand(*tall.shape[:-2], -1, -1)
-    tiny = torch.finfo(tall.dtype).tiny
-    for _ in range(iterations):
-        vector = excess @ vector
-        vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=tiny)
-    value = vector.mT @ excess @ vector  # (..., 1, 1)
-    return 2 * value.sign() * (tall @ vector) @ vector.mT
-
-
-def tall_matrices(decomposition: Decomposition, factors: Factors) -> tuple[Tensor, Tensor]:
-    """The first factor transposed (groups, m, r) and the last (groups, n, r), as matrices."""
-    groups = decomposition.groups if isinstance(decomposition, Grouped) else 1
-    first, last = (f.flatten(1).unflatten(0, (groups, -1)) for f in (factors[0], factors[-1]))
-    return first.mT, last
-
-
 def _end_gradients(
     decomposition: Decomposition, factors: Factors, rule: Callable[[Tensor], Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -295,20 +259,6 @@ def _end_gradients(
     gradients = rule(first).mT, rule(last)
     ends = factors[0], factors[-1]
     return [(f, g.reshape(f.shape)) for f, g in zip(ends, gradients, strict=True)]
-
-
-def _through_norms(rule: Callable[[Tensor], Tensor], tall: Tensor) -> Tensor:
-    """The gradient by F where ``rule`` is that by N = F with columns of norm 1; 0 where F is 0."""
-    norms = tall.norm(dim=-2, keepdim=True)
-    inverse = torch.where(norms > 0, 1 / norms, 0.0)
-    unit = tall * inverse
-    gradient = rule(unit)
-    return (gradient - unit * (unit * gradient).sum(-2, keepdim=True)) * inverse
-
-
-def _excess(tall: Tensor) -> Tensor:
-    gram = tall.mT @ tall
-    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -125,7 +125,10 @@ def summary(runs: list[dict]) -> list[dict]:
         for step in readings[0]:
             for kind in readings[0][step]:
                 values = [r[step][kind] for r in readings]
-                row[f"{kind}@{step}"] = [statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0]
+                row[f"{kind}@{step}"] = [
+                    statistics.mean(values),
+                    statistics.stdev(values) if len(values) > 1 else 0.0,
+                ]
         rows.append(row)
     return rows
 
