@@ -16,7 +16,9 @@ from dynarank.decompositions.base import (
     swap_channels,
 )
 from dynarank.decompositions.grouped import Grouped
+from dynarank.decompositions.separable import Separable
 from dynarank.decompositions.svd import SVD
+from dynarank.decompositions.tucker import Tucker
 
 __all__ = [
     "DECOMPOSITIONS",
@@ -26,6 +28,8 @@ __all__ = [
     "Geometry",
     "Grouped",
     "LinAlgError",
+    "Separable",
+    "Tucker",
     "UnfitWeightError",
     "apply",
     "get_decomposition",
@@ -37,7 +41,7 @@ __all__ = [
 ]
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
-    decomposition.name: decomposition for decomposition in [SVD()]
+    decomposition.name: decomposition for decomposition in [SVD(), Tucker(), Separable()]
 }
 
 
