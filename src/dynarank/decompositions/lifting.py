@@ -16,8 +16,9 @@ from dynarank.decompositions.base import Factors, precise
 __all__ = ["chain_energies", "lift", "lift_squares"]
 
 # What is left of the normal equations, relative to their right-hand side, and the most steps.
-RESIDUAL = {torch.float64: 1e-14, torch.float32: 1e-8}
-STEPS = 1000
+RESIDUAL = {torch.float64: 1e-14}
+LESS = 1e-6  # of factors below fp64, whose moments are not known more closely than that
+STEPS = 500
 
 
 def lift(join: Callable[[Factors], Tensor], factors: Factors, cotangents: Factors) -> Tensor:
@@ -26,7 +27,7 @@ def lift(join: Callable[[Factors], Tensor], factors: Factors, cotangents: Factor
     By conjugate gradients on ``J J' M = J c`` from zero, in fp64, without forming J (Hestenes and
     Stiefel 1952, as CGLS). These equations can always be solved, though the factors' gauge makes
     ``J' J`` singular; and M stays in J's range, which makes it the least one. Steps end when the
-    residual is down to 1e-14 (factors in fp64; else 1e-8) of where it began, or after 1000.
+    residual is down to 1e-14 (factors in fp64; else 1e-6) of where it began, or after 500.
     """
     exact = tuple(precise(factor) for factor in factors)
     missing = tuple(precise(cotangent) for cotangent in cotangents)
@@ -34,7 +35,7 @@ def lift(join: Callable[[Factors], Tensor], factors: Factors, cotangents: Factor
     gradient = _push(join, exact, missing)
     direction, lifted = gradient, torch.zeros_like(gradient)
     size = first = gradient.square().sum().item()
-    enough = first * RESIDUAL.get(factors[0].dtype, 1e-8) ** 2
+    enough = first * RESIDUAL.get(factors[0].dtype, LESS) ** 2
     for _ in range(STEPS):
         pulled: Factors = pull(direction)
         curvature = sum(part.square().sum().item() for part in pulled)
