@@ -105,12 +105,12 @@ def test_the_limit_is_the_least_exact_rank(name: str, shape: tuple[int, ...]) ->
 
 
 @over_names
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", [(7, 5, 3), (6, 4, 3, 2), (9, 1, 3, 3)], ids=str)
 def test_more_rank_less_error(name: str, shape: tuple[int, ...]) -> None:
     """CP is fitted down to 1e-7 of W, and there generic weights are before the limit."""
     decomposition = get_decomposition(name)
     limit = decomposition.limit(shape)
-    ranks = sorted({max(1, limit * i // 5) for i in range(1, 6)})
+    ranks = sorted({max(1, limit * i // 8) for i in (1, 3, 8)})
     errors = [error(decomposition, decaying(shape), rank) for rank in ranks]
     assert all(more >= less - 1e-6 for more, less in itertools.pairwise(errors))
     assert errors[0] > errors[-1]
@@ -144,7 +144,7 @@ def peer_error(name: str, weight: Tensor, rank: int) -> float:
                 tucker, _ = partial_tucker(weight, ranks, modes=[0, 1], n_iter_max=200, tol=1e-8)
                 joined = tensorly.tenalg.multi_mode_dot(*tucker, modes=[0, 1])
             elif name == "cp":
-                settings = {"n_iter_max": 200, "tol": 1e-8, "random_state": 0}
+                settings = {"n_iter_max": 100, "tol": 1e-8, "random_state": 0}
                 fits = [
                     parafac(weight, rank, init="svd", normalize_factors=n, **settings)
                     for n in (True, False)
@@ -168,8 +168,8 @@ def relative(joined: Tensor, weight: Tensor) -> float:
 @pytest.mark.parametrize("kind", [normal, decaying], ids=["normal", "decaying"])
 @pytest.mark.parametrize(
     ("shape", "rank"),
-    [((16, 16, 3, 3), 8), ((32, 16, 5), 8), ((10, 6, 3, 3), 5), ((8, 6, 2, 3, 2), 6),
-     ((64, 64, 3, 3), 16)],
+    [((16, 12, 3, 3), 6), ((24, 16, 5), 6), ((10, 6, 3, 3), 5), ((6, 5, 2, 3, 2), 4),
+     ((32, 32, 3, 3), 8)],
     ids=str,
 )  # fmt: skip
 def test_no_worse_than_tensorly(name: str, kind: object, shape: tuple[int, ...], rank: int) -> None:
@@ -346,7 +346,7 @@ def can_learn(decomposition: Decomposition, factors: tuple[Tensor, ...], seed: i
 
 
 @over_names
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_poor_weights_give_factors_that_learn(name: str, data: st.DataObject) -> None:
     """Zero, or of low rank, or with dead channels; tiny, ordinary or huge."""

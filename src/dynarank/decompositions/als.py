@@ -20,11 +20,12 @@ __all__ = ["fit", "slice_start", "sum_of_products"]
 # A sweep that lowers the error by less than this fraction of it is the last one.
 GAIN = 1e-5
 SWEEPS = 200
-TRIAL = 15  # sweeps after which only the best start goes on
+TRIAL, FINALISTS = 15, 3  # sweeps after which only so many of the starts go on
 # Several starts lower the error by up to 1% where there are few entries, and by less than 0.1%
 # where there are many (64 x 64 x 3 x 3), where a sweep costs more.
 RANDOM_STARTS = 6
 FEW = 2**16
+TINY = 2**12  # and here, where it is cheap and local minima differ most, all of them go on
 # A component of more than this many times W's norm is there to be cancelled by another one.
 BOUND = 1e3
 # How far a sweep starts beyond the last one, at most; and how firmly a factor is held where the
@@ -49,15 +50,14 @@ def fit(tensor: Tensor, rank: int, fine: bool) -> Factors:
     left = (tensor - sum_of_products(first)).double().square().sum().item()
     if left <= (10 * torch.finfo(tensor.dtype).eps) ** 2 * total:
         return first
-    sweeps = SWEEPS
-    best, error = first, left
-    if tensor.numel() <= FEW:
-        trials = [_refine(tensor, first, left, TRIAL, total)]
-        for start in _other_starts(tensor, rank):
-            trials.append(_refine(tensor, start, math.inf, TRIAL, total))
-        best, error = min(trials, key=lambda trial: trial[1])
-        sweeps -= TRIAL
-    return _refine(tensor, best, error, sweeps, total)[0]
+    if tensor.numel() > FEW:
+        return _refine(tensor, first, left, SWEEPS, total)[0]
+    starts = [(first, left), *((start, math.inf) for start in _other_starts(tensor, rank))]
+    trials = [_refine(tensor, *start, TRIAL, total) for start in starts]
+    going_on = len(trials) if tensor.numel() <= TINY else FINALISTS
+    best = sorted(trials, key=lambda trial: trial[1])[:going_on]
+    finals = [_refine(tensor, *trial, SWEEPS - TRIAL, total) for trial in best]
+    return min(finals, key=lambda final: final[1])[0]
 
 
 def sum_of_products(factors: Sequence[Tensor]) -> Tensor:

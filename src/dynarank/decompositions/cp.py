@@ -75,9 +75,9 @@ class CP:
         """Components by alternating least squares, their vectors of one norm each.
 
         At the limit the components are singular triplets of W's slices and the sum is exact; below
-        it they are where the sweeps start, beside six random starts and one from HOSVD where the
-        weight has at most 2^16 entries. Sweeps end when one lowers the squared error by less than
-        1e-5 of it, or after 200.
+        it they are where the sweeps start. A weight of at most 2^16 entries has six random starts
+        more and one from HOSVD; after 15 sweeps the best three go on (all, up to 2^12 entries).
+        Sweeps end when one lowers the squared error by less than 1e-5 of it, or after 200.
 
         The best rank-r sum need not exist: components can grow without bound while they cancel. A
         sweep that is not finite, does not lower the error or has a component of more than 1e3 times
