@@ -15,10 +15,14 @@ from dynarank.decompositions.base import (
     pull_back,
     swap_channels,
 )
+from dynarank.decompositions.cp import CP
 from dynarank.decompositions.grouped import Grouped
+from dynarank.decompositions.separable import Separable
 from dynarank.decompositions.svd import SVD
+from dynarank.decompositions.tucker import Tucker
 
 __all__ = [
+    "CP",
     "DECOMPOSITIONS",
     "SVD",
     "Decomposition",
@@ -26,6 +30,8 @@ __all__ = [
     "Geometry",
     "Grouped",
     "LinAlgError",
+    "Separable",
+    "Tucker",
     "UnfitWeightError",
     "apply",
     "get_decomposition",
@@ -37,7 +43,7 @@ __all__ = [
 ]
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
-    decomposition.name: decomposition for decomposition in [SVD()]
+    decomposition.name: decomposition for decomposition in [SVD(), Tucker(), CP(), Separable()]
 }
 
 
