@@ -2,9 +2,8 @@
 
 Legend: W (n, m) a matrix, s1 >= s2 >= ... its singular values, r the rank.
 
-Three ideas: the left singular vectors of W are the eigenvectors of its Gram matrix ``W W'``, which
-is small if n is; a basis that was good for a matrix nearby needs one multiplication, not a new
-start; and a matrix that is a product of thin factors is decomposed in them.
+The left singular vectors of W are the eigenvectors of its Gram matrix ``W W'``, which is small if n
+is; and a matrix that is a product of thin factors is decomposed in them.
 
 A Gram matrix has the squares of the values, so that its rounding hides those below sqrt(eps) s1.
 Each function looks at the smallest value it was asked for and goes on to the next rung if rounding
@@ -21,6 +20,8 @@ from torch import Tensor
 from dynarank.decompositions.base import LinAlgError, UnfitWeightError, precise
 
 __all__ = [
+    "RESOLVED",
+    "as_stored",
     "as_unit",
     "balance",
     "cholesky_qr2",
@@ -28,7 +29,6 @@ __all__ = [
     "leading_directions",
     "orthonormal",
     "recompress",
-    "subspace_iteration",
 ]
 
 # The least s_r / s1 that a Gram matrix in this precision gives to a few percent, and whose
@@ -50,7 +50,7 @@ def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.ones((), dtype=matrix.dtype, device=matrix.device)
     if matrix.numel() == 0:
         return matrix, one
-    low, high = torch.aminmax(matrix)  # one pass without a copy; NaN comes through
+    low, high = torch.aminmax(as_stored(matrix))  # one pass; NaN comes through
     largest = torch.maximum(-low, high)
     if not torch.isfinite(largest):
         raise UnfitWeightError("the weight holds NaN or infinite values")
@@ -59,6 +59,11 @@ def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
     exponent = torch.frexp(largest).exponent.to(matrix.dtype) - 1
     half = (exponent / 2).floor()  # in two steps: 2^-exponent itself may not be a number
     return matrix * torch.exp2(-half) * torch.exp2(half - exponent), torch.exp2(exponent)
+
+
+def as_stored(matrix: Tensor) -> Tensor:
+    """The matrix or its transpose: reductions over a transposed view copy it first."""
+    return matrix.T if matrix.T.is_contiguous() else matrix
 
 
 def gram(matrix: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def gram(matrix: Tensor) -> Tensor:
     n = matrix.shape[0]
     if n < 128 or matrix.device.type != "cpu":
         return matrix @ matrix.T
-    lower = matrix.new_zeros(n, n)
+    lower = matrix.new_empty(n, n)
     for i in range(8):
         start, end = i * n // 8, (i + 1) * n // 8
         torch.mm(matrix[start:end], matrix[:end].T, out=lower[start:end, :end])
@@ -114,11 +119,10 @@ def _wide_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     failure: Exception | None = None
     for method, resolved in _ladder(matrix.dtype):
         try:
-            basis, values = method(matrix)
+            basis, values = (part.to(matrix.dtype) for part in method(matrix, rank))
         except LinAlgError as error:
             failure = error
             continue
-        basis, values = basis[:, :rank].to(matrix.dtype), values[:rank].to(matrix.dtype)
         if not torch.isfinite(basis.sum() + values.sum()):
             failure = failure or ArithmeticError("it gave NaN")
         elif values[-1] >= resolved * values[0]:
@@ -127,7 +131,7 @@ def _wide_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     raise UnfitWeightError(f"the SVD of a weight of shape {shape} failed: {failure}")
 
 
-_Method = Callable[[Tensor], tuple[Tensor, Tensor]]
+_Method = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _ladder(dtype: torch.dtype) -> Iterator[tuple[_Method, float]]:
@@ -135,19 +139,19 @@ def _ladder(dtype: torch.dtype) -> Iterator[tuple[_Method, float]]:
     if dtype == torch.float32:
         yield _by_gram, RESOLVED[torch.float32]
         # Finer than this fp32 weights have no values: they are their rounding.
-        yield lambda matrix: _by_gram(precise(matrix)), 0.0
+        yield lambda matrix, rank: _by_gram(precise(matrix), rank), 0.0
     yield _by_svd, 0.0
 
 
-def _by_gram(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _by_gram(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     squares, vectors = torch.linalg.eigh(gram(matrix))  # reads the lower triangle
-    return vectors.flip(1), squares.flip(0).clamp(min=0).sqrt()
+    return vectors[:, -rank:].flip(1), squares[-rank:].flip(0).clamp(min=0).sqrt()
 
 
-def _by_svd(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def _by_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     tall = precise(matrix).T  # LAPACK is up to four times faster on the tall side
     _, values, right = torch.linalg.svd(tall, full_matrices=False)
-    return right.T, values
+    return right[:rank].T, values[:rank]
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
@@ -170,7 +174,7 @@ def cholesky_qr2(matrix: Tensor) -> Tensor:
     """
     basis = matrix
     for _ in range(2):
-        basis = _unit_columns(basis)
+        basis = basis / torch.linalg.vector_norm(basis, dim=0).clamp(min=1e-30)
         lower, failed = torch.linalg.cholesky_ex(basis.T @ basis)
         pivots = lower.diagonal()
         limit = torch.finfo(matrix.dtype).eps ** 0.4
@@ -183,43 +187,6 @@ def cholesky_qr2(matrix: Tensor) -> Tensor:
 
 def _householder(matrix: Tensor) -> Tensor:
     return torch.linalg.qr(matrix)[0]
-
-
-def _unit_columns(matrix: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(matrix, dim=0)
-    return matrix / norms.clamp(min=torch.finfo(matrix.dtype).tiny)
-
-
-def subspace_iteration(
-    matrix: Tensor, rows: Tensor, steps: int = 1, rank: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Left directions Q (n, r) from nearly right rows V (k, m), and ``Q' W`` (r, m).
-
-    ``Q = orth(W V')``, ``V = Q' W``, and again; then the rotation that makes the rows of Q' W
-    orthogonal, the longest first (Rayleigh and Ritz). Their norms are the values. What is wrong in
-    V shrinks by s_{r+1} / s_i in each half of a step: good from rows of a matrix that moved by some
-    percent, not from noise.
-
-    Args:
-        matrix: (n, m), finite, in fp32 or fp64, with entries whose squares are numbers.
-        rows: (k, m), r <= k <= n.
-        steps: how often to go through W; each costs two products with it.
-        rank: r, how many directions to keep; None: all k.
-
-    Source: Halko, Martinsson, Tropp, "Finding structure with randomness", arXiv 0909.4061, 2009.
-
-    Example:
-        >>> w = torch.diag(torch.tensor([3.0, 1.0]))
-        >>> q, projected = subspace_iteration(w, torch.tensor([[1.0, 0.01]]))
-        >>> round(torch.linalg.vector_norm(projected).item(), 3)
-        3.0
-    """
-    basis, projected = rows.T, rows
-    for _ in range(steps):
-        basis = orthonormal(_unit_columns(matrix @ projected.T))  # (n, k)
-        projected = basis.T @ matrix  # (k, m)
-    rotation, _ = leading_directions(projected, len(projected) if rank is None else rank)
-    return basis @ rotation, rotation.T @ projected
 
 
 def balance(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:

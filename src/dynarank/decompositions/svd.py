@@ -17,8 +17,8 @@ from dynarank.decompositions.linalg import (
     balance,
     leading_directions,
     recompress,
-    subspace_iteration,
 )
+from dynarank.decompositions.subspace import follow
 
 __all__ = ["SVD"]
 
@@ -63,9 +63,8 @@ class SVD:
         Args:
             weight: (out, in, *kernel).
             rank: r.
-            start: factors of a weight nearby, of rank r or more: one step of subspace iteration
-                from them instead of a decomposition from nothing. Within 0.2% of the optimal error
-                if the weight moved by a few percent since; do not start from what is far away.
+            start: factors of a weight nearby, of rank r or more: a step or two of subspace
+                iteration from them instead of a decomposition from nothing, where that is as good.
         """
         if weight.shape[0] > weight[0].numel():  # the transposed problem: it is wide
             turned = None if start is None else (start[1].flatten(1).T, start[0].flatten(1).T)
@@ -151,12 +150,12 @@ def _split_wide(
 
 
 def _from_start(matrix: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Directions by one step from ``rows`` (k, m); None if they are no start for this."""
+    """Directions by iteration from ``rows`` (k, m); None if they are no start for this."""
     fits = rows.shape[1] == matrix.shape[1] and rank <= len(rows) <= len(matrix)
     if not fits or not torch.isfinite(rows.sum()):
         return None
     rows, _ = as_unit(rows.to(matrix.dtype))
-    return subspace_iteration(matrix, rows, 1, rank)
+    return follow(matrix, rows, rank)
 
 
 def _mean_over_live(values: Tensor, energy: Tensor) -> Tensor:
