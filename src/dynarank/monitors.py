@@ -176,7 +176,7 @@ _SMALL = 256  # the side of the matrix that is timed to guess the cost of larger
 
 
 def _work(shape: tuple[int, ...]) -> float:
-    """The cost of a reading up to a factor: a spectrum in n^3, a Gram matrix in a fifth of n^2 m."""
+    """The cost of a reading, up to a factor: n^3 for a spectrum, n^2 m / 5 for a Gram matrix."""
     n, m = sorted((shape[0], math.prod(shape[1:])))
     return n**2 * (n + m / 5)
 
