@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form
@@ -58,6 +59,30 @@ LAYERS = [
         "conv-reflect", lambda: nn.Conv2d(6, 10, 3, padding=1, padding_mode="reflect"), (2, 6, 7, 7)
     ),
     *_convs(),
+    LayerCase("conv-uneven", lambda: nn.Conv2d(6, 10, (2, 4), padding="same"), (2, 6, 7, 7)),
+    LayerCase("conv-grouped", lambda: nn.Conv2d(6, 12, 3, padding=1, groups=2), (2, 6, 6, 5)),
+    LayerCase(
+        "conv-depthwise", lambda: nn.Conv2d(6, 18, 3, stride=2, padding=1, groups=6), (2, 6, 7, 7)
+    ),
+    LayerCase(
+        "conv-1d",
+        lambda: nn.Conv1d(6, 10, 3, stride=2, padding=2, dilation=2, padding_mode="replicate"),
+        (2, 6, 11),
+    ),
+    LayerCase("conv-3d", lambda: nn.Conv3d(4, 6, (2, 3, 2), stride=(1, 2, 1)), (2, 4, 4, 5, 4)),
+    LayerCase("transposed-1d", lambda: nn.ConvTranspose1d(6, 10, 4, stride=3), (2, 6, 5)),
+    LayerCase(
+        "transposed-2d",
+        lambda: nn.ConvTranspose2d(
+            6, 10, (3, 2), stride=2, padding=1, output_padding=(1, 0), groups=2, dilation=(2, 1)
+        ),
+        (2, 6, 4, 5),
+    ),
+    LayerCase(
+        "transposed-3d", lambda: nn.ConvTranspose3d(4, 6, 2, stride=2, bias=False), (2, 4, 3, 2, 2)
+    ),
+    LayerCase("conv-unbatched", lambda: nn.Conv2d(6, 10, 3, padding=1), (6, 7, 7)),
+    LayerCase("gpt2-conv1d", lambda: Conv1D(10, 12), (3, 12)),
 ]
 
 DTYPES = [torch.float64, torch.float32]
@@ -67,9 +92,13 @@ def forms(decomposition: str, rank: int = 3) -> list[Form]:
     """Every form and every way to run it."""
     return [
         FullRank(),
-        LowRank(rank, decomposition),
+        LowRank(rank, decomposition, execution="factored"),
+        LowRank(rank, decomposition, recompute=True),
+        LowRank(rank, decomposition, execution="joined"),
         Adapted(rank, decomposition),
         Adapted(rank, decomposition, execution="merged"),
+        Adapted(rank, decomposition, execution="merged", recompute=True),
+        Adapted(rank, decomposition, execution="two-branch", recompute=True),
         Adapted(rank, decomposition, alpha=3.0, execution="two-branch"),
     ]
 

@@ -16,10 +16,9 @@ from dynarank.forms import (
     form_from_data,
     form_name,
     form_to_data,
-    rank_limit,
-    resolve_form,
     resolve_rank,
 )
+from dynarank.layers import WeightSpec
 
 CONV = (64, 16, 3, 3)  # n = 64, m = 144, limit 64, break-even 44.3
 TALL = (64, 2)  # n = 64, m = 2, limit 2, break-even 1.94
@@ -35,7 +34,9 @@ shares = st.floats(0, 1, exclude_min=True)
 def test_the_limit_is_the_shorter_side_of_the_matricised_weight(
     shape: tuple[int, ...], limit: int
 ) -> None:
-    assert rank_limit(shape) == limit
+    assert resolve_rank(limit, shape) == limit
+    with pytest.raises(ValueError, match=f"above the limit {limit}"):
+        resolve_rank(limit + 1, shape)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_a_share_is_rounded_down_between_1_and_the_limit(
 def test_an_int_is_itself_up_to_the_limit_and_an_error_above(
     rank: int, shape: tuple[int, ...]
 ) -> None:
-    if rank <= rank_limit(shape):
+    if rank <= min(shape[0], math.prod(shape[1:])):
         assert resolve_rank(rank, shape) == rank
     else:
         with pytest.raises(ValueError, match="above the limit"):
@@ -186,9 +187,10 @@ def test_the_scale_is_alpha_over_the_resolved_rank() -> None:
 
 def test_resolving_a_form_changes_its_rank_alone() -> None:
     form = Adapted(Rank(0.5, of="min"), alpha=3.0, execution="two-branch")
-    assert resolve_form(form, (8, 6)) == Adapted(3, alpha=3.0, execution="two-branch")
-    assert resolve_form(LowRank(0.5), (8, 6)) == LowRank(4)
-    assert resolve_form(FullRank(), (8, 6)) == FullRank()
+    resolve = WeightSpec("weight", (8, 6)).resolve
+    assert resolve(form) == Adapted(3, alpha=3.0, execution="two-branch")
+    assert resolve(LowRank(0.5)) == LowRank(4)
+    assert resolve(FullRank()) == FullRank()
 
 
 FORMS: list[Form] = [
@@ -232,8 +234,10 @@ def test_plain_data_of_the_forms() -> None:
     assert form_to_data(FullRank()) == {"form": "full-rank"}
     assert form_to_data(LowRank(Rank(0.5, of="min"))) == {
         "form": "low-rank",
-        "rank": {"value": 0.5, "of": "min"},
+        "rank": {"value": 0.5, "of": "min", "multiple_of": 1},
         "decomposition": "svd",
+        "execution": "auto",
+        "recompute": False,
     }
     assert form_to_data(Adapted(2)) == {
         "form": "adapted",
@@ -241,6 +245,7 @@ def test_plain_data_of_the_forms() -> None:
         "decomposition": "svd",
         "alpha": 16.0,
         "execution": "auto",
+        "recompute": False,
     }
     assert [form_name(form) for form in FORMS[:2]] == ["full-rank", "low-rank"]
 

@@ -77,7 +77,7 @@ def test_the_lift_is_a_right_inverse_of_the_vjp(case: LayerCase, form: LowRank |
     run(model, torch.optim.SGD(model.parameters(), 0.3), x, 1)  # away from up == 0
     factors = tuple(f.detach() for f in model[0].factors)
     scale = form.scale if isinstance(form, Adapted) else 1.0
-    gradient = torch.randn(model[0].weight_shape, dtype=F64)
+    gradient = torch.randn(model[0].spec().shape, dtype=F64)
     down, up = (f.flatten(1) for f in factors)
     for name, value in [
         ("up", scale * gradient.flatten(1) @ down.T),

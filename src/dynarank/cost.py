@@ -1,18 +1,7 @@
-"""What a layer costs in a form: parameters and FLOPs, exactly.
+"""What a model costs under a plan: parameters and FLOPs, exactly.
 
 Legend: 1 multiply-accumulate = 2 FLOPs, as ``torch.utils.flop_counter`` counts; a training step is
-one forward and one backward pass of one batch; N rows (batch times output positions).
-
-With k = r(m + n) / (mn), relative to the full-rank layer's 6Nmn, where the input needs a gradient:
-
-==============================  ======================================
-form                            training FLOPs / full-rank
-==============================  ======================================
-low-rank                        k
-adapted, two branches           2/3 + k
-adapted, merged                 1 + r / N
-adapted, auto                   the less of the two
-==============================  ======================================
+one forward and one backward pass of one batch. What a form costs is in ``layers.execution``.
 
 Only matrix products and convolutions are counted: additions, normalisations and the optimizer are
 not.
@@ -21,6 +10,7 @@ not.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,50 +20,42 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from dynarank.decompositions import Geometry, get_decomposition, output_shape
-from dynarank.forms import Form, FullRank, LowRank, Plan, execution_of, resolve_form
-from dynarank.layers import RANKED, RankedLayer
-from dynarank.survey import survey, weight_shape
+from dynarank.forms import Form, FullRank, LowRank, Plan
+from dynarank.layers import Call, Flops, WeightSpec, choose_way, ranked_class
+from dynarank.survey import Site, survey
 
-__all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_flops", "form_parameters", "trace"]
-
-
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs of one batch: forward alone, and forward with backward."""
-
-    forward: int = 0
-    training: int = 0
-
-    def __add__(self, other: Flops) -> Flops:
-        return Flops(self.forward + other.forward, self.training + other.training)
-
-    def __sub__(self, other: Flops) -> Flops:
-        return Flops(self.forward - other.forward, self.training - other.training)
+__all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "trace"]
 
 
 @dataclass(frozen=True)
 class LayerUse:
-    """How a model uses one layer.
+    """How a model uses one weight.
 
     Args:
-        shape: the weight's (out, in, *kernel).
-        geometry: how the weight slides.
-        form: the form the layer has.
-        calls: for each call in a forward pass, the input's shape and whether it needs a gradient.
-        trains: whether the layer trains at all.
+        spec: the weight.
+        form: the form it has.
+        calls: its uses in a forward pass.
+        trains: whether it trains at all.
     """
 
-    shape: tuple[int, ...]
-    geometry: Geometry
+    spec: WeightSpec
     form: Form
-    calls: tuple[tuple[tuple[int, ...], bool], ...]
+    calls: tuple[Call, ...]
     trains: bool = True
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in / groups, *kernel)."""
+        return self.spec.shape
+
     def flops(self, form: Form) -> Flops:
-        """What the layer's calls cost in ``form``."""
-        costs = (form_flops(self, resolve_form(form, self.shape), *call) for call in self.calls)
-        return sum(costs, Flops())
+        """What its calls cost in ``form``."""
+        resolved = self.spec.resolve(form)
+        return sum((choose_way(self.spec, resolved, call).flops for call in self.calls), Flops())
+
+    def parameters(self, form: Form) -> tuple[int, int]:
+        """Trainable and total entries in ``form``."""
+        return form_parameters(self.spec, form, self.trains)
 
 
 @dataclass(frozen=True)
@@ -92,46 +74,24 @@ class ModelUse:
 
     def parameters(self, plan: Plan) -> tuple[int, int]:
         """Trainable and total parameters under ``plan``."""
-        counts = [
-            form_parameters(use.shape, plan.get(path, use.form), use.trains)
-            for path, use in self.layers.items()
-        ]
+        counts = [use.parameters(plan.get(path, use.form)) for path, use in self.layers.items()]
         trainable = sum(count[0] for count in counts) + self.other_trainable
         return trainable, sum(count[1] for count in counts) + self.other_total
 
 
-def form_parameters(shape: Sequence[int], form: Form, trains: bool = True) -> tuple[int, int]:
-    """Trainable and total entries of a weight (out, in, *kernel) in a form.
+def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[int, int]:
+    """Trainable and total entries of a weight in a form.
 
     Example:
-        >>> form_parameters((16, 16, 3, 3), LowRank(8))
+        >>> form_parameters(WeightSpec("weight", (16, 16, 3, 3)), LowRank(8))
         (1280, 1280)
     """
-    form = resolve_form(form, shape)
-    whole = math.prod(shape)
+    form, whole = spec.resolve(form), math.prod(spec.shape)
     if isinstance(form, FullRank):
         return whole * trains, whole
-    shapes = get_decomposition(form.decomposition).shapes(shape, cast(int, form.rank))
-    factors = sum(math.prod(s) for s in shapes)
+    factors = sum(math.prod(shape) for shape in spec.factor_shapes(form))
     base = 0 if isinstance(form, LowRank) else whole
     return factors * trains, base + factors
-
-
-def form_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool) -> Flops:
-    """FLOPs of one call of a layer in a form; its rank must be resolved."""
-    whole = _map_flops(input_shape, use.shape, use.geometry)
-    if isinstance(form, FullRank):
-        return Flops(whole, whole * (1 + input_grad + use.trains))
-    factored = _chain_flops(use, form, input_shape, input_grad)
-    if isinstance(form, LowRank):
-        return factored
-    rows = whole // (2 * math.prod(use.shape))
-    if execution_of(form, use.shape, rows) == "two-branch":
-        return Flops(whole, whole * (1 + input_grad)) + factored
-    joining = 2 * math.prod(use.shape) * cast(int, form.rank)
-    return Flops(
-        whole + joining, whole * (1 + input_grad + use.trains) + joining * (1 + 2 * use.trains)
-    )
 
 
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
@@ -149,32 +109,23 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     """
     ghost = copy.deepcopy(model).to("meta")
     ghost.train(model.training)
-    calls: dict[str, list[tuple[tuple[int, ...], bool]]] = {}
     sites = [site for site in survey(model) if site.form is not None]
-    for site in sites:
-        layer = ghost.get_submodule(site.path)
-        note = _note(calls.setdefault(site.path, []))
-        layer.register_forward_pre_hook(note, with_kwargs=True)
-    inputs = tree_map(_ghost, sample)
-    counted = count_flops(ghost, inputs, loss)
+    calls: dict[str, list[Call]] = {site.path: [] for site in sites}
+    _take_notes(ghost, sites, calls)
+    counted = count_flops(ghost, tree_map(_ghost, sample), loss)
     layers = {
         site.path: LayerUse(
-            weight_shape(site.module),
-            _geometry(site.module),
+            site.spec,
             cast(Form, site.form),
             tuple(calls[site.path]),
-            any(
-                p.requires_grad
-                for n, p in site.module.named_parameters(recurse=False)
-                if n != "bias"
-            ),
+            any(p.requires_grad for p in site.parameters().values()),
         )
         for site in sites
     }
     known = sum((use.flops(use.form) for use in layers.values()), Flops())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    mine = [form_parameters(use.shape, use.form, use.trains) for use in layers.values()]
+    mine = [use.parameters(use.form) for use in layers.values()]
     return ModelUse(
         layers,
         counted - known,
@@ -186,16 +137,36 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
 def count_flops(
     model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None
 ) -> Flops:
-    """What FlopCounterMode counts for one forward and backward pass of ``model`` on ``sample``."""
+    """What FlopCounterMode counts for one forward and backward pass of ``model`` on ``sample``.
+
+    With one correction: it counts a grouped convolution's weight gradient once for each group.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    counter = FlopCounterMode(display=False, custom_mapping=mapping)
+    with torch.enable_grad(), counter:
         output = _call(model, sample)
         forward = counter.get_total_flops()
         scalar = (loss or _sum_all)(output)
         if scalar.requires_grad:
             scalar.backward()
         return Flops(forward, counter.get_total_flops())
+
+
+def _convolution_backward_flops(
+    dy: Sequence[int],
+    x: Sequence[int],
+    weight: Sequence[int],
+    *rest: Any,
+    out_shape: object = None,
+    **named: Any,
+) -> int:
+    """As much as forward for each of the gradients of input and weight."""
+    transposed, wanted = rest[4], rest[7]
+    positions = (x if transposed else dy)[2:]
+    forward = 2 * dy[0] * math.prod(positions) * math.prod(weight)
+    return forward * (wanted[0] + wanted[1])
 
 
 def _ghost(value: Any) -> Any:
@@ -220,36 +191,27 @@ def _sum_all(output: Any) -> Tensor:
     return cast(Tensor, sum(tensors))
 
 
-def _note(calls: list[tuple[tuple[int, ...], bool]]) -> Callable[[nn.Module, Any, Any], None]:
-    def note(_: nn.Module, inputs: Any, named: Any) -> None:
-        x = inputs[0] if inputs else named["input"]
-        calls.append((tuple(x.shape), x.requires_grad))
+def _take_notes(ghost: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]) -> None:
+    """Have every module write down how it uses its weights, tied ones under their site's path."""
+    paths: dict[nn.Module, dict[str, str]] = {}
+    for site in sites:
+        for one in (site, *site.tied):
+            names = paths.setdefault(ghost.get_submodule(one.module_path), {})
+            names[one.spec.name] = site.path
+    for module, names in paths.items():
+        module.register_forward_pre_hook(_note(names, calls), with_kwargs=True)
+
+
+def _note(
+    names: Mapping[str, str], calls: dict[str, list[Call]]
+) -> Callable[[nn.Module, Any, Any], None]:
+    def note(module: nn.Module, inputs: Any, named: Any) -> None:
+        ranked = ranked_class(type(module))
+        assert ranked is not None
+        bound = inspect.signature(module.forward).bind(*inputs, **named)
+        bound.apply_defaults()
+        for name, found in ranked.calls(module, bound.arguments).items():
+            if name in names:
+                calls[names[name]] += found
 
     return note
-
-
-def _geometry(module: nn.Module) -> Geometry:
-    """A layer's geometry, also of a plain layer: by the class it would have."""
-    if isinstance(module, RankedLayer):
-        return module.geometry
-    return cast(Geometry, RANKED[type(module)].geometry.fget(module))  # type: ignore[attr-defined]
-
-
-def _map_flops(input_shape: Sequence[int], weight: Sequence[int], geometry: Geometry) -> int:
-    """2 N m n: twice the entries of the weight, for each of N output positions."""
-    output = output_shape(input_shape, weight, geometry)
-    return 2 * math.prod(output) * math.prod(weight[1:])
-
-
-def _chain_flops(use: LayerUse, form: Form, input_shape: Sequence[int], input_grad: bool) -> Flops:
-    """The factors one after another; all but the first are sure to need their input's gradient."""
-    assert not isinstance(form, FullRank)
-    decomposition = get_decomposition(form.decomposition)
-    total, needs_grad = Flops(), input_grad
-    shapes = decomposition.shapes(use.shape, cast(int, form.rank))
-    for shape, geometry in zip(shapes, decomposition.stages(use.geometry), strict=True):
-        forward = _map_flops(input_shape, shape, geometry)
-        total += Flops(forward, forward * (1 + needs_grad + use.trains))
-        input_shape = output_shape(input_shape, shape, geometry)
-        needs_grad = needs_grad or use.trains
-    return total

@@ -1,4 +1,4 @@
-"""One layer's change of form, prepared beside the model and then committed or undone.
+"""One weight's change of form, prepared beside the model and then committed or undone.
 
 Preparing computes the new parameters and verifies them; it touches nothing. Committing only moves
 references, so it cannot fail half-way, and undoing moves them back.
@@ -15,17 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.decompositions import UnfitWeightError, get_decomposition, precise
-from dynarank.forms import Adapted, Change, Form, FullRank, LowRank
-from dynarank.layers import (
-    RANKED,
-    RankedLayer,
-    effective_weight,
-    own_parameters,
-    parameter_names,
-)
+from dynarank.decompositions import UnfitWeightError, precise
+from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
+from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.survey import Site
 
-__all__ = ["LOSSLESS", "Edit", "prepare_edit", "retype_plain"]
+__all__ = ["LOSSLESS", "Edit", "prepare_edit"]
 
 # The largest relative weight error of a change that keeps the function: rounding to the dtype once.
 LOSSLESS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -33,16 +28,27 @@ LOSSLESS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torc
 
 @dataclass
 class Edit:
-    """A prepared change of one layer: the parameters of its weight before and after."""
+    """A prepared change of one weight: its parameters before and after, by name."""
 
-    path: str
-    layer: nn.Module
-    before: Form
+    site: Site
     after: Form
     old: dict[str, Parameter]
     new: dict[str, Parameter]
     error: float
-    _undo: dict[str, Any] = field(default_factory=dict[str, Any])
+    _undo: list[tuple[nn.Module, dict[str, Any]]] = field(
+        default_factory=list[tuple[nn.Module, dict[str, Any]]]
+    )
+
+    @property
+    def path(self) -> str:
+        """The weight's path."""
+        return self.site.path
+
+    @property
+    def before(self) -> Form:
+        """The form the weight had when the edit was prepared."""
+        assert self.site.form is not None
+        return self.site.form
 
     @property
     def change(self) -> Change:
@@ -50,86 +56,106 @@ class Edit:
         return Change(self.path, self.before, self.after, self.error)
 
     def commit(self) -> None:
-        """Give the layer its new class, parameters and form."""
-        layer, parameters = self.layer, own_parameters(self.layer)
-        self._undo = {"class": type(layer), "dict": dict(layer.__dict__), "all": dict(parameters)}
-        others = {name: p for name, p in parameters.items() if name not in self.old}
-        parameters.clear()
-        parameters.update(self.new)
-        parameters.update(others)
-        layer.__class__ = layer.__class__ if isinstance(layer, RankedLayer) else RANKED[type(layer)]
-        layer.__dict__["form"] = self.after
-        home = self.after if isinstance(self.after, LowRank | Adapted) else self.before
-        layer.__dict__["home"] = None if isinstance(home, FullRank) else home
+        """Give every module of the weight its new class, parameters and form."""
+        for site in (self.site, *self.site.tied):
+            module = site.module
+            own = own_parameters(module)
+            state = {"class": type(module), "dict": dict(module.__dict__), "own": dict(own)}
+            self._undo.append((module, state))
+            _replace(own, self.old, self.new)
+            _rank(module, site.spec.name, self.before, self.after)
 
     def undo(self) -> None:
         """Take back ``commit``; nothing if it was not called."""
-        if not self._undo:
-            return
-        self.layer.__class__ = self._undo["class"]
-        own_parameters(self.layer).clear()
-        own_parameters(self.layer).update(self._undo["all"])
-        for name in ("form", "home"):
-            self.layer.__dict__.pop(name, None)
-            if name in self._undo["dict"]:
-                self.layer.__dict__[name] = self._undo["dict"][name]
+        for module, state in reversed(self._undo):
+            module.__class__ = state["class"]
+            module.__dict__.clear()
+            module.__dict__.update(state["dict"])
+            own_parameters(module).clear()
+            own_parameters(module).update(state["own"])
 
 
-def prepare_edit(path: str, layer: nn.Module, before: Form, after: Form) -> Edit:
-    """Compute and verify ``layer``'s parameters in the form ``after``.
+def prepare_edit(site: Site, after: Form) -> Edit:
+    """Compute and verify a weight's parameters in the form ``after``.
 
     Raises:
         ValueError: the weight is on the meta device or not real floating point.
         UnfitWeightError: it is not finite, its decomposition fails, or a change that must keep the
             function would not.
     """
-    own = own_parameters(layer)
-    old = {name: own[name] for name in parameter_names(before)}
-    old = {name: p for name, p in old.items() if p is not None}
-    _check_values(path, old)
-    weight = _effective(before, old)
-    trains = any(p.requires_grad for name, p in old.items() if name != "base")
-    tensors = _tensors(path, weight, before, after, old)
+    old, before = site.parameters(), site.form
+    assert before is not None
+    if same_weight(before, after):
+        return Edit(site, after, {}, {}, 0.0)
+    _check_values(site.path, old)
+    weight = _effective(site.spec, before, old)
+    trains = any(p.requires_grad for name, p in old.items() if not site.spec.is_base(name))
     like = next(iter(old.values()))
+    tensors = _tensors(site, weight, after, old)
     new = {
-        name: Parameter(_like(tensor, like, old), requires_grad=trains and name != "base")
+        name: Parameter(
+            _like(tensor, like, old), requires_grad=trains and not site.spec.is_base(name)
+        )
         for name, tensor in tensors.items()
     }
-    error = _relative_error(weight, _effective(after, new))
+    error = _relative_error(weight, _effective(site.spec, after, new))
     tolerance = math.inf if isinstance(after, LowRank) else LOSSLESS.get(like.dtype, 1e-2)
     if not error <= tolerance:
         raise UnfitWeightError(
-            f"layer {path!r}: {before} -> {after} would change the weight by {error:.1e} relative, "
-            f"above {tolerance:.0e} for {like.dtype}; the layer is left as it was"
+            f"layer {site.path!r}: {before} -> {after} would change the weight by {error:.1e} "
+            f"relative, above {tolerance:.0e} for {like.dtype}; the layer is left as it was"
         )
-    return Edit(path, layer, before, after, old, new, error)
+    return Edit(site, after, old, new, error)
 
 
-def retype_plain(layer: RankedLayer) -> None:
-    """Make a full-rank ranked layer the plain module it came from."""
-    assert isinstance(layer.form, FullRank)
-    layer.__class__ = layer.plain  # type: ignore[assignment]
-    del layer.__dict__["form"], layer.__dict__["home"]
+def _replace(
+    own: dict[str, Parameter | None], old: dict[str, Parameter], new: dict[str, Parameter]
+) -> None:
+    """Put the new parameters where the first of the old ones was."""
+    items = list(own.items())
+    own.clear()
+    placed = False
+    for name, parameter in items:
+        if name not in old:
+            own[name] = parameter
+        elif not placed:
+            own.update(new)
+            placed = True
+
+
+def _rank(module: nn.Module, name: str, before: Form, after: Form) -> None:
+    """Make the module a ranked one, with the weight's new form."""
+    if not isinstance(module, RankedLayer):
+        ranked = ranked_class(type(module))
+        assert ranked is not None
+        module.__class__ = ranked
+        assert isinstance(module, RankedLayer)
+        module.__dict__["forms"] = {s.name: FullRank() for s in ranked.specs(module)}
+        module.__dict__["homes"] = {}
+    module.__dict__["forms"] = {**module.forms, name: after}
+    homes = [form for form in (before, after) if isinstance(form, LowRank | Adapted)]
+    if homes:
+        module.__dict__["homes"] = {**module.homes, name: homes[-1]}
+    module.enter()
 
 
 def _tensors(
-    path: str, weight: Tensor, before: Form, after: Form, old: dict[str, Parameter]
+    site: Site, weight: Tensor, after: Form, old: dict[str, Parameter]
 ) -> dict[str, Tensor]:
-    """The new parameters' values by name, in ``parameter_names`` order."""
-    same = isinstance(before, FullRank)  # the base is then the old weight's own memory
-    dtype = next(iter(old.values())).dtype
+    """The new parameters' values by name, base first; ``weight`` is canonical, in fp64."""
+    spec, names = site.spec, site.spec.parameter_names(after)
+    full = spec.turn(weight)
     if isinstance(after, FullRank):
-        return {"weight": weight}
-    decomposition = get_decomposition(after.decomposition)
-    rank = int(after.rank)  # type: ignore[arg-type]
+        return {names[0]: full}
+    rank, decomposition = int(after.rank), spec.decomposition(after)  # type: ignore[arg-type]
     if isinstance(after, LowRank):
+        dtype = next(iter(old.values())).dtype
         factors = decomposition.split(weight.to(dtype), rank)
-    else:
-        factors = _zero_adaptor(path, decomposition.shapes(weight.shape, rank))
-    base = (
-        {"base": old["weight"].detach() if same else weight} if isinstance(after, Adapted) else {}
-    )
-    return base | dict(zip(decomposition.factor_names, factors, strict=True))
+        return dict(zip(names, factors, strict=True))
+    # The base of what was full-rank is the old weight's own memory.
+    base = next(iter(old.values())).detach() if isinstance(site.form, FullRank) else full
+    factors = _zero_adaptor(site.path, decomposition.shapes(spec.shape, rank))
+    return dict(zip(names, (base, *factors), strict=True))
 
 
 def _zero_adaptor(path: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
@@ -149,9 +175,9 @@ def _glorot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * bound
 
 
-def _effective(form: Form, parameters: dict[str, Parameter]) -> Tensor:
-    """The weight that the parameters stand for, in fp64."""
-    return effective_weight(form, {name: precise(p) for name, p in parameters.items()})
+def _effective(spec: WeightSpec, form: Form, parameters: dict[str, Parameter]) -> Tensor:
+    """The canonical weight that the parameters stand for, in fp64."""
+    return spec.turn(spec.effective(form, {name: precise(p) for name, p in parameters.items()}))
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:

@@ -18,26 +18,25 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, get_args
 
 __all__ = [
     "Adapted",
+    "AdaptedExecution",
     "Change",
-    "Execution",
     "Form",
     "FullRank",
     "LowRank",
+    "LowRankExecution",
     "Plan",
     "Rank",
     "RankLike",
-    "execution_of",
     "form_from_data",
     "form_name",
     "form_to_data",
-    "rank_limit",
-    "resolve_form",
     "resolve_rank",
+    "same_weight",
 ]
 
 
@@ -51,8 +50,17 @@ class Rank:
     - ``"min"``: min(m, n), the largest rank the weight can have;
     - ``"break-even"``: mn / (m + n), where factors cost as much as the weight itself.
 
+    Of a grouped convolution, m, n and the rank are those of each group.
+
+    Args:
+        value: the share, in (0, 1].
+        of: what it is a share of.
+        multiple_of: rounded down to a multiple of this where that leaves at least one: kernels like
+            multiples of 8 (16 bytes of bf16), the larger ones of GPUs multiples of 64.
+
     Raises:
-        ValueError: the share is not in (0, 1], or ``of`` is not one of the three.
+        ValueError: the share is not in (0, 1], ``of`` is not one of the three, or ``multiple_of``
+            is below 1.
 
     Example:
         >>> resolve_rank(Rank(0.5, of="min"), (64, 16, 3, 3))
@@ -61,6 +69,7 @@ class Rank:
 
     value: float
     of: Literal["out", "min", "break-even"] = "out"
+    multiple_of: int = 1
 
     def __post_init__(self) -> None:
         if isinstance(self.value, bool) or not 0 < self.value <= 1:
@@ -70,10 +79,13 @@ class Rank:
             )
         if self.of not in ("out", "min", "break-even"):
             raise ValueError(f'a rank is a share of "out", "min" or "break-even", got {self.of!r}')
+        if isinstance(self.multiple_of, bool) or operator.index(self.multiple_of) < 1:
+            raise ValueError(f"multiple_of is a whole number >= 1, got {self.multiple_of!r}")
 
 
 RankLike: TypeAlias = int | float | Rank
-Execution: TypeAlias = Literal["auto", "merged", "two-branch"]
+LowRankExecution: TypeAlias = Literal["auto", "factored", "joined"]
+AdaptedExecution: TypeAlias = Literal["auto", "merged", "two-branch"]
 
 
 @dataclass(frozen=True)
@@ -81,23 +93,33 @@ class FullRank:
     """The ordinary layer: its weight is the base, and it trains."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
     """The weight is ``join(factors)``; the factors train.
 
     Args:
         rank: an int, a float (share of the output channels) or a :class:`Rank`.
         decomposition: the name of the decomposition.
+        execution: ``"factored"`` multiplies by one factor after the other, ``"joined"`` by their
+            product, formed anew at each forward pass; ``"auto"`` takes the one with fewer FLOPs.
+        recompute: keep no activation between the factors for the backward pass but compute it
+            again: less memory, one more thin product.
     """
 
     rank: RankLike
     decomposition: str = "svd"
+    execution: LowRankExecution = "auto"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", _plain_rank(self.rank))
+        _check_execution(self.execution, get_args(LowRankExecution))
+
+    def __repr__(self) -> str:
+        return _short_repr(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapted:
     """The weight is ``base + alpha / rank * join(factors)``; the base is frozen, the factors train.
 
@@ -107,21 +129,25 @@ class Adapted:
         alpha: the adaptor's weight before division by the rank (16 for SVD in the published code).
         execution: ``"merged"`` adds the adaptor to the base before multiplying, ``"two-branch"``
             multiplies by each and adds the results, as the published code does; ``"auto"`` takes
-            the one with fewer training FLOPs (:func:`execution_of`).
+            the one with fewer FLOPs.
+        recompute: keep neither the merged weight nor an activation between the factors for the
+            backward pass, but compute them again.
     """
 
     rank: RankLike
     decomposition: str = "svd"
     alpha: float = 16.0
-    execution: Execution = "auto"
+    execution: AdaptedExecution = "auto"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", _plain_rank(self.rank))
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
-        if self.execution not in get_args(Execution):
-            known = ", ".join(map(repr, get_args(Execution)))
-            raise ValueError(f"execution is one of {known}, got {self.execution!r}")
+        _check_execution(self.execution, get_args(AdaptedExecution))
+
+    def __repr__(self) -> str:
+        return _short_repr(self)
 
     @property
     def scale(self) -> float:
@@ -164,8 +190,8 @@ def form_to_data(form: Form) -> dict[str, Any]:
 
     Example:
         >>> form_to_data(LowRank(8))
-        {'form': 'low-rank', 'rank': 8, 'decomposition': 'svd'}
-    """
+        {'form': 'low-rank', 'rank': 8, 'decomposition': 'svd', 'execution': 'auto', 'recompute': False}
+    """  # noqa: E501
     data = dict(vars(form))
     if isinstance(rank := data.get("rank"), Rank):
         data["rank"] = dict(vars(rank))
@@ -174,27 +200,43 @@ def form_to_data(form: Form) -> dict[str, Any]:
 
 def form_from_data(data: Mapping[str, Any]) -> Form:
     """The inverse of :func:`form_to_data`."""
-    fields = dict(data)
-    name = fields.pop("form", None)
+    values = dict(data)
+    name = values.pop("form", None)
     if name not in _NAMES:
         raise ValueError(f"unknown form {name!r}; known: {', '.join(_NAMES)}")
-    if isinstance(rank := fields.get("rank"), Mapping):
-        fields["rank"] = Rank(**rank)
-    return _NAMES[name](**fields)
+    if isinstance(rank := values.get("rank"), Mapping):
+        values["rank"] = Rank(**rank)
+    return _NAMES[name](**values)
 
 
-def rank_limit(shape: Sequence[int]) -> int:
-    """The largest rank of a weight ``(out, in, *kernel)``: min(out, in * kernel positions)."""
-    return min(shape[0], math.prod(shape[1:]))
+def same_weight(one: Form, other: Form) -> bool:
+    """Whether two forms have the same parameters, differing at most in how they compute.
+
+    Example:
+        >>> same_weight(LowRank(8), LowRank(8, execution="joined"))
+        True
+    """
+    if isinstance(one, FullRank) or type(one) is not type(other):
+        return type(one) is type(other)
+    assert not isinstance(other, FullRank)
+    return replace(one, execution="auto", recompute=False) == replace(
+        other, execution="auto", recompute=False
+    )
 
 
-def resolve_rank(rank: RankLike, shape: Sequence[int]) -> int:
+def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None) -> int:
     """The number of directions ``rank`` means for a weight ``(out, in, *kernel)``.
 
+    Args:
+        rank: an int, a share or a :class:`Rank`.
+        shape: of the weight (of one group of it).
+        limit: the largest rank allowed; None: min(out, in * kernel positions).
+
     Raises:
-        ValueError: an int above the limit ``min(out, in * kernel positions)``.
+        ValueError: an int above the limit.
     """
-    limit, rank = rank_limit(shape), _plain_rank(rank)
+    n, m = shape[0], math.prod(shape[1:])
+    limit, rank = min(m, n) if limit is None else limit, _plain_rank(rank)
     if isinstance(rank, int):
         if rank > limit:
             raise ValueError(
@@ -203,34 +245,24 @@ def resolve_rank(rank: RankLike, shape: Sequence[int]) -> int:
             )
         return rank
     share = rank if isinstance(rank, Rank) else Rank(rank)
-    n, m = shape[0], math.prod(shape[1:])
-    whole = {"out": n, "min": limit, "break-even": m * n / (m + n)}[share.of]
-    return min(max(int(share.value * whole), 1), limit)
+    whole = {"out": n, "min": min(m, n), "break-even": m * n / (m + n)}[share.of]
+    wanted = min(max(int(share.value * whole), 1), limit)
+    return wanted - wanted % share.multiple_of if wanted >= share.multiple_of else wanted
 
 
-def execution_of(form: Adapted, shape: Sequence[int], rows: int) -> Execution:
-    """How an adapted layer multiplies ``rows`` rows: as its form says, or by the fewest FLOPs.
-
-    Relative to the full-rank layer's training FLOPs, two branches cost 2/3 + k and the merged
-    weight 1 + r / rows, with k = r(m + n) / (mn): merging wins where k > 1/3 + r / rows.
-
-    Example:
-        >>> [execution_of(Adapted(r), (64, 64, 3, 3), 8192) for r in (16, 32)]
-        ['two-branch', 'merged']
-    """
-    if form.execution != "auto":
-        return form.execution
-    rank = operator.index(form.rank)  # type: ignore[arg-type]
-    n, m = shape[0], math.prod(shape[1:])
-    wins = 3 * rank * (m + n) * rows > m * n * (rows + 3 * rank)
-    return "merged" if wins else "two-branch"
+def _short_repr(form: LowRank | Adapted) -> str:
+    """How it computes is shown only where it is not left to the library."""
+    shown = [f for f in fields(form) if f.name not in ("execution", "recompute")]
+    shown += [f for f in fields(form) if f not in shown and getattr(form, f.name) != f.default]
+    return (
+        f"{type(form).__name__}({', '.join(f'{f.name}={getattr(form, f.name)!r}' for f in shown)})"
+    )
 
 
-def resolve_form(form: Form, shape: Sequence[int]) -> Form:
-    """The form with its rank as a number of directions for a weight of this shape."""
-    if isinstance(form, FullRank):
-        return form
-    return replace(form, rank=resolve_rank(form.rank, shape))
+def _check_execution(execution: str, known: Sequence[str]) -> None:
+    if execution not in known:
+        listed = ", ".join(map(repr, known))
+        raise ValueError(f"execution is one of {listed}, got {execution!r}")
 
 
 def _plain_rank(rank: object) -> RankLike:

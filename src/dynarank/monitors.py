@@ -6,14 +6,15 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dynarank.decompositions import Factors, UnfitWeightError, precise
+from dynarank.decompositions import SVD, Factors, UnfitWeightError, precise
 from dynarank.forms import FullRank, LowRank, RankLike, resolve_rank
-from dynarank.layers import RankedLayer, effective_weight
+from dynarank.layers import RankedLayer
+from dynarank.selection import LayerFilter, select
 from dynarank.spectrum import (
     effective_rank,
     product_singular_values,
@@ -21,7 +22,7 @@ from dynarank.spectrum import (
     spectral_ratio,
     stable_rank,
 )
-from dynarank.survey import LayerFilter, Site, select, survey, weight_shape
+from dynarank.survey import Site, survey
 
 __all__ = ["SpectralMonitor", "SpectralReading"]
 
@@ -107,7 +108,7 @@ class SpectralMonitor:
         began = self._budget.clock()
         singular_values(small)
         rate = (self._budget.clock() - began) / _work((_SMALL, _SMALL))
-        return rate * sum(_work(weight_shape(site.module)) for site in self._watched())
+        return rate * sum(_work(site.shape) for site in self._watched())
 
     @torch.no_grad()
     def read(self) -> Mapping[str, SpectralReading]:
@@ -123,13 +124,13 @@ class SpectralMonitor:
     def _watched(self) -> list[Site]:
         if self._layers is not None:
             return select(self._model, self._layers)
-        able = [site for site in survey(self._model) if site.form is not None]
+        able = [s for s in survey(self._model) if s.form is not None and not s.spec.lookup]
         ranked = [site for site in able if isinstance(site.module, RankedLayer)]
         return ranked or able
 
     def _read(self, site: Site) -> SpectralReading:
         values = _site_values(site)
-        rank = self._lambda_rank(site, weight_shape(site.module))
+        rank = self._lambda_rank(site, site.shape)
         return SpectralReading(
             effective_rank(values),
             stable_rank(values),
@@ -139,9 +140,10 @@ class SpectralMonitor:
         )
 
     def _lambda_rank(self, site: Site, shape: tuple[int, ...]) -> int:
-        home = site.module.home if isinstance(site.module, RankedLayer) else None
-        asked = self._rank if self._rank is not None else home.rank if home else 0.5
-        return resolve_rank(asked, shape)
+        if self._rank is not None or site.home is None:
+            return resolve_rank(0.5 if self._rank is None else self._rank, shape)
+        limit = min(shape[0], math.prod(shape[1:]))  # below that of some decompositions
+        return min(int(site.home.rank), limit)  # type: ignore[arg-type]
 
 
 class _Budget:
@@ -191,14 +193,14 @@ def _site_values(site: Site) -> Tensor:
 
 
 def _weight_or_factors(site: Site) -> Tensor | Factors:
-    """The effective weight of a layer, or ``down`` and ``up`` where it is their product.
+    """The effective weight of a site, or ``down`` and ``up`` where it is their product.
 
     Joined in fp64, where rounding cannot raise a low rank.
     """
-    module = site.module
-    if not isinstance(module, RankedLayer) or isinstance(module.form, FullRank):
-        return cast(Tensor, module.weight)
-    parameters = dict(module.named_parameters(recurse=False))
-    if isinstance(module.form, LowRank) and module.form.decomposition == "svd":
-        return parameters["down"], parameters["up"]
-    return effective_weight(module.form, {name: precise(p) for name, p in parameters.items()})
+    assert site.form is not None
+    if isinstance(site.form, FullRank):
+        return site.effective()
+    if isinstance(site.form, LowRank) and isinstance(site.spec.decomposition(site.form), SVD):
+        return site.factors()
+    precisely = {name: precise(p) for name, p in site.parameters().items()}
+    return site.spec.turn(site.spec.effective(site.form, precisely))

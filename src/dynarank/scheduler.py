@@ -8,21 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from dynarank.decompositions import UnfitWeightError, get_decomposition
-from dynarank.forms import (
-    Change,
-    Form,
-    FullRank,
-    LowRank,
-    Plan,
-    form_from_data,
-    form_to_data,
-    resolve_form,
-)
+from dynarank.decompositions import UnfitWeightError
+from dynarank.forms import Change, FullRank, LowRank, Plan, form_from_data, form_to_data
 from dynarank.layers import RankedLayer
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
+from dynarank.selection import LayerFilter, select
 from dynarank.surgery import apply_plan
-from dynarank.survey import LayerFilter, Site, find_sites, select, survey, weight_shape
+from dynarank.survey import Site, find_sites, survey
 from dynarank.transport import Moments, Optimizers, as_list, check_movable
 
 __all__ = ["RankScheduler", "scheduled_layers"]
@@ -91,7 +83,7 @@ class RankScheduler:
         self._retry_at = 0
         self._plan: Plan | None = None  # as last applied
         sites = scheduled_layers(model, schedule, total_steps, layers)
-        self._layers = {site.path: weight_shape(site.module) for site in sites}
+        self._layers = {site.path: site.shape for site in sites}
         for phase in self.phases():
             _check_phase(phase, model)
         self._apply()
@@ -117,7 +109,7 @@ class RankScheduler:
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
         sites = find_sites(self.model, {**self._layers, **(self._plan or {})})
-        homes = {path: _home(site) for path, site in sites.items()}
+        homes = {path: site.home for path, site in sites.items()}
         return {
             "last_step": self.last_step,
             "total_steps": self.total_steps,
@@ -153,7 +145,7 @@ class RankScheduler:
             apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
         except UnfitWeightError:
             for site in find_sites(self.model, plan).values():
-                for parameter in site.module.parameters(recurse=False):
+                for parameter in site.parameters().values():
                     parameter.data.nan_to_num_(0, 0, 0)
             apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
 
@@ -194,7 +186,7 @@ def scheduled_layers(
     ranked = any(isinstance(site.module, RankedLayer) for site in survey(model))
     if layers is not None or ranked:
         return select(model, layers)
-    able = {s.path: weight_shape(s.module) for s in survey(model) if s.form is not None}
+    able = {s.path: s.shape for s in survey(model) if s.form is not None}
     forms = {
         form: None
         for phase in timeline(schedule, Readings(able), total_steps)
@@ -203,12 +195,9 @@ def scheduled_layers(
     low = [form for form in forms if isinstance(form, LowRank)]
     if not low:
         return select(model, lambda module, path: path in able)
-    paths = set.intersection(*({site.path for site in select(model, None, form)} for form in low))
+    cheaper = ({s.path for s in select(model, None, f.rank, f.decomposition)} for f in low)
+    paths = set.intersection(*cheaper)
     return select(model, lambda module, path: path in paths)
-
-
-def _home(site: Site) -> Form | None:
-    return site.module.home if isinstance(site.module, RankedLayer) else None
 
 
 def _check_phase(phase: Phase, model: nn.Module) -> None:
@@ -222,7 +211,6 @@ def _check_phase(phase: Phase, model: nn.Module) -> None:
         if isinstance(form, FullRank):
             continue
         try:
-            get_decomposition(form.decomposition)
-            resolve_form(form, weight_shape(site.module))
+            site.spec.resolve(form)
         except ValueError as error:
             raise ValueError(f"from step {phase.start}, layer {path!r}: {error}") from None

@@ -17,28 +17,20 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynarank.edit import Edit, prepare_edit, retype_plain
+from dynarank.edit import Edit, prepare_edit
 from dynarank.forms import (
     Adapted,
+    AdaptedExecution,
     Change,
-    Execution,
     Form,
     FullRank,
     LowRank,
     Plan,
     RankLike,
-    resolve_form,
 )
 from dynarank.layers import RankedLayer
-from dynarank.survey import (
-    LayerFilter,
-    Site,
-    check_unwrapped,
-    find_sites,
-    select,
-    survey,
-    weight_shape,
-)
+from dynarank.selection import LayerFilter, RankMap, rank_for, select
+from dynarank.survey import Site, check_unwrapped, find_sites, survey
 from dynarank.transport import Moments, Optimizers, as_list, prepare_transport
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
@@ -79,10 +71,7 @@ def apply_plan(
     check_unwrapped(model)
     optimizers = as_list(optimizer)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits = [
-            prepare_edit(path, site.module, before, after)
-            for path, site, before, after in _differences(model, plan)
-        ]
+        edits = [prepare_edit(site, after) for site, after in _differences(model, plan)]
         transport = prepare_transport(edits, optimizers, moments)
     try:
         for edit in edits:
@@ -99,7 +88,7 @@ def apply_plan(
 
 def factorize(
     model: _Model,
-    rank: RankLike,
+    rank: RankLike | RankMap,
     *,
     layers: LayerFilter = None,
     decomposition: str = "svd",
@@ -110,7 +99,8 @@ def factorize(
 
     Args:
         model: changed in place.
-        rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`.
+        rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`; or one
+            of these for each glob pattern of paths, the first that matches (``{"*.fc?": 0.25}``).
         layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
             are ranked already, or, if none is, every layer that gets cheaper.
         decomposition: the decomposition's name.
@@ -128,8 +118,8 @@ def factorize(
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
         torch.Size([8, 2])
     """
-    form = LowRank(rank, decomposition)
-    plan = {site.path: form for site in select(model, layers, form)}
+    sites = select(model, layers, rank, decomposition)
+    plan = {s.path: LowRank(rank_for(rank, s.path), decomposition) for s in sites}
     apply_plan(model, plan, optimizer=optimizer, moments=moments)
     return model
 
@@ -156,13 +146,13 @@ def inflate(
 
 def deflate(
     model: _Model,
-    rank: RankLike | None = None,
+    rank: RankLike | RankMap | None = None,
     *,
     to: Literal["adapted", "low-rank"] = "adapted",
     layers: LayerFilter = None,
     decomposition: str | None = None,
     alpha: float = 16.0,
-    execution: Execution = "auto",
+    execution: AdaptedExecution = "auto",
     optimizer: Optimizers = None,
     moments: Moments = "project",
 ) -> _Model:
@@ -198,12 +188,11 @@ def deflate(
         raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
 
     def form(site: Site) -> Form:
-        asked = _home_rank(site) if rank is None else rank
-        name = decomposition or _home_decomposition(site)
+        asked = _home_rank(site) if rank is None else rank_for(rank, site.path)
+        name = decomposition or (site.home.decomposition if site.home else "svd")
         return LowRank(asked, name) if to == "low-rank" else Adapted(asked, name, alpha, execution)
 
-    selecting = None if rank is None else LowRank(rank)
-    plan = {site.path: form(site) for site in select(model, layers, selecting)}
+    plan = {site.path: form(site) for site in select(model, layers, rank, decomposition or "svd")}
     apply_plan(model, plan, optimizer=optimizer, moments=moments)
     return model
 
@@ -217,41 +206,36 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
-    ranked = [site for site in survey(model) if isinstance(site.module, RankedLayer)]
-    plan = {site.path: FullRank() for site in ranked}
+    ranked = {s.path: s for s in survey(model) if isinstance(s.module, RankedLayer)}
+    plan = dict.fromkeys(ranked, FullRank())
     apply_plan(model, plan, optimizer=optimizer, moments=moments)
-    for site in ranked:
-        assert isinstance(site.module, RankedLayer)
-        retype_plain(site.module)
+    for module in model.modules():
+        if isinstance(module, RankedLayer):
+            module.leave()
     return model
 
 
-def _differences(model: nn.Module, plan: Plan) -> list[tuple[str, Site, Form, Form]]:
-    """The layers whose form differs from the plan's, with both forms resolved."""
-    differences: dict[int, tuple[str, Site, Form, Form]] = {}
+def _differences(model: nn.Module, plan: Plan) -> list[tuple[Site, Form]]:
+    """The weights whose form differs from the plan's, and the form resolved."""
+    named: dict[int, tuple[str, Form]] = {}
+    differences: list[tuple[Site, Form]] = []
     for path, site in find_sites(model, plan).items():
         try:
-            after = resolve_form(plan[path], weight_shape(site.module))
+            after = site.spec.resolve(plan[path])
         except ValueError as error:
             raise ValueError(f"layer {path!r}: {error}") from None
-        assert site.form is not None
-        key = id(site.module)
-        if key in differences and differences[key][3] != after:
-            raise ValueError(f"{differences[key][0]!r} and {path!r} are one layer with two forms")
-        if after != site.form:
-            differences.setdefault(key, (path, site, site.form, after))
-    return list(differences.values())
+        other, form = named.setdefault(id(site), (path, after))
+        if form != after:
+            raise ValueError(f"{other!r} and {path!r} are one weight with two forms")
+        if after != site.form and other == path:
+            differences.append((site, after))
+    return differences
 
 
 def _home_rank(site: Site) -> RankLike:
-    if isinstance(site.module, RankedLayer) and site.module.home is not None:
-        return site.module.home.rank
+    if site.home is not None:
+        return site.home.rank
     raise ValueError(f"layer {site.path!r} never had factors, so no rank to return to; give rank=")
-
-
-def _home_decomposition(site: Site) -> str:
-    layer = site.module
-    return layer.home.decomposition if isinstance(layer, RankedLayer) and layer.home else "svd"
 
 
 def _check_plan(plan: Plan) -> None:
@@ -268,7 +252,8 @@ def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
     for edit in edits:
         for name, p in edit.new.items():
             count = held.count(id(p))
-            assert count == (name != "base") or (count == 0 and not p.requires_grad), edit.path
+            trains = not edit.site.spec.is_base(name)
+            assert count == trains or (count == 0 and not p.requires_grad), edit.path
         assert not {id(p) for p in edit.old.values()} & set(held), edit.path
     for optimizer in optimizers:
         for p, state in optimizer.state.items():

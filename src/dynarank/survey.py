@@ -1,16 +1,14 @@
-"""The one traversal of a model: which layers can change form, which cannot, and why."""
+"""The one traversal of a model: which weights can change form, which cannot, and why."""
 
 from __future__ import annotations
 
 import difflib
-import logging
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import TypeAlias, cast
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import (
     ParametrizationList,
@@ -18,78 +16,115 @@ from torch.nn.utils.parametrize import (
     type_before_parametrizations,
 )
 
-from dynarank.forms import Form, FullRank, LowRank, resolve_rank
-from dynarank.layers import RANKED, RankedLayer
+from dynarank.decompositions import Factors
+from dynarank.forms import Adapted, Form, FullRank, LowRank
+from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 
 __all__ = [
-    "LayerFilter",
     "Site",
     "check_unwrapped",
     "current_plan",
     "find_sites",
-    "select",
     "survey",
-    "weight_shape",
 ]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
-logger = logging.getLogger("dynarank")
-
-_Filter: TypeAlias = Callable[[nn.Module, str], bool]
-LayerFilter: TypeAlias = _Filter | str | Sequence[str] | None
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A module that owns a weight.
+    """A weight of a module.
 
     Args:
-        path: its path in the model (the first one, if it is shared by several parents).
+        path: the module's path in the model (the first one, if it is shared by several parents);
+            with the weight's name behind it, unless that is ``weight``.
         module: the module.
+        weight: what the weight is; None if the module is of a kind that is not handled.
         form: the form it has; None if it cannot change form.
         obstacle: why it cannot; empty if it can.
         refused: True if it is of a kind that could, but is wrapped or tied so that it would be
             handled wrongly: asking for it is an error. False: it is simply left as it is.
+        tied: other sites of the very same weight, which change with this one.
     """
 
     path: str
     module: nn.Module
+    weight: WeightSpec | None
     form: Form | None
     obstacle: str = ""
     refused: bool = False
+    tied: tuple[Site, ...] = ()
+
+    @property
+    def spec(self) -> WeightSpec:
+        """The weight, of a site that is handled."""
+        assert self.weight is not None, self.path
+        return self.weight
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The canonical shape, (out, in / groups, *kernel)."""
+        return self.spec.shape
+
+    @property
+    def module_path(self) -> str:
+        """The module's own path."""
+        name = self.weight.name if self.weight else "weight"
+        return self.path if name == "weight" else self.path.removesuffix(name).removesuffix(".")
+
+    @property
+    def home(self) -> LowRank | Adapted | None:
+        """The last form with factors that the weight had, if any."""
+        homes = self.module.homes if isinstance(self.module, RankedLayer) else {}
+        return homes.get(self.spec.name)
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The parameters that make up the weight in its form, by their names in the module."""
+        assert self.form is not None
+        own = own_parameters(self.module)
+        found = {name: own[name] for name in self.spec.parameter_names(self.form)}
+        return {name: p for name, p in found.items() if p is not None}
+
+    def factors(self) -> Factors:
+        """The factors, in the order the input meets them; none if full-rank."""
+        if self.form is None or isinstance(self.form, FullRank):
+            return ()
+        return self.spec.factors(self.form, self.parameters())
+
+    def effective(self) -> Tensor:
+        """The effective weight, canonical."""
+        assert self.form is not None
+        return self.spec.turn(self.spec.effective(self.form, self.parameters()))
 
 
 def survey(model: nn.Module) -> list[Site]:
-    """Every module of the model that owns a weight of two or more dimensions, in order.
+    """Every weight of two or more dimensions that a module of the model owns, in order.
+
+    A weight that several modules share is listed once, at its first place.
 
     Example:
         >>> [(site.path, site.obstacle) for site in survey(nn.Sequential(nn.Linear(4, 2)))]
         [('0', '')]
     """
     modules = [(path, m) for path, m in model.named_modules() if not _inside(m)]
-    owners: dict[object, list[str]] = {}
+    owners: _Owners = {}
     for path, module in modules:
         for name, parameter in _parameters(module):
             owners.setdefault(_identity(parameter), []).append(f"{path}.{name}".lstrip("."))
-    return [_site(path, m, owners) for path, m in modules if _owns_weight(m)]
+    found = [site for path, m in modules if _owns_weight(m) for site in _sites(path, m)]
+    return _tie([_checked(site) for site in found], owners)
 
 
 def current_plan(model: nn.Module) -> dict[str, Form]:
-    """The form of every layer that can change form: the plan that would change nothing.
+    """The form of every weight that can change form: the plan that would change nothing.
 
     Example:
         >>> current_plan(nn.Sequential(nn.Linear(4, 2)))
         {'0': FullRank()}
     """
     return {site.path: site.form for site in survey(model) if site.form is not None}
-
-
-def weight_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of a layer's effective weight."""
-    if isinstance(module, RankedLayer):
-        return module.weight_shape
-    return tuple(cast(Tensor, module.weight).shape)
 
 
 def check_unwrapped(model: nn.Module) -> None:
@@ -108,114 +143,103 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def find_sites(model: nn.Module, paths: Iterable[str]) -> dict[str, Site]:
-    """The sites at these paths.
+    """The sites at these paths; a tied weight, or a shared module's, by any of its paths.
 
     Raises:
         ValueError: a path is not in the model, or what is there cannot change form.
     """
-    by_module = {id(site.module): site for site in survey(model)}
-    by_path = dict(model.named_modules(remove_duplicate=False))
+    sites, modules = survey(model), dict(model.named_modules(remove_duplicate=False))
+    by_place = {place: site for site in sites for place in _places(site)}
     found: dict[str, Site] = {}
     for path in paths:
-        if path not in by_path:
-            raise ValueError(f"the model has no layer {path!r}{_nearest(path, by_path)}")
-        site = by_module.get(id(by_path[path]))
-        if site is None or site.form is None:
-            reason = site.obstacle if site else "it owns no weight"
-            raise ValueError(f"layer {path!r} cannot change form: {reason}")
+        site = by_place.get(_place(path, modules, by_place))
+        if site is None:
+            raise ValueError(_missing(path, modules, sites))
+        if site.form is None:
+            raise ValueError(f"layer {path!r} cannot change form: {site.obstacle}")
         found[path] = site
     return found
 
 
-def select(model: nn.Module, layers: LayerFilter, form: LowRank | None = None) -> list[Site]:
-    """The sites that a verb means.
-
-    Args:
-        model: the model.
-        layers: a filter ``(module, path) -> bool``, or glob patterns of paths: exactly those. None:
-            the ranked layers, or, in a model that has none yet, the layers that ``form`` makes
-            cheaper (fewer factor entries than weight entries).
-        form: the form the layers are to get, for None.
-
-    Raises:
-        ValueError: nothing matches, or a layer that matches is refused.
-    """
-    sites = survey(model)
-    matching = _ranked(sites) or sites if layers is None else _matching(sites, layers)
-    if refused := [site for site in matching if site.refused]:
-        reasons = "; ".join(f"layer {site.path!r}: {site.obstacle}" for site in refused)
-        raise ValueError(f"{reasons}. Leave it out with layers=..., or undo what wraps it first")
-    able = [site for site in matching if site.form is not None]
-    if layers is None and not _ranked(able):
-        able = [site for site in able if form and _cheaper(form, weight_shape(site.module))]
-    if not able:
-        raise ValueError(_nothing(layers, form, sites))
-    if left := [site.path for site in sites if site not in able]:
-        logger.info("left as they are: %s", ", ".join(left))
-    return able
+_Owners: TypeAlias = dict[object, list[str]]
 
 
-def _ranked(sites: list[Site]) -> list[Site]:
-    return [site for site in sites if isinstance(site.module, RankedLayer)]
-
-
-def _cheaper(form: LowRank, shape: tuple[int, ...]) -> bool:
-    try:
-        rank = resolve_rank(form.rank, shape)
-    except ValueError:  # above this layer's limit, so not cheaper than the layer
-        return False
-    n, m = shape[0], math.prod(shape[1:])
-    return rank * (m + n) < m * n
-
-
-def _matching(sites: list[Site], layers: _Filter | str | Sequence[str]) -> list[Site]:
-    if callable(layers):
-        return [site for site in sites if layers(site.module, site.path)]
-    patterns = [layers] if isinstance(layers, str) else layers
-    return [s for s in sites if any(fnmatchcase(s.path, pattern) for pattern in patterns)]
-
-
-def _nothing(layers: LayerFilter, form: LowRank | None, sites: list[Site]) -> str:
-    listed = ", ".join(f"{site.path!r} ({site.obstacle or site.form})" for site in sites[:20])
-    if layers is not None:
-        asked = "the filter" if callable(layers) else repr(layers)
-        return f"{asked} matches no layer that can change form; the model has: {listed or 'none'}"
-    if form is None:
-        return (
-            f"the model has no ranked layer yet; name the layers by layers=... (it has: {listed})"
-        )
-    return (
-        f"rank {form.rank} makes no layer of the model cheaper (each has a limit of min(m, n) and "
-        f"breaks even at mn / (m + n)); lower the rank, or insist with layers='*' "
-        f"(the model has: {listed or 'no weights'})"
-    )
-
-
-def _site(path: str, module: nn.Module, owners: dict[object, list[str]]) -> Site:
+def _sites(path: str, module: nn.Module) -> list[Site]:
+    """The weights of one module, before they are looked at."""
     kind = type_before_parametrizations(module)
-    known = isinstance(module, RankedLayer) or kind in RANKED
+    ranked = ranked_class(kind)
     if any(is_lazy(p) for p in module.parameters(recurse=False)):
-        return Site(path, module, None, "it is lazy: it has no shape before its first forward pass")
-    if not known:
-        return Site(path, module, None, f"{kind.__name__} layers are not handled")
-    if getattr(module, "groups", 1) != 1:
-        return Site(path, module, None, "grouped convolutions are not handled")
-    if obstacle := _obstacle(path, module, owners):
-        return Site(path, module, None, obstacle, refused=True)
-    return Site(path, module, module.form if isinstance(module, RankedLayer) else FullRank())
+        return [Site(path, module, None, None, "it is lazy: it has no shape before its first use")]
+    if kind.__module__.startswith(_QUANTISED):
+        return [Site(path, module, None, None, "its weight is quantised", refused=True)]
+    if ranked is None:
+        return [Site(path, module, None, None, f"{kind.__name__} layers are not handled")]
+    forms = module.forms if isinstance(module, RankedLayer) else {}
+    flaw = ranked.flaw(module)
+    return [
+        Site(
+            path if spec.name == "weight" else f"{path}.{spec.name}".lstrip("."),
+            module,
+            spec,
+            None if flaw else forms.get(spec.name, FullRank()),
+            flaw,
+            bool(flaw),
+        )
+        for spec in ranked.specs(module)
+    ]
 
 
-def _obstacle(path: str, module: nn.Module, owners: dict[object, list[str]]) -> str:
-    own = [name for name, _ in _parameters(module)]
-    if is_parametrized(module):
+def _checked(site: Site) -> Site:
+    """The site, refused if its weight would be handled wrongly."""
+    if site.form is None:
+        return site
+    obstacle = _obstacle(site)
+    return replace(site, form=None, obstacle=obstacle, refused=True) if obstacle else site
+
+
+def _obstacle(site: Site) -> str:
+    own = own_parameters(site.module)
+    assert site.form is not None
+    if is_parametrized(site.module):
         return "it is wrapped by torch.nn.utils.parametrize, which owns its weight"
-    if not isinstance(module, RankedLayer) and "weight" not in own:
-        return f"its weight is computed from {', '.join(own)} (weight_norm, spectral_norm or prune)"
-    for name, parameter in _parameters(module):
-        shared = [o for o in owners[_identity(parameter)] if o != f"{path}.{name}".lstrip(".")]
-        if parameter.ndim > 1 and shared:
-            return f"its {name} is tied to {', '.join(shared)}"
+    for name in site.spec.parameter_names(site.form):
+        p = own.get(name)
+        if p is None:
+            listed = ", ".join(name for name, p in own.items() if p is not None)
+            return f"its weight is computed from {listed} (weight_norm, spectral_norm or prune)"
+        if not p.is_floating_point():
+            return f"its {name} is {p.dtype}: only real floating-point weights are handled"
+        if type(p.data) is not Tensor:
+            return f"its {name} is a {type(p.data).__name__} (quantised, sharded or the like)"
     return ""
+
+
+def _tie(sites: list[Site], owners: _Owners) -> list[Site]:
+    """One site for each set of equal places; refused where a weight is shared in other ways."""
+    together: dict[object, list[Site]] = {}
+    for site in sites:
+        together.setdefault(_tie_key(site), []).append(site)
+    return [one for group in together.values() for one in _tied(group, owners)]
+
+
+def _tied(group: list[Site], owners: _Owners) -> list[Site]:
+    first, *others = group
+    if first.form is None:
+        return group
+    covered = {f"{site.module_path}.{n}".lstrip(".") for site in group for n in site.parameters()}
+    for name, p in first.parameters().items():
+        if foreign := [o for o in owners[_identity(p)] if o not in covered]:
+            obstacle = f"its {name} is tied to {', '.join(foreign)}"
+            return [replace(s, form=None, obstacle=obstacle, refused=True) for s in group]
+    return [replace(first, tied=tuple(others))]
+
+
+def _tie_key(site: Site) -> object:
+    """Equal for weights that are the same objects and mean the same wherever they are."""
+    if site.form is None:
+        return id(site)
+    meaning = replace(site.spec, lookup=False), site.form
+    return tuple(id(p) for p in site.parameters().values()), meaning
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -224,7 +248,8 @@ def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _identity(parameter: Tensor) -> object:
     """Equal for two parameters that are one object, or that fill the same memory."""
-    pointer = 0 if parameter.is_meta else parameter.data_ptr()
+    plain = type(parameter.data) is Tensor and not parameter.is_meta
+    pointer = parameter.data_ptr() if plain else 0
     return (pointer, parameter.shape) if pointer else id(parameter)
 
 
@@ -233,11 +258,37 @@ def _inside(module: nn.Module) -> bool:
 
 
 def _owns_weight(module: nn.Module) -> bool:
-    wrapped = is_parametrized(module) and type_before_parametrizations(module) in RANKED
+    kind = type_before_parametrizations(module)
+    if kind.__module__.startswith(_QUANTISED):
+        return hasattr(module, "weight")
+    wrapped = is_parametrized(module) and ranked_class(kind) is not None
     own = list(module.parameters(recurse=False))
     return wrapped or any(is_lazy(parameter) or parameter.ndim > 1 for parameter in own)
 
 
-def _nearest(path: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(path, [name for name in known if name], n=3, cutoff=0.5)
-    return f"; nearest: {', '.join(map(repr, near))}" if near else ""
+_Place: TypeAlias = tuple[int, str]
+
+
+def _places(site: Site) -> list[_Place]:
+    """Where a site is: each module of it, and the weight's name there."""
+    return [
+        (id(one.module), one.weight.name if one.weight else "weight") for one in (site, *site.tied)
+    ]
+
+
+def _place(path: str, modules: Mapping[str, nn.Module], places: Container[_Place]) -> _Place:
+    parent, _, name = path.rpartition(".")
+    inner = (id(modules.get(parent)), name)
+    return inner if inner in places else (id(modules.get(path)), "weight")
+
+
+def _missing(path: str, modules: Mapping[str, nn.Module], sites: Sequence[Site]) -> str:
+    inside = [site.path for site in sites if site.module is modules.get(path)]
+    if inside:
+        return f"layer {path!r} has several weights: name one of {', '.join(map(repr, inside))}"
+    if path in modules:
+        return f"layer {path!r} cannot change form: it owns no weight"
+    known = [name for name in (*modules, *(site.path for site in sites)) if name]
+    near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+    nearest = f"; nearest: {', '.join(map(repr, near))}" if near else ""
+    return f"the model has no layer {path!r}{nearest}"

@@ -24,15 +24,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dynarank.decompositions import (
-    Decomposition,
-    Factors,
-    UnfitWeightError,
-    get_decomposition,
-    precise,
-)
+from dynarank.decompositions import Decomposition, Factors, UnfitWeightError, precise
 from dynarank.edit import Edit
 from dynarank.forms import Adapted, Form, FullRank
+from dynarank.layers import WeightSpec
 
 __all__ = [
     "Moments",
@@ -178,7 +173,9 @@ def _regroup(
             elif id(edit) not in placed:
                 placed.add(id(edit))
                 stem = name.rpartition(".")[0]
-                members += [(f"{stem}.{n}".lstrip("."), p) for n, p in _held(edit.new).items()]
+                members += [
+                    (f"{stem}.{n}".lstrip("."), p) for n, p in _held(edit, edit.new).items()
+                ]
         contents: dict[str, list[Any]] = {"params": [p for _, p in members]}
         if "param_names" in group:
             contents["param_names"] = [n for n, _ in members]
@@ -186,18 +183,20 @@ def _regroup(
     return result
 
 
-def _held(parameters: dict[str, Parameter]) -> dict[str, Parameter]:
-    return {name: p for name, p in parameters.items() if name != "base"}
+def _held(edit: Edit, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
+    """Those that train: all but the base."""
+    return {name: p for name, p in parameters.items() if not edit.site.spec.is_base(name)}
 
 
 def _project(optimizer: Optimizer, edit: Edit) -> list[tuple[Parameter, dict[str, Any]]]:
     """The states of the edit's new parameters; empty if the optimizer has not stepped on it."""
-    old = [p for name, p in edit.old.items() if name != "base"]
+    spec = edit.site.spec
+    old = list(_held(edit, edit.old).values())
     states = [optimizer.state.get(p, {}) for p in old]
     keys = list(dict.fromkeys(k for state in states for k in state if state[k] is not None))
     _check_known(edit.path, keys)
     _check_finite(edit.path, states)
-    new = list(_held(edit.new).values())
+    new = list(_held(edit, edit.new).values())
     moved: dict[str, list[Any]] = {}
     first: Tensor | None = None
     for key in sorted(keys, key=(COUNTERS + FIRST_MOMENTS + SECOND_MOMENTS).index):
@@ -211,11 +210,11 @@ def _project(optimizer: Optimizer, edit: Edit) -> list[tuple[Parameter, dict[str
             for p, v in zip(old, values, strict=True)
         )
         if key in FIRST_MOMENTS:
-            first = _to_full(edit.before, edit.old, parts)
-            moved[key] = _cast(_from_full(edit.after, edit.new, first), new)
+            first = _to_full(spec, edit.before, edit.old, parts)
+            moved[key] = _cast(_from_full(spec, edit.after, edit.new, first), new)
         else:
-            second = _squares_to_full(edit.before, edit.old, parts)
-            moved[key] = _cast(_squares_from_full(edit.after, edit.new, second, first), new)
+            second = _squares_to_full(spec, edit.before, edit.old, parts)
+            moved[key] = _cast(_squares_from_full(spec, edit.after, edit.new, second, first), new)
     return [(p, {key: moved[key][i] for key in moved}) for i, p in enumerate(new) if moved]
 
 
@@ -241,48 +240,54 @@ def _cast(values: Factors, parameters: Sequence[Parameter]) -> list[Tensor]:
     return [torch.empty_like(p).copy_(v).detach() for v, p in zip(values, parameters, strict=True)]
 
 
-def _factors(form: Form, parameters: dict[str, Parameter]) -> tuple[Decomposition, Factors, float]:
+def _factors(
+    spec: WeightSpec, form: Form, parameters: dict[str, Parameter]
+) -> tuple[Decomposition, Factors, float]:
     assert not isinstance(form, FullRank)
-    decomposition = get_decomposition(form.decomposition)
-    factors = tuple(precise(parameters[name]) for name in decomposition.factor_names)
-    return decomposition, factors, form.scale if isinstance(form, Adapted) else 1.0
+    factors = spec.factors(form, {name: precise(p) for name, p in parameters.items()})
+    return spec.decomposition(form), factors, form.scale if isinstance(form, Adapted) else 1.0
 
 
-def _vjp(decomposition: Decomposition, factors: Factors, cotangent: Tensor) -> Factors:
-    """dL/df from dL/dW, W = join(f)."""
-    pull = torch.func.vjp(lambda *f: decomposition.join(f), *factors)[1]
-    return pull(cotangent)
-
-
-def _to_full(form: Form, parameters: dict[str, Parameter], moments: Factors) -> Tensor:
+def _to_full(
+    spec: WeightSpec, form: Form, parameters: dict[str, Parameter], moments: Factors
+) -> Tensor:
+    """Canonical; as are the other full-rank moments here."""
     if isinstance(form, FullRank):
-        return moments[0]
-    decomposition, factors, scale = _factors(form, parameters)
+        return spec.turn(moments[0])
+    decomposition, factors, scale = _factors(spec, form, parameters)
     return decomposition.lift(factors, moments) / scale
 
 
-def _from_full(form: Form, parameters: dict[str, Parameter], moment: Tensor) -> Factors:
+def _from_full(
+    spec: WeightSpec, form: Form, parameters: dict[str, Parameter], moment: Tensor
+) -> Factors:
     if isinstance(form, FullRank):
-        return (moment,)
-    decomposition, factors, scale = _factors(form, parameters)
-    return _vjp(decomposition, factors, scale * moment)
+        return (spec.turn(moment),)
+    decomposition, factors, scale = _factors(spec, form, parameters)
+    return decomposition.pull(factors, scale * moment)
 
 
-def _squares_to_full(form: Form, parameters: dict[str, Parameter], squares: Factors) -> Tensor:
+def _squares_to_full(
+    spec: WeightSpec, form: Form, parameters: dict[str, Parameter], squares: Factors
+) -> Tensor:
     if isinstance(form, FullRank):
-        return squares[0]
-    decomposition, factors, scale = _factors(form, parameters)
+        return spec.turn(squares[0])
+    decomposition, factors, scale = _factors(spec, form, parameters)
     return decomposition.lift_squares(factors, squares) / scale**2
 
 
 def _squares_from_full(
-    form: Form, parameters: dict[str, Parameter], square: Tensor, moment: Tensor | None
+    spec: WeightSpec,
+    form: Form,
+    parameters: dict[str, Parameter],
+    square: Tensor,
+    moment: Tensor | None,
 ) -> Factors:
     mean = torch.zeros_like(square) if moment is None else moment
     if isinstance(form, FullRank):
-        return (torch.maximum(square, mean.square()),)
-    decomposition, factors, scale = _factors(form, parameters)
+        return (spec.turn(torch.maximum(square, mean.square())),)
+    decomposition, factors, scale = _factors(spec, form, parameters)
     variance = (square - mean.square()).clamp(min=0)
-    spread = _vjp(decomposition, tuple(f.square() for f in factors), scale**2 * variance)
-    means = _vjp(decomposition, factors, scale * mean)
+    spread = decomposition.pull(tuple(f.square() for f in factors), scale**2 * variance)
+    means = decomposition.pull(factors, scale * mean)
     return tuple(s + m.square() for s, m in zip(spread, means, strict=True))

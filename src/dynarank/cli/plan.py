@@ -12,11 +12,12 @@ from rich.console import Console
 from torch import nn
 
 from dynarank.cli.show import console, right_aligned
-from dynarank.cost import LayerUse, ModelUse, form_parameters, trace
-from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data, resolve_form
+from dynarank.cost import LayerUse, ModelUse, trace
+from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
 from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.report.formats import bytes_text, count, ratio
-from dynarank.survey import select, survey
+from dynarank.selection import select
+from dynarank.survey import survey
 from dynarank.train.models import MODELS
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
 
@@ -80,8 +81,8 @@ def _phase_data(use: ModelUse, cost: PhaseCost) -> dict[str, Any]:
     layers = [
         {
             "layer": path,
-            **form_to_data(resolve_form(form, use.layers[path].shape)),
-            "trainable_parameters": form_parameters(use.layers[path].shape, form)[0],
+            **form_to_data(use.layers[path].spec.resolve(form)),
+            "trainable_parameters": use.layers[path].parameters(form)[0],
             "relative_training_flops": _relative(use.layers[path], form),
         }
         for path, form in cost.phase.plan.items()
@@ -117,10 +118,10 @@ def _show_layers(
 
 
 def _cell(use: LayerUse, form: Form) -> str:
-    resolved = resolve_form(form, use.shape)
+    resolved = use.spec.resolve(form)
     name = form_name(form)
     name = name if isinstance(resolved, FullRank) else f"{name} {resolved.rank}"
-    trained, _ = form_parameters(use.shape, form)
+    trained, _ = use.parameters(form)
     return f"{name} {trained:,} {_relative(use, form):.3f}x"
 
 

@@ -138,6 +138,10 @@ class Decomposition(Protocol):
         """How each factor slides where the weight slides by ``geometry`` (of one group)."""
         ...
 
+    def join_flops(self, shape: Sequence[int], rank: int) -> int:
+        """FLOPs of ``join``, exactly as FlopCounterMode counts them; ``pull`` costs twice that."""
+        ...
+
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """The vjp of ``join``: dL/df from dL/dW."""
         ...

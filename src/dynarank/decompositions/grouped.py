@@ -58,6 +58,10 @@ class Grouped:
         stages = self.inner.stages(replace(geometry, groups=1), rank)
         return tuple(replace(stage, groups=stage.groups * self.groups) for stage in stages)
 
+    def join_flops(self, shape: Sequence[int], rank: int) -> int:
+        """Those of one group, ``groups`` times."""
+        return self.groups * self.inner.join_flops(self._unit(shape), rank)
+
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """Each group's, side by side."""
         pairs = zip(self._groups_of(factors), cotangent.chunk(self.groups), strict=True)

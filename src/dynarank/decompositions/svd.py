@@ -90,6 +90,10 @@ class SVD:
         down, up = factors
         return (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
+    def join_flops(self, shape: Sequence[int], rank: int) -> int:
+        """2 n m r."""
+        return 2 * math.prod(shape) * rank
+
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """``up' G`` and ``G down'``."""
         down, up = factors

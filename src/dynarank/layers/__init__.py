@@ -4,25 +4,54 @@ from __future__ import annotations
 
 from torch import nn
 
-from dynarank.layers.conv import RankedConv2d
-from dynarank.layers.linear import RankedLinear
-from dynarank.layers.ranked import (
-    RankedLayer,
-    effective_weight,
-    own_parameters,
-    parameter_names,
+from dynarank.layers.conv import (
+    RankedConv1d,
+    RankedConv2d,
+    RankedConv3d,
+    RankedConvTranspose1d,
+    RankedConvTranspose2d,
+    RankedConvTranspose3d,
 )
+from dynarank.layers.embedding import RankedEmbedding
+from dynarank.layers.execution import Call, Flops, Way, choose_way, ways
+from dynarank.layers.linear import RankedLinear, RankedOutputProjection
+from dynarank.layers.ranked import RankedLayer, own_parameters
+from dynarank.layers.spec import WeightSpec
 
 __all__ = [
-    "RANKED",
-    "RankedConv2d",
+    "Call",
+    "Flops",
     "RankedLayer",
-    "RankedLinear",
-    "effective_weight",
+    "Way",
+    "WeightSpec",
+    "choose_way",
     "own_parameters",
-    "parameter_names",
+    "ranked_class",
+    "ways",
 ]
 
-RANKED: dict[type[nn.Module], type[RankedLayer]] = {
-    cls.plain: cls for cls in (RankedLinear, RankedConv2d)
+_RANKED: dict[type[nn.Module], type[RankedLayer]] = {
+    cls.plain: cls
+    for cls in (
+        RankedLinear,
+        RankedOutputProjection,
+        RankedConv1d,
+        RankedConv2d,
+        RankedConv3d,
+        RankedConvTranspose1d,
+        RankedConvTranspose2d,
+        RankedConvTranspose3d,
+        RankedEmbedding,
+    )
 }
+
+
+def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
+    """The ranked class of modules of exactly this class, None if they cannot change form."""
+    if issubclass(kind, RankedLayer):
+        return kind
+    if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        from dynarank.layers.hf_conv1d import RankedConv1D  # transformers is imported already
+
+        return RankedConv1D
+    return _RANKED.get(kind)

@@ -1,34 +1,144 @@
-"""``nn.Conv2d`` in the three forms: any stride, padding, dilation and padding mode; groups = 1."""
+"""Convolutions in the three forms: any stride, padding, dilation, padding mode and groups."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynarank.decompositions import Geometry
-from dynarank.layers.ranked import RankedLayer
+from dynarank.layers.execution import Call
+from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.spec import WeightSpec
 
-__all__ = ["RankedConv2d"]
+__all__ = [
+    "RankedConv1d",
+    "RankedConv2d",
+    "RankedConv3d",
+    "RankedConvTranspose1d",
+    "RankedConvTranspose2d",
+    "RankedConvTranspose3d",
+]
 
 
-class RankedConv2d(RankedLayer, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
+class _RankedConv(RankedLayer):
+    """What convolutions have in common."""
+
+    @classmethod
+    def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
+        """One weight, (out, in / groups, *kernel)."""
+        conv = cast(Any, module)
+        shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+        return (WeightSpec("weight", shape, _geometry(conv), swapped=conv.transposed),)
+
+    @classmethod
+    def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
+        """The padded input under the kernel."""
+        x, geometry = cls.meet(module, inputs)
+        own = module.named_parameters(recurse=False)
+        trains = any(p.requires_grad for n, p in own if n != "bias")
+        return {"weight": [Call(tuple(x.shape), geometry, x.requires_grad, trains)]}
+
+    @classmethod
+    def meet(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
+        """The input as the kernel meets it, and how the kernel slides over that."""
+        conv, x = cast(Any, module), cast(Tensor, inputs["input"])
+        geometry = _geometry(conv)
+        if conv.padding_mode != "zeros" or (conv.padding == "same" and not _symmetric(conv)):
+            mode = conv.padding_mode if conv.padding_mode != "zeros" else "constant"
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+            geometry = replace(geometry, padding=(0,) * len(geometry.stride))
+        return x, geometry
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The convolution with the effective weight."""
+        x, geometry = type(self).meet(self, {"input": input})
+        return self.multiply(self.spec(), x, geometry, cast(Any, self).bias)
+
+
+class _RankedTransposed(_RankedConv):
+    """What transposed convolutions have in common."""
+
+    @classmethod
+    def meet(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
+        """The input, and the geometry that gives the wanted output size."""
+        conv, x = cast(Any, module), cast(Tensor, inputs["input"])
+        g = _geometry(conv)
+        size = inputs.get("output_size")
+        extra = conv._output_padding(
+            x, size, list(g.stride), list(g.padding), conv.kernel_size, len(g.stride), g.dilation
+        )
+        return x, replace(g, output_padding=tuple(extra))
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """The transposed convolution with the effective weight."""
+        x, geometry = type(self).meet(self, {"input": input, "output_size": output_size})
+        return self.multiply(self.spec(), x, geometry, cast(Any, self).bias)
+
+
+class RankedConv1d(_RankedConv, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A one-dimensional convolution in one of the three forms."""
+
+    plain = nn.Conv1d
+    weight = effective("weight")  # type: ignore[assignment]
+
+
+class RankedConv2d(_RankedConv, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A two-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv2d
+    weight = effective("weight")  # type: ignore[assignment]
 
-    @property
-    def geometry(self) -> Geometry:
-        """The convolution's own."""
-        return Geometry(self.stride, self.padding, self.dilation)
 
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(out, in, height, width)."""
-        return self.out_channels, self.in_channels, *self.kernel_size
+class RankedConv3d(_RankedConv, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """A three-dimensional convolution in one of the three forms."""
 
-    def pad(self, x: Tensor) -> tuple[Tensor, Geometry]:
-        """Pad by the layer's mode, unless the convolution itself pads, with zeros."""
-        if self.padding_mode == "zeros":
-            return x, self.geometry
-        padded = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-        return padded, Geometry(self.stride, (0,) * len(self.stride), self.dilation)
+    plain = nn.Conv3d
+    weight = effective("weight")  # type: ignore[assignment]
+
+
+class RankedConvTranspose1d(_RankedTransposed, nn.ConvTranspose1d):  # pyright: ignore
+    """A one-dimensional transposed convolution in one of the three forms."""
+
+    plain = nn.ConvTranspose1d
+    weight = effective("weight")  # type: ignore[assignment]
+
+
+class RankedConvTranspose2d(_RankedTransposed, nn.ConvTranspose2d):  # pyright: ignore
+    """A two-dimensional transposed convolution in one of the three forms."""
+
+    plain = nn.ConvTranspose2d
+    weight = effective("weight")  # type: ignore[assignment]
+
+
+class RankedConvTranspose3d(_RankedTransposed, nn.ConvTranspose3d):  # pyright: ignore
+    """A three-dimensional transposed convolution in one of the three forms."""
+
+    plain = nn.ConvTranspose3d
+    weight = effective("weight")  # type: ignore[assignment]
+
+
+def _geometry(conv: Any) -> Geometry:
+    """The convolution's own; of asymmetric padding, none (it is padded beforehand)."""
+    dims = len(conv.kernel_size)
+    padding = conv.padding
+    if isinstance(padding, str):
+        spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        padding = tuple(s // 2 for s in spans) if padding == "same" else (0,) * dims
+    extra = tuple(conv.output_padding) if conv.transposed else ()
+    return Geometry(
+        tuple(conv.stride),
+        tuple(padding),
+        tuple(conv.dilation),
+        extra,
+        conv.groups,
+        conv.transposed,
+    )
+
+
+def _symmetric(conv: Any) -> bool:
+    pairs = conv._reversed_padding_repeated_twice
+    return pairs[::2] == pairs[1::2]

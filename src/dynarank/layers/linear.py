@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dynarank.decompositions import Geometry
-from dynarank.layers.ranked import RankedLayer
+from dynarank.layers.execution import Call
+from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.spec import WeightSpec
 
-__all__ = ["RankedLinear"]
+__all__ = ["RankedLinear", "RankedOutputProjection", "linear_call"]
+
+
+def linear_call(module: nn.Module, x: Tensor) -> Call:
+    """One use of a linear layer's weight."""
+    trains = any(p.requires_grad for n, p in module.named_parameters(recurse=False) if n != "bias")
+    return Call(tuple(x.shape), Geometry(), x.requires_grad, trains)
 
 
 class RankedLinear(RankedLayer, nn.Linear):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A linear layer in one of the three forms."""
 
     plain = nn.Linear
+    weight = effective("weight")  # type: ignore[assignment]
 
-    @property
-    def geometry(self) -> Geometry:
-        """A linear layer does not slide."""
-        return Geometry()
+    @classmethod
+    def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
+        """One weight, (out, in)."""
+        layer = cast(nn.Linear, module)
+        return (WeightSpec("weight", (layer.out_features, layer.in_features)),)
 
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.out_features, self.in_features
+    @classmethod
+    def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
+        """The input times the weight."""
+        return {"weight": [linear_call(module, cast(Tensor, inputs["input"]))]}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input W' + bias`` with the effective weight."""
+        return self.multiply(self.spec(), input, Geometry(), self.bias)
+
+
+class RankedOutputProjection(RankedLinear):
+    """The output projection of ``nn.MultiheadAttention``, which reads its weight itself."""
+
+    plain = NonDynamicallyQuantizableLinear

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
-from dynarank.forms import Adapted, Execution, Form, FullRank, LowRank, RankLike
+from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
 from dynarank.schedules.phases import Moment, Phases
 
 __all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
@@ -40,7 +40,7 @@ def dynamic_rank(
     to: Literal["adapted", "low-rank"] = "adapted",
     decomposition: str = "svd",
     alpha: float = 16.0,
-    execution: Execution = "auto",
+    execution: AdaptedExecution = "auto",
 ) -> Phases:
     """Low-rank, full-rank from ``inflate`` on, deflated from ``deflate`` on.
 

@@ -19,7 +19,7 @@ from dynarank.forms import Change
 from dynarank.planning import cost_schedule
 from dynarank.scheduler import RankScheduler
 from dynarank.schedules import RankSchedule
-from dynarank.survey import select
+from dynarank.selection import select
 from dynarank.train.batches import Batches
 from dynarank.train.data import ImageData
 from dynarank.train.models import MODELS, published_init_

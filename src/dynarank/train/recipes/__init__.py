@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dynarank.forms import Execution
+from dynarank.forms import AdaptedExecution
 from dynarank.schedules import Phases, get_preset
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
@@ -52,7 +52,7 @@ class Recipe(BaseModel):
     inflate: float = Field(gt=0)
     deflate: float = Field(gt=0)
     alpha: float = Field(default=16.0, gt=0)
-    execution: Execution = "auto"
+    execution: AdaptedExecution = "auto"
     moments: Literal["project", "reset"] = "project"
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 

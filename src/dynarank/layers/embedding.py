@@ -1,0 +1,80 @@
+"""``nn.Embedding`` in the three forms: rows are looked up in the last factor, then multiplied."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynarank.decompositions import Factors
+from dynarank.forms import FullRank, LowRank
+from dynarank.layers.execution import Call
+from dynarank.layers.linear import linear_call
+from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.spec import WeightSpec
+
+__all__ = ["RankedEmbedding"]
+
+
+class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
+    """A table of vectors in one of the three forms.
+
+    W (n, m) = up @ ... @ down: row i of W is row i of ``up`` times the other factors. A padding row
+    that is zero stays zero in every form; one that is not changes with the other factors.
+    """
+
+    plain = nn.Embedding
+    weight = effective("weight")  # type: ignore[assignment]
+
+    @classmethod
+    def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
+        """One weight, (rows, columns)."""
+        table = cast(nn.Embedding, module)
+        shape = (table.num_embeddings, table.embedding_dim)
+        return (WeightSpec("weight", shape, lookup=True),)
+
+    @classmethod
+    def flaw(cls, module: nn.Module) -> str:
+        """Options that act on rows of the whole weight, which factors do not have."""
+        table = cast(nn.Embedding, module)
+        options = {
+            "max_norm": table.max_norm is not None,
+            "scale_grad_by_freq": table.scale_grad_by_freq,
+            "sparse": table.sparse,
+        }
+        used = [name for name, is_used in options.items() if is_used]
+        return f"its {', '.join(used)} acts on rows of the whole weight" if used else ""
+
+    @classmethod
+    def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
+        """One lookup for each index."""
+        return {"weight": [_call(module, cast(Tensor, inputs["input"]))]}
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Rows of the effective weight."""
+        spec, form = self.spec(), self.form
+        if isinstance(form, FullRank):
+            return super().forward(input)
+        way = self.way(spec, form, _call(self, input))
+        if way.name in ("joined", "merged"):
+            return F.embedding(input, self.weight, self.padding_idx)
+        rows = _rows(input, spec.factors(form, cast(dict[str, Tensor], self._parameters)), self)
+        if isinstance(form, LowRank):
+            return rows
+        return F.embedding(input, cast(Tensor, self._parameters["base"])) + form.scale * rows
+
+
+def _rows(indices: Tensor, factors: Factors, table: nn.Embedding) -> Tensor:
+    """Rows of ``join(factors)``."""
+    rows = F.embedding(indices, factors[-1], table.padding_idx)
+    for factor in reversed(factors[:-1]):
+        rows = rows @ factor
+    return rows
+
+
+def _call(module: nn.Module, indices: Tensor) -> Call:
+    trains = torch.is_grad_enabled() and linear_call(module, indices).trains
+    return Call(tuple(indices.shape), linear_call(module, indices).geometry, False, trains)

@@ -1,0 +1,194 @@
+"""How a form multiplies, and what each way costs: the cheaper one runs.
+
+Legend: 1 multiply-accumulate = 2 FLOPs; W (n, m) as a matrix, N rows, r the rank; J = the FLOPs of
+``join`` (2mnr for an SVD), k = r(m + n) / (mn).
+
+Training FLOPs relative to the full-rank layer's 6Nmn, where the input needs a gradient (SVD):
+
+==============================  ==========================================================
+low-rank, factored              k                  (+ r / 3n with ``recompute``)
+low-rank, joined                1 + r / N
+adapted, two branches           2/3 + k
+adapted, merged, thin           2/3 + 2k/3 + r/(3N)
+adapted, merged, projected      1 + r / N
+==============================  ==========================================================
+
+A merged weight that is not kept for the backward pass is joined twice: another r / (3N).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dynarank.decompositions import Geometry, output_shape
+from dynarank.forms import Adapted, Form, FullRank, LowRank
+from dynarank.layers.spec import WeightSpec
+
+__all__ = ["Call", "Flops", "Way", "choose_way", "map_flops", "ways"]
+
+# The merged weight is kept for the backward pass where joining it again would cost more than this
+# share of the layer; below it, memory is worth more.
+_REJOINING_IS_CHEAP = 0.02
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one batch: forward alone, and forward with backward."""
+
+    forward: int = 0
+    training: int = 0
+
+    def __add__(self, other: Flops) -> Flops:
+        return Flops(self.forward + other.forward, self.training + other.training)
+
+    def __sub__(self, other: Flops) -> Flops:
+        return Flops(self.forward - other.forward, self.training - other.training)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of a weight in a forward pass.
+
+    Args:
+        shape: of the input as the weight meets it, padded.
+        geometry: how the weight slides over that.
+        input_grad: whether the input needs a gradient.
+        trains: whether the weight does.
+    """
+
+    shape: tuple[int, ...]
+    geometry: Geometry
+    input_grad: bool
+    trains: bool
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to compute a form.
+
+    Args:
+        name: ``"full-rank"``, ``"factored"``, ``"joined"``, ``"merged"`` or ``"two-branch"``.
+        flops: what it costs.
+        thin: of a merged product, see :class:`dynarank.decompositions.products.Merging`.
+        keep: likewise.
+    """
+
+    name: str
+    flops: Flops
+    thin: bool = False
+    keep: bool = False
+
+
+def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
+    """The way the form asks for; for ``"auto"`` that of the fewest FLOPs, forward alone if nothing
+    needs a gradient. The form's rank must be resolved.
+
+    Example:
+        >>> from dynarank.decompositions import Geometry
+        >>> spec = WeightSpec("weight", (64, 64))
+        >>> calls = [Call((rows, 64), Geometry(), True, True) for rows in (16, 512)]
+        >>> [choose_way(spec, Adapted(8), call).name for call in calls]
+        ['two-branch', 'merged']
+    """
+    grad = call.input_grad or call.trains
+    return min(ways(spec, form, call), key=lambda w: w.flops.training if grad else w.flops.forward)
+
+
+def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
+    """Every way the form allows to compute ``call``."""
+    if spec.lookup:
+        return _lookups(spec, form, call)
+    if isinstance(form, FullRank):
+        whole = map_flops(call.shape, spec.shape, call.geometry)
+        return [Way("full-rank", Flops(whole, whole * (1 + call.input_grad + call.trains)))]
+    makers = _LOW_RANK if isinstance(form, LowRank) else _ADAPTED
+    chosen = makers if form.execution == "auto" else {form.execution: makers[form.execution]}
+    return [way for make in chosen.values() for way in make(spec, form, call)]
+
+
+def map_flops(input_shape: Sequence[int], weight: Sequence[int], geometry: Geometry) -> int:
+    """2 N m n: twice the entries of the weight for each position of the output.
+
+    Of a transposed convolution, for each position of the input.
+    """
+    shape = input_shape if geometry.transposed else output_shape(input_shape, weight, geometry)
+    dims = len(weight) - 2
+    rows = math.prod(shape[:-1] if not dims else (*shape[: -dims - 1], *shape[-dims:]))
+    return 2 * rows * math.prod(weight)
+
+
+def _chain(spec: WeightSpec, form: LowRank | Adapted, call: Call) -> list[int]:
+    """Forward FLOPs of each factor."""
+    found: list[int] = []
+    shape: Sequence[int] = call.shape
+    stages = spec.stages(form, call.geometry)
+    for weight, geometry in zip(spec.factor_shapes(form), stages, strict=True):
+        found.append(map_flops(shape, weight, geometry))
+        shape = output_shape(shape, weight, geometry)
+    return found
+
+
+def _factored_flops(chain: Sequence[int], form: LowRank | Adapted, call: Call) -> Flops:
+    """The factors one after another; all but the first are sure to need their input's gradient."""
+    inner = call.input_grad or call.trains
+    again = sum(chain[:-1]) if form.recompute and inner else 0
+    backward = sum(f * (inner + call.trains) for f in chain) - chain[0] * (inner - call.input_grad)
+    return Flops(sum(chain), sum(chain) + backward + again)
+
+
+def _join_flops(spec: WeightSpec, form: LowRank | Adapted) -> int:
+    return spec.decomposition(form).join_flops(spec.shape, int(form.rank))  # type: ignore[arg-type]
+
+
+def _factored(spec: WeightSpec, form: LowRank, call: Call) -> list[Way]:
+    return [Way("factored", _factored_flops(_chain(spec, form, call), form, call))]
+
+
+def _joined(spec: WeightSpec, form: LowRank, call: Call) -> list[Way]:
+    whole, join = map_flops(call.shape, spec.shape, call.geometry), _join_flops(spec, form)
+    backward = whole * (call.input_grad + call.trains) + 2 * join * call.trains
+    return [Way("joined", Flops(whole + join, whole + join + backward))]
+
+
+def _two_branch(spec: WeightSpec, form: Adapted, call: Call) -> list[Way]:
+    whole = map_flops(call.shape, spec.shape, call.geometry)
+    adaptor = _factored_flops(_chain(spec, form, call), form, call)
+    return [Way("two-branch", Flops(whole, whole * (1 + call.input_grad)) + adaptor)]
+
+
+def _merged(spec: WeightSpec, form: Adapted, call: Call) -> list[Way]:
+    whole, join = map_flops(call.shape, spec.shape, call.geometry), _join_flops(spec, form)
+    keep = not form.recompute and join > _REJOINING_IS_CHEAP * 3 * whole
+    forward = whole + join
+    backward = (whole + join * (not keep)) * call.input_grad
+    if not call.trains:
+        return [Way("merged", Flops(forward, forward + backward), True, keep)]
+    chain = _chain(spec, form, call)
+    thin = sum(chain[:-1]) + sum(chain) + sum(chain[1:])
+    projected = whole + 2 * join
+    return [
+        Way("merged", Flops(forward, forward + backward + gradients), gradients == thin, keep)
+        for gradients in (thin, projected)
+    ]
+
+
+def _lookups(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
+    """Looking up rows costs nothing, multiplying them by the other factors does."""
+    if isinstance(form, FullRank):
+        return [Way("full-rank", Flops())]
+    sizes = [math.prod(shape) for shape in spec.factor_shapes(form)[:-1]]
+    each = 2 * math.prod(call.shape) * sum(sizes), _join_flops(spec, form)
+    names = ("factored", "joined") if isinstance(form, LowRank) else ("two-branch", "merged")
+    found = [
+        Way(name, Flops(one, one * (1 + 2 * call.trains)))
+        for name, one in zip(names, each, strict=True)
+    ]
+    return [way for way in found if form.execution in ("auto", way.name)]
+
+
+_Makers = dict[str, Callable[[WeightSpec, Any, Call], list[Way]]]
+_LOW_RANK: _Makers = {"factored": _factored, "joined": _joined}
+_ADAPTED: _Makers = {"two-branch": _two_branch, "merged": _merged}

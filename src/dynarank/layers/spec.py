@@ -1,0 +1,106 @@
+"""One weight of a module: its name, shape, how it slides and how the module keeps it.
+
+A module may have several (a recurrent layer has two for each of its layers and directions), so what
+changes form is a weight, not a module. Forms, factors and geometry all speak of the canonical
+weight (out, in / groups, *kernel); the module may keep its weight another way round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition
+from dynarank.decompositions.base import swap_channels
+from dynarank.forms import Adapted, Form, FullRank, LowRank, resolve_rank
+
+__all__ = ["WeightSpec"]
+
+_LINEAR = Geometry()
+
+
+@dataclass(frozen=True)
+class WeightSpec:
+    """A weight of a module, whatever form it has.
+
+    Args:
+        name: the parameter's name in the plain module.
+        shape: (out, in / groups, *kernel).
+        geometry: how it slides.
+        swapped: whether the module keeps it as (in, out / groups, *kernel).
+        lookup: whether the module looks up rows of it (an embedding) instead of multiplying by it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    geometry: Geometry = _LINEAR
+    swapped: bool = False
+    lookup: bool = False
+
+    @property
+    def dims(self) -> int:
+        """Kernel dimensions."""
+        return len(self.shape) - 2
+
+    @property
+    def unit_shape(self) -> tuple[int, ...]:
+        """The shape of one group's weight: what a rank refers to."""
+        return self.shape[0] // self.geometry.groups, *self.shape[1:]
+
+    def turn(self, weight: Tensor) -> Tensor:
+        """From the way the module keeps it to the canonical way, and back (the same operation)."""
+        return swap_channels(weight, self.geometry.groups) if self.swapped else weight
+
+    def decomposition(self, form: LowRank | Adapted) -> Decomposition:
+        """The form's decomposition, of each group if there are several."""
+        return get_decomposition(form.decomposition, self.geometry.groups)
+
+    def resolve(self, form: Form) -> Form:
+        """The form with its rank as a number of directions.
+
+        Raises:
+            ValueError: a rank above the weight's limit, an unknown decomposition.
+        """
+        if isinstance(form, FullRank):
+            return form
+        limit = self.decomposition(form).limit(self.shape)
+        return replace(form, rank=resolve_rank(form.rank, self.unit_shape, limit))
+
+    def factor_shapes(self, form: LowRank | Adapted) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the factors; the form's rank must be resolved."""
+        return self.decomposition(form).shapes(self.shape, int(form.rank))  # type: ignore[arg-type]
+
+    def stages(self, form: LowRank | Adapted, geometry: Geometry) -> tuple[Geometry, ...]:
+        """How the factors slide; the form's rank must be resolved."""
+        return self.decomposition(form).stages(geometry, int(form.rank))  # type: ignore[arg-type]
+
+    def parameter_names(self, form: Form) -> tuple[str, ...]:
+        """The names of the parameters that make up the weight in this form, base first.
+
+        ``weight`` itself has ``base``, ``down``, ``up``; a weight of another name puts it before.
+        """
+        if isinstance(form, FullRank):
+            return (self.name,)
+        factors = self.decomposition(form).factor_names(self.dims)
+        names = ("base", *factors) if isinstance(form, Adapted) else factors
+        return names if self.name == "weight" else tuple(f"{self.name}_{n}" for n in names)
+
+    def is_base(self, name: str) -> bool:
+        """Whether a parameter of this name is the frozen weight of the adapted form."""
+        return name == ("base" if self.name == "weight" else f"{self.name}_base")
+
+    def factors(self, form: LowRank | Adapted, parameters: Mapping[str, Tensor]) -> Factors:
+        """The factors among a module's parameters, in the order the input meets them."""
+        names = self.parameter_names(form)
+        return tuple(parameters[n] for n in (names[1:] if isinstance(form, Adapted) else names))
+
+    def effective(self, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``base + scale * join(factors)``, the way the module keeps its weight."""
+        if isinstance(form, FullRank):
+            return parameters[self.name]
+        joined = self.turn(self.decomposition(form).join(self.factors(form, parameters)))
+        if isinstance(form, LowRank):
+            return joined
+        return parameters[self.parameter_names(form)[0]] + form.scale * joined
