@@ -13,6 +13,7 @@ from dynarank.decompositions.base import (
     output_shape,
     precise,
     pull_back,
+    refactor_joined,
     swap_channels,
 )
 from dynarank.decompositions.cp import CP
@@ -39,6 +40,7 @@ __all__ = [
     "output_shape",
     "precise",
     "pull_back",
+    "refactor_joined",
     "swap_channels",
 ]
 
