@@ -16,7 +16,7 @@ from dynarank.forms import Form
 # Largest relative difference allowed, ||a - b|| / ||b||, for what is equal in exact arithmetic.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
-DECOMPOSITIONS = ["svd"]
+DECOMPOSITIONS = ["svd", "tucker", "cp", "separable"]
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,9 @@ class LayerCase:
 
 
 def _convs() -> Iterator[LayerCase]:
-    options = itertools.product([1, (2, 1)], [0, (2, 1)], [1, 2], [True, False])
-    for stride, padding, dilation, bias in options:
+    options = itertools.product([1, (2, 1)], [0, (2, 1)], [1, 2])
+    for i, (stride, padding, dilation) in enumerate(options):
+        bias = i % 3 > 0
         yield LayerCase(
             f"conv-s{stride}-p{padding}-d{dilation}-b{bias:d}".replace(" ", ""),
             lambda s=stride, p=padding, d=dilation, b=bias: nn.Conv2d(
@@ -88,6 +89,16 @@ LAYERS = [
 DTYPES = [torch.float64, torch.float32]
 
 
+# What every decomposition is tried on; SVD on all layers.
+SHARED = [
+    case
+    for case in LAYERS
+    if case.name
+    in ("linear", "conv-same", "conv-s(2,1)-p(2,1)-d2-b1", "conv-grouped", "conv-1d", "conv-3d",
+        "transposed-2d", "gpt2-conv1d")
+]  # fmt: skip
+
+
 def forms(decomposition: str, rank: int = 3) -> list[Form]:
     """Every form and every way to run it."""
     return [
@@ -103,7 +114,19 @@ def forms(decomposition: str, rank: int = 3) -> list[Form]:
     ]
 
 
-ALL_FORMS = [form for name in DECOMPOSITIONS for form in forms(name)]
+ALL_FORMS = forms("svd")
+CASES = [(case, form) for case in LAYERS for form in ALL_FORMS] + [
+    (case, form) for name in DECOMPOSITIONS[1:] for case in SHARED for form in forms(name)[1:]
+]
+# Where it does not matter how a form computes, only what its weight is.
+WEIGHTS = [
+    (case, form)
+    for case, form in CASES
+    if form != FullRank() and form.execution in ("factored", "merged") and not form.recompute
+]
+LAYER_AND_DECOMPOSITION = [(case, "svd") for case in LAYERS] + [
+    (case, name) for name in DECOMPOSITIONS[1:] for case in SHARED
+]
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:

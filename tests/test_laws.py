@@ -13,12 +13,15 @@ import torch
 from hypothesis import given, settings
 from laws import (
     ALL_FORMS,
+    CASES,
     DECOMPOSITIONS,
     DTYPES,
+    LAYER_AND_DECOMPOSITION,
     LAYERS,
+    SHARED,
+    WEIGHTS,
     LayerCase,
     assert_close,
-    forms,
     randomise,
 )
 from torch import Tensor, nn
@@ -34,7 +37,11 @@ from dynarank.survey import survey
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's
 over_layers = pytest.mark.parametrize("case", LAYERS, ids=str)
 over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-over_decompositions = pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+over_cases = pytest.mark.parametrize(("case", "form"), CASES, ids=str)
+over_weights = pytest.mark.parametrize(("case", "form"), WEIGHTS, ids=str)
+over_decompositions = pytest.mark.parametrize(
+    ("case", "decomposition"), LAYER_AND_DECOMPOSITION, ids=str
+)
 
 
 def build(case: LayerCase, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -62,7 +69,6 @@ def fitting(model: nn.Module, form: Form) -> Form:
 # Law 1: join(split(W, full rank)) == W, and the truncation's error is optimal.
 
 
-@over_layers
 @over_dtypes
 @over_decompositions
 def test_split_at_the_limit_loses_nothing(
@@ -87,7 +93,10 @@ def test_svd_truncation_is_optimal(case: LayerCase, dtype: torch.dtype, rank: in
     rank = min(rank, method.limit(weight.shape))
     error = (method.join(method.split(weight, rank)) - weight.double()).norm().item()
     expected = tail(weight, groups, rank)
-    assert error == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    # In fp32 by way of the Gram matrix: never more than 0.2% above the least error.
+    slack = 1e-9 if dtype == torch.float64 else 2e-3
+    floor = 1e-12 if dtype == torch.float64 else 1e-6 * weight.norm().item()
+    assert error == pytest.approx(expected, rel=slack, abs=floor)
 
 
 def tail(weight: Tensor, groups: int, rank: int) -> float:
@@ -99,9 +108,8 @@ def tail(weight: Tensor, groups: int, rank: int) -> float:
 # Law 2: apply(x, factors) == layer(x, join(factors)), in values and in gradients.
 
 
-@over_layers
 @over_dtypes
-@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@over_cases
 def test_a_form_computes_with_its_effective_weight(
     case: LayerCase, dtype: torch.dtype, form: Form
 ) -> None:
@@ -123,8 +131,7 @@ def test_a_form_computes_with_its_effective_weight(
     assert_close(one.grad, two.grad)
 
 
-@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
-@pytest.mark.parametrize("case", [LAYERS[0], LAYERS[6], *LAYERS[-10:]], ids=str)
+@pytest.mark.parametrize(("case", "form"), [pair for pair in CASES if pair[0] in SHARED], ids=str)
 def test_gradients_against_finite_differences(case: LayerCase, form: Form) -> None:
     model, x = in_form(case, torch.float64, form)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -139,15 +146,14 @@ def test_gradients_against_finite_differences(case: LayerCase, form: Form) -> No
 # Law 3: inflate, deflate to adapted and merge keep the function; low-rank changes it as announced.
 
 
-@over_layers
 @over_dtypes
-@over_decompositions
-@pytest.mark.parametrize("before", range(len(forms("svd"))))
+@over_weights
 @pytest.mark.parametrize("verb", ["inflate", "deflate", "merge"])
 def test_the_function_is_unchanged(
-    case: LayerCase, dtype: torch.dtype, decomposition: str, before: int, verb: str
+    case: LayerCase, dtype: torch.dtype, form: Form, verb: str
 ) -> None:
-    model, x = in_form(case, dtype, forms(decomposition)[before])
+    model, x = in_form(case, dtype, form)
+    decomposition = getattr(form, "decomposition", "svd")
     expected = model(x)
     if verb == "inflate":
         dr.inflate(model, layers="*")
@@ -161,7 +167,7 @@ def test_the_function_is_unchanged(
 
 @over_layers
 @over_dtypes
-@pytest.mark.parametrize("before", ALL_FORMS, ids=str)
+@pytest.mark.parametrize("before", [FullRank(), LowRank(3), Adapted(3)], ids=str)
 def test_a_truncation_changes_the_weight_by_its_announced_error(
     case: LayerCase, dtype: torch.dtype, before: Form
 ) -> None:
@@ -273,8 +279,7 @@ def test_a_frozen_layer_stays_frozen(form: Form, held: bool) -> None:
 # Law 7: predicted parameters and FLOPs are exact, for every form of every layer.
 
 
-@over_layers
-@pytest.mark.parametrize("form", ALL_FORMS, ids=str)
+@over_cases
 @pytest.mark.parametrize("first", [True, False], ids=["first", "inner"])
 def test_cost_is_exact(case: LayerCase, form: Form, first: bool) -> None:
     """An inner layer's input needs a gradient, a first layer's does not."""
@@ -304,10 +309,11 @@ def test_cost_does_not_depend_on_the_form_it_was_traced_in(now: Form, form: Form
 
 any_form = st.one_of(
     st.just(FullRank()),
-    st.builds(LowRank, st.integers(1, 5)),
+    st.builds(LowRank, st.integers(1, 5), st.sampled_from(DECOMPOSITIONS)),
     st.builds(
         Adapted,
         st.integers(1, 5),
+        st.sampled_from(DECOMPOSITIONS),
         alpha=st.sampled_from([1.0, 16.0]),
         execution=st.sampled_from(["auto", "merged", "two-branch"]),
     ),

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynarank.decompositions import SVD, Grouped, UnfitWeightError
 from dynarank.decompositions import linalg as la
 from dynarank.decompositions.base import refactor_joined
-from dynarank.decompositions.subspace import follow, subspace_iteration
+from dynarank.decompositions.warm_start import follow, subspace_iteration
 
 OPTIMAL = 1.002  # the truncation error allowed, over the least possible
 svd = SVD()

@@ -149,8 +149,10 @@ def _tensors(
         return {names[0]: full}
     rank, decomposition = int(after.rank), spec.decomposition(after)  # type: ignore[arg-type]
     if isinstance(after, LowRank):
-        dtype = next(iter(old.values())).dtype
-        factors = decomposition.split(weight.to(dtype), rank)
+        if isinstance(site.form, LowRank) and site.form.decomposition == after.decomposition:
+            factors = decomposition.refactor(site.factors(), rank)
+        else:
+            factors = decomposition.split(weight.to(next(iter(old.values())).dtype), rank)
         return dict(zip(names, factors, strict=True))
     # The base of what was full-rank is the old weight's own memory.
     base = next(iter(old.values())).detach() if isinstance(site.form, FullRank) else full

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dynarank.decompositions.base import Factors, LinAlgError
-from dynarank.decompositions.subspaces import leading_basis
+from dynarank.decompositions.bases import leading_basis
 
 __all__ = ["fit", "slice_start", "sum_of_products"]
 

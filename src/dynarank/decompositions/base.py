@@ -139,7 +139,11 @@ class Decomposition(Protocol):
         ...
 
     def join_flops(self, shape: Sequence[int], rank: int) -> int:
-        """FLOPs of ``join``, exactly as FlopCounterMode counts them; ``pull`` costs twice that."""
+        """FLOPs of ``join``, exactly as FlopCounterMode counts them."""
+        ...
+
+    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
+        """FLOPs of ``pull``, likewise."""
         ...
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:

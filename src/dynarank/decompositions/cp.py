@@ -20,10 +20,11 @@ from dynarank.decompositions.base import (
     LinAlgError,
     UnfitWeightError,
     pull_back,
+    refactor_joined,
 )
+from dynarank.decompositions.bases import unit_scale
 from dynarank.decompositions.lifting import lift, lift_squares
 from dynarank.decompositions.separable import AXES
-from dynarank.decompositions.subspaces import unit_scale
 from dynarank.decompositions.svd import SVD
 
 __all__ = ["CP"]
@@ -106,6 +107,10 @@ class CP:
         shapes = self.shapes(weight.shape, rank)
         return tuple(f.double().reshape(s) for f, s in zip(factors, shapes, strict=True))
 
+    def refactor(self, factors: Factors, rank: int) -> Factors:
+        """By way of the weight."""
+        return refactor_joined(self, factors, rank)
+
     def join(self, factors: Factors) -> Tensor:
         """``up @`` the products of ``down`` and the kernels."""
         down, *kernels, up = factors
@@ -113,6 +118,14 @@ class CP:
         for kernel in kernels:
             products = products * kernel  # (r, in, ..., k_j, ...)
         return (up.flatten(1) @ products.flatten(1)).reshape(up.shape[0], *products.shape[1:])
+
+    def join_flops(self, shape: Sequence[int], rank: int) -> int:
+        """One product, of ``up``; the others are elementwise and are not counted."""
+        return 2 * math.prod(shape) * rank
+
+    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
+        """``join`` once more, and a product for each of its operands."""
+        return (3 if len(shape) > 2 else 2) * self.join_flops(shape, rank)
 
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """Each kernel slides depthwise by the geometry along its axis; the others are pointwise."""
@@ -123,6 +136,8 @@ class CP:
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """By automatic differentiation."""
+        if len(factors) == 2:
+            return self._pair.pull(factors, cotangent)
         return pull_back(self, factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:

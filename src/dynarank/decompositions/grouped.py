@@ -62,6 +62,10 @@ class Grouped:
         """Those of one group, ``groups`` times."""
         return self.groups * self.inner.join_flops(self._unit(shape), rank)
 
+    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
+        """Those of one group, ``groups`` times."""
+        return self.groups * self.inner.pull_flops(self._unit(shape), rank)
+
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """Each group's, side by side."""
         pairs = zip(self._groups_of(factors), cotangent.chunk(self.groups), strict=True)

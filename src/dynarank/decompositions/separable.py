@@ -13,11 +13,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, Geometry, pull_back
+from dynarank.decompositions.base import Factors, Geometry, pull_back, refactor_joined
+from dynarank.decompositions.bases import equal_norms, leading_basis, unit_scale
 from dynarank.decompositions.lifting import chain_energies, lift, lift_squares
-from dynarank.decompositions.subspaces import equal_norms, leading_basis, unit_scale
 from dynarank.decompositions.svd import SVD
-from dynarank.decompositions.tucker import join_chain
+from dynarank.decompositions.tucker import join_chain, join_chain_flops
 
 __all__ = ["AXES", "Separable"]
 
@@ -89,6 +89,10 @@ class Separable:
         shaped = [f.reshape(shape) for f, shape in zip(factors, shapes, strict=True)]
         return equal_norms(shaped, scale)
 
+    def refactor(self, factors: Factors, rank: int) -> Factors:
+        """By way of the weight."""
+        return refactor_joined(self, factors, rank)
+
     def join(self, factors: Factors) -> Tensor:
         """The one-dimensional kernels joined, then the channels."""
         down, *kernels, up = factors
@@ -99,6 +103,22 @@ class Separable:
             core = torch.einsum("cb...,ba...->ca...", kernel, core)
         return join_chain(down, core, up)
 
+    def join_flops(self, shape: Sequence[int], rank: int) -> int:
+        """The kernels one after another, then the channels."""
+        bonds, kernel = _bonds(shape, rank), shape[2:]
+        if not kernel:
+            return self._pair.join_flops(shape, rank)
+        positions = [math.prod(kernel[: j + 1]) for j in range(len(kernel))]
+        chained = [
+            2 * bonds[j + 1] * bonds[j] * bonds[0] * positions[j] for j in range(1, len(kernel))
+        ]
+        return sum(chained) + join_chain_flops(shape, bonds[-1], bonds[0])
+
+    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
+        """``join`` once more, and a product for each of its operands."""
+        factor = 3 if len(shape) > 2 else 2
+        return factor * self.join_flops(shape, rank)
+
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """Each kernel slides by the geometry along its axis; ``down`` and ``up`` are pointwise."""
         dims = len(geometry.stride)
@@ -107,6 +127,8 @@ class Separable:
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """By automatic differentiation."""
+        if len(factors) == 2:
+            return self._pair.pull(factors, cotangent)
         return pull_back(self, factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:

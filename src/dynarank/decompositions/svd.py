@@ -18,7 +18,7 @@ from dynarank.decompositions.linalg import (
     leading_directions,
     recompress,
 )
-from dynarank.decompositions.subspace import follow
+from dynarank.decompositions.warm_start import follow
 
 __all__ = ["SVD"]
 
@@ -93,6 +93,10 @@ class SVD:
     def join_flops(self, shape: Sequence[int], rank: int) -> int:
         """2 n m r."""
         return 2 * math.prod(shape) * rank
+
+    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
+        """A product for each factor."""
+        return 2 * self.join_flops(shape, rank)
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """``up' G`` and ``G down'``."""

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, Geometry, pull_back
-from dynarank.decompositions.lifting import chain_energies, lift, lift_squares
-from dynarank.decompositions.subspaces import equal_norms, leading_basis, unit_scale
+from dynarank.decompositions.base import Factors, Geometry, pull_back, refactor_joined
+from dynarank.decompositions.bases import equal_norms, leading_basis, unit_scale
+from dynarank.decompositions.lifting import chain_energies, lift_squares
 
-__all__ = ["Tucker", "join_chain"]
+__all__ = ["Tucker", "join_chain", "join_chain_flops"]
 
 # A sweep that lowers the squared error by less than this fraction of it is the last one. Of a
 # smaller fraction nothing remains in the error's first four digits.
@@ -77,10 +77,22 @@ class Tucker:
         shaped = [f.reshape(shape) for f, shape in zip(factors, shapes, strict=True)]
         return equal_norms(shaped, scale)
 
+    def refactor(self, factors: Factors, rank: int) -> Factors:
+        """By way of the weight."""
+        return refactor_joined(self, factors, rank)
+
     def join(self, factors: Factors) -> Tensor:
         """``up @ core[k] @ down`` for every kernel position k."""
         down, core, up = factors
         return join_chain(down, core, up)
+
+    def join_flops(self, shape: Sequence[int], rank: int) -> int:
+        """The core times one side, then times the other."""
+        return join_chain_flops(shape, min(rank, shape[0]), min(rank, shape[1]))
+
+    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
+        """``join`` once more, and a product for each of its operands."""
+        return 3 * self.join_flops(shape, rank)
 
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """The core slides as the weight does; the others are pointwise."""
@@ -92,8 +104,26 @@ class Tucker:
         return pull_back(self, factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
-        """The pseudo-inverse of ``pull``, by conjugate gradients."""
-        return lift(self.join, factors, cotangents)
+        """The least M with ``pull(M) = C``: its parts in three orthogonal spaces, in closed form.
+
+        With P and Q the projections on the columns of ``up`` and on the rows of ``down``:
+        ``P M Q`` follows from the core's cotangent, ``(1 - P) M`` from that of ``up`` and
+        ``M (1 - Q)`` from that of ``down``. What M had outside of them was never observed.
+        """
+        down, core, up = (f.flatten(2) if i == 1 else f.flatten(1) for i, f in enumerate(factors))
+        c_down, c_core, c_up = (
+            c.flatten(2) if i == 1 else c.flatten(1) for i, c in enumerate(cotangents)
+        )
+        p, p_inverse = _column_basis(up)
+        q, q_inverse = _column_basis(down.T)
+        middle = torch.einsum("pb,bak,qa->pqk", p_inverse, c_core, q_inverse)
+        lifted = torch.einsum("op,pqk,iq->oik", p, middle, q)
+        inner = torch.einsum("bak,ai->bik", core, down).flatten(1)  # (r_out, m K)
+        lifted += (_outside(p, c_up) @ _least_rows(inner)).view_as(lifted)
+        outer = torch.einsum("ob,bak->aok", up, core).flatten(1)  # (r_in, n K)
+        swapped = _outside(q, c_down.T) @ _least_rows(outer)
+        lifted += swapped.view(q.shape[0], *lifted.shape[::2]).transpose(0, 1)
+        return lifted.reshape(up.shape[0], down.shape[1], *factors[1].shape[2:])
 
     def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
         """An outer product over outputs, inputs and kernel positions."""
@@ -108,6 +138,31 @@ def join_chain(down: Tensor, core: Tensor, up: Tensor) -> Tensor:
         return torch.einsum("oa...,ai->oi...", wide, inner).contiguous()
     wide = torch.einsum("ba...,ai->bi...", core, inner)
     return (outer @ wide.flatten(1)).reshape(outer.shape[0], *wide.shape[1:])
+
+
+def join_chain_flops(shape: Sequence[int], r_out: int, r_in: int) -> int:
+    """FLOPs of :func:`join_chain` for a weight (out, in, *kernel)."""
+    out, ins, positions = shape[0], shape[1], math.prod(shape[2:])
+    if out * r_in <= r_out * ins:
+        return 2 * positions * out * r_in * (r_out + ins)
+    return 2 * positions * r_out * ins * (r_in + out)
+
+
+def _column_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis B of the columns of A (n, r), and the pseudo-inverse of ``A' B``."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    live = values > torch.finfo(values.dtype).eps * max(matrix.shape) * values[:1]
+    return left[:, live], right[live] / values[live, None]
+
+
+def _outside(basis: Tensor, columns: Tensor) -> Tensor:
+    """The part of the columns outside the basis."""
+    return columns - basis @ (basis.T @ columns)
+
+
+def _least_rows(rows: Tensor) -> Tensor:
+    """``(B B')^+ B``: X with ``X B' = 1`` that is least."""
+    return torch.linalg.pinv(rows @ rows.T, hermitian=True) @ rows
 
 
 def _alternate(tensor: Tensor, r_out: int, r_in: int, fine: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -140,7 +140,11 @@ def _factored_flops(chain: Sequence[int], form: LowRank | Adapted, call: Call) -
 
 
 def _join_flops(spec: WeightSpec, form: LowRank | Adapted) -> int:
-    return spec.decomposition(form).join_flops(spec.shape, int(form.rank))  # type: ignore[arg-type]
+    return spec.decomposition(form).join_flops(spec.shape, _rank(form))
+
+
+def _rank(form: LowRank | Adapted) -> int:
+    return int(form.rank)  # type: ignore[arg-type]
 
 
 def _factored(spec: WeightSpec, form: LowRank, call: Call) -> list[Way]:
@@ -168,7 +172,7 @@ def _merged(spec: WeightSpec, form: Adapted, call: Call) -> list[Way]:
         return [Way("merged", Flops(forward, forward + backward), True, keep)]
     chain = _chain(spec, form, call)
     thin = sum(chain[:-1]) + sum(chain) + sum(chain[1:])
-    projected = whole + 2 * join
+    projected = whole + spec.decomposition(form).pull_flops(spec.shape, _rank(form))
     return [
         Way("merged", Flops(forward, forward + backward + gradients), gradients == thin, keep)
         for gradients in (thin, projected)
