@@ -1,0 +1,82 @@
+"""Ratios that can be trusted on a shared machine: candidates in turn, medians, process time."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["conditions", "interleaved", "layer_step", "write"]
+
+
+def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, ``rounds`` times in turn after one to warm up.
+
+    Process time: what the threads of this process computed, whatever else the machine did.
+    """
+    found: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(rounds + 1):
+        for name, step in steps.items():
+            begun = time.process_time()
+            step()
+            if i:
+                found[name].append(time.process_time() - begun)
+    return found
+
+
+def layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    """One forward and backward pass of a layer alone."""
+
+    def step() -> None:
+        layer.zero_grad()
+        x.grad = None
+        y = layer(x)
+        y.backward(torch.ones_like(y))
+
+    return step
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles, in milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return {"median": middle * 1e3, "low": low * 1e3, "high": high * 1e3, "n": len(seconds)}
+
+
+def conditions() -> dict[str, Any]:
+    """Hardware, versions, commit and load of this run."""
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    packages = ("dynarank", "torch", "peft", "tensorly-torch")
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        "hardware": f"{cpu}, {torch.get_num_threads()} thread(s)",
+        "load": Path("/proc/loadavg").read_text().split()[:2],
+        "commit": commit.stdout.strip(),
+        "versions": {name: version(name) for name in packages}
+        | {"python": platform.python_version()},
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The rows with their conditions, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1) + "\n")
