@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dynarank.decompositions import UnfitWeightError, precise
 from dynarank.forms import FullRank, RankLike, resolve_rank
-from dynarank.layers import RankedLayer
 from dynarank.selection import LayerFilter, select
 from dynarank.spectrum import effective_rank, singular_values, spectral_ratio, stable_rank
 from dynarank.survey import Site, survey
@@ -76,7 +75,7 @@ class SpectralMonitor:
         if self._layers is not None:
             return select(self._model, self._layers)
         able = [s for s in survey(self._model) if s.form is not None and not s.spec.lookup]
-        ranked = [site for site in able if isinstance(site.module, RankedLayer)]
+        ranked = [site for site in able if site.home is not None]
         return ranked or able
 
     def _read(self, site: Site) -> SpectralReading:

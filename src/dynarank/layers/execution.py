@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dynarank.decompositions import Geometry, output_shape
@@ -57,12 +57,14 @@ class Call:
         geometry: how the weight slides over that.
         input_grad: whether the input needs a gradient.
         trains: whether the weight does.
+        rows: the first and one past the last of the weight's outputs used; None: all.
     """
 
     shape: tuple[int, ...]
     geometry: Geometry
     input_grad: bool
     trains: bool
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
 
 def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
     """Every way the form allows to compute ``call``."""
+    if call.rows is not None:
+        return ways(spec.rows(*call.rows), form, replace(call, rows=None))
     if spec.lookup:
         return _lookups(spec, form, call)
     if isinstance(form, FullRank):
