@@ -132,7 +132,8 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
         """Query, key and value times their weights, each (..., d)."""
-        bias, projected = cast("Tensor | None", self.in_proj_bias), list[Tensor]()
+        bias = cast("Tensor | None", self.in_proj_bias)
+        projected: list[Tensor] = []
         for part in _parts(self, query, key, value):
             own = None if bias is None else bias[slice(*part.outputs)]
             spec = self.spec(part.name)
@@ -149,14 +150,15 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _output(self, x: Tensor, dims: int) -> Tensor:
-        """The heads, (N, H, L, D), put together and projected, in the module's layout."""
-        if dims == 2:
-            x = x.squeeze(0).transpose(0, 1).flatten(1)
-        else:
-            x = (x.transpose(1, 2) if self.batch_first else x.permute(2, 0, 1, 3)).flatten(2)
-        if isinstance(self.out_proj, RankedLayer):
-            return self.out_proj(x)
-        return F.linear(x, self.out_proj.weight, self.out_proj.bias)
+        """The heads, (N, H, L, D), put together and projected, in the module's layout.
+
+        In memory (L, N, d) as the plain layer's: a dropout that follows draws the same mask.
+        """
+        x = x.permute(2, 0, 1, 3).flatten(2)
+        x = x.squeeze(1) if dims == 2 else x
+        ranked, out = isinstance(self.out_proj, RankedLayer), self.out_proj
+        y = out(x) if ranked else F.linear(x, out.weight, out.bias)
+        return y.transpose(0, 1) if self.batch_first and dims == 3 else y
 
     def _extended(
         self, k: Tensor, v: Tensor, mask: Tensor | None

@@ -96,7 +96,11 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
         ['two-branch', 'merged']
     """
     grad = call.input_grad or call.trains
-    return min(ways(spec, form, call), key=lambda w: w.flops.training if grad else w.flops.forward)
+    best, *others = ways(spec, form, call)
+    for other in others:  # torch.compile does not follow min(..., key=...) into a list of objects
+        saved = best.flops - other.flops
+        best = other if (saved.training if grad else saved.forward) > 0 else best
+    return best
 
 
 def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
