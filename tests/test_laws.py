@@ -74,7 +74,7 @@ def test_split_at_the_limit_loses_nothing(
     limit = method.limit(weight.shape)
     factors, shapes = method.split(weight, limit), method.shapes(weight.shape, limit)
     assert tuple(tuple(f.shape) for f in factors) == shapes
-    assert_close(method.join(factors), weight.double(), 1e-12)
+    assert_close(method.join(factors).to(dtype), weight)
 
 
 @over_layers

@@ -19,9 +19,26 @@ LAYERS: list[dict[str, set[str]]] = [
     {"forms": set()},
     {"decompositions": set()},
     {"layers": set(), "records": set()},
-    {"spectrum": set(), "survey": set(), "edit": {"survey"}, "selection": {"survey"}},
-    {"transport": set(), "cost": set(), "monitors": set(), "weights": set(), "schedules": set()},
+    {
+        "spectrum": set(),
+        "penalties": set(),
+        "survey": set(),
+        "edit": {"survey"},
+        "selection": {"survey"},
+        "present": {"survey", "selection"},
+    },
+    {
+        "transport": set(),
+        "cost": set(),
+        "monitors": set(),
+        "weights": set(),
+        "schedules": set(),
+        "regularizers": set(),
+        "initialization": set(),
+        "factor_rates": set(),
+    },
     {"surgery": set(), "planning": set()},
+    {"measure": set()},
     {"scheduler": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
@@ -39,8 +56,9 @@ FORBIDDEN = {
 }
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
-    "forms", "decompositions", "layers", "spectrum", "survey", "selection", "edit", "transport",
-    "cost", "monitors", "schedules", "surgery", "planning", "scheduler",
+    "cost", "decompositions", "edit", "factor_rates", "forms", "initialization", "layers",
+    "measure", "monitors", "penalties", "planning", "present", "regularizers", "scheduler",
+    "schedules", "selection", "spectrum", "surgery", "survey", "transport",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.

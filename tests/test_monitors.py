@@ -138,7 +138,7 @@ def test_lambda_is_taken_at_the_rank_asked_for(rank: RankLike, expected: list[in
     assert [reading.rank for reading in readings.values()] == expected
     for path, reading in readings.items():
         values = singular_values(model.get_submodule(path).weight)
-        assert reading.spectral_ratio == spectral_ratio(values, reading.rank)
+        assert reading.spectral_ratio == pytest.approx(spectral_ratio(values, reading.rank))
 
 
 def test_lambda_is_taken_at_the_rank_each_layer_has_or_last_had() -> None:
@@ -199,3 +199,98 @@ def test_a_reading_of_known_singular_values() -> None:
     assert reading.stable_rank == pytest.approx(1.5, rel=1e-12)
     assert reading.spectral_ratio == pytest.approx(0.5, rel=1e-12)
     assert (reading.rank, reading.full_rank) == (1, 3)
+
+
+# Reading now and then.
+
+
+class Clock:
+    """Time that passes only when told."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Timed(SpectralMonitor):
+    """A monitor whose readings take ``cost`` seconds on a clock of its own."""
+
+    def __init__(self, cost: float, share: float = 0.01) -> None:
+        self.clock, self.cost, self.taken = Clock(), cost, 0
+        super().__init__(nn.Sequential(nn.Linear(4, 4)), share=share, clock=self.clock)
+
+    def read(self):  # type: ignore[no-untyped-def]
+        self.clock.now += self.cost
+        self.taken += 1
+        return super().read()
+
+
+def test_a_monitor_reads_every_few_steps() -> None:
+    monitor = SpectralMonitor(net(), every=3)
+    read = [monitor.step() for _ in range(7)]
+    assert [reading is not None for reading in read] == [False, False, True] * 2 + [False]
+    assert read[2] == monitor.read()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1])
+@pytest.mark.parametrize("cost", [0.001, 0.3, 7.0])
+def test_readings_never_take_more_than_their_share_once_their_cost_is_known(
+    cost: float, share: float
+) -> None:
+    monitor = Timed(cost, share)
+    began, steps = monitor.clock.now, 4000
+    assert monitor.step() is None  # nothing to take a share of yet
+    for _ in range(steps):
+        monitor.clock.now += 0.05
+        before = monitor.taken
+        monitor.step()
+        spent, elapsed = monitor.taken * cost, monitor.clock.now - began
+        assert before == 0 or monitor.taken == before or spent <= share * elapsed + 1e-9
+    affordable = share * (monitor.clock.now - began) / cost
+    assert min(steps, affordable) - 2 <= monitor.taken <= max(affordable, 1)
+
+
+def test_the_first_reading_waits_until_its_guessed_cost_is_affordable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monitor = Timed(0.5)
+    monkeypatch.setattr(monitor, "_guess", lambda: 0.4)
+    monitor.step()
+    monitor.clock.now += 39.0
+    assert monitor.step() is None
+    monitor.clock.now += 2.0
+    assert monitor.step() is not None
+
+
+def test_the_guess_grows_with_the_model() -> None:
+    clock = Clock()
+
+    def tick() -> float:
+        clock.now += 1.0
+        return clock.now
+
+    def guess(width: int) -> float:
+        model = nn.Sequential(nn.Linear(width, width))
+        return SpectralMonitor(model, clock=tick)._guess()
+
+    assert guess(512) == pytest.approx(8 * guess(256))
+    assert guess(256) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("settings", [{"every": 0}, {"share": 0.0}, {"share": 1.5}], ids=str)
+def test_impossible_intervals_are_errors(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="got"):
+        SpectralMonitor(net(), **settings)  # type: ignore[arg-type]
+
+
+def test_a_low_rank_layer_is_read_without_being_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dr.factorize(net(), 3)
+    expected = SpectralMonitor(model).read()
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("joined")
+
+    monkeypatch.setattr("dynarank.layers.WeightSpec.effective", refuse)
+    assert SpectralMonitor(model).read() == expected

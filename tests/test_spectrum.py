@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -13,6 +14,9 @@ from dynarank import UnfitWeightError
 from dynarank.spectrum import (
     effective_rank,
     energy_rank,
+    largest_singular_value,
+    product_singular_values,
+    quick_stable_rank,
     singular_values,
     spectral_ratio,
     stable_rank,
@@ -33,6 +37,7 @@ def weight(shape: tuple[int, ...], seed: int = 0, dtype: torch.dtype = torch.flo
 shapes = st.lists(st.integers(1, 9), min_size=2, max_size=5).map(tuple)
 # Relative to the largest value; below fp64 the Gram matrix resolves down to sqrt(eps).
 ERROR = {torch.float64: 1e-13, torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 1e-7}
+QUICK = {torch.float64: 1e-13, torch.float32: 5e-4, torch.bfloat16: 5e-4, torch.float16: 5e-4}
 
 
 @settings(deadline=None, max_examples=60)
@@ -42,10 +47,11 @@ def test_singular_values_are_those_of_the_matricised_weight(
 ) -> None:
     tensor = weight(shape, seed, dtype)
     expected = torch.linalg.svdvals(tensor.double().reshape(shape[0], -1))
-    actual = singular_values(tensor)
-    assert actual.dtype == torch.float64
-    assert actual.shape == (min(shape[0], math.prod(shape[1:])),)
-    assert (actual - expected).abs().max() <= ERROR[dtype] * expected[0]
+    for exact, error in [(True, ERROR), (False, QUICK)]:
+        actual = singular_values(tensor, exact=exact)
+        assert actual.dtype == torch.float64
+        assert actual.shape == (min(shape[0], math.prod(shape[1:])),)
+        assert (actual - expected).abs().max() <= error[dtype] * expected[0]
 
 
 @pytest.mark.parametrize("dtype", sorted(ERROR, key=str), ids=str)
@@ -114,6 +120,128 @@ def test_a_decomposition_that_fails_is_an_unfit_weight(
     monkeypatch.setattr(torch.linalg, "eigvalsh", fail)
     with pytest.raises(UnfitWeightError, match=r"shape \(2, 3, 1\) failed: did not converge"):
         singular_values(torch.ones(2, 3, 1, dtype=dtype))
+
+
+def with_spectrum(values: Tensor, m: int) -> Tensor:
+    """A (n, m) weight in fp32 with these n singular values."""
+    n = len(values)
+    left, right = (torch.linalg.qr(weight((k, n), k))[0] for k in (n, m))
+    return ((left * values) @ right.T).float()
+
+
+MEASURES = [effective_rank, stable_rank, energy_rank, lambda s: spectral_ratio(s, 25)]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("m", [100, 400])
+def test_the_measures_are_within_half_a_percent(power: float, m: int) -> None:
+    tensor = with_spectrum(torch.arange(1, 101).double() ** -power, m)
+    exact, quick = torch.linalg.svdvals(tensor.double()), singular_values(tensor)
+    for measure in MEASURES:
+        assert measure(quick) == pytest.approx(measure(exact), rel=5e-3)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 30, 90])
+def test_the_measures_of_a_low_rank_weight_are_within_half_a_percent(rank: int) -> None:
+    tensor = (weight((100, rank)) @ weight((rank, 200), 1)).float()
+    exact, quick = torch.linalg.svdvals(tensor.double()), singular_values(tensor)
+    for measure in MEASURES:
+        assert measure(quick) == pytest.approx(measure(exact), rel=5e-3)
+
+
+def failing(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    eigvalsh = torch.linalg.eigvalsh
+
+    def fail(matrix: Tensor) -> Tensor:
+        if matrix.dtype == dtype:
+            raise torch.linalg.LinAlgError("did not converge")
+        return eigvalsh(matrix)
+
+    return fail
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_where_one_method_fails_the_next_is_taken(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor = weight((6, 9), dtype=torch.float32)
+    monkeypatch.setattr(torch.linalg, "eigvalsh", failing(dtype))
+    expected = torch.linalg.svdvals(tensor.double())
+    values = singular_values(tensor, exact=dtype == torch.float64)
+    assert (values - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 1e38])
+def test_no_scale_over_or_underflows(scale: float) -> None:
+    tensor = torch.diag(torch.tensor([2.0, 1.0, 0.5])) * scale
+    assert (singular_values(tensor) / scale).tolist() == pytest.approx([2, 1, 0.5], rel=1e-4)
+    assert largest_singular_value(tensor)[0] == pytest.approx(2 * scale, rel=1e-4)
+    assert quick_stable_rank(tensor)[0] == pytest.approx(1.3125, rel=1e-4)
+    down, up = torch.eye(3) * math.sqrt(scale), tensor / math.sqrt(scale)
+    values = product_singular_values(down, up) / scale
+    assert values.tolist() == pytest.approx([2, 1, 0.5], rel=1e-4)
+
+
+# In product form and by products.
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9), st.integers(0, 99))
+def test_a_products_singular_values_come_from_its_factors(
+    n: int, m: int, rank: int, seed: int
+) -> None:
+    down, up = weight((rank, m), seed), weight((n, rank), seed + 100)
+    expected = torch.linalg.svdvals(up @ down)
+    actual = product_singular_values(down, up)
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= 1e-13 * expected[0]
+
+
+def test_a_product_of_rank_r_has_zeros_after_r_values() -> None:
+    values = product_singular_values(weight((2, 9)).bfloat16(), weight((7, 2)).bfloat16())
+    assert values.shape == (7,) and values[1] > 0 and not values[2:].any()
+
+
+@pytest.mark.parametrize("measure", [largest_singular_value, quick_stable_rank])
+def test_a_weight_without_a_largest_value(
+    measure: Callable[[Tensor], tuple[float, Tensor]],
+) -> None:
+    assert measure(torch.zeros(3, 4))[0] == 0.0
+    assert measure(torch.zeros(0, 4))[0] == 0.0
+    with pytest.raises(UnfitWeightError):
+        measure(torch.tensor([[1.0, math.nan]]))
+    with pytest.raises(ValueError, match="two or more dimensions"):
+        measure(torch.ones(3))
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(300, 300), (200, 40, 3, 3), (500, 100)], ids=str)
+def test_the_quick_stable_rank_is_within_half_a_percent(
+    power: float, shape: tuple[int, ...]
+) -> None:
+    n, m = sorted((shape[0], math.prod(shape[1:])))
+    matrix = with_spectrum(torch.arange(1, n + 1).double() ** -power, m)
+    if power == 0:
+        matrix = weight((n, m), dtype=torch.float32)  # a spectrum with an edge
+    tensor = (matrix if shape[0] == n else matrix.T).reshape(shape)
+    exact = torch.linalg.svdvals(matrix.double())
+    state = torch.get_rng_state()
+    cold, vector = quick_stable_rank(tensor)
+    assert cold == pytest.approx(stable_rank(exact), rel=5e-3)
+    assert quick_stable_rank(tensor)[0] == cold
+    assert torch.equal(torch.get_rng_state(), state)
+    moved = tensor * (1 + 0.01 * weight(shape, 5, torch.float32))
+    exact = torch.linalg.svdvals(moved.double().flatten(1))
+    assert quick_stable_rank(moved, vector)[0] == pytest.approx(stable_rank(exact), rel=5e-3)
+
+
+def test_a_vector_that_is_no_start_is_ignored() -> None:
+    tensor = weight((5, 8))
+    s1, vector = largest_singular_value(tensor)
+    assert s1 == pytest.approx(torch.linalg.svdvals(tensor)[0].item(), rel=1e-6)
+    assert torch.linalg.vector_norm(tensor.T @ vector).item() == pytest.approx(s1, rel=1e-3)
+    for bad in (torch.zeros(5), torch.ones(8), torch.full((5,), math.nan)):
+        assert largest_singular_value(tensor, bad)[0] == s1
 
 
 # Measures, on spectra computed by hand.

@@ -11,7 +11,9 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from dynarank.cli.machine import choose_machine
 from dynarank.cli.show import console, right_aligned
+from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost import LayerUse, ModelUse, trace
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
 from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
@@ -33,27 +35,46 @@ def plan(
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Plan what the published code runs.")
     ] = False,
+    rank: Annotated[
+        float | None, typer.Option(help="Instead of the recipe's: 16, or 0.25 of the outputs.")
+    ] = None,
+    decomposition: Annotated[
+        str | None, typer.Option(help="Instead of the recipe's: svd, tucker, cp or separable.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time every form of every layer on this machine.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="For --measure: auto, cpu, cuda, ...")] = "auto",
+    precision: Annotated[str, typer.Option(help="For --measure: auto, fp32 or bf16.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Show what RECIPE costs, per layer and per phase: form, rank, parameters, FLOPs, memory.
 
     FLOPs are of matrix products and convolutions in forward and backward pass (1 multiply-add = 2),
-    relative to full-rank training. Nothing is trained and no data is read.
+    relative to full-rank training. Nothing is trained and no data is read. With --measure, each
+    layer's forms are timed on this machine, and it is said which layers had better stay full-rank.
     """
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
+    chosen = chosen.with_factors(rank, decomposition)
+    machine = choose_machine(device, precision)
     with torch.device("meta"):
         model = MODELS[chosen.model](chosen.classes)
     layers = [site.path for site in select(model, chosen.layers)]
     batch = torch.empty(chosen.batch_size, *chosen.image_shape, device="meta")
     use = trace(model, batch)
     cost = cost_schedule(use, chosen.schedule(schedule), layers, chosen.epochs * _SCALE)
+    terminal = console(quiet_stdout=as_json)
+    plans = [phase.phase.plan for phase in cost.phases]
+    timings = time_layers(terminal, use, plans, machine) if measure else None
     if as_json:
-        print(json.dumps(_data(chosen, schedule, use, cost), indent=2))
+        measured = {"measured": timings_data(timings)} if timings else {}
+        print(json.dumps(_data(chosen, schedule, use, cost) | measured, indent=2))
         return
-    terminal = console()
     _show_layers(terminal, chosen, schedule, use, cost)
     _show_phases(terminal, cost)
+    if timings:
+        show_timings(terminal, use, timings, machine)
     for line in _remarks(chosen, model, layers, use, cost):
         terminal.print(line)
 

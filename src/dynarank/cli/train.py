@@ -11,13 +11,13 @@ import torch
 import typer
 from rich.console import Console
 
+from dynarank.cli.machine import choose_machine
 from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import SummaryRecord
 from dynarank.report import write_report
 from dynarank.report.formats import bytes_text, count, percent, ratio, seconds_text
 from dynarank.schedules import get_preset
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
-from dynarank.train.loop import Machine
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 
@@ -37,6 +37,12 @@ def train(
                      "dynamic-rank-low (deflates to true factors). Default: the recipe's."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order, augmentation.")] = 0,
+    rank: Annotated[
+        float | None, typer.Option(help="Instead of the recipe's: 16, or 0.25 of the outputs.")
+    ] = None,
+    decomposition: Annotated[
+        str | None, typer.Option(help="Instead of the recipe's: svd, tucker, cp or separable.")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
     ] = None,
@@ -61,8 +67,9 @@ def train(
     """
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
+    chosen = chosen.with_factors(rank, decomposition)
     schedules = _schedules(schedule, chosen)
-    machine = _machine(device, precision, compile)
+    machine = choose_machine(device, precision, compile)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
         raise RecipeError(f"{folder} holds a run already; name another folder with --out")
@@ -93,22 +100,6 @@ def _schedules(asked: str | None, recipe: Recipe) -> list[str]:
     for name in names:
         get_preset(name)
     return list(dict.fromkeys(names))
-
-
-def _machine(device: str, precision: str, compile: bool) -> Machine:
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        chosen = torch.device(name)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise RecipeError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
-        ) from error
-    if precision not in ("auto", "fp32", "bf16"):
-        raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}")
-    if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" else "fp32"
-    return Machine(chosen, precision, compile)
 
 
 def _load(recipe: Recipe, data: str | None, train_limit: int | None) -> ImageData:

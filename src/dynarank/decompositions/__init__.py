@@ -13,12 +13,17 @@ from dynarank.decompositions.base import (
     output_shape,
     precise,
     pull_back,
+    refactor_joined,
     swap_channels,
 )
+from dynarank.decompositions.cp import CP
 from dynarank.decompositions.grouped import Grouped
+from dynarank.decompositions.separable import Separable
 from dynarank.decompositions.svd import SVD
+from dynarank.decompositions.tucker import Tucker
 
 __all__ = [
+    "CP",
     "DECOMPOSITIONS",
     "SVD",
     "Decomposition",
@@ -26,6 +31,8 @@ __all__ = [
     "Geometry",
     "Grouped",
     "LinAlgError",
+    "Separable",
+    "Tucker",
     "UnfitWeightError",
     "apply",
     "get_decomposition",
@@ -33,11 +40,12 @@ __all__ = [
     "output_shape",
     "precise",
     "pull_back",
+    "refactor_joined",
     "swap_channels",
 ]
 
 DECOMPOSITIONS: dict[str, Decomposition] = {
-    decomposition.name: decomposition for decomposition in [SVD()]
+    decomposition.name: decomposition for decomposition in [SVD(), Tucker(), CP(), Separable()]
 }
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "output_shape",
     "precise",
     "pull_back",
+    "refactor_joined",
     "swap_channels",
 ]
 
@@ -121,6 +122,14 @@ class Decomposition(Protocol):
         """
         ...
 
+    def refactor(self, factors: Factors, rank: int) -> Factors:
+        """``split(join(factors), rank)``, without forming the weight where that can be avoided.
+
+        Raises:
+            UnfitWeightError: a factor is not finite, or no method converges.
+        """
+        ...
+
     def join(self, factors: Factors) -> Tensor:
         """The weight that the factors stand for."""
         ...
@@ -150,6 +159,11 @@ def pull_back(decomposition: Decomposition, factors: Factors, cotangent: Tensor)
     """``pull`` by automatic differentiation, for a decomposition without a formula of its own."""
     pull = torch.func.vjp(lambda *f: decomposition.join(f), *factors)[1]
     return pull(cotangent)
+
+
+def refactor_joined(decomposition: Decomposition, factors: Factors, rank: int) -> Factors:
+    """``refactor`` through the weight, for a decomposition without a shorter way."""
+    return decomposition.split(decomposition.join(factors).detach(), rank)
 
 
 def swap_channels(weight: Tensor, groups: int) -> Tensor:

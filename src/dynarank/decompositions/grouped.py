@@ -45,6 +45,10 @@ class Grouped:
         """Each group's factors, side by side."""
         return self._stack([self.inner.split(w, rank) for w in weight.chunk(self.groups)])
 
+    def refactor(self, factors: Factors, rank: int) -> Factors:
+        """Each group's, side by side."""
+        return self._stack([self.inner.refactor(f, rank) for f in self._groups_of(factors)])
+
     def join(self, factors: Factors) -> Tensor:
         """Each group's weight, side by side."""
         return torch.cat([self.inner.join(f) for f in self._groups_of(factors)])

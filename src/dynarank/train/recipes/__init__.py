@@ -79,6 +79,15 @@ class Recipe(BaseModel):
             )
         return Recipe.model_validate({**self.model_dump(), **self.as_published})
 
+    def with_factors(self, rank: float | None, decomposition: str | None) -> Recipe:
+        """The recipe with another rank (above 1 a number of directions) or decomposition."""
+        changed: dict[str, Any] = {}
+        if rank is not None:
+            changed["rank"] = int(rank) if rank > 1 or rank == int(rank) else rank
+        if decomposition is not None:
+            changed["decomposition"] = decomposition
+        return Recipe.model_validate({**self.model_dump(), **changed})
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""

@@ -1,0 +1,31 @@
+"""Where and how a command computes, from its options."""
+
+from __future__ import annotations
+
+import torch
+
+from dynarank.train.loop import Machine
+from dynarank.train.recipes import RecipeError
+
+__all__ = ["choose_machine"]
+
+
+def choose_machine(device: str, precision: str, compile: bool = False) -> Machine:
+    """The machine that ``--device``, ``--precision`` and ``--compile`` mean.
+
+    Raises:
+        RecipeError: a device that cannot be used, an unknown precision.
+    """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        chosen = torch.device(name)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise RecipeError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
+        ) from error
+    if precision not in ("auto", "fp32", "bf16"):
+        raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}")
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" else "fp32"
+    return Machine(chosen, precision, compile)
