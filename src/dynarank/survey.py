@@ -79,8 +79,8 @@ class Site:
     @property
     def home(self) -> LowRank | Adapted | None:
         """The last form with factors that the weight had, if any."""
-        homes = self.module.homes if isinstance(self.module, RankedLayer) else {}
-        return homes.get(self.spec.name)
+        module = self.module
+        return module.homes.get(self.spec.name) if isinstance(module, RankedLayer) else None
 
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that make up the weight in its form, by their names in the module."""

@@ -115,7 +115,7 @@ class WeightSpec:
         if (start, stop) == (0, self.shape[0]):
             return self
         shape = (stop - start, *self.shape[1:])
-        return _Rows(self.name, shape, start=start, whole=self.shape[0])
+        return _Rows(self.name, shape, self.geometry, start=start, whole=self.shape[0])
 
 
 @dataclass(frozen=True)
