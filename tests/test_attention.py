@@ -446,9 +446,9 @@ COSTED = [
 ]
 
 
-@pytest.mark.parametrize("case", [*COSTED, *FEW], ids=str)
+@pytest.mark.parametrize("case", [*COSTED, *FEW[1:]], ids=str)
 @pytest.mark.parametrize(
-    "form", [FullRank(), LowRank(3), LowRank(9, recompute=True), Adapted(3)], ids=str
+    "form", [FullRank(), LowRank(3), LowRank(6, recompute=True), Adapted(3)], ids=str
 )
 def test_cost_is_exact(case: Case, form: Form) -> None:
     model = case.model(torch.float32)
