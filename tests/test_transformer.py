@@ -121,8 +121,9 @@ def test_cost_is_exact(form: Form) -> None:
     assert count_flops(model.to("meta"), tuple(x.to("meta") for x in sample)) == predicted
 
 
-@pytest.mark.parametrize("form", [LowRank(3), Adapted(3), Adapted(9), FullRank()], ids=str)
-@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize(
+    ("form", "need_weights"), [(LowRank(3), True), (Adapted(9), False)], ids=str
+)
 def test_compiled_in_one_graph(form: Form, need_weights: bool) -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
