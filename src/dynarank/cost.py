@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.forms import Form, FullRank, LowRank, Plan
-from dynarank.layers import Call, Flops, WeightSpec, choose_way, ranked_class
+from dynarank.layers import Call, Flops, WeightSpec, choose_way, ranked_class, readers
 from dynarank.survey import Site, survey
 
 __all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "trace"]
@@ -112,7 +113,7 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     sites = [site for site in survey(model) if site.form is not None]
     calls: dict[str, list[Call]] = {site.path: [] for site in sites}
     _take_notes(ghost, sites, calls)
-    counted = count_flops(ghost, tree_map(_ghost, sample), loss)
+    counted = count_flops(ghost, tree_map(partial(_ghost, known={}), sample), loss)
     layers = {
         site.path: LayerUse(
             site.spec,
@@ -169,11 +170,13 @@ def _convolution_backward_flops(
     return forward * (wanted[0] + wanted[1])
 
 
-def _ghost(value: Any) -> Any:
-    """A tensor's shape and need of a gradient, without its memory."""
+def _ghost(value: Any, known: dict[int, Tensor]) -> Any:
+    """A tensor's shape and need of a gradient, without its memory; passed twice, it stays one."""
     if not isinstance(value, Tensor):
         return value
-    return value.detach().to("meta").requires_grad_(value.requires_grad)
+    if id(value) not in known:
+        known[id(value)] = value.detach().to("meta").requires_grad_(value.requires_grad)
+    return known[id(value)]
 
 
 def _call(model: nn.Module, sample: Any) -> Any:
@@ -194,10 +197,13 @@ def _sum_all(output: Any) -> Tensor:
 def _take_notes(ghost: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]) -> None:
     """Have every module write down how it uses its weights, tied ones under their site's path."""
     paths: dict[nn.Module, dict[str, str]] = {}
+    parents = readers(ghost)
     for site in sites:
         for one in (site, *site.tied):
-            names = paths.setdefault(ghost.get_submodule(one.module_path), {})
-            names[one.spec.name] = site.path
+            module, name = ghost.get_submodule(one.module_path), one.spec.name
+            if module in parents:  # it is not called, its parent knows
+                module, name = parents[module], f"{one.module_path.rpartition('.')[2]}.{name}"
+            paths.setdefault(module, {})[name] = site.path
     for module, names in paths.items():
         module.register_forward_pre_hook(_note(names, calls), with_kwargs=True)
 

@@ -58,12 +58,13 @@ class Edit:
     def commit(self) -> None:
         """Give every module of the weight its new class, parameters and form."""
         for site in (self.site, *self.site.tied):
-            module = site.module
-            own = own_parameters(module)
-            state = {"class": type(module), "dict": dict(module.__dict__), "own": dict(own)}
-            self._undo.append((module, state))
-            _replace(own, self.old, self.new)
-            _rank(module, site.spec.name, self.before, self.after)
+            for module in filter(None, (site.reader, site.module)):
+                own = dict(own_parameters(module))
+                state = {"class": type(module), "dict": dict(module.__dict__), "own": own}
+                self._undo.append((module, state))
+                _make_ranked(module)
+            _replace(own_parameters(site.module), self.old, self.new)
+            _set_form(site.module, site.spec.name, self.before, self.after)
 
     def undo(self) -> None:
         """Take back ``commit``; nothing if it was not called."""
@@ -123,15 +124,22 @@ def _replace(
             placed = True
 
 
-def _rank(module: nn.Module, name: str, before: Form, after: Form) -> None:
-    """Make the module a ranked one, with the weight's new form."""
-    if not isinstance(module, RankedLayer):
-        ranked = ranked_class(type(module))
-        assert ranked is not None
-        module.__class__ = ranked
-        assert isinstance(module, RankedLayer)
-        module.__dict__["forms"] = {s.name: FullRank() for s in ranked.specs(module)}
-        module.__dict__["homes"] = {}
+def _make_ranked(module: nn.Module) -> None:
+    """Make the module a ranked one, every weight full-rank; nothing if it is one."""
+    if isinstance(module, RankedLayer):
+        return
+    ranked = ranked_class(type(module))
+    assert ranked is not None
+    module.__class__ = ranked
+    assert isinstance(module, RankedLayer)
+    module.__dict__["forms"] = {s.name: FullRank() for s in ranked.specs(module)}
+    module.__dict__["homes"] = {}
+    module.enter()
+
+
+def _set_form(module: nn.Module, name: str, before: Form, after: Form) -> None:
+    """Note the weight's new form in its module."""
+    assert isinstance(module, RankedLayer)
     module.__dict__["forms"] = {**module.forms, name: after}
     homes = [form for form in (before, after) if isinstance(form, LowRank | Adapted)]
     if homes:

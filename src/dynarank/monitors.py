@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dynarank.decompositions import SVD, Factors, UnfitWeightError, precise
 from dynarank.forms import FullRank, LowRank, RankLike, resolve_rank
-from dynarank.layers import RankedLayer
 from dynarank.selection import LayerFilter, select
 from dynarank.spectrum import (
     effective_rank,
@@ -125,7 +124,7 @@ class SpectralMonitor:
         if self._layers is not None:
             return select(self._model, self._layers)
         able = [s for s in survey(self._model) if s.form is not None and not s.spec.lookup]
-        ranked = [site for site in able if isinstance(site.module, RankedLayer)]
+        ranked = [site for site in able if site.home is not None]
         return ranked or able
 
     def _read(self, site: Site) -> SpectralReading:

@@ -10,7 +10,6 @@ from torch import nn
 
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Change, FullRank, LowRank, Plan, form_from_data, form_to_data
-from dynarank.layers import RankedLayer
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
 from dynarank.selection import LayerFilter, select
 from dynarank.surgery import apply_plan
@@ -183,7 +182,7 @@ def scheduled_layers(
     model: nn.Module, schedule: RankSchedule, total_steps: int, layers: LayerFilter = None
 ) -> list[Site]:
     """The layers a schedule is for: see ``layers`` of :class:`RankScheduler`."""
-    ranked = any(isinstance(site.module, RankedLayer) for site in survey(model))
+    ranked = any(site.home is not None for site in survey(model))
     if layers is not None or ranked:
         return select(model, layers)
     able = {s.path: s.shape for s in survey(model) if s.form is not None}

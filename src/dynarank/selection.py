@@ -11,7 +11,6 @@ from typing import TypeAlias
 from torch import nn
 
 from dynarank.forms import LowRank, RankLike
-from dynarank.layers import RankedLayer
 from dynarank.survey import Site, survey
 
 __all__ = ["LayerFilter", "RankMap", "rank_for", "select"]
@@ -79,7 +78,7 @@ def _by_default(sites: list[Site]) -> list[Site]:
 
 
 def _ranked(sites: list[Site]) -> list[Site]:
-    return [site for site in sites if isinstance(site.module, RankedLayer)]
+    return [site for site in sites if site.home is not None]
 
 
 def _looked_up(site: Site) -> bool:

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import (
 
 from dynarank.decompositions import Factors
 from dynarank.forms import Adapted, Form, FullRank, LowRank
-from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class, readers
 
 __all__ = [
     "Site",
@@ -47,6 +47,7 @@ class Site:
         refused: True if it is of a kind that could, but is wrapped or tied so that it would be
             handled wrongly: asking for it is an error. False: it is simply left as it is.
         tied: other sites of the very same weight, which change with this one.
+        reader: the parent, if its forward pass reads the weight instead of calling the module.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Site:
     obstacle: str = ""
     refused: bool = False
     tied: tuple[Site, ...] = ()
+    reader: nn.Module | None = None
 
     @property
     def spec(self) -> WeightSpec:
@@ -77,8 +79,8 @@ class Site:
     @property
     def home(self) -> LowRank | Adapted | None:
         """The last form with factors that the weight had, if any."""
-        homes = self.module.homes if isinstance(self.module, RankedLayer) else {}
-        return homes.get(self.spec.name)
+        module = self.module
+        return module.homes.get(self.spec.name) if isinstance(module, RankedLayer) else None
 
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that make up the weight in its form, by their names in the module."""
@@ -114,6 +116,8 @@ def survey(model: nn.Module) -> list[Site]:
         for name, parameter in _parameters(module):
             owners.setdefault(_identity(parameter), []).append(f"{path}.{name}".lstrip("."))
     found = [site for path, m in modules if _owns_weight(m) for site in _sites(path, m)]
+    parents = readers(model)
+    found = [replace(site, reader=parents.get(site.module)) for site in found]
     return _tie([_checked(site) for site in found], owners)
 
 

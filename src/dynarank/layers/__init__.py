@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from dynarank.layers.attention import RankedMultiheadAttention
 from dynarank.layers.conv import (
     RankedConv1d,
     RankedConv2d,
@@ -27,6 +28,7 @@ __all__ = [
     "choose_way",
     "own_parameters",
     "ranked_class",
+    "readers",
     "ways",
 ]
 
@@ -42,6 +44,7 @@ _RANKED: dict[type[nn.Module], type[RankedLayer]] = {
         RankedConvTranspose2d,
         RankedConvTranspose3d,
         RankedEmbedding,
+        RankedMultiheadAttention,
     )
 }
 
@@ -55,3 +58,9 @@ def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
 
         return RankedConv1D
     return _RANKED.get(kind)
+
+
+def readers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The parent of each module whose weights its parent reads: see :meth:`RankedLayer.reads`."""
+    kinds = [(module, ranked_class(type(module))) for module in model.modules()]
+    return {child: m for m, kind in kinds if kind is not None for child in kind.reads(m)}

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dynarank.decompositions import Geometry, output_shape
@@ -57,12 +57,14 @@ class Call:
         geometry: how the weight slides over that.
         input_grad: whether the input needs a gradient.
         trains: whether the weight does.
+        rows: the first and one past the last of the weight's outputs used; None: all.
     """
 
     shape: tuple[int, ...]
     geometry: Geometry
     input_grad: bool
     trains: bool
+    rows: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,17 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
         ['two-branch', 'merged']
     """
     grad = call.input_grad or call.trains
-    return min(ways(spec, form, call), key=lambda w: w.flops.training if grad else w.flops.forward)
+    best, *others = ways(spec, form, call)
+    for other in others:  # torch.compile does not follow min(..., key=...) into a list of objects
+        saved = best.flops - other.flops
+        best = other if (saved.training if grad else saved.forward) > 0 else best
+    return best
 
 
 def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
     """Every way the form allows to compute ``call``."""
+    if call.rows is not None:
+        return ways(spec.rows(*call.rows), form, replace(call, rows=None))
     if spec.lookup:
         return _lookups(spec, form, call)
     if isinstance(form, FullRank):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from dynarank.decompositions import Geometry, apply, linear_map
+from dynarank.decompositions import Geometry, apply, linear_map, precise
 from dynarank.decompositions.products import Merging, merged_product
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.execution import Call, Way, choose_way
@@ -54,8 +54,19 @@ class RankedLayer(nn.Module):
 
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """How a forward pass with these arguments, by name, uses each weight."""
+        """How a forward pass with these arguments, by name, uses each weight.
+
+        The weights of a child that :meth:`reads` lists too, under ``child.name``.
+        """
         raise NotImplementedError
+
+    @classmethod
+    def reads(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+        """Children whose weights the plain forward pass reads, rather than calling the child.
+
+        The module becomes ranked with them, and calls them then.
+        """
+        return ()
 
     def enter(self) -> None:
         """Called when the module has become ranked, and after each change of form."""
@@ -101,12 +112,12 @@ class RankedLayer(nn.Module):
         form = self.forms.get(spec.name, FullRank())
         parameters = cast(dict[str, Tensor], self._parameters)
         if isinstance(form, FullRank):
-            return linear_map(x, spec.turn(parameters[spec.name]), geometry, bias)
+            return linear_map(x, spec.turn(spec.base(form, parameters)), geometry, bias)
         way = self._way(spec, form, x, geometry)
         if isinstance(form, LowRank) and way.name == "factored":
             return _chain(spec, form, parameters, x, geometry, bias)
-        if way.name == "two-branch":
-            whole = linear_map(x, spec.turn(_base(spec, form, parameters)), geometry, bias)
+        if isinstance(form, Adapted) and way.name == "two-branch":
+            whole = linear_map(x, spec.turn(spec.base(form, parameters)), geometry, bias)
             return whole + _chain(spec, form, parameters, x, geometry, None)
         if isinstance(form, Adapted):
             return _merged(spec, form, parameters, x, geometry, bias, way)
@@ -123,12 +134,31 @@ class RankedLayer(nn.Module):
         """The way to compute ``call``, remembered by its shape."""
         if torch.compiler.is_compiling():
             return choose_way(spec, form, call)
-        key = spec.name, call.shape, call.input_grad, call.trains
+        key = spec.name, spec.shape, call.shape, call.input_grad, call.trains
         if key not in self._ways:
             if len(self._ways) >= _REMEMBERED:
                 self._ways.clear()
             self._ways[key] = choose_way(spec, form, call)
         return self._ways[key]
+
+    @torch.no_grad()
+    def refill(self, name: str, weight: Tensor) -> None:
+        """Give a weight this value in the form it has: truncated if low-rank, the base if adapted.
+
+        Args:
+            name: the weight's.
+            weight: the way the module keeps it.
+        """
+        form, spec = self.forms[name], self.spec(name)
+        parameters = cast(dict[str, Tensor], self._parameters)
+        if isinstance(form, LowRank):
+            split = spec.decomposition(form).split(spec.turn(precise(weight)), int(form.rank))  # type: ignore[arg-type]
+            for factor, value in zip(spec.factors(form, parameters), split, strict=True):
+                factor.copy_(value)
+            return
+        spec.base(form, parameters).copy_(weight)
+        if isinstance(form, Adapted):
+            spec.factors(form, parameters)[-1].zero_()
 
     def extra_repr(self) -> str:
         """The plain layer's, and the forms."""
@@ -151,10 +181,6 @@ def effective(name: str) -> property:
 def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
     """The module's own table of parameters: what is written here changes the module."""
     return module._parameters  # pyright: ignore[reportPrivateUsage]
-
-
-def _base(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
-    return parameters[spec.parameter_names(form)[0]]
 
 
 def _chain(
@@ -200,6 +226,6 @@ def _merged(
         way.thin,
         way.keep,
     )
-    base = spec.turn(_base(spec, form, parameters))
+    base = spec.turn(spec.base(form, parameters))
     y = merged_product(x.unsqueeze(0) if unbatched else x, base, factors, bias, how)
     return y.squeeze(0) if unbatched else y

@@ -96,11 +96,47 @@ class WeightSpec:
         names = self.parameter_names(form)
         return tuple(parameters[n] for n in (names[1:] if isinstance(form, Adapted) else names))
 
+    def base(self, form: FullRank | Adapted, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The base among a module's parameters, the way the module keeps its weight."""
+        return parameters[self.parameter_names(form)[0]]
+
     def effective(self, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
         """``base + scale * join(factors)``, the way the module keeps its weight."""
         if isinstance(form, FullRank):
-            return parameters[self.name]
+            return self.base(form, parameters)
         joined = self.turn(self.decomposition(form).join(self.factors(form, parameters)))
         if isinstance(form, LowRank):
             return joined
-        return parameters[self.parameter_names(form)[0]] + form.scale * joined
+        return self.base(form, parameters) + form.scale * joined
+
+    def rows(self, start: int, stop: int) -> WeightSpec:
+        """The part of a linear weight that makes the outputs from ``start`` to ``stop``."""
+        assert not self.dims and not self.swapped and self.geometry.groups == 1, self
+        if (start, stop) == (0, self.shape[0]):
+            return self
+        shape = (stop - start, *self.shape[1:])
+        return _Rows(self.name, shape, self.geometry, start=start, whole=self.shape[0])
+
+
+@dataclass(frozen=True)
+class _Rows(WeightSpec):
+    """Rows of a linear weight: those of its base and, in any decomposition, of its last factor."""
+
+    start: int = 0
+    whole: int = 0  # rows
+
+    @property
+    def span(self) -> slice:
+        return slice(self.start, self.start + self.shape[0])
+
+    def factor_shapes(self, form: LowRank | Adapted) -> tuple[tuple[int, ...], ...]:
+        whole = replace(self, shape=(self.whole, *self.shape[1:]))
+        *first, last = super(_Rows, whole).factor_shapes(form)
+        return *first, (self.shape[0], *last[1:])
+
+    def factors(self, form: LowRank | Adapted, parameters: Mapping[str, Tensor]) -> Factors:
+        *first, last = super().factors(form, parameters)
+        return *first, last[self.span]
+
+    def base(self, form: FullRank | Adapted, parameters: Mapping[str, Tensor]) -> Tensor:
+        return super().base(form, parameters)[self.span]
