@@ -110,10 +110,8 @@ class Tucker:
         ``P M Q`` follows from the core's cotangent, ``(1 - P) M`` from that of ``up`` and
         ``M (1 - Q)`` from that of ``down``. What M had outside of them was never observed.
         """
-        down, core, up = (f.flatten(2) if i == 1 else f.flatten(1) for i, f in enumerate(factors))
-        c_down, c_core, c_up = (
-            c.flatten(2) if i == 1 else c.flatten(1) for i, c in enumerate(cotangents)
-        )
+        down, core, up = _flat(factors)
+        c_down, c_core, c_up = _flat(cotangents)
         p, p_inverse = _column_basis(up)
         q, q_inverse = _column_basis(down.T)
         middle = torch.einsum("pb,bak,qa->pqk", p_inverse, c_core, q_inverse)
@@ -146,6 +144,12 @@ def join_chain_flops(shape: Sequence[int], r_out: int, r_in: int) -> int:
     if out * r_in <= r_out * ins:
         return 2 * positions * out * r_in * (r_out + ins)
     return 2 * positions * r_out * ins * (r_in + out)
+
+
+def _flat(factors: Factors) -> Factors:
+    """(r_in, in), (r_out, r_in, K), (out, r_out)."""
+    down, core, up = factors
+    return down.flatten(1), core.reshape(*core.shape[:2], -1), up.flatten(1)
 
 
 def _column_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
