@@ -13,11 +13,12 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.forms import Form, FullRank, LowRank, Plan
@@ -112,7 +113,7 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     sites = [site for site in survey(model) if site.form is not None]
     calls: dict[str, list[Call]] = {site.path: [] for site in sites}
     _take_notes(ghost, sites, calls)
-    counted = count_flops(ghost, tree_map(_ghost, sample), loss)
+    counted = count_flops(ghost, tree_map(_ghost, sample, is_leaf=_is_packed), loss)
     layers = {
         site.path: LayerUse(
             site.spec,
@@ -171,9 +172,16 @@ def _convolution_backward_flops(
 
 def _ghost(value: Any) -> Any:
     """A tensor's shape and need of a gradient, without its memory."""
+    if isinstance(value, PackedSequence):
+        data = cast(Tensor, _ghost(value.data))  # batch_sizes stay: they are the shape
+        return PackedSequence(data, value.batch_sizes, *map(_ghost, value[2:]))
     if not isinstance(value, Tensor):
         return value
     return value.detach().to("meta").requires_grad_(value.requires_grad)
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _call(model: nn.Module, sample: Any) -> Any:
@@ -194,16 +202,19 @@ def _sum_all(output: Any) -> Tensor:
 def _take_notes(ghost: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]) -> None:
     """Have every module write down how it uses its weights, tied ones under their site's path."""
     paths: dict[nn.Module, dict[str, str]] = {}
+    devices: dict[nn.Module, str] = {}
     for site in sites:
         for one in (site, *site.tied):
-            names = paths.setdefault(ghost.get_submodule(one.module_path), {})
-            names[one.spec.name] = site.path
+            module = ghost.get_submodule(one.module_path)
+            paths.setdefault(module, {})[one.spec.name] = site.path
+            devices[module] = next(iter(one.parameters().values())).device.type
     for module, names in paths.items():
-        module.register_forward_pre_hook(_note(names, calls), with_kwargs=True)
+        note = _note(names, calls, devices[module])
+        module.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def _note(
-    names: Mapping[str, str], calls: dict[str, list[Call]]
+    names: Mapping[str, str], calls: dict[str, list[Call]], device: str
 ) -> Callable[[nn.Module, Any, Any], None]:
     def note(module: nn.Module, inputs: Any, named: Any) -> None:
         ranked = ranked_class(type(module))
@@ -212,6 +223,6 @@ def _note(
         bound.apply_defaults()
         for name, found in ranked.calls(module, bound.arguments).items():
             if name in names:
-                calls[names[name]] += found
+                calls[names[name]] += [replace(call, device=device) for call in found]
 
     return note

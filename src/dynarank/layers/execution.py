@@ -57,12 +57,18 @@ class Call:
         geometry: how the weight slides over that.
         input_grad: whether the input needs a gradient.
         trains: whether the weight does.
+        device: the kind of device the layer is on.
     """
 
     shape: tuple[int, ...]
     geometry: Geometry
     input_grad: bool
     trains: bool
+    device: str = "cpu"
+
+    def own_ways(self, spec: WeightSpec, form: Form) -> list[Way] | None:
+        """The ways to compute it, where they are not those of a multiplication."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -74,12 +80,19 @@ class Way:
         flops: what it costs.
         thin: of a merged product, see :class:`dynarank.decompositions.products.Merging`.
         keep: likewise.
+        overhead: what it costs besides, as the FLOPs that could be done in that time.
     """
 
     name: str
     flops: Flops
     thin: bool = False
     keep: bool = False
+    overhead: Flops = Flops()
+
+    @property
+    def worth(self) -> Flops:
+        """What is compared: FLOPs and overhead."""
+        return self.flops + self.overhead
 
 
 def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
@@ -94,11 +107,13 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
         ['two-branch', 'merged']
     """
     grad = call.input_grad or call.trains
-    return min(ways(spec, form, call), key=lambda w: w.flops.training if grad else w.flops.forward)
+    return min(ways(spec, form, call), key=lambda w: w.worth.training if grad else w.worth.forward)
 
 
 def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
     """Every way the form allows to compute ``call``."""
+    if (own := call.own_ways(spec, form)) is not None:
+        return own
     if spec.lookup:
         return _lookups(spec, form, call)
     if isinstance(form, FullRank):
