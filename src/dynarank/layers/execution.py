@@ -80,19 +80,21 @@ class Way:
         flops: what it costs.
         thin: of a merged product, see :class:`dynarank.decompositions.products.Merging`.
         keep: likewise.
-        overhead: what it costs besides, as the FLOPs that could be done in that time.
+        overhead: what a training step costs besides, as the FLOPs that could be done in that time;
+            a forward pass alone costs a third of it.
     """
 
     name: str
     flops: Flops
     thin: bool = False
     keep: bool = False
-    overhead: Flops = Flops()
+    overhead: int = 0
 
-    @property
-    def worth(self) -> Flops:
-        """What is compared: FLOPs and overhead."""
-        return self.flops + self.overhead
+    def worth(self, grad: bool) -> int:
+        """What is compared: FLOPs and overhead, forward alone or with backward."""
+        return (
+            self.flops.training + self.overhead if grad else self.flops.forward + self.overhead // 3
+        )
 
 
 def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
@@ -107,7 +109,7 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
         ['two-branch', 'merged']
     """
     grad = call.input_grad or call.trains
-    return min(ways(spec, form, call), key=lambda w: w.worth.training if grad else w.worth.forward)
+    return min(ways(spec, form, call), key=lambda way: way.worth(grad))
 
 
 def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:

@@ -23,12 +23,12 @@ from dynarank.layers.spec import WeightSpec
 
 __all__ = ["SequenceCall", "recurrent_calls"]
 
-# What a step of the loop in Python costs more than one of torch's kernel, forward and training, as
-# FLOPs: the loop loses where it saves 35 MFLOP a training step and less, and wins from 42 on
+# What a training step of the loop in Python costs more than one of torch's kernel, as FLOPs: the
+# loop loses where it saves 35 MFLOP a step and less, and wins from 42 on
 # (fp32 LSTM, hidden 128 to 1024, batch 8 to 64; one core of an AMD EPYC, 2026-11).
-_STEP = Flops(14_000_000, 42_000_000)
+_STEP = 42_000_000
 # Elsewhere a kernel's step is far cheaper than a launch from Python: never by itself.
-_NEVER = 10**18
+_NEVER = 10**15
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,8 @@ class SequenceCall(Call):
             forward, forward + returned + forward * (self.trains if trains is None else trains)
         )
 
-    def _overhead(self) -> Flops:
-        if not self.steps:
-            return Flops()
-        if self.device not in ("cpu", "meta"):
-            return Flops(_NEVER, _NEVER)
-        return Flops(self.steps * _STEP.forward, self.steps * _STEP.training)
+    def _overhead(self) -> int:
+        return self.steps * (_STEP if self.device in ("cpu", "meta") else _NEVER)
 
 
 @dataclass(frozen=True)
