@@ -124,6 +124,7 @@ class _Recurrent(RankedLayer):
                 f"input has dtype {input.dtype} and the weights {dtype}; convert either"
             )
 
+    @torch._disable_dynamo  # pyright: ignore  # as the plain layer, it stays outside the graph
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the plain layer, with the effective weights."""
         net = cast(Any, self)
