@@ -370,7 +370,7 @@ def test_a_shared_module_and_tied_weights(form: Form) -> None:
 def test_cost_is_exact(net: str, form: Form) -> None:
     module = build(net, dtype=torch.float32)
     x, hx = inputs(module, "states", torch.float32)
-    x = x.narrow(module.batch_first, 0, 3)  # steps
+    x = x.narrow(int(module.batch_first), 0, 3)  # steps
     for arguments in (
         (x,),
         (x.clone().requires_grad_(), tree_map(torch.Tensor.requires_grad_, hx)),

@@ -18,6 +18,11 @@ a CPU it never loops. Where every matrix is joined, merged or full-rank the whol
 kernel call; else there is one for each layer and direction. ``recompute`` changes nothing: a kernel
 keeps its input and weights itself.
 
+Training step relative to the plain layer's, low-rank, ``"auto"``, medians of 5 interleaved (fp32,
+one layer, one core of a busy AMD EPYC, 2026-11): LSTM, hidden 256, batch 32: .50 at r = h/8, .82 at
+h/4; 512 by 8: .52, .73; 512 by 32: .39, .57; 1024 by 32: .21, .37. GRU, 256 by 32: .87, .90; 512 by
+32: .32, .43. At 128 by 8 the spread was larger than any gain.
+
 Adaptors train their factors alone, by automatic differentiation through the weight.
 """
 
