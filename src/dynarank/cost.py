@@ -13,12 +13,13 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.forms import Form, FullRank, LowRank, Plan
@@ -113,7 +114,8 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     sites = [site for site in survey(model) if site.form is not None]
     calls: dict[str, list[Call]] = {site.path: [] for site in sites}
     _take_notes(ghost, sites, calls)
-    counted = count_flops(ghost, tree_map(partial(_ghost, known={}), sample), loss)
+    ghostly = partial(_ghost, known={})
+    counted = count_flops(ghost, tree_map(ghostly, sample, is_leaf=_is_packed), loss)
     layers = {
         site.path: LayerUse(
             site.spec,
@@ -172,11 +174,18 @@ def _convolution_backward_flops(
 
 def _ghost(value: Any, known: dict[int, Tensor]) -> Any:
     """A tensor's shape and need of a gradient, without its memory; passed twice, it stays one."""
+    if isinstance(value, PackedSequence):
+        data = cast(Tensor, _ghost(value.data, known))  # batch_sizes stay: they are the shape
+        return PackedSequence(data, value.batch_sizes, *(_ghost(v, known) for v in value[2:]))
     if not isinstance(value, Tensor):
         return value
     if id(value) not in known:
         known[id(value)] = value.detach().to("meta").requires_grad_(value.requires_grad)
     return known[id(value)]
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _call(model: nn.Module, sample: Any) -> Any:
@@ -197,19 +206,21 @@ def _sum_all(output: Any) -> Tensor:
 def _take_notes(ghost: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]) -> None:
     """Have every module write down how it uses its weights, tied ones under their site's path."""
     paths: dict[nn.Module, dict[str, str]] = {}
-    parents = readers(ghost)
+    parents, devices = readers(ghost), dict[nn.Module, str]()
     for site in sites:
         for one in (site, *site.tied):
             module, name = ghost.get_submodule(one.module_path), one.spec.name
             if module in parents:  # it is not called, its parent knows
                 module, name = parents[module], f"{one.module_path.rpartition('.')[2]}.{name}"
             paths.setdefault(module, {})[name] = site.path
+            devices[module] = next(iter(one.parameters().values())).device.type
     for module, names in paths.items():
-        module.register_forward_pre_hook(_note(names, calls), with_kwargs=True)
+        note = _note(names, calls, devices[module])
+        module.register_forward_pre_hook(note, with_kwargs=True)
 
 
 def _note(
-    names: Mapping[str, str], calls: dict[str, list[Call]]
+    names: Mapping[str, str], calls: dict[str, list[Call]], device: str
 ) -> Callable[[nn.Module, Any, Any], None]:
     def note(module: nn.Module, inputs: Any, named: Any) -> None:
         ranked = ranked_class(type(module))
@@ -218,6 +229,6 @@ def _note(
         bound.apply_defaults()
         for name, found in ranked.calls(module, bound.arguments).items():
             if name in names:
-                calls[names[name]] += found
+                calls[names[name]] += [replace(call, device=device) for call in found]
 
     return note

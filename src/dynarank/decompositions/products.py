@@ -176,5 +176,5 @@ def _convolution_backward(
 def _sum_rows(dy: Tensor, weight_dims: int) -> Tensor:
     """The gradient of the bias: summed over all but the channels."""
     if weight_dims == 2:
-        return dy.sum(tuple(range(dy.ndim - 1)))
+        return dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
     return dy.sum((0, *range(2, dy.ndim)))

@@ -17,6 +17,8 @@ from dynarank.layers.embedding import RankedEmbedding
 from dynarank.layers.execution import Call, Flops, Way, choose_way, ways
 from dynarank.layers.linear import RankedLinear, RankedOutputProjection
 from dynarank.layers.ranked import RankedLayer, own_parameters
+from dynarank.layers.recurrent import RankedGRU, RankedLSTM, RankedRNN
+from dynarank.layers.recurrent_cells import RankedGRUCell, RankedLSTMCell, RankedRNNCell
 from dynarank.layers.spec import WeightSpec
 
 __all__ = [
@@ -45,6 +47,12 @@ _RANKED: dict[type[nn.Module], type[RankedLayer]] = {
         RankedConvTranspose3d,
         RankedEmbedding,
         RankedMultiheadAttention,
+        RankedLSTM,
+        RankedGRU,
+        RankedRNN,
+        RankedLSTMCell,
+        RankedGRUCell,
+        RankedRNNCell,
     )
 }
 

@@ -58,6 +58,7 @@ class Call:
         input_grad: whether the input needs a gradient.
         trains: whether the weight does.
         rows: the first and one past the last of the weight's outputs used; None: all.
+        device: the kind of device the layer is on.
     """
 
     shape: tuple[int, ...]
@@ -65,6 +66,11 @@ class Call:
     input_grad: bool
     trains: bool
     rows: tuple[int, int] | None = None
+    device: str = "cpu"
+
+    def own_ways(self, spec: WeightSpec, form: Form) -> list[Way] | None:
+        """The ways to compute it, where they are not those of a multiplication."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,21 @@ class Way:
         flops: what it costs.
         thin: of a merged product, see :class:`dynarank.decompositions.products.Merging`.
         keep: likewise.
+        overhead: what a training step costs besides, as the FLOPs that could be done in that time;
+            a forward pass alone costs a third of it.
     """
 
     name: str
     flops: Flops
     thin: bool = False
     keep: bool = False
+    overhead: int = 0
+
+    def worth(self, grad: bool) -> int:
+        """What is compared: FLOPs and overhead, forward alone or with backward."""
+        return (
+            self.flops.training + self.overhead if grad else self.flops.forward + self.overhead // 3
+        )
 
 
 def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
@@ -98,8 +113,7 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
     grad = call.input_grad or call.trains
     best, *others = ways(spec, form, call)
     for other in others:  # torch.compile does not follow min(..., key=...) into a list of objects
-        saved = best.flops - other.flops
-        best = other if (saved.training if grad else saved.forward) > 0 else best
+        best = other if other.worth(grad) < best.worth(grad) else best
     return best
 
 
@@ -107,6 +121,8 @@ def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
     """Every way the form allows to compute ``call``."""
     if call.rows is not None:
         return ways(spec.rows(*call.rows), form, replace(call, rows=None))
+    if (own := call.own_ways(spec, form)) is not None:
+        return own
     if spec.lookup:
         return _lookups(spec, form, call)
     if isinstance(form, FullRank):

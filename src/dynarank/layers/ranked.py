@@ -134,7 +134,7 @@ class RankedLayer(nn.Module):
         """The way to compute ``call``, remembered by its shape."""
         if torch.compiler.is_compiling():
             return choose_way(spec, form, call)
-        key = spec.name, spec.shape, call.shape, call.input_grad, call.trains
+        key = spec.name, spec.shape, call
         if key not in self._ways:
             if len(self._ways) >= _REMEMBERED:
                 self._ways.clear()
