@@ -94,7 +94,12 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
         ['two-branch', 'merged']
     """
     grad = call.input_grad or call.trains
-    return min(ways(spec, form, call), key=lambda w: w.flops.training if grad else w.flops.forward)
+    best, *others = ways(spec, form, call)
+    for way in others:  # not min(..., key=...), which torch.compile cannot trace
+        one, two = way.flops, best.flops
+        if (one.training < two.training) if grad else (one.forward < two.forward):
+            best = way
+    return best
 
 
 def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
