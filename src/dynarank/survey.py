@@ -251,10 +251,13 @@ def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _identity(parameter: Tensor) -> object:
-    """Equal for two parameters that are one object, or that fill the same memory."""
+    """Equal for two parameters that are one object, or whose memory begins at one place.
+
+    In whatever shape: a transposed tie is one too.
+    """
     plain = type(parameter.data) is Tensor and not parameter.is_meta
     pointer = parameter.data_ptr() if plain else 0
-    return (pointer, parameter.shape) if pointer else id(parameter)
+    return ("memory", pointer) if pointer else id(parameter)
 
 
 def _inside(module: nn.Module) -> bool:

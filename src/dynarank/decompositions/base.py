@@ -69,6 +69,8 @@ class Geometry:
     @staticmethod
     def pointwise(dims: int, groups: int = 1) -> Geometry:
         """The geometry of a kernel of size 1 in ``dims`` spatial dimensions."""
+        if groups == 1 and dims < len(_POINTWISE):
+            return _POINTWISE[dims]
         return Geometry((1,) * dims, (0,) * dims, (1,) * dims, groups=groups)
 
     def along(self, axis: int) -> Geometry:
@@ -88,6 +90,9 @@ class Geometry:
             dilation=only(self.dilation, 1),
             output_padding=only(self.output_padding, 0),
         )
+
+
+_POINTWISE = tuple(Geometry((1,) * dims, (0,) * dims, (1,) * dims) for dims in range(4))
 
 
 class Decomposition(Protocol):

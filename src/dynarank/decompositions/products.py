@@ -14,6 +14,7 @@ feature maps by one small sum (Cherniuk et al., RunLoRA, arXiv 2312.03415, for l
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +77,8 @@ def merged_product(
     Not differentiable twice: use two branches for that.
     """
     kept = how.weight(base.detach(), tuple(f.detach() for f in factors))
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
+        return linear_map(x, kept, how.geometry, bias)  # an autograd function costs time to enter
     return MergedProduct.apply(x, kept, base.detach(), bias, how, *factors)  # type: ignore[no-any-return]
 
 
@@ -116,6 +119,10 @@ class MergedProduct(torch.autograd.Function):
         if any(ctx.needs_input_grad[5:]):
             dfactors = _gradients(x, dy, base, factors, how)
         return dx, None, None, db, None, *dfactors
+
+
+# Torch binds the arguments at each call; kept here, it need not read them from the code each time.
+MergedProduct.forward.__signature__ = inspect.signature(MergedProduct.forward)  # type: ignore[attr-defined]
 
 
 def _gradients(x: Tensor, dy: Tensor, base: Tensor, factors: Factors, how: Merging) -> Factors:

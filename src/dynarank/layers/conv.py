@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynarank.decompositions import Geometry
+from dynarank.forms import FullRank
 from dynarank.layers.execution import Call
 from dynarank.layers.ranked import RankedLayer, effective
 from dynarank.layers.spec import WeightSpec
@@ -55,6 +56,8 @@ class _RankedConv(RankedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """The convolution with the effective weight."""
+        if isinstance(self.form, FullRank):
+            return cast(Tensor, self.plain.forward(self, input))
         x, geometry = type(self).meet(self, {"input": input})
         return self.multiply(self.spec(), x, geometry, cast(Any, self).bias)
 
@@ -75,6 +78,8 @@ class _RankedTransposed(_RankedConv):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """The transposed convolution with the effective weight."""
+        if isinstance(self.form, FullRank):
+            return cast(Tensor, self.plain.forward(self, input, output_size))
         x, geometry = type(self).meet(self, {"input": input, "output_size": output_size})
         return self.multiply(self.spec(), x, geometry, cast(Any, self).bias)
 

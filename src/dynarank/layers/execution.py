@@ -189,6 +189,8 @@ def _two_branch(spec: WeightSpec, form: Adapted, call: Call) -> list[Way]:
 
 def _merged(spec: WeightSpec, form: Adapted, call: Call) -> list[Way]:
     whole, join = map_flops(call.shape, spec.shape, call.geometry), _join_flops(spec, form)
+    if not (call.input_grad or call.trains):  # nothing is kept, so nothing depends on the batch
+        return [Way("merged", Flops(whole + join, whole + join))]
     keep = not form.recompute and join > _REJOINING_IS_CHEAP * 3 * whole
     forward = whole + join
     backward = (whole + join * (not keep)) * call.input_grad

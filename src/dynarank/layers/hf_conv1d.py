@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dynarank.decompositions import Geometry
+from dynarank.forms import FullRank
 from dynarank.layers.execution import Call
 from dynarank.layers.linear import linear_call
 from dynarank.layers.ranked import RankedLayer, effective
@@ -41,4 +41,7 @@ class RankedConv1D(RankedLayer, Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W + bias`` with the effective weight."""
-        return self.multiply(self.spec(), x, Geometry(), cast(Any, self).bias)
+        if isinstance(self.form, FullRank):
+            return super().forward(x)
+        spec = self.spec()
+        return self.multiply(spec, x, spec.geometry, cast(Any, self).bias)

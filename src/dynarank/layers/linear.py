@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dynarank.decompositions import Geometry
+from dynarank.forms import FullRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.ranked import RankedLayer, effective, own_parameters
 from dynarank.layers.spec import WeightSpec
 
 __all__ = ["RankedLinear", "RankedOutputProjection", "linear_call"]
@@ -18,7 +19,8 @@ __all__ = ["RankedLinear", "RankedOutputProjection", "linear_call"]
 
 def linear_call(module: nn.Module, x: Tensor) -> Call:
     """One use of a linear layer's weight."""
-    trains = any(p.requires_grad for n, p in module.named_parameters(recurse=False) if n != "bias")
+    own = own_parameters(module).items()
+    trains = any(p is not None and p.requires_grad and name != "bias" for name, p in own)
     return Call(tuple(x.shape), Geometry(), x.requires_grad, trains)
 
 
@@ -41,7 +43,10 @@ class RankedLinear(RankedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
 
     def forward(self, input: Tensor) -> Tensor:
         """``input W' + bias`` with the effective weight."""
-        return self.multiply(self.spec(), input, Geometry(), self.bias)
+        if isinstance(self.form, FullRank):
+            return super().forward(input)
+        spec = self.spec()
+        return self.multiply(spec, input, spec.geometry, self.bias)
 
 
 class RankedOutputProjection(RankedLinear):

@@ -26,6 +26,7 @@ __all__ = ["RankedLayer", "effective", "own_parameters"]
 
 
 _REMEMBERED = 256  # shapes of inputs
+_FULL_RANK = FullRank()
 
 
 class RankedLayer(nn.Module):
@@ -90,7 +91,7 @@ class RankedLayer(nn.Module):
 
     def effective_weight(self, name: str = "weight") -> Tensor:
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
-        form = self.forms.get(name, FullRank())
+        form = self.forms.get(name, _FULL_RANK)
         parameters = cast(dict[str, Tensor], self._parameters)
         return (
             parameters[name]
@@ -109,7 +110,7 @@ class RankedLayer(nn.Module):
             geometry: how the weight slides over ``x``.
             bias: (out,) or None.
         """
-        form = self.forms.get(spec.name, FullRank())
+        form = self.forms.get(spec.name, _FULL_RANK)
         parameters = cast(dict[str, Tensor], self._parameters)
         if isinstance(form, FullRank):
             return linear_map(x, spec.turn(spec.base(form, parameters)), geometry, bias)
@@ -125,10 +126,16 @@ class RankedLayer(nn.Module):
 
     def _way(self, spec: WeightSpec, form: Form, x: Tensor, geometry: Geometry) -> Way:
         grad = torch.is_grad_enabled()
-        first = self._parameters[spec.parameter_names(form)[-1]]
-        trains = grad and first is not None and first.requires_grad
-        call = Call(tuple(x.shape), geometry, grad and x.requires_grad, trains)
-        return self.way(spec, form, call)
+        last = self._parameters[spec.parameter_names(form)[-1]]
+        trains = grad and last is not None and last.requires_grad
+        input_grad = grad and x.requires_grad
+        if not torch.compiler.is_compiling():  # the usual case, before anything is built
+            key = spec.name, spec.shape, x.shape, input_grad, trains
+            if (known := self._ways.get(key)) is None:
+                call = Call(tuple(x.shape), geometry, input_grad, trains)
+                known = self._ways[key] = self.way(spec, form, call)
+            return known
+        return choose_way(spec, form, Call(tuple(x.shape), geometry, input_grad, trains))
 
     def way(self, spec: WeightSpec, form: Form, call: Call) -> Way:
         """The way to compute ``call``, remembered by its shape."""

@@ -1,16 +1,20 @@
 """The networks that the recipes train, and how they are initialised.
 
-In both, the glob ``*conv*`` selects exactly the convolutions that are worth factorising.
+In all, the glob ``*conv*`` selects exactly the convolutions that are worth factorising.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from dynarank.train.init import glorot_init_
+from dynarank.train.wide_resnet import WideResNet
 
 __all__ = ["MODELS", "DigitsNet", "ResNet20", "published_init_"]
 
@@ -36,7 +40,7 @@ class DigitsNet(nn.Module):
         self.conv3 = _conv3x3(128, 128)
         self.bn3 = nn.BatchNorm2d(128)
         self.head = nn.Linear(128, classes)
-        _glorot_init_(self)
+        glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits ``(N, classes)`` of images ``(N, 1, 8, 8)``."""
@@ -66,7 +70,7 @@ class ResNet20(nn.Module):
         self.bn = _keras_batch_norm(16)
         self.stages = nn.Sequential(_stage(16, 16, 1), _stage(16, 32, 2), _stage(32, 64, 2))
         self.head = nn.Linear(64, classes)
-        _glorot_init_(self)
+        glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits ``(N, classes)`` of images ``(N, 3, H, W)``."""
@@ -106,15 +110,6 @@ def _keras_batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # Keras calls this momentum 0.99
 
 
-def _glorot_init_(model: nn.Module) -> None:
-    """Keras's default: kernels uniform (Glorot), each drawn for itself; biases zero."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
 def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
     """Draw weights as the method's published ResNet-20 does, which reproduces a fault of it.
 
@@ -140,4 +135,9 @@ def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
             parameter.copy_(values)
 
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"digits-net": DigitsNet, "resnet20": ResNet20}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "digits-net": DigitsNet,
+    "resnet20": ResNet20,
+    "wrn-16-4": partial(WideResNet, 16, 4),
+    "wrn-28-10": partial(WideResNet, 28, 10),
+}
