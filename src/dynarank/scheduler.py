@@ -11,9 +11,9 @@ from torch import nn
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Change, FullRank, LowRank, Plan, form_from_data, form_to_data
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
-from dynarank.selection import LayerFilter, select
+from dynarank.selection import LayerFilter, find_sites, select
 from dynarank.surgery import apply_plan
-from dynarank.survey import Site, find_sites, survey
+from dynarank.survey import Site, survey
 from dynarank.transport import Moments, Optimizers, as_list, check_movable
 
 __all__ = ["RankScheduler", "scheduled_layers"]

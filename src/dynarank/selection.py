@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -13,7 +14,7 @@ from torch import nn
 from dynarank.forms import LowRank, RankLike
 from dynarank.survey import Site, survey
 
-__all__ = ["LayerFilter", "RankMap", "rank_for", "select"]
+__all__ = ["LayerFilter", "RankMap", "find_sites", "rank_for", "select"]
 
 logger = logging.getLogger("dynarank")
 
@@ -57,6 +58,25 @@ def select(
     if left := [site.path for site in sites if site not in able]:
         logger.info("left as they are: %s", ", ".join(left))
     return able
+
+
+def find_sites(model: nn.Module, paths: Iterable[str]) -> dict[str, Site]:
+    """The sites at these paths; a tied weight, or a shared module's, by any of its paths.
+
+    Raises:
+        ValueError: a path is not in the model, or what is there cannot change form.
+    """
+    sites, modules = survey(model), dict(model.named_modules(remove_duplicate=False))
+    by_place = {place: site for site in sites for place in _places(site)}
+    found: dict[str, Site] = {}
+    for path in paths:
+        site = by_place.get(_place(path, modules, by_place))
+        if site is None:
+            raise ValueError(_missing(path, modules, sites))
+        if site.form is None:
+            raise ValueError(f"layer {path!r} cannot change form: {site.obstacle}")
+        found[path] = site
+    return found
 
 
 def rank_for(rank: RankLike | RankMap, path: str) -> RankLike:
@@ -123,3 +143,31 @@ def _nothing(layers: LayerFilter, rank: RankLike | RankMap | None, sites: list[S
         f"breaks even at mn / (m + n)); lower the rank, or insist with layers='*' "
         f"(the model has: {listed or 'no weights'})"
     )
+
+
+_Place: TypeAlias = tuple[int, str]
+
+
+def _places(site: Site) -> list[_Place]:
+    """Where a site is: each module of it, and the weight's name there."""
+    return [
+        (id(one.module), one.weight.name if one.weight else "weight") for one in (site, *site.tied)
+    ]
+
+
+def _place(path: str, modules: Mapping[str, nn.Module], places: Container[_Place]) -> _Place:
+    parent, _, name = path.rpartition(".")
+    inner = (id(modules.get(parent)), name)
+    return inner if inner in places else (id(modules.get(path)), "weight")
+
+
+def _missing(path: str, modules: Mapping[str, nn.Module], sites: Sequence[Site]) -> str:
+    inside = [site.path for site in sites if site.module is modules.get(path)]
+    if inside:
+        return f"layer {path!r} has several weights: name one of {', '.join(map(repr, inside))}"
+    if path in modules:
+        return f"layer {path!r} cannot change form: it owns no weight"
+    known = [name for name in (*modules, *(site.path for site in sites)) if name]
+    near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
+    nearest = f"; nearest: {', '.join(map(repr, near))}" if near else ""
+    return f"the model has no layer {path!r}{nearest}"

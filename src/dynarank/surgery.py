@@ -29,8 +29,8 @@ from dynarank.forms import (
     RankLike,
 )
 from dynarank.layers import RankedLayer
-from dynarank.selection import LayerFilter, RankMap, rank_for, select
-from dynarank.survey import Site, check_unwrapped, find_sites, survey
+from dynarank.selection import LayerFilter, RankMap, find_sites, rank_for, select
+from dynarank.survey import Site, check_unwrapped, survey
 from dynarank.transport import Moments, Optimizers, as_list, prepare_transport
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -24,7 +22,6 @@ __all__ = [
     "Site",
     "check_unwrapped",
     "current_plan",
-    "find_sites",
     "survey",
 ]
 
@@ -146,25 +143,6 @@ def check_unwrapped(model: nn.Module) -> None:
                 )
 
 
-def find_sites(model: nn.Module, paths: Iterable[str]) -> dict[str, Site]:
-    """The sites at these paths; a tied weight, or a shared module's, by any of its paths.
-
-    Raises:
-        ValueError: a path is not in the model, or what is there cannot change form.
-    """
-    sites, modules = survey(model), dict(model.named_modules(remove_duplicate=False))
-    by_place = {place: site for site in sites for place in _places(site)}
-    found: dict[str, Site] = {}
-    for path in paths:
-        site = by_place.get(_place(path, modules, by_place))
-        if site is None:
-            raise ValueError(_missing(path, modules, sites))
-        if site.form is None:
-            raise ValueError(f"layer {path!r} cannot change form: {site.obstacle}")
-        found[path] = site
-    return found
-
-
 _Owners: TypeAlias = dict[object, list[str]]
 
 
@@ -271,31 +249,3 @@ def _owns_weight(module: nn.Module) -> bool:
     wrapped = is_parametrized(module) and ranked_class(kind) is not None
     own = list(module.parameters(recurse=False))
     return wrapped or any(is_lazy(parameter) or parameter.ndim > 1 for parameter in own)
-
-
-_Place: TypeAlias = tuple[int, str]
-
-
-def _places(site: Site) -> list[_Place]:
-    """Where a site is: each module of it, and the weight's name there."""
-    return [
-        (id(one.module), one.weight.name if one.weight else "weight") for one in (site, *site.tied)
-    ]
-
-
-def _place(path: str, modules: Mapping[str, nn.Module], places: Container[_Place]) -> _Place:
-    parent, _, name = path.rpartition(".")
-    inner = (id(modules.get(parent)), name)
-    return inner if inner in places else (id(modules.get(path)), "weight")
-
-
-def _missing(path: str, modules: Mapping[str, nn.Module], sites: Sequence[Site]) -> str:
-    inside = [site.path for site in sites if site.module is modules.get(path)]
-    if inside:
-        return f"layer {path!r} has several weights: name one of {', '.join(map(repr, inside))}"
-    if path in modules:
-        return f"layer {path!r} cannot change form: it owns no weight"
-    known = [name for name in (*modules, *(site.path for site in sites)) if name]
-    near = difflib.get_close_matches(path, known, n=3, cutoff=0.5)
-    nearest = f"; nearest: {', '.join(map(repr, near))}" if near else ""
-    return f"the model has no layer {path!r}{nearest}"
