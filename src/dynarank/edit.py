@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dynarank.decompositions import UnfitWeightError, precise
+from dynarank.decompositions.whitened import Activity, split_whitened
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 from dynarank.survey import Site
@@ -75,11 +76,17 @@ class Edit:
             own_parameters(module).update(state["own"])
 
 
-def prepare_edit(site: Site, after: Form) -> Edit:
+def prepare_edit(site: Site, after: Form, activity: Activity | None = None) -> Edit:
     """Compute and verify a weight's parameters in the form ``after``.
 
+    Args:
+        site: the weight.
+        after: the form it is to get.
+        activity: how its outputs vary, if that is known: what a truncation keeps.
+
     Raises:
-        ValueError: the weight is on the meta device or not real floating point.
+        ValueError: the weight is on the meta device or not real floating point, or the activity is
+            of another weight.
         UnfitWeightError: it is not finite, its decomposition fails, or a change that must keep the
             function would not.
     """
@@ -91,7 +98,7 @@ def prepare_edit(site: Site, after: Form) -> Edit:
     weight = _effective(site.spec, before, old)
     trains = any(p.requires_grad for name, p in old.items() if not site.spec.is_base(name))
     like = next(iter(old.values()))
-    tensors = _tensors(site, weight, after, old)
+    tensors = _tensors(site, weight, after, old, activity)
     new = {
         name: Parameter(
             _like(tensor, like, old), requires_grad=trains and not site.spec.is_base(name)
@@ -140,7 +147,7 @@ def _rank(module: nn.Module, name: str, before: Form, after: Form) -> None:
 
 
 def _tensors(
-    site: Site, weight: Tensor, after: Form, old: dict[str, Parameter]
+    site: Site, weight: Tensor, after: Form, old: dict[str, Parameter], activity: Activity | None
 ) -> dict[str, Tensor]:
     """The new parameters' values by name, base first; ``weight`` is canonical, in fp64."""
     spec, names = site.spec, site.spec.parameter_names(after)
@@ -150,7 +157,7 @@ def _tensors(
     rank, decomposition = int(after.rank), spec.decomposition(after)  # type: ignore[arg-type]
     if isinstance(after, LowRank):
         dtype = next(iter(old.values())).dtype
-        factors = decomposition.split(weight.to(dtype), rank)
+        factors = split_whitened(decomposition, weight.to(dtype), rank, activity)
         return dict(zip(names, factors, strict=True))
     # The base of what was full-rank is the old weight's own memory.
     base = next(iter(old.values())).detach() if isinstance(site.form, FullRank) else full
