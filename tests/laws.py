@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form
-from transformers.pytorch_utils import Conv1D
 
 # Largest relative difference allowed, ||a - b|| / ||b||, for what is equal in exact arithmetic.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}

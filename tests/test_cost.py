@@ -12,6 +12,7 @@ import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.cost import count_flops, form_parameters, trace
 from dynarank.forms import Form
+from dynarank.layers import WeightSpec
 from dynarank.planning import cost_schedule
 from dynarank.schedules import dynamic_rank, full_rank, low_rank
 from dynarank.train.models import ResNet20
@@ -166,7 +167,7 @@ def test_parameters_of_a_form(form: Form) -> None:
     dr.apply_plan(layer, {"": form})
     sizes = [(p.numel(), p.requires_grad) for p in layer.parameters()]
     expected = (sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
-    assert form_parameters((6, 4, 3, 3), form) == expected
+    assert form_parameters(WeightSpec("weight", (6, 4, 3, 3)), form) == expected
 
 
 def test_the_phase_that_costs_more_than_full_rank_is_known() -> None:

@@ -234,8 +234,10 @@ def test_plain_data_of_the_forms() -> None:
     assert form_to_data(FullRank()) == {"form": "full-rank"}
     assert form_to_data(LowRank(Rank(0.5, of="min"))) == {
         "form": "low-rank",
-        "rank": {"value": 0.5, "of": "min"},
+        "rank": {"value": 0.5, "of": "min", "multiple_of": 1},
         "decomposition": "svd",
+        "execution": "auto",
+        "recompute": False,
     }
     assert form_to_data(Adapted(2)) == {
         "form": "adapted",
@@ -243,6 +245,7 @@ def test_plain_data_of_the_forms() -> None:
         "decomposition": "svd",
         "alpha": 16.0,
         "execution": "auto",
+        "recompute": False,
     }
     assert [form_name(form) for form in FORMS[:2]] == ["full-rank", "low-rank"]
 

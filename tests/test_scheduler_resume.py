@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler, SpectralMonitor
-from dynarank.forms import Change, Plan
+from dynarank.forms import Change, Plan, form_from_data
 from dynarank.schedules import Clock, Phases, RankSchedule, Readings, dynamic_rank, low_rank
 
 # A run saved and resumed is the run uninterrupted.
@@ -116,7 +116,7 @@ def test_a_state_is_the_position_as_plain_data() -> None:
         "retry_at": 0,
     }
     assert state["forms"] == {"0": {"form": "full-rank"}, "2": {"form": "full-rank"}}
-    assert state["homes"]["0"] == {"form": "low-rank", "rank": 2, "decomposition": "svd"}
+    assert form_from_data(state["homes"]["0"]) == LowRank(2)
 
 
 @pytest.mark.parametrize("total_steps", [STEPS - 1, STEPS + 1, STEPS * 10])

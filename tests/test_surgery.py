@@ -72,7 +72,7 @@ def old_weight_norm(model: nn.Sequential) -> None:
 
 
 def tie(model: nn.Sequential) -> None:
-    model.append(nn.Linear(32, 32))
+    model.append(nn.EmbeddingBag(32, 32))  # of a kind that cannot follow
     model[2].weight = model[5].weight
 
 
@@ -258,21 +258,24 @@ def test_filters_and_patterns() -> None:
 
 def test_layers_that_are_not_handled_are_left_and_listed(caplog: pytest.LogCaptureFixture) -> None:
     model = nn.Sequential(
-        nn.Embedding(20, 16), nn.Linear(16, 32), nn.Unflatten(1, (8, 2, 2)),
-        nn.Conv2d(8, 8, 1, groups=2), nn.ConvTranspose2d(8, 4, 2),
+        nn.EmbeddingBag(20, 16), nn.Linear(16, 32), nn.Embedding(9, 9, max_norm=1.0),
+        nn.Bilinear(8, 8, 2), nn.Embedding(9, 9),
     )  # fmt: skip
     with caplog.at_level(logging.INFO, logger="dynarank"):
         dr.factorize(model, 2)
-    assert "left as they are: 0, 3, 4" in caplog.text
+    assert "left as they are: 0, 2, 3, 4" in caplog.text
     obstacles = {site.path: site.obstacle for site in dr.survey(model)}
     assert obstacles == {
-        "0": "Embedding layers are not handled",
+        "0": "EmbeddingBag layers are not handled",
         "1": "",
-        "3": "grouped convolutions are not handled",
-        "4": "ConvTranspose2d layers are not handled",
+        "2": "its max_norm acts on rows of the whole weight",
+        "3": "Bilinear layers are not handled",
+        "4": "",
     }
-    with pytest.raises(ValueError, match="'3' cannot change form: grouped convolutions"):
+    with pytest.raises(ValueError, match="'3' cannot change form: Bilinear layers"):
         dr.apply_plan(model, {"3": LowRank(2)})
+    with pytest.raises(ValueError, match="'2': its max_norm acts on rows"):
+        dr.factorize(model, 2, layers="*")
 
 
 def test_lazy_and_subclassed_layers_are_left_alone() -> None:
@@ -366,10 +369,10 @@ def test_a_module_with_two_parents_changes_once_and_everywhere() -> None:
     shared = nn.Linear(16, 16)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
     changes = dr.apply_plan(model, {"b.0": LowRank(2)})
-    assert [change.path for change in changes] == ["b.0"]
+    assert [change.path for change in changes] == ["a"]
     assert model["a"] is model["b"][0]  # type: ignore[index]
     assert dr.current_plan(model) == {"a": LowRank(2)}
-    with pytest.raises(ValueError, match=r"'a' and 'b.0' are one layer with two forms"):
+    with pytest.raises(ValueError, match=r"'a' and 'b.0' are one weight with two forms"):
         dr.apply_plan(model, {"a": LowRank(3), "b.0": FullRank()})
 
 

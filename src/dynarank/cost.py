@@ -74,9 +74,7 @@ class ModelUse:
 
     def parameters(self, plan: Plan) -> tuple[int, int]:
         """Trainable and total parameters under ``plan``."""
-        counts = [
-            use.parameters(plan.get(path, use.form)) for path, use in self.layers.items()
-        ]
+        counts = [use.parameters(plan.get(path, use.form)) for path, use in self.layers.items()]
         trainable = sum(count[0] for count in counts) + self.other_trainable
         return trainable, sum(count[1] for count in counts) + self.other_total
 

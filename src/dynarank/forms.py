@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, get_args
 
 __all__ = [
@@ -93,7 +93,7 @@ class FullRank:
     """The ordinary layer: its weight is the base, and it trains."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LowRank:
     """The weight is ``join(factors)``; the factors train.
 
@@ -115,8 +115,11 @@ class LowRank:
         object.__setattr__(self, "rank", _plain_rank(self.rank))
         _check_execution(self.execution, get_args(LowRankExecution))
 
+    def __repr__(self) -> str:
+        return _short_repr(self)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Adapted:
     """The weight is ``base + alpha / rank * join(factors)``; the base is frozen, the factors train.
 
@@ -142,6 +145,9 @@ class Adapted:
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
         _check_execution(self.execution, get_args(AdaptedExecution))
+
+    def __repr__(self) -> str:
+        return _short_repr(self)
 
     @property
     def scale(self) -> float:
@@ -194,13 +200,13 @@ def form_to_data(form: Form) -> dict[str, Any]:
 
 def form_from_data(data: Mapping[str, Any]) -> Form:
     """The inverse of :func:`form_to_data`."""
-    fields = dict(data)
-    name = fields.pop("form", None)
+    values = dict(data)
+    name = values.pop("form", None)
     if name not in _NAMES:
         raise ValueError(f"unknown form {name!r}; known: {', '.join(_NAMES)}")
-    if isinstance(rank := fields.get("rank"), Mapping):
-        fields["rank"] = Rank(**rank)
-    return _NAMES[name](**fields)
+    if isinstance(rank := values.get("rank"), Mapping):
+        values["rank"] = Rank(**rank)
+    return _NAMES[name](**values)
 
 
 def same_weight(one: Form, other: Form) -> bool:
@@ -242,6 +248,15 @@ def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None)
     whole = {"out": n, "min": min(m, n), "break-even": m * n / (m + n)}[share.of]
     wanted = min(max(int(share.value * whole), 1), limit)
     return wanted - wanted % share.multiple_of if wanted >= share.multiple_of else wanted
+
+
+def _short_repr(form: LowRank | Adapted) -> str:
+    """How it computes is shown only where it is not left to the library."""
+    shown = [f for f in fields(form) if f.name not in ("execution", "recompute")]
+    shown += [f for f in fields(form) if f not in shown and getattr(form, f.name) != f.default]
+    return (
+        f"{type(form).__name__}({', '.join(f'{f.name}={getattr(form, f.name)!r}' for f in shown)})"
+    )
 
 
 def _check_execution(execution: str, known: Sequence[str]) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dynarank.decompositions import UnfitWeightError, precise
 from dynarank.forms import FullRank, RankLike, resolve_rank
 from dynarank.layers import RankedLayer
-from dynarank.spectrum import effective_rank, singular_values, spectral_ratio, stable_rank
 from dynarank.selection import LayerFilter, select
+from dynarank.spectrum import effective_rank, singular_values, spectral_ratio, stable_rank
 from dynarank.survey import Site, survey
 
 __all__ = ["SpectralMonitor", "SpectralReading"]
@@ -75,7 +75,7 @@ class SpectralMonitor:
     def _watched(self) -> list[Site]:
         if self._layers is not None:
             return select(self._model, self._layers)
-        able = [site for site in survey(self._model) if site.form is not None]
+        able = [s for s in survey(self._model) if s.form is not None and not s.spec.lookup]
         ranked = [site for site in able if isinstance(site.module, RankedLayer)]
         return ranked or able
 
@@ -91,9 +91,10 @@ class SpectralMonitor:
         )
 
     def _lambda_rank(self, site: Site, shape: tuple[int, ...]) -> int:
-        asked = self._rank if self._rank is not None else site.home.rank if site.home else 0.5
-        limit = min(shape[0], math.prod(shape[1:]))
-        return min(asked, limit) if isinstance(asked, int) else resolve_rank(asked, shape)
+        if self._rank is not None or site.home is None:
+            return resolve_rank(0.5 if self._rank is None else self._rank, shape)
+        limit = min(shape[0], math.prod(shape[1:]))  # below that of some decompositions
+        return min(int(site.home.rank), limit)  # type: ignore[arg-type]
 
 
 def _weight(site: Site) -> Tensor:

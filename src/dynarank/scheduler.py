@@ -13,8 +13,8 @@ from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Change, FullRank, LowRank, Plan, form_from_data, form_to_data
 from dynarank.layers import RankedLayer
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
-from dynarank.surgery import apply_plan, truncates
 from dynarank.selection import LayerFilter, select
+from dynarank.surgery import apply_plan, truncates
 from dynarank.survey import Site, find_sites, survey
 from dynarank.transport import Moments, Optimizers, as_list, check_movable
 

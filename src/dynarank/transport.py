@@ -173,7 +173,9 @@ def _regroup(
             elif id(edit) not in placed:
                 placed.add(id(edit))
                 stem = name.rpartition(".")[0]
-                members += [(f"{stem}.{n}".lstrip("."), p) for n, p in _held(edit, edit.new).items()]
+                members += [
+                    (f"{stem}.{n}".lstrip("."), p) for n, p in _held(edit, edit.new).items()
+                ]
         contents: dict[str, list[Any]] = {"params": [p for _, p in members]}
         if "param_names" in group:
             contents["param_names"] = [n for n, _ in members]

@@ -30,7 +30,7 @@ from dynarank.decompositions.base import (
     swap_channels,
 )
 
-__all__ = ["Merging", "MergedProduct", "input_gradient", "merged_product", "weight_gradient"]
+__all__ = ["MergedProduct", "Merging", "input_gradient", "merged_product", "weight_gradient"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ class MergedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor | None, ...]:
         """The input's gradient by the merged weight, the factors' by the cheaper way."""
         (dy,) = grads
         x, weight, base, *parts = ctx.saved_tensors

@@ -47,7 +47,7 @@ class _RankedConv(RankedLayer):
         """The input as the kernel meets it, and how the kernel slides over that."""
         conv, x = cast(Any, module), cast(Tensor, inputs["input"])
         geometry = _geometry(conv)
-        if conv.padding_mode != "zeros" or conv.padding == "same" and not _symmetric(conv):
+        if conv.padding_mode != "zeros" or (conv.padding == "same" and not _symmetric(conv)):
             mode = conv.padding_mode if conv.padding_mode != "zeros" else "constant"
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
             geometry = replace(geometry, padding=(0,) * len(geometry.stride))
@@ -130,7 +130,12 @@ def _geometry(conv: Any) -> Geometry:
         padding = tuple(s // 2 for s in spans) if padding == "same" else (0,) * dims
     extra = tuple(conv.output_padding) if conv.transposed else ()
     return Geometry(
-        tuple(conv.stride), tuple(padding), tuple(conv.dilation), extra, conv.groups, conv.transposed
+        tuple(conv.stride),
+        tuple(padding),
+        tuple(conv.dilation),
+        extra,
+        conv.groups,
+        conv.transposed,
     )
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynarank.decompositions import Factors
-from dynarank.forms import Adapted, FullRank, LowRank
+from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
 from dynarank.layers.linear import linear_call
 from dynarank.layers.ranked import RankedLayer, effective

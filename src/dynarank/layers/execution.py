@@ -88,8 +88,9 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
 
     Example:
         >>> from dynarank.decompositions import Geometry
-        >>> call = Call((512, 64), Geometry(), input_grad=True, trains=True)
-        >>> [choose_way(WeightSpec("weight", (64, 64)), Adapted(r), call).name for r in (8, 32)]
+        >>> spec = WeightSpec("weight", (64, 64))
+        >>> calls = [Call((rows, 64), Geometry(), True, True) for rows in (16, 512)]
+        >>> [choose_way(spec, Adapted(8), call).name for call in calls]
         ['two-branch', 'merged']
     """
     grad = call.input_grad or call.trains

@@ -81,8 +81,10 @@ class RankedLayer(nn.Module):
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
         form = self.forms.get(name, FullRank())
         parameters = cast(dict[str, Tensor], self._parameters)
-        return parameters[name] if isinstance(form, FullRank) else self.spec(name).effective(
-            form, parameters
+        return (
+            parameters[name]
+            if isinstance(form, FullRank)
+            else self.spec(name).effective(form, parameters)
         )
 
     def multiply(

@@ -18,6 +18,8 @@ from dynarank.forms import Adapted, Form, FullRank, LowRank, resolve_rank
 
 __all__ = ["WeightSpec"]
 
+_LINEAR = Geometry()
+
 
 @dataclass(frozen=True)
 class WeightSpec:
@@ -33,7 +35,7 @@ class WeightSpec:
 
     name: str
     shape: tuple[int, ...]
-    geometry: Geometry = Geometry()
+    geometry: Geometry = _LINEAR
     swapped: bool = False
     lookup: bool = False
 
