@@ -49,7 +49,8 @@ FORBIDDEN = {
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
     "forms", "decompositions", "layers", "spectrum", "survey", "selection", "edit", "transport",
-    "cost", "monitors", "schedules", "surgery", "planning", "scheduler",
+    "cost", "monitors", "schedules", "surgery", "planning", "scheduler", "calibration", "ranking",
+    "budget", "knapsack", "measure",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.
