@@ -81,7 +81,7 @@ def test_no_other_map_of_that_rank_does_better(
     y = x @ weight.T
     side = data.draw(st.sampled_from(["input", "output"]))
     seen = x if side == "input" else y
-    best = project(weight, rank, Activity(side, (seen.T @ seen / samples)[None], samples))
+    best, _ = project(weight, rank, Activity(side, (seen.T @ seen / samples)[None], samples))
     least = (y - x @ best.T).square().sum()
     assert torch.linalg.svdvals(best)[rank:].sum() <= 1e-9 * weight.norm()
     s = torch.linalg.svdvals(y)
@@ -106,7 +106,7 @@ def test_it_is_what_whitening_by_a_cholesky_factor_gives() -> None:
     root = torch.linalg.cholesky(c)
     u, s, v = torch.linalg.svd(weight @ root, full_matrices=False)
     published = (u[:, :2] * s[:2]) @ v[:2] @ torch.linalg.inv(root)
-    assert_close(project(weight, 2, Activity("input", c[None], 50)), published, 1e-10)
+    assert_close(project(weight, 2, Activity("input", c[None], 50))[0], published, 1e-10)
 
 
 def test_directions_no_input_has_are_filled_from_the_weight() -> None:
@@ -117,10 +117,10 @@ def test_directions_no_input_has_are_filled_from_the_weight() -> None:
     y = weight @ x[0]
     rest = weight - torch.outer(y, y) @ weight / y.square().sum()
     s = torch.linalg.svdvals(rest)
-    kept = project(weight, 3, activity)
+    kept, _ = project(weight, 3, activity)
     assert_close(kept @ x[0], y, 1e-12)
     assert (weight - kept).norm().item() == pytest.approx(s[2:].norm().item())
-    assert_close(project(weight, 6, activity), weight, 1e-12)
+    assert_close(project(weight, 6, activity)[0], weight, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -138,6 +138,29 @@ def test_factors_are_balanced_as_plain_ones_are() -> None:
     layer = truncated(model, 4, dr.calibrate(model, [x]))[0]
     up, down = layer.up.detach(), layer.down.detach()
     assert_close(up.T @ up, down @ down.T, 1e-9)
+
+
+def test_the_bias_takes_up_the_mean_and_stays_the_same_parameter() -> None:
+    """b + (I - P) E[y]: the outputs' mean is kept, and a change that fails moves no bias."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9)).double()
+    x = torch.randn(40, 6, dtype=torch.float64) + 3
+    bias, values = model[0].bias, model[0].bias.detach().clone()
+    calibration = dr.calibrate(model, [x])
+    with pytest.raises(ValueError, match="limit"):
+        dr.factorize(model, {"0": 99}, calibration=calibration)
+    before = model(x).mean(0)
+    with pytest.raises(AssertionError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dynarank.surgery._check", lambda *a: _fail())
+        dr.factorize(model, 2, layers="0", calibration=calibration)
+    assert torch.equal(model[0].bias, values)
+    dr.factorize(model, 2, layers="0", calibration=calibration)
+    assert model[0].bias is bias and not torch.equal(bias, values)
+    assert_close(model(x).mean(0), before)
+
+
+def _fail() -> None:
+    raise AssertionError
 
 
 class Mixed(nn.Module):
@@ -184,7 +207,8 @@ def test_every_use_counts_and_batches_add_up() -> None:
     parts = dr.calibrate(model, list(x.split(2)), layers="2").get("2")
     hidden = F.relu(model[0](x)).detach()
     assert (parts.side, parts.count) == ("input", 9)
-    assert_close(parts.second[0], hidden.T @ hidden / 9)
+    assert_close(parts.mean[0], hidden.mean(0))
+    assert_close(parts.second[0], hidden.T @ hidden / 9 - torch.outer(*2 * [hidden.mean(0)]))
 
 
 def test_an_embedding_keeps_what_its_frequent_rows_need() -> None:
@@ -214,9 +238,9 @@ def test_other_decompositions_split_the_weight_itself() -> None:
     weight = torch.randn(5, 6)
     activity = Activity("input", torch.diag(torch.arange(6.0))[None], 1)
     plain = DECOMPOSITIONS["svd"].split(weight, 2)
-    other = split_whitened(Other(), weight, 2, activity)  # type: ignore[arg-type]
+    other, _ = split_whitened(Other(), weight, 2, activity)  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(other, plain, strict=True))
-    assert not torch.equal(split_whitened(SVD(), weight, 2, activity)[0], plain[0])
+    assert not torch.equal(split_whitened(SVD(), weight, 2, activity)[0][0], plain[0])
 
 
 def test_it_lowers_the_loss_right_after_the_deflation_of_a_trained_network() -> None:

@@ -108,7 +108,9 @@ class _Meter:
         self.side: Literal["output", "input", "row"] = (
             "row" if self.spec.lookup else "input" if tall else "output"
         )
+        self.centred = own_parameters(site.module).get("bias") is not None and not site.tied
         self.second: Tensor | None = None
+        self.sum: Tensor | None = None
         self.count = 0
 
     def modules(self) -> Iterator[nn.Module]:
@@ -124,23 +126,30 @@ class _Meter:
         for part in flat.split(max(1, _CHUNK // flat.shape[0]), 1):
             part = part.to(width) if bias is None else part.to(width) - bias.to(width)[:, None]
             grouped = part.unflatten(0, (groups, -1))
-            self._sum(grouped @ grouped.mT)
+            self._sum(grouped @ grouped.mT, grouped.sum(-1))
         self.count += flat.shape[1]
 
-    def _sum(self, product: Tensor) -> None:
-        if self.second is None:
+    def _sum(self, product: Tensor, vectors: Tensor) -> None:
+        if self.second is None or self.sum is None:
             small = product.shape[-1] <= _PRECISE_UP_TO and product.device.type != "mps"
-            self.second = torch.zeros_like(product, dtype=torch.float64 if small else None)
+            dtype = torch.float64 if small else None
+            self.second = torch.zeros_like(product, dtype=dtype)
+            self.sum = torch.zeros_like(vectors, dtype=dtype)
         self.second += product
+        self.sum += vectors
 
     def activity(self, path: str) -> Activity:
-        assert self.second is not None
+        assert self.second is not None and self.sum is not None
         if not torch.isfinite(self.second).all():
             raise UnfitWeightError(
                 f"layer {path!r}: its {self.side}s on the calibration batches are not finite, or "
                 "too large to be squared; look at the batches and at the layers before it"
             )
-        return Activity(self.side, self.second / max(self.count, 1), self.count)
+        count = max(self.count, 1)
+        second, mean = self.second / count, self.sum / count
+        if not self.centred:
+            return Activity(self.side, second, self.count)
+        return Activity(self.side, second - mean[:, :, None] * mean[:, None], self.count, mean)
 
 
 def _hook(meter: _Meter, path: str, met: list[str]) -> Callable[..., None]:

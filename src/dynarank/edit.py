@@ -36,6 +36,8 @@ class Edit:
     old: dict[str, Parameter]
     new: dict[str, Parameter]
     error: float
+    shift: Tensor | None = None  # what is added to the module's bias
+    _bias: tuple[Parameter, Tensor] | None = None  # the bias, and its values before
     _undo: list[tuple[nn.Module, dict[str, Any]]] = field(
         default_factory=list[tuple[nn.Module, dict[str, Any]]]
     )
@@ -65,9 +67,15 @@ class Edit:
             self._undo.append((module, state))
             _replace(own, self.old, self.new)
             _rank(module, site.spec.name, self.before, self.after)
+        bias = own_parameters(self.site.module).get("bias")
+        if bias is not None and self.shift is not None:
+            self._bias = bias, bias.detach().clone()
+            bias.data.add_(self.shift.to(bias.device, bias.dtype))
 
     def undo(self) -> None:
         """Take back ``commit``; nothing if it was not called."""
+        if self._bias is not None:
+            self._bias[0].data.copy_(self._bias[1])
         for module, state in reversed(self._undo):
             module.__class__ = state["class"]
             module.__dict__.clear()
@@ -98,7 +106,7 @@ def prepare_edit(site: Site, after: Form, activity: Activity | None = None) -> E
     weight = _effective(site.spec, before, old)
     trains = any(p.requires_grad for name, p in old.items() if not site.spec.is_base(name))
     like = next(iter(old.values()))
-    tensors = _tensors(site, weight, after, old, activity)
+    tensors, shift = _tensors(site, weight, after, old, activity)
     new = {
         name: Parameter(
             _like(tensor, like, old), requires_grad=trains and not site.spec.is_base(name)
@@ -112,7 +120,7 @@ def prepare_edit(site: Site, after: Form, activity: Activity | None = None) -> E
             f"layer {site.path!r}: {before} -> {after} would change the weight by {error:.1e} "
             f"relative, above {tolerance:.0e} for {like.dtype}; the layer is left as it was"
         )
-    return Edit(site, after, old, new, error)
+    return Edit(site, after, old, new, error, shift)
 
 
 def _replace(
@@ -148,21 +156,24 @@ def _rank(module: nn.Module, name: str, before: Form, after: Form) -> None:
 
 def _tensors(
     site: Site, weight: Tensor, after: Form, old: dict[str, Parameter], activity: Activity | None
-) -> dict[str, Tensor]:
-    """The new parameters' values by name, base first; ``weight`` is canonical, in fp64."""
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The new parameters' values by name, base first, and the change of the bias.
+
+    ``weight`` is canonical, in fp64.
+    """
     spec, names = site.spec, site.spec.parameter_names(after)
     full = spec.turn(weight)
     if isinstance(after, FullRank):
-        return {names[0]: full}
+        return {names[0]: full}, None
     rank, decomposition = int(after.rank), spec.decomposition(after)  # type: ignore[arg-type]
     if isinstance(after, LowRank):
         dtype = next(iter(old.values())).dtype
-        factors = split_whitened(decomposition, weight.to(dtype), rank, activity)
-        return dict(zip(names, factors, strict=True))
+        factors, shift = split_whitened(decomposition, weight.to(dtype), rank, activity)
+        return dict(zip(names, factors, strict=True)), shift
     # The base of what was full-rank is the old weight's own memory.
     base = next(iter(old.values())).detach() if isinstance(site.form, FullRank) else full
     factors = _zero_adaptor(site.path, decomposition.shapes(spec.shape, rank))
-    return dict(zip(names, (base, *factors), strict=True))
+    return dict(zip(names, (base, *factors), strict=True)), None
 
 
 def _zero_adaptor(path: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:

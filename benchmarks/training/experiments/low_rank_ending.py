@@ -54,7 +54,7 @@ def settings(name: str, folder: str | None) -> tuple[Recipe, ImageData, int, int
         test_images=F.avg_pool2d(data.test_images[:2000], 2),
         test_labels=data.test_labels[:2000],
     )
-    return recipe, small, 12, 10, 39
+    return recipe, small, 12, 10, 20
 
 
 def plan_of(arm: str, share: float, model: nn.Module, recipe: Recipe, data: ImageData,

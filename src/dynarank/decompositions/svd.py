@@ -19,7 +19,7 @@ from dynarank.decompositions.base import (
     precise,
 )
 
-__all__ = ["SVD"]
+__all__ = ["SVD", "leading_directions"]
 
 
 class SVD:
@@ -124,7 +124,7 @@ class SVD:
 
 def _split_wide(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Factors (n, r), (r, m) of an (n, m) matrix with n <= m."""
-    basis, values = _leading_directions(matrix, rank)
+    basis, values = leading_directions(matrix, rank)
     eps = min(torch.finfo(matrix.dtype).eps, torch.finfo(torch.float32).eps)
     noise = eps * max(matrix.shape) * values[:1]
     live = values > noise
@@ -133,7 +133,7 @@ def _split_wide(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return basis * root, (basis.T @ precise(matrix)) / root[:, None]
 
 
-def _leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Left singular vectors (n, r) and values (r,), largest first, in fp64.
 
     The Gram matrix in fp64 resolves values down to 1e-8 of the largest: finer than the rounding of

@@ -14,6 +14,10 @@ C that is singular, because few inputs were seen or some are always zero, needs 
 
 E[y y'] is measured on the outputs themselves, n x n, however wide the weight. A weight with more
 outputs than inputs (a tall one) is measured by its inputs, m x m, and W C W' is worked out.
+
+Where a bias can take up the outputs' mean, it should: with covariances in place of second moments
+P_r W is the best weight beside the best bias, ``b + (I - P_r) E[y]``. Inputs behind a ReLU have large
+means, which otherwise claim the first directions.
 """
 
 from __future__ import annotations
@@ -33,12 +37,9 @@ from dynarank.decompositions.base import (
     precise,
 )
 from dynarank.decompositions.grouped import Grouped
-from dynarank.decompositions.svd import SVD
+from dynarank.decompositions.svd import SVD, leading_directions
 
 __all__ = ["Activity", "output_energies", "project", "split_whitened"]
-
-_PLAIN = SVD()
-
 
 @dataclass(frozen=True)
 class Activity:
@@ -47,13 +48,15 @@ class Activity:
     Args:
         side: ``"output"``: of y = W x, without the bias; ``"input"``: of x; ``"row"``: of the rows
             that are looked up in W, y = W' e.
-        second: E[v v'] of each group, (groups, k, k).
+        second: E[v v'] of each group, (groups, k, k); the covariance if there is a ``mean``.
         count: how many vectors were averaged.
+        mean: E[v], (groups, k), where a bias takes it up.
     """
 
     side: Literal["output", "input", "row"]
     second: Tensor
     count: int
+    mean: Tensor | None = None
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise if this is not of a weight of this shape, (out, in / groups, *kernel).
@@ -73,7 +76,7 @@ class Activity:
 
 def split_whitened(
     decomposition: Decomposition, weight: Tensor, rank: int, activity: Activity | None
-) -> Factors:
+) -> tuple[Factors, Tensor | None]:
     """``split`` of ``P_r W`` where W's outputs are known and the decomposition is the SVD.
 
     Any other decomposition splits W itself: its best fit to data is no projection.
@@ -84,17 +87,21 @@ def split_whitened(
         rank: of the factors.
         activity: what is known; None: nothing.
 
+    Returns:
+        The factors, and what is to be added to the bias, if anything.
+
     Raises:
         ValueError: the activity is of another weight.
         UnfitWeightError: the weight cannot be decomposed.
     """
     inner = decomposition.inner if isinstance(decomposition, Grouped) else decomposition
+    shift = None
     if activity is not None and isinstance(inner, SVD):
-        weight = project(weight, rank, activity)
-    return decomposition.split(weight, rank)
+        weight, shift = project(weight, rank, activity)
+    return decomposition.split(weight, rank), shift
 
 
-def project(weight: Tensor, rank: int, activity: Activity) -> Tensor:
+def project(weight: Tensor, rank: int, activity: Activity) -> tuple[Tensor, Tensor | None]:
     """``P_r W``: the weight of this rank whose outputs are nearest to those of ``weight``.
 
     Where the outputs have fewer directions than ``rank``, the others are the best of what is left
@@ -106,22 +113,28 @@ def project(weight: Tensor, rank: int, activity: Activity) -> Tensor:
         activity: of this weight.
 
     Returns:
-        The projected weight, in the weight's dtype.
+        The projected weight in its dtype, and, if the activity has a mean, the bias's change (out,).
 
     Example:
         >>> from dynarank.decompositions.whitened import Activity, project
         >>> quiet = Activity("input", torch.diag(torch.tensor([0.0, 1.0]))[None], 1)
-        >>> project(torch.diag(torch.tensor([3.0, 1.0])), 1, quiet)
+        >>> project(torch.diag(torch.tensor([3.0, 1.0])), 1, quiet)[0]
         tensor([[0., 0.],
                 [0., 1.]])
     """
     activity.check(weight.shape)
-    done = [
-        _project(_facing(unit, activity), rank, activity.side, second)
-        for unit, second in _units(weight, activity)
-    ]
+    matrices = [(_facing(unit, activity), second) for unit, second in _units(weight, activity)]
+    bases = [_basis(matrix, rank, activity.side, second) for matrix, second in matrices]
+    done = [b @ (b.T @ matrix) for b, (matrix, _) in zip(bases, matrices, strict=True)]
     turned = [matrix.T if activity.side == "row" else matrix for matrix in done]
-    return torch.cat(turned).reshape(weight.shape).to(weight.dtype)
+    projected = torch.cat(turned).reshape(weight.shape).to(weight.dtype)
+    if activity.mean is None:
+        return projected, None
+    means = [precise(mean).to(weight.device) for mean in activity.mean]
+    if activity.side == "input":
+        means = [matrix @ mean for mean, (matrix, _) in zip(means, matrices, strict=True)]
+    lost = [mean - b @ (b.T @ mean) for b, mean in zip(bases, means, strict=True)]
+    return projected, torch.cat(lost)
 
 
 def output_energies(weight: Tensor, activity: Activity | None = None) -> Tensor:
@@ -153,17 +166,17 @@ def _facing(unit: Tensor, activity: Activity) -> Tensor:
     return matrix.T if activity.side == "row" else matrix
 
 
-def _project(matrix: Tensor, rank: int, side: str, second: Tensor) -> Tensor:
+def _basis(matrix: Tensor, rank: int, side: str, second: Tensor) -> Tensor:
+    """The directions kept, (n, rank) or fewer, orthonormal."""
     basis, energies = _principal(matrix, side, second)
     # Second moments are sums of fp32 products: smaller eigenvalues than this are their rounding.
     noise = torch.finfo(torch.float32).eps * len(energies) * energies[:1].clamp(min=0)
     live = int((energies[:rank] > noise).sum())
     kept = basis[:, : min(rank, live)]
-    projected = kept @ (kept.T @ matrix)
-    if live >= rank or live >= min(matrix.shape):
-        return projected
-    rest = matrix - projected
-    return projected + _PLAIN.join(_PLAIN.split(rest, rank - live))
+    if live >= min(rank, *matrix.shape):
+        return kept
+    rest = matrix - kept @ (kept.T @ matrix)
+    return torch.cat([kept, leading_directions(rest, rank - live)[0]], 1)
 
 
 def _principal(matrix: Tensor, side: str, second: Tensor) -> tuple[Tensor, Tensor]:
