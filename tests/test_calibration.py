@@ -67,9 +67,7 @@ def test_the_output_error_is_the_energy_cut_off_and_below_the_plain_one(case: La
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 999), st.data()
-)
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.integers(0, 999), st.data())
 def test_no_other_map_of_that_rank_does_better(
     n: int, m: int, samples: int, seed: int, data: st.DataObject
 ) -> None:

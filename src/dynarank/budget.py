@@ -21,6 +21,10 @@ from dynarank.survey import Site
 
 __all__ = ["plan_within"]
 
+# A weight that loses nothing, on a few batches, is worth a little less than the weight itself: where
+# the budget allows both, it stays full-rank.
+_DOUBT = 1 - 1e-6
+
 
 def plan_within(
     model: nn.Module,
@@ -186,7 +190,8 @@ def _options(
     if not cheaper:
         return [full]
     kept = _kept(site, cheaper, calibration)
-    return [full, *(Option[Form](f, costs[f], k) for f, k in zip(cheaper, kept, strict=True))]
+    pairs = zip(cheaper, kept, strict=True)
+    return [full, *(Option[Form](form, costs[form], k * _DOUBT) for form, k in pairs)]
 
 
 def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None) -> list[float]:

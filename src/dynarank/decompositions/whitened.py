@@ -41,6 +41,7 @@ from dynarank.decompositions.svd import SVD, leading_directions
 
 __all__ = ["Activity", "output_energies", "project", "split_whitened"]
 
+
 @dataclass(frozen=True)
 class Activity:
     """How a weight's outputs, or its inputs, vary over data.
