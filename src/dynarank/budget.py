@@ -21,8 +21,8 @@ from dynarank.survey import Site
 
 __all__ = ["plan_within"]
 
-# A weight that loses nothing, on a few batches, is worth a little less than the weight itself: where
-# the budget allows both, it stays full-rank.
+# A truncation that loses nothing on a few batches is worth a little less than the weight itself:
+# where the budget allows both, the weight stays full-rank.
 _DOUBT = 1 - 1e-6
 
 

@@ -42,7 +42,8 @@ class RankScheduler:
             low-rank phase of the schedule.
         moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`.
         calibrate: called right before weights become low-rank, and only then, for what a few
-            batches tell about them: ``lambda: dr.calibrate(model, batches)``. None: plain truncation.
+            batches tell about them: ``lambda: dr.calibrate(model, batches)``. None: they are
+            truncated plainly.
         on_change: called with the list of changes after each change of plan.
 
     Raises:

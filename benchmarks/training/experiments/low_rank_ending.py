@@ -1,7 +1,7 @@
 """How much a calibrated low-rank ending is worth: plain, whitened, and whitened with ranks chosen.
 
-A network is trained at full rank to five sixths of its recipe (10 of 12 epochs of CIFAR-10, 25 of 30
-of the digits); then each arm deflates a copy of it to low-rank, is tested, trains a little further,
+A network is trained at full rank to five sixths of its recipe (10 of 12 epochs of CIFAR-10, 25 of
+30 of the digits); then each arm deflates a copy of it to low-rank, is tested, trains a little more,
 and is tested again. Arms of one share have the same budget of FLOPs, that of the uniform ranks:
 
 - plain: the truncated SVD of each weight, uniform ranks;
@@ -9,8 +9,8 @@ and is tested again. Arms of one share have the same budget of FLOPs, that of th
 - budgeted: the same, with the ranks of ``plan_within(flops=...)``;
 - budgeted-plain: ranks of ``plan_within`` without a calibration, plain truncation.
 
-python benchmarks/training/experiments/low_rank_ending.py digits --seeds 0 1 2 3 4 --out results.json
-python benchmarks/training/experiments/low_rank_ending.py cifar10-resnet20 --data DIR --seeds 0 --out results.json
+python benchmarks/training/experiments/low_rank_ending.py digits --seeds 0 1 2 --out FILE
+python benchmarks/training/experiments/low_rank_ending.py cifar10-resnet20 --data DIR --out FILE
 """
 
 from __future__ import annotations
@@ -132,6 +132,14 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     recipe, data, epochs, before, further = settings(given.recipe, given.data)
+    header = {
+        "recipe": recipe.model_dump(mode="json"), "epochs": epochs, "deflated_after": before,
+        "further_steps": further, "train_images": len(data.train_labels),
+        "test_images": len(data.test_labels), "image_shape": list(data.train_images.shape[1:]),
+        "calibration_images": CALIBRATION_IMAGES, "hardware": _hardware(torch.device("cpu")),
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "commit": _commit(),
+    }  # fmt: skip
     runs: list[dict[str, Any]] = []
     for seed in given.seeds:
         start = given.starts and given.starts / f"{given.recipe}-seed{seed}.pt"
@@ -144,14 +152,6 @@ def main() -> None:
                 runs.append({"seed": seed, **run(arm, share, trainer, further, before)})
                 print(seed, arm, share, {k: round(v, 4) for k, v in runs[-1].items()
                                          if isinstance(v, float)}, flush=True)  # fmt: skip
-    header = {
-        "recipe": recipe.model_dump(mode="json"), "epochs": epochs, "deflated_after": before,
-        "further_steps": further, "train_images": len(data.train_labels),
-        "test_images": len(data.test_labels), "image_shape": list(data.train_images.shape[1:]),
-        "calibration_images": CALIBRATION_IMAGES, "hardware": _hardware(torch.device("cpu")),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": _commit(),
-    }  # fmt: skip
     given.out.write_text(json.dumps({**header, "runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 

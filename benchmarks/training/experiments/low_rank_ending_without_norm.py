@@ -4,7 +4,7 @@ Two small networks on the digits, trained 12 epochs at full rank; their inner la
 a rank at once. An MLP of 64-64-64-10 and a convolutional network of 8, 16 and 32 channels, biases
 everywhere, ReLU. Calibrated on 512 training images; nothing is trained afterwards.
 
-python benchmarks/training/experiments/low_rank_ending_without_norm.py --seeds 0 1 2 3 4 --out results.json
+python benchmarks/training/experiments/low_rank_ending_without_norm.py --seeds 0 1 2 --out FILE
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ E[y y'] is measured on the outputs themselves, n x n, however wide the weight. A
 outputs than inputs (a tall one) is measured by its inputs, m x m, and W C W' is worked out.
 
 Where a bias can take up the outputs' mean, it should: with covariances in place of second moments
-P_r W is the best weight beside the best bias, ``b + (I - P_r) E[y]``. Inputs behind a ReLU have large
-means, which otherwise claim the first directions.
+P_r W is the best weight beside the best bias, ``b + (I - P_r) E[y]``. Inputs behind a ReLU have
+large means, which otherwise claim the first directions.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def project(weight: Tensor, rank: int, activity: Activity) -> tuple[Tensor, Tens
         activity: of this weight.
 
     Returns:
-        The projected weight in its dtype, and, if the activity has a mean, the bias's change (out,).
+        The projected weight in its dtype; if the activity has a mean, the bias's change (out,).
 
     Example:
         >>> from dynarank.decompositions.whitened import Activity, project
