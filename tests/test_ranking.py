@@ -53,6 +53,11 @@ def test_the_choice_is_within_the_budget_and_near_the_best_there_is(
         )
 
 
+def test_what_is_left_of_the_budget_is_used_off_the_hull() -> None:
+    layers = {"a": [Option("least", 1, 0), Option("middle", 3, 1), Option("most", 6, 10)]}
+    assert [choose(layers, budget)["a"].what for budget in (2, 4, 6)] == ["least", "middle", "most"]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.floats(0.05, 1), min_size=2, max_size=4), min_size=2, max_size=3),
