@@ -26,6 +26,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "edit": {"survey"},
         "selection": {"survey"},
         "present": {"survey", "selection"},
+        "knapsack": set(),
     },
     {
         "transport": set(),
@@ -36,9 +37,11 @@ LAYERS: list[dict[str, set[str]]] = [
         "regularizers": set(),
         "initialization": set(),
         "factor_rates": set(),
+        "calibration": set(),
     },
-    {"surgery": set(), "planning": set()},
+    {"surgery": set(), "planning": set(), "ranking": set()},
     {"measure": set()},
+    {"budget": set()},
     {"scheduler": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
@@ -56,9 +59,10 @@ FORBIDDEN = {
 }
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
-    "cost", "decompositions", "edit", "factor_rates", "forms", "initialization", "layers",
-    "measure", "monitors", "penalties", "planning", "present", "regularizers", "scheduler",
-    "schedules", "selection", "spectrum", "surgery", "survey", "transport",
+    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forms",
+    "initialization", "knapsack", "layers", "measure", "monitors", "penalties", "planning",
+    "present", "ranking", "regularizers", "scheduler", "schedules", "selection", "spectrum",
+    "surgery", "survey", "transport",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.

@@ -10,7 +10,9 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 >>> model = dr.merge(model)                     # plain modules again
 """
 
-from dynarank import schedules
+from dynarank import ranking, schedules
+from dynarank.budget import plan_within
+from dynarank.calibration import calibrate
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Adapted, Change, FullRank, LowRank, Rank
 from dynarank.monitors import SpectralMonitor
@@ -28,11 +30,14 @@ __all__ = [
     "SpectralMonitor",
     "UnfitWeightError",
     "apply_plan",
+    "calibrate",
     "current_plan",
     "deflate",
     "factorize",
     "inflate",
     "merge",
+    "plan_within",
+    "ranking",
     "schedules",
     "survey",
 ]

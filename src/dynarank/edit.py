@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dynarank.decompositions import UnfitWeightError, precise
+from dynarank.decompositions.whitened import Activity, split_whitened
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 from dynarank.survey import Site
@@ -35,6 +36,8 @@ class Edit:
     old: dict[str, Parameter]
     new: dict[str, Parameter]
     error: float
+    shift: Tensor | None = None  # what is added to the module's bias
+    _bias: tuple[Parameter, Tensor] | None = None  # the bias, and its values before
     _undo: list[tuple[nn.Module, dict[str, Any]]] = field(
         default_factory=list[tuple[nn.Module, dict[str, Any]]]
     )
@@ -65,9 +68,15 @@ class Edit:
                 _make_ranked(module)
             _replace(own_parameters(site.module), self.old, self.new)
             _set_form(site.module, site.spec.name, self.before, self.after)
+        bias = own_parameters(self.site.module).get("bias")
+        if bias is not None and self.shift is not None:
+            self._bias = bias, bias.detach().clone()
+            bias.data.add_(self.shift.to(bias.device, bias.dtype))
 
     def undo(self) -> None:
         """Take back ``commit``; nothing if it was not called."""
+        if self._bias is not None:
+            self._bias[0].data.copy_(self._bias[1])
         for module, state in reversed(self._undo):
             module.__class__ = state["class"]
             module.__dict__.clear()
@@ -76,11 +85,17 @@ class Edit:
             own_parameters(module).update(state["own"])
 
 
-def prepare_edit(site: Site, after: Form) -> Edit:
+def prepare_edit(site: Site, after: Form, activity: Activity | None = None) -> Edit:
     """Compute and verify a weight's parameters in the form ``after``.
 
+    Args:
+        site: the weight.
+        after: the form it is to get.
+        activity: how its outputs vary, if that is known: what a truncation keeps.
+
     Raises:
-        ValueError: the weight is on the meta device or not real floating point.
+        ValueError: the weight is on the meta device or not real floating point, or the activity is
+            of another weight.
         UnfitWeightError: it is not finite, its decomposition fails, or a change that must keep the
             function would not.
     """
@@ -92,7 +107,7 @@ def prepare_edit(site: Site, after: Form) -> Edit:
     weight = _effective(site.spec, before, old)
     trains = any(p.requires_grad for name, p in old.items() if not site.spec.is_base(name))
     like = next(iter(old.values()))
-    tensors = _tensors(site, weight, after, old)
+    tensors, shift = _tensors(site, weight, after, old, activity)
     new = {
         name: Parameter(
             _like(tensor, like, old), requires_grad=trains and not site.spec.is_base(name)
@@ -106,7 +121,7 @@ def prepare_edit(site: Site, after: Form) -> Edit:
             f"layer {site.path!r}: {before} -> {after} would change the weight by {error:.1e} "
             f"relative, above {tolerance:.0e} for {like.dtype}; the layer is left as it was"
         )
-    return Edit(site, after, old, new, error)
+    return Edit(site, after, old, new, error, shift)
 
 
 def _replace(
@@ -148,24 +163,28 @@ def _set_form(module: nn.Module, name: str, before: Form, after: Form) -> None:
 
 
 def _tensors(
-    site: Site, weight: Tensor, after: Form, old: dict[str, Parameter]
-) -> dict[str, Tensor]:
-    """The new parameters' values by name, base first; ``weight`` is canonical, in fp64."""
+    site: Site, weight: Tensor, after: Form, old: dict[str, Parameter], activity: Activity | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The new parameters' values by name, base first, and the change of the bias.
+
+    ``weight`` is canonical, in fp64.
+    """
     spec, names = site.spec, site.spec.parameter_names(after)
     full = spec.turn(weight)
     if isinstance(after, FullRank):
-        return {names[0]: full}
+        return {names[0]: full}, None
     rank, decomposition = int(after.rank), spec.decomposition(after)  # type: ignore[arg-type]
     if isinstance(after, LowRank):
-        if isinstance(site.form, LowRank) and site.form.decomposition == after.decomposition:
-            factors = decomposition.refactor(site.factors(), rank)
-        else:
-            factors = decomposition.split(weight.to(next(iter(old.values())).dtype), rank)
-        return dict(zip(names, factors, strict=True))
+        same = isinstance(site.form, LowRank) and site.form.decomposition == after.decomposition
+        if same and activity is None:
+            return dict(zip(names, decomposition.refactor(site.factors(), rank), strict=True)), None
+        dtype = next(iter(old.values())).dtype
+        factors, shift = split_whitened(decomposition, weight.to(dtype), rank, activity)
+        return dict(zip(names, factors, strict=True)), shift
     # The base of what was full-rank is the old weight's own memory.
     base = next(iter(old.values())).detach() if isinstance(site.form, FullRank) else full
     factors = _zero_adaptor(site.path, decomposition.shapes(spec.shape, rank))
-    return dict(zip(names, (base, *factors), strict=True))
+    return dict(zip(names, (base, *factors), strict=True)), None
 
 
 def _zero_adaptor(path: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:

@@ -29,7 +29,14 @@ from dynarank.layers import Call, WeightSpec
 from dynarank.schedules import Clock, RankSchedule, Readings
 from dynarank.surgery import apply_plan
 
-__all__ = ["Timings", "candidates", "default_cache", "measure", "where_faster"]
+__all__ = [
+    "Timings",
+    "candidates",
+    "default_cache",
+    "layer_timer",
+    "measure",
+    "where_faster",
+]
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,33 @@ def measure(
         seconds[path] = _layer_seconds(use.layers[path], list(forms), setting, stored)
     stored.save()
     return Timings(seconds)
+
+
+def layer_timer(
+    use: ModelUse, device: torch.device | str = "cpu", *, channels_last: bool = False
+) -> Callable[[str, Form], float]:
+    """A function ``(path, form) -> seconds`` of a training step, each asked for measured once.
+
+    Args:
+        use: how a batch runs through the model.
+        device: where to run.
+        channels_last: whether convolutions run in that memory format.
+
+    Example:
+        >>> from dynarank.cost import trace
+        >>> use = trace(nn.Sequential(nn.Linear(8, 8)), torch.ones(2, 8))
+        >>> layer_timer(use)("0", FullRank()) > 0
+        True
+    """
+    setting, stored = _Setting(torch.device(device), None, channels_last, 5), _Cache(None)
+
+    def seconds(path: str, form: Form) -> float:
+        layer = use.layers[path]
+        return min(
+            _layer_seconds(layer, candidates(layer.spec.resolve(form)), setting, stored).values()
+        )
+
+    return seconds
 
 
 def where_faster(schedule: RankSchedule, timings: Timings) -> RankSchedule:

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from dynarank.calibration import Calibration
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Change, FullRank, LowRank, Plan, form_from_data, form_to_data
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
 from dynarank.selection import LayerFilter, find_sites, select
-from dynarank.surgery import apply_plan
+from dynarank.surgery import apply_plan, truncates
 from dynarank.survey import Site, survey
 from dynarank.transport import Moments, Optimizers, as_list, check_movable
 
@@ -39,6 +40,9 @@ class RankScheduler:
             None: those that are ranked already, or, if none is, all that get cheaper in every
             low-rank phase of the schedule.
         moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`.
+        calibrate: called right before weights become low-rank, and only then, for what a few
+            batches tell about them: ``lambda: dr.calibrate(model, batches)``. None: they are
+            truncated plainly.
         on_change: called with the list of changes after each change of plan.
 
     Raises:
@@ -68,6 +72,7 @@ class RankScheduler:
         *,
         layers: LayerFilter = None,
         moments: Moments = "project",
+        calibrate: Callable[[], Calibration] | None = None,
         on_change: Callable[[list[Change]], None] | None = None,
     ) -> None:
         self.model = model
@@ -76,6 +81,7 @@ class RankScheduler:
         self.schedule = schedule
         self.total_steps = total_steps
         self.moments: Moments = moments
+        self.calibrate = calibrate
         self.on_change = on_change
         self.last_step = 0
         self._patience = 0
@@ -158,7 +164,14 @@ class RankScheduler:
         if plan == self._plan:  # the usual step: no traversal of the model
             return []
         try:
-            changes = apply_plan(self.model, plan, optimizer=self.optimizer, moments=self.moments)
+            known = self.calibrate() if self.calibrate and truncates(self.model, plan) else None
+            changes = apply_plan(
+                self.model,
+                plan,
+                optimizer=self.optimizer,
+                moments=self.moments,
+                calibration=known,
+            )
         except UnfitWeightError as error:
             self._put_off(error)
             return []

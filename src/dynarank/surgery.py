@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dynarank.calibration import Calibration
 from dynarank.edit import Edit, prepare_edit
 from dynarank.forms import (
     Adapted,
@@ -27,19 +28,25 @@ from dynarank.forms import (
     LowRank,
     Plan,
     RankLike,
+    same_weight,
 )
 from dynarank.layers import RankedLayer
 from dynarank.selection import LayerFilter, RankMap, find_sites, rank_for, select
 from dynarank.survey import Site, check_unwrapped, survey
 from dynarank.transport import Moments, Optimizers, as_list, prepare_transport
 
-__all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
+__all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge", "truncates"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, *, optimizer: Optimizers = None, moments: Moments = "project"
+    model: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+    calibration: Calibration | None = None,
 ) -> list[Change]:
     """Bring ``model`` to ``plan``, in place; the layers the plan does not name stay as they are.
 
@@ -52,6 +59,8 @@ def apply_plan(
             the old ones, and their state moves with them.
         moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"``
             forgets them.
+        calibration: from :func:`dynarank.calibrate`: weights that become low-rank (by an SVD) keep
+            the directions in which their outputs have energy, instead of their own largest.
 
     Returns:
         One change for each layer that changed form.
@@ -59,7 +68,7 @@ def apply_plan(
     Raises:
         ValueError: a path that is not there or cannot change form, a rank above the layer's
             limit, a layer that trains but is in no optimizer, gradient hooks on a weight, a model
-            that is wrapped already. Nothing has changed then.
+            that is wrapped already, a calibration of another model. Nothing has changed then.
         UnfitWeightError: a weight that is not finite or cannot be decomposed. Likewise.
 
     Example:
@@ -71,7 +80,10 @@ def apply_plan(
     check_unwrapped(model)
     optimizers = as_list(optimizer)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits = [prepare_edit(site, after) for site, after in _differences(model, plan)]
+        edits = [
+            prepare_edit(site, after, calibration and calibration.get(site.path))
+            for site, after in _differences(model, plan)
+        ]
         transport = prepare_transport(edits, optimizers, moments)
     try:
         for edit in edits:
@@ -94,6 +106,7 @@ def factorize(
     decomposition: str = "svd",
     optimizer: Optimizers = None,
     moments: Moments = "project",
+    calibration: Calibration | None = None,
 ) -> _Model:
     """Bring layers to ``LowRank(rank)``: ``W -> join(split(W, rank))``.
 
@@ -106,6 +119,7 @@ def factorize(
         decomposition: the decomposition's name.
         optimizer: see :func:`apply_plan`.
         moments: see :func:`apply_plan`.
+        calibration: see :func:`apply_plan`.
 
     Returns:
         ``model`` itself.
@@ -120,7 +134,7 @@ def factorize(
     """
     sites = select(model, layers, rank, decomposition)
     plan = {s.path: LowRank(rank_for(rank, s.path), decomposition) for s in sites}
-    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    apply_plan(model, plan, optimizer=optimizer, moments=moments, calibration=calibration)
     return model
 
 
@@ -155,6 +169,7 @@ def deflate(
     execution: AdaptedExecution = "auto",
     optimizer: Optimizers = None,
     moments: Moments = "project",
+    calibration: Calibration | None = None,
 ) -> _Model:
     """Bring layers down from full rank, by one of two endings.
 
@@ -172,6 +187,7 @@ def deflate(
         execution: how the adapted form multiplies, see :class:`Adapted`.
         optimizer: see :func:`apply_plan`.
         moments: see :func:`apply_plan`.
+        calibration: see :func:`apply_plan`; of use with ``to="low-rank"`` only.
 
     Returns:
         ``model`` itself.
@@ -193,7 +209,7 @@ def deflate(
         return LowRank(asked, name) if to == "low-rank" else Adapted(asked, name, alpha, execution)
 
     plan = {site.path: form(site) for site in select(model, layers, rank, decomposition or "svd")}
-    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    apply_plan(model, plan, optimizer=optimizer, moments=moments, calibration=calibration)
     return model
 
 
@@ -213,6 +229,20 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         if isinstance(module, RankedLayer):
             module.leave()
     return model
+
+
+def truncates(model: nn.Module, plan: Plan) -> bool:
+    """Whether bringing the model to the plan decomposes a weight: what a calibration is for.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> truncates(model, {"0": LowRank(2)}), truncates(model, {"0": Adapted(2)})
+        (True, False)
+    """
+    return any(
+        isinstance(after, LowRank) and site.form is not None and not same_weight(site.form, after)
+        for site, after in _differences(model, plan)
+    )
 
 
 def _differences(model: nn.Module, plan: Plan) -> list[tuple[Site, Form]]:

@@ -1,0 +1,103 @@
+"""One option for each layer, the most value within a budget.
+
+Legend: each layer has options of a cost and a value; exactly one is taken. The problem is the
+multiple-choice knapsack. Where each layer's values are concave in cost, as retained energy is,
+taking the steps of most value per cost first is optimal but for the last step (Sinha and Zoltners,
+"The multiple-choice knapsack problem", 1979); where they are not, the steps are those of the upper
+convex hull.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+__all__ = ["Option", "choose", "least_cost"]
+
+_What = TypeVar("_What")
+_Layer = TypeVar("_Layer", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Option(Generic[_What]):
+    """Something to take, what it costs and what it is worth."""
+
+    what: _What
+    cost: float
+    value: float
+
+
+def least_cost(options: Mapping[_Layer, Sequence[Option[_What]]]) -> float:
+    """The cost of the cheapest choice."""
+    return sum(min(o.cost for o in mine) for mine in options.values())
+
+
+def choose(
+    options: Mapping[_Layer, Sequence[Option[_What]]], budget: float
+) -> dict[_Layer, Option[_What]]:
+    """The options of most value, one a layer, that cost no more than ``budget`` together.
+
+    Greedy along the hulls, then filled up: no single layer can be changed for more value within
+    the budget. It is short of the best choice by less than the value of one hull step.
+
+    Args:
+        options: of each layer.
+        budget: at least :func:`least_cost`.
+
+    Example:
+        >>> options = {"a": [Option(1, 1, 0.6), Option(2, 2, 0.9)], "b": [Option(1, 1, 0.5)]}
+        >>> {layer: option.what for layer, option in choose(options, 3).items()}
+        {'a': 2, 'b': 1}
+    """
+    hulls = {layer: _hull(mine) for layer, mine in options.items()}
+    chosen = {layer: hull[0] for layer, hull in hulls.items()}
+    steps = [
+        ((new.value - old.value) / (new.cost - old.cost), layer, old, new)
+        for layer, hull in hulls.items()
+        for old, new in itertools.pairwise(hull)
+    ]
+    for _, layer, old, new in sorted(steps, key=lambda step: -step[0]):
+        if chosen[layer] is old and _total(chosen) - old.cost + new.cost <= budget:
+            chosen[layer] = new
+    while (better := _best_change(options, chosen, budget)) is not None:
+        chosen[better[0]] = better[1]
+    return chosen
+
+
+def _total(chosen: Mapping[_Layer, Option[_What]]) -> float:
+    return sum(option.cost for option in chosen.values())
+
+
+def _hull(options: Sequence[Option[_What]]) -> list[Option[_What]]:
+    """The options on the upper convex hull, from the cheapest to the one of most value."""
+    hull: list[Option[_What]] = []
+    for option in sorted(options, key=lambda o: (o.cost, -o.value)):
+        if hull and option.value <= hull[-1].value:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], option):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(old: Option[_What], new: Option[_What]) -> float:
+    return (new.value - old.value) / (new.cost - old.cost)
+
+
+def _best_change(
+    options: Mapping[_Layer, Sequence[Option[_What]]],
+    chosen: Mapping[_Layer, Option[_What]],
+    budget: float,
+) -> tuple[_Layer, Option[_What]] | None:
+    """The change of one layer that gains most value within the budget, if any does."""
+    room = budget - _total(chosen)
+    gains = [
+        (option.value - chosen[layer].value, layer, option)
+        for layer, mine in options.items()
+        for option in mine
+        if option.value > chosen[layer].value and option.cost - chosen[layer].cost <= room
+    ]
+    best = max(gains, key=lambda gain: gain[0], default=None)
+    return None if best is None else best[1:]
