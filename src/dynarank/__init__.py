@@ -13,6 +13,7 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 from dynarank import schedules
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Adapted, Change, FullRank, LowRank, Rank
+from dynarank.gradients import Gradients
 from dynarank.monitors import SpectralMonitor
 from dynarank.scheduler import RankScheduler
 from dynarank.surgery import apply_plan, deflate, factorize, inflate, merge
@@ -22,6 +23,7 @@ __all__ = [
     "Adapted",
     "Change",
     "FullRank",
+    "Gradients",
     "LowRank",
     "Rank",
     "RankScheduler",
