@@ -21,8 +21,8 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
 Note [Weight decay]
 SGD's and Adam's L2 decay adds ``decay * f`` to the gradient of f. J+ divides by the factors, so
 where they are small (an adaptor's ``up`` starts at zero) that share, lifted as if it were a
-gradient, is amplified without bound: the momentum of a small convolutional network came back 600
-times too large (benchmarks/training/experiments/moments). The share is ``c f`` with c at most
+gradient, is amplified without bound: the momentum of a small convolutional network came back 20 to
+9,000 times too large (benchmarks/training/experiments/moments). The share is ``c f`` with c at most
 ``decay`` times the average's gain; c is the regression of J+(m) on J+(f) within these limits, which
 is sharp exactly where it matters, and needs no count of steps. It goes on as ``c f'``.
 """

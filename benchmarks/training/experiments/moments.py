@@ -33,6 +33,7 @@ from dynarank.train.models import DigitsNet
 FOLDER = Path(__file__).with_suffix("")
 POLICIES = ("reset", "project", "calibrated")
 RANK, BATCH = 0.25, 64
+LENGTH = 32  # gradients kept before a change; `errors` tries others
 PHASE = {"mlp": 100, "conv": 50}  # steps; three phases a run
 LOW, FULL, ADAPTED = dr.LowRank(RANK), dr.FullRank(), dr.Adapted(RANK)
 SCHEDULES = {
@@ -59,7 +60,13 @@ class Run:
         self.phase = PHASE[task]
         phases = Phases((0.0, 1 / 3, 2 / 3), SCHEDULES[schedule])
         self.ranks = dr.RankScheduler(
-            self.model, self.optimizer, phases, 3 * self.phase, layers=layers, moments=moments
+            self.model,
+            self.optimizer,
+            phases,
+            3 * self.phase,
+            layers=layers,
+            moments=moments,
+            calibration_steps=LENGTH,
         )
 
     def batch(self) -> tuple[Tensor, Tensor]:
