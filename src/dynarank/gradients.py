@@ -22,7 +22,7 @@ from dynarank.survey import Site, find_sites
 
 __all__ = ["WINDOW", "Gradients"]
 
-# Right after a change 8 gradients are as good as 32 (deflating to low-rank: a median of 0.64 decades
+# Right after a change 8 gradients are as good as 32 (deflating to low-rank: a median of .64 decades
 # off against 0.70; inflating: 0.34 against 0.30; sd about 0.1, n = 8 seeds of
 # benchmarks/training/experiments/moments), at a quarter of the memory.
 WINDOW = 8

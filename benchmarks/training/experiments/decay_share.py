@@ -1,4 +1,4 @@
-"""The momentum that inflating an adaptor hands to SGD, with and without the share of weight decay.
+"""The momentum that inflating an adaptor hands to SGD, with and without the share of decay.
 
     python benchmarks/training/experiments/decay_share.py
 
