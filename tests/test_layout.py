@@ -29,7 +29,9 @@ LAYERS: list[dict[str, set[str]]] = [
         "knapsack": set(),
     },
     {
-        "transport": set(),
+        "transport": {"moments", "gradients"},
+        "moments": set(),
+        "gradients": set(),
         "cost": set(),
         "monitors": set(),
         "weights": set(),

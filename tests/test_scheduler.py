@@ -100,9 +100,11 @@ def test_optimizer_groups_fit_through_a_whole_run() -> None:
         assert held[1] == [id(p) for p in trained if p.ndim == 1]
         assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 0.01]
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.01]
-        assert {id(p) for p in optimizer.state} == {id(p) for p in trained}
+        new = {id(model[i].down) for i in (0, 2) if step == 8}  # of an adaptor: starts as new
+        assert {id(p) for p in optimizer.state} == {id(p) for p in trained} - new
+        downs = [model[0].down, model[2].down] if step > 8 else []
         for p, state in optimizer.state.items():
-            assert state["step"] == step
+            assert state["step"] == (step - 8 if any(p is down for down in downs) else step)
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape
     names = [name for name, p in model.named_parameters() if not p.requires_grad]
     assert names == ["0.base", "2.base"]

@@ -15,6 +15,7 @@ from dynarank.budget import plan_within
 from dynarank.calibration import calibrate
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Adapted, Change, FullRank, LowRank, Rank
+from dynarank.gradients import Gradients
 from dynarank.monitors import SpectralMonitor
 from dynarank.scheduler import RankScheduler
 from dynarank.surgery import apply_plan, deflate, factorize, inflate, merge
@@ -24,6 +25,7 @@ __all__ = [
     "Adapted",
     "Change",
     "FullRank",
+    "Gradients",
     "LowRank",
     "Rank",
     "RankScheduler",

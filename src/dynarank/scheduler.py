@@ -11,6 +11,7 @@ from torch import nn
 from dynarank.calibration import Calibration
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Change, FullRank, LowRank, Plan, form_from_data, form_to_data
+from dynarank.gradients import WINDOW, Gradients
 from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
 from dynarank.selection import LayerFilter, find_sites, select
 from dynarank.surgery import apply_plan, truncates
@@ -39,7 +40,12 @@ class RankScheduler:
         layers: the layers under the schedule, a filter ``(module, path) -> bool`` or glob patterns.
             None: those that are ranked already, or, if none is, all that get cheaper in every
             low-rank phase of the schedule.
-        moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`.
+        moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`. Under
+            ``"calibrated"`` the gradients of the layers that will change are kept for the last
+            ``calibration_steps`` before, see :class:`dynarank.Gradients`; layers whose change
+            could not be foreseen that early are calibrated by the gradients there are, or, without
+            any, projected.
+        calibration_steps: how far ahead to look and how many gradients to keep.
         calibrate: called right before weights become low-rank, and only then, for what a few
             batches tell about them: ``lambda: dr.calibrate(model, batches)``. None: they are
             truncated plainly.
@@ -73,6 +79,7 @@ class RankScheduler:
         layers: LayerFilter = None,
         moments: Moments = "project",
         calibrate: Callable[[], Calibration] | None = None,
+        calibration_steps: int = WINDOW,
         on_change: Callable[[list[Change]], None] | None = None,
     ) -> None:
         self.model = model
@@ -82,6 +89,9 @@ class RankScheduler:
         self.total_steps = total_steps
         self.moments: Moments = moments
         self.calibrate = calibrate
+        self.gradients = moments if isinstance(moments, Gradients) else None
+        if moments == "calibrated":
+            self.gradients = Gradients(model, optimizers, length=calibration_steps)
         self.on_change = on_change
         self.last_step = 0
         self._patience = 0
@@ -92,6 +102,7 @@ class RankScheduler:
         for phase in self.phases():
             _check_phase(phase, model)
         self._apply()
+        self._foresee()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -109,7 +120,9 @@ class RankScheduler:
             The changes made, most often none.
         """
         self.last_step += 1
-        return self._apply() if self.last_step >= self._retry_at else []
+        changes = self._apply() if self.last_step >= self._retry_at else []
+        self._foresee()
+        return changes
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
@@ -169,7 +182,7 @@ class RankScheduler:
                 self.model,
                 plan,
                 optimizer=self.optimizer,
-                moments=self.moments,
+                moments=self.moments if self.gradients is None else self.gradients,
                 calibration=known,
             )
         except UnfitWeightError as error:
@@ -179,6 +192,15 @@ class RankScheduler:
         if changes and self.on_change is not None:
             self.on_change(changes)
         return changes
+
+    def _foresee(self) -> None:
+        """Keep the gradients of the layers that will have another form before long."""
+        if self.gradients is None or self.moments != "calibrated":
+            return
+        ahead = min(self.last_step + self.gradients.length, self.total_steps - 1)
+        plan = self.schedule(Clock(ahead, self.total_steps), self._readings())
+        now = self._plan or {}
+        self.gradients.watch(path for path, form in plan.items() if form != now.get(path, form))
 
     def _put_off(self, error: UnfitWeightError) -> None:
         self._patience = max(1, 2 * self._patience)

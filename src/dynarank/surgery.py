@@ -58,7 +58,9 @@ def apply_plan(
         optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
             the old ones, and their state moves with them.
         moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"``
-            forgets them.
+            forgets them. A :class:`Gradients` does as ``"project"``, but takes the second moments
+            from the gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
+            :class:`RankScheduler`, which keeps gradients; here there are none, so it projects.
         calibration: from :func:`dynarank.calibrate`: weights that become low-rank (by an SVD) keep
             the directions in which their outputs have energy, instead of their own largest.
 

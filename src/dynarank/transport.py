@@ -1,16 +1,7 @@
-"""The optimizer through a change of form: groups, and the moments it has gathered.
+"""The optimizer through a change of form: its groups, and the states of the weights that change.
 
-Legend: W the effective weight, G its gradient; M an average of G (first moment), V of G * G
-(second moment); f the factors, J = vjp of ``scale * join`` at f, so that dL/df = J(G).
-
-Whatever the two forms, a moment goes through the full-rank one:
-
-- to factors: ``M_f = J(M)``, exact if the factors stood still over the averaging window; and
-  ``V_f = J_(f*f)((V - M * M)+) + M_f * M_f``, the variance taken as independent between entries
-  (LDAdam's form, arXiv 2410.16103), which underestimates where a row's gradients are correlated;
-- from factors: the least M with ``J(M) = M_f``; V by the decomposition's ``lift_squares``;
-- always ``V := max(V, M * M)``: a transported V can vanish where M does not, and the step
-  M / sqrt(V) would be without bound.
+What becomes of the moments is said in :mod:`dynarank.moments`; here they find their places. All of
+it is computed first, then committed by moving references.
 """
 
 from __future__ import annotations
@@ -24,10 +15,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dynarank.decompositions import Decomposition, Factors, UnfitWeightError, precise
+from dynarank.decompositions import UnfitWeightError, precise
 from dynarank.edit import Edit
-from dynarank.forms import Adapted, Form, FullRank
-from dynarank.layers import WeightSpec
+from dynarank.gradients import Gradients
+from dynarank.moments import COUNTERS, FIRST_MOMENTS, SECOND_MOMENTS, Averaging, Side, carry
 
 __all__ = [
     "Moments",
@@ -38,13 +29,10 @@ __all__ = [
     "prepare_transport",
 ]
 
-Moments: TypeAlias = Literal["project", "reset"]
+Moments: TypeAlias = Literal["project", "calibrated", "reset"] | Gradients
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
 
-# Optimizer state by role: SGD's velocity and Adam's averages; steps are copied, not transformed.
-FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-COUNTERS = ("step",)
+POLICIES = ("project", "calibrated", "reset")
 MOVABLE = ("SGD", "Adam", "AdamW", "RAdam")
 
 
@@ -91,15 +79,15 @@ def as_list(optimizers: Optimizers) -> list[Optimizer]:
     return found
 
 
-def check_movable(optimizers: Sequence[Optimizer], moments: str) -> None:
+def check_movable(optimizers: Sequence[Optimizer], moments: Moments) -> None:
     """Raise for an optimizer of torch's whose state is not known how to move.
 
     Raises:
-        ValueError: such an optimizer, under ``moments="project"``.
+        ValueError: such an optimizer, unless ``moments="reset"``.
     """
     for one in optimizers:
         name, home = type(one).__name__, type(one).__module__
-        if moments == "project" and home.startswith("torch.optim") and name not in MOVABLE:
+        if moments != "reset" and home.startswith("torch.optim") and name not in MOVABLE:
             raise ValueError(
                 f"the state of {name} is not known how to move through a change of form (known: "
                 f"{', '.join(MOVABLE)}); use moments='reset'"
@@ -107,20 +95,23 @@ def check_movable(optimizers: Sequence[Optimizer], moments: str) -> None:
 
 
 def prepare_transport(
-    edits: Sequence[Edit], optimizers: Sequence[Optimizer], moments: str
+    edits: Sequence[Edit], optimizers: Sequence[Optimizer], moments: Moments
 ) -> Transport:
     """Compute what the optimizers must hold after ``edits``; change nothing.
 
     Each new parameter takes the place of the old ones, in their group and position; moments follow
-    by policy: ``"project"`` as this module says, ``"reset"`` as if the optimizer had never stepped
-    on the layer (its step counter with it).
+    by policy: ``"project"`` from the old moments alone, gradients (``"calibrated"``) by those of
+    the layer that they hold and like ``"project"`` if there are none, ``"reset"`` as if the
+    optimizer had never stepped on the layer (its step counter with it).
 
     Raises:
-        ValueError: unknown policy; a layer that trains is in no optimizer, or in two; under
-            ``"project"``, the optimizer keeps a state that is not known how to move.
+        ValueError: unknown policy; a layer that trains is in no optimizer, or in two; but for
+            ``"reset"``, the optimizer keeps a state that is not known how to move.
     """
-    if moments not in ("project", "reset"):
-        raise ValueError(f'moments is "project" or "reset", got {moments!r}')
+    if not isinstance(moments, Gradients) and moments not in POLICIES:
+        raise ValueError(
+            f"moments is {', '.join(map(repr, POLICIES))} or a Gradients, got {moments!r}"
+        )
     transport = Transport()
     if not optimizers:
         return transport
@@ -131,8 +122,8 @@ def prepare_transport(
         for edit in mine:
             old = [p for p in edit.old.values() if p in optimizer.state]
             transport.dropped += [(optimizer, p) for p in old]
-            if moments == "project":
-                states = _project(optimizer, edit)
+            if old:
+                states = _states(optimizer, edit, moments)
                 transport.states += [(optimizer, p, state) for p, state in states]
     return transport
 
@@ -188,34 +179,52 @@ def _held(edit: Edit, parameters: dict[str, Parameter]) -> dict[str, Parameter]:
     return {name: p for name, p in parameters.items() if not edit.site.spec.is_base(name)}
 
 
-def _project(optimizer: Optimizer, edit: Edit) -> list[tuple[Parameter, dict[str, Any]]]:
-    """The states of the edit's new parameters; empty if the optimizer has not stepped on it."""
+def _states(
+    optimizer: Optimizer, edit: Edit, moments: Moments
+) -> list[tuple[Parameter, dict[str, Any]]]:
+    """The states of the edit's new parameters; those that start as new ones have none."""
+    held, fresh = list(_held(edit, edit.old).values()), list(_held(edit, edit.new).values())
+    group = _group(optimizer, held)
+    moved: list[dict[str, Any]] = [{} for _ in fresh]
+    if moments != "reset":
+        gradients = moments if isinstance(moments, Gradients) else None
+        moved = _carried(edit, [optimizer.state.get(p, {}) for p in held], group, gradients)
+    # Torch's fused SGD wants a buffer in all parameters of a group or in none.
+    if "momentum" in group and group["momentum"] and group.get("fused"):
+        moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
+    return [(p, _fit(state, p)) for p, state in zip(fresh, moved, strict=True) if state]
+
+
+def _carried(
+    edit: Edit,
+    states: Sequence[dict[str, Any]],
+    group: dict[str, Any],
+    gradients: Gradients | None,
+) -> list[dict[str, Any]]:
+    """The states as :func:`dynarank.moments.carry` has them, in fp64."""
     spec = edit.site.spec
-    old = list(_held(edit, edit.old).values())
-    states = [optimizer.state.get(p, {}) for p in old]
     keys = list(dict.fromkeys(k for state in states for k in state if state[k] is not None))
     _check_known(edit.path, keys)
     _check_finite(edit.path, states)
-    new = list(_held(edit, edit.new).values())
-    moved: dict[str, list[Any]] = {}
-    first: Tensor | None = None
-    for key in sorted(keys, key=(COUNTERS + FIRST_MOMENTS + SECOND_MOMENTS).index):
-        values = [state.get(key) for state in states]
-        if key in COUNTERS:
-            value = next(v for v in values if v is not None)
-            moved[key] = [v.clone() if isinstance(v, Tensor) else v for v in [value] * len(new)]
-            continue
-        parts = tuple(
-            torch.zeros_like(precise(p)) if v is None else precise(v)
-            for p, v in zip(old, values, strict=True)
-        )
-        if key in FIRST_MOMENTS:
-            first = _to_full(spec, edit.before, edit.old, parts)
-            moved[key] = _cast(_from_full(spec, edit.after, edit.new, first), new)
-        else:
-            second = _squares_to_full(spec, edit.before, edit.old, parts)
-            moved[key] = _cast(_squares_from_full(spec, edit.after, edit.new, second, first), new)
-    return [(p, {key: moved[key][i] for key in moved}) for i, p in enumerate(new) if moved]
+    if not keys:
+        return [{} for _ in _held(edit, edit.new)]
+    old = Side.of(spec, edit.before, {n: precise(p) for n, p in edit.old.items()})
+    new = Side.of(spec, edit.after, {n: precise(p) for n, p in edit.new.items()})
+    samples = gradients.of(list(_held(edit, edit.old).values())) if gradients else []
+    return carry(old, new, states, Averaging.of(group), samples)
+
+
+def _group(optimizer: Optimizer, held: Sequence[Parameter]) -> dict[str, Any]:
+    """The group of the first of these parameters."""
+    return next(g for g in optimizer.param_groups if any(p is held[0] for p in g["params"]))
+
+
+def _fit(state: dict[str, Any], parameter: Parameter) -> dict[str, Any]:
+    """Each moment in the parameter's dtype, device and memory layout."""
+    return {
+        key: value if key in COUNTERS else torch.empty_like(parameter).copy_(value).detach()
+        for key, value in state.items()
+    }
 
 
 def _check_known(path: str, keys: Sequence[str]) -> None:
@@ -233,61 +242,3 @@ def _check_finite(path: str, states: Sequence[dict[str, Any]]) -> None:
         raise UnfitWeightError(
             f"layer {path!r}: the optimizer's state holds NaN or infinite values"
         )
-
-
-def _cast(values: Factors, parameters: Sequence[Parameter]) -> list[Tensor]:
-    """Each value in its parameter's dtype, device and memory layout."""
-    return [torch.empty_like(p).copy_(v).detach() for v, p in zip(values, parameters, strict=True)]
-
-
-def _factors(
-    spec: WeightSpec, form: Form, parameters: dict[str, Parameter]
-) -> tuple[Decomposition, Factors, float]:
-    assert not isinstance(form, FullRank)
-    factors = spec.factors(form, {name: precise(p) for name, p in parameters.items()})
-    return spec.decomposition(form), factors, form.scale if isinstance(form, Adapted) else 1.0
-
-
-def _to_full(
-    spec: WeightSpec, form: Form, parameters: dict[str, Parameter], moments: Factors
-) -> Tensor:
-    """Canonical; as are the other full-rank moments here."""
-    if isinstance(form, FullRank):
-        return spec.turn(moments[0])
-    decomposition, factors, scale = _factors(spec, form, parameters)
-    return decomposition.lift(factors, moments) / scale
-
-
-def _from_full(
-    spec: WeightSpec, form: Form, parameters: dict[str, Parameter], moment: Tensor
-) -> Factors:
-    if isinstance(form, FullRank):
-        return (spec.turn(moment),)
-    decomposition, factors, scale = _factors(spec, form, parameters)
-    return decomposition.pull(factors, scale * moment)
-
-
-def _squares_to_full(
-    spec: WeightSpec, form: Form, parameters: dict[str, Parameter], squares: Factors
-) -> Tensor:
-    if isinstance(form, FullRank):
-        return spec.turn(squares[0])
-    decomposition, factors, scale = _factors(spec, form, parameters)
-    return decomposition.lift_squares(factors, squares) / scale**2
-
-
-def _squares_from_full(
-    spec: WeightSpec,
-    form: Form,
-    parameters: dict[str, Parameter],
-    square: Tensor,
-    moment: Tensor | None,
-) -> Factors:
-    mean = torch.zeros_like(square) if moment is None else moment
-    if isinstance(form, FullRank):
-        return (spec.turn(torch.maximum(square, mean.square())),)
-    decomposition, factors, scale = _factors(spec, form, parameters)
-    variance = (square - mean.square()).clamp(min=0)
-    spread = decomposition.pull(tuple(f.square() for f in factors), scale**2 * variance)
-    means = decomposition.pull(factors, scale * mean)
-    return tuple(s + m.square() for s, m in zip(spread, means, strict=True))

@@ -53,7 +53,7 @@ class Recipe(BaseModel):
     deflate: float = Field(gt=0)
     alpha: float = Field(default=16.0, gt=0)
     execution: AdaptedExecution = "auto"
-    moments: Literal["project", "reset"] = "project"
+    moments: Literal["project", "calibrated", "reset"] = "project"
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
