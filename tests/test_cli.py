@@ -179,8 +179,9 @@ def test_help_is_there_and_every_command_has_json(
 
 OPTIONS = {
     "train": {"data", "schedule", "seed", "epochs", "train-limit", "as-published", "out", "device",
-              "precision", "compile", "json", "help"},
-    "plan": {"schedule", "as-published", "json", "help"},
+              "precision", "compile", "json", "help", "rank", "decomposition"},
+    "plan": {"schedule", "as-published", "json", "help", "rank", "decomposition", "measure",
+             "device", "precision"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},
     "report": {"out", "json", "help"},
 }  # fmt: skip

@@ -14,8 +14,10 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
 - **Second moment, calibrated:** each kept gradient goes on as a first moment does, and is squared
   then: ``v' = s mean_t (J'(J+(g_t)))^2``, with ``s = sum v / sum mean_t g_t^2``: v remembers some
   thousand steps, and s keeps what it knew of the gradient's size.
-- **Bound:** always ``v' >= m' * m'``, both bias-corrected, so the next step is at most the learning
-  rate in every entry: a transported v can vanish where m does not.
+- **Bound:** always ``v' >= m' * m'``, of the averages as the optimizer keeps them and so of the
+  bias-corrected ones too: the next step is at most the learning rate in every entry, where a
+  transported v that vanishes and an m that does not would be without bound. Adam's own v lies below
+  m * m in its first hundred or so steps, so a change that early makes the next steps smaller.
 - A parameter that gets nothing (an adaptor's ``down``, while ``up`` is zero) starts as a new one.
 
 Note [Weight decay]
@@ -160,12 +162,12 @@ def carry(
         square = _average(old, states, (key,), averaging)
         if samples:
             squares = _calibrated(old, new, samples, share, square)
-            bounded = tuple(torch.maximum(v, m * m) for v, m in zip(squares, means, strict=True))
         else:
             variance = tuple((v - m * m).clamp(min=0) for v, m in zip(square, mean, strict=True))
-            squares = new.pull_squares(old.lift_squares(variance))
-            bounded = tuple(v + m * m for v, m in zip(squares, means, strict=True))
-        values[key] = tuple(two * v for v in bounded)
+            spread = new.pull_squares(old.lift_squares(variance))
+            squares = tuple(v + m * m for v, m in zip(spread, means, strict=True))
+        pairs = zip(squares, means, strict=True)
+        values[key] = tuple(torch.maximum(two * v, (one * m).square()) for v, m in pairs)
         alive = [a or bool(v.any()) for a, v in zip(alive, squares, strict=True)]
     return [_state(i, step, values) if alive[i] else {} for i in range(len(new.parameters))]
 

@@ -78,7 +78,7 @@ def _weight(file: safe_open, name: str, names: set[str]) -> tuple[str, Tensor | 
 
 def _spectrum(name: str, tensor: Tensor) -> WeightSpectrum:
     try:
-        values = singular_values(tensor)
+        values = singular_values(tensor, exact=True)
     except UnfitWeightError:
         values = None
     return WeightSpectrum(name, tuple(tensor.shape), values)
