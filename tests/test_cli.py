@@ -179,7 +179,8 @@ def test_help_is_there_and_every_command_has_json(
 
 OPTIONS = {
     "train": {"data", "schedule", "seed", "epochs", "train-limit", "as-published", "out", "device",
-              "precision", "compile", "json", "help", "rank", "decomposition"},
+              "precision", "compile", "json", "help", "rank", "decomposition",
+              "measure"},
     "plan": {"schedule", "as-published", "json", "help", "rank", "decomposition", "measure",
              "device", "precision"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},

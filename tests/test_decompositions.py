@@ -265,8 +265,8 @@ def test_pull_and_lift_against_dense_algebra(
     back = decomposition.pull(factors, decomposition.lift(factors, pulled))
     for actual, expected in zip(back, pulled, strict=True):
         assert_close(actual, expected, 1e-10)
-    if len(factors) == 2:
-        return  # the SVD's own lift, which has its own average of the two
+    if len(factors) == 2 or name == "tucker":
+        return  # lifts in closed form, which have their own way with what does not fit together
     wild = tuple(normal(*p.shape, seed=i + 20) for i, p in enumerate(pulled))
     flat = torch.cat([p.flatten() for p in wild])
     least = torch.linalg.lstsq(jacobian.T, flat[:, None], driver="gelsd").solution

@@ -26,7 +26,7 @@ def adamw(model: nn.Module) -> AdamW:
 def test_the_last_gradients_are_kept_as_the_optimizer_uses_them() -> None:
     model = net()
     optimizer = adamw(model)
-    gradients = dr.Gradients(model, optimizer, ["0"], length=3)
+    gradients = dr.gradients.Gradients(model, optimizer, ["0"], length=3)
     seen = []
     for step in range(5):
         train_step(model, optimizer, step)
@@ -45,7 +45,7 @@ def test_what_says_nothing_is_left_out() -> None:
     """No gradient, one not finite, a step that is to be skipped; a scaled one is unscaled."""
     model = net()
     optimizer = adamw(model)
-    gradients = dr.Gradients(model, optimizer, ["0"])
+    gradients = dr.gradients.Gradients(model, optimizer, ["0"])
     weight = model[0].weight
     optimizer.step()
     for value in (1.0, float("nan"), 3.0):
@@ -57,7 +57,7 @@ def test_what_says_nothing_is_left_out() -> None:
     gradients._read(optimizer)
     assert [sample[0][0, 0].item() for sample in gradients.of([weight])] == [1.0, 3.0, 0.75]
     with pytest.raises(ValueError, match="at least 1 gradient is kept, got length=0"):
-        dr.Gradients(model, optimizer, length=0)
+        dr.gradients.Gradients(model, optimizer, length=0)
 
 
 def run(moments: str, calibration_steps: int = 3) -> tuple[list[torch.Tensor], list[set[str]]]:
@@ -90,7 +90,7 @@ def test_gathering_does_not_change_a_run() -> None:
     for gather in (True, False):
         model = net()
         optimizer = adamw(model)
-        gradients = dr.Gradients(model, optimizer, ["0", "2", "4"]) if gather else None
+        gradients = dr.gradients.Gradients(model, optimizer, ["0", "2", "4"]) if gather else None
         for step in range(6):
             train_step(model, optimizer, step)
         values.append([p.detach().clone() for p in model.parameters()])
@@ -102,7 +102,7 @@ def test_gathering_does_not_change_a_run() -> None:
 def test_gradients_keep_no_parameter_alive_and_are_in_no_state() -> None:
     model = net()
     optimizer = adamw(model)
-    gradients = dr.Gradients(model, optimizer, ["0"])
+    gradients = dr.gradients.Gradients(model, optimizer, ["0"])
     train_step(model, optimizer, 0)
     old = weakref.ref(model[0].weight)
     dr.deflate(model, 2, layers="0", optimizer=optimizer, moments=gradients)
@@ -146,6 +146,6 @@ def test_a_run_resumed_within_the_window_has_fewer_gradients() -> None:
 def test_an_optimizer_without_second_moments_is_not_read() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    gradients = dr.Gradients(model, optimizer, ["0"])
+    gradients = dr.gradients.Gradients(model, optimizer, ["0"])
     train_step(model, optimizer, 0)
     assert gradients.nbytes == 0 and not optimizer._optimizer_step_pre_hooks

@@ -42,6 +42,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "calibration": set(),
     },
     {"surgery": set(), "planning": set(), "ranking": set()},
+    {"stopwatch": set()},
     {"measure": set()},
     {"budget": set()},
     {"scheduler": set()},
@@ -64,7 +65,7 @@ CORE_ONLY_TORCH = {
     "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forms",
     "initialization", "knapsack", "layers", "measure", "monitors", "penalties", "planning",
     "present", "ranking", "regularizers", "scheduler", "schedules", "selection", "spectrum",
-    "surgery", "survey", "transport",
+    "stopwatch", "surgery", "survey", "transport",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.

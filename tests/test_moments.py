@@ -207,7 +207,7 @@ def test_the_bound_holds_through_any_changes(case: LayerCase, kind: str, changes
     """v >= m^2 after every change, projected or calibrated, as kept and bias-corrected."""
     model, one = build(case)
     optimizer, x = KINDS[kind](model.parameters()), torch.randn(case.shape, dtype=F64)
-    gradients = dr.Gradients(model, optimizer, [one.path], length=3)
+    gradients = dr.gradients.Gradients(model, optimizer, [one.path], length=3)
     for steps, form, calibrated in changes:
         gradients.watch([one.path] if calibrated else [])
         train(model, optimizer, x, steps)
@@ -303,7 +303,7 @@ def test_calibrated_is_the_mean_square_of_each_gradient_taken_through(form: Form
     model, one = build(FEW[0])
     weight = held(model)[0]
     optimizer = AdamW([weight], 0.0)
-    gradients = dr.Gradients(model, optimizer, ["0"], length=8)
+    gradients = dr.gradients.Gradients(model, optimizer, ["0"], length=8)
     common = torch.randn(12, dtype=F64)
     kept = [torch.outer(torch.randn(10, dtype=F64), common).bfloat16().double() for _ in range(12)]
     for g in kept:

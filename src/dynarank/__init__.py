@@ -10,12 +10,15 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 >>> model = dr.merge(model)                     # plain modules again
 """
 
-from dynarank import ranking, schedules
+from dynarank import gradients as gradients
+from dynarank import ranking as ranking
+from dynarank import regularizers, schedules
 from dynarank.budget import plan_within
 from dynarank.calibration import calibrate
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Adapted, Change, FullRank, LowRank, Rank
-from dynarank.gradients import Gradients
+from dynarank.factor_rates import FactorRates
+from dynarank.forms import Adapted, FullRank, LowRank, Rank
+from dynarank.initialization import initialize_factors
 from dynarank.monitors import SpectralMonitor
 from dynarank.scheduler import RankScheduler
 from dynarank.surgery import apply_plan, deflate, factorize, inflate, merge
@@ -23,9 +26,8 @@ from dynarank.survey import current_plan, survey
 
 __all__ = [
     "Adapted",
-    "Change",
+    "FactorRates",
     "FullRank",
-    "Gradients",
     "LowRank",
     "Rank",
     "RankScheduler",
@@ -37,9 +39,10 @@ __all__ = [
     "deflate",
     "factorize",
     "inflate",
+    "initialize_factors",
     "merge",
     "plan_within",
-    "ranking",
+    "regularizers",
     "schedules",
     "survey",
 ]

@@ -51,7 +51,7 @@ class Gradients:
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> gradients = dr.Gradients(model, optimizer, ["0"])
+        >>> gradients = dr.gradients.Gradients(model, optimizer, ["0"])
         >>> for _ in range(4):
         ...     model(torch.randn(2, 8)).sum().backward()
         ...     optimizer.step()

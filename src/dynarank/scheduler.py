@@ -42,9 +42,9 @@ class RankScheduler:
             low-rank phase of the schedule.
         moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`. Under
             ``"calibrated"`` the gradients of the layers that will change are kept for the last
-            ``calibration_steps`` before, see :class:`dynarank.Gradients`; layers whose change
-            could not be foreseen that early are calibrated by the gradients there are, or, without
-            any, projected.
+            ``calibration_steps`` before, see :class:`~dynarank.gradients.Gradients`; layers whose
+            change could not be foreseen that early are calibrated by the gradients there are, or,
+            without any, projected.
         calibration_steps: how far ahead to look and how many gradients to keep.
         calibrate: called right before weights become low-rank, and only then, for what a few
             batches tell about them: ``lambda: dr.calibrate(model, batches)``. None: they are

@@ -10,7 +10,9 @@ from dynarank.train.recipes import RecipeError
 __all__ = ["choose_machine"]
 
 
-def choose_machine(device: str, precision: str, compile: bool = False) -> Machine:
+def choose_machine(
+    device: str, precision: str, compile: bool = False, measure: bool = False
+) -> Machine:
     """The machine that ``--device``, ``--precision`` and ``--compile`` mean.
 
     Raises:
@@ -28,4 +30,4 @@ def choose_machine(device: str, precision: str, compile: bool = False) -> Machin
         raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}")
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "fp32"
-    return Machine(chosen, precision, compile)
+    return Machine(chosen, precision, compile, measure)

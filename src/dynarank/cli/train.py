@@ -58,6 +58,9 @@ def train(
         str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32 or bf16 (autocast).")
     ] = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the layers first; low rank only where faster.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train a RECIPE under its schedules and compare them.
@@ -69,7 +72,7 @@ def train(
     chosen = chosen.published() if as_published else chosen
     chosen = chosen.with_factors(rank, decomposition)
     schedules = _schedules(schedule, chosen)
-    machine = choose_machine(device, precision, compile)
+    machine = choose_machine(device, precision, compile, measure)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
         raise RecipeError(f"{folder} holds a run already; name another folder with --out")

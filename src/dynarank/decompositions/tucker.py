@@ -108,7 +108,8 @@ class Tucker:
 
         With P and Q the projections on the columns of ``up`` and on the rows of ``down``:
         ``P M Q`` follows from the core's cotangent, ``(1 - P) M`` from that of ``up`` and
-        ``M (1 - Q)`` from that of ``down``. What M had outside of them was never observed.
+        ``M (1 - Q)`` from that of ``down``. What M had outside of them was never observed. Of
+        cotangents that no M has, as averages at moving factors are, ``P M Q`` is the core's.
         """
         down, core, up = _flat(factors)
         c_down, c_core, c_up = _flat(cotangents)

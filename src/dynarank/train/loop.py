@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import MultiStepLR
 
-from dynarank.cost import trace
+from dynarank.cost import ModelUse, trace
 from dynarank.forms import Change
+from dynarank.measure import default_cache, measure, where_faster
 from dynarank.planning import cost_schedule
 from dynarank.scheduler import RankScheduler
-from dynarank.schedules import RankSchedule
+from dynarank.schedules import RankSchedule, Readings, timeline
 from dynarank.selection import select
 from dynarank.train.batches import Batches
 from dynarank.train.data import ImageData
@@ -43,11 +44,14 @@ class Machine:
         device: the device of model and data.
         precision: ``"bf16"`` runs the forward pass under bf16 autocast (parameters stay fp32).
         compile: whether to compile the model; it is compiled again after each change of form.
+        measure: whether to time every layer's forms first, and to leave those full-rank that are
+            not faster low-rank here.
     """
 
     device: torch.device
     precision: str = "fp32"
     compile: bool = False
+    measure: bool = False
 
     def autocast(self) -> Any:
         """The context of a forward pass."""
@@ -129,6 +133,8 @@ class Trainer:
         self.lr_scheduler = MultiStepLR(self.optimizer, milestones, recipe.decay_factor)
         layers = [site.path for site in select(self.model, recipe.layers)]
         use = trace(self.model, self.data.train_images[: recipe.batch_size])
+        if self.machine.measure:
+            schedule = self._where_faster(schedule, use, layers)
         self.cost = cost_schedule(use, schedule, layers, self.total_steps)
         self.ranks = RankScheduler(
             self.model,
@@ -138,6 +144,22 @@ class Trainer:
             layers=recipe.layers,
             moments=recipe.moments,
         )
+
+    def _where_faster(
+        self, schedule: RankSchedule, use: ModelUse, layers: list[str]
+    ) -> RankSchedule:
+        """The schedule with low rank only where this machine is faster at it."""
+        readings = Readings({path: use.layers[path].shape for path in layers})
+        plans = [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
+        timings = measure(
+            use,
+            plans,
+            device=self.machine.device,
+            autocast=torch.bfloat16 if self.machine.precision == "bf16" else None,
+            channels_last=True,
+            cache=default_cache(),
+        )
+        return where_faster(schedule, timings)
 
     @property
     def epochs_done(self) -> float:
