@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peers import lora, pair, tensorly_layer
 from roofline import Roofline, machine_roofline
-from timing import interleaved, layer_step, spread, write
+from timing import interleaved, keep_memory, layer_step, spread, write
 from torch import nn
 
 import dynarank as dr
@@ -107,6 +107,7 @@ def row(
 
 def main() -> None:
     """Run the table and write it."""
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=9)

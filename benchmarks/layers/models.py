@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from networks import GPT, ViT, WideResNet
 from peers import pair
-from timing import interleaved, spread, write
+from timing import interleaved, keep_memory, spread, write
 from torch import Tensor, nn
 
 import dynarank as dr
@@ -138,6 +138,7 @@ def _step(model: nn.Module, case: Case, batch: tuple[Tensor, Tensor]) -> Callabl
 
 def main() -> None:
     """Run the table and write it."""
+    keep_memory()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
@@ -16,22 +18,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["conditions", "interleaved", "layer_step", "write"]
+__all__ = ["conditions", "interleaved", "keep_memory", "layer_step", "spread", "write"]
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each step, ``rounds`` times in turn after one to warm up.
 
-    Process time: what the threads of this process computed, whatever else the machine did.
+    Process time: what the threads of this process computed, whatever else the machine did. The
+    order turns from round to round, for what ran before leaves its memory and caches behind.
     """
     found: dict[str, list[float]] = {name: [] for name in steps}
+    names = list(steps)
     for i in range(rounds + 1):
-        for name, step in steps.items():
+        for name in names[i % len(names) :] + names[: i % len(names)]:
             begun = time.process_time()
-            step()
+            steps[name]()
             if i:
                 found[name].append(time.process_time() - begun)
     return found
+
+
+def keep_memory() -> None:
+    """Start this program anew with an allocator that keeps freed memory, as jemalloc would.
+
+    Else every large tensor is mapped and cleared by the system each time, which costs as much for
+    a product of few FLOPs as for one of many.
+    """
+    wanted = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    if not wanted.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
 def layer_step(layer: nn.Module, x: Tensor) -> Callable[[], None]:
