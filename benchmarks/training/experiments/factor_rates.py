@@ -16,6 +16,7 @@ import copy
 import json
 import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -137,6 +138,9 @@ def record(runs: list[dict], seconds: int) -> dict:
     """Everything that is kept of the runs so far."""
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
         "seeds": sorted({one["seed"] for one in runs}),
         "versions": {
             "python": platform.python_version(),
@@ -155,7 +159,7 @@ def main() -> None:
     """Run, write the records, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(16)))
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs: list[dict] = []
