@@ -12,6 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from dynarank.cli.machine import choose_machine
+from dynarank.cli.options import DecompositionOption, RankOption
 from dynarank.cli.show import console, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost import LayerUse, ModelUse, trace
@@ -35,12 +36,8 @@ def plan(
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Plan what the published code runs.")
     ] = False,
-    rank: Annotated[
-        float | None, typer.Option(help="Instead of the recipe's: 16, or 0.25 of the outputs.")
-    ] = None,
-    decomposition: Annotated[
-        str | None, typer.Option(help="Instead of the recipe's: svd, tucker, cp or separable.")
-    ] = None,
+    rank: RankOption = None,
+    decomposition: DecompositionOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time every form of every layer on this machine.")
     ] = False,

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from dynarank.cli.machine import choose_machine
+from dynarank.cli.options import DecompositionOption, RankOption
 from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import SummaryRecord
 from dynarank.report import write_report
@@ -37,12 +38,8 @@ def train(
                      "dynamic-rank-low (deflates to true factors). Default: the recipe's."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order, augmentation.")] = 0,
-    rank: Annotated[
-        float | None, typer.Option(help="Instead of the recipe's: 16, or 0.25 of the outputs.")
-    ] = None,
-    decomposition: Annotated[
-        str | None, typer.Option(help="Instead of the recipe's: svd, tucker, cp or separable.")
-    ] = None,
+    rank: RankOption = None,
+    decomposition: DecompositionOption = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
     ] = None,

@@ -8,8 +8,8 @@ the way its form says, and then torch's attention products are followed.
 
 The fast paths of ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder`` (evaluation, no
 gradients) do not call this module at all: they read the effective weights, each joined twice, and
-run as ever. With ``torch.backends.mha.set_fastpath_enabled(False)`` they run factored: 0.4 times as
-long at a rank of d / 4 (d = 256, 8 x 128 tokens, one core of an AMD EPYC, 2026-11).
+run as ever. With ``torch.backends.mha.set_fastpath_enabled(False)`` they run
+factored.
 """
 
 from __future__ import annotations

@@ -130,18 +130,17 @@ class RankedLayer(nn.Module):
         trains = grad and last is not None and last.requires_grad
         input_grad = grad and x.requires_grad
         if not torch.compiler.is_compiling():  # the usual case, before anything is built
-            key = spec.name, spec.shape, x.shape, input_grad, trains
-            if (known := self._ways.get(key)) is None:
-                call = Call(tuple(x.shape), geometry, input_grad, trains)
-                known = self._ways[key] = self.way(spec, form, call)
-            return known
-        return choose_way(spec, form, Call(tuple(x.shape), geometry, input_grad, trains))
+            known = self._ways.get((spec.name, spec.shape, x.shape, input_grad, trains))
+            if known is not None:
+                return known
+        call = Call(tuple(x.shape), geometry, input_grad, trains)
+        return self.way(spec, form, call, (spec.name, spec.shape, x.shape, input_grad, trains))
 
-    def way(self, spec: WeightSpec, form: Form, call: Call) -> Way:
-        """The way to compute ``call``, remembered by its shape."""
+    def way(self, spec: WeightSpec, form: Form, call: Call, key: object = None) -> Way:
+        """The way to compute ``call``, remembered by the key, or else by the call itself."""
         if torch.compiler.is_compiling():
             return choose_way(spec, form, call)
-        key = spec.name, spec.shape, call
+        key = key or (spec.name, spec.shape, call)
         if key not in self._ways:
             if len(self._ways) >= _REMEMBERED:
                 self._ways.clear()

@@ -242,8 +242,7 @@ class _Recurrent(RankedLayer):
         if isinstance(form, LowRank):
             return (factors,)
         *first, last = factors
-        base = parameters[self.spec(name).parameter_names(form)[0]]
-        return (base,), (*first, last * form.scale)
+        return (self.spec(name).base(form, parameters),), (*first, last * form.scale)
 
     def _whole(self, name: str) -> Tensor:
         """The parameter or effective weight, in the parameters' dtype also under autocast."""
