@@ -123,9 +123,9 @@ def _epoch(writer: RecordWriter, epoch: int, epochs: int, accuracy: float, facto
             step=epoch * STEPS,
             learning_rate=0.1,
             train_loss=2.3 * (1.01 - progress) * factor,
-            train_accuracy=min(1, accuracy * progress + 0.02),
+            train_score=min(1, accuracy * progress + 0.02),
             test_loss=2.3 * (1.04 - progress * accuracy) * factor,
-            test_accuracy=accuracy * progress,
+            test_score=accuracy * progress,
             trainable_parameters=272_762,
             relative_flops=1.0,
             seconds=1.4,
@@ -155,8 +155,8 @@ def _summary(writer: RecordWriter, schedule: str, accuracy: float) -> None:
     relative = sum(COST[form["form"]] for form in forms) / len(forms)
     writer.write(
         SummaryRecord(
-            test_accuracy=accuracy * 0.98,
-            best_test_accuracy=accuracy,
+            test_score=accuracy * 0.98,
+            best_test_score=accuracy,
             trainable_parameters_peak=272_762 if FULL in forms else 154_211,
             trainable_parameters_mean=200_000.4,
             training_flops=1e12 * relative,

@@ -16,7 +16,7 @@ SRC = Path(dynarank.__file__).parent
 
 # Each unit may import units of lower layers, and, on its own layer, those named after it.
 LAYERS: list[dict[str, set[str]]] = [
-    {"forms": set()},
+    {"forms": set(), "readings": set()},
     {"decompositions": set()},
     {"layers": set(), "records": set()},
     {
@@ -64,8 +64,8 @@ FORBIDDEN = {
 CORE_ONLY_TORCH = {
     "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forms",
     "initialization", "knapsack", "layers", "measure", "monitors", "penalties", "planning",
-    "present", "ranking", "regularizers", "scheduler", "schedules", "selection", "spectrum",
-    "stopwatch", "surgery", "survey", "transport",
+    "present", "ranking", "readings", "regularizers", "scheduler", "schedules", "selection",
+    "spectrum", "stopwatch", "surgery", "survey", "transport",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.

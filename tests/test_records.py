@@ -62,9 +62,9 @@ EPOCH = EpochRecord(
     step=10,
     learning_rate=0.1,
     train_loss=0.1 + 0.2,
-    train_accuracy=1 / 3,
+    train_score=1 / 3,
     test_loss=2.5,
-    test_accuracy=0.9,
+    test_score=0.9,
     trainable_parameters=10,
     relative_flops=1.0,
     seconds=0.25,
@@ -72,8 +72,8 @@ EPOCH = EpochRecord(
 LAYER = LayerSpectrum(effective_rank=3.5, stable_rank=1.5, spectral_ratio=0.75, rank=2, full_rank=4)
 SPECTRUM = SpectrumRecord(epoch=1.0, step=10, layers={"a": LAYER, "b.c": LAYER})
 SUMMARY = SummaryRecord(
-    test_accuracy=0.9,
-    best_test_accuracy=0.95,
+    test_score=0.9,
+    best_test_score=0.95,
     trainable_parameters_peak=30,
     trainable_parameters_mean=22.5,
     training_flops=1e18,

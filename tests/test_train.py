@@ -58,7 +58,7 @@ def test_the_records_tell_the_whole_run(runs: dict[str, Run]) -> None:
         assert one.header.schedule == name and one.header.steps_per_epoch == 5
         assert [record.epoch for record in one.all(EpochRecord)] == [1, 2, 3, 4, 5]
         assert len(one.all(SpectrumRecord)) == 6
-        assert one.summary is not None and one.summary.test_accuracy > 0.5
+        assert one.summary is not None and one.summary.test_score > 0.5
         assert one.config["train_images"] == 320
         losses = [record.train_loss for record in one.all(EpochRecord)]
         assert losses[-1] < losses[0]
@@ -108,7 +108,7 @@ def test_the_saved_weights_are_those_of_the_plain_model(
         with torch.no_grad():
             hits = model(digits.test_images).argmax(1) == digits.test_labels
         assert one.summary is not None
-        assert hits.float().mean().item() == pytest.approx(one.summary.test_accuracy, abs=1e-3)
+        assert hits.float().mean().item() == pytest.approx(one.summary.test_score, abs=1e-3)
 
 
 def test_a_run_repeats_bit_by_bit(digits: ImageData, tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
 @pytest.mark.parametrize("schedule", ["low-rank", "dynamic-rank"])
 def test_bf16_autocast(schedule: str, digits: ImageData, tmp_path: Path) -> None:
     one = run(tmp_path, schedule, digits, machine=Machine(torch.device("cpu"), "bf16"))
-    assert one.summary is not None and one.summary.test_accuracy > 0.5
+    assert one.summary is not None and one.summary.test_score > 0.5
     saved = load_file(tmp_path / "model.safetensors")
     assert {t.dtype for t in saved.values() if t.is_floating_point()} == {torch.float32}
 

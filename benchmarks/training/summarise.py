@@ -37,8 +37,8 @@ def row(schedule: str, runs: list[SummaryRecord]) -> str:
     cells = [
         schedule,
         str(len(runs)),
-        spread([100 * run.test_accuracy for run in runs], 2),
-        spread([100 * run.best_test_accuracy for run in runs], 2),
+        spread([100 * run.test_score for run in runs], 2),
+        spread([100 * run.best_test_score for run in runs], 2),
         f"{runs[0].trainable_parameters_peak:,}",
         f"{runs[0].trainable_parameters_mean:,.0f}",
         f"{runs[0].relative_flops:.3f}x",

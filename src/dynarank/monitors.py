@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -13,9 +12,11 @@ from torch import Tensor, nn
 
 from dynarank.decompositions import SVD, Factors, UnfitWeightError, precise
 from dynarank.forms import FullRank, LowRank, RankLike, resolve_rank
+from dynarank.readings import SpectralReading
 from dynarank.selection import LayerFilter, select
 from dynarank.spectrum import (
     effective_rank,
+    energy_rank,
     product_singular_values,
     singular_values,
     spectral_ratio,
@@ -23,26 +24,7 @@ from dynarank.spectrum import (
 )
 from dynarank.survey import Site, survey
 
-__all__ = ["SpectralMonitor", "SpectralReading"]
-
-
-@dataclass(frozen=True)
-class SpectralReading:
-    """Rank health of one layer's effective weight.
-
-    Args:
-        effective_rank: exp of the entropy of the normalised singular values.
-        stable_rank: sum s^2 / s1^2.
-        spectral_ratio: lambda at ``rank``.
-        rank: the rank lambda is taken at.
-        full_rank: the largest rank the weight could have.
-    """
-
-    effective_rank: float
-    stable_rank: float
-    spectral_ratio: float
-    rank: int
-    full_rank: int
+__all__ = ["SpectralMonitor"]
 
 
 class SpectralMonitor:
@@ -133,6 +115,7 @@ class SpectralMonitor:
         return SpectralReading(
             effective_rank(values),
             stable_rank(values),
+            energy_rank(values),
             spectral_ratio(values, rank),
             rank,
             len(values),

@@ -18,8 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 __all__ = [
     "ChangeRecord",
+    "DecisionRecord",
     "EpochRecord",
+    "HeatmapRecord",
     "LayerSpectrum",
+    "Metric",
+    "NoiseRecord",
     "PhaseRecord",
     "Record",
     "RecordWriter",
@@ -36,6 +40,19 @@ class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
 
 
+class Metric(_Line):
+    """What a run is judged by: its name, which way is better, and whether it is shown in per cent.
+
+    Example:
+        >>> Metric(name="perplexity", higher_is_better=False, percent=False).name
+        'perplexity'
+    """
+
+    name: str = "accuracy"
+    higher_is_better: bool = True
+    percent: bool = True
+
+
 class RunRecord(_Line):
     """The first line: what is run, on what."""
 
@@ -48,6 +65,7 @@ class RunRecord(_Line):
     device: str
     hardware: str
     precision: str
+    metric: Metric = Metric()
     versions: dict[str, str]
     commit: str | None = None
     started: str
@@ -86,30 +104,54 @@ class ChangeRecord(_Line):
     error: float
 
 
+class DecisionRecord(_Line):
+    """A schedule decided that a layer is to have another form: why, and by which readings."""
+
+    kind: Literal["decision"] = "decision"
+    epoch: float
+    step: int
+    path: str
+    form: dict[str, Any]
+    reason: str
+    readings: dict[str, float]
+
+
 class EpochRecord(_Line):
-    """Training and test figures at the end of an epoch; seconds are of training alone."""
+    """Training and test figures at the end of an epoch; seconds are of training alone.
+
+    A score is in the run's metric; ``scores`` holds the others that are usual for the task.
+    """
 
     kind: Literal["epoch"] = "epoch"
     epoch: float
     step: int
     learning_rate: float
     train_loss: float
-    train_accuracy: float
+    train_score: float | None = None
     test_loss: float
-    test_accuracy: float
+    test_score: float
+    scores: dict[str, float] = Field(default_factory=dict[str, float])
     trainable_parameters: int
     relative_flops: float
     seconds: float
 
 
 class LayerSpectrum(_Line):
-    """Rank health of one layer's effective weight; ``spectral_ratio`` is lambda at ``rank``."""
+    """Rank health of one layer's effective weight; ``spectral_ratio`` is lambda at ``rank``.
+
+    ``update_rank`` is the effective rank of what training has added to the weight, None where that
+    was not read; ``values`` are singular values, largest first, at most 64 of them, thinned out
+    evenly from the first to the last; empty where they were not kept.
+    """
 
     effective_rank: float
     stable_rank: float
     spectral_ratio: float
     rank: int
     full_rank: int
+    energy_rank: int | None = None
+    update_rank: float | None = None
+    values: tuple[float, ...] = ()
 
 
 class SpectrumRecord(_Line):
@@ -121,6 +163,28 @@ class SpectrumRecord(_Line):
     layers: dict[str, LayerSpectrum]
 
 
+class HeatmapRecord(_Line):
+    """Pictures of weights at one moment: by layer, rows of mean absolute values of blocks.
+
+    The weight as a matrix, out x (in * kernel positions), is cut into at most 32 x 32 blocks.
+    """
+
+    kind: Literal["heatmap"] = "heatmap"
+    epoch: float
+    step: int
+    layers: dict[str, tuple[tuple[float, ...], ...]]
+
+
+class NoiseRecord(_Line):
+    """The gradient noise scale, tr(covariance) / |gradient|^2, in samples. Experimental."""
+
+    kind: Literal["noise"] = "noise"
+    epoch: float
+    step: int
+    noise_scale: float
+    layers: dict[str, float] = Field(default_factory=dict[str, float])
+
+
 class SummaryRecord(_Line):
     """The last line: the figures of the table.
 
@@ -129,8 +193,9 @@ class SummaryRecord(_Line):
     """
 
     kind: Literal["summary"] = "summary"
-    test_accuracy: float
-    best_test_accuracy: float
+    test_score: float
+    best_test_score: float
+    scores: dict[str, float] = Field(default_factory=dict[str, float])
     trainable_parameters_peak: int
     trainable_parameters_mean: float
     training_flops: float
@@ -141,7 +206,15 @@ class SummaryRecord(_Line):
 
 
 Record = Annotated[
-    RunRecord | PhaseRecord | ChangeRecord | EpochRecord | SpectrumRecord | SummaryRecord,
+    RunRecord
+    | PhaseRecord
+    | ChangeRecord
+    | DecisionRecord
+    | EpochRecord
+    | SpectrumRecord
+    | HeatmapRecord
+    | NoiseRecord
+    | SummaryRecord,
     Field(discriminator="kind"),
 ]
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)

@@ -97,7 +97,7 @@ class ProgressListener:
 
     def epoch(self, record: EpochRecord) -> None:
         """The epoch's scores."""
-        self._scores = f"loss {record.train_loss:.3f}  test {record.test_accuracy:.2%}"
+        self._scores = f"loss {record.train_loss:.3f}  test {record.test_score:.2%}"
         self._progress.update(self._task, note=self._note())
         if not self._out.is_terminal:
             self._out.print(

@@ -148,7 +148,7 @@ def _show(
     for name, summary in summaries.items():
         table.add_row(
             name,
-            percent(summary.test_accuracy, 2),
+            percent(summary.test_score, 2),
             count(summary.trainable_parameters_peak),
             count(summary.trainable_parameters_mean),
             ratio(summary.relative_flops),

@@ -53,7 +53,7 @@ def curves_figure(runs: Sequence[Run]) -> Figure:
     accuracy, loss = figure.subplots(1, 2)
     for run in runs:
         colour, epochs = colours[run.header.schedule], run.all(EpochRecord)
-        _curve(accuracy, epochs, lambda epoch: epoch.test_accuracy, colour, "-")
+        _curve(accuracy, epochs, lambda epoch: epoch.test_score, colour, "-")
         _curve(loss, epochs, lambda epoch: epoch.test_loss, colour, "-")
         _curve(loss, epochs, lambda epoch: epoch.train_loss, colour, ":")
     _percent_axis(accuracy)

@@ -56,7 +56,7 @@ def _points(runs: Sequence[Run], value: _Value) -> list[_Point]:
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
         if ends:
-            pairs = tuple((value(end), end.test_accuracy) for end in ends)
+            pairs = tuple((value(end), end.test_score) for end in ends)
             x, y = (fmean(axis) for axis in zip(*pairs, strict=True))
             found.append(_Point(name, colours[name], x, y, pairs))
     return found

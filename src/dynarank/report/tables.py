@@ -62,8 +62,8 @@ def cost_table(runs: Sequence[Run]) -> Html:
 
 
 def _cost_cells(ends: Sequence[SummaryRecord]) -> Iterator[str]:
-    yield _mean_and_spread([end.test_accuracy for end in ends])
-    yield _mean_and_spread([end.best_test_accuracy for end in ends])
+    yield _mean_and_spread([end.test_score for end in ends])
+    yield _mean_and_spread([end.best_test_score for end in ends])
     cells: tuple[tuple[Callable[[SummaryRecord], float], Callable[[float], str]], ...] = (
         (lambda end: end.trainable_parameters_peak, count),
         (lambda end: end.trainable_parameters_mean, count),
@@ -88,10 +88,10 @@ def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
     first = element("span", swatch, header.schedule, element("small", reached))
     if not epochs:
         return (first, *[_NONE] * 8)
-    best = max(epoch.test_accuracy for epoch in epochs)
+    best = max(epoch.test_score for epoch in epochs)
     seconds = seconds_text(math.fsum(epoch.seconds for epoch in epochs))
     peak = count(max(epoch.trainable_parameters for epoch in epochs))
-    last = percent(epochs[-1].test_accuracy)
+    last = percent(epochs[-1].test_score)
     return (first, last, percent(best), peak, _NONE, _NONE, _NONE, seconds, _NONE)
 
 

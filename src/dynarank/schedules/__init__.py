@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-from dynarank.schedules.base import Clock, Phase, RankSchedule, Readings, timeline
-from dynarank.schedules.phases import Moment, Phases, step_of
+from dynarank.schedules.base import (
+    Answer,
+    Clock,
+    Decision,
+    Moment,
+    Phase,
+    RankSchedule,
+    Readings,
+    Schedule,
+    State,
+    StatefulSchedule,
+    ask,
+    is_stateful,
+    start,
+    step_of,
+    timeline,
+)
+from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
 
 __all__ = [
     "PRESETS",
+    "Answer",
     "Clock",
+    "Decision",
     "Moment",
     "Phase",
     "Phases",
     "RankSchedule",
     "Readings",
+    "Schedule",
+    "State",
+    "StatefulSchedule",
+    "ask",
     "dynamic_rank",
     "full_rank",
     "get_preset",
+    "is_stateful",
     "low_rank",
+    "start",
     "step_of",
     "timeline",
 ]

@@ -1,19 +1,43 @@
 """A rank schedule is a function ``(clock, readings) -> plan``: it knows time, never a model.
 
-Because a plan says what should be, not what to do, a schedule needs no memory of what it asked
-before, and resuming a run is asking again.
+Because a plan says what should be, not what to do, most schedules need no memory of what they said
+before, and resuming a run is asking again. One that decides by what it has seen is a pure function
+too, ``(state, clock, readings) -> (plan, state)``: its state is plain data, kept elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, cast
 
-from dynarank.forms import Plan
+from dynarank.forms import Form, Plan
+from dynarank.readings import SpectralReading
 
-__all__ = ["Clock", "Phase", "RankSchedule", "Readings", "timeline"]
+__all__ = [
+    "Answer",
+    "Clock",
+    "Decision",
+    "Moment",
+    "Phase",
+    "RankSchedule",
+    "Readings",
+    "Schedule",
+    "State",
+    "StatefulSchedule",
+    "ask",
+    "is_stateful",
+    "start",
+    "step_of",
+    "timeline",
+]
+
+Moment: TypeAlias = int | float
+"""When: a float in [0, 1] is a share of the run, an int a step."""
+
+State: TypeAlias = Mapping[str, Any]
+"""What a schedule remembers: plain data, as JSON has it; never changed in place."""
 
 # Plans are compared at this many moments of a run, and a change between two of them is then found
 # to the step: a phase shorter than a 4096th of the run could be missed.
@@ -40,10 +64,17 @@ class Readings:
     Args:
         layers: the weight's shape (out, in, *kernel) of each layer under the schedule.
         learning_rate: that of the optimizer's first group; None with no optimizer or several.
+        forecast: the learning rate over the whole run, at equal distances from its first step to
+            its last, where that can be foreseen; else empty.
+        forms: the form that each layer has.
+        spectra: rank health by layer, at the steps at which it was read; else empty.
     """
 
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
     learning_rate: float | None = None
+    forecast: tuple[float, ...] = ()
+    forms: Mapping[str, Form] = field(default_factory=dict[str, Form])
+    spectra: Mapping[str, SpectralReading] = field(default_factory=dict[str, SpectralReading])
 
 
 class RankSchedule(Protocol):
@@ -62,6 +93,85 @@ class RankSchedule(Protocol):
 
 
 @dataclass(frozen=True)
+class Decision:
+    """That a layer is to have another form, and why.
+
+    Args:
+        step: when.
+        path: the layer.
+        form: what it is to be.
+        reason: the rule that spoke, in words.
+        readings: the figures the rule looked at.
+    """
+
+    step: int
+    path: str
+    form: Form
+    reason: str
+    readings: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+class Answer(NamedTuple):
+    """A schedule's plan for a moment, the state it goes on with, and what it has just decided."""
+
+    plan: Plan
+    state: State
+    decisions: tuple[Decision, ...] = ()
+
+
+class StatefulSchedule(Protocol):
+    """A schedule that remembers: a pure function of state, clock and readings.
+
+    It is asked once for every step, in order. ``spectra_every`` says how often the rank health of
+    the layers is read for it, a share of the run or a number of steps; None: never.
+    """
+
+    @property
+    def spectra_every(self) -> Moment | None:
+        """How often to read spectra."""
+        ...
+
+    def start(self) -> State:
+        """The state before the first step."""
+        ...
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """The plan for this moment and the next state; ``state`` itself stays as it is."""
+        ...
+
+
+Schedule: TypeAlias = RankSchedule | StatefulSchedule
+
+
+def is_stateful(schedule: Schedule) -> TypeGuard[StatefulSchedule]:
+    """Whether the schedule keeps a state."""
+    return hasattr(schedule, "update")
+
+
+def start(schedule: Schedule) -> State:
+    """The state that a schedule begins with; nothing for one without."""
+    return schedule.start() if is_stateful(schedule) else {}
+
+
+def ask(schedule: Schedule, state: State, clock: Clock, readings: Readings) -> Answer:
+    """What the schedule, with a state or without, says at this moment.
+
+    Example:
+        >>> from dynarank.schedules import full_rank
+        >>> ask(full_rank(), {}, Clock(0, 10), Readings({"a": (8, 8)})).plan
+        {'a': FullRank()}
+    """
+    if is_stateful(schedule):
+        return schedule.update(state, clock, readings)
+    return Answer(cast(RankSchedule, schedule)(clock, readings), state)
+
+
+def step_of(moment: Moment, total_steps: int) -> int:
+    """The step that a moment means in a run of ``total_steps``: shares are rounded."""
+    return round(moment * total_steps) if isinstance(moment, float) else moment
+
+
+@dataclass(frozen=True)
 class Phase:
     """The steps ``start <= step < stop`` during which one plan holds."""
 
@@ -75,8 +185,11 @@ class Phase:
         return self.stop - self.start
 
 
-def timeline(schedule: RankSchedule, readings: Readings, total_steps: int) -> list[Phase]:
+def timeline(schedule: Schedule, readings: Readings, total_steps: int) -> list[Phase]:
     """The phases a schedule will go through if the readings stay as they are.
+
+    Where a forecast of the learning rate is known, its schedule is told of it as time goes on. A
+    schedule that waits for spectra gets none, and so does nothing.
 
     Example:
         >>> from dynarank.schedules import dynamic_rank
@@ -86,24 +199,48 @@ def timeline(schedule: RankSchedule, readings: Readings, total_steps: int) -> li
     """
     if not isinstance(total_steps, int) or total_steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"total_steps is a whole number of at least 1, got {total_steps!r}")
+    if is_stateful(schedule):
+        plans = dict(_stateful_plans(schedule, readings, total_steps))
+    else:
+        plans = dict(_plans(cast(RankSchedule, schedule), readings, total_steps))
+    stops = [*list(plans)[1:], total_steps]
+    return [Phase(at, stop, plan) for (at, plan), stop in zip(plans.items(), stops, strict=True)]
+
+
+def _plans(
+    schedule: RankSchedule, readings: Readings, total_steps: int
+) -> Iterator[tuple[int, Plan]]:
+    """The first step of each plan, found by bisection."""
 
     def plan(step: int) -> Plan:
         return dict(schedule(Clock(step, total_steps), readings))
 
-    starts = [0, *_changes(plan, total_steps)]
-    stops = [*starts[1:], total_steps]
-    return [Phase(start, stop, plan(start)) for start, stop in zip(starts, stops, strict=True)]
-
-
-def _changes(plan: _PlanAt, total_steps: int) -> Iterator[int]:
-    """The first step of each new plan."""
+    yield 0, plan(0)
     stride = max(1, total_steps // _MOMENTS)
     moments = sorted({*range(0, total_steps, stride), total_steps - 1})
     for low, high in pairwise(moments):
         while plan(low) != plan(high):
-            first = _first_difference(plan, low, high)
-            yield first
-            low = first
+            low = _first_difference(plan, low, high)
+            yield low, plan(low)
+
+
+def _stateful_plans(
+    schedule: StatefulSchedule, readings: Readings, total_steps: int
+) -> Iterator[tuple[int, Plan]]:
+    """The first step of each plan, from one step to the next, for a state depends on all before."""
+    state, last = schedule.start(), None
+    for step in range(total_steps):
+        clock = Clock(step, total_steps)
+        seen = replace(readings, learning_rate=_rate_at(readings, clock))
+        plan, state, _ = schedule.update(state, clock, seen)
+        if plan != last:
+            last = dict(plan)
+            yield step, last
+
+
+def _rate_at(readings: Readings, clock: Clock) -> float | None:
+    rates = readings.forecast
+    return rates[int(clock.progress * len(rates))] if rates else readings.learning_rate
 
 
 def _first_difference(plan: _PlanAt, low: int, high: int) -> int:

@@ -6,15 +6,12 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import SupportsIndex, TypeAlias
+from typing import SupportsIndex
 
 from dynarank.forms import Form, Plan
-from dynarank.schedules.base import Clock, Readings
+from dynarank.schedules.base import Clock, Moment, Readings, step_of
 
-__all__ = ["Moment", "Phases"]
-
-Moment: TypeAlias = int | float
-"""When: a float in [0, 1] is a share of the run, an int a step."""
+__all__ = ["Phases"]
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,3 @@ class Phases:
 def _plain(moment: Moment) -> Moment:
     """The moment with other libraries' numbers made Python's."""
     return operator.index(moment) if isinstance(moment, SupportsIndex) else float(moment)
-
-
-def step_of(moment: Moment, total_steps: int) -> int:
-    """The step that a moment means in a run of ``total_steps``: shares are rounded."""
-    return round(moment * total_steps) if isinstance(moment, float) else moment

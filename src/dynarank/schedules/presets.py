@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any, Literal
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
-from dynarank.schedules.phases import Moment, Phases
+from dynarank.schedules.base import Moment
+from dynarank.schedules.phases import Phases
 
 __all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
 

@@ -66,9 +66,9 @@ class EpochResult:
 
     learning_rate: float
     train_loss: float
-    train_accuracy: float
+    train_score: float
     test_loss: float
-    test_accuracy: float
+    test_score: float
 
 
 class Trainer:

@@ -135,7 +135,7 @@ class _Recorder:
         accuracies: list[float] = []
         for epoch in range(self.trainer.epochs):
             record = self._epoch_record(self.trainer.train_epoch(epoch))
-            accuracies.append(record.test_accuracy)
+            accuracies.append(record.test_score)
             self.writer.write(record)
             self.listener.epoch(record)
             self._spectrum()
@@ -202,8 +202,8 @@ class _Recorder:
     def _summary(self, accuracies: list[float], wall_seconds: float) -> SummaryRecord:
         cost = self.trainer.cost
         return SummaryRecord(
-            test_accuracy=accuracies[-1],
-            best_test_accuracy=max(accuracies),
+            test_score=accuracies[-1],
+            best_test_score=max(accuracies),
             trainable_parameters_peak=cost.peak_trainable,
             trainable_parameters_mean=cost.mean_trainable,
             training_flops=float(cost.training_flops),

@@ -1,0 +1,63 @@
+"""What a recipe trains on: data, model, loss and score behind one small interface.
+
+The loop knows no images and no text: it asks a task for batches, hands each to ``loss``, and asks
+for the scores of the test set at the end of an epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from dynarank.records import Metric
+
+__all__ = ["Evaluation", "Task"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of the test set.
+
+    Args:
+        loss: the mean loss, without label smoothing.
+        scores: by the name of the metric, the main one first.
+    """
+
+    loss: float
+    scores: Mapping[str, float]
+
+
+class Task(Protocol):
+    """One recipe's data and model on one device, for one seed."""
+
+    metric: Metric
+    """The main metric; ``Evaluation.scores`` begins with it."""
+    steps_per_epoch: int
+    train_size: int
+    """Training examples: images, sentences, or tokens a pass."""
+
+    def model(self) -> nn.Module:
+        """A new model on the device, drawn from torch's global random state."""
+        ...
+
+    def sample(self) -> Any:
+        """A batch's arguments of the forward pass, as ``dynarank.cost.trace`` takes them."""
+        ...
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """The batches of an epoch, a pure function of seed and epoch."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """The loss of a batch, and its mean training score (0-d, on the device) if there is one."""
+        ...
+
+    def evaluate(
+        self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Evaluation:
+        """The scores of the test set; the model is in evaluation mode and no gradient is kept."""
+        ...
