@@ -63,7 +63,7 @@ class LanguageModelTask:
         data: the bytes, on the device that trains.
         context: T.
         seed: of cuts and order.
-        train_limit: train on so many windows only, the first ones; None: all.
+        train_limit: train on so many windows an epoch only, evenly spread; None: all.
         test_limit: test on so many windows only, evenly spread; None: all.
 
     Raises:
@@ -85,14 +85,14 @@ class LanguageModelTask:
     ) -> None:
         self.recipe, self.data, self.context, self.seed = recipe, data, context, seed
         windows = max(0, len(data.train) // context - 1)  # from any of the first T bytes on
-        self.windows = windows if train_limit is None else _limit(train_limit, windows, "training")
-        self.steps_per_epoch = self.windows // recipe.batch_size
+        self.windows = _spread(windows, train_limit, "training")
+        self.steps_per_epoch = len(self.windows) // recipe.batch_size
         if not self.steps_per_epoch:
             raise RecipeError(
-                f"{self.windows} training windows of {context} bytes do not fill one batch of "
+                f"{len(self.windows)} training windows of {context} bytes do not fill one batch of "
                 f"{recipe.batch_size}; raise --train-limit, or name more text"
             )
-        self.train_size = self.windows * context
+        self.train_size = len(self.windows) * context
         self.test_starts = self._test_starts(test_limit)
 
     @property
@@ -145,8 +145,9 @@ class LanguageModelTask:
         """Where the windows of an epoch begin, drawn on the CPU."""
         phases = epoch_generator(self.seed, _PHASE, epoch)
         phase = torch.randint(self.context, (), generator=phases)
-        order = torch.randperm(self.windows, generator=epoch_generator(self.seed, _ORDER, epoch))
-        return (phase + self.context * order).to(self.data.train.device)
+        orders = epoch_generator(self.seed, _ORDER, epoch)
+        order = torch.randperm(len(self.windows), generator=orders)
+        return (phase + self.context * self.windows[order]).to(self.data.train.device)
 
     def _test_starts(self, limit: int | None) -> Tensor:
         windows = max(0, (len(self.data.test) - 1) // self.context)
@@ -155,8 +156,7 @@ class LanguageModelTask:
                 f"the test part has {len(self.data.test)} bytes, less than one window of "
                 f"{self.context} + 1; name more text"
             )
-        count = windows if limit is None else _limit(limit, windows, "test")
-        starts = torch.arange(count) * windows // count * self.context
+        starts = self.context * _spread(windows, limit, "test")
         return starts.to(self.data.test.device)
 
     def _windows(self, text: Tensor, starts: Tensor) -> Tensor:
@@ -217,9 +217,12 @@ def _cross_entropy(output: Tensor, batch: Tensor, *, label_smoothing: float = 0.
     return F.cross_entropy(output.flatten(0, 1), following, label_smoothing=label_smoothing)
 
 
-def _limit(asked: int, there: int, which: str) -> int:
+def _spread(there: int, asked: int | None, which: str) -> Tensor:
+    """The numbers of ``asked`` out of so many windows, evenly spread."""
+    if asked is None:
+        return torch.arange(there)
     if not 1 <= asked <= there:
         raise ValueError(
             f"{asked} {which} windows were asked for; there are {there}: ask for 1 to {there}"
         )
-    return asked
+    return torch.arange(asked) * there // asked

@@ -7,6 +7,7 @@ Text is in lower case, without accents, as in BERT's uncased vocabulary.
 from __future__ import annotations
 
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,7 @@ def _check_pieces(path: Path, pieces: Sequence[str], size: int) -> None:
     if pieces[0] != "[PAD]":
         raise DataError(f"the first line of {path} must be [PAD], but is {pieces[0]!r}")
     if len(known) != len(pieces):
-        twice = next(piece for i, piece in enumerate(pieces) if piece in pieces[:i])
+        (twice, _), *_ = Counter(pieces).most_common(1)
         raise DataError(f"{path} holds {twice!r} twice; every piece must be there once")
     if len(pieces) > size:
         raise DataError(
