@@ -12,12 +12,23 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from dynarank.cost import ModelUse
 from dynarank.forms import Form, FullRank, LowRank, Plan
-from dynarank.schedules import Clock, RankSchedule, Readings
+from dynarank.schedules import (
+    Answer,
+    Clock,
+    Moment,
+    RankSchedule,
+    Readings,
+    Schedule,
+    State,
+    StatefulSchedule,
+    is_stateful,
+)
 from dynarank.stopwatch import Cache, Setting, layer_seconds
 
 __all__ = [
@@ -80,6 +91,10 @@ class Timings:
         return (
             FullRank() if isinstance(form, LowRank) and not self.is_faster(path, form) else fastest
         )
+
+    def chosen(self, plan: Plan) -> Plan:
+        """The plan with each layer's form chosen so."""
+        return {path: self.choose(path, form) for path, form in plan.items()}
 
 
 def candidates(form: Form) -> list[Form]:
@@ -167,7 +182,7 @@ def layer_timer(
     return seconds
 
 
-def where_faster(schedule: RankSchedule, timings: Timings) -> RankSchedule:
+def where_faster(schedule: Schedule, timings: Timings) -> Schedule:
     """The schedule with its low-rank forms only where they were measured to be faster.
 
     Example:
@@ -176,13 +191,27 @@ def where_faster(schedule: RankSchedule, timings: Timings) -> RankSchedule:
         >>> where_faster(low_rank(4), timings)(Clock(0, 1), Readings({"0": (32, 32)}))
         {'0': FullRank()}
     """
+    if is_stateful(schedule):
+        return _StatefulWhereFaster(schedule, timings)
+    plain = cast(RankSchedule, schedule)
+    return lambda clock, readings, /: timings.chosen(plain(clock, readings))
 
-    def faster(clock: Clock, readings: Readings, /) -> Plan:
-        return {
-            path: timings.choose(path, form) for path, form in schedule(clock, readings).items()
-        }
 
-    return faster
+@dataclass(frozen=True)
+class _StatefulWhereFaster:
+    schedule: StatefulSchedule
+    timings: Timings
+
+    @property
+    def spectra_every(self) -> Moment | None:
+        return self.schedule.spectra_every
+
+    def start(self) -> State:
+        return self.schedule.start()
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        answer = self.schedule.update(state, clock, readings)
+        return answer._replace(plan=self.timings.chosen(answer.plan))
 
 
 def default_cache() -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dynarank.cost import Flops, ModelUse
 from dynarank.forms import Adapted, FullRank
-from dynarank.schedules import Phase, RankSchedule, Readings, timeline
+from dynarank.schedules import Phase, Readings, Schedule, timeline
 
 __all__ = ["PhaseCost", "ScheduleCost", "cost_schedule"]
 
@@ -85,12 +85,13 @@ class ScheduleCost:
 
 def cost_schedule(
     use: ModelUse,
-    schedule: RankSchedule,
+    schedule: Schedule,
     layers: Sequence[str],
     total_steps: int,
     *,
     optimizer_slots: int = 1,
     itemsize: int = 4,
+    forecast: Sequence[float] = (),
 ) -> ScheduleCost:
     """Cost a schedule from the trace of one batch.
 
@@ -102,6 +103,8 @@ def cost_schedule(
         optimizer_slots: values the optimizer keeps a parameter: 1 for SGD with momentum, 2 for
             Adam.
         itemsize: bytes a value.
+        forecast: the learning rate over the run, for a schedule that goes by it; see
+            :class:`~dynarank.schedules.Readings`.
 
     Example:
         >>> import torch
@@ -112,7 +115,8 @@ def cost_schedule(
         0.625
     """
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
-    readings = Readings({path: use.layers[path].shape for path in layers})
+    shapes = {path: use.layers[path].shape for path in layers}
+    readings = Readings(shapes, forecast=tuple(forecast))
 
     def phase_cost(phase: Phase) -> PhaseCost:
         flops = use.flops(phase.plan)
