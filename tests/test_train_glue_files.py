@@ -1,4 +1,4 @@
-"""GLUE's files: each layout with its quirks, and what is said of files that are not as they must."""
+"""GLUE's files: each layout with its quirks, and what is said of files that are damaged."""
 
 from __future__ import annotations
 
@@ -85,7 +85,11 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path) -> None:
         ("sst2", "a\t2\n", r"line 4: the label must be '0' or '1', but is '2'"),
         ("rte", "2\ta\tb\tmaybe\n", r"line 4: the label must be 'entailment' or 'not_entail"),
         ("cola", "\n", r"line 3: a line of CoLA must have 4 fields separated by tabs, but has 1"),
-        ("stsb", "2\tg\tf\ty\t1\tn\tn\ta\tb\t5.5\n", r"the score must be from 0 to 5, but is '5\.5"),
+        (
+            "stsb",
+            "2\tg\tf\ty\t1\tn\tn\ta\tb\t5.5\n",
+            r"the score must be from 0 to 5, but is '5\.5",
+        ),
         ("stsb", "2\tg\tf\ty\t1\tn\tn\ta\tb\tnan\n", r"must be from 0 to 5, but is 'nan'"),
         ("stsb", "2\tg\tf\ty\t1\tn\tn\ta\tb\tx\n", r"must be from 0 to 5, but is 'x'"),
     ],

@@ -1,4 +1,4 @@
-"""The measures of text against scikit-learn's and scipy's, where there is nothing to measure too."""
+"""The measures of text against scikit-learn's and scipy's, also of constant predictions."""
 
 from __future__ import annotations
 

@@ -56,9 +56,7 @@ def test_as_transformers_tokenises(tmp_path: Path) -> None:
     first = ["The film, is good.", "unwanted UNWANTED unwanted \u00e9 good the film"]
     second = ["Good film", "is the film unwanted , unwanted ?"]
     tokens, segments = WordPiece.from_file(path, 12, size=20).encode(sentences(first, second))
-    wanted = other(
-        first, second, padding="max_length", truncation="longest_first", max_length=12
-    )
+    wanted = other(first, second, padding="max_length", truncation="longest_first", max_length=12)
     assert tokens.tolist() == wanted["input_ids"]
     assert segments.tolist() == wanted["token_type_ids"]
 

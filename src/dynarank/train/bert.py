@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,11 +16,12 @@ _PADDING = 0
 
 
 class BERT(nn.Module):
-    """Reads all tokens at once; the first one, [CLS], stands for the whole.
+    """Reads all tokens at once; what it makes of them is pooled.
 
-    ``head(tanh(pool(norm(blocks(norm0(embedding[token] + position + segment))))[first])))``
+    ``head(tanh(pool(pooled norm(blocks(norm0(embedding[token] + position + segment))))))``
 
-    As BERT but pre-norm, which trains from scratch without a long warm-up.
+    As BERT but pre-norm, which trains from scratch without a long warm-up, and by default with the
+    mean of the tokens instead of the first one, [CLS], which needs pre-training to be of use.
 
     Args:
         vocabulary: how many tokens there are; token 0 is padding, which nothing looks at.
@@ -28,6 +31,7 @@ class BERT(nn.Module):
         depth: how many blocks.
         heads: attention heads a block.
         dropout: share of each branch's outputs set to zero in training.
+        pooling: ``"mean"`` of the tokens, or the ``"first"`` one.
 
     Example:
         >>> model = BERT(100, 16, 2, width=8, depth=1, heads=2)
@@ -50,9 +54,10 @@ class BERT(nn.Module):
         depth: int = 4,
         heads: int = 6,
         dropout: float = 0.1,
+        pooling: Literal["mean", "first"] = "mean",
     ) -> None:
         super().__init__()
-        self.length, self.dropout = length, dropout
+        self.length, self.dropout, self.pooling = length, dropout, pooling
         self.embedding = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(length, width)
         self.segment = nn.Embedding(2, width)
@@ -82,5 +87,11 @@ class BERT(nn.Module):
         mask = (tokens != _PADDING)[:, None, None, :]  # (B, 1, 1, T)
         for block in self.blocks:
             x = block(x, mask)
-        first = torch.tanh(self.pool(self.norm(x[:, 0])))
-        return self.head(F.dropout(first, self.dropout, self.training))
+        pooled = torch.tanh(self.pool(self._pooled(self.norm(x), tokens != _PADDING)))
+        return self.head(F.dropout(pooled, self.dropout, self.training))
+
+    def _pooled(self, x: Tensor, real: Tensor) -> Tensor:
+        """One vector of each sequence ``(B, T, d)``; ``real`` is False at padding."""
+        if self.pooling == "first":
+            return x[:, 0]
+        return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)

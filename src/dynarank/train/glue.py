@@ -94,8 +94,9 @@ def make_task(
     ]
     train, test = (_examples(pieces, part).to(device) for part in parts)
     kind = RegressionTask if GLUE[recipe.data].labels is None else ClassificationTask
-    build = partial(_build, recipe)
-    return kind(recipe, train, test, build, MEASURES[recipe.data], seed=seed)
+    facts = {"vocabulary": pieces.source, "pieces": pieces.size}
+    build, measures = partial(_build, recipe), MEASURES[recipe.data]
+    return kind(recipe, train, test, build, measures, seed=seed, facts=facts)
 
 
 def sketch(recipe: Recipe) -> Sketch:

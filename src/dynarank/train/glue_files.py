@@ -80,7 +80,12 @@ def read_glue(name: str, place: Path) -> SentenceData:
         DataError: if the files are not there, or a line is not as it must be.
     """
     task = GLUE[name]
-    folders = [place, place / task.folder, place / "glue" / task.folder, place / "GLUE" / task.folder]
+    folders = [
+        place,
+        place / task.folder,
+        place / "glue" / task.folder,
+        place / "GLUE" / task.folder,
+    ]
     found = next((f for f in folders if f.name == task.folder and _there(f)), None)
     if found is None:
         raise DataError(
@@ -121,8 +126,7 @@ def _there(folder: Path) -> bool:
 
 def _from_hub(task: GlueTask, split: Any) -> Sentences:
     first, second = ("sentence", None) if task.second is None else ("sentence1", "sentence2")
-    kind = np.float64 if task.labels is None else np.int64
-    labels = np.asarray(split["label"], kind)
+    labels: Any = np.asarray(split["label"], np.float64 if task.labels is None else np.int64)
     return Sentences(list(split[first]), list(split[second]) if second else None, labels)
 
 

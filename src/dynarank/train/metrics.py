@@ -73,7 +73,8 @@ def matthews_correlation(predicted: Tensor, labels: Tensor) -> float:
         ValueError: if the two differ in shape, are empty, or hold anything but 0 and 1.
 
     Example:
-        >>> matthews_correlation(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 0, 0])).__round__(4)
+        >>> found, labels = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 0, 0])
+        >>> round(matthews_correlation(found, labels), 4)
         0.5774
 
     Reference:

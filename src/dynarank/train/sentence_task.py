@@ -5,7 +5,7 @@ Legend: N examples, B of them a batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -93,6 +93,7 @@ class _SentenceTask:
         build: makes the network, on a CPU.
         measures: what to judge by, the main one first.
         seed: of the order.
+        facts: what else of the data a run is to write down.
 
     Raises:
         RecipeError: the training examples do not fill one batch.
@@ -107,8 +108,10 @@ class _SentenceTask:
         measures: Sequence[Measure],
         *,
         seed: int,
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.recipe, self.train, self.test, self.seed = recipe, train, test, seed
+        self.facts = dict(facts or {})
         self.build, self.measures = build, tuple(measures)
         self.metric = measures[0].metric
         self.train_size = len(train.labels)

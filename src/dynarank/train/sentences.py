@@ -45,10 +45,11 @@ class Sentences:
 
     def take(self, rows: NDArray[np.int64]) -> Sentences:
         """These examples, in this order."""
+        chosen: list[int] = rows.tolist()
         second = self.second
         return Sentences(
-            [self.first[row] for row in rows],
-            None if second is None else [second[row] for row in rows],
+            [self.first[row] for row in chosen],
+            None if second is None else [second[row] for row in chosen],
             self.labels[rows],
         )
 

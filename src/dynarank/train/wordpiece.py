@@ -102,7 +102,9 @@ class WordPiece:
     def encode(self, sentences: Sentences) -> tuple[Tensor, Tensor]:
         """Tokens and segments, int64 ``(N, length)`` each; a second sentence is segment 1."""
         second = sentences.second
-        texts = list(sentences.first if second is None else zip(sentences.first, second, strict=True))
+        texts = list(
+            sentences.first if second is None else zip(sentences.first, second, strict=True)
+        )
         encoded = self._tokenizer.encode_batch(texts)
         tokens = np.array([one.ids for one in encoded], np.int64)
         segments = np.array([one.type_ids for one in encoded], np.int64)
@@ -110,7 +112,7 @@ class WordPiece:
 
 
 def find_vocabulary(place: Path) -> Path | None:
-    """The ``vocab.txt`` in a data folder, or in its ``vocab/`` or ``bert-base-uncased/``, if any."""
+    """The ``vocab.txt`` in a data folder, itself or in its ``vocab/`` or ``bert-base-uncased/``."""
     return next((p for part in _PLACES if (p := place / part / "vocab.txt").is_file()), None)
 
 

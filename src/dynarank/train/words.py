@@ -44,7 +44,9 @@ class Words:
 
     def __init__(self, texts: Iterable[str], size: int) -> None:
         if size < 3:
-            raise ValueError(f"a vocabulary of {size} was asked for; 2 are taken: ask for 3 or more")
+            raise ValueError(
+                f"a vocabulary of {size} was asked for; 2 are taken: ask for 3 or more"
+            )
         counts = Counter(word for text in texts for word in split_words(text))
         ordered = sorted(counts, key=lambda word: (-counts[word], word))
         self.numbers = {word: i for i, word in enumerate(ordered[: size - 2], start=2)}
