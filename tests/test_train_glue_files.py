@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,3 +140,22 @@ def test_the_hub_needs_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'dynarank\[data\]'"):
         read_glue_hub("sst2")
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("DYNARANK_DATA"), reason="DYNARANK_DATA is not set")
+@pytest.mark.parametrize(
+    ("name", "train", "dev", "positive"),
+    [  # examples, and the share of class 1 (the mean score) of the test part, as published
+        ("sst2", 67_349, 872, 0.509),
+        ("mrpc", 3_668, 408, 0.684),
+        ("cola", 8_551, 1_043, 0.691),
+        ("rte", 2_490, 277, 0.473),
+        ("stsb", 5_749, 1_500, 2.364),
+    ],
+)
+def test_real_glue(name: str, train: int, dev: int, positive: float) -> None:
+    data = read_glue(name, Path(os.environ["DYNARANK_DATA"]))
+    assert (len(data.train), len(data.test)) == (train, dev)
+    assert data.test.labels.mean() == pytest.approx(positive, abs=5e-4)
+    assert all(text.strip() for text in data.test.texts())

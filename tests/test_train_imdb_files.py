@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,3 +71,12 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'dynarank\[data\]'"):
         read_imdb_hub()
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("DYNARANK_DATA"), reason="DYNARANK_DATA is not set")
+def test_real_reviews() -> None:
+    data = read_imdb(Path(os.environ["DYNARANK_DATA"]))
+    for part in (data.train, data.test):
+        assert len(part) == 25_000 and part.labels.sum() == 12_500
+        assert all(part.first)
