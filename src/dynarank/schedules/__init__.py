@@ -6,6 +6,7 @@ from dynarank.schedules.base import (
     Answer,
     Clock,
     Decision,
+    Mapped,
     Moment,
     Phase,
     RankSchedule,
@@ -20,6 +21,7 @@ from dynarank.schedules.base import (
     timeline,
 )
 from dynarank.schedules.data import schedule_from_data, schedule_to_data
+from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
 from dynarank.schedules.replay import Replay, decide_again, replay, spectra_from_records
@@ -32,6 +34,8 @@ __all__ = [
     "Clock",
     "ClosedLoop",
     "Decision",
+    "LRAligned",
+    "Mapped",
     "Moment",
     "Phase",
     "Phases",
