@@ -19,6 +19,7 @@ from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form, Plan, Rank
 from dynarank.schedules import (
     PRESETS,
+    Budget,
     Clock,
     Decision,
     Phases,
@@ -37,7 +38,7 @@ from dynarank.schedules import data as schedule_data
 from dynarank.schedules.data import serialisable
 
 
-def through_json(schedule: Schedule) -> Schedule:
+def through_json(schedule: Any) -> Any:
     return schedule_from_data(json.loads(json.dumps(schedule_to_data(schedule))))
 
 
@@ -70,6 +71,20 @@ def test_a_schedule_is_the_same_after_json(schedule: Schedule) -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_can_be_written_down(name: str) -> None:
     schedule = get_preset(name)(rank=3, decomposition="svd")
+    assert through_json(schedule) == schedule
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        dynamic_rank(),
+        dynamic_rank(0.25, inflate=0.2, to="low-rank"),
+        dynamic_rank(budget=0.62),
+        dynamic_rank(budget=Budget(memory=10**9)),
+    ],
+    ids=str,
+)
+def test_schedules_that_find_their_moments_are_the_same_after_json(schedule: Schedule) -> None:
     assert through_json(schedule) == schedule
 
 
@@ -166,6 +181,7 @@ IMPOSTOR = type("Phases", (Own,), {})()
         (Derived((0.0,), (FullRank(),)), "Derived"),
         (IMPOSTOR, "cannot be written"),
         (FullRank(), "cannot be written"),
+        (Rank(0.5), "cannot be written"),
         (3, "3 cannot"),
     ],
     ids=str,

@@ -20,6 +20,7 @@ from dynarank.schedules.base import (
     step_of,
     timeline,
 )
+from dynarank.schedules.budgeted import Budget, Budgeted
 from dynarank.schedules.data import schedule_from_data, schedule_to_data
 from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
@@ -31,6 +32,8 @@ from dynarank.schedules.spectral import ClosedLoop, closed_loop
 __all__ = [
     "PRESETS",
     "Answer",
+    "Budget",
+    "Budgeted",
     "Clock",
     "ClosedLoop",
     "Decision",

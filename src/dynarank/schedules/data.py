@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dynarank.forms import (
     Adapted,
@@ -22,11 +22,15 @@ from dynarank.forms import (
 )
 from dynarank.schedules.base import Decision, Schedule
 
+if TYPE_CHECKING:
+    from dynarank.schedules.budgeted import Budgeted
+
 __all__ = ["schedule_from_data", "schedule_to_data", "serialisable"]
 
 _T = TypeVar("_T")
 
 _CLASSES: dict[str, type[Any]] = {"Decision": Decision, "Rank": Rank}
+_PARTS = ("Decision", "Rank", "Budget")  # what schedules are made of, and no schedules
 _CLASS, _MAP = "class", "map"  # the keys that mark a dataclass and a mapping
 
 
@@ -41,7 +45,7 @@ def serialisable(cls: type[_T]) -> type[_T]:
     return cls
 
 
-def schedule_to_data(schedule: Schedule) -> dict[str, Any]:
+def schedule_to_data(schedule: Schedule | Budgeted) -> dict[str, Any]:
     """The schedule as plain data.
 
     Raises:
@@ -53,12 +57,13 @@ def schedule_to_data(schedule: Schedule) -> dict[str, Any]:
         >>> schedule_to_data(full_rank())
         {'class': 'Phases', 'starts': [0.0], 'forms': [{'form': 'full-rank'}]}
     """
-    if _CLASSES.get(type(schedule).__name__) is not type(schedule):
+    name = type(schedule).__name__
+    if _CLASSES.get(name) is not type(schedule) or name in _PARTS:
         raise ValueError(_unknown(schedule))
     return _to_data(schedule)
 
 
-def schedule_from_data(data: Mapping[str, Any]) -> Schedule:
+def schedule_from_data(data: Mapping[str, Any]) -> Schedule | Budgeted:
     """The inverse of :func:`schedule_to_data`.
 
     Raises:
@@ -70,10 +75,9 @@ def schedule_from_data(data: Mapping[str, Any]) -> Schedule:
         >>> schedule_from_data(schedule_to_data(low_rank(8))) == low_rank(8)
         True
     """
-    schedule = _from_data(data)
-    if not (callable(schedule) or hasattr(schedule, "update")):
-        raise ValueError(f"a schedule's data names its class, got {data!r}")
-    return cast(Schedule, schedule)
+    if (_CLASS not in data and ("form" in data or _MAP in data)) or data.get(_CLASS) in _PARTS:
+        raise ValueError(f"a schedule's data names its class, got {dict(data)!r}")
+    return _made(data)
 
 
 def _to_data(value: Any) -> Any:

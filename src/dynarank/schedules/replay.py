@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from dynarank.forms import Form, Plan, form_from_data, form_to_data
+from dynarank.forms import Form, Plan
 from dynarank.readings import SpectralReading
 from dynarank.schedules.base import Clock, Decision, Readings, StatefulSchedule
 from dynarank.schedules.data import serialisable
@@ -18,8 +18,6 @@ from dynarank.schedules.data import serialisable
 __all__ = [
     "Replay",
     "decide_again",
-    "decision_from_data",
-    "decision_to_data",
     "replay",
     "spectra_from_records",
 ]
@@ -85,30 +83,18 @@ def replay(decisions: Iterable[Decision | Mapping[str, Any]], before: Form) -> R
         FullRank()
     """
     made = (
-        one if isinstance(one, Decision) else decision_from_data(one)
+        one if isinstance(one, Decision) else _decision(one)
         for one in decisions
         if isinstance(one, Decision) or one.get("kind", "decision") == "decision"
     )
     return Replay(before, tuple(made))
 
 
-def decision_to_data(decision: Decision) -> dict[str, Any]:
-    """The decision as plain data, for JSON.
-
-    Example:
-        >>> from dynarank.forms import FullRank
-        >>> decision_to_data(Decision(5, "a", FullRank(), "a rule"))["form"]
-        {'form': 'full-rank'}
-    """
-    held = {**vars(decision), "readings": dict(decision.readings)}
-    return {**held, "form": form_to_data(decision.form)}
-
-
-def decision_from_data(data: Mapping[str, Any]) -> Decision:
-    """The inverse of :func:`decision_to_data`; keys that a record adds are left out."""
+def _decision(data: Mapping[str, Any]) -> Decision:
+    """Of a record: what it adds is left out, and numbers that JSON has no word for are strings."""
     figures = {name: float(value) for name, value in data["readings"].items()}
-    form = form_from_data(data["form"])
-    return Decision(data["step"], data["path"], form, data["reason"], figures)
+    kept = {f.name: data[f.name] for f in fields(Decision)}
+    return Decision.from_data({**kept, "readings": figures})
 
 
 def spectra_from_records(
@@ -182,9 +168,9 @@ def _decisions(
 ) -> Iterator[Decision]:
     state, forms = schedule.start(), dict[str, Form]()
     later = defaultdict[int, Mapping[str, Form]](dict, changes or {})
-    for step in range(total_steps):
-        clock = Clock(step, total_steps)
-        readings = Readings(layers, forms=forms, spectra=spectra.get(step, {}))
+    for done in range(total_steps + 1):  # also after the last step, when the clock stands still
+        clock = Clock(min(done, total_steps - 1), total_steps)
+        readings = Readings(layers, forms=forms, spectra=spectra.get(done, {}))
         plan, state, decided = schedule.update(state, clock, readings)
         yield from decided
-        forms = dict(plan) if changes is None or step == 0 else {**forms, **later[step]}
+        forms = dict(plan) if changes is None or done == 0 else {**forms, **later[done]}
