@@ -113,8 +113,8 @@ def cost_schedule(
         >>> cost_schedule(use, low_rank(16), ["0"], 10).relative_training
         0.625
     """
-    full = use.flops(dict.fromkeys(use.layers, FullRank()))
     readings = Readings({p: use.layers[p].shape for p in layers}, forecast=tuple(forecast))
+    full = use.flops(dict.fromkeys(use.layers, FullRank()))
 
     def phase_cost(phase: Phase) -> PhaseCost:
         flops = use.flops(phase.plan)
