@@ -12,23 +12,12 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
 
 import torch
 
 from dynarank.cost import ModelUse
 from dynarank.forms import Form, FullRank, LowRank, Plan
-from dynarank.schedules import (
-    Answer,
-    Clock,
-    Moment,
-    RankSchedule,
-    Readings,
-    Schedule,
-    State,
-    StatefulSchedule,
-    is_stateful,
-)
+from dynarank.schedules import Mapped, Schedule
 from dynarank.stopwatch import Cache, Setting, layer_seconds
 
 __all__ = [
@@ -91,10 +80,6 @@ class Timings:
         return (
             FullRank() if isinstance(form, LowRank) and not self.is_faster(path, form) else fastest
         )
-
-    def chosen(self, plan: Plan) -> Plan:
-        """The plan with each layer's form chosen so."""
-        return {path: self.choose(path, form) for path, form in plan.items()}
 
 
 def candidates(form: Form) -> list[Form]:
@@ -182,36 +167,21 @@ def layer_timer(
     return seconds
 
 
-def where_faster(schedule: Schedule, timings: Timings) -> Schedule:
+def where_faster(schedule: Schedule, timings: Timings) -> Mapped:
     """The schedule with its low-rank forms only where they were measured to be faster.
 
     Example:
-        >>> from dynarank.schedules import low_rank
+        >>> from dynarank.schedules import Clock, Readings, low_rank
         >>> timings = Timings({"0": {FullRank(): 1.0, LowRank(4, execution="factored"): 2.0}})
-        >>> where_faster(low_rank(4), timings)(Clock(0, 1), Readings({"0": (32, 32)}))
+        >>> faster = where_faster(low_rank(4), timings)
+        >>> faster.update({}, Clock(0, 1), Readings({"0": (32, 32)})).plan
         {'0': FullRank()}
     """
-    if is_stateful(schedule):
-        return _StatefulWhereFaster(schedule, timings)
-    plain = cast(RankSchedule, schedule)
-    return lambda clock, readings, /: timings.chosen(plain(clock, readings))
 
+    def faster(plan: Plan) -> Plan:
+        return {path: timings.choose(path, form) for path, form in plan.items()}
 
-@dataclass(frozen=True)
-class _StatefulWhereFaster:
-    schedule: StatefulSchedule
-    timings: Timings
-
-    @property
-    def spectra_every(self) -> Moment | None:
-        return self.schedule.spectra_every
-
-    def start(self) -> State:
-        return self.schedule.start()
-
-    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        answer = self.schedule.update(state, clock, readings)
-        return answer._replace(plan=self.timings.chosen(answer.plan))
+    return Mapped(schedule, faster)
 
 
 def default_cache() -> Path:

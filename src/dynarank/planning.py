@@ -89,9 +89,9 @@ def cost_schedule(
     layers: Sequence[str],
     total_steps: int,
     *,
+    forecast: Sequence[float] = (),
     optimizer_slots: int = 1,
     itemsize: int = 4,
-    forecast: Sequence[float] = (),
 ) -> ScheduleCost:
     """Cost a schedule from the trace of one batch.
 
@@ -100,11 +100,10 @@ def cost_schedule(
         schedule: the schedule.
         layers: the layers it is for.
         total_steps: steps of the run.
+        forecast: the learning rate at equal distances over the run, for schedules that follow it.
         optimizer_slots: values the optimizer keeps a parameter: 1 for SGD with momentum, 2 for
             Adam.
         itemsize: bytes a value.
-        forecast: the learning rate over the run, for a schedule that goes by it; see
-            :class:`~dynarank.schedules.Readings`.
 
     Example:
         >>> import torch
@@ -115,8 +114,7 @@ def cost_schedule(
         0.625
     """
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
-    shapes = {path: use.layers[path].shape for path in layers}
-    readings = Readings(shapes, forecast=tuple(forecast))
+    readings = Readings({p: use.layers[p].shape for p in layers}, forecast=tuple(forecast))
 
     def phase_cost(phase: Phase) -> PhaseCost:
         flops = use.flops(phase.plan)

@@ -6,6 +6,7 @@ from dynarank.schedules.base import (
     Answer,
     Clock,
     Decision,
+    Mapped,
     Moment,
     Phase,
     RankSchedule,
@@ -19,6 +20,7 @@ from dynarank.schedules.base import (
     step_of,
     timeline,
 )
+from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
 
@@ -27,6 +29,8 @@ __all__ = [
     "Answer",
     "Clock",
     "Decision",
+    "LRAligned",
+    "Mapped",
     "Moment",
     "Phase",
     "Phases",

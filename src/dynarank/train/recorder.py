@@ -138,7 +138,7 @@ class Recorder:
 
     def _decided(self) -> None:
         """What the schedule has decided since the last step."""
-        decisions = getattr(self.trainer.ranks, "decisions", [])
+        decisions = self.trainer.ranks.decisions
         for decision in decisions[self._decisions :]:
             self.write(
                 DecisionRecord(
