@@ -32,9 +32,10 @@ from dynarank.cost import trace
 from dynarank.forms import Rank
 from dynarank.selection import select
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
+from dynarank.train.host import commit, hardware
+from dynarank.train.images import ImageTask
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe, load_recipe
-from dynarank.train.host import commit, hardware
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 ARMS = ("plain", "whitened", "budgeted", "budgeted-plain")
@@ -75,7 +76,8 @@ def plan_of(arm: str, share: float, model: nn.Module, recipe: Recipe, data: Imag
 def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> dict[str, Any]:
     """Deflate a copy of the trained network, test, train further, test."""
     trainer = copy.deepcopy(trainer)
-    model, data, recipe = trainer.model, trainer.data, trainer.recipe
+    assert isinstance(trainer.task, ImageTask)
+    model, data, recipe = trainer.model, trainer.task.data, trainer.recipe
     images = data.train_images[:CALIBRATION_IMAGES].split(128)
     calibration = dr.calibrate(model, images, layers=recipe.layers)
     plan = plan_of(arm, share, model, recipe, data, calibration)
@@ -86,7 +88,7 @@ def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> d
     )  # fmt: skip
     after = trainer.evaluate()
     model.train()
-    for step, (x, y) in enumerate(trainer.batches.epoch(epoch)):
+    for step, (x, y) in enumerate(trainer.task.epoch(epoch)):
         if step == further:
             break
         F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing).backward()
@@ -99,8 +101,8 @@ def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> d
         "relative_flops": use.flops(plan).training / use.flops({}).training,
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_error": sum(c.error for c in changes) / max(len(changes), 1),
-        "loss_after": after[0], "accuracy_after": after[1],
-        "loss_further": later[0], "accuracy_further": later[1],
+        "loss_after": after.loss, "accuracy_after": after.scores["accuracy"],
+        "loss_further": later.loss, "accuracy_further": later.scores["accuracy"],
     }  # fmt: skip
 
 
@@ -109,7 +111,8 @@ def trained(recipe: Recipe, data: ImageData, seed: int, epochs: int, before: int
     """The network at the deflation, trained here or read from a file."""
     small = replace(data, test_images=data.test_images[:500], test_labels=data.test_labels[:500])
     machine = Machine(torch.device("cpu"), "fp32")
-    trainer = Trainer(recipe, "full-rank", small, seed=seed, epochs=epochs, machine=machine)
+    task = ImageTask(recipe, small, seed=seed)
+    trainer = Trainer(recipe, "full-rank", task, seed=seed, epochs=epochs, machine=machine)
     if start is not None and start.exists():
         saved = torch.load(start)
         trainer.model.load_state_dict(saved["model"])
@@ -117,7 +120,7 @@ def trained(recipe: Recipe, data: ImageData, seed: int, epochs: int, before: int
     else:
         for epoch in range(before):
             trainer.train_epoch(epoch)
-    trainer.data = data
+    trainer.task = ImageTask(recipe, data, seed=seed)
     return trainer
 
 
@@ -144,9 +147,9 @@ def main() -> None:
     for seed in given.seeds:
         start = given.starts and given.starts / f"{given.recipe}-seed{seed}.pt"
         trainer = trained(recipe, data, seed, epochs, before, start)
-        loss, accuracy = trainer.evaluate()
-        runs.append({"seed": seed, "arm": "full-rank", "loss_after": loss,
-                     "accuracy_after": accuracy})  # fmt: skip
+        found = trainer.evaluate()
+        runs.append({"seed": seed, "arm": "full-rank", "loss_after": found.loss,
+                     "accuracy_after": found.scores["accuracy"]})  # fmt: skip
         for share in SHARES:
             for arm in ARMS:
                 runs.append({"seed": seed, **run(arm, share, trainer, further, before)})
