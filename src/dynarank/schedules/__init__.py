@@ -20,6 +20,7 @@ from dynarank.schedules.base import (
     step_of,
     timeline,
 )
+from dynarank.schedules.budgeted import Budget, Budgeted
 from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
@@ -27,6 +28,8 @@ from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_pre
 __all__ = [
     "PRESETS",
     "Answer",
+    "Budget",
+    "Budgeted",
     "Clock",
     "Decision",
     "LRAligned",

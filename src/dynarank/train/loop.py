@@ -16,6 +16,7 @@ from dynarank.cost import trace
 from dynarank.forms import Change, FullRank
 from dynarank.measure import default_cache, measure, where_faster
 from dynarank.planning import ScheduleCost, cost_schedule
+from dynarank.probe import probe_memory
 from dynarank.scheduler import RankScheduler
 from dynarank.schedules import Readings, Schedule, timeline
 from dynarank.selection import select
@@ -23,7 +24,6 @@ from dynarank.survey import current_plan
 from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
-from dynarank.train.probe import probe_memory
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
 from dynarank.train.recipes import Recipe
 from dynarank.train.task import Evaluation, Task
@@ -210,7 +210,7 @@ class Trainer:
     def _step(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """One optimizer step; the first of a phase is measured as well."""
         first, self._new_phase = self._new_phase, False
-        measure = probe_memory(self.model, self.optimizer, self.machine.device) if first else None
+        measure = probe_memory(self.model, [self.optimizer], self.machine.device) if first else None
         with measure or nullcontext() as probe:
             with self.machine.autocast():
                 loss, score = self.task.loss(self.model, batch)
