@@ -1,6 +1,6 @@
 """The networks that the image recipes train.
 
-In all, the glob ``*conv*`` selects exactly the convolutions that are worth factorising.
+In those with convolutions the glob ``*conv*`` selects exactly those that are worth factorising.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from dynarank.train.init import glorot_init_
 from dynarank.train.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "DigitsNet", "ResNet20"]
+__all__ = ["MODELS", "DigitsNet", "MultilayerPerceptron", "ResNet8", "ResNet20"]
 
 
 class DigitsNet(nn.Module):
@@ -47,6 +47,67 @@ class DigitsNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
         x = F.relu(self.bn3(self.conv3(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class MultilayerPerceptron(nn.Module):
+    """Images as vectors through hidden layers of one width; the glob ``hidden*`` selects these.
+
+    Args:
+        classes: how many outputs.
+        inputs: pixels times channels of an image.
+        width: units of each hidden layer.
+        depth: hidden layers.
+        dropout: after each of them.
+
+    """
+
+    def __init__(
+        self,
+        classes: int = 10,
+        inputs: int = 784,
+        width: int = 1024,
+        depth: int = 2,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        sizes = [inputs, *[width] * depth]
+        self.hidden = nn.ModuleList(nn.Linear(sizes[i], width) for i in range(depth))
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(sizes[-1], classes)
+        glorot_init_(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``(N, classes)`` of images ``(N, C, H, W)``."""
+        x = x.flatten(1)
+        for layer in self.hidden:
+            x = self.dropout(F.relu(layer(x)))
+        return self.head(x)
+
+
+class ResNet8(nn.Module):
+    """Three stages of one residual block each, 32, 64 and 128 channels, for small images.
+
+    The stem is not called ``conv``: with one or three channels it has nothing to gain.
+
+    Args:
+        classes: how many outputs.
+        channels: of the images.
+
+    """
+
+    def __init__(self, classes: int = 10, channels: int = 1) -> None:
+        super().__init__()
+        self.stem = _conv3x3(channels, 32)
+        self.bn = _keras_batch_norm(32)
+        widths = [(32, 32, 1), (32, 64, 2), (64, 128, 2)]
+        self.stages = nn.Sequential(*(_stage(i, o, stride, blocks=1) for i, o, stride in widths))
+        self.head = nn.Linear(128, classes)
+        glorot_init_(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits ``(N, classes)`` of images ``(N, C, H, W)``."""
+        x = self.stages(F.relu(self.bn(self.stem(x))))
         return self.head(x.mean((2, 3)))
 
 
@@ -111,6 +172,8 @@ def _keras_batch_norm(channels: int) -> nn.BatchNorm2d:
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "digits-net": DigitsNet,
+    "mlp": MultilayerPerceptron,
+    "resnet8": ResNet8,
     "resnet20": ResNet20,
     "wrn-16-4": partial(WideResNet, 16, 4),
     "wrn-28-10": partial(WideResNet, 28, 10),

@@ -31,11 +31,15 @@ _IMAGES, _IMAGE_MODELS = "dynarank.train.images", "dynarank.train.models"
 DATA: dict[str, str] = {
     "digits": _IMAGES,
     "cifar10": _IMAGES,
+    "cifar100": _IMAGES,
+    "fashion-mnist": _IMAGES,
 }
 """The module that makes the task, by the name of the data set."""
 
 MODELS: dict[str, str] = {
     "digits-net": _IMAGE_MODELS,
+    "mlp": _IMAGE_MODELS,
+    "resnet8": _IMAGE_MODELS,
     "resnet20": _IMAGE_MODELS,
     "wrn-16-4": _IMAGE_MODELS,
     "wrn-28-10": _IMAGE_MODELS,

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dynarank.train import cifar10_files
+from dynarank.train import cifar_files
+from dynarank.train.cifar_files import CIFAR10
 from dynarank.train.data import DataError, ImageData, load_cifar10
+from dynarank.train.image_files import read_files
 
 RECORDS = 20
 TRAIN = 5 * RECORDS
@@ -16,7 +18,7 @@ BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10_files, "RECORDS_PER_FILE", RECORDS)
+    monkeypatch.setattr(cifar_files, "CIFAR10_RECORDS", RECORDS)
     monkeypatch.delenv("DYNARANK_DATA", raising=False)
 
 
@@ -220,7 +222,7 @@ def test_damaged_npz_raises_or_reads_true(tmp_path: Path, save: object) -> None:
         damaged = whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
         path.write_bytes(whole[:at] if at % 10 == 0 else damaged)
         try:
-            raw = cifar10_files.read_files(path)
+            raw = read_files(CIFAR10, path)
         except DataError:
             raised += 1
         else:
