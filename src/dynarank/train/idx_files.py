@@ -79,7 +79,8 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             f"{path} must be exactly {start + math.prod(shape):,} bytes (a header of {start}, then "
             f"{sizes}), but is {len(content):,}: it is damaged; fetch it again"
         )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    writable = bytearray(memoryview(content)[start:])  # torch wants memory it could write to
+    return np.frombuffer(writable, np.uint8).reshape(shape)
 
 
 def _content(path: Path) -> bytes:
