@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,8 @@ from torch import nn
 
 from dynarank.train.init import glorot_init_
 from dynarank.train.wide_resnet import WideResNet
+
+_Norm: TypeAlias = Callable[[int], nn.Module]
 
 __all__ = ["MODELS", "DigitsNet", "MultilayerPerceptron", "ResNet8", "ResNet20"]
 
@@ -99,9 +102,11 @@ class ResNet8(nn.Module):
     def __init__(self, classes: int = 10, channels: int = 1) -> None:
         super().__init__()
         self.stem = _conv3x3(channels, 32)
-        self.bn = _keras_batch_norm(32)
+        self.bn = nn.BatchNorm2d(32)
         widths = [(32, 32, 1), (32, 64, 2), (64, 128, 2)]
-        self.stages = nn.Sequential(*(_stage(i, o, stride, blocks=1) for i, o, stride in widths))
+        self.stages = nn.Sequential(
+            *(_stage(i, o, stride, blocks=1, norm=nn.BatchNorm2d) for i, o, stride in widths)
+        )
         self.head = nn.Linear(128, classes)
         glorot_init_(self)
 
@@ -129,6 +134,8 @@ class ResNet20(nn.Module):
         self.conv = _conv3x3(3, 16)
         self.bn = _keras_batch_norm(16)
         self.stages = nn.Sequential(_stage(16, 16, 1), _stage(16, 32, 2), _stage(32, 64, 2))
+        for block in (module for module in self.modules() if isinstance(module, _Block)):
+            nn.init.zeros_(cast(torch.Tensor, block.bn2.weight))
         self.head = nn.Linear(64, classes)
         glorot_init_(self)
 
@@ -141,25 +148,19 @@ class ResNet20(nn.Module):
 class _Block(nn.Module):
     """Two 3x3 convolutions beside a shortcut: relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut x)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, shortcut: nn.Module) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, stride: int, shortcut: nn.Module, norm: _Norm
+    ) -> None:
         super().__init__()
         self.conv1 = _conv3x3(inputs, outputs, stride=stride)
-        self.bn1 = _keras_batch_norm(outputs)
+        self.bn1 = norm(outputs)
         self.conv2 = _conv3x3(outputs, outputs)
-        self.bn2 = _keras_batch_norm(outputs)
+        self.bn2 = norm(outputs)
         self.shortcut = shortcut
-        nn.init.zeros_(self.bn2.weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-def _stage(inputs: int, outputs: int, stride: int, blocks: int = 3) -> nn.Sequential:
-    projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
-    shortcut = nn.Sequential(projection, _keras_batch_norm(outputs))
-    rest = [_Block(outputs, outputs, 1, nn.Identity()) for _ in range(blocks - 1)]
-    return nn.Sequential(_Block(inputs, outputs, stride, shortcut), *rest)
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -168,6 +169,15 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def _keras_batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # Keras calls this momentum 0.99
+
+
+def _stage(
+    inputs: int, outputs: int, stride: int, blocks: int = 3, norm: _Norm = _keras_batch_norm
+) -> nn.Sequential:
+    projection = nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False)
+    shortcut = nn.Sequential(projection, norm(outputs))
+    rest = [_Block(outputs, outputs, 1, nn.Identity(), norm) for _ in range(blocks - 1)]
+    return nn.Sequential(_Block(inputs, outputs, stride, shortcut, norm), *rest)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
