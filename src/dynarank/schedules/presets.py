@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeAlias, overload
+from inspect import signature
+from typing import Any, overload
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
 from dynarank.schedules.base import Moment, Schedule
 from dynarank.schedules.budgeted import Budget, Budgeted
 from dynarank.schedules.lr_aligned import LRAligned
+from dynarank.schedules.options import Ending
 from dynarank.schedules.phases import Phases
+from dynarank.schedules.rotating import rotating
+from dynarank.schedules.spectral import closed_loop
 
 __all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
-
-Ending: TypeAlias = Literal["adapted", "low-rank"]
 
 
 def full_rank() -> Phases:
@@ -134,11 +136,18 @@ def _low_rank(rank: RankLike = 0.5, decomposition: str = "svd", **_: Any) -> Pha
     return low_rank(rank, decomposition=decomposition)
 
 
+def _taking(make: Callable[..., Schedule], **options: Any) -> Schedule:
+    """The schedule with those of the options that it knows."""
+    return make(**{name: options[name] for name in signature(make).parameters if name in options})
+
+
 PRESETS: dict[str, Callable[..., Schedule]] = {
     "full-rank": _full_rank,
     "low-rank": _low_rank,
     "dynamic-rank": partial(dynamic_rank, to="adapted"),
     "dynamic-rank-low": partial(dynamic_rank, to="low-rank"),
+    "rotating": partial(_taking, rotating),
+    "closed-loop": partial(_taking, closed_loop),
 }
 """Schedules by name, each taking ``dynamic_rank``'s keyword arguments and using those it needs."""
 
