@@ -21,7 +21,7 @@ import json
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -73,11 +73,17 @@ def plan_of(arm: str, share: float, model: nn.Module, recipe: Recipe, data: Imag
     )
 
 
+def tested(trainer: Trainer) -> tuple[float, float]:
+    """Loss and accuracy of the test set."""
+    found = trainer.evaluate()
+    return found.loss, found.scores["accuracy"]
+
+
 def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> dict[str, Any]:
     """Deflate a copy of the trained network, test, train further, test."""
     trainer = copy.deepcopy(trainer)
-    assert isinstance(trainer.task, ImageTask)
-    model, data, recipe = trainer.model, trainer.task.data, trainer.recipe
+    task, model, recipe = cast(ImageTask, trainer.task), trainer.model, trainer.recipe
+    data = task.data
     images = data.train_images[:CALIBRATION_IMAGES].split(128)
     calibration = dr.calibrate(model, images, layers=recipe.layers)
     plan = plan_of(arm, share, model, recipe, data, calibration)
@@ -86,23 +92,23 @@ def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> d
         model, plan, optimizer=trainer.optimizer,
         calibration=calibration if arm in ("whitened", "budgeted") else None,
     )  # fmt: skip
-    after = trainer.evaluate()
+    after = tested(trainer)
     model.train()
-    for step, (x, y) in enumerate(trainer.task.epoch(epoch)):
+    for step, (x, y) in enumerate(task.batches.epoch(epoch)):
         if step == further:
             break
         F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing).backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-    later = trainer.evaluate()
+    later = tested(trainer)
     ranks = {p: getattr(f, "rank", "full") for p, f in dr.current_plan(model).items() if p in plan}
     return {
         "arm": arm, "share": share, "ranks": ranks,
         "relative_flops": use.flops(plan).training / use.flops({}).training,
         "parameters": sum(p.numel() for p in model.parameters()),
         "weight_error": sum(c.error for c in changes) / max(len(changes), 1),
-        "loss_after": after.loss, "accuracy_after": after.scores["accuracy"],
-        "loss_further": later.loss, "accuracy_further": later.scores["accuracy"],
+        "loss_after": after[0], "accuracy_after": after[1],
+        "loss_further": later[0], "accuracy_further": later[1],
     }  # fmt: skip
 
 
@@ -120,7 +126,7 @@ def trained(recipe: Recipe, data: ImageData, seed: int, epochs: int, before: int
     else:
         for epoch in range(before):
             trainer.train_epoch(epoch)
-    trainer.task = ImageTask(recipe, data, seed=seed)
+    task.data = data
     return trainer
 
 
@@ -147,9 +153,9 @@ def main() -> None:
     for seed in given.seeds:
         start = given.starts and given.starts / f"{given.recipe}-seed{seed}.pt"
         trainer = trained(recipe, data, seed, epochs, before, start)
-        found = trainer.evaluate()
-        runs.append({"seed": seed, "arm": "full-rank", "loss_after": found.loss,
-                     "accuracy_after": found.scores["accuracy"]})  # fmt: skip
+        loss, accuracy = tested(trainer)
+        runs.append({"seed": seed, "arm": "full-rank", "loss_after": loss,
+                     "accuracy_after": accuracy})  # fmt: skip
         for share in SHARES:
             for arm in ARMS:
                 runs.append({"seed": seed, **run(arm, share, trainer, further, before)})
