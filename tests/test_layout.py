@@ -33,7 +33,13 @@ LAYERS: list[dict[str, set[str]]] = [
         "moments": set(),
         "gradients": set(),
         "cost": set(),
-        "monitors": set(),
+        "monitors": {"layer_values", "pace"},
+        "noise": {"gradients", "noise_estimate", "pace", "undisturbed"},
+        "noise_estimate": set(),
+        "undisturbed": set(),
+        "layer_values": set(),
+        "pace": set(),
+        "heatmap": set(),
         "weights": set(),
         "schedules": set(),
         "regularizers": set(),
@@ -63,9 +69,10 @@ FORBIDDEN = {
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
     "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forms",
-    "initialization", "knapsack", "layers", "measure", "monitors", "penalties", "planning",
-    "present", "ranking", "readings", "regularizers", "scheduler", "schedules", "selection",
-    "spectrum", "stopwatch", "surgery", "survey", "transport",
+    "heatmap", "initialization", "knapsack", "layer_values", "layers", "measure", "monitors",
+    "noise", "noise_estimate", "pace", "penalties", "planning", "present", "ranking", "readings",
+    "regularizers", "scheduler", "schedules", "selection", "spectrum", "stopwatch", "surgery",
+    "survey", "transport", "undisturbed",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.
