@@ -100,8 +100,9 @@ class SpectralMonitor:
         began = self._pace.clock()
         singular_values(small)
         rate = (self._pace.clock() - began) / _work((_SMALL, _SMALL))
-        spectra = 2 if self._starts else 1
-        return rate * spectra * sum(_work(site.shape) for site in self._watched())
+        least = _work((_SMALL // 2, _SMALL // 2))  # smaller ones cost hardly less
+        work = sum(max(_work(site.shape), least) for site in self._watched())
+        return rate * work * (3 if self._starts else 1)  # updates often need fp64
 
     @torch.no_grad()
     def read(self) -> Mapping[str, SpectralReading]:

@@ -9,14 +9,15 @@ from typing import TypeVar
 __all__ = ["Pace"]
 
 _T = TypeVar("_T")
+_MARGIN = 2  # the next time may cost more than the last did
 
 
 class Pace:
     """Does a thing now and then: every ``every`` steps, or so that it takes ``share`` of the time.
 
-    By share, it is first done when what it is guessed to cost is within the share of the time since
-    the first step; from then on, when its last cost is. When that is depends on the clock, what
-    training does never does.
+    By share, it is first done when twice its guessed cost is within the share of the time since the
+    first step; from then on its last cost counts. When that is depends on the clock, what training
+    does never does.
 
     Args:
         every: steps from one time to the next; None: as ``share`` allows.
@@ -66,7 +67,7 @@ class Pace:
         if self._cost is None:
             self._cost = guess()
             self._spent = self.clock() - now
-        if self._spent + self._cost > self._share * (now - self._began):
+        if self._spent + _MARGIN * self._cost > self._share * (now - self._began):
             return None
         begun = self.clock()
         done = do()
