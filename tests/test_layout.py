@@ -51,7 +51,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"stopwatch": set()},
     {"measure": set()},
     {"budget": set()},
-    {"scheduler": set()},
+    {"scheduler": set(), "sinks": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
 ]
