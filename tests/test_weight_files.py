@@ -71,7 +71,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_cut_shard_is_named(tmp_path: Path) -> None:
     shard = sharded(tmp_path) / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="00002-of-00002.safetensors is not a whole"):
+    with pytest.raises(ValueError, match=r"00002-of-00002\.safetensors is not a whole"):
         open_weights(tmp_path)
 
 
@@ -93,7 +93,7 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path: Path) -> None:
 )
 def test_a_damaged_index_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_text(text)
-    with pytest.raises(ValueError, match="index.json is not a safetensors index"):
+    with pytest.raises(ValueError, match=r"index\.json is not a safetensors index"):
         open_weights(tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_folders_of_runs_and_of_nothing(tmp_path: Path) -> None:
     for run in ("full-rank", "low-rank"):
         (tmp_path / run).mkdir()
         save_file({"a": torch.ones(2, 2)}, tmp_path / run / "model.safetensors")
-    with pytest.raises(ValueError, match="several runs, name one or two of: .*full-rank, .*low-r"):
+    with pytest.raises(ValueError, match=r"several runs, name one or two of: .*full-rank, .*low-r"):
         open_weights(tmp_path)
     assert names(tmp_path / "low-rank") == ["a"]
     (tmp_path / "low-rank" / "model.safetensors").unlink()
