@@ -27,6 +27,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "selection": {"survey"},
         "present": {"survey", "selection"},
         "knapsack": set(),
+        "probe": set(),
     },
     {
         "transport": {"moments", "gradients"},
@@ -53,6 +54,15 @@ LAYERS: list[dict[str, set[str]]] = [
     {"stopwatch": set()},
     {"measure": set()},
     {"budget": set()},
+    {"rehearsal": set()},
+    {
+        "fitting": {"preflight", "memory_fitting"},
+        "memory_fitting": {"preflight"},
+        "preflight": set(),
+        "forecast": set(),
+        "rewarm": set(),
+        "norms": set(),
+    },
     {"scheduler": set(), "sinks": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
@@ -70,11 +80,12 @@ FORBIDDEN = {
 }
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
-    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forms",
-    "heatmap", "initialization", "knapsack", "layer_values", "layers", "measure", "monitors",
-    "noise", "noise_estimate", "pace", "penalties", "planning", "present", "ranking", "readings",
-    "regularizers", "scheduler", "schedules", "selection", "spectrum", "stopwatch", "surgery",
-    "survey", "transport", "undisturbed",
+    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "fitting",
+    "forecast", "forms", "heatmap", "initialization", "knapsack", "layer_values", "layers",
+    "measure", "memory_fitting", "monitors", "noise", "noise_estimate", "norms", "pace",
+    "penalties", "planning", "preflight", "present", "probe", "ranking", "readings",
+    "regularizers", "rehearsal", "rewarm", "scheduler", "schedules", "selection", "spectrum",
+    "stopwatch", "surgery", "survey", "transport", "undisturbed",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.
