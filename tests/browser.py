@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CHROMIUM = next(filter(None, map(shutil.which, _NAMES)), None)
+# The browser reads from 3 and writes to 4, wherever the pipes are here.
+_LAUNCH = """
+import fcntl, os, sys
+pipes = [fcntl.fcntl(int(pipe), fcntl.F_DUPFD, 10) for pipe in sys.argv[1:3]]
+for place, pipe in zip((3, 4), pipes):
+    os.dup2(pipe, place)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Browser:
@@ -25,17 +33,14 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         commands, self._send = os.pipe()
         self._receive, answers = os.pipe()
-        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-                 "--disable-extensions", "--disable-background-networking", "--remote-debugging-pipe",
-                 f"--user-data-dir={self._profile.name}")  # fmt: skip
-
-        def lay_pipes() -> None:  # the browser reads from 3 and writes to 4
-            read, write = (fcntl.fcntl(pipe, fcntl.F_DUPFD, 10) for pipe in (commands, answers))
-            os.dup2(read, 3)
-            os.dup2(write, 4)
-
+        flags = (
+            "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
+            "--disable-extensions", "--disable-background-networking",
+            "--remote-debugging-pipe", f"--user-data-dir={self._profile.name}",
+        )  # fmt: skip
+        launch = (sys.executable, "-c", _LAUNCH, f"{commands}", f"{answers}", CHROMIUM)
         self._process = subprocess.Popen(
-            [CHROMIUM, *flags, "about:blank"], preexec_fn=lay_pipes, pass_fds=(3, 4),
+            [*launch, *flags, "about:blank"], pass_fds=(commands, answers),
             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(commands)
@@ -74,7 +79,9 @@ class Browser:
     def _next(self, seconds: float) -> dict:
         deadline = time.monotonic() + seconds
         while b"\0" not in self._buffer:
-            ready, _, _ = select.select([self._receive], [], [], max(0, deadline - time.monotonic()))
+            ready, _, _ = select.select(
+                [self._receive], [], [], max(0, deadline - time.monotonic())
+            )
             assert ready, "the browser does not answer"
             self._buffer += os.read(self._receive, 1 << 20)
         message, _, self._buffer = self._buffer.partition(b"\0")

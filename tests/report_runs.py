@@ -95,9 +95,7 @@ def write_run(
     return run
 
 
-def _phase(
-    writer: RecordWriter, epoch: float, form: dict, names: list[str], full: int = 0
-) -> None:
+def _phase(writer: RecordWriter, epoch: float, form: dict, names: list[str], full: int = 0) -> None:
     trainable = 272_762 if form == FULL else 154_211
     relative = COST[form["form"]]
     writer.write(

@@ -184,7 +184,7 @@ OPTIONS = {
     "plan": {"schedule", "as-published", "json", "help", "rank", "decomposition", "measure",
              "device", "precision"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},
-    "report": {"out", "json", "help"},
+    "report": {"out", "figures", "format", "json", "help"},
 }  # fmt: skip
 
 

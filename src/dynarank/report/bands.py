@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["band_opacity", "bands_figure"]
 
+_Box = tuple[float, float, float, float]  # left, right, low, high
 MOST_PIECES = 3000  # of all bands of a run: beyond, layers are left out evenly
 _MOST_NAMES = 32
 
@@ -76,15 +77,14 @@ def _left_out(run: Run, kept: Mapping[str, list[FormSpan]]) -> str:
 
 def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left: bool) -> None:
     gap = 0.08 if len(layers) <= 60 else 0
+    boxes: dict[tuple[str, float | None], list[_Box]] = {}
     for row, spans in enumerate(layers.values()):
         for span in spans:
-            axes.broken_barh(
-                [(span.start, span.end - span.start)],
-                (row - 0.5 + gap, 1 - 2 * gap),
-                color=FORM_COLOURS.get(span.form, NEUTRAL),
-                alpha=band_opacity(span.share),
-                linewidth=0,
-            )
+            box = (span.start, span.end, row - 0.5 + gap, row + 0.5 - gap)
+            boxes.setdefault((span.form, span.share), []).append(box)
+    for (form, share), same in boxes.items():
+        _boxes(axes, same, FORM_COLOURS.get(form, NEUTRAL), band_opacity(share))
+    axes.set_xlim(0, max((box[1] for same in boxes.values() for box in same), default=1))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
@@ -92,6 +92,20 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
     names = [(row, name) for row, name in enumerate(layers)] if names_at_left else []
     named = evenly(names, _MOST_NAMES)
     axes.set_yticks([row for row, _ in named], [shown(name, 22) for _, name in named], fontsize=7)
+
+
+def _boxes(axes: Axes, boxes: Sequence[_Box], colour: str, opacity: float) -> None:
+    """Boxes of one colour as one path: of hundreds of layers each its own would be slow."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    corners = [
+        corner
+        for left, right, low, high in boxes
+        for corner in ((left, low), (right, low), (right, high), (left, high), (left, low))
+    ]
+    codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * len(boxes)
+    axes.add_patch(PathPatch(Path(corners, codes), color=colour, alpha=opacity, linewidth=0))
 
 
 def _keys(spans: Sequence[FormSpan]) -> list[Key]:

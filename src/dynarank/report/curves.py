@@ -82,7 +82,7 @@ def _panel(
     if strips:
         below = figure.add_subplot(grid[row + 1, column], sharex=axes)
         strip(below, strips)
-        below.set_xlabel("below: the deeper, the more layers are full-rank", fontsize=8)
+        below.set_xlabel("share of layers that are full-rank", fontsize=8)
     return axes
 
 
@@ -141,7 +141,7 @@ def _maybe_log(axes: Axes) -> None:
 
 def _dress(axes: Axes, title: str, runs: Sequence[Run], colours: dict[str, str]) -> None:
     end = max((last_epoch(run) for run in runs), default=0) or 1
-    marks = _readable(change_marks(first_of_each(runs), colours))
+    marks = _readable(change_marks(first_of_each(runs), colours), len(colours) > 1)
     if len(colours) == 1:
         shade(axes, runs[0])
     axes.set_xlim(0, end)
@@ -150,9 +150,15 @@ def _dress(axes: Axes, title: str, runs: Sequence[Run], colours: dict[str, str])
     axes.set_title(title, pad=6 + mark_labels(axes, marks, end, _PANEL))
 
 
-def _readable(marks: list[Mark]) -> list[Mark]:
-    """Take the labels off where there are so many that they would pile up."""
-    if sum(bool(mark.label) for mark in marks) <= _MOST_LABELLED:
+def _readable(marks: list[Mark], several: bool) -> list[Mark]:
+    """Take labels off where they would pile up; of several schedules, leave unlabelled marks out.
+
+    A schedule that changes often would cover the others' curves; its strip below tells.
+    """
+    labelled = [mark for mark in marks if mark.label]
+    if several:
+        marks = labelled
+    if len(labelled) <= _MOST_LABELLED:
         return marks
     return [Mark(mark.epoch, "", mark.colour) for mark in marks]
 

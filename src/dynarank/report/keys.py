@@ -62,13 +62,15 @@ def legend_below(figure: Figure, keys: Sequence[Key]) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(keys) / rows))
 
 
-def depth_bar(figure: Figure, panels: Sequence[Axes], layers: int) -> None:
-    """Beside the panels, say which colour is which depth."""
+def depth_bar(figure: Figure, panels: Sequence[Axes], layers: int, above: bool = False) -> None:
+    """Beside the panels, or above them, say which colour is which depth."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
     mapped = ScalarMappable(Normalize(1, layers), depth_colormap())
-    bar = figure.colorbar(mapped, ax=panels, pad=0.015, aspect=40)
+    bar = figure.colorbar(
+        mapped, ax=panels, pad=0.015, aspect=40, location="top" if above else "right"
+    )
     bar.set_label(f"depth: layer 1 (first) to {layers} (last)")
     bar.set_ticks(
         [1, layers] if layers < 8 else [1, layers // 4, layers // 2, 3 * layers // 4, layers]

@@ -43,7 +43,7 @@ def ranks_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
         stacked: all panels one above the other, for a narrow screen.
     """
     width, height = (4.6, 2.3 * 2 * len(runs)) if stacked else (max(9.5, 2.4 * len(runs)), 5.6)
-    figure = new_figure(width, height + 0.6 * stacked)
+    figure = new_figure(width, height + 1.1 * stacked)
     shape = (2 * len(runs), 1) if stacked else (2, len(runs))
     grid = figure.subplots(*shape, sharex=True, squeeze=False)
     panels = [
@@ -59,7 +59,7 @@ def ranks_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
     _dress(panels, runs, stacked)
     legend_below(figure, [*_layer_keys(names), *phase_keys(runs)])
     if len(names) > FEW_LAYERS:
-        depth_bar(figure, [axes for column in panels for axes in column], len(names))
+        depth_bar(figure, [axes for column in panels for axes in column], len(names), stacked)
     return figure
 
 

@@ -39,6 +39,13 @@
     }
     draw(parent, "path", { d: path, class: "path", stroke: colour, opacity });
   };
+  // Drawn at the width there is, so that letters keep their size on a narrow screen.
+  const sized = (svg, height) => {
+    const width = Math.max(svg.clientWidth, 260);
+    svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    svg.replaceChildren();
+    return width;
+  };
   const label = (parent, x, y, words, anchor = "middle") =>
     draw(parent, "text", { x, y, "text-anchor": anchor }, words);
 
@@ -52,8 +59,7 @@
     layer.forms.find(([start, end]) => start <= epoch && epoch < end) || layer.forms.at(-1);
 
   function spectrum(epoch) {
-    const svg = at("spectrum"), left = 46, right = 470, top = 12, bottom = 250;
-    svg.replaceChildren();
+    const svg = at("spectrum"), left = 46, right = sized(svg, 290) - 12, top = 12, bottom = 250;
     const x = (share) => left + share * (right - left);
     const y = (share) => bottom - share * (bottom - top);
     for (let power = 0; power <= decades; power++) {
@@ -99,8 +105,7 @@
   }
 
   function timeline(epoch) {
-    const svg = at("timeline"), left = 46, right = 870, top = 8, bottom = 92;
-    svg.replaceChildren();
+    const svg = at("timeline"), left = 46, right = sized(svg, 132) - 12, top = 8, bottom = 92;
     const x = (moment) => left + (moment / (run.end || 1)) * (right - left);
     const y = (share) => bottom - share * (bottom - top);
     for (const share of [0, 0.5, 1]) {
@@ -190,7 +195,8 @@
   options(runChoice, data.runs.map((each) => each.name));
   at("run-label").hidden = data.runs.length < 2;
   name();
+  root.hidden = false; // before drawing: what is hidden has no width
   chooseRun();
-  root.hidden = false;
+  new ResizeObserver(show).observe(root);
   for (const picture of document.querySelectorAll(".static")) picture.hidden = true;
 })();

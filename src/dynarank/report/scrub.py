@@ -23,7 +23,7 @@ __all__ = ["DECADES", "LETTERS", "limits_text", "moving_pictures", "pack_spectru
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 DECADES = 5
-SPECTRUM_BUDGET = 240_000  # singular values on a page: two bytes each
+SPECTRUM_BUDGET = 320_000  # singular values on a page: two bytes each
 PICTURE_BUDGET = 400_000  # blocks of weights on a page: one byte each
 _MOST_MOMENTS = 60
 

@@ -114,7 +114,8 @@ def _curves(runs: Sequence[Run]) -> Html:
     caption = (
         "Solid lines: test. Dotted lines: training. Dashed vertical lines: the moments at which "
         "layers change form, in the colour of their schedule (grey where schedules coincide, "
-        f"unlabelled where a schedule has more than {MOST_LABELS})."
+        f"unlabelled or left out where a schedule has more than {MOST_LABELS}). "
+        "Shaded, or as strips below: the share of the layers that are full-rank."
     )
     if len(by_schedule(runs)) < len(runs):
         caption += " Thick lines are means of a schedule's runs, thin ones the runs."

@@ -26,7 +26,7 @@ def evenly(items: Sequence[_T], most: int) -> list[_T]:
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
-def within(budget: int, layers: int, moments: int, size: int, least: int = 8) -> tuple[int, int]:
+def within(budget: int, layers: int, moments: int, size: int, least: int = 4) -> tuple[int, int]:
     """How many layers and moments of ``size`` numbers each fit the budget.
 
     Moments are given up first, down to ``least``; then layers.
