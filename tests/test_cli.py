@@ -178,11 +178,15 @@ def test_help_is_there_and_every_command_has_json(
 
 
 OPTIONS = {
-    "train": {"data", "schedule", "seed", "epochs", "train-limit", "as-published", "out", "device",
-              "precision", "compile", "json", "help", "rank", "decomposition",
+    "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
+              "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
               "measure"},
     "plan": {"schedule", "as-published", "json", "help", "rank", "decomposition", "measure",
              "device", "precision"},
+    "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",
+                "test-limit", "out", "device", "precision", "json", "help"},
+    "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
+              "train-limit", "test-limit", "out", "device", "precision", "json", "help"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},
     "report": {"out", "figures", "format", "json", "help"},
 }  # fmt: skip

@@ -6,6 +6,7 @@ from dynarank.schedules.base import (
     Answer,
     Clock,
     Decision,
+    Mapped,
     Moment,
     Phase,
     RankSchedule,
@@ -19,28 +20,48 @@ from dynarank.schedules.base import (
     step_of,
     timeline,
 )
+from dynarank.schedules.budgeted import Budget, Budgeted
+from dynarank.schedules.data import schedule_from_data, schedule_to_data
+from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
+from dynarank.schedules.replay import Replay, decide_again, replay, spectra_from_records
+from dynarank.schedules.rotating import Rotating, rotating
+from dynarank.schedules.spectral import ClosedLoop, closed_loop
 
 __all__ = [
     "PRESETS",
     "Answer",
+    "Budget",
+    "Budgeted",
     "Clock",
+    "ClosedLoop",
     "Decision",
+    "LRAligned",
+    "Mapped",
     "Moment",
     "Phase",
     "Phases",
     "RankSchedule",
     "Readings",
+    "Replay",
+    "Rotating",
     "Schedule",
     "State",
     "StatefulSchedule",
     "ask",
+    "closed_loop",
+    "decide_again",
     "dynamic_rank",
     "full_rank",
     "get_preset",
     "is_stateful",
     "low_rank",
+    "replay",
+    "rotating",
+    "schedule_from_data",
+    "schedule_to_data",
+    "spectra_from_records",
     "start",
     "step_of",
     "timeline",
