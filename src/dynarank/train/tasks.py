@@ -32,6 +32,8 @@ _IMAGES, _IMAGE_MODELS = "dynarank.train.images", "dynarank.train.models"
 DATA: dict[str, str] = {
     "digits": _IMAGES,
     "cifar10": _IMAGES,
+    "cifar100": _IMAGES,
+    "fashion-mnist": _IMAGES,
     "text": "dynarank.train.language_task",
     "imdb": "dynarank.train.imdb",
     "sst2": _GLUE,
@@ -44,6 +46,8 @@ DATA: dict[str, str] = {
 
 MODELS: dict[str, str] = {
     "digits-net": _IMAGE_MODELS,
+    "mlp": _IMAGE_MODELS,
+    "resnet8": _IMAGE_MODELS,
     "resnet20": _IMAGE_MODELS,
     "wrn-16-4": _IMAGE_MODELS,
     "wrn-28-10": _IMAGE_MODELS,
