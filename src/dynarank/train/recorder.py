@@ -140,7 +140,7 @@ class Recorder:
     def _decided(self) -> None:
         """What the schedule has been given and has decided since the last step."""
         self.health.given(self.trainer.ranks.spectra)
-        decisions = getattr(self.trainer.ranks, "decisions", [])
+        decisions = self.trainer.ranks.decisions
         for decision in decisions[self._decisions :]:
             self.write(
                 DecisionRecord(
