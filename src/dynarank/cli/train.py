@@ -17,6 +17,7 @@ from dynarank.records import Metric, SummaryRecord
 from dynarank.report import write_report
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
 from dynarank.schedules import get_preset
+from dynarank.sinks import HOSTS
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 from dynarank.train.tasks import make_task
@@ -60,6 +61,10 @@ def train(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the layers first; low rank only where faster.")
     ] = False,
+    log: Annotated[
+        str | None,
+        typer.Option(help=f"Hosts that get the records too, by commas: {', '.join(HOSTS)}."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train a RECIPE under its schedules and compare them.
@@ -70,7 +75,7 @@ def train(
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
     chosen = chosen.with_factors(rank, decomposition)
-    schedules = _schedules(schedule, chosen)
+    schedules, hosts = _schedules(schedule, chosen), _hosts(log)
     machine = choose_machine(device, precision, compile, measure)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
@@ -86,8 +91,9 @@ def train(
         place = folder / name if len(schedules) > 1 else folder
         with ProgressListener(terminal, name, length, task.metric) as listener:
             return run_schedule(
-                chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine
-            )
+                chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine,
+                log=hosts,
+            )  # fmt: skip
 
     summaries = {name: run(name) for name in schedules}
     report = _report(folder, terminal)
@@ -104,6 +110,14 @@ def _schedules(asked: str | None, recipe: Recipe) -> list[str]:
     names = [name.strip() for name in asked.split(",")] if asked else list(recipe.schedules)
     for name in names:
         get_preset(name)
+    return list(dict.fromkeys(names))
+
+
+def _hosts(asked: str | None) -> list[str]:
+    """The hosts of ``--log``; an unknown one is refused before anything is read or made."""
+    names = [name.strip() for name in asked.split(",")] if asked else []
+    if unknown := [name for name in names if name not in HOSTS]:
+        raise RecipeError(f"unknown log {unknown[0]!r}; known: {', '.join(HOSTS)}")
     return list(dict.fromkeys(names))
 
 

@@ -6,29 +6,19 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from safetensors.torch import save_file
 
-from dynarank.records import Record, RecordWriter, SummaryRecord
+from dynarank.records import SummaryRecord
+from dynarank.sinks import Sinks, open_sinks
 from dynarank.surgery import merge
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe
-from dynarank.train.recorder import Recorder
+from dynarank.train.recorder import Recorder, header
 from dynarank.train.task import Task
 
-__all__ = ["Sink", "run_schedule"]
-
-
-class Sink(Protocol):
-    """Takes each record of a run, beside the file."""
-
-    def write(self, record: Record, /) -> None:
-        """Take one record."""
-
-    def close(self) -> None:
-        """The run is over."""
+__all__ = ["run_schedule"]
 
 
 def run_schedule(
@@ -41,7 +31,7 @@ def run_schedule(
     seed: int,
     epochs: int,
     machine: Machine,
-    sinks: Sequence[Sink] = (),
+    log: Sequence[str] = (),
 ) -> SummaryRecord:
     """Train a recipe under a schedule; write config, records and the merged weights to ``folder``.
 
@@ -54,9 +44,11 @@ def run_schedule(
         seed: of the initial weights.
         epochs: the run's length.
         machine: where and how.
-        sinks: take each record too; closed at the end, whatever happens.
+        log: hosts that take the records too, see :func:`dynarank.sinks.open_sinks`.
 
     Raises:
+        ValueError: an unknown host of ``log``, or one that cannot be opened.
+        ImportError: one that is not installed.
         DivergedError: the training loss is not finite; the records up to there are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,17 +60,14 @@ def run_schedule(
         "train_size": task.train_size,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    takers: list[Sink] = [RecordWriter(folder), *sinks]
-
-    def write(record: Record) -> None:
-        for taker in takers:
-            taker.write(record)
-
+    first = header(recipe, schedule, task, machine, seed=seed, epochs=epochs)
+    sinks = Sinks(open_sinks(log, folder, first))
     try:
+        sinks.write(first)
         trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
         begun = time.perf_counter()
-        recorder = Recorder(trainer, write, listener)
-        recorder.begin(schedule, seed)
+        recorder = Recorder(trainer, sinks.write, listener)
+        recorder.begin()
         for epoch in range(epochs):
             recorder.epoch(trainer.train_epoch(epoch))
         model = merge(trainer.model)
@@ -86,5 +75,4 @@ def run_schedule(
         save_file(state, folder / "model.safetensors")
         return recorder.end(time.perf_counter() - begun)
     finally:
-        for taker in takers:
-            taker.close()
+        sinks.close()
