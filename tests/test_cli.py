@@ -263,7 +263,7 @@ OPTIONS = {
     "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
               "train-limit", "test-limit", "out", "device", "precision", "json", "help"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},
-    "report": {"out", "json", "help"},
+    "report": {"out", "figures", "format", "json", "help"},
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from dynarank.records import Metric, SummaryRecord
 from dynarank.report import write_report
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
 from dynarank.schedules import get_preset
-from dynarank.sinks import HOSTS
+from dynarank.sinks import HOSTS, open_sinks
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 from dynarank.train.tasks import make_task
@@ -30,7 +30,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(help="Folder (or .npz) of the data set; 'hub' fetches it by name; "
-                     "default: $DYNARANK_DATA. digits needs none."),
+                     "default: $DYNARANK_DATA. digits and text-gpt need none."),
     ] = None,
     schedule: Annotated[
         str | None,
@@ -75,11 +75,13 @@ def train(
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
     chosen = chosen.with_factors(rank, decomposition)
-    schedules, hosts = _schedules(schedule, chosen), _hosts(log)
+    schedules = _schedules(schedule, chosen)
+    hosts = [name.strip() for name in log.split(",")] if log else []
     machine = choose_machine(device, precision, compile, measure)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
         raise RecipeError(f"{folder} holds a run already; name another folder with --out")
+    open_sinks(hosts, folder)  # an unknown host is refused before anything is read
     task = make_task(
         chosen, data, seed=seed, device=machine.device, train_limit=train_limit,
         test_limit=test_limit,
@@ -92,7 +94,7 @@ def train(
         with ProgressListener(terminal, name, length, task.metric) as listener:
             return run_schedule(
                 chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine,
-                log=hosts,
+                sinks=open_sinks(hosts, place),
             )  # fmt: skip
 
     summaries = {name: run(name) for name in schedules}
@@ -110,14 +112,6 @@ def _schedules(asked: str | None, recipe: Recipe) -> list[str]:
     names = [name.strip() for name in asked.split(",")] if asked else list(recipe.schedules)
     for name in names:
         get_preset(name)
-    return list(dict.fromkeys(names))
-
-
-def _hosts(asked: str | None) -> list[str]:
-    """The hosts of ``--log``; an unknown one is refused before anything is read or made."""
-    names = [name.strip() for name in asked.split(",")] if asked else []
-    if unknown := [name for name in names if name not in HOSTS]:
-        raise RecipeError(f"unknown log {unknown[0]!r}; known: {', '.join(HOSTS)}")
     return list(dict.fromkeys(names))
 
 

@@ -1,17 +1,18 @@
-"""Where records go: the run's ``records.jsonl`` always, and hosts that one asks for."""
+"""Where records go beside the run's ``records.jsonl``: hosts that one asks for."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dynarank.records import RecordWriter, RunRecord
-from dynarank.sinks.base import Sink, SinkError, Sinks, Sparing
+from dynarank.records import RunRecord
+from dynarank.sinks.base import Opening, Sink, Sparing, import_host
 from dynarank.sinks.mlflow import MlflowSink
 from dynarank.sinks.tensorboard import TensorBoardSink
 from dynarank.sinks.wandb import WandbSink
 
-__all__ = ["HOSTS", "Sink", "SinkError", "Sinks", "Sparing", "open_sinks"]
+__all__ = ["HOSTS", "Sink", "open_sinks"]
 
 HOSTS: dict[str, Callable[[Path, RunRecord], Sink]] = {
     "tensorboard": TensorBoardSink,
@@ -20,40 +21,30 @@ HOSTS: dict[str, Callable[[Path, RunRecord], Sink]] = {
 }
 
 
-def open_sinks(names: Sequence[str], folder: Path, header: RunRecord) -> list[Sink]:
-    """The run's record file, and a sink for each host; the header is the caller's first record.
+def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
+    """A sink for each host; each opens when the run's header comes as its first record.
 
-    A host that fails while the run is under way is warned of once and left out from then on; one
-    that cannot be opened is an error, for nothing has been computed yet.
+    That a host is installed is looked at now. What fails later, opening it too, ends no run: it is
+    warned of once, and that host gets nothing more.
 
     Args:
         names: of :data:`HOSTS`, each at most once.
         folder: the run's.
-        header: what is run.
 
     Raises:
-        ValueError: an unknown or repeated name, or a host that cannot be opened.
+        ValueError: an unknown or repeated name.
         ImportError: a host that is not installed; the message names the extra.
+
+    Example:
+        >>> open_sinks([], Path("runs/one"))
+        []
     """
-    if unknown := [name for name in names if name not in HOSTS]:
-        raise ValueError(f"unknown log {unknown[0]!r}; known: {', '.join(HOSTS)}")
+    for name in names:
+        if name not in HOSTS:
+            near = difflib.get_close_matches(name, HOSTS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"unknown log {name!r}; known: {', '.join(HOSTS)}{hint}")
+        import_host(name, name)
     if len(set(names)) < len(names):
         raise ValueError(f"a log is named twice: {', '.join(names)}")
-    opened: list[Sink] = []
-    try:
-        for name in names:
-            opened.append(Sparing(_open(name, folder, header), name))
-        return [RecordWriter(folder), *opened]
-    except Exception:
-        for sink in opened:
-            sink.close()
-        raise
-
-
-def _open(name: str, folder: Path, header: RunRecord) -> Sink:
-    try:
-        return HOSTS[name](folder, header)
-    except ImportError:
-        raise
-    except Exception as error:
-        raise SinkError(f"the log {name!r} cannot be opened: {error}") from error
+    return [Sparing(Opening(HOSTS[name], folder), name) for name in names]

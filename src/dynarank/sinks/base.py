@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
-from dynarank.records import Record
+from dynarank.records import Record, RunRecord
 
-__all__ = ["Sink", "SinkError", "Sinks", "Sparing", "import_host"]
-
-
-class SinkError(ValueError):
-    """A sink cannot be opened."""
+__all__ = ["Opening", "Sink", "Sparing", "import_host"]
 
 
 class Sink(Protocol):
@@ -79,25 +77,32 @@ class Sparing:
         )
 
 
-class Sinks:
-    """Several sinks as one.
+class Opening:
+    """Opens a host when the run's header, its first record, comes: the run is named by it there.
+
+    Args:
+        host: opens the sink of a run.
+        folder: the run's.
 
     Example:
-        >>> Sinks([]).close()
+        >>> Opening(lambda folder, header: None, Path("run")).close()
     """
 
-    def __init__(self, sinks: list[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, host: Callable[[Path, RunRecord], Sink], folder: Path) -> None:
+        self._host, self._folder = host, folder
+        self._sink: Sink | None = None
 
     def write(self, record: Record, /) -> None:
-        """Write to each."""
-        for sink in self._sinks:
-            sink.write(record)
+        """Open the sink by the header; hand on what comes after."""
+        if isinstance(record, RunRecord):
+            self._sink = self._host(self._folder, record)
+        elif self._sink is not None:
+            self._sink.write(record)
 
     def close(self) -> None:
-        """Close each."""
-        for sink in self._sinks:
-            sink.close()
+        """Close the sink if it was opened."""
+        if self._sink is not None:
+            self._sink.close()
 
 
 def import_host(name: str, module: str) -> Any:

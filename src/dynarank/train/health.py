@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from dynarank.heatmap import heatmap
 from dynarank.monitors import SpectralMonitor
+from dynarank.readings import SpectralReading
 from dynarank.records import HeatmapRecord, LayerSpectrum, Record, SpectrumRecord
 from dynarank.selection import select
 from dynarank.train.loop import Trainer
@@ -39,13 +40,22 @@ class HealthRecorder:
 
     def read(self, epoch: int) -> None:
         """The weights when so many epochs are done."""
-        done, step = self.trainer.epochs_done, self.trainer.done
-        layers = {path: LayerSpectrum(**vars(one)) for path, one in self.monitor.read().items()}
-        self.write(SpectrumRecord(epoch=done, step=step, layers=layers))
+        self._write(self.monitor.read())
         if epoch in self._moments:
             sites = select(self.trainer.model, lambda module, path: path in self._pictured)
             pictures = {site.path: heatmap(site.effective()) for site in sites}
+            done, step = self.trainer.epochs_done, self.trainer.done
             self.write(HeatmapRecord(epoch=done, step=step, layers=pictures))
+
+    def given(self, readings: Mapping[str, SpectralReading]) -> None:
+        """What the schedule has been given to decide by, before any change that it made of it."""
+        if readings:
+            self._write(readings)
+
+    def _write(self, readings: Mapping[str, SpectralReading]) -> None:
+        done, step = self.trainer.epochs_done, self.trainer.done
+        layers = {path: LayerSpectrum(**vars(reading)) for path, reading in readings.items()}
+        self.write(SpectrumRecord(epoch=done, step=step, layers=layers))
 
 
 def evenly(items: Sequence[_T], most: int) -> list[_T]:

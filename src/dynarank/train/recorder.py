@@ -142,7 +142,8 @@ class Recorder:
             self.listener.changed(trainer.epochs_done, changes)
 
     def _decided(self) -> None:
-        """What the schedule has decided since the last step."""
+        """What the schedule has been given and has decided since the last step."""
+        self.health.given(self.trainer.ranks.spectra)
         decisions = self.trainer.ranks.decisions
         for decision in decisions[self._decisions :]:
             self.write(

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from dynarank.records import SummaryRecord
-from dynarank.sinks import Sinks, open_sinks
+from dynarank.records import Record, RecordWriter, SummaryRecord
+from dynarank.sinks import Sink
 from dynarank.surgery import merge
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
@@ -31,7 +31,7 @@ def run_schedule(
     seed: int,
     epochs: int,
     machine: Machine,
-    log: Sequence[str] = (),
+    sinks: Sequence[Sink] = (),
 ) -> SummaryRecord:
     """Train a recipe under a schedule; write config, records and the merged weights to ``folder``.
 
@@ -44,11 +44,9 @@ def run_schedule(
         seed: of the initial weights.
         epochs: the run's length.
         machine: where and how.
-        log: hosts that take the records too, see :func:`dynarank.sinks.open_sinks`.
+        sinks: take each record too, see :func:`dynarank.sinks.open_sinks`; closed at the end.
 
     Raises:
-        ValueError: an unknown host of ``log``, or one that cannot be opened.
-        ImportError: one that is not installed.
         DivergedError: the training loss is not finite; the records up to there are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,15 +56,20 @@ def run_schedule(
         "seed": seed,
         "epochs": epochs,
         "train_size": task.train_size,
+        "data": dict(getattr(task, "facts", {})),  # where the recipe alone does not say which
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    first = header(recipe, schedule, task, machine, seed=seed, epochs=epochs)
-    sinks = Sinks(open_sinks(log, folder, first))
+    takers: list[Sink] = [RecordWriter(folder), *sinks]
+
+    def write(record: Record) -> None:
+        for taker in takers:
+            taker.write(record)
+
     try:
-        sinks.write(first)
+        write(header(recipe, schedule, task, machine, seed=seed, epochs=epochs))
         trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
         begun = time.perf_counter()
-        recorder = Recorder(trainer, sinks.write, listener)
+        recorder = Recorder(trainer, write, listener)
         recorder.begin()
         for epoch in range(epochs):
             recorder.epoch(trainer.train_epoch(epoch))
@@ -75,4 +78,5 @@ def run_schedule(
         save_file(state, folder / "model.safetensors")
         return recorder.end(time.perf_counter() - begun)
     finally:
-        sinks.close()
+        for taker in takers:
+            taker.close()
