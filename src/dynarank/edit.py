@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,14 @@ class Edit:
     def change(self) -> Change:
         """What is reported of it."""
         return Change(self.path, self.before, self.after, self.error)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether only the adaptor is another, its factors of the same shapes."""
+        one, two = self.before, self.after
+        if not (isinstance(one, Adapted) and isinstance(two, Adapted)):
+            return False
+        return one != two and same_weight(replace(one, restart=two.restart), two)
 
     def commit(self) -> None:
         """Give every module of the weight its new class, parameters and form."""
