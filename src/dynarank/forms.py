@@ -256,7 +256,7 @@ def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None)
 
 
 def _short_repr(form: LowRank | Adapted) -> str:
-    """How it computes is shown only where it is not left to the library, a restart where it is one."""
+    """How it computes is shown only where it is not left to the library; a restart if it is one."""
     shown = [f for f in fields(form) if f.name not in ("execution", "recompute", "restart")]
     shown += [f for f in fields(form) if f not in shown and getattr(form, f.name) != f.default]
     return (

@@ -19,8 +19,8 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
   transported v that vanishes and an m that does not would be without bound. Adam's own v lies below
   m * m in its first hundred or so steps, so a change that early makes the next steps smaller.
 - A parameter that gets nothing (an adaptor's ``down``, while ``up`` is zero) starts as a new one.
-- **Pruned:** where only the adaptor is another, ReLoRA's way (Lialin et al., arXiv 2307.05695): each
-  factor's averages stay where they are, all but the largest set to zero. See :func:`prune`.
+- **Pruned:** where only the adaptor is another, ReLoRA's way (Lialin et al., arXiv 2307.05695):
+  each factor's averages stay where they are, all but the largest set to zero. See :func:`prune`.
 
 Note [Weight decay]
 SGD's and Adam's L2 decay adds ``decay * f`` to the gradient of f. J+ divides by the factors, so

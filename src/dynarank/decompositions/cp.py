@@ -156,7 +156,7 @@ class CP:
 
 
 def _extended(factors: Factors, rank: int) -> Factors:
-    """The components, and new ones whose vectors are drawn, of the mean norm, but for a zero ``up``.
+    """The components, and new ones: vectors drawn, of the mean norm, but for ``up``, which is zero.
 
     Least squares would find the same sum again only to within the error at which its sweeps end.
     """

@@ -19,28 +19,44 @@ from dynarank.schedules.base import (
     step_of,
     timeline,
 )
+from dynarank.schedules.cuttlefish import Cuttlefish, cuttlefish
+from dynarank.schedules.growing import Growing, growing
+from dynarank.schedules.lora import lora
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
+from dynarank.schedules.published import published
+from dynarank.schedules.pufferfish import Hybrid, pufferfish
+from dynarank.schedules.relora import Restarts, relora
 
 __all__ = [
     "PRESETS",
     "Answer",
     "Clock",
+    "Cuttlefish",
     "Decision",
+    "Growing",
+    "Hybrid",
     "Moment",
     "Phase",
     "Phases",
     "RankSchedule",
     "Readings",
+    "Restarts",
     "Schedule",
     "State",
     "StatefulSchedule",
     "ask",
+    "cuttlefish",
     "dynamic_rank",
     "full_rank",
     "get_preset",
+    "growing",
     "is_stateful",
+    "lora",
     "low_rank",
+    "published",
+    "pufferfish",
+    "relora",
     "start",
     "step_of",
     "timeline",

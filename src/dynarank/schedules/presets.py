@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
-from dynarank.schedules.base import Moment
+from dynarank.schedules.base import Moment, Schedule
+from dynarank.schedules.cuttlefish import cuttlefish
+from dynarank.schedules.growing import growing
+from dynarank.schedules.lora import lora
 from dynarank.schedules.phases import Phases
+from dynarank.schedules.published import published
+from dynarank.schedules.pufferfish import pufferfish
+from dynarank.schedules.relora import relora
 
 __all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
 
@@ -84,16 +91,27 @@ def _low_rank(rank: RankLike = 0.5, decomposition: str = "svd", **_: Any) -> Pha
     return low_rank(rank, decomposition=decomposition)
 
 
-PRESETS: dict[str, Callable[..., Phases]] = {
+def _taking(make: Callable[..., Schedule], **options: Any) -> Schedule:
+    """The schedule with those of the options that it knows."""
+    return make(**{name: options[name] for name in signature(make).parameters if name in options})
+
+
+PRESETS: dict[str, Callable[..., Schedule]] = {
     "full-rank": _full_rank,
     "low-rank": _low_rank,
     "dynamic-rank": partial(dynamic_rank, to="adapted"),
     "dynamic-rank-low": partial(dynamic_rank, to="low-rank"),
+    "published": partial(_taking, published),
+    "lora": partial(_taking, lora),
+    "relora": partial(_taking, relora),
+    "pufferfish": partial(_taking, pufferfish),
+    "cuttlefish": partial(_taking, cuttlefish),
+    "growing": partial(_taking, growing),
 }
 """Schedules by name, each taking ``dynamic_rank``'s keyword arguments and using those it needs."""
 
 
-def get_preset(name: str) -> Callable[..., Phases]:
+def get_preset(name: str) -> Callable[..., Schedule]:
     """The schedule of this name.
 
     Raises:
