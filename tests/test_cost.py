@@ -173,7 +173,9 @@ def test_parameters_of_a_form(form: Form) -> None:
 def test_the_phase_that_costs_more_than_full_rank_is_known() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     use = trace(model, torch.zeros(32, 64))
-    cost = cost_schedule(use, dynamic_rank(0.5, execution="two-branch"), ["0", "1"], 100)
+    cost = cost_schedule(
+        use, dynamic_rank(0.5, inflate=0.37, deflate=0.8, execution="two-branch"), ["0", "1"], 100
+    )
     assert [phase.adapted_is_dearer for phase in cost.phases] == [False, False, True]
     assert cost.at(0) is cost.phases[0]
     assert cost.at(36) is cost.phases[0] and cost.at(37) is cost.phases[1]

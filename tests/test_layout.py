@@ -45,6 +45,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"stopwatch": set()},
     {"measure": set()},
     {"budget": set()},
+    {"preflight": set(), "forecast": set(), "rewarm": set(), "norms": set()},
     {"scheduler": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
@@ -62,10 +63,11 @@ FORBIDDEN = {
 }
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
-    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forms",
-    "initialization", "knapsack", "layers", "measure", "monitors", "penalties", "planning",
-    "present", "ranking", "readings", "regularizers", "scheduler", "schedules", "selection",
-    "spectrum", "stopwatch", "surgery", "survey", "transport",
+    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forecast",
+    "forms", "initialization", "knapsack", "layers", "measure", "monitors", "norms",
+    "penalties", "planning", "preflight", "present", "ranking", "readings", "regularizers",
+    "rewarm", "scheduler", "schedules", "selection", "spectrum", "stopwatch", "surgery",
+    "survey", "transport",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.

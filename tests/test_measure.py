@@ -61,9 +61,9 @@ def test_a_schedule_where_faster() -> None:
         dynamic_rank(4, inflate=0.4, deflate=0.8), Timings({"a": slow, "b": fast})
     )
     readings = Readings({"a": (8, 8), "b": (8, 8)})
-    assert schedule(Clock(0, 10), readings) == {"a": FullRank(), "b": FACTORED}
-    assert schedule(Clock(5, 10), readings) == {"a": FullRank(), "b": FullRank()}
-    assert schedule(Clock(9, 10), readings) == {"a": MERGED, "b": MERGED}
+    assert schedule.update({}, Clock(0, 10), readings).plan == {"a": FullRank(), "b": FACTORED}
+    assert schedule.update({}, Clock(5, 10), readings).plan == {"a": FullRank(), "b": FullRank()}
+    assert schedule.update({}, Clock(9, 10), readings).plan == {"a": MERGED, "b": MERGED}
 
 
 def test_candidates_are_the_executions_left_open() -> None:

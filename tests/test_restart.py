@@ -204,7 +204,7 @@ def test_elsewhere_pruning_is_projection(after: Any) -> None:
 
 
 def test_without_the_step_counter_set_back_the_first_steps_are_larger_than_adams() -> None:
-    """m = .1 g, v = .001 g^2, corrections near 1: a step of 3.2 lr, which is why ReLoRA warms up."""
+    """m = .1 g, v = .001 g^2, corrections near 1: a step of 3.2 lr. ReLoRA warms up for it."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(10, 8, bias=False)).double()
     dr.apply_plan(model, {"0": Adapted(3)})

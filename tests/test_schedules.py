@@ -236,9 +236,8 @@ def test_full_rank_and_low_rank_never_change() -> None:
 
 
 def test_dynamic_rank_is_low_then_full_then_adapted() -> None:
-    schedule = dynamic_rank(2)
+    schedule = dynamic_rank(2, inflate=0.37, deflate=0.80)
     assert schedule == Phases((0.0, 0.37, 0.80), (LOW, FULL, LAST))
-    assert dynamic_rank().forms == (LowRank(0.5), FULL, Adapted(0.5))
     options = {"decomposition": "other", "alpha": 3.0, "execution": "two-branch"}
     schedule = dynamic_rank(4, inflate=10, deflate=20, **options)  # type: ignore[arg-type]
     assert schedule.starts == (0.0, 10, 20)
@@ -246,7 +245,7 @@ def test_dynamic_rank_is_low_then_full_then_adapted() -> None:
 
 
 def test_dynamic_rank_can_end_low_rank() -> None:
-    assert dynamic_rank(2, to="low-rank").forms == (LOW, FULL, LOW)
+    assert dynamic_rank(2, inflate=0.3, deflate=0.8, to="low-rank").forms == (LOW, FULL, LOW)
 
 
 @pytest.mark.parametrize("to", ["lowrank", "full-rank", "", None])
@@ -267,7 +266,8 @@ def test_dynamic_rank_refuses_moments_out_of_order_and_impossible_ranks() -> Non
 def test_presets_take_the_options_of_dynamic_rank() -> None:
     options = {"rank": 3, "inflate": 0.1, "deflate": 0.2, "decomposition": "other", "alpha": 2.0}
     low = LowRank(3, "other")
-    made = {name: get_preset(name)(**options) for name in PRESETS}
+    names = ("full-rank", "low-rank", "dynamic-rank", "dynamic-rank-low")
+    made = {name: get_preset(name)(**options) for name in names}
     starts = (0.0, 0.1, 0.2)
     assert made == {
         "full-rank": Phases((0.0,), (FULL,)),

@@ -17,7 +17,7 @@ import torch
 
 from dynarank.cost import ModelUse
 from dynarank.forms import Form, FullRank, LowRank, Plan
-from dynarank.schedules import Clock, RankSchedule, Readings
+from dynarank.schedules import Mapped, Schedule
 from dynarank.stopwatch import Cache, Setting, layer_seconds
 
 __all__ = [
@@ -167,22 +167,21 @@ def layer_timer(
     return seconds
 
 
-def where_faster(schedule: RankSchedule, timings: Timings) -> RankSchedule:
+def where_faster(schedule: Schedule, timings: Timings) -> Mapped:
     """The schedule with its low-rank forms only where they were measured to be faster.
 
     Example:
-        >>> from dynarank.schedules import low_rank
+        >>> from dynarank.schedules import Clock, Readings, low_rank
         >>> timings = Timings({"0": {FullRank(): 1.0, LowRank(4, execution="factored"): 2.0}})
-        >>> where_faster(low_rank(4), timings)(Clock(0, 1), Readings({"0": (32, 32)}))
+        >>> faster = where_faster(low_rank(4), timings)
+        >>> faster.update({}, Clock(0, 1), Readings({"0": (32, 32)})).plan
         {'0': FullRank()}
     """
 
-    def faster(clock: Clock, readings: Readings, /) -> Plan:
-        return {
-            path: timings.choose(path, form) for path, form in schedule(clock, readings).items()
-        }
+    def faster(plan: Plan) -> Plan:
+        return {path: timings.choose(path, form) for path, form in plan.items()}
 
-    return faster
+    return Mapped(schedule, faster)
 
 
 def default_cache() -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dynarank.cost import Flops, ModelUse
 from dynarank.forms import Adapted, FullRank
-from dynarank.schedules import Phase, RankSchedule, Readings, timeline
+from dynarank.schedules import Phase, Readings, Schedule, timeline
 
 __all__ = ["PhaseCost", "ScheduleCost", "cost_schedule"]
 
@@ -85,10 +85,11 @@ class ScheduleCost:
 
 def cost_schedule(
     use: ModelUse,
-    schedule: RankSchedule,
+    schedule: Schedule,
     layers: Sequence[str],
     total_steps: int,
     *,
+    forecast: Sequence[float] = (),
     optimizer_slots: int = 1,
     itemsize: int = 4,
 ) -> ScheduleCost:
@@ -99,6 +100,7 @@ def cost_schedule(
         schedule: the schedule.
         layers: the layers it is for.
         total_steps: steps of the run.
+        forecast: the learning rate at equal distances over the run, for schedules that follow it.
         optimizer_slots: values the optimizer keeps a parameter: 1 for SGD with momentum, 2 for
             Adam.
         itemsize: bytes a value.
@@ -112,7 +114,7 @@ def cost_schedule(
         0.625
     """
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
-    readings = Readings({path: use.layers[path].shape for path in layers})
+    readings = Readings({p: use.layers[p].shape for p in layers}, forecast=tuple(forecast))
 
     def phase_cost(phase: Phase) -> PhaseCost:
         flops = use.flops(phase.plan)

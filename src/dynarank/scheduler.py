@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from dynarank.calibration import Calibration
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, FullRank, LowRank, Plan, form_from_data, form_to_data
+from dynarank.forecast import Forecast
+from dynarank.forms import Change, Plan, form_from_data, form_to_data
 from dynarank.gradients import WINDOW, Gradients
-from dynarank.schedules import Clock, Phase, RankSchedule, Readings, timeline
-from dynarank.selection import LayerFilter, find_sites, select
+from dynarank.monitors import SpectralMonitor
+from dynarank.norms import renew_statistics
+from dynarank.preflight import check_phase, scheduled_layers
+from dynarank.rewarm import Rewarm
+from dynarank.schedules import (
+    Clock,
+    Decision,
+    Phase,
+    Readings,
+    Schedule,
+    ask,
+    is_stateful,
+    start,
+    step_of,
+    timeline,
+)
+from dynarank.selection import LayerFilter, find_sites
 from dynarank.surgery import apply_plan, truncates
-from dynarank.survey import Site, survey
 from dynarank.transport import Moments, Optimizers, as_list, check_movable
 
-__all__ = ["RankScheduler", "scheduled_layers"]
+__all__ = ["RankScheduler"]
 
 
 class RankScheduler:
@@ -34,8 +50,8 @@ class RankScheduler:
     Args:
         model: the model; it may be ranked already.
         optimizer: its optimizer, or several.
-        schedule: any function ``(clock, readings) -> plan``, such as those of
-            :mod:`dynarank.schedules`.
+        schedule: any function ``(clock, readings) -> plan``, or one with a state, such as those
+            of :mod:`dynarank.schedules`.
         total_steps: how many optimizer steps the run has.
         layers: the layers under the schedule, a filter ``(module, path) -> bool`` or glob patterns.
             None: those that are ranked already, or, if none is, all that get cheaper in every
@@ -46,6 +62,13 @@ class RankScheduler:
             change could not be foreseen that early are calibrated by the gradients there are, or,
             without any, projected.
         calibration_steps: how far ahead to look and how many gradients to keep.
+        lr_scheduler: the learning rate's scheduler, of which a copy is run ahead to foresee when
+            the rate will fall; or the rates of the run at equal distances. None: the rate is
+            followed as it comes.
+        rewarm: warm the learning rate up again over so many steps after each change.
+        renew: called after weights have become low-rank, for batches from which the running
+            statistics of batch norms are taken anew, see
+            :func:`~dynarank.norms.renew_statistics`; None: they follow by themselves.
         calibrate: called right before weights become low-rank, and only then, for what a few
             batches tell about them: ``lambda: dr.calibrate(model, batches)``. None: they are
             truncated plainly.
@@ -73,11 +96,14 @@ class RankScheduler:
         self,
         model: nn.Module,
         optimizer: Optimizers,
-        schedule: RankSchedule,
+        schedule: Schedule,
         total_steps: int,
         *,
         layers: LayerFilter = None,
+        lr_scheduler: Any | Sequence[float] | None = None,
         moments: Moments = "project",
+        rewarm: int = 0,
+        renew: Callable[[], Iterable[Any]] | None = None,
         calibrate: Callable[[], Calibration] | None = None,
         calibration_steps: int = WINDOW,
         on_change: Callable[[list[Change]], None] | None = None,
@@ -88,21 +114,24 @@ class RankScheduler:
         self.schedule = schedule
         self.total_steps = total_steps
         self.moments: Moments = moments
-        self.calibrate = calibrate
+        self.renew, self.calibrate, self.on_change = renew, calibrate, on_change
         self.gradients = moments if isinstance(moments, Gradients) else None
         if moments == "calibrated":
             self.gradients = Gradients(model, optimizers, length=calibration_steps)
-        self.on_change = on_change
+        self.forecast = Forecast(lr_scheduler, total_steps)
+        self.rewarm = Rewarm(optimizers, rewarm)
         self.last_step = 0
+        self.decisions: list[Decision] = []
         self._patience = 0
         self._retry_at = 0
         self._plan: Plan | None = None  # as last applied
+        self._state = start(schedule)
         sites = scheduled_layers(model, schedule, total_steps, layers)
         self._layers = {site.path: site.shape for site in sites}
+        self._monitor = SpectralMonitor(model, layers=lambda module, path: path in self._layers)
         for phase in self.phases():
-            _check_phase(phase, model)
-        self._apply()
-        self._foresee()
+            check_phase(phase, model)
+        self._advance()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -120,9 +149,9 @@ class RankScheduler:
             The changes made, most often none.
         """
         self.last_step += 1
-        changes = self._apply() if self.last_step >= self._retry_at else []
-        self._foresee()
-        return changes
+        self.rewarm.advance()
+        self.forecast.watch(self.last_step)
+        return self._advance()
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
@@ -133,6 +162,10 @@ class RankScheduler:
             "total_steps": self.total_steps,
             "patience": self._patience,
             "retry_at": self._retry_at,
+            "schedule": dict(self._state),
+            "forecast": self.forecast.state_dict(),
+            "rewarmed": self.rewarm.done,
+            "decisions": [decision.to_data() for decision in self.decisions],
             "forms": {path: form_to_data(site.form) for path, site in sites.items() if site.form},
             "homes": {path: form_to_data(home) for path, home in homes.items() if home},
         }
@@ -156,6 +189,10 @@ class RankScheduler:
             self._restore(plan)
         self.last_step = int(state["last_step"])
         self._patience, self._retry_at = int(state["patience"]), int(state["retry_at"])
+        self._state = state["schedule"]
+        self.forecast.load_state_dict(state["forecast"])
+        self.rewarm.done = int(state["rewarmed"])
+        self.decisions = [Decision.from_data(data) for data in state["decisions"]]
         self._plan = None
 
     def _restore(self, plan: Plan) -> None:
@@ -169,26 +206,47 @@ class RankScheduler:
 
     def _readings(self) -> Readings:
         one = self.optimizer[0] if len(self.optimizer) == 1 else None
-        return Readings(self._layers, float(one.param_groups[0]["lr"]) if one else None)
+        rate = float(one.param_groups[0]["lr"]) if one else None
+        return Readings(self._layers, rate, self.forecast.rates, self._plan or {})
 
-    def _apply(self) -> list[Change]:
+    def _read_spectra(self, readings: Readings) -> Readings:
+        """The readings, with the rank health of the layers if the schedule is to see it now."""
+        every = self.schedule.spectra_every if is_stateful(self.schedule) else None
+        if every is None or self.last_step % max(1, step_of(every, self.total_steps)):
+            return readings
+        return replace(readings, spectra=self._monitor.read())
+
+    def _advance(self) -> list[Change]:
+        """Ask the schedule, and bring the model to its answer unless that is put off."""
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
-        plan = self.schedule(clock, self._readings())
+        readings = self._read_spectra(self._readings())
+        plan, self._state, decisions = ask(self.schedule, self._state, clock, readings)
+        self.decisions += decisions
+        changes = self._apply(plan) if self.last_step >= self._retry_at else []
+        self._foresee()
+        return changes
+
+    def _apply(self, plan: Plan) -> list[Change]:
         if plan == self._plan:  # the usual step: no traversal of the model
             return []
+        lossy = (self.calibrate or self.renew) and truncates(self.model, plan)
         try:
-            known = self.calibrate() if self.calibrate and truncates(self.model, plan) else None
             changes = apply_plan(
                 self.model,
                 plan,
                 optimizer=self.optimizer,
                 moments=self.moments if self.gradients is None else self.gradients,
-                calibration=known,
+                calibration=self.calibrate() if self.calibrate and lossy else None,
             )
         except UnfitWeightError as error:
             self._put_off(error)
             return []
+        first = self.last_step == 0
         self._patience, self._plan = 0, dict(plan)
+        if changes and not first:
+            self.rewarm.restart()
+        if changes and lossy and self.renew and not first:
+            renew_statistics(self.model, self.renew())
         if changes and self.on_change is not None:
             self.on_change(changes)
         return changes
@@ -198,7 +256,9 @@ class RankScheduler:
         if self.gradients is None or self.moments != "calibrated":
             return
         ahead = min(self.last_step + self.gradients.length, self.total_steps - 1)
-        plan = self.schedule(Clock(ahead, self.total_steps), self._readings())
+        plan = ask(
+            self.schedule, self._state, Clock(ahead, self.total_steps), self._readings()
+        ).plan
         now = self._plan or {}
         self.gradients.watch(path for path, form in plan.items() if form != now.get(path, form))
 
@@ -209,42 +269,5 @@ class RankScheduler:
             f"step {self.last_step}: no change of form now, next try in {self._patience} steps: "
             f"{error}",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
-
-
-def scheduled_layers(
-    model: nn.Module, schedule: RankSchedule, total_steps: int, layers: LayerFilter = None
-) -> list[Site]:
-    """The layers a schedule is for: see ``layers`` of :class:`RankScheduler`."""
-    ranked = any(site.home is not None for site in survey(model))
-    if layers is not None or ranked:
-        return select(model, layers)
-    able = {s.path: s.shape for s in survey(model) if s.form is not None}
-    forms = {
-        form: None
-        for phase in timeline(schedule, Readings(able), total_steps)
-        for form in phase.plan.values()
-    }
-    low = [form for form in forms if isinstance(form, LowRank)]
-    if not low:
-        return select(model, lambda module, path: path in able)
-    cheaper = ({s.path for s in select(model, None, f.rank, f.decomposition)} for f in low)
-    paths = set.intersection(*cheaper)
-    return select(model, lambda module, path: path in paths)
-
-
-def _check_phase(phase: Phase, model: nn.Module) -> None:
-    """Raise for a plan that no weights could make possible.
-
-    Raises:
-        ValueError: an unknown layer or decomposition, a rank above the layer's limit.
-    """
-    for path, site in find_sites(model, phase.plan).items():
-        form = phase.plan[path]
-        if isinstance(form, FullRank):
-            continue
-        try:
-            site.spec.resolve(form)
-        except ValueError as error:
-            raise ValueError(f"from step {phase.start}, layer {path!r}: {error}") from None

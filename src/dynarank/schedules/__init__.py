@@ -6,6 +6,7 @@ from dynarank.schedules.base import (
     Answer,
     Clock,
     Decision,
+    Mapped,
     Moment,
     Phase,
     RankSchedule,
@@ -22,6 +23,7 @@ from dynarank.schedules.base import (
 from dynarank.schedules.cuttlefish import Cuttlefish, cuttlefish
 from dynarank.schedules.growing import Growing, growing
 from dynarank.schedules.lora import lora
+from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
 from dynarank.schedules.published import published
@@ -36,6 +38,8 @@ __all__ = [
     "Decision",
     "Growing",
     "Hybrid",
+    "LRAligned",
+    "Mapped",
     "Moment",
     "Phase",
     "Phases",

@@ -7,18 +7,19 @@ too, ``(state, clock, readings) -> (plan, state)``: its state is plain data, kep
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, cast
 
-from dynarank.forms import Form, Plan
+from dynarank.forms import Form, Plan, form_from_data, form_to_data
 from dynarank.readings import SpectralReading
 
 __all__ = [
     "Answer",
     "Clock",
     "Decision",
+    "Mapped",
     "Moment",
     "Phase",
     "RankSchedule",
@@ -110,6 +111,16 @@ class Decision:
     reason: str
     readings: Mapping[str, float] = field(default_factory=dict[str, float])
 
+    def to_data(self) -> dict[str, Any]:
+        """The decision as plain data, for JSON."""
+        return {**vars(self), "form": form_to_data(self.form), "readings": dict(self.readings)}
+
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Decision:
+        """The inverse of :meth:`to_data`."""
+        values: dict[str, Any] = {**data, "form": form_from_data(data["form"])}
+        return cls(**values)
+
 
 class Answer(NamedTuple):
     """A schedule's plan for a moment, the state it goes on with, and what it has just decided."""
@@ -164,6 +175,34 @@ def ask(schedule: Schedule, state: State, clock: Clock, readings: Readings) -> A
     if is_stateful(schedule):
         return schedule.update(state, clock, readings)
     return Answer(cast(RankSchedule, schedule)(clock, readings), state)
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A schedule whose plans another function has the last word on.
+
+    Example:
+        >>> from dynarank.schedules import full_rank
+        >>> Mapped(full_rank(), lambda plan: {}).update({}, Clock(0, 1), Readings({"a": (2, 2)}))
+        Answer(plan={}, state={}, decisions=())
+    """
+
+    schedule: Schedule
+    function: Callable[[Plan], Plan]
+
+    @property
+    def spectra_every(self) -> Moment | None:
+        """As the schedule has it."""
+        return self.schedule.spectra_every if is_stateful(self.schedule) else None
+
+    def start(self) -> State:
+        """As the schedule has it."""
+        return start(self.schedule)
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """The schedule's answer, its plan mapped."""
+        answer = ask(self.schedule, state, clock, readings)
+        return answer._replace(plan=self.function(answer.plan))
 
 
 def step_of(moment: Moment, total_steps: int) -> int:

@@ -1,4 +1,4 @@
-"""Cuttlefish: low-rank once the stable ranks of all layers have settled, at ranks found from them."""
+"""Cuttlefish: low-rank once all layers' stable ranks have settled, at ranks found from them."""
 
 from __future__ import annotations
 

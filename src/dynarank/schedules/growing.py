@@ -16,7 +16,7 @@ __all__ = ["Growing", "explained", "growing"]
 
 @dataclass(frozen=True)
 class Growing:
-    """Low-rank at ``modes + buffer`` directions, at most ``most``, the modes growing until ``stop``.
+    """Low-rank at ``modes + buffer`` directions, at most ``most``; the modes grow until ``stop``.
 
     At each reading, ``modes' = min m: explained(s, m) > threshold`` for m from ``modes`` on, and
     ``modes + buffer - 1`` if none of the buffer's directions is enough; never more than
@@ -50,9 +50,11 @@ class Growing:
         if not 0 < self.threshold < 1:
             raise ValueError(f"the threshold lies in (0, 1), got {self.threshold!r}")
         for name in ("spectra_every", "warmup", "stop"):
-            moment = getattr(self, name)
-            out = moment is not None and (moment < 0 or (isinstance(moment, float) and moment > 1))
-            if out or (name == "spectra_every" and not moment > 0):
+            moment: Moment | None = getattr(self, name)
+            if moment is None:
+                continue
+            least = 0 if name == "warmup" else 1e-12
+            if not moment >= least or (isinstance(moment, float) and moment > 1):
                 raise ValueError(
                     f"{name} is a step (int) or a share of the run (float up to 1), got {moment!r}"
                 )

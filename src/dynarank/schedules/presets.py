@@ -12,6 +12,7 @@ from dynarank.schedules.base import Moment, Schedule
 from dynarank.schedules.cuttlefish import cuttlefish
 from dynarank.schedules.growing import growing
 from dynarank.schedules.lora import lora
+from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.published import published
 from dynarank.schedules.pufferfish import pufferfish
@@ -43,21 +44,22 @@ def low_rank(rank: RankLike = 0.5, *, decomposition: str = "svd") -> Phases:
 def dynamic_rank(
     rank: RankLike = 0.5,
     *,
-    inflate: Moment = 0.37,
-    deflate: Moment = 0.80,
+    inflate: Moment | None = None,
+    deflate: Moment | None = None,
     to: Literal["adapted", "low-rank"] = "adapted",
     decomposition: str = "svd",
     alpha: float = 16.0,
     execution: AdaptedExecution = "auto",
-) -> Phases:
+) -> Phases | LRAligned:
     """Low-rank, full-rank from ``inflate`` on, deflated from ``deflate`` on.
 
     Inflate while the learning rate is still high (high-noise regime), stay full-rank across its
-    first decay, deflate in the low-noise regime.
+    first decay, deflate in the low-noise regime. Moments that are not given are found from the
+    learning rate, see :class:`~dynarank.schedules.LRAligned`.
 
     Args:
         rank: of the low-rank phase, and of the deflated one.
-        inflate: when to inflate, a share of the run (float) or a step (int).
+        inflate: when to inflate, a share of the run (float) or a step (int); None: found.
         deflate: when to deflate, likewise.
         to: ``"adapted"``, the paper's: freeze W, add a zero-output adaptor; the function is
             unchanged. ``"low-rank"``: truncate; the cost really falls.
@@ -74,12 +76,14 @@ def dynamic_rank(
 
     Reference:
         Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
-        Training", arXiv 2508.08625, 2025. The defaults are its CIFAR-10 epochs, 55 and 120 of 150.
+        Training", arXiv 2508.08625, 2025. Its CIFAR-10 epochs are 55 and 120 of 150.
     """
     if to not in ("adapted", "low-rank"):
         raise ValueError(f'dynamic rank deflates to "adapted" or "low-rank", got {to!r}')
     low = LowRank(rank, decomposition)
     last: Form = low if to == "low-rank" else Adapted(rank, decomposition, alpha, execution)
+    if inflate is None or deflate is None:
+        return LRAligned(low, last, inflate=inflate, deflate=deflate)
     return Phases((0.0, inflate, deflate), (low, FullRank(), last))
 
 

@@ -28,10 +28,10 @@ def published(
         rank: half of the output channels, in every layer.
         inflate: epoch 55 of 150 (CIFAR-10); 80 of 200 (CIFAR-100).
         deflate: epoch 120 of 150; 170 of 200.
-        decomposition: the decomposition's name; it sets alpha.
+        decomposition: the decomposition's name; it sets alpha, 16 for one the code does not have.
 
     Raises:
-        ValueError: moments that do not increase, or a decomposition that the code does not have.
+        ValueError: moments that do not increase.
 
     Example:
         >>> published(0.5, decomposition="tucker").forms[2]
@@ -41,10 +41,5 @@ def published(
         Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
         Training", arXiv 2508.08625, 2025, and its code.
     """
-    if decomposition not in PUBLISHED_ALPHAS:
-        raise ValueError(
-            f"the published code has {', '.join(map(repr, PUBLISHED_ALPHAS))}, got "
-            f"{decomposition!r}; dynamic_rank takes any decomposition"
-        )
-    last = Adapted(rank, decomposition, PUBLISHED_ALPHAS[decomposition], "two-branch")
+    last = Adapted(rank, decomposition, PUBLISHED_ALPHAS.get(decomposition, 16.0), "two-branch")
     return Phases((0.0, inflate, deflate), (LowRank(rank, decomposition), FullRank(), last))

@@ -72,7 +72,7 @@ def relora(
     decomposition: str = "svd",
     execution: AdaptedExecution = "auto",
 ) -> Restarts:
-    """Full-rank until ``start``, then adaptors, each merged after ``every`` and followed by another.
+    """Full-rank until ``start``, then adaptors: each is merged after ``every`` and another follows.
 
     Give its other two parts to the scheduler: ``RankScheduler(..., moments="prune",
     rewarm=schedule.rewarm)``.

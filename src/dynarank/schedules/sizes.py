@@ -1,4 +1,4 @@
-"""What a rank is to one layer's weight: its limit, and whether factors are cheaper than the weight."""
+"""What a rank is to one layer's weight: its limit, and whether its factors are cheaper."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from dynarank.forms import Change
 from dynarank.measure import default_cache, measure, where_faster
 from dynarank.planning import cost_schedule
 from dynarank.scheduler import RankScheduler
-from dynarank.schedules import RankSchedule, Readings, timeline
+from dynarank.schedules import Readings, Schedule, timeline
 from dynarank.selection import select
 from dynarank.train.batches import Batches
 from dynarank.train.data import ImageData
@@ -121,7 +121,7 @@ class Trainer:
         self.done = 0
         self.train_seconds = 0.0
 
-    def _build(self, schedule: RankSchedule) -> None:
+    def _build(self, schedule: Schedule) -> None:
         """The optimizer, the two schedulers, and the cost of the run as predicted."""
         recipe = self.recipe
         self.optimizer = torch.optim.SGD(
@@ -145,9 +145,7 @@ class Trainer:
             moments=recipe.moments,
         )
 
-    def _where_faster(
-        self, schedule: RankSchedule, use: ModelUse, layers: list[str]
-    ) -> RankSchedule:
+    def _where_faster(self, schedule: Schedule, use: ModelUse, layers: list[str]) -> Schedule:
         """The schedule with low rank only where this machine is faster at it."""
         readings = Readings({path: use.layers[path].shape for path in layers})
         plans = [phase.plan for phase in timeline(schedule, readings, self.total_steps)]

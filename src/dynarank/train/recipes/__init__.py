@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dynarank.forms import AdaptedExecution
-from dynarank.schedules import Phases, get_preset
+from dynarank.schedules import Schedule, get_preset
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
 
@@ -102,7 +102,7 @@ class Recipe(BaseModel):
         """An epoch as a share of the run."""
         return epoch / self.epochs
 
-    def schedule(self, name: str) -> Phases:
+    def schedule(self, name: str) -> Schedule:
         """The named schedule, with this recipe's rank and moments of change.
 
         Raises:

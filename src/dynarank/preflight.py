@@ -1,0 +1,49 @@
+"""Before a run: which layers a schedule is for, and whether its plans can be."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dynarank.forms import FullRank, LowRank
+from dynarank.schedules import Phase, Readings, Schedule, timeline
+from dynarank.selection import LayerFilter, find_sites, select
+from dynarank.survey import Site, survey
+
+__all__ = ["check_phase", "scheduled_layers"]
+
+
+def scheduled_layers(
+    model: nn.Module, schedule: Schedule, total_steps: int, layers: LayerFilter = None
+) -> list[Site]:
+    """The layers a schedule is for: see ``layers`` of :class:`RankScheduler`."""
+    ranked = any(site.home is not None for site in survey(model))
+    if layers is not None or ranked:
+        return select(model, layers)
+    able = {s.path: s.shape for s in survey(model) if s.form is not None}
+    forms = {
+        form: None
+        for phase in timeline(schedule, Readings(able), total_steps)
+        for form in phase.plan.values()
+    }
+    low = [form for form in forms if isinstance(form, LowRank)]
+    if not low:
+        return select(model, lambda module, path: path in able)
+    cheaper = ({s.path for s in select(model, None, f.rank, f.decomposition)} for f in low)
+    paths = set.intersection(*cheaper)
+    return select(model, lambda module, path: path in paths)
+
+
+def check_phase(phase: Phase, model: nn.Module) -> None:
+    """Raise for a plan that no weights could make possible.
+
+    Raises:
+        ValueError: an unknown layer or decomposition, a rank above the layer's limit.
+    """
+    for path, site in find_sites(model, phase.plan).items():
+        form = phase.plan[path]
+        if isinstance(form, FullRank):
+            continue
+        try:
+            site.spec.resolve(form)
+        except ValueError as error:
+            raise ValueError(f"from step {phase.start}, layer {path!r}: {error}") from None
