@@ -114,7 +114,9 @@ def cost_schedule(
         0.625
     """
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
-    readings = Readings({p: use.layers[p].shape for p in layers}, forecast=tuple(forecast))
+    readings = Readings(
+        {p: use.layers[p].spec.unit_shape for p in layers}, forecast=tuple(forecast)
+    )
 
     def phase_cost(phase: Phase) -> PhaseCost:
         flops = use.flops(phase.plan)

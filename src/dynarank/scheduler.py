@@ -127,7 +127,7 @@ class RankScheduler:
         self._plan: Plan | None = None  # as last applied
         self._state = start(schedule)
         sites = scheduled_layers(model, schedule, total_steps, layers)
-        self._layers = {site.path: site.shape for site in sites}
+        self._layers = {site.path: site.spec.unit_shape for site in sites}
         self._monitor = SpectralMonitor(model, layers=lambda module, path: path in self._layers)
         for phase in self.phases():
             check_phase(phase, model)

@@ -63,7 +63,8 @@ class Readings:
     """What a schedule may look at.
 
     Args:
-        layers: the weight's shape (out, in, *kernel) of each layer under the schedule.
+        layers: the shape (out, in, *kernel) of each weight under the schedule, of a grouped one
+            that of a group: what ranks refer to.
         learning_rate: that of the optimizer's first group; None with no optimizer or several.
         forecast: the learning rate over the whole run, at equal distances from its first step to
             its last, where that can be foreseen; else empty.

@@ -147,7 +147,7 @@ class Trainer:
 
     def _where_faster(self, schedule: Schedule, use: ModelUse, layers: list[str]) -> Schedule:
         """The schedule with low rank only where this machine is faster at it."""
-        readings = Readings({path: use.layers[path].shape for path in layers})
+        readings = Readings({path: use.layers[path].spec.unit_shape for path in layers})
         plans = [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
         timings = measure(
             use,
