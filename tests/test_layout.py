@@ -27,6 +27,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "selection": {"survey"},
         "present": {"survey", "selection"},
         "knapsack": set(),
+        "probe": set(),
     },
     {
         "transport": {"moments", "gradients"},
@@ -45,7 +46,14 @@ LAYERS: list[dict[str, set[str]]] = [
     {"stopwatch": set()},
     {"measure": set()},
     {"budget": set()},
-    {"preflight": set(), "forecast": set(), "rewarm": set(), "norms": set()},
+    {"rehearsal": set()},
+    {
+        "fitting": {"preflight"},
+        "preflight": set(),
+        "forecast": set(),
+        "rewarm": set(),
+        "norms": set(),
+    },
     {"scheduler": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
@@ -63,11 +71,11 @@ FORBIDDEN = {
 }
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
-    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "forecast",
-    "forms", "initialization", "knapsack", "layers", "measure", "monitors", "norms",
-    "penalties", "planning", "preflight", "present", "ranking", "readings", "regularizers",
-    "rewarm", "scheduler", "schedules", "selection", "spectrum", "stopwatch", "surgery",
-    "survey", "transport",
+    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "fitting",
+    "forecast", "forms", "initialization", "knapsack", "layers", "measure", "monitors",
+    "norms", "penalties", "planning", "preflight", "present", "probe", "ranking", "readings",
+    "regularizers", "rehearsal", "rewarm", "scheduler", "schedules", "selection", "spectrum",
+    "stopwatch", "surgery", "survey", "transport",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.

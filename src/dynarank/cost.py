@@ -26,7 +26,7 @@ from dynarank.forms import Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, Flops, WeightSpec, choose_way, ranked_class, readers
 from dynarank.survey import Site, survey
 
-__all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "trace"]
+__all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "run_batch", "trace"]
 
 
 @dataclass(frozen=True)
@@ -186,6 +186,11 @@ def _ghost(value: Any, known: dict[int, Tensor]) -> Any:
 
 def _is_packed(value: Any) -> bool:
     return isinstance(value, PackedSequence)
+
+
+def run_batch(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
+    """A batch's loss, or the sum of all the model's floating-point outputs."""
+    return (loss or _sum_all)(_call(model, sample))
 
 
 def _call(model: nn.Module, sample: Any) -> Any:

@@ -11,6 +11,7 @@ from torch import nn
 
 from dynarank.calibration import Calibration
 from dynarank.decompositions import UnfitWeightError
+from dynarank.fitting import Fitted, fit
 from dynarank.forecast import Forecast
 from dynarank.forms import Change, Plan, form_from_data, form_to_data
 from dynarank.gradients import WINDOW, Gradients
@@ -19,6 +20,7 @@ from dynarank.norms import renew_statistics
 from dynarank.preflight import check_phase, scheduled_layers
 from dynarank.rewarm import Rewarm
 from dynarank.schedules import (
+    Budgeted,
     Clock,
     Decision,
     Phase,
@@ -62,6 +64,7 @@ class RankScheduler:
             change could not be foreseen that early are calibrated by the gradients there are, or,
             without any, projected.
         calibration_steps: how far ahead to look and how many gradients to keep.
+        sample: a batch, as :func:`dynarank.cost.trace` takes it; for schedules within a budget.
         lr_scheduler: the learning rate's scheduler, of which a copy is run ahead to foresee when
             the rate will fall; or the rates of the run at equal distances. None: the rate is
             followed as it comes.
@@ -96,10 +99,11 @@ class RankScheduler:
         self,
         model: nn.Module,
         optimizer: Optimizers,
-        schedule: Schedule,
+        schedule: Schedule | Budgeted,
         total_steps: int,
         *,
         layers: LayerFilter = None,
+        sample: Any = None,
         lr_scheduler: Any | Sequence[float] | None = None,
         moments: Moments = "project",
         rewarm: int = 0,
@@ -111,7 +115,6 @@ class RankScheduler:
         self.model = model
         self.optimizer = optimizers = as_list(optimizer)
         check_movable(optimizers, moments)
-        self.schedule = schedule
         self.total_steps = total_steps
         self.moments: Moments = moments
         self.renew, self.calibrate, self.on_change = renew, calibrate, on_change
@@ -120,6 +123,19 @@ class RankScheduler:
             self.gradients = Gradients(model, optimizers, length=calibration_steps)
         self.forecast = Forecast(lr_scheduler, total_steps)
         self.rewarm = Rewarm(optimizers, rewarm)
+        self.fitted: Fitted | None = None
+        if isinstance(schedule, Budgeted):
+            self.fitted = fit(
+                schedule,
+                model,
+                optimizers,
+                sample,
+                total_steps,
+                forecast=self.forecast.rates,
+                layers=layers,
+            )
+            schedule = self.fitted.schedule(self.forecast.rates)
+        self.schedule: Schedule = schedule
         self.last_step = 0
         self.decisions: list[Decision] = []
         self._patience = 0
@@ -150,7 +166,8 @@ class RankScheduler:
         """
         self.last_step += 1
         self.rewarm.advance()
-        self.forecast.watch(self.last_step)
+        if self.forecast.watch(self.last_step) and self.fitted is not None:
+            self.schedule = self.fitted.schedule(self.forecast.rates)
         return self._advance()
 
     def state_dict(self) -> dict[str, Any]:

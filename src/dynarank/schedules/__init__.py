@@ -20,6 +20,7 @@ from dynarank.schedules.base import (
     step_of,
     timeline,
 )
+from dynarank.schedules.budgeted import Budget, Budgeted
 from dynarank.schedules.cuttlefish import Cuttlefish, cuttlefish
 from dynarank.schedules.growing import Growing, growing
 from dynarank.schedules.lora import lora
@@ -33,6 +34,8 @@ from dynarank.schedules.relora import Restarts, relora
 __all__ = [
     "PRESETS",
     "Answer",
+    "Budget",
+    "Budgeted",
     "Clock",
     "Cuttlefish",
     "Decision",

@@ -147,8 +147,10 @@ def decisive_decay(rates: Sequence[float]) -> float | None:
         >>> decisive_decay((1.0, 1.0, 1.0)) is None
         True
     """
-    peak = max(rates, default=0.0)
-    lowest = min(rates[rates.index(peak) :], default=0.0)
+    if not rates:
+        return None
+    peak = max(rates)
+    lowest = min(rates[rates.index(peak) :])
     if not peak > 0 or lowest > _STEADY * peak:
         return None
     threshold = math.sqrt(peak * max(lowest, _TENTH * peak))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, overload
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
 from dynarank.schedules.base import Moment, Schedule
+from dynarank.schedules.budgeted import Budget, Budgeted
 from dynarank.schedules.cuttlefish import cuttlefish
 from dynarank.schedules.growing import growing
 from dynarank.schedules.lora import lora
@@ -19,6 +20,8 @@ from dynarank.schedules.pufferfish import pufferfish
 from dynarank.schedules.relora import relora
 
 __all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
+
+Ending: TypeAlias = Literal["adapted", "low-rank"]
 
 
 def full_rank() -> Phases:
@@ -41,34 +44,68 @@ def low_rank(rank: RankLike = 0.5, *, decomposition: str = "svd") -> Phases:
     return Phases((0.0,), (LowRank(rank, decomposition),))
 
 
+@overload
 def dynamic_rank(
-    rank: RankLike = 0.5,
+    rank: RankLike | None = None,
     *,
     inflate: Moment | None = None,
     deflate: Moment | None = None,
-    to: Literal["adapted", "low-rank"] = "adapted",
+    to: Ending | None = None,
+    budget: None = None,
     decomposition: str = "svd",
     alpha: float = 16.0,
     execution: AdaptedExecution = "auto",
-) -> Phases | LRAligned:
+) -> Phases | LRAligned: ...
+
+
+@overload
+def dynamic_rank(
+    rank: RankLike | None = None,
+    *,
+    inflate: None = None,
+    deflate: None = None,
+    to: Ending | None = None,
+    budget: Budget | float,
+    decomposition: str = "svd",
+    alpha: float = 16.0,
+    execution: AdaptedExecution = "auto",
+) -> Budgeted: ...
+
+
+def dynamic_rank(
+    rank: RankLike | None = None,
+    *,
+    inflate: Moment | None = None,
+    deflate: Moment | None = None,
+    to: Ending | None = None,
+    budget: Budget | float | None = None,
+    decomposition: str = "svd",
+    alpha: float = 16.0,
+    execution: AdaptedExecution = "auto",
+) -> Phases | LRAligned | Budgeted:
     """Low-rank, full-rank from ``inflate`` on, deflated from ``deflate`` on.
 
     Inflate while the learning rate is still high (high-noise regime), stay full-rank across its
     first decay, deflate in the low-noise regime. Moments that are not given are found from the
-    learning rate, see :class:`~dynarank.schedules.LRAligned`.
+    learning rate, see :class:`~dynarank.schedules.LRAligned`. Within a budget, the length of the
+    full-rank phase is found too, and the rank and the ending unless they are given; the rank
+    scheduler then needs a batch, ``RankScheduler(..., sample=batch)``.
 
     Args:
-        rank: of the low-rank phase, and of the deflated one.
+        rank: of the low-rank phase, and of the deflated one; None: 0.5, or within a budget found.
         inflate: when to inflate, a share of the run (float) or a step (int); None: found.
         deflate: when to deflate, likewise.
         to: ``"adapted"``, the paper's: freeze W, add a zero-output adaptor; the function is
-            unchanged. ``"low-rank"``: truncate; the cost really falls.
+            unchanged. ``"low-rank"``: truncate; the cost really falls. None: adapted, or within a
+            budget found.
+        budget: a share of the training FLOPs of full rank, or a :class:`Budget`.
         decomposition: the decomposition's name.
         alpha: the adaptor's scale is ``alpha / rank``.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
     Raises:
-        ValueError: moments that do not increase, an unknown ending, an impossible rank.
+        ValueError: moments that do not increase, or are given beside a budget; an unknown ending;
+            an impossible rank.
 
     Example:
         >>> dynamic_rank(0.5, inflate=55 / 150, deflate=120 / 150).starts[1:]
@@ -78,8 +115,17 @@ def dynamic_rank(
         Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
         Training", arXiv 2508.08625, 2025. Its CIFAR-10 epochs are 55 and 120 of 150.
     """
-    if to not in ("adapted", "low-rank"):
+    if to not in ("adapted", "low-rank", None):
         raise ValueError(f'dynamic rank deflates to "adapted" or "low-rank", got {to!r}')
+    if budget is not None:
+        if inflate is not None or deflate is not None:
+            raise ValueError(
+                "within a budget the moments are found; give a budget or inflate and deflate, got "
+                f"inflate={inflate!r}, deflate={deflate!r}, budget={budget!r}"
+            )
+        wanted = budget if isinstance(budget, Budget) else Budget(flops=budget)
+        return Budgeted(wanted, rank, to, decomposition, alpha, execution)
+    rank = 0.5 if rank is None else rank
     low = LowRank(rank, decomposition)
     last: Form = low if to == "low-rank" else Adapted(rank, decomposition, alpha, execution)
     if inflate is None or deflate is None:

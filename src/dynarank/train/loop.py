@@ -18,13 +18,13 @@ from dynarank.cost import ModelUse, trace
 from dynarank.forms import Change
 from dynarank.measure import default_cache, measure, where_faster
 from dynarank.planning import cost_schedule
+from dynarank.probe import probe_memory
 from dynarank.scheduler import RankScheduler
 from dynarank.schedules import Readings, Schedule, timeline
 from dynarank.selection import select
 from dynarank.train.batches import Batches
 from dynarank.train.data import ImageData
 from dynarank.train.models import MODELS, published_init_
-from dynarank.train.probe import probe_memory
 from dynarank.train.recipes import Recipe
 
 __all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
@@ -192,7 +192,7 @@ class Trainer:
     def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """One optimizer step; the first of a phase is measured as well."""
         first = any(cost.phase.start == self.done for cost in self.cost.phases)
-        measure = probe_memory(self.model, self.optimizer, self.machine.device) if first else None
+        measure = probe_memory(self.model, [self.optimizer], self.machine.device) if first else None
         with measure or nullcontext() as probe:
             with self.machine.autocast():
                 output = self.model(images)

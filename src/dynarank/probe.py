@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class MemoryProbe:
 
 @contextmanager
 def probe_memory(
-    model: nn.Module, optimizer: Optimizer, device: torch.device
+    model: nn.Module, optimizers: Sequence[Optimizer], device: torch.device
 ) -> Generator[MemoryProbe]:
     """Measure the peak memory of the training step inside the block, without changing it.
 
@@ -49,7 +49,8 @@ def probe_memory(
     kept = [*model.parameters(), *model.buffers()]
     for tensor in kept:
         saved.pop(tensor.untyped_storage().data_ptr(), None)
-    state = [v for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
+    states = (state for optimizer in optimizers for state in optimizer.state.values())
+    state = [v for one in states for v in one.values() if isinstance(v, Tensor)]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     probe.peak_bytes = sum(saved.values()) + tensor_bytes([*kept, *state, *gradients])
 
