@@ -89,8 +89,8 @@ class Growing:
         for path, values in _seen(readings).items():
             shape, before = readings.layers[path], modes[path]
             buffer, most = self._within(self.buffer, shape), self._within(self.most, shape)
-            choices = range(before, min(before + buffer, most - buffer))
             shares = explained(values)
+            choices = range(before, min(before + buffer, most - buffer, len(shares)))
             enough = (m for m in choices if shares[m] > self.threshold)
             now = next(enough, choices[-1] if choices else before)
             if now == before:
