@@ -37,8 +37,11 @@ def test_the_layers_kept_are_counted_among_those_scheduled() -> None:
     assert schedule(Clock(2, 9), layers) == dict.fromkeys("abcd", FULL)
     low = LowRank(2)
     assert schedule(Clock(3, 9), layers) == {"a": FULL, "b": low, "c": low, "d": FULL}
+    half = Hybrid(3, low, first=0.5, last=0.24)  # 2 of 4, and less than one
+    assert half(Clock(3, 9), layers) == {"a": FULL, "b": FULL, "c": low, "d": low}
     few = Readings(dict.fromkeys("ab", (8, 8)))
-    assert set(schedule(Clock(8, 9), few).values()) == {FULL}  # nothing is left between
+    with pytest.raises(ValueError, match="of 2 layers the first 1 and the last 1 stay full-rank"):
+        schedule(Clock(8, 9), few)
     none = Hybrid(3, low)
     assert set(none(Clock(3, 9), few).values()) == {low}
 
@@ -53,3 +56,5 @@ def test_what_cannot_be_is_refused() -> None:
         pufferfish(switch=1.5)
     with pytest.raises(ValueError, match="first=-1"):
         pufferfish(first=-1)
+    with pytest.raises(ValueError, match=r"last=1\.5"):
+        pufferfish(last=1.5)

@@ -18,11 +18,12 @@ class Hybrid:
     Args:
         switch: when, a share of the run (float) or a step (int).
         form: what the layers in between become.
-        first: how many of the layers under the schedule stay full-rank at the network's beginning.
-        last: how many at its end.
+        first: how many of the layers under the schedule stay full-rank at the network's beginning,
+            a number (int) or a share of them, rounded down (float).
+        last: how many at its end, likewise.
 
     Raises:
-        ValueError: a moment out of range, or a number of layers below 0.
+        ValueError: a moment or a number of layers out of range.
 
     Example:
         >>> hybrid = Hybrid(5, LowRank(4), first=1, last=1)
@@ -33,22 +34,37 @@ class Hybrid:
 
     switch: Moment
     form: LowRank
-    first: int = 0
-    last: int = 0
+    first: int | float = 0
+    last: int | float = 0
 
     def __post_init__(self) -> None:
         Phases((0, self.switch), (FullRank(), self.form))  # says what is wrong with the moment
-        if self.first < 0 or self.last < 0:
-            raise ValueError(
-                f"numbers of layers are 0 or more, got first={self.first!r}, last={self.last!r}"
-            )
+        for count in (self.first, self.last):
+            if not count >= 0 or (isinstance(count, float) and count > 1):
+                raise ValueError(
+                    "layers kept full-rank are a number (int >= 0) or a share (float in [0, 1]), "
+                    f"got first={self.first!r}, last={self.last!r}"
+                )
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The form of every layer at this moment."""
+        """The form of every layer at this moment.
+
+        Raises:
+            ValueError: no layer is left between the first and the last ones.
+        """
         plan: Plan = dict.fromkeys(readings.layers, FullRank())
         if clock.step < step_of(self.switch, clock.total_steps):
             return plan
-        between = list(plan)[self.first : len(plan) - self.last]
+        first, last = (
+            int(count * len(plan)) if isinstance(count, float) else count
+            for count in (self.first, self.last)
+        )
+        between = list(plan)[first : len(plan) - last]
+        if plan and not between:
+            raise ValueError(
+                f"of {len(plan)} layers the first {first} and the last {last} stay full-rank, "
+                "which leaves none to become low-rank; lower first or last"
+            )
         return {**plan, **dict.fromkeys(between, self.form)}
 
 
@@ -56,8 +72,8 @@ def pufferfish(
     rank: RankLike | None = None,
     *,
     switch: Moment = 80 / 300,
-    first: int = 3,
-    last: int = 1,
+    first: int | float = 1 / 6,
+    last: int | float = 1,
     decomposition: str = "svd",
 ) -> Hybrid:
     """Full-rank until ``switch``, then low-rank at one rank ratio, first and last layers full.
@@ -65,9 +81,9 @@ def pufferfish(
     Args:
         rank: of the low-rank layers; None: a quarter of the full rank, min(out, in * kernel).
         switch: when to truncate, a share of the run (float) or a step (int).
-        first: how many layers at the beginning stay full-rank; ``layers=`` of the scheduler may
-            leave out others.
-        last: how many at the end do: the classifier.
+        first: how many layers at the beginning stay full-rank, a number (int) or a share (float);
+            ``layers=`` of the scheduler may leave out others.
+        last: how many at the end do, likewise: the classifier.
         decomposition: the decomposition's name.
 
     Raises:
