@@ -178,8 +178,8 @@ def test_help_is_there_and_every_command_has_json(
 
 
 OPTIONS = {
-    "train": {"data", "schedule", "seed", "epochs", "train-limit", "as-published", "out", "device",
-              "precision", "compile", "json", "help", "rank", "decomposition",
+    "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
+              "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
               "measure"},
     "plan": {"schedule", "as-published", "json", "help", "rank", "decomposition", "measure",
              "device", "precision"},

@@ -10,7 +10,8 @@ from dynarank import LowRank
 from dynarank.cost import trace
 from dynarank.train.batches import Batches
 from dynarank.train.data import load_digits_data
-from dynarank.train.models import MODELS, DigitsNet, ResNet20, published_init_
+from dynarank.train.init import published_init_
+from dynarank.train.models import MODELS, DigitsNet, ResNet20
 from dynarank.train.wide_resnet import WideResNet
 
 

@@ -9,7 +9,7 @@ from dynarank.cost import Flops, ModelUse
 from dynarank.forms import Adapted, FullRank
 from dynarank.schedules import Phase, Readings, Schedule, timeline
 
-__all__ = ["PhaseCost", "ScheduleCost", "cost_phases", "cost_schedule"]
+__all__ = ["PhaseCost", "ScheduleCost", "cost_schedule"]
 
 
 @dataclass(frozen=True)
@@ -115,28 +115,6 @@ def cost_schedule(
     """
     shapes = {path: use.layers[path].spec.unit_shape for path in layers}
     readings = Readings(shapes, forecast=tuple(forecast))
-    phases = timeline(schedule, readings, total_steps)
-    return cost_phases(use, phases, optimizer_slots=optimizer_slots, itemsize=itemsize)
-
-
-def cost_phases(
-    use: ModelUse, phases: Sequence[Phase], *, optimizer_slots: int = 1, itemsize: int = 4
-) -> ScheduleCost:
-    """Cost phases that are known, such as those a run has gone through.
-
-    Args:
-        use: the trace of one batch.
-        phases: in order, each beginning where the one before ends.
-        optimizer_slots: values the optimizer keeps a parameter.
-        itemsize: bytes a value.
-
-    Example:
-        >>> import torch
-        >>> from dynarank.cost import trace
-        >>> use = trace(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.ones(2, 64))
-        >>> cost_phases(use, [Phase(0, 5, {"0": FullRank()})]).relative_training
-        1.0
-    """
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
 
     def phase_cost(phase: Phase) -> PhaseCost:
@@ -152,4 +130,4 @@ def cost_phases(
             (total + (1 + optimizer_slots) * trainable) * itemsize,
         )
 
-    return ScheduleCost([phase_cost(phase) for phase in phases], full)
+    return ScheduleCost([phase_cost(p) for p in timeline(schedule, readings, total_steps)], full)

@@ -32,9 +32,9 @@ from dynarank.cost import trace
 from dynarank.forms import Rank
 from dynarank.selection import select
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
+from dynarank.train.host import commit, hardware
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe, load_recipe
-from dynarank.train.run import _commit, _hardware
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
 ARMS = ("plain", "whitened", "budgeted", "budgeted-plain")
@@ -136,9 +136,9 @@ def main() -> None:
         "recipe": recipe.model_dump(mode="json"), "epochs": epochs, "deflated_after": before,
         "further_steps": further, "train_images": len(data.train_labels),
         "test_images": len(data.test_labels), "image_shape": list(data.train_images.shape[1:]),
-        "calibration_images": CALIBRATION_IMAGES, "hardware": _hardware(torch.device("cpu")),
+        "calibration_images": CALIBRATION_IMAGES, "hardware": hardware(torch.device("cpu")),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit(),
     }  # fmt: skip
     runs: list[dict[str, Any]] = []
     for seed in given.seeds:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank.train.data import ImageData, load_digits_data
-from dynarank.train.run import _commit, _hardware
+from dynarank.train.host import commit, hardware
 
 RANKS = {"mlp": (6, 8, 12, 16, 24), "conv": (2, 4, 6, 8, 12)}
 LAYERS = {"mlp": ("1", "3"), "conv": ("2", "4")}
@@ -86,7 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     data = load_digits_data()
     header = {
-        "hardware": _hardware(torch.device("cpu")), "commit": _commit(),
+        "hardware": hardware(torch.device("cpu")), "commit": commit(),
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
     }  # fmt: skip
     runs = [one for kind in RANKS for seed in given.seeds for one in runs_of(kind, seed, data)]

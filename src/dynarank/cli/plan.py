@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import nn
@@ -21,8 +20,10 @@ from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.selection import select
 from dynarank.survey import survey
-from dynarank.train.models import MODELS
+from dynarank.train.optimizers import OPTIMIZER_SLOTS
+from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
+from dynarank.train.tasks import sketch
 
 __all__ = ["plan"]
 
@@ -55,12 +56,10 @@ def plan(
     chosen = chosen.published() if as_published else chosen
     chosen = chosen.with_factors(rank, decomposition)
     machine = choose_machine(device, precision)
-    with torch.device("meta"):
-        model = MODELS[chosen.model](chosen.classes)
-    layers = [site.path for site in select(model, chosen.layers)]
-    batch = torch.empty(chosen.batch_size, *chosen.image_shape, device="meta")
-    use = trace(model, batch)
-    cost = cost_schedule(use, chosen.schedule(schedule), layers, chosen.epochs * _SCALE)
+    drawn = sketch(chosen)
+    layers = [site.path for site in select(drawn.model, chosen.layers)]
+    use = trace(drawn.model, drawn.sample)
+    cost = _cost(chosen, schedule, use, layers)
     terminal = console(quiet_stdout=as_json)
     plans = [phase.phase.plan for phase in cost.phases]
     timings = time_layers(terminal, use, plans, machine) if measure else None
@@ -72,12 +71,23 @@ def plan(
     _show_phases(terminal, cost)
     if timings:
         show_timings(terminal, use, timings, machine)
-    for line in _remarks(chosen, model, layers, use, cost):
+    for line in _remarks(chosen, drawn.model, layers, use, cost):
         terminal.print(line)
 
 
 # Phases are planned to a thousandth of an epoch: how many steps an epoch has is the data's affair.
 _SCALE = 1000
+
+
+def _cost(recipe: Recipe, schedule: str, use: ModelUse, layers: list[str]) -> ScheduleCost:
+    return cost_schedule(
+        use,
+        recipe.schedule(schedule),
+        layers,
+        recipe.epochs * _SCALE,
+        optimizer_slots=OPTIMIZER_SLOTS[recipe.optimizer],
+        forecast=forecast_rates(recipe),
+    )
 
 
 def _epochs(steps: int) -> str:

@@ -11,18 +11,19 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
-    Progress,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as Bar
 from rich.table import Table
 
 from dynarank.forms import Change, form_name
-from dynarank.records import EpochRecord
-from dynarank.report.formats import seconds_text
+from dynarank.records import EpochRecord, Metric
+from dynarank.report.formats import number, percent, seconds_text
+from dynarank.train.listener import Progress
 
-__all__ = ["ProgressListener", "console", "right_aligned"]
+__all__ = ["ProgressListener", "console", "right_aligned", "score_text"]
 
 
 def console(*, quiet_stdout: bool = False) -> Console:
@@ -49,11 +50,22 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
     return table
 
 
+def score_text(metric: Metric, score: float) -> str:
+    """A score as its metric is shown.
+
+    Example:
+        >>> score_text(Metric(), 0.9675), score_text(Metric(name="perplexity", percent=False), 31.41)
+        ('96.75%', '31.41')
+    """  # noqa: E501
+    return percent(score, 2) if metric.percent else number(score)
+
+
 class ProgressListener:
     """Shows one run: a bar in a terminal, a line an epoch elsewhere."""
 
-    def __init__(self, out: Console, schedule: str, epochs: int) -> None:
+    def __init__(self, out: Console, schedule: str, epochs: int, metric: Metric) -> None:
         self._out, self._schedule, self._epochs = out, schedule, epochs
+        self._metric = metric
         self._form, self._scores = "", ""
         columns = [
             TextColumn("[bold]{task.description:<16}"),
@@ -64,7 +76,7 @@ class ProgressListener:
             TextColumn("left"),
             TimeRemainingColumn(),
         ]
-        self._progress = Progress(*columns, console=out, disable=not out.is_terminal)
+        self._progress = Bar(*columns, console=out, disable=not out.is_terminal)
         self._task = self._progress.add_task(schedule, total=epochs, note="")
 
     def __enter__(self) -> ProgressListener:
@@ -80,9 +92,10 @@ class ProgressListener:
         self._progress.stop()
         sys.stdout.flush()
 
-    def step(self, epochs_done: float) -> None:
+    def step(self, progress: Progress) -> None:
         """Move the bar."""
-        self._progress.update(self._task, completed=round(epochs_done, 2), note=self._note())
+        done = round(progress.epochs_done, 2)
+        self._progress.update(self._task, completed=done, note=self._note())
 
     def changed(self, epochs_done: float, changes: list[Change]) -> None:
         """Say which forms changed, and by how much the weights did."""
@@ -97,7 +110,8 @@ class ProgressListener:
 
     def epoch(self, record: EpochRecord) -> None:
         """The epoch's scores."""
-        self._scores = f"loss {record.train_loss:.3f}  test {record.test_score:.2%}"
+        score = score_text(self._metric, record.test_score)
+        self._scores = f"loss {record.train_loss:.3f}  test {self._metric.name} {score}"
         self._progress.update(self._task, note=self._note())
         if not self._out.is_terminal:
             self._out.print(

@@ -7,20 +7,19 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
 
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import DecompositionOption, RankOption
-from dynarank.cli.show import ProgressListener, console, right_aligned
-from dynarank.records import SummaryRecord
+from dynarank.cli.show import ProgressListener, console, right_aligned, score_text
+from dynarank.records import Metric, SummaryRecord
 from dynarank.report import write_report
-from dynarank.report.formats import bytes_text, count, percent, ratio, seconds_text
+from dynarank.report.formats import bytes_text, count, ratio, seconds_text
 from dynarank.schedules import get_preset
-from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
+from dynarank.train.tasks import make_task
 
 __all__ = ["train"]
 
@@ -44,7 +43,10 @@ def train(
         int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
     ] = None,
     train_limit: Annotated[
-        int | None, typer.Option(min=1, help="Train on this many images only, class-balanced.")
+        int | None, typer.Option(min=1, help="Train on so many examples only, class-balanced.")
+    ] = None,
+    test_limit: Annotated[
+        int | None, typer.Option(min=1, help="Test on so many examples only.")
     ] = None,
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Keep the published code's faults.")
@@ -73,16 +75,18 @@ def train(
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
         raise RecipeError(f"{folder} holds a run already; name another folder with --out")
-    images = _on_device(_load(chosen, data, train_limit), machine.device)
-    _check_batches(chosen, images)
+    task = make_task(
+        chosen, data, seed=seed, device=machine.device, train_limit=train_limit,
+        test_limit=test_limit,
+    )  # fmt: skip
     terminal = console(quiet_stdout=as_json)
     length = epochs or chosen.epochs
 
     def run(name: str) -> SummaryRecord:
         place = folder / name if len(schedules) > 1 else folder
-        with ProgressListener(terminal, name, length) as listener:
+        with ProgressListener(terminal, name, length, task.metric) as listener:
             return run_schedule(
-                chosen, name, images, place, listener, seed=seed, epochs=length, machine=machine
+                chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine
             )
 
     summaries = {name: run(name) for name in schedules}
@@ -91,7 +95,8 @@ def train(
         runs = {name: summary.model_dump() for name, summary in summaries.items()}
         print(json.dumps({"folder": str(folder), "report": report, "runs": runs}, indent=2))
         return
-    _show(terminal, chosen, seed, length, summaries)
+    title = f"{chosen.name}, seed {seed}, {length} epochs"
+    _show(terminal, title, task.metric, summaries)
     terminal.print(f"Run folder: {folder}" + (f"; report: {report}" if report else ""))
 
 
@@ -100,29 +105,6 @@ def _schedules(asked: str | None, recipe: Recipe) -> list[str]:
     for name in names:
         get_preset(name)
     return list(dict.fromkeys(names))
-
-
-def _load(recipe: Recipe, data: str | None, train_limit: int | None) -> ImageData:
-    images = load_digits_data() if recipe.data == "digits" else load_cifar10(data)
-    return limit(images, train_limit) if train_limit is not None else images
-
-
-def _on_device(images: ImageData, device: torch.device) -> ImageData:
-    return ImageData(
-        images.train_images.to(device),
-        images.train_labels.to(device),
-        images.test_images.to(device),
-        images.test_labels.to(device),
-        images.classes,
-    )
-
-
-def _check_batches(recipe: Recipe, images: ImageData) -> None:
-    if len(images.train_labels) < recipe.batch_size:
-        raise RecipeError(
-            f"{len(images.train_labels)} training images do not fill one batch of "
-            f"{recipe.batch_size}; raise --train-limit"
-        )
 
 
 def _report(folder: Path, terminal: Console) -> str | None:
@@ -134,21 +116,21 @@ def _report(folder: Path, terminal: Console) -> str | None:
 
 
 def _show(
-    terminal: Console, recipe: Recipe, seed: int, epochs: int, summaries: dict[str, SummaryRecord]
+    terminal: Console, title: str, metric: Metric, summaries: dict[str, SummaryRecord]
 ) -> None:
     numbers = [
-        "test accuracy",
+        f"test {metric.name}",
         "trainable peak",
         "trainable mean",
         "training FLOPs",
         "peak memory",
         "wall-clock",
     ]
-    table = right_aligned(f"{recipe.name}, seed {seed}, {epochs} epochs", ["schedule"], numbers)
+    table = right_aligned(title, ["schedule"], numbers)
     for name, summary in summaries.items():
         table.add_row(
             name,
-            percent(summary.test_score, 2),
+            score_text(metric, summary.test_score),
             count(summary.trainable_parameters_peak),
             count(summary.trainable_parameters_mean),
             ratio(summary.relative_flops),

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from dynarank.records import Metric
+
 __all__ = [
     "bytes_text",
     "count",
+    "difference_text",
     "error_text",
     "flops_text",
     "joined",
@@ -15,7 +18,9 @@ __all__ = [
     "percent",
     "plural",
     "ratio",
+    "score_text",
     "seconds_text",
+    "spread_text",
 ]
 
 NOT_FINITE = "not finite"
@@ -39,6 +44,25 @@ def percent(value: float, digits: int = 1) -> str:
 def ratio(value: float) -> str:
     """Write a multiple: ``0.567x``."""
     return f"{value:.3f}x" if math.isfinite(value) else NOT_FINITE
+
+
+def score_text(value: float, metric: Metric, digits: int = 1) -> str:
+    """Write a score in its metric: ``67.1%``, ``12.34``."""
+    return percent(value, digits) if metric.percent else number(value)
+
+
+def spread_text(value: float, metric: Metric, digits: int = 1) -> str:
+    """Write a standard deviation beside its score, without the unit: ``0.6``."""
+    if not math.isfinite(value):
+        return NOT_FINITE
+    return f"{100 * value:.{digits}f}" if metric.percent else number(value, 2)
+
+
+def difference_text(value: float, metric: Metric, digits: int = 2) -> str:
+    """Write the difference of two scores: ``1.25 points``, ``0.318``."""
+    if not metric.percent or not math.isfinite(value):
+        return number(value, 3)
+    return f"{100 * value:.{digits}f} points"
 
 
 def bytes_text(value: float) -> str:

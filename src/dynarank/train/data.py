@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dynarank.train.cifar10_files import CLASSES, DataError, RawImages, read_files, read_hub
 
-__all__ = ["DataError", "ImageData", "limit", "load_cifar10", "load_digits_data"]
+__all__ = ["DataError", "ImageData", "limit", "limit_test", "load_cifar10", "load_digits_data"]
 
 _SPLIT_SEED = 0  # the split of the digits; part of the data set's definition, not an option
 _ORDER_SEED = 0  # the order in which `limit` takes images; likewise
@@ -103,14 +103,31 @@ def limit(data: ImageData, train_limit: int) -> ImageData:
         ValueError: if ``train_limit`` is less than 1 or more than there are.
 
     """
-    count = len(data.train_labels)
-    if not 1 <= train_limit <= count:
-        raise ValueError(
-            f"{train_limit} training images were asked for; there are {count}: ask for 1 to {count}"
-        )
-    kept = _dealt_order(data.train_labels.cpu())[:train_limit].to(data.train_labels.device)
+    kept = _kept(data.train_labels, train_limit, "training")
     images, labels = data.train_images[kept], data.train_labels[kept]
     return replace(data, train_images=images, train_labels=labels)
+
+
+def limit_test(data: ImageData, test_limit: int) -> ImageData:
+    """Keep ``test_limit`` test images, chosen likewise; the training images stay.
+
+    Raises:
+        ValueError: if ``test_limit`` is less than 1 or more than there are.
+
+    """
+    kept = _kept(data.test_labels, test_limit, "test")
+    images, labels = data.test_images[kept], data.test_labels[kept]
+    return replace(data, test_images=images, test_labels=labels)
+
+
+def _kept(labels: torch.Tensor, count: int, which: str) -> torch.Tensor:
+    """The positions of the ``count`` images that stay."""
+    there = len(labels)
+    if not 1 <= count <= there:
+        raise ValueError(
+            f"{count} {which} images were asked for; there are {there}: ask for 1 to {there}"
+        )
+    return _dealt_order(labels.cpu())[:count].to(labels.device)
 
 
 def _dealt_order(labels: torch.Tensor) -> torch.Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 
-__all__ = ["glorot_init_"]
+__all__ = ["glorot_init_", "published_init_"]
 
 
 def glorot_init_(model: nn.Module) -> None:
@@ -14,3 +18,28 @@ def glorot_init_(model: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
+    """Draw weights as the method's published ResNet-20 does, which reproduces a fault of it.
+
+    That code gives every layer one initialiser of one seed, which starts anew at each call: all
+    kernels of one shape begin with identical values (among them the factors of low-rank layers).
+    Use it to repeat the published runs, not to train well. Each parameter of two or more
+    dimensions is overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), the fans
+    read from its shape ``(out, in, *kernel)``; others (biases, batch norm) are left alone.
+
+    Args:
+        parameters: of one model, or several that are to start alike; changed in place.
+        seed: of a private generator; the global one is not touched.
+
+    """
+    for parameter in parameters:
+        if parameter.ndim < 2:
+            continue
+        window = math.prod(parameter.shape[2:])
+        bound = math.sqrt(6 / (window * (parameter.shape[0] + parameter.shape[1])))
+        generator = torch.Generator().manual_seed(seed)  # anew for each: this is the fault
+        values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
+        with torch.no_grad():
+            parameter.copy_(values)

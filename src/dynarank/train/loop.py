@@ -10,26 +10,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import MultiStepLR
 
-from dynarank.cost import ModelUse, trace
-from dynarank.forms import Change
+from dynarank.cost import trace
+from dynarank.forms import Change, FullRank
 from dynarank.measure import default_cache, measure, where_faster
-from dynarank.planning import cost_schedule
+from dynarank.planning import ScheduleCost, cost_schedule
 from dynarank.probe import probe_memory
 from dynarank.scheduler import RankScheduler
 from dynarank.schedules import Readings, Schedule, timeline
 from dynarank.selection import select
-from dynarank.train.batches import Batches
-from dynarank.train.data import ImageData
-from dynarank.train.models import MODELS, published_init_
+from dynarank.survey import current_plan
+from dynarank.train.init import published_init_
+from dynarank.train.ledger import Ledger
+from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
+from dynarank.train.rates import forecast_rates, make_lr_scheduler
 from dynarank.train.recipes import Recipe
+from dynarank.train.task import Evaluation, Task
 
 __all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
-
-_TEST_BATCH = 1000
 
 
 class DivergedError(RuntimeError):
@@ -62,13 +61,17 @@ class Machine:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """An epoch's figures: mean training loss and accuracy, and those of the test set."""
+    """An epoch's figures: mean training loss and score, and those of the test set.
+
+    ``scores`` are the test set's by the metrics beside the main one.
+    """
 
     learning_rate: float
     train_loss: float
-    train_score: float
+    train_score: float | None
     test_loss: float
     test_score: float
+    scores: dict[str, float]
 
 
 class Trainer:
@@ -77,8 +80,8 @@ class Trainer:
     Args:
         recipe: what to train.
         schedule: the schedule's name.
-        data: the images, on the machine's device.
-        seed: of initial weights, order and augmentation: equal for all schedules.
+        task: the recipe's data, on the machine's device.
+        seed: of the initial weights: equal for all schedules.
         epochs: the run's length; the recipe's moments keep their share of it.
         machine: where and how.
         on_phase: called with the peak memory in bytes after the first step of each phase, its
@@ -90,7 +93,7 @@ class Trainer:
         self,
         recipe: Recipe,
         schedule: str,
-        data: ImageData,
+        task: Task,
         *,
         seed: int,
         epochs: int,
@@ -98,21 +101,11 @@ class Trainer:
         on_phase: Callable[[int], None] = lambda peak_bytes: None,
         on_step: Callable[[list[Change]], None] = lambda changes: None,
     ) -> None:
-        self.recipe, self.data, self.machine = recipe, data, machine
+        self.recipe, self.task, self.machine = recipe, task, machine
         self.on_phase, self.on_step = on_phase, on_step
-        self.batches = Batches(
-            data.train_images,
-            data.train_labels,
-            recipe.batch_size,
-            seed=seed,
-            shuffle=recipe.shuffle,
-            augment=recipe.augment,
-            memory_format=torch.channels_last,
-        )
-        self.epochs, self.total_steps = epochs, epochs * len(self.batches)
+        self.epochs, self.total_steps = epochs, epochs * task.steps_per_epoch
         torch.manual_seed(seed)
-        model = MODELS[recipe.model](data.classes).to(machine.device)
-        self.model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.model = task.model()
         self._build(recipe.schedule(schedule))
         if recipe.init == "published":
             published_init_(self.model.parameters(), seed)
@@ -120,22 +113,17 @@ class Trainer:
             self.model.compile()
         self.done = 0
         self.train_seconds = 0.0
+        self._new_phase = True
 
     def _build(self, schedule: Schedule) -> None:
         """The optimizer, the two schedulers, and the cost of the run as predicted."""
         recipe = self.recipe
-        self.optimizer = torch.optim.SGD(
-            _decay_groups(self.model, recipe.weight_decay),
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-        )
-        milestones = [round(recipe.share(epoch) * self.total_steps) for epoch in recipe.decay_at]
-        self.lr_scheduler = MultiStepLR(self.optimizer, milestones, recipe.decay_factor)
+        self.optimizer = make_optimizer(recipe, self.model)
+        self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, self.total_steps)
         layers = [site.path for site in select(self.model, recipe.layers)]
-        use = trace(self.model, self.data.train_images[: recipe.batch_size])
+        self.use = trace(self.model, self.task.sample())
         if self.machine.measure:
-            schedule = self._where_faster(schedule, use, layers)
-        self.cost = cost_schedule(use, schedule, layers, self.total_steps)
+            schedule = self._where_faster(schedule, layers)
         self.ranks = RankScheduler(
             self.model,
             self.optimizer,
@@ -144,13 +132,16 @@ class Trainer:
             layers=recipe.layers,
             moments=recipe.moments,
         )
+        self.plan = current_plan(self.model)
+        self.ledger = Ledger(self.use, self.plan)
 
-    def _where_faster(self, schedule: Schedule, use: ModelUse, layers: list[str]) -> Schedule:
+    def _where_faster(self, schedule: Schedule, layers: list[str]) -> Schedule:
         """The schedule with low rank only where this machine is faster at it."""
-        readings = Readings({path: use.layers[path].spec.unit_shape for path in layers})
+        shapes = {path: self.use.layers[path].spec.unit_shape for path in layers}
+        readings = Readings(shapes, forecast=forecast_rates(self.recipe))
         plans = [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
         timings = measure(
-            use,
+            self.use,
             plans,
             device=self.machine.device,
             autocast=torch.bfloat16 if self.machine.precision == "bf16" else None,
@@ -162,7 +153,29 @@ class Trainer:
     @property
     def epochs_done(self) -> float:
         """Fractional epochs."""
-        return self.done / len(self.batches)
+        return self.done / self.task.steps_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def share_full_rank(self) -> float:
+        """Of the layers under the schedule, by number."""
+        full = [isinstance(self.plan[path], FullRank) for path in self.ranks.layers]
+        return sum(full) / len(full)
+
+    def forecast(self) -> ScheduleCost:
+        """The cost of the run as far as its schedule can be foreseen."""
+        return cost_schedule(
+            self.use,
+            self.ranks.schedule,
+            self.ranks.layers,
+            self.total_steps,
+            optimizer_slots=OPTIMIZER_SLOTS[self.recipe.optimizer],
+            forecast=forecast_rates(self.recipe),
+        )
 
     def train_epoch(self, epoch: int) -> EpochResult:
         """One pass over the training set, and a test.
@@ -171,62 +184,59 @@ class Trainer:
             DivergedError: the training loss is not finite.
         """
         self.model.train()
-        begun = time.perf_counter()
-        rate = float(self.optimizer.param_groups[0]["lr"])
-        loss_sum = torch.zeros((), device=self.machine.device)
-        correct = torch.zeros((), device=self.machine.device, dtype=torch.long)
-        for images, labels in self.batches.epoch(epoch):
-            loss, output = self._step(images, labels)
-            loss_sum += loss
-            correct += (output.argmax(1) == labels).sum()
-        train_loss = loss_sum.item() / len(self.batches)  # waits for the device
+        begun, rate = time.perf_counter(), self.learning_rate
+        losses = torch.zeros((), device=self.machine.device)
+        scores: Tensor | None = None
+        for batch in self.task.epoch(epoch):
+            loss, score = self._step(batch)
+            losses += loss
+            if score is not None:
+                scores = score if scores is None else scores + score
+        steps = self.task.steps_per_epoch
+        train_loss = losses.item() / steps  # waits for the device
         self.train_seconds += time.perf_counter() - begun
         if not math.isfinite(train_loss):
             raise DivergedError(
                 f"the training loss of epoch {epoch + 1} is {train_loss} at learning rate {rate}; "
                 "try a lower one"
             )
-        seen = len(self.batches) * self.recipe.batch_size
-        return EpochResult(rate, train_loss, correct.item() / seen, *self.evaluate())
+        train_score = None if scores is None else scores.item() / steps
+        found = self.evaluate()
+        others = {k: v for k, v in found.scores.items() if k != self.task.metric.name}
+        score = found.scores[self.task.metric.name]
+        return EpochResult(rate, train_loss, train_score, found.loss, score, others)
 
-    def _step(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """One optimizer step; the first of a phase is measured as well."""
-        first = any(cost.phase.start == self.done for cost in self.cost.phases)
+        first, self._new_phase = self._new_phase, False
         measure = probe_memory(self.model, [self.optimizer], self.machine.device) if first else None
         with measure or nullcontext() as probe:
             with self.machine.autocast():
-                output = self.model(images)
-                loss = F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
+                loss, score = self.task.loss(self.model, batch)
             loss.backward()
+            if self.recipe.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
             self.optimizer.step()
         if probe is not None:
             self.on_phase(probe.peak_bytes)
         self.optimizer.zero_grad(set_to_none=True)
         self.lr_scheduler.step()
         self.done += 1
-        self.on_step(self.ranks.step())
-        return loss.detach(), output.detach()
+        self.ledger.step()
+        self._change()
+        return loss.detach(), score
+
+    def _change(self) -> None:
+        """Let the schedule change forms; a change begins a phase."""
+        changes = self.ranks.step()
+        if changes:
+            self._new_phase = True
+            self.plan = current_plan(self.model)
+            self.ledger.turn(self.plan)
+        self.on_step(changes)
 
     @torch.no_grad()
-    def evaluate(self) -> tuple[float, float]:
-        """Loss (without label smoothing) and accuracy on the test set."""
+    def evaluate(self) -> Evaluation:
+        """Loss and scores of the test set."""
         self.model.eval()
-        images, labels = self.data.test_images, self.data.test_labels
-        loss = torch.zeros((), device=self.machine.device)
-        correct = torch.zeros((), device=self.machine.device, dtype=torch.long)
-        for x, y in zip(images.split(_TEST_BATCH), labels.split(_TEST_BATCH), strict=True):
-            with self.machine.autocast():
-                output = self.model(x.contiguous(memory_format=torch.channels_last)).float()
-            loss += F.cross_entropy(output, y, reduction="sum")
-            correct += (output.argmax(1) == y).sum()
-        return loss.item() / len(labels), correct.item() / len(labels)
-
-
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights (and, later, their factors) decay; normalisations and biases do not."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [
-        {"params": weights, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
+        return self.task.evaluate(self.model, self.machine.autocast)

@@ -1,12 +1,11 @@
-"""The networks that the recipes train, and how they are initialised.
+"""The networks that the image recipes train.
 
 In all, the glob ``*conv*`` selects exactly the convolutions that are worth factorising.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 from dynarank.train.init import glorot_init_
 from dynarank.train.wide_resnet import WideResNet
 
-__all__ = ["MODELS", "DigitsNet", "ResNet20", "published_init_"]
+__all__ = ["MODELS", "DigitsNet", "ResNet20"]
 
 
 class DigitsNet(nn.Module):
@@ -108,31 +107,6 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 def _keras_batch_norm(channels: int) -> nn.BatchNorm2d:
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.01)  # Keras calls this momentum 0.99
-
-
-def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
-    """Draw weights as the method's published ResNet-20 does, which reproduces a fault of it.
-
-    That code gives every layer one initialiser of one seed, which starts anew at each call: all
-    kernels of one shape begin with identical values (among them the factors of low-rank layers).
-    Use it to repeat the published runs, not to train well. Each parameter of two or more
-    dimensions is overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), the fans
-    read from its shape ``(out, in, *kernel)``; others (biases, batch norm) are left alone.
-
-    Args:
-        parameters: of one model, or several that are to start alike; changed in place.
-        seed: of a private generator; the global one is not touched.
-
-    """
-    for parameter in parameters:
-        if parameter.ndim < 2:
-            continue
-        window = math.prod(parameter.shape[2:])
-        bound = math.sqrt(6 / (window * (parameter.shape[0] + parameter.shape[1])))
-        generator = torch.Generator().manual_seed(seed)  # anew for each: this is the fault
-        values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
-        with torch.no_grad():
-            parameter.copy_(values)
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -5,14 +5,20 @@ from __future__ import annotations
 import difflib
 import tomllib
 from importlib.resources import files
-from typing import Any, Literal, Self
+from itertools import pairwise
+from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dynarank.forms import AdaptedExecution
 from dynarank.schedules import Schedule, get_preset
+from dynarank.train.tasks import DATA, MODELS
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
+
+LearningRateSchedule: TypeAlias = Literal[
+    "constant", "multistep", "cosine", "linear", "wsd", "onecycle"
+]
 
 
 class RecipeError(ValueError):
@@ -23,25 +29,38 @@ class Recipe(BaseModel):
     """Everything that defines a run but the schedule, the seed and the machine.
 
     ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. A run of another length
-    keeps them at the same share of it, to the step: it is the same experiment in small.
+    keeps them at the same share of it, to the step: it is the same experiment in small. Where
+    ``inflate`` or ``deflate`` is not given, the schedule finds it from the learning rate.
+
+    ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
+    :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
+    its dropout, ``data_options`` the data set's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
     summary: str
-    data: Literal["digits", "cifar10"]
-    model: Literal["digits-net", "resnet20"]
+    data: str
+    data_options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    model: str
+    model_options: dict[str, Any] = Field(default_factory=dict[str, Any])
     layers: tuple[str, ...]
     schedules: tuple[str, ...]
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = Field(gt=0)
     momentum: float = Field(default=0.9, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+    lr_schedule: LearningRateSchedule = "multistep"
+    warmup: float = Field(default=0.0, ge=0, lt=1)
     decay_at: tuple[float, ...] = ()
     decay_factor: float = Field(default=0.1, gt=0)
+    final_rate: float = Field(default=0.0, ge=0, lt=1)
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     augment: bool = False
     shuffle: Literal["epoch", "once"] = "epoch"
@@ -49,22 +68,46 @@ class Recipe(BaseModel):
 
     rank: float | int = 0.5
     decomposition: str = "svd"
-    inflate: float = Field(gt=0)
-    deflate: float = Field(gt=0)
+    inflate: float | None = Field(default=None, gt=0)
+    deflate: float | None = Field(default=None, gt=0)
     alpha: float = Field(default=16.0, gt=0)
     execution: AdaptedExecution = "auto"
     moments: Literal["project", "calibrated", "reset"] = "project"
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
+    def _known(self) -> Self:
+        for what, name, known in (("data", self.data, DATA), ("model", self.model, MODELS)):
+            if name not in known:
+                raise ValueError(f"{what} is one of {', '.join(known)}, got {name!r}")
+        for name in self.schedules:
+            get_preset(name)
+        return self
+
+    @model_validator(mode="after")
     def _ordered(self) -> Self:
-        if not self.inflate < self.deflate < self.epochs:
+        given = [moment for moment in (self.inflate, self.deflate) if moment is not None]
+        if any(one >= two for one, two in pairwise([*given, self.epochs])):
             raise ValueError(
                 f"inflate < deflate < epochs must hold, got {self.inflate}, {self.deflate}, "
                 f"{self.epochs}"
             )
-        for name in self.schedules:
-            get_preset(name)
+        return self
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.lr_schedule == "wsd" and len(self.decay_at) != 1:
+            raise ValueError(
+                f"wsd decays from one epoch on: decay_at has one value, got {self.decay_at}"
+            )
+        if self.lr_schedule == "onecycle" and not self.warmup:
+            raise ValueError("onecycle rises before it falls: warmup must be above 0, got 0")
+        edges = [self.warmup * self.epochs, *self.decay_at, self.epochs]
+        if any(one >= two for one, two in pairwise(edges)):
+            raise ValueError(
+                f"decay_at must increase between the warm-up's end, epoch {edges[0]:g}, and the "
+                f"run's, {self.epochs}; got {self.decay_at}"
+            )
         return self
 
     def published(self) -> Recipe:
@@ -88,30 +131,20 @@ class Recipe(BaseModel):
             changed["decomposition"] = decomposition
         return Recipe.model_validate({**self.model_dump(), **changed})
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
-        return {"digits": (1, 8, 8), "cifar10": (3, 32, 32)}[self.data]
-
-    @property
-    def classes(self) -> int:
-        """How many classes the data has."""
-        return 10
-
     def share(self, epoch: float) -> float:
         """An epoch as a share of the run."""
         return epoch / self.epochs
 
     def schedule(self, name: str) -> Schedule:
-        """The named schedule, with this recipe's rank and moments of change.
+        """The named schedule, with this recipe's rank and, where it has them, moments of change.
 
         Raises:
             ValueError: an unknown schedule.
         """
         return get_preset(name)(
             rank=self.rank,
-            inflate=self.share(self.inflate),
-            deflate=self.share(self.deflate),
+            inflate=None if self.inflate is None else self.share(self.inflate),
+            deflate=None if self.deflate is None else self.share(self.deflate),
             decomposition=self.decomposition,
             alpha=self.alpha,
             execution=self.execution,

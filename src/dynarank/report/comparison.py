@@ -1,0 +1,200 @@
+"""Which schedules can be told apart at this number of runs and which cannot, in sentences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import fmean, stdev, variance
+
+from dynarank.records import Metric
+from dynarank.report.formats import difference_text, joined, number, plural, score_text, spread_text
+from dynarank.report.student import t_interval_factor, two_sided_p
+
+__all__ = ["Pair", "compare_pairs", "compare_scores"]
+
+_MOST_PAIRS = 6  # a sentence of more would not be read
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two groups beside each other.
+
+    Args:
+        first: the name of the one.
+        second: the name of the other.
+        difference: mean of the first less mean of the second.
+        low: the lower end of the difference's interval.
+        high: its upper end.
+        p: two-sided, by Welch's t, corrected after Holm for the number of pairs.
+        apart: whether the two can be told apart.
+    """
+
+    first: str
+    second: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    apart: bool
+
+
+def compare_pairs(groups: Mapping[str, Sequence[float]], error: float = 0.05) -> list[Pair]:
+    """Judge every pair by Welch's t, the chance of any false difference held at ``error``.
+
+    ``t = (a - b) / sqrt(va / na + vb / nb)`` with Welch's degrees of freedom. After Holm, the i-th
+    smallest p of m is held against ``error / (m - i + 1)``, up to the first that fails; its level
+    is that of all that follow. Intervals are at each pair's level, so that one excludes zero
+    exactly where its pair can be told apart. Groups of fewer than two scores, with a score that is
+    not finite, or without any spread beside another without, are in no pair.
+
+    Args:
+        groups: scores by name, one score a run.
+        error: the chance of calling equal groups different, over all pairs, in (0, 1).
+
+    Example:
+        >>> [pair.apart for pair in compare_pairs({"a": [0.1, 0.2, 0.3], "b": [0.9, 0.8, 0.7]})]
+        [True]
+
+    Reference:
+        Welch, The generalization of "Student's" problem when several different population variances
+        are involved, Biometrika 34, 1947. Holm, A simple sequentially rejective multiple test
+        procedure, Scandinavian Journal of Statistics 6, 1979.
+    """
+    usable = {name: scores for name, scores in groups.items() if _usable(scores)}
+    tested = [
+        (*_welch(usable[a], usable[b]), a, b)
+        for a, b in combinations(usable, 2)
+        if variance(usable[a]) + variance(usable[b]) > 0
+    ]
+    tested.sort(key=lambda test: test[0])
+    pairs, apart, corrected, level = list[Pair](), True, 0.0, error
+    for done, (p, difference, spread, freedom, a, b) in enumerate(tested):
+        left = len(tested) - done
+        if apart:  # from the first failure on the level stays
+            level = error / left
+            apart = p <= level
+        corrected = min(1.0, max(corrected, left * p))
+        reach = spread * t_interval_factor(level, freedom)
+        pairs.append(
+            Pair(a, b, difference, difference - reach, difference + reach, corrected, apart)
+        )
+    return pairs
+
+
+def compare_scores(groups: Mapping[str, Sequence[float]], metric: Metric) -> list[str]:
+    r"""Say in plain sentences what was reached, what can be told apart at this n, and what cannot.
+
+    Args:
+        groups: test scores by schedule, one score a finished run.
+        metric: what the scores are, and which way is better.
+
+    Example:
+        >>> print(*compare_scores({"a": [0.5], "b": [0.7]}, Metric()), sep="\n")
+        Test accuracy: a 50.00% (n = 1), b 70.00% (n = 1).
+        a and b cannot be told from the others at n = 1: another seed may move a score by as much.
+    """
+    groups = {name: scores for name, scores in groups.items() if len(scores) > 0}
+    if not groups:
+        return ["No run has finished: there is nothing to compare."]
+    said = [f"Test {metric.name}: {', '.join(_figures(n, s, metric) for n, s in groups.items())}."]
+    broken = [name for name, scores in groups.items() if not all(map(math.isfinite, scores))]
+    single = [name for name, scores in groups.items() if len(scores) == 1 and name not in broken]
+    if broken:
+        verb = "have" if len(broken) > 1 else "has"
+        said.append(f"{joined(broken)} {verb} runs whose score is not finite: compared with none.")
+    if len(groups) == 1:
+        return said
+    if single:
+        said.append(
+            f"{joined(single)} cannot be told from the others at n = 1: "
+            "another seed may move a score by as much."
+        )
+    return [*said, *_spreadless(groups, metric), *_judged(groups, metric)]
+
+
+def _usable(scores: Sequence[float]) -> bool:
+    return len(scores) > 1 and all(map(math.isfinite, scores))
+
+
+def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, float]:
+    """The uncorrected p, the difference, its standard error and its degrees of freedom."""
+    parts = [(variance(scores) / len(scores), len(scores) - 1) for scores in (a, b)]
+    total = math.fsum(part for part, _ in parts)
+    freedom = 1 / math.fsum((part / total) ** 2 / below for part, below in parts)
+    difference, spread = fmean(a) - fmean(b), math.sqrt(total)
+    return two_sided_p(difference / spread, freedom), difference, spread, freedom
+
+
+def _figures(name: str, scores: Sequence[float], metric: Metric) -> str:
+    finite = [score for score in scores if math.isfinite(score)]
+    spread = f" ± {spread_text(stdev(finite), metric, 2)}" if len(finite) > 1 else ""
+    shown = f"{score_text(fmean(finite), metric, 2)}{spread}" if finite else "not finite"
+    lost = f", {len(scores) - len(finite)} more not finite" if 0 < len(finite) < len(scores) else ""
+    return f"{name} {shown} (n = {len(finite) or len(scores)}{lost})"
+
+
+def _spreadless(groups: Mapping[str, Sequence[float]], metric: Metric) -> list[str]:
+    """Groups whose runs all gave one score say nothing of how much another run would differ."""
+    flat = [n for n, s in groups.items() if _usable(s) and variance(s) == 0]
+    if len(flat) < 2:
+        return []
+    return [
+        f"{joined(flat)} show no spread at all, each the same {metric.name} in every run: "
+        "what another run would give cannot be told from that."
+    ]
+
+
+def _judged(groups: Mapping[str, Sequence[float]], metric: Metric) -> list[str]:
+    pairs = compare_pairs(groups)
+    if not pairs:
+        return []
+    apart = [pair for pair in pairs if pair.apart]
+    alike = [pair for pair in pairs if not pair.apart]
+    said = [_apart_text(pair, metric) for pair in apart]
+    if alike:
+        said.append(_alike_text(alike, groups, metric, nothing_else=not apart))
+    said.append(
+        f"Judged by Welch's t over {plural(len(pairs), 'pair')}, with Holm's correction: the "
+        "chance of calling any two equal schedules different is 5%. Intervals are at each "
+        "pair's level."
+    )
+    return said
+
+
+def _apart_text(pair: Pair, metric: Metric) -> str:
+    """The better one first; the interval of how much better, from its smaller end."""
+    first_wins = (pair.difference > 0) == metric.higher_is_better
+    better, worse = (pair.first, pair.second) if first_wins else (pair.second, pair.first)
+    ends = sorted((abs(pair.low), abs(pair.high)))
+    return (
+        f"{better} is better than {worse} by {difference_text(abs(pair.difference), metric)} "
+        f"({_interval(ends[0], ends[1], metric)}; corrected p = {number(pair.p, 2)})."
+    )
+
+
+def _alike_text(
+    pairs: Sequence[Pair],
+    groups: Mapping[str, Sequence[float]],
+    metric: Metric,
+    nothing_else: bool,
+) -> str:
+    names = list(dict.fromkeys(name for pair in pairs for name in (pair.first, pair.second)))
+    sizes = sorted({len(groups[name]) for name in names})
+    size = f"n = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
+    told = [
+        f"{pair.first} and {pair.second} (difference {difference_text(pair.difference, metric)}, "
+        f"{_interval(pair.low, pair.high, metric)})"
+        for pair in pairs[:_MOST_PAIRS]
+    ]
+    if len(pairs) > _MOST_PAIRS:
+        told.append(f"{len(pairs) - _MOST_PAIRS} pairs more")
+    begin = "Nothing can be told apart" if nothing_else else "These cannot be told apart"
+    return f"{begin} at {size}: {'; '.join(told)}."
+
+
+def _interval(low: float, high: float, metric: Metric) -> str:
+    if metric.percent:
+        return f"interval {100 * low:.2f} to {100 * high:.2f}".replace("-", "−")
+    return f"interval {number(low, 3)} to {number(high, 3)}".replace("-", "−")

@@ -1,0 +1,148 @@
+"""Classifying images: the task of the image recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynarank.records import Metric
+from dynarank.train.batches import Batches
+from dynarank.train.data import ImageData, limit, limit_test, load_cifar10, load_digits_data
+from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.task import Evaluation
+from dynarank.train.tasks import Sketch, build_model
+
+__all__ = ["IMAGE_SETS", "ImageSet", "ImageTask", "make_task", "sketch"]
+
+_TEST_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set of images that recipes can name.
+
+    Args:
+        shape: (channels, height, width).
+        classes: how many.
+        load: reads it from a place; None: from where DYNARANK_DATA says.
+    """
+
+    shape: tuple[int, int, int]
+    classes: int
+    load: Callable[[str | None], ImageData]
+
+
+IMAGE_SETS = {
+    "digits": ImageSet((1, 8, 8), 10, lambda place: load_digits_data()),
+    "cifar10": ImageSet((3, 32, 32), 10, load_cifar10),
+}
+
+
+class ImageTask:
+    """Images with cross-entropy, judged by accuracy; models and batches are channels-last.
+
+    Args:
+        recipe: its batch size, shuffling, augmentation, label smoothing and model.
+        data: the images, on the device that trains.
+        seed: of order and augmentation.
+
+    Raises:
+        RecipeError: the training images do not fill one batch.
+
+    Example:
+        >>> from dynarank.train.recipes import load_recipe
+        >>> images, labels = torch.randn(64, 1, 8, 8), torch.arange(64) % 10
+        >>> data = ImageData(images, labels, images, labels, 10)
+        >>> task = ImageTask(load_recipe("digits"), data, seed=0)
+        >>> task.metric.name, task.steps_per_epoch
+        ('accuracy', 1)
+    """
+
+    metric = Metric(name="accuracy", higher_is_better=True, percent=True)
+
+    def __init__(self, recipe: Recipe, data: ImageData, *, seed: int) -> None:
+        self.recipe, self.data = recipe, data
+        self.train_size = len(data.train_labels)
+        if self.train_size < recipe.batch_size:
+            raise RecipeError(
+                f"{self.train_size} training images do not fill one batch of "
+                f"{recipe.batch_size}; raise --train-limit"
+            )
+        self.batches = Batches(
+            data.train_images,
+            data.train_labels,
+            recipe.batch_size,
+            seed=seed,
+            shuffle=recipe.shuffle,
+            augment=recipe.augment,
+            memory_format=torch.channels_last,
+        )
+        self.steps_per_epoch = len(self.batches)
+
+    def model(self) -> nn.Module:
+        """A new network, channels-last, on the device of the images."""
+        model = build_model(
+            self.recipe.model, classes=self.data.classes, **self.recipe.model_options
+        ).to(self.data.train_images.device)
+        return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def sample(self) -> Tensor:
+        """A batch of images ``(B, C, H, W)``."""
+        return self.data.train_images[: self.recipe.batch_size]
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images ``(B, C, H, W)`` and labels ``(B,)``, batch by batch."""
+        return self.batches.epoch(epoch)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Cross-entropy with the recipe's label smoothing, and the batch's accuracy."""
+        images, labels = batch
+        output = model(images)
+        loss = F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
+        return loss, (output.detach().argmax(1) == labels).float().mean()
+
+    def evaluate(
+        self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Evaluation:
+        """Cross-entropy (without label smoothing) and accuracy of the test set."""
+        images, labels = self.data.test_images, self.data.test_labels
+        loss = torch.zeros((), device=images.device)
+        correct = torch.zeros((), device=images.device, dtype=torch.long)
+        for x, y in zip(images.split(_TEST_BATCH), labels.split(_TEST_BATCH), strict=True):
+            with autocast():
+                output = model(x.contiguous(memory_format=torch.channels_last)).float()
+            loss += F.cross_entropy(output, y, reduction="sum")
+            correct += (output.argmax(1) == y).sum()
+        accuracy = correct.item() / len(labels)
+        return Evaluation(loss.item() / len(labels), {self.metric.name: accuracy})
+
+
+def make_task(
+    recipe: Recipe,
+    data: str | None,
+    *,
+    seed: int,
+    device: torch.device,
+    train_limit: int | None,
+    test_limit: int | None,
+) -> ImageTask:
+    """Read the images and make the task; see :func:`dynarank.train.tasks.make_task`."""
+    images = IMAGE_SETS[recipe.data].load(data)
+    images = images if train_limit is None else limit(images, train_limit)
+    images = images if test_limit is None else limit_test(images, test_limit)
+    moved = {name: x.to(device) for name, x in vars(images).items() if isinstance(x, Tensor)}
+    return ImageTask(recipe, replace(images, **moved), seed=seed)
+
+
+def sketch(recipe: Recipe) -> Sketch:
+    """The network and one batch of images, without memory and without data."""
+    kind = IMAGE_SETS[recipe.data]
+    with torch.device("meta"):
+        model = build_model(recipe.model, classes=kind.classes, **recipe.model_options)
+        return Sketch(model, torch.empty(recipe.batch_size, *kind.shape))

@@ -1,0 +1,66 @@
+"""What a run has cost so far, counted from the forms its layers really had at each step."""
+
+from __future__ import annotations
+
+from dynarank.cost import Flops, ModelUse
+from dynarank.forms import FullRank, Plan
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """Adds up the training FLOPs and trainable parameters of a run, step by step.
+
+    Args:
+        use: the trace of one batch.
+        plan: the forms that the layers have at the start.
+
+    Example:
+        >>> import torch
+        >>> from dynarank.cost import trace
+        >>> from dynarank.forms import LowRank
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        >>> ledger = Ledger(trace(model, torch.ones(2, 64)), {"0": LowRank(16)})
+        >>> ledger.step()
+        >>> ledger.relative_flops
+        0.625
+    """
+
+    def __init__(self, use: ModelUse, plan: Plan) -> None:
+        self._use = use
+        self._full_rank = use.flops(dict.fromkeys(use.layers, FullRank()))
+        self._trainable_steps = 0
+        self.steps = 0
+        self.training_flops = 0
+        self.trainable_peak = 0
+        self.flops, self.trainable = Flops(), 0
+        self.last_trainable, self.last_relative_step = 0, 0.0
+        self.turn(plan)
+
+    def turn(self, plan: Plan) -> None:
+        """From now on the layers have the forms of this plan."""
+        self.flops = self._use.flops(plan)
+        self.trainable, _ = self._use.parameters(plan)
+
+    def step(self) -> None:
+        """Count one training step."""
+        self.steps += 1
+        self.training_flops += self.flops.training
+        self._trainable_steps += self.trainable
+        self.trainable_peak = max(self.trainable_peak, self.trainable)
+        self.last_trainable, self.last_relative_step = self.trainable, self.relative_step
+
+    @property
+    def relative_step(self) -> float:
+        """Training FLOPs of a step in the present forms over those of a full-rank step."""
+        return self.flops.training / self._full_rank.training
+
+    @property
+    def relative_flops(self) -> float:
+        """Training FLOPs so far over those of as many full-rank steps; 0 before the first."""
+        return self.training_flops / (self._full_rank.training * max(1, self.steps))
+
+    @property
+    def trainable_mean(self) -> float:
+        """Trainable parameters, averaged over the steps so far."""
+        return self._trainable_steps / max(1, self.steps)

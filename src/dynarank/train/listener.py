@@ -1,0 +1,45 @@
+"""What a run tells whoever shows it, as it goes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from dynarank.forms import Change
+from dynarank.records import EpochRecord
+
+__all__ = ["Listener", "Progress"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run is after an optimizer step.
+
+    Args:
+        epochs_done: fractional epochs.
+        step: optimizer steps done.
+        total_steps: of the whole run.
+        share_full_rank: of the layers under the schedule, by number.
+        relative_flops_so_far: training FLOPs so far over those of as many full-rank steps.
+        learning_rate: that of the next step.
+    """
+
+    epochs_done: float
+    step: int
+    total_steps: int
+    share_full_rank: float
+    relative_flops_so_far: float
+    learning_rate: float
+
+
+class Listener(Protocol):
+    """Hears of a run as it goes, to show it."""
+
+    def step(self, progress: Progress) -> None:
+        """One optimizer step is done."""
+
+    def changed(self, epochs_done: float, changes: list[Change]) -> None:
+        """Layers have changed form."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch is over."""

@@ -1,0 +1,178 @@
+"""Writes down what happens in a run, as it happens."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from datetime import UTC, datetime
+from importlib.metadata import version
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from dynarank.cost import count_flops
+from dynarank.forms import Change, form_name, form_to_data
+from dynarank.records import (
+    ChangeRecord,
+    DecisionRecord,
+    EpochRecord,
+    PhaseRecord,
+    Record,
+    RunRecord,
+    SummaryRecord,
+)
+from dynarank.train.health import HealthRecorder
+from dynarank.train.host import commit, hardware
+from dynarank.train.listener import Listener, Progress
+from dynarank.train.loop import EpochResult, Trainer
+
+__all__ = ["Recorder"]
+
+
+class Recorder:
+    """Hears of what a trainer does, and turns it into records.
+
+    Args:
+        trainer: the run.
+        write: takes each record.
+        listener: shows the run.
+    """
+
+    def __init__(
+        self, trainer: Trainer, write: Callable[[Record], None], listener: Listener
+    ) -> None:
+        self.trainer, self.write, self.listener = trainer, write, listener
+        trainer.on_phase, trainer.on_step = self._phase, self._step
+        self.health = HealthRecorder(trainer, write)
+        self.memory_bytes = 0
+        self._decisions = 0
+        self._results: list[EpochResult] = []
+
+    def begin(self, schedule: str, seed: int) -> None:
+        """What is run, on what, and the weights as they start."""
+        trainer = self.trainer
+        names = ("dynarank", "torch", "numpy")
+        self.write(
+            RunRecord(
+                recipe=trainer.recipe.name,
+                schedule=schedule,
+                seed=seed,
+                epochs=trainer.epochs,
+                steps_per_epoch=trainer.task.steps_per_epoch,
+                device=str(trainer.machine.device),
+                hardware=hardware(trainer.machine.device),
+                precision=trainer.machine.precision,
+                metric=trainer.task.metric,
+                versions={name: version(name) for name in names}
+                | {"python": platform.python_version()},
+                commit=commit(),
+                started=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            )
+        )
+        self._decided()
+        self.health.begin()
+
+    def epoch(self, result: EpochResult) -> None:
+        """The figures of an epoch, and the weights after it."""
+        trainer = self.trainer
+        self._results.append(result)
+        record = EpochRecord(
+            epoch=trainer.epochs_done,
+            step=trainer.done,
+            trainable_parameters=trainer.ledger.last_trainable,
+            relative_flops=trainer.ledger.last_relative_step,
+            seconds=trainer.train_seconds,
+            **vars(result),
+        )
+        self.write(record)
+        self.listener.epoch(record)
+        self.health.epoch()
+
+    def end(self, wall_seconds: float) -> SummaryRecord:
+        """The figures of the table."""
+        ledger, metric = self.trainer.ledger, self.trainer.task.metric
+        scores = [result.test_score for result in self._results]
+        summary = SummaryRecord(
+            test_score=scores[-1],
+            best_test_score=max(scores) if metric.higher_is_better else min(scores),
+            scores=self._results[-1].scores,
+            trainable_parameters_peak=ledger.trainable_peak,
+            trainable_parameters_mean=ledger.trainable_mean,
+            training_flops=float(ledger.training_flops),
+            relative_flops=ledger.relative_flops,
+            memory_bytes=self.memory_bytes,
+            train_seconds=self.trainer.train_seconds,
+            wall_seconds=wall_seconds,
+        )
+        self.write(summary)
+        return summary
+
+    def _step(self, changes: list[Change]) -> None:
+        trainer = self.trainer
+        self.listener.step(
+            Progress(
+                trainer.epochs_done,
+                trainer.done,
+                trainer.total_steps,
+                trainer.share_full_rank,
+                trainer.ledger.relative_flops,
+                trainer.learning_rate,
+            )
+        )
+        self._decided()
+        for change in changes:
+            self.write(
+                ChangeRecord(
+                    epoch=trainer.epochs_done,
+                    step=trainer.done,
+                    path=change.path,
+                    before=form_to_data(change.before),
+                    after=form_to_data(change.after),
+                    error=change.error,
+                )
+            )
+        if changes:
+            self.listener.changed(trainer.epochs_done, changes)
+
+    def _decided(self) -> None:
+        """What the schedule has decided since the last step."""
+        decisions = getattr(self.trainer.ranks, "decisions", [])
+        for decision in decisions[self._decisions :]:
+            self.write(
+                DecisionRecord(
+                    epoch=decision.step / self.trainer.task.steps_per_epoch,
+                    step=decision.step,
+                    path=decision.path,
+                    form=form_to_data(decision.form),
+                    reason=decision.reason,
+                    readings=dict(decision.readings),
+                )
+            )
+        self._decisions = len(decisions)
+
+    def _phase(self, peak_bytes: int) -> None:
+        trainer, parameters = self.trainer, list(self.trainer.model.parameters())
+        self.memory_bytes = max(self.memory_bytes, peak_bytes)
+        self.write(
+            PhaseRecord(
+                epoch=trainer.epochs_done,
+                step=trainer.done,
+                forms=dict(Counter(form_name(form) for form in trainer.plan.values())),
+                trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+                total_parameters=sum(p.numel() for p in parameters),
+                predicted_flops=trainer.ledger.flops.training,
+                counted_flops=_count(trainer),
+                relative_flops=trainer.ledger.relative_step,
+                memory_bytes=peak_bytes,
+            )
+        )
+
+
+def _count(trainer: Trainer) -> int | None:
+    """FLOPs of one training step as FlopCounterMode sees them, on a copy without memory."""
+    if trainer.machine.compile:
+        return None
+    sample = tree_map_only(torch.Tensor, lambda x: x.to("meta"), trainer.task.sample())
+    return count_flops(deepcopy(trainer.model).to("meta"), sample).training
