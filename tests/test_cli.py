@@ -183,6 +183,10 @@ OPTIONS = {
               "measure"},
     "plan": {"schedule", "as-published", "json", "help", "rank", "decomposition", "measure",
              "device", "precision"},
+    "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",
+                "test-limit", "out", "device", "precision", "json", "help"},
+    "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
+              "train-limit", "test-limit", "out", "device", "precision", "json", "help"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},
     "report": {"out", "json", "help"},
 }  # fmt: skip

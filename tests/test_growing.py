@@ -68,11 +68,20 @@ def test_a_trace_by_hand() -> None:
     ==== ===================== ============================ ===== ====
     """
     schedule = Growing(1, 1, 2, 6, 0.9, warmup=1, stop=6)
-    spectra = [[4.0, 2, 1], [4.0, 2, 1], [4.0, 2, 1], None, [4.0, 3, 2, 1], [4.0] * 5, [9.0] * 5]
+    spectra = [
+        [4.0, 2, 1],
+        [4.0, 2, 1],
+        [4.0, 2, 1],
+        None,
+        [4.0, 3, 2, 1],
+        [4.0] * 5,
+        [9.0] * 5,
+        None,
+    ]
     answers = follow(schedule, spectra)
-    assert ranks(answers) == [3, 3, 4, 4, 5, 5, 3]
-    assert [answer.state["modes"]["a"] for answer in answers] == [1, 1, 2, 2, 3, 3, 3]
-    assert [len(answer.decisions) for answer in answers] == [0, 0, 1, 0, 1, 0, 0]
+    assert ranks(answers) == [3, 3, 4, 4, 5, 5, 3, 3]
+    assert [answer.state["modes"]["a"] for answer in answers] == [1, 1, 2, 2, 3, 3, 3, 3]
+    assert [len(answer.decisions) for answer in answers] == [0, 0, 1, 0, 1, 0, 1, 0]
     (decision,) = answers[2].decisions
     assert (decision.step, decision.path, decision.form) == (2, "a", LowRank(4))
     assert decision.readings == pytest.approx(
@@ -111,7 +120,7 @@ def test_a_reading_that_is_not_finite_or_of_another_layer_is_left_out() -> None:
     schedule = Growing(1, 1, 2, 6)
     for spectra in ({"a": reading([math.nan])}, {"b": reading([4.0, 2.0, 1.0])}):
         answer = schedule.update(schedule.start(), Clock(3, 9), Readings(SHAPES, spectra=spectra))
-        assert answer.state == {"modes": {"a": 1}}
+        assert answer.state == {"modes": {"a": 1}, "cut": False}
 
 
 def test_a_reading_without_its_values_is_refused() -> None:
@@ -121,18 +130,18 @@ def test_a_reading_without_its_values_is_refused() -> None:
 
 
 def test_the_state_given_stays_as_it_is() -> None:
-    state: dict[str, Any] = {"modes": {"a": 1}}
+    state: dict[str, Any] = {"modes": {"a": 1}, "cut": False}
     Growing(1, 1, 2, 6).update(
         state, Clock(3, 9), Readings(SHAPES, spectra={"a": reading([4.0, 2.0, 1.0])})
     )
-    assert state == {"modes": {"a": 1}}
+    assert state == {"modes": {"a": 1}, "cut": False}
 
 
 def test_the_preset_grows_to_the_rank_it_is_given() -> None:
     assert get_preset("growing")(rank=0.25, alpha=16.0, inflate=0.1) == growing(0.25)
     assert growing().most == Rank(0.5, of="min")
     shape = {"a": (768, 3072)}
-    plan = growing().update({"modes": {}}, Clock(0, 9), Readings(shape)).plan
+    plan = growing().update(growing().start(), Clock(0, 9), Readings(shape)).plan
     assert plan == {"a": LowRank(102)}  # 2 + 100 of 768, as InRank has of GPT-2
 
 

@@ -231,7 +231,9 @@ class RankScheduler:
         every = self.schedule.spectra_every if is_stateful(self.schedule) else None
         if every is None or self.last_step % max(1, step_of(every, self.total_steps)):
             return readings
-        return replace(readings, spectra=self._monitor.read())
+        sites = find_sites(self.model, self._layers)  # not the plan's: a change may be put off
+        forms = {path: site.form for path, site in sites.items() if site.form is not None}
+        return replace(readings, forms=forms, spectra=self._monitor.read())
 
     def _advance(self) -> list[Change]:
         """Ask the schedule, and bring the model to its answer unless that is put off."""

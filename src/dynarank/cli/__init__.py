@@ -9,9 +9,11 @@ import sys
 
 import typer
 
+from dynarank.cli.compare import compare
 from dynarank.cli.plan import plan
 from dynarank.cli.report import report
 from dynarank.cli.spectrum import spectrum
+from dynarank.cli.sweep import sweep
 from dynarank.cli.train import train
 from dynarank.train.loop import DivergedError
 
@@ -25,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train, plan, spectrum, report):
+for command in (train, plan, compare, sweep, spectrum, report):
     app.command()(command)
 
 

@@ -6,11 +6,40 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-__all__ = ["DecompositionOption", "RankOption"]
+__all__ = [
+    "DataOption",
+    "DecompositionOption",
+    "DeviceOption",
+    "EpochsOption",
+    "PrecisionOption",
+    "RankOption",
+    "TestLimitOption",
+    "TrainLimitOption",
+]
 
 RankOption: TypeAlias = Annotated[
     float | None, typer.Option(help="Instead of the recipe's: 16, or 0.25 of the outputs.")
 ]
 DecompositionOption: TypeAlias = Annotated[
     str | None, typer.Option(help="Instead of the recipe's: svd, tucker, cp or separable.")
+]
+DataOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder (or .npz) of the data set; 'hub' fetches it by name; default: "
+        "$DYNARANK_DATA. digits and text-gpt need none."
+    ),
+]
+EpochsOption: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
+]
+TrainLimitOption: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Train on so many examples only, class-balanced.")
+]
+TestLimitOption: TypeAlias = Annotated[
+    int | None, typer.Option(min=1, help="Test on so many examples only.")
+]
+DeviceOption: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+PrecisionOption: TypeAlias = Annotated[
+    str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32 or bf16 (autocast).")
 ]

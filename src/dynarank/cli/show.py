@@ -10,7 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -20,10 +19,10 @@ from rich.table import Table
 
 from dynarank.forms import Change, form_name
 from dynarank.records import EpochRecord, Metric
-from dynarank.report.formats import number, percent, seconds_text
+from dynarank.report.formats import score_text, seconds_text
 from dynarank.train.listener import Progress
 
-__all__ = ["ProgressListener", "console", "right_aligned", "score_text"]
+__all__ = ["ProgressListener", "console", "progress_text", "right_aligned"]
 
 
 def console(*, quiet_stdout: bool = False) -> Console:
@@ -50,37 +49,31 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
     return table
 
 
-def score_text(metric: Metric, score: float) -> str:
-    """A score as its metric is shown.
-
-    Example:
-        >>> score_text(Metric(), 0.9675), score_text(Metric(name="perplexity", percent=False), 31.41)
-        ('96.75%', '31.41')
-    """  # noqa: E501
-    return percent(score, 2) if metric.percent else number(score)
-
-
 class ProgressListener:
-    """Shows one run: a bar in a terminal, a line an epoch elsewhere."""
+    """Shows one run: a bar in a terminal, a line an epoch elsewhere.
+
+    The bar tells the epoch, the phase, the share of layers that are full-rank, the training FLOPs
+    so far against those of full rank, and the time left.
+    """
 
     def __init__(self, out: Console, schedule: str, epochs: int, metric: Metric) -> None:
         self._out, self._schedule, self._epochs = out, schedule, epochs
         self._metric = metric
-        self._form, self._scores = "", ""
+        self._scores = ""
+        self._flops = 0.0
         columns = [
-            TextColumn("[bold]{task.description:<16}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[where]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
         ]
-        self._progress = Bar(*columns, console=out, disable=not out.is_terminal)
-        self._task = self._progress.add_task(schedule, total=epochs, note="")
+        self._bar = Bar(*columns, console=out, disable=not out.is_terminal, expand=True)
+        self._task = self._bar.add_task(schedule, total=None, where="")
 
     def __enter__(self) -> ProgressListener:
-        self._progress.start()
+        self._bar.start()
         return self
 
     def __exit__(
@@ -89,35 +82,47 @@ class ProgressListener:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        self._bar.stop()
         sys.stdout.flush()
 
     def step(self, progress: Progress) -> None:
         """Move the bar."""
-        done = round(progress.epochs_done, 2)
-        self._progress.update(self._task, completed=done, note=self._note())
+        self._flops = progress.relative_flops_so_far
+        if self._out.is_terminal:
+            where = progress_text(progress, self._epochs)
+            self._bar.update(
+                self._task, completed=progress.step, total=progress.total_steps, where=where
+            )
 
     def changed(self, epochs_done: float, changes: list[Change]) -> None:
         """Say which forms changed, and by how much the weights did."""
         kinds = Counter((form_name(c.before), form_name(c.after)) for c in changes)
         error = max(change.error for change in changes)
         for (before, after), count in kinds.items():
-            self._form = after
             self._out.print(
                 f"{self._schedule}: epoch {epochs_done:.2f}: {count} layers {before} -> {after}, "
                 f"largest relative change of a weight {error:.1e}"
             )
 
     def epoch(self, record: EpochRecord) -> None:
-        """The epoch's scores."""
-        score = score_text(self._metric, record.test_score)
-        self._scores = f"loss {record.train_loss:.3f}  test {self._metric.name} {score}"
-        self._progress.update(self._task, note=self._note())
-        if not self._out.is_terminal:
-            self._out.print(
-                f"{self._schedule}: epoch {record.epoch:.0f}/{self._epochs}  {self._scores}  "
-                f"FLOPs {record.relative_flops:.3f}x  {seconds_text(record.seconds)}"
-            )
+        """The epoch's scores; in a terminal they stay above the bar."""
+        score = score_text(record.test_score, self._metric, 2)
+        self._out.print(
+            f"{self._schedule}: epoch {record.epoch:.0f}/{self._epochs}  "
+            f"loss {record.train_loss:.3f}  test {self._metric.name} {score}  "
+            f"FLOPs so far {self._flops:.3f}x  {seconds_text(record.seconds)}"
+        )
 
-    def _note(self) -> str:
-        return f"{self._form}  {self._scores}".strip()
+
+def progress_text(progress: Progress, epochs: int) -> str:
+    """Where a run is, in few words.
+
+    Example:
+        >>> progress_text(Progress(4.25, 17, 40, "mixed", 0.5, 0.71, 0.1), 10)
+        'epoch 4.2/10, mixed, 50% of layers full-rank, FLOPs 0.71x'
+    """
+    return (
+        f"epoch {progress.epochs_done:.1f}/{epochs}, {progress.phase}, "
+        f"{progress.share_full_rank:.0%} of layers full-rank, "
+        f"FLOPs {progress.relative_flops_so_far:.2f}x"
+    )

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import DecompositionOption, RankOption
-from dynarank.cli.show import ProgressListener, console, right_aligned, score_text
+from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import Metric, SummaryRecord
 from dynarank.report import write_report
-from dynarank.report.formats import bytes_text, count, ratio, seconds_text
+from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
 from dynarank.schedules import get_preset
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
@@ -130,7 +130,7 @@ def _show(
     for name, summary in summaries.items():
         table.add_row(
             name,
-            score_text(metric, summary.test_score),
+            score_text(summary.test_score, metric, 2),
             count(summary.trainable_parameters_peak),
             count(summary.trainable_parameters_mean),
             ratio(summary.relative_flops),

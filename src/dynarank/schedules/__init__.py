@@ -22,6 +22,7 @@ from dynarank.schedules.base import (
 )
 from dynarank.schedules.budgeted import Budget, Budgeted
 from dynarank.schedules.cuttlefish import Cuttlefish, cuttlefish
+from dynarank.schedules.data import schedule_from_data, schedule_to_data
 from dynarank.schedules.growing import Growing, growing
 from dynarank.schedules.lora import lora
 from dynarank.schedules.lr_aligned import LRAligned
@@ -30,6 +31,9 @@ from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_pre
 from dynarank.schedules.published import published
 from dynarank.schedules.pufferfish import Hybrid, pufferfish
 from dynarank.schedules.relora import Restarts, relora
+from dynarank.schedules.replay import Replay, decide_again, replay, spectra_from_records
+from dynarank.schedules.rotating import Rotating, rotating
+from dynarank.schedules.spectral import ClosedLoop, closed_loop
 
 __all__ = [
     "PRESETS",
@@ -37,6 +41,7 @@ __all__ = [
     "Budget",
     "Budgeted",
     "Clock",
+    "ClosedLoop",
     "Cuttlefish",
     "Decision",
     "Growing",
@@ -48,12 +53,16 @@ __all__ = [
     "Phases",
     "RankSchedule",
     "Readings",
+    "Replay",
     "Restarts",
+    "Rotating",
     "Schedule",
     "State",
     "StatefulSchedule",
     "ask",
+    "closed_loop",
     "cuttlefish",
+    "decide_again",
     "dynamic_rank",
     "full_rank",
     "get_preset",
@@ -64,6 +73,11 @@ __all__ = [
     "published",
     "pufferfish",
     "relora",
+    "replay",
+    "rotating",
+    "schedule_from_data",
+    "schedule_to_data",
+    "spectra_from_records",
     "start",
     "step_of",
     "timeline",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, LowRank, RankLike
+from dynarank.schedules.data import serialisable
 
 __all__ = ["RANKS", "Budget", "Budgeted"]
 
@@ -17,6 +18,7 @@ RANKS = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
 """Ranks to choose from, as shares of the output channels: the paper's and smaller ones."""
 
 
+@serialisable
 @dataclass(frozen=True)
 class Budget:
     """What a whole run may cost: one of three.
@@ -60,6 +62,7 @@ class Budget:
         return getattr(self, self.kind)
 
 
+@serialisable
 @dataclass(frozen=True)
 class Budgeted:
     """A wish for dynamic rank within a budget.

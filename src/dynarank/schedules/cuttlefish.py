@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 from dynarank.forms import Form, FullRank, LowRank, Plan
 from dynarank.schedules.base import Answer, Clock, Decision, Moment, Readings, State
+from dynarank.schedules.data import serialisable
 from dynarank.schedules.sizes import is_cheaper, rank_within
 
 __all__ = ["Cuttlefish", "cuttlefish", "mean_slope"]
 
 
+@serialisable
 @dataclass(frozen=True)
 class Cuttlefish:
     """Full-rank until every layer's stable rank has settled, then low-rank.

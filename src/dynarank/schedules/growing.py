@@ -9,11 +9,13 @@ from typing import ClassVar
 
 from dynarank.forms import LowRank, Plan, Rank, RankLike
 from dynarank.schedules.base import Answer, Clock, Decision, Moment, Readings, State, step_of
+from dynarank.schedules.data import serialisable
 from dynarank.schedules.sizes import rank_within
 
 __all__ = ["Growing", "explained", "growing"]
 
 
+@serialisable
 @dataclass(frozen=True)
 class Growing:
     """Low-rank at ``modes + buffer`` directions, at most ``most``; the modes grow until ``stop``.
@@ -63,7 +65,7 @@ class Growing:
 
     def start(self) -> State:
         """Nothing has grown yet."""
-        return {"modes": {}}
+        return {"modes": {}, "cut": False}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The plan for this moment, grown where a reading asks for it.
@@ -74,13 +76,15 @@ class Growing:
         layers = readings.layers
         modes = {path: state["modes"].get(path) or self._first(layers[path]) for path in layers}
         ended = self.stop is not None and clock.step >= step_of(self.stop, clock.total_steps)
-        grown: dict[str, Decision] = {}
-        if not ended and clock.step > step_of(self.warmup, clock.total_steps):
-            grown = dict(self._growth(modes, clock, readings))
-        modes |= {path: int(decision.readings["modes"]) for path, decision in grown.items()}
+        decided: dict[str, Decision] = {}
+        if ended and not state["cut"]:
+            decided = {path: self._cut(path, clock, modes[path]) for path in layers}
+        elif not ended and clock.step > step_of(self.warmup, clock.total_steps):
+            decided = dict(self._growth(modes, clock, readings))
+        modes |= {path: int(decision.readings["modes"]) for path, decision in decided.items()}
         ranks = modes if ended else {path: self._rank(layers[path], modes[path]) for path in layers}
         plan: Plan = {path: LowRank(rank, self.decomposition) for path, rank in ranks.items()}
-        return Answer(plan, {"modes": modes}, tuple(grown.values()))
+        return Answer(plan, {"modes": modes, "cut": ended}, tuple(decided.values()))
 
     def _growth(
         self, modes: Mapping[str, int], clock: Clock, readings: Readings
@@ -99,6 +103,10 @@ class Growing:
             reason = f"{before} modes explain {shares[before]:.3f}, up to {self.threshold} is open"
             figures = {"modes": float(now), "explained": shares[now], "before": shares[before]}
             yield path, Decision(clock.step, path, form, reason, figures)
+
+    def _cut(self, path: str, clock: Clock, modes: int) -> Decision:
+        form, figures = LowRank(modes, self.decomposition), {"modes": float(modes)}
+        return Decision(clock.step, path, form, "growth has ended: no buffer", figures)
 
     def _first(self, shape: tuple[int, ...]) -> int:
         return self._within(self.first, shape)

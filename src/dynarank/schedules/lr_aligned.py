@@ -21,6 +21,7 @@ from functools import lru_cache
 
 from dynarank.forms import Form, FullRank, LowRank
 from dynarank.schedules.base import Answer, Clock, Moment, Readings, State, step_of
+from dynarank.schedules.data import serialisable
 
 __all__ = ["LRAligned", "decisive_decay", "full_rank_window"]
 
@@ -33,6 +34,7 @@ _STEADY = 0.9  # a learning rate that never falls below this share of its peak h
 _TENTH = 0.1
 
 
+@serialisable
 @dataclass(frozen=True)
 class LRAligned:
     """``low`` before, full-rank around, ``last`` after the learning rate's decisive decay.

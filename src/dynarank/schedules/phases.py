@@ -10,10 +10,12 @@ from typing import SupportsIndex
 
 from dynarank.forms import Form, Plan
 from dynarank.schedules.base import Clock, Moment, Readings, step_of
+from dynarank.schedules.data import serialisable
 
 __all__ = ["Phases"]
 
 
+@serialisable
 @dataclass(frozen=True)
 class Phases:
     """``forms[i]`` for every layer from moment ``starts[i]`` on.

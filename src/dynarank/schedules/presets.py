@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, overload
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
 from dynarank.schedules.base import Moment, Schedule
@@ -14,14 +14,15 @@ from dynarank.schedules.cuttlefish import cuttlefish
 from dynarank.schedules.growing import growing
 from dynarank.schedules.lora import lora
 from dynarank.schedules.lr_aligned import LRAligned
+from dynarank.schedules.options import Ending
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.published import published
 from dynarank.schedules.pufferfish import pufferfish
 from dynarank.schedules.relora import relora
+from dynarank.schedules.rotating import rotating
+from dynarank.schedules.spectral import closed_loop
 
 __all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
-
-Ending: TypeAlias = Literal["adapted", "low-rank"]
 
 
 def full_rank() -> Phases:
@@ -157,6 +158,8 @@ PRESETS: dict[str, Callable[..., Schedule]] = {
     "pufferfish": partial(_taking, pufferfish),
     "cuttlefish": partial(_taking, cuttlefish),
     "growing": partial(_taking, growing),
+    "rotating": partial(_taking, rotating),
+    "closed-loop": partial(_taking, closed_loop),
 }
 """Schedules by name, each taking ``dynamic_rank``'s keyword arguments and using those it needs."""
 

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 from dynarank.forms import FullRank, LowRank, Plan, Rank, RankLike
 from dynarank.schedules.base import Clock, Moment, Readings, step_of
+from dynarank.schedules.data import serialisable
 from dynarank.schedules.phases import Phases
 
 __all__ = ["Hybrid", "pufferfish"]
 
 
+@serialisable
 @dataclass(frozen=True)
 class Hybrid:
     """Full-rank until ``switch``, then ``form`` for all but the first and the last layers.

@@ -6,11 +6,13 @@ from dataclasses import dataclass, replace
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, Plan, RankLike
 from dynarank.schedules.base import Clock, Moment, Readings, step_of
+from dynarank.schedules.data import serialisable
 from dynarank.schedules.phases import Phases
 
 __all__ = ["Restarts", "relora"]
 
 
+@serialisable
 @dataclass(frozen=True)
 class Restarts:
     """One form until ``start``, then adaptors, another one after each ``every``.

@@ -19,6 +19,7 @@ class Progress:
         epochs_done: fractional epochs.
         step: optimizer steps done.
         total_steps: of the whole run.
+        phase: the form that all layers under the schedule have, or ``"mixed"``.
         share_full_rank: of the layers under the schedule, by number.
         relative_flops_so_far: training FLOPs so far over those of as many full-rank steps.
         learning_rate: that of the next step.
@@ -27,6 +28,7 @@ class Progress:
     epochs_done: float
     step: int
     total_steps: int
+    phase: str
     share_full_rank: float
     relative_flops_so_far: float
     learning_rate: float

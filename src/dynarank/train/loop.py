@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.cost import trace
-from dynarank.forms import Change, FullRank
+from dynarank.forms import Change, FullRank, form_name
 from dynarank.measure import default_cache, measure, where_faster
 from dynarank.planning import ScheduleCost, cost_schedule
 from dynarank.probe import probe_memory
@@ -159,6 +159,12 @@ class Trainer:
     def learning_rate(self) -> float:
         """That of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
+
+    @property
+    def phase(self) -> str:
+        """The form that all layers under the schedule have, or ``mixed``."""
+        names = {form_name(self.plan[path]) for path in self.ranks.layers}
+        return next(iter(names)) if len(names) == 1 else "mixed"
 
     @property
     def share_full_rank(self) -> float:

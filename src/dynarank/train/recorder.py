@@ -116,6 +116,7 @@ class Recorder:
                 trainer.epochs_done,
                 trainer.done,
                 trainer.total_steps,
+                trainer.phase,
                 trainer.share_full_rank,
                 trainer.ledger.relative_flops,
                 trainer.learning_rate,

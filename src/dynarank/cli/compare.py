@@ -1,0 +1,146 @@
+"""``dynarank compare``: schedules side by side, over several seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dynarank.cli.machine import choose_machine
+from dynarank.cli.many import Many, write_page
+from dynarank.cli.options import (
+    DataOption,
+    DecompositionOption,
+    DeviceOption,
+    EpochsOption,
+    PrecisionOption,
+    RankOption,
+    TestLimitOption,
+    TrainLimitOption,
+)
+from dynarank.cli.show import console, right_aligned
+from dynarank.records import Metric, Run, SummaryRecord
+from dynarank.report.comparison import compare_scores
+from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text, spread_text
+from dynarank.schedules import get_preset
+from dynarank.train.grid import Job, run_jobs
+from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
+
+__all__ = ["compare"]
+
+
+def compare(
+    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    schedules: Annotated[
+        str, typer.Option(help="Schedules, separated by commas; `dynarank train --help` lists "
+                          "them.")
+    ] = "full-rank,low-rank,dynamic-rank",
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ... each.")] = 3,
+    data: DataOption = None,
+    rank: RankOption = None,
+    decomposition: DecompositionOption = None,
+    epochs: EpochsOption = None,
+    train_limit: TrainLimitOption = None,
+    test_limit: TestLimitOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; default: runs/compare-RECIPE.")
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Train a RECIPE under several schedules and seeds, and say what can be told apart.
+
+    Can be interrupted and repeated: a finished run is never made again, and more seeds or schedules
+    are added to those there are. Every seed gives all schedules the same initial weights and data
+    order. Mean and standard deviation are over seeds.
+    """
+    chosen = load_recipe(recipe).with_factors(rank, decomposition)
+    names = list(dict.fromkeys(name.strip() for name in schedules.split(",")))
+    for name in names:
+        get_preset(name)
+    terminal = console(quiet_stdout=as_json)
+    machine = choose_machine(device, precision)
+    many = Many(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
+    folder = out or Path("runs") / f"compare-{recipe}"
+    many.claim(folder, chosen)
+    jobs = [
+        Job(folder / f"seed{seed}" / name, chosen, name, seed)
+        for seed in range(seeds)
+        for name in names
+    ]
+    done = list(run_jobs(jobs, many.run))
+    if not done:
+        raise RecipeError(f"no run in {folder} came to its end")
+    grouped = {n: [run for job, run in done if job.schedule == n] for n in names}
+    grouped = {name: runs for name, runs in grouped.items() if runs}
+    metric = done[0][1].header.metric
+    sentences = compare_scores({n: _scores(runs) for n, runs in grouped.items()}, metric)
+    page = write_page(folder, terminal)
+    if as_json:
+        found = {name: _figures(runs) for name, runs in grouped.items()}
+        result = {"folder": str(folder), "report": page, "metric": metric.model_dump(),
+                  "schedules": found, "sentences": sentences}  # fmt: skip
+        print(json.dumps(result, indent=2))
+    else:
+        _show(terminal, f"{chosen.name}, {many.epochs} epochs", metric, grouped)
+        for sentence in sentences:
+            terminal.print(sentence)
+        terminal.print(f"Runs: {folder}" + (f"; report: {page}" if page else ""))
+    many.finish()
+
+
+def _scores(runs: Sequence[Run]) -> list[float]:
+    return [_summary(run).test_score for run in runs]
+
+
+def _summary(run: Run) -> SummaryRecord:
+    assert run.summary is not None
+    return run.summary
+
+
+_COSTS: dict[str, tuple[Callable[[SummaryRecord], float], Callable[[float], str]]] = {
+    "trainable peak": (lambda s: s.trainable_parameters_peak, count),
+    "trainable mean": (lambda s: s.trainable_parameters_mean, count),
+    "training FLOPs": (lambda s: s.relative_flops, ratio),
+    "peak memory": (lambda s: s.memory_bytes, bytes_text),
+    "training": (lambda s: s.train_seconds, seconds_text),
+    "wall-clock": (lambda s: s.wall_seconds, seconds_text),
+}
+
+
+def _figures(runs: Sequence[Run]) -> dict[str, Any]:
+    """One schedule's figures as plain data: n, mean and spread of the score, mean costs."""
+    scores = _scores(runs)
+    costs = {
+        name.replace(" ", "_"): fmean(value(_summary(run)) for run in runs)
+        for name, (value, _) in _COSTS.items()
+    }
+    return {
+        "n": len(scores),
+        "mean": fmean(scores),
+        "sd": stdev(scores) if len(scores) > 1 else None,
+        "scores": scores,
+        **costs,
+    }
+
+
+def _show(
+    terminal: Console, title: str, metric: Metric, grouped: Mapping[str, Sequence[Run]]
+) -> None:
+    table = right_aligned(title, ["schedule"], ["n", f"test {metric.name}", *_COSTS])
+    for name, runs in grouped.items():
+        found = _figures(runs)
+        spread = "" if found["sd"] is None else f" ± {spread_text(found['sd'], metric, 2)}"
+        costs = (
+            written(fmean(value(_summary(run)) for run in runs))
+            for value, written in _COSTS.values()
+        )
+        score = score_text(found["mean"], metric, 2) + spread
+        table.add_row(name, str(found["n"]), score, *costs)
+    terminal.print(table)

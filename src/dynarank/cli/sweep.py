@@ -1,0 +1,178 @@
+"""``dynarank sweep``: a grid of moments of inflation and deflation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from dynarank.cli.machine import choose_machine
+from dynarank.cli.many import Many
+from dynarank.cli.options import (
+    DataOption,
+    DecompositionOption,
+    DeviceOption,
+    EpochsOption,
+    PrecisionOption,
+    RankOption,
+    TestLimitOption,
+    TrainLimitOption,
+)
+from dynarank.cli.show import console, right_aligned
+from dynarank.records import Metric
+from dynarank.report.formats import number, score_text
+from dynarank.report.sweep import best_cell, sweep_figure
+from dynarank.train.grid import Job, run_jobs
+from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
+
+__all__ = ["sweep"]
+
+Cell = tuple[float, float]
+
+
+def sweep(
+    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    inflate: Annotated[
+        str, typer.Option(help="Epochs of inflation, of the recipe's own length: 20,40,60 or "
+                          "FROM:TO:STEP, the end included.")
+    ],
+    deflate: Annotated[str, typer.Option(help="Epochs of deflation, likewise.")],
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ... each.")] = 1,
+    schedule: Annotated[
+        str, typer.Option(help="dynamic-rank, or dynamic-rank-low, which deflates to true factors.")
+    ] = "dynamic-rank",
+    data: DataOption = None,
+    rank: RankOption = None,
+    decomposition: DecompositionOption = None,
+    epochs: EpochsOption = None,
+    train_limit: TrainLimitOption = None,
+    test_limit: TestLimitOption = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the runs; default: runs/sweep-RECIPE.")
+    ] = None,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:  # fmt: skip
+    """Train a RECIPE over a grid of INFLATE and DEFLATE epochs, and draw the heat-map.
+
+    Cells whose inflation does not come before their deflation are left out. Can be interrupted and
+    repeated: a finished run is never made again, and a finer grid adds to a coarse one.
+    """
+    if schedule not in ("dynamic-rank", "dynamic-rank-low"):
+        raise RecipeError(
+            f"a sweep moves inflation and deflation: the schedule is dynamic-rank or "
+            f"dynamic-rank-low, got {schedule!r}"
+        )
+    chosen = load_recipe(recipe).with_factors(rank, decomposition)
+    cells = grid(parse_epochs(inflate), parse_epochs(deflate), chosen.epochs)
+    terminal = console(quiet_stdout=as_json)
+    machine = choose_machine(device, precision)
+    many = Many(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
+    folder = out or Path("runs") / f"sweep-{recipe}"
+    many.claim(folder, chosen, schedule=schedule)
+    jobs = [
+        (Job(_place(folder, cell, seed), _at(chosen, cell), schedule, seed), cell)
+        for seed in range(seeds)
+        for cell in cells
+    ]
+    at = {job.folder: cell for job, cell in jobs}
+    scores: dict[Cell, list[float]] = {cell: [] for cell in cells}
+    metric = Metric()
+    for job, run in run_jobs([job for job, _ in jobs], many.run):
+        assert run.summary is not None
+        metric = run.header.metric
+        scores[at[job.folder]].append(run.summary.test_score)
+    pictures = _draw(folder, scores, metric, chosen.name, terminal)
+    if as_json:
+        rows = [{"inflate": i, "deflate": d, "scores": s} for (i, d), s in scores.items()]
+        result = {"folder": str(folder), "pictures": pictures, "metric": metric.model_dump(),
+                  "cells": rows, "best": best_cell(scores, metric)}  # fmt: skip
+        print(json.dumps(result, indent=2))
+    else:
+        _show(terminal, scores, metric, chosen.name)
+        terminal.print(f"Runs: {folder}" + "".join(f"; {p}" for p in pictures))
+    many.finish()
+
+
+def parse_epochs(text: str) -> list[float]:
+    """``20,40,60`` or ``20:60:20`` as numbers.
+
+    Raises:
+        RecipeError: neither.
+
+    Example:
+        >>> parse_epochs("20:60:20"), parse_epochs("5,7.5")
+        ([20.0, 40.0, 60.0], [5.0, 7.5])
+    """
+    try:
+        if ":" in text:
+            first, last, step = map(float, text.split(":"))
+            if step > 0 and last >= first:
+                return [first + i * step for i in range(int((last - first) / step + 1e-9) + 1)]
+            raise ValueError
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise RecipeError(
+            f"epochs are given as 20,40,60 or as FROM:TO:STEP with a positive step, got {text!r}"
+        ) from None
+
+
+def grid(inflate: list[float], deflate: list[float], epochs: int) -> list[Cell]:
+    """The cells that are schedules.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    cells = [(i, d) for i in inflate for d in deflate if 0 < i < d < epochs]
+    if not cells:
+        raise RecipeError(
+            f"0 < inflate < deflate < {epochs} holds for no pair of {inflate} and {deflate}"
+        )
+    return cells
+
+
+def _at(recipe: Recipe, cell: Cell) -> Recipe:
+    moments = {"inflate": cell[0], "deflate": cell[1]}
+    return Recipe.model_validate({**recipe.model_dump(), **moments})
+
+
+def _place(folder: Path, cell: Cell, seed: int) -> Path:
+    return folder / f"inflate{number(cell[0])}-deflate{number(cell[1])}" / f"seed{seed}"
+
+
+def _draw(
+    folder: Path, scores: dict[Cell, list[float]], metric: Metric, name: str, terminal: Console
+) -> list[str]:
+    try:
+        figure = sweep_figure(scores, metric, f"{name}: mean test {metric.name}")
+    except ImportError as error:
+        terminal.print(f"No picture: {error}")
+        return []
+    pictures = [folder / f"sweep.{suffix}" for suffix in ("png", "svg")]
+    for place in pictures:
+        figure.savefig(place)
+    return list(map(str, pictures))
+
+
+def _show(terminal: Console, scores: dict[Cell, list[float]], metric: Metric, name: str) -> None:
+    down, across = (sorted({cell[axis] for cell in scores}) for axis in (1, 0))
+    title = f"{name}: mean test {metric.name}, deflate down, inflate across"
+    table = right_aligned(title, ["deflate"], [number(i) for i in across])
+    best = best_cell(scores, metric)
+    for d in reversed(down):
+        table.add_row(
+            number(d), *(_cell(scores.get((i, d)), metric, (i, d) == best) for i in across)
+        )
+    terminal.print(table)
+
+
+def _cell(scores: list[float] | None, metric: Metric, best: bool) -> str:
+    if not scores:
+        return "" if scores is None else "-"
+    text = score_text(fmean(scores), metric, 2)
+    return f"[bold]{text}*[/]" if best else text
