@@ -48,7 +48,8 @@ LAYERS: list[dict[str, set[str]]] = [
     {"budget": set()},
     {"rehearsal": set()},
     {
-        "fitting": {"preflight"},
+        "fitting": {"preflight", "memory_fitting"},
+        "memory_fitting": {"preflight"},
         "preflight": set(),
         "forecast": set(),
         "rewarm": set(),
@@ -72,10 +73,10 @@ FORBIDDEN = {
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
     "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "fitting",
-    "forecast", "forms", "initialization", "knapsack", "layers", "measure", "monitors",
-    "norms", "penalties", "planning", "preflight", "present", "probe", "ranking", "readings",
-    "regularizers", "rehearsal", "rewarm", "scheduler", "schedules", "selection", "spectrum",
-    "stopwatch", "surgery", "survey", "transport",
+    "forecast", "forms", "initialization", "knapsack", "layers", "measure", "memory_fitting",
+    "monitors", "norms", "penalties", "planning", "preflight", "present", "probe", "ranking",
+    "readings", "regularizers", "rehearsal", "rewarm", "scheduler", "schedules", "selection",
+    "spectrum", "stopwatch", "surgery", "survey", "transport",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.
