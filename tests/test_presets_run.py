@@ -18,6 +18,7 @@ import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank, RankScheduler
 from dynarank.schedules import (
     Cuttlefish,
+    Growing,
     Hybrid,
     Schedule,
     is_stateful,
@@ -38,6 +39,7 @@ PRESETS: dict[str, tuple[Schedule, dict[str, Any]]] = {
     "relora": (relora(2, start=2, every=3, alpha=2.0), {"moments": "prune", "rewarm": 2}),
     "pufferfish": (Hybrid(4, LowRank(2), first=1), {"moments": "reset", "rewarm": 3}),
     "cuttlefish": (Cuttlefish(2, window=2, recent=2, threshold=9.0), {"moments": "reset"}),
+    "growing": (Growing(2, 1, 2, 6, 0.9, warmup=1, stop=9), {}),
     "published": (published(2, inflate=4, deflate=8), {"moments": "reset"}),
 }
 
@@ -178,6 +180,26 @@ def test_cuttlefish_finds_epoch_and_ranks() -> None:
 def stable_ranks(model: nn.Module) -> list[float]:
     spectra = [torch.linalg.svdvals(model[i].weight.detach()) for i in (0, 2, 4)]
     return [float((s.square().sum() / s[0].square()).item()) for s in spectra]
+
+
+def test_growing_ranks_follow_the_singular_values() -> None:
+    """Looked at from step 2 on, every second step until step 8; cut at step 9."""
+    run = running("growing")
+    modes = [1, 1]
+    assert forms(run.model)[:2] == [LowRank(3), LowRank(3)]
+    for step in range(1, STEPS):
+        train_step(run.model, run.optimizer, step)
+        weights = [run.model[i].weight.detach() for i in (0, 2)]
+        run.ranks.step()
+        for i, weight in enumerate(weights if step in (2, 4, 6, 8) else []):
+            s = torch.linalg.svdvals(weight)
+            choices = list(range(modes[i], min(modes[i] + 2, 6 - 2)))
+            shares = [1 - (s * (torch.arange(6) >= m)).var() / s.var() for m in choices]
+            enough = [m for m, share in zip(choices, shares, strict=True) if share > 0.9]
+            modes[i] = [*enough, *choices[-1:], modes[i]][0]
+        rank = 0 if step >= 9 else 2
+        assert forms(run.model)[:2] == [LowRank(m + rank) for m in modes]
+    assert max(modes) > 1
 
 
 def test_as_published_runs_in_two_branches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -146,7 +147,8 @@ class RankScheduler:
         self._state = start(schedule)
         sites = scheduled_layers(model, schedule, total_steps, layers)
         self._layers = {site.path: site.spec.unit_shape for site in sites}
-        self._monitor = SpectralMonitor(model, layers=lambda module, path: path in self._layers)
+        values = sys.maxsize if getattr(schedule, "needs_values", False) else 0
+        self._monitor = SpectralMonitor(model, layers=lambda _, p: p in self._layers, values=values)
         for phase in self.phases():
             check_phase(phase, model)
         self._advance()
