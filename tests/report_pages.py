@@ -45,7 +45,8 @@ class Page(HTMLParser):
         assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data):
-        self.words.append(data)
+        if not self.open or self.open[-1] not in ("script", "style"):  # what a reader sees
+            self.words.append(data)
 
     @property
     def text(self) -> str:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from dynarank.records import (
     ChangeRecord,
+    DecisionRecord,
     EpochRecord,
+    HeatmapRecord,
     LayerSpectrum,
+    Metric,
     PhaseRecord,
     RecordWriter,
     RunRecord,
@@ -29,7 +32,11 @@ CHANGES = {
     "dynamic-rank": (LOW, [(4.4, FULL), (9.6, ADAPTED)]),
     "dynamic-rank-low": (LOW, [(4.4, FULL), (9.6, LOW)]),
     "relora": (ADAPTED, [(epoch, ADAPTED) for epoch in range(1, 12)]),
+    "rotating": (LOW, []),  # its changes are written layer by layer
+    "closed-loop": (LOW, []),
 }
+PERPLEXITY = Metric(name="perplexity", higher_is_better=False, percent=False)
+MATTHEWS = Metric(name="Matthews correlation", percent=False)
 COST = {"full-rank": 1.0, "low-rank": 0.567, "adapted": 1.22}
 
 
@@ -44,8 +51,13 @@ def write_run(
     accuracy: float = 0.97,
     diverged: bool = False,
     recipe: str = "digits",
+    metric: Metric | None = None,
+    pictures: bool = False,
 ) -> Path:
-    """Write one run of ``schedule`` below ``folder``; returns the run's folder."""
+    """Write one run of ``schedule`` below ``folder``; returns the run's folder.
+
+    With ``pictures`` there are singular values and heat-maps too.
+    """
     names = [f"blocks.{i}.conv" for i in range(layers)] if isinstance(layers, int) else layers
     run = folder / f"{schedule}-{seed}"
     run.mkdir(parents=True)
@@ -60,34 +72,37 @@ def write_run(
         device="cpu",
         hardware="a CPU of 2 cores",
         precision="float32",
+        metric=metric or Metric(),
         versions={"torch": "2.13.0", "dynarank": "0.1.0"},
         started=f"2026-03-0{1 + seed}T10:0{list(CHANGES).index(schedule)}:00",
     )
     writer.write(header)
     form, changes = CHANGES[schedule]
     _phase(writer, 0, form, names)
-    _spectrum(writer, 0, names)
+    _spectrum(writer, 0, names, pictures)
     last = epochs if finished else epochs // 2
     for epoch in range(1, last + 1):
         for moment, after in [c for c in changes if epoch - 1 < c[0] <= epoch]:
             _change(writer, moment, form, after, names)
             form = after
+        if schedule in ("rotating", "closed-loop"):
+            _one_by_one(writer, schedule, epoch, epochs, names)
         _epoch(writer, epoch, epochs, accuracy, math.inf if diverged and epoch > 3 else 1)
-        _spectrum(writer, epoch, names)
+        _spectrum(writer, epoch, names, pictures, broken=diverged and epoch > 3)
     if finished:
         _summary(writer, schedule, accuracy)
     writer.close()
     return run
 
 
-def _phase(writer: RecordWriter, epoch: float, form: dict, names: list[str]) -> None:
+def _phase(writer: RecordWriter, epoch: float, form: dict, names: list[str], full: int = 0) -> None:
     trainable = 272_762 if form == FULL else 154_211
     relative = COST[form["form"]]
     writer.write(
         PhaseRecord(
             epoch=epoch,
             step=round(epoch * STEPS),
-            forms={form["form"]: len(names)},
+            forms={form["form"]: len(names) - full} | ({"full-rank": full} if full else {}),
             trainable_parameters=trainable,
             total_parameters=272_762 + (trainable if form["form"] == "adapted" else 0),
             predicted_flops=round(1.9e9 * relative),
@@ -115,6 +130,25 @@ def _change(
     _phase(writer, epoch, after, names)
 
 
+def _one_by_one(
+    writer: RecordWriter, schedule: str, epoch: int, epochs: int, names: list[str]
+) -> None:
+    """A window of full-rank layers moves by one place; a closed loop says why it moves."""
+    window = max(1, len(names) // epochs)
+    last, now = (range((e - 1) * window, min(e * window, len(names))) for e in (epoch - 1, epoch))
+    for index, form, before in [
+        *((i, LOW, FULL) for i in last if i >= 0),
+        *((i, FULL, LOW) for i in now),
+    ]:
+        at = {"epoch": epoch - 0.5, "step": (epoch - 1) * STEPS + 20, "path": names[index]}
+        if schedule == "closed-loop":
+            reason = "effective rank fell" if form is FULL else "stable rank has settled"
+            readings = {"effective rank": 6.3 + index, "stable rank": 2.125, "<limit>": 7.0}
+            writer.write(DecisionRecord(**at, form=form, reason=reason, readings=readings))
+        writer.write(ChangeRecord(**at, before=before, after=form, error=1e-7))
+    _phase(writer, epoch - 0.5, LOW, names, full=len(now))
+
+
 def _epoch(writer: RecordWriter, epoch: int, epochs: int, accuracy: float, factor: float) -> None:
     progress = 1 - math.exp(-4 * epoch / epochs)
     writer.write(
@@ -133,20 +167,40 @@ def _epoch(writer: RecordWriter, epoch: int, epochs: int, accuracy: float, facto
     )
 
 
-def _spectrum(writer: RecordWriter, epoch: float, names: list[str]) -> None:
-    layers = {}
+def _spectrum(
+    writer: RecordWriter,
+    epoch: float,
+    names: list[str],
+    pictures: bool = False,
+    broken: bool = False,
+) -> None:
+    layers, weights = {}, {}
     for index, name in enumerate(names):
         depth = (index + 1) / len(names)
         full = 16 * 2 ** round(2 * depth)
         share = (0.9 - 0.35 * depth) * (1 - 0.025 * epoch) + 0.02 * math.sin(7 * index + epoch)
+        decay = 2 + epoch / 2 + 3 * depth
+        values = tuple(4 * math.exp(-decay * i / full) for i in range(full))
         layers[name] = LayerSpectrum(
-            effective_rank=full * share,
+            effective_rank=math.nan if broken else full * share,
             stable_rank=full * share / 3,
             spectral_ratio=1 - 0.6 * share,
             rank=full // 2,
             full_rank=full,
+            update_rank=full * share / 4 if pictures else None,
+            values=(math.nan, *values[1:]) if broken else values if pictures else (),
         )
-    writer.write(SpectrumRecord(epoch=epoch, step=round(epoch * STEPS), layers=layers))
+        weights[name] = tuple(
+            tuple(
+                abs(math.sin((row + 1) * (column + 2 + index) / 40 + epoch / 6)) * (1 + epoch / 12)
+                for column in range(32)
+            )
+            for row in range(min(full, 32))
+        )
+    step = round(epoch * STEPS)
+    writer.write(SpectrumRecord(epoch=epoch, step=step, layers=layers))
+    if pictures and epoch % 2 == 0:
+        writer.write(HeatmapRecord(epoch=epoch, step=step, layers=weights))
 
 
 def _summary(writer: RecordWriter, schedule: str, accuracy: float) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dynarank.cli import main
+from dynarank.train.recipes import load_recipe, recipe_names
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,26 @@ def test_plan_shows_layers_phases_and_says_aloud_what_the_adaptor_costs(
     assert "0.567x" in out and "0.886x" in out
     assert re.search(r"adapted phase costs more than full-rank training: 1\.22\dx", out)
     assert "head (not among the recipe layers)" in out
+
+
+def test_plan_of_the_second_experiment_has_the_published_parameters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "cifar100-wrn28-10") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0 to 80 low-rank 20,590,236" in out and "80 to 170 full-rank 36,539,124" in out
+    assert "stages.0.0.widen (not among the recipe layers)" in out
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_can_be_planned_without_data(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", recipe, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    stops = [phase["stop_epoch"] for phase in plan["phases"]]
+    assert len(stops) == 3 and stops[-1] == load_recipe(recipe).epochs
+    assert plan["relative_training_flops"] < 1
 
 
 def test_plan_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,7 +262,7 @@ OPTIONS = {
     "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
               "train-limit", "test-limit", "out", "device", "precision", "json", "help"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},
-    "report": {"out", "json", "help"},
+    "report": {"out", "figures", "format", "json", "help"},
 }  # fmt: skip
 
 

@@ -91,7 +91,9 @@ def test_sentences_of_what_is_and_what_is_not_distinguishable():
         "Test accuracy: full-rank 67.10% ± 0.70 (n = 3), low-rank 66.90% ± 0.60 (n = 3), "
         "none 11.00% ± 1.00 (n = 3)."
     )
-    assert said[1].startswith("full-rank is better than none by 56.10 points (interval 53.11 to ")
+    assert said[1].startswith(
+        "full-rank is better than none by 56.10 points (interval 53.11 to 59.09, p = "
+    )
     assert said[2].startswith("low-rank is better than none by 55.90 points")
     assert said[3].startswith(
         "These cannot be told apart at n = 3: "
@@ -135,3 +137,10 @@ def test_many_pairs_make_a_sentence_of_bounded_length():
     groups = {f"schedule-{i}": [0.9, 0.91 + i / 1e4, 0.92] for i in range(12)}
     said = compare_scores(groups, Metric())
     assert "Nothing can be told apart at n = 3" in said[1] and "60 pairs more" in said[1]
+
+
+def test_one_schedule_better_than_several_is_one_sentence():
+    groups = {"a": [1.0, 1.01, 1.02], "b": [2.0, 2.01, 2.02], "c": [3.0, 3.01, 3.02]}
+    said = compare_scores(groups, PERPLEXITY)
+    assert said[1].startswith("a is better than c by 2 (interval 1.97 to 2.03, p = ")
+    assert ") and than b by 1 (" in said[1] and said[2].startswith("b is better than c by 1 (")

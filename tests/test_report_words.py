@@ -7,7 +7,7 @@ import math
 import pytest
 from report_runs import write_run
 
-from dynarank.records import ChangeRecord, PhaseRecord, Run, read_run
+from dynarank.records import ChangeRecord, read_run
 from dynarank.report.drawing import palette, shown
 from dynarank.report.formats import (
     bytes_text,
@@ -20,7 +20,7 @@ from dynarank.report.formats import (
     ratio,
     seconds_text,
 )
-from dynarank.report.moments import change_kind, spans
+from dynarank.report.moments import Span, change_kind, spans
 
 
 @pytest.mark.parametrize(
@@ -69,25 +69,14 @@ def test_words_for_changes(before, after, kind):
     assert change_kind(change) == kind
 
 
-def test_spans_are_the_phases(tmp_path):
+def test_spans_are_the_phases_and_their_shares(tmp_path):
     found = spans(read_run(write_run(tmp_path)))
-    assert [(s.start, s.end, s.form) for s in found] == [
-        (0, 4.4, "low-rank"),
-        (4.4, 9.6, "full-rank"),
-        (9.6, 12, "adapted"),
-    ]
+    assert found == [Span(0, 4.4, 0, 0), Span(4.4, 9.6, 1, 0), Span(9.6, 12, 0, 1)]
 
 
-def test_layers_that_stay_full_rank_do_not_make_a_phase_full_rank(tmp_path):
-    run = read_run(write_run(tmp_path))
-    mixed = [
-        record.model_copy(update={"forms": {"full-rank": 5, **record.forms}})
-        if isinstance(record, PhaseRecord) and "full-rank" not in record.forms
-        else record
-        for record in run.records
-    ]
-    found = spans(Run(tmp_path, {}, mixed))
-    assert [span.form for span in found] == ["low-rank", "full-rank", "adapted"]
+def test_a_rotating_schedule_is_one_long_span_of_a_share(tmp_path):
+    found = spans(read_run(write_run(tmp_path, "rotating", layers=12)))
+    assert found == [Span(0, 0.5, 0, 0), Span(0.5, 12, 1 / 12, 0)]
 
 
 def test_names_are_made_fit_for_a_figure():

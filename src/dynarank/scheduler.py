@@ -20,6 +20,7 @@ from dynarank.memory_fitting import Settled
 from dynarank.monitors import SpectralMonitor
 from dynarank.norms import renew_statistics
 from dynarank.preflight import check_phase, scheduled_layers
+from dynarank.readings import SpectralReading
 from dynarank.rewarm import Rewarm
 from dynarank.schedules import (
     Budgeted,
@@ -55,8 +56,7 @@ class RankScheduler:
     Args:
         model: the model; it may be ranked already.
         optimizer: its optimizer, or several.
-        schedule: any function ``(clock, readings) -> plan``, or one with a state, such as those
-            of :mod:`dynarank.schedules`.
+        schedule: any function ``(clock, readings) -> plan``, or one of :mod:`dynarank.schedules`.
         total_steps: how many optimizer steps the run has.
         layers: the layers under the schedule, a filter ``(module, path) -> bool`` or glob patterns.
             None: those that are ranked already, or, if none is, all that get cheaper in every
@@ -141,8 +141,8 @@ class RankScheduler:
         self.schedule: Schedule = schedule
         self.last_step = 0
         self.decisions: list[Decision] = []
-        self._patience = 0
-        self._retry_at = 0
+        self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
+        self._patience = self._retry_at = 0
         self._plan: Plan | None = None  # as last applied
         self._state = start(schedule)
         sites = scheduled_layers(model, schedule, total_steps, layers)
@@ -246,6 +246,7 @@ class RankScheduler:
         """Ask the schedule, and bring the model to its answer unless that is put off."""
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
         readings = self._read_spectra(self._readings())
+        self.spectra = readings.spectra
         plan, self._state, decisions = ask(self.schedule, self._state, clock, readings)
         self.decisions += decisions
         changes = self._apply(plan) if self.last_step >= self._retry_at else []

@@ -152,26 +152,29 @@ def _judged(groups: Mapping[str, Sequence[float]], metric: Metric) -> list[str]:
         return []
     apart = [pair for pair in pairs if pair.apart]
     alike = [pair for pair in pairs if not pair.apart]
-    said = [_apart_text(pair, metric) for pair in apart]
+    said = _apart_texts(apart, metric)
     if alike:
         said.append(_alike_text(alike, groups, metric, nothing_else=not apart))
     said.append(
         f"Judged by Welch's t over {plural(len(pairs), 'pair')}, with Holm's correction: the "
         "chance of calling any two equal schedules different is 5%. Intervals are at each "
-        "pair's level."
+        "pair's level, p is corrected."
     )
     return said
 
 
-def _apart_text(pair: Pair, metric: Metric) -> str:
-    """The better one first; the interval of how much better, from its smaller end."""
-    first_wins = (pair.difference > 0) == metric.higher_is_better
-    better, worse = (pair.first, pair.second) if first_wins else (pair.second, pair.first)
-    ends = sorted((abs(pair.low), abs(pair.high)))
-    return (
-        f"{better} is better than {worse} by {difference_text(abs(pair.difference), metric)} "
-        f"({_interval(ends[0], ends[1], metric)}; corrected p = {number(pair.p, 2)})."
-    )
+def _apart_texts(pairs: Sequence[Pair], metric: Metric) -> list[str]:
+    """A sentence for each schedule that is better than others, largest differences first."""
+    found: dict[str, list[str]] = {}
+    for pair in sorted(pairs, key=lambda pair: -abs(pair.difference)):
+        first_wins = (pair.difference > 0) == metric.higher_is_better
+        better, worse = (pair.first, pair.second) if first_wins else (pair.second, pair.first)
+        low, high = sorted((abs(pair.low), abs(pair.high)))
+        found.setdefault(better, []).append(
+            f"than {worse} by {difference_text(abs(pair.difference), metric)} "
+            f"({_interval(low, high, metric)}, p = {number(pair.p, 2)})"
+        )
+    return [f"{better} is better {joined(told)}." for better, told in found.items()]
 
 
 def _alike_text(

@@ -11,7 +11,11 @@ from importlib import import_module
 from io import StringIO
 from typing import TYPE_CHECKING, ParamSpec
 
+from dynarank.records import Metric
+from dynarank.report.theme import INK, NEUTRAL, SERIES, depth_hexes, themed
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
@@ -19,20 +23,18 @@ __all__ = [
     "INK",
     "NEUTRAL",
     "depth_colormap",
+    "depth_colours",
     "inline_svg",
     "new_figure",
     "palette",
     "percent_tick",
     "plain_tick",
     "require_matplotlib",
+    "score_axis",
     "shown",
     "styled",
 ]
 
-INK = "#24292f"
-NEUTRAL = "#6e7781"
-# Okabe and Ito's colours, without the yellow that white paper swallows.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLE: dict[str, object] = {
     "font.size": 9,
     "axes.titlesize": 9.5,
@@ -109,22 +111,31 @@ def new_figure(width: float, height: float) -> Figure:
 
 def palette(names: Sequence[str]) -> dict[str, str]:
     """Give each name a colour, safe for colour-blind readers; a graded scale beyond seven."""
-    if len(names) <= len(_COLOURS):
-        return dict(zip(names, _COLOURS, strict=False))
-    from matplotlib.colors import to_hex
-
-    scale = depth_colormap()
-    return {name: to_hex(scale(i / (len(names) - 1))) for i, name in enumerate(names)}
+    if len(names) <= len(SERIES):
+        return dict(zip(names, SERIES, strict=False))
+    steps, last = depth_hexes(), len(names) - 1
+    return {name: steps[i * (len(steps) - 1) // last] for i, name in enumerate(names)}
 
 
 def depth_colormap() -> Colormap:
-    """Build viridis as far as the yellow that white paper swallows."""
+    """Build the scale of depth and time: viridis as far as white paper shows it."""
     require_matplotlib()
-    from matplotlib import colormaps
     from matplotlib.colors import ListedColormap
 
-    viridis = colormaps["viridis"]
-    return ListedColormap([viridis(0.88 * i / 63) for i in range(64)], name="depth")
+    return ListedColormap(list(depth_hexes()), name="depth")
+
+
+def depth_colours(names: Sequence[str]) -> dict[str, str]:
+    """Colour layers by depth: not in the colours that stand for schedules."""
+    steps, last = depth_hexes(), max(len(names) - 1, 1)
+    return {name: steps[i * (len(steps) - 1) // last] for i, name in enumerate(names)}
+
+
+def score_axis(axes: Axes, metric: Metric) -> None:
+    """Write a metric's ticks on the vertical axis: in per cent where the metric is."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(percent_tick if metric.percent else plain_tick))
 
 
 def plain_tick(value: float, _: float) -> str:
@@ -151,7 +162,7 @@ def shown(name: str, limit: int = 30) -> str:
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:
-    """Render an ``<svg>`` element for a page that holds several: every id gets ``prefix``."""
+    """Render an ``<svg>`` for a page that holds several: ids get ``prefix``, colours the theme."""
     file = StringIO()
     with _style():
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -160,7 +171,8 @@ def inline_svg(figure: Figure, prefix: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'^(<svg[^>]*?) width="[^"]*"', r"\1", svg)
     svg = re.sub(r'^(<svg[^>]*?) height="[^"]*"', r"\1", svg)
-    return re.sub(r"<[^<>]+>", lambda tag: _prefixed(tag.group(), prefix), svg).strip()
+    svg = re.sub(r"<[^<>]+>", lambda tag: _prefixed(tag.group(), prefix), svg).strip()
+    return themed(svg)
 
 
 def _prefixed(tag: str, prefix: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynarank.records import ChangeRecord, EpochRecord, PhaseRecord, Run, SpectrumRecord
@@ -12,6 +12,7 @@ __all__ = [
     "Span",
     "by_schedule",
     "change_kind",
+    "comparable",
     "first_of_each",
     "last_epoch",
     "moments",
@@ -35,11 +36,12 @@ class Moment:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of training with one prevailing form."""
+    """A stretch of training, and the shares of the layers that are full-rank and adapted in it."""
 
     start: float
     end: float
-    form: str
+    full_rank: float
+    adapted: float
 
 
 def change_kind(change: ChangeRecord) -> str:
@@ -67,25 +69,41 @@ def last_epoch(run: Run) -> float:
 
 
 def spans(run: Run) -> list[Span]:
-    """List the run's phases, neighbours with the same prevailing form made one."""
-    phases = [phase for phase in run.all(PhaseRecord) if phase.forms]
+    """List the run's phases, neighbours with the same shares of forms made one."""
+    phases = [phase for phase in run.all(PhaseRecord) if sum(phase.forms.values())]
     ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
     found: list[Span] = []
     for phase, end in zip(phases, ends, strict=False):
-        form, start = _prevailing(phase.forms), phase.epoch
-        if found and found[-1].form == form:
+        total, start = sum(phase.forms.values()), phase.epoch
+        shares = (phase.forms.get("full-rank", 0) / total, phase.forms.get("adapted", 0) / total)
+        if found and (found[-1].full_rank, found[-1].adapted) == shares:
             start = found.pop().start
-        found.append(Span(start, end, form))
+        found.append(Span(start, end, *shares))
     return [span for span in found if span.end > span.start]
 
 
-def _prevailing(forms: Mapping[str, int]) -> str:
-    """Name the form most layers have, of those that are not full-rank if there are any.
+def comparable(runs: Sequence[Run]) -> list[Run]:
+    """Runs that may share a figure: schedules of several recipes are told apart by their names.
 
-    Some layers (the last, say) stay full-rank under most schedules: they do not make a phase so.
+    Raises:
+        ValueError: there is no run, or the runs are judged by different metrics.
     """
-    reduced = {form: amount for form, amount in forms.items() if form != "full-rank"}
-    return max(reduced or forms, key=lambda form: forms[form])
+    if not runs:
+        raise ValueError("a report needs at least one run, got none")
+    metrics = list(dict.fromkeys(run.header.metric.name for run in runs))
+    if len(metrics) > 1:
+        raise ValueError(
+            f"runs judged by different metrics ({', '.join(metrics)}) cannot share a report; "
+            "give the folder of one recipe"
+        )
+    if len({run.header.recipe for run in runs}) == 1:
+        return list(runs)
+    return [_renamed(run, f"{run.header.recipe}: {run.header.schedule}") for run in runs]
+
+
+def _renamed(run: Run, schedule: str) -> Run:
+    header = run.header.model_copy(update={"schedule": schedule})
+    return Run(run.folder, run.config, [header, *run.records[1:]])
 
 
 def by_schedule(runs: Sequence[Run]) -> dict[str, list[Run]]:

@@ -10,6 +10,7 @@ from dynarank.records import (
     ChangeRecord,
     EpochRecord,
     LayerSpectrum,
+    Metric,
     PhaseRecord,
     Run,
     SpectrumRecord,
@@ -22,13 +23,15 @@ from dynarank.report.formats import (
     error_text,
     flops_text,
     number,
-    percent,
     plural,
     ratio,
+    score_text,
     seconds_text,
+    spread_text,
 )
 from dynarank.report.markup import Html, details, element, table
 from dynarank.report.moments import Moment, by_schedule, change_kind, last_epoch, moments
+from dynarank.report.theme import themed_colour
 
 __all__ = ["changes_table", "cost_table", "layers_table", "phases_table"]
 
@@ -40,7 +43,7 @@ def cost_table(runs: Sequence[Run]) -> Html:
     """Tell what each schedule reached and what it cost; means over its finished runs."""
     columns = (
         "schedule",
-        "test accuracy",
+        f"test {runs[0].header.metric.name}",
         "best",
         "trainable, peak",
         "trainable, mean",
@@ -49,21 +52,28 @@ def cost_table(runs: Sequence[Run]) -> Html:
         "training",
         "wall-clock",
     )
-    colours = palette(list(by_schedule(runs)))
+    metric = runs[0].header.metric
+    numbers = {name: index for index, name in enumerate(by_schedule(runs))}
     rows: list[Sequence[str]] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
-        swatch = element("span", class_="swatch", style=f"background:{colours[name]}")
+        swatch = _swatch(numbers[name], len(numbers))
         if ends:
             counted = [element("small", f"mean of {len(ends)} runs")] if len(ends) > 1 else []
-            rows.append((element("span", swatch, name, *counted), *_cost_cells(ends)))
+            rows.append((element("span", swatch, name, *counted), *_cost_cells(ends, metric)))
         rows.extend(_unfinished_cells(swatch, run) for run in group if run.summary is None)
     return table(columns, rows)
 
 
-def _cost_cells(ends: Sequence[SummaryRecord]) -> Iterator[str]:
-    yield _mean_and_spread([end.test_score for end in ends])
-    yield _mean_and_spread([end.best_test_score for end in ends])
+def _swatch(number: int, schedules: int) -> Html:
+    """A dot in the colour that the schedule has in the figures."""
+    colour = list(palette([str(i) for i in range(schedules)]).values())[number]
+    return element("span", class_="swatch", style=themed_colour(colour))
+
+
+def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
+    yield _mean_and_spread([end.test_score for end in ends], metric)
+    yield _mean_and_spread([end.best_test_score for end in ends], metric)
     cells: tuple[tuple[Callable[[SummaryRecord], float], Callable[[float], str]], ...] = (
         (lambda end: end.trainable_parameters_peak, count),
         (lambda end: end.trainable_parameters_mean, count),
@@ -76,10 +86,10 @@ def _cost_cells(ends: Sequence[SummaryRecord]) -> Iterator[str]:
         yield written(fmean(value(end) for end in ends))
 
 
-def _mean_and_spread(values: Sequence[float]) -> str:
+def _mean_and_spread(values: Sequence[float], metric: Metric) -> str:
     finite = all(map(math.isfinite, values))
-    spread = f" ± {100 * stdev(values):.1f}" if len(values) > 1 and finite else ""
-    return percent(fmean(values)) + spread
+    spread = f" ± {spread_text(stdev(values), metric)}" if len(values) > 1 and finite else ""
+    return score_text(fmean(values), metric) + spread
 
 
 def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
@@ -88,11 +98,12 @@ def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
     first = element("span", swatch, header.schedule, element("small", reached))
     if not epochs:
         return (first, *[_NONE] * 8)
-    best = max(epoch.test_score for epoch in epochs)
+    scores = [epoch.test_score for epoch in epochs if math.isfinite(epoch.test_score)]
+    best = (max if header.metric.higher_is_better else min)(scores, default=math.nan)
     seconds = seconds_text(math.fsum(epoch.seconds for epoch in epochs))
     peak = count(max(epoch.trainable_parameters for epoch in epochs))
-    last = percent(epochs[-1].test_score)
-    return (first, last, percent(best), peak, _NONE, _NONE, _NONE, seconds, _NONE)
+    last = score_text(epochs[-1].test_score, header.metric)
+    return (first, last, score_text(best, header.metric), peak, _NONE, _NONE, _NONE, seconds, _NONE)
 
 
 def phases_table(runs: Sequence[Run]) -> Html:

@@ -1,21 +1,23 @@
-"""The figure of cost: accuracy against FLOPs, memory and time."""
+"""The planes: test score against FLOPs, against memory and against time, every run a point."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
-from typing import TYPE_CHECKING
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Literal
 
-from dynarank.records import Run, SummaryRecord
-from dynarank.report.drawing import INK, NEUTRAL, new_figure, palette, percent_tick, shown, styled
+from dynarank.records import Metric, Run, SummaryRecord
+from dynarank.report.drawing import new_figure, palette, score_axis, shown, styled
 from dynarank.report.moments import by_schedule
+from dynarank.report.theme import INK, NEUTRAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["cost_figure"]
+__all__ = ["planes_figure"]
 
 _Value = Callable[[SummaryRecord], float]
 _Box = tuple[float, float, float, float]  # left, right, low, high, in fractions of the axes
@@ -31,22 +33,35 @@ class _Point:
     y: float
     runs: tuple[tuple[float, float], ...]
 
+    def spread(self, axis: Literal[0, 1]) -> float:
+        """The standard deviation over the runs; the schedule has several."""
+        return stdev(run[axis] for run in self.runs)
+
 
 @styled
-def cost_figure(runs: Sequence[Run]) -> Figure:
-    """Test accuracy against relative training FLOPs, peak memory and training time.
+def planes_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
+    """Test score against relative training FLOPs, peak memory and training time.
 
-    A labelled point is a schedule; where it has several runs the point is their mean and each run
-    a small dot. Runs that did not finish have no cost and are left out.
+    A labelled point is a schedule; where it has several runs the point is their mean, with bars of
+    one standard deviation, and each run a small dot. Runs that did not finish have no cost, and
+    runs whose score is not finite no place: both are left out.
+
+    Args:
+        runs: of one metric.
+        columns: the planes beside each other (3) or one above the other (1).
     """
+    metric = runs[0].header.metric
     memory, memory_unit = _memory_unit(runs)
     seconds, seconds_unit = _time_unit(runs)
-    figure = new_figure(9.5, 3.5)
-    panels = figure.subplots(1, 3, sharey=True)
+    figure = new_figure(9.5 if columns == 3 else 4.6, 3.5 if columns == 3 else 9.0)
+    panels = list(figure.subplots(3 // columns, columns, sharey=True, squeeze=False).flat)
     _panel(panels[0], runs, lambda end: end.relative_flops, "training FLOPs / full-rank")
     _panel(panels[1], runs, lambda end: end.memory_bytes / memory, f"peak memory ({memory_unit})")
     _panel(panels[2], runs, lambda end: end.train_seconds / seconds, f"training ({seconds_unit})")
-    panels[0].set_ylabel("test accuracy")
+    for axes in panels[:1] if columns == 3 else panels:
+        axes.set_ylabel(f"test {metric.name}")
+    for axes in panels:
+        _better(axes, metric)
     return figure
 
 
@@ -55,34 +70,48 @@ def _points(runs: Sequence[Run], value: _Value) -> list[_Point]:
     found: list[_Point] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
-        if ends:
-            pairs = tuple((value(end), end.test_score) for end in ends)
+        pairs = tuple((value(end), end.test_score) for end in ends)
+        pairs = tuple(pair for pair in pairs if all(map(math.isfinite, pair)))
+        if pairs:
             x, y = (fmean(axis) for axis in zip(*pairs, strict=True))
             found.append(_Point(name, colours[name], x, y, pairs))
     return found
 
 
 def _panel(axes: Axes, runs: Sequence[Run], value: _Value, label: str) -> None:
-    from matplotlib.ticker import FuncFormatter
-
     points = _points(runs, value)
     for point in points:
         if len(point.runs) > 1:
             axes.scatter(*zip(*point.runs, strict=True), color=point.colour, s=9, alpha=0.5)
+            axes.errorbar(
+                [point.x], [point.y], xerr=[point.spread(0)], yerr=[point.spread(1)],
+                color=point.colour, linewidth=1, capsize=2,
+            )  # fmt: skip
         axes.scatter([point.x], [point.y], color=point.colour, s=42, zorder=3)
-    axes.yaxis.set_major_formatter(FuncFormatter(percent_tick))
+    score_axis(axes, runs[0].header.metric)
     axes.set_xlabel(label)
     if points:
-        _limit(axes, [pair for point in points for pair in point.runs])
+        _limit(axes, points)
         _label(axes, points)
 
 
-def _limit(axes: Axes, pairs: Sequence[tuple[float, float]]) -> None:
-    """Cost from zero, so that a factor looks like one; accuracy from the worst to the best."""
-    xs, ys = zip(*pairs, strict=True)
-    pad = max(0.18 * (max(ys) - min(ys)), 0.005)
+def _limit(axes: Axes, points: Sequence[_Point]) -> None:
+    """Cost from zero, so that a factor looks like one; the score from the worst to the best."""
+    xs, ys = zip(*[pair for point in points for pair in point.runs], strict=True)
+    several = [point for point in points if len(point.runs) > 1]
+    tops = [*ys, *(point.y + point.spread(1) for point in several)]
+    lows = [*ys, *(point.y - point.spread(1) for point in several)]
+    pad = max(0.18 * (max(tops) - min(lows)), 0.005 * max(map(abs, ys)), 1e-6)
     axes.set_xlim(0, 1.12 * max(xs) or 1)
-    axes.set_ylim(min(ys) - pad, max(ys) + pad)
+    axes.set_ylim(min(lows) - pad, max(tops) + pad)
+
+
+def _better(axes: Axes, metric: Metric) -> None:
+    """Say which corner is better, as not every metric wants to be high."""
+    axes.set_title(
+        "better: up, left" if metric.higher_is_better else "better: down, left",
+        fontsize=8, fontweight="normal", color=NEUTRAL,
+    )  # fmt: skip
 
 
 def _label(axes: Axes, points: Sequence[_Point]) -> None:

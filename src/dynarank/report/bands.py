@@ -1,0 +1,125 @@
+"""The figure of ranks as bands: each layer a horizontal band, coloured by form and rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from dynarank.records import Run
+from dynarank.report.drawing import new_figure, shown, styled
+from dynarank.report.keys import Key, legend_below, patch
+from dynarank.report.layer_forms import FormSpan, layer_forms
+from dynarank.report.marks import FORM_COLOURS
+from dynarank.report.moments import last_epoch
+from dynarank.report.theme import NEUTRAL
+from dynarank.report.thinning import evenly
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["band_opacity", "bands_figure"]
+
+_Box = tuple[float, float, float, float]  # left, right, low, high
+MOST_PIECES = 3000  # of all bands of a run: beyond, layers are left out evenly
+_MOST_NAMES = 32
+
+
+@styled
+def bands_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
+    """The form and rank of each layer over time, layers from the first (above) to the last.
+
+    The colour is the form, its depth the rank as a share of the layer's full rank. A panel a run.
+
+    Args:
+        runs: one a panel.
+        stacked: panels one above the other, for a narrow screen.
+    """
+    bands = {id(run): _thinned(layer_forms(run)) for run in runs}
+    tallest = max((len(layers) for layers in bands.values()), default=1)
+    height = 1.0 + min(6.0, max(1.2, 0.16 * tallest))
+    rows, columns = (len(runs), 1) if stacked else (1, len(runs))
+    figure = new_figure(4.6 if stacked else max(9.5, 2.4 * columns), height * rows + 0.5)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True)
+    end = max((last_epoch(run) for run in runs), default=0) or 1
+    for index, (axes, run) in enumerate(zip(grid.flat, runs, strict=True)):
+        names = list(bands[id(run)])
+        first = index == 0 or stacked or names != list(bands[id(runs[0])])
+        _band_panel(axes, bands[id(run)], names_at_left=first)
+        axes.set(xlim=(0, end), xlabel="epoch" if not stacked or run is runs[-1] else "")
+        axes.set_title(f"{shown(run.header.schedule)}{_left_out(run, bands[id(run)])}")
+    legend_below(figure, _keys([span for b in bands.values() for s in b.values() for span in s]))
+    return figure
+
+
+def band_opacity(share: float | None) -> float:
+    """How deep the colour of a band is: a quarter at no rank, whole at full rank.
+
+    Example:
+        >>> band_opacity(1.0), band_opacity(0.0)
+        (1.0, 0.25)
+    """
+    return 0.6 if share is None else 0.25 + 0.75 * share
+
+
+def _thinned(layers: Mapping[str, list[FormSpan]]) -> dict[str, list[FormSpan]]:
+    pieces = sum(len(spans) for spans in layers.values())
+    if pieces <= MOST_PIECES:
+        return dict(layers)
+    kept = evenly(list(layers), max(1, len(layers) * MOST_PIECES // pieces))
+    return {name: layers[name] for name in kept}
+
+
+def _left_out(run: Run, kept: Mapping[str, list[FormSpan]]) -> str:
+    total = len(layer_forms(run))
+    return f": {len(kept)} of {total} layers" if len(kept) < total else ""
+
+
+def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left: bool) -> None:
+    gap = 0.08 if len(layers) <= 60 else 0
+    boxes: dict[tuple[str, float | None], list[_Box]] = {}
+    for row, spans in enumerate(layers.values()):
+        for span in spans:
+            box = (span.start, span.end, row - 0.5 + gap, row + 0.5 - gap)
+            boxes.setdefault((span.form, span.share), []).append(box)
+    for (form, share), same in boxes.items():
+        _boxes(axes, same, FORM_COLOURS.get(form, NEUTRAL), band_opacity(share))
+    axes.set_xlim(0, max((box[1] for same in boxes.values() for box in same), default=1))
+    axes.set_ylim(len(layers) - 0.5, -0.5)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    names = [(row, name) for row, name in enumerate(layers)] if names_at_left else []
+    named = evenly(names, _MOST_NAMES)
+    axes.set_yticks([row for row, _ in named], [shown(name, 22) for _, name in named], fontsize=7)
+
+
+def _boxes(axes: Axes, boxes: Sequence[_Box], colour: str, opacity: float) -> None:
+    """Boxes of one colour as one path: of hundreds of layers each its own would be slow."""
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    corners = [
+        corner
+        for left, right, low, high in boxes
+        for corner in ((left, low), (right, low), (right, high), (left, high), (left, low))
+    ]
+    codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * len(boxes)
+    axes.add_patch(PathPatch(Path(corners, codes), color=colour, alpha=opacity, linewidth=0))
+
+
+def _keys(spans: Sequence[FormSpan]) -> list[Key]:
+    """One box for full-rank, one for the least and one for the most rank of each other form."""
+    keys: list[Key] = []
+    for form, colour in FORM_COLOURS.items():
+        shares = sorted({s.share for s in spans if s.form == form and s.share is not None})
+        if form == "full-rank" and shares:
+            keys.append((patch(colour), form))
+            continue
+        for share in dict.fromkeys([*shares[:1], *shares[-1:]]):
+            keys.append((patch(colour, band_opacity(share)), f"{form}, {share:.0%} of full rank"))
+        if not shares and any(span.form == form for span in spans):
+            keys.append((patch(colour, band_opacity(None)), form))
+    if any(span.form not in FORM_COLOURS for span in spans):
+        keys.append((patch(NEUTRAL, band_opacity(None)), "not recorded"))
+    return keys

@@ -1,0 +1,90 @@
+"""Every figure of a report by its name: for papers as files, for the page as SVG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynarank.records import EpochRecord, HeatmapRecord, Run, SpectrumRecord, find_runs, read_run
+from dynarank.report.bands import bands_figure
+from dynarank.report.curves import curves_figure
+from dynarank.report.drawing import require_matplotlib
+from dynarank.report.evolution import evolution_figure, spectrum_names
+from dynarank.report.heatmaps import heatmaps_figure
+from dynarank.report.layer_forms import layer_names
+from dynarank.report.moments import comparable, first_of_each
+from dynarank.report.planes import planes_figure
+from dynarank.report.ranks import ranks_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["FORMATS", "MOST_SCHEDULES", "figures_of", "write_figures"]
+
+FORMATS = ("png", "svg", "pdf")
+MOST_SCHEDULES = 6  # side by side, in the figures that have a panel a schedule
+
+
+def write_figures(folder: Path, target: Path, formats: Sequence[str] = FORMATS[:2]) -> list[Path]:
+    """Write each figure of the runs at or below ``folder`` to a file of its own in ``target``.
+
+    Args:
+        folder: a run folder, or a folder of them.
+        target: where to; made if missing.
+        formats: of ``png``, ``svg`` and ``pdf``.
+
+    Raises:
+        ValueError: a format is none of these, or the runs have different metrics.
+        FileNotFoundError: there is no run at or below ``folder``.
+        ImportError: matplotlib is not installed; the message names the extra that brings it.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        asked = ", ".join(unknown) or "none"
+        raise ValueError(f"figures are written as {', '.join(FORMATS)}; asked for: {asked}")
+    require_matplotlib()
+    runs = comparable([read_run(path) for path in find_runs(folder)])
+    target.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    for name, draw in figures_of(runs):
+        figure = draw()
+        for ending in formats:
+            path = target / f"{name}.{ending}"
+            _save(figure, path)
+            written.append(path)
+    return written
+
+
+def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, Callable[[], Figure]]]:
+    """The figures that the runs have something for: a name and what draws it."""
+    chosen = first_of_each(runs)[:MOST_SCHEDULES]
+    watched = [run for run in chosen if run.all(SpectrumRecord)]
+    banded = [run for run in chosen if layer_names(run)]
+    if any(run.all(EpochRecord) for run in runs):
+        yield "curves", lambda: curves_figure(runs)
+    if any(run.summary is not None for run in runs):
+        yield "planes", lambda: planes_figure(runs)
+    if watched:
+        yield "ranks", lambda: ranks_figure(watched)
+    if banded:
+        yield "bands", lambda: bands_figure(banded)
+    for run in chosen:
+        if spectrum_names(run):
+            yield f"spectra-{_slug(run)}", lambda run=run: evolution_figure(run)
+        if run.all(HeatmapRecord):
+            yield f"heatmaps-{_slug(run)}", lambda run=run: heatmaps_figure(run)
+
+
+def _slug(run: Run) -> str:
+    """A schedule's name fit for a file's."""
+    return re.sub(r"[^\w.-]+", "-", run.header.schedule).strip("-.") or "run"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    from matplotlib import rc_context
+
+    metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:], {})
+    with rc_context({"svg.hashsalt": "dynarank", "svg.fonttype": "none"}):
+        figure.savefig(path, dpi=200, metadata=metadata)

@@ -1,0 +1,83 @@
+"""The moving pictures of a layer: their controls and frames; ``scrub.js`` fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dynarank.records import Run
+from dynarank.report.embed import data_block
+from dynarank.report.marks import FORM_COLOURS
+from dynarank.report.markup import Html, element
+from dynarank.report.scrub import DECADES, LETTERS, limits_text, moving_pictures
+from dynarank.report.theme import variable
+
+__all__ = ["moving_block"]
+
+_CAPTION = (
+    "Left: the layer's singular values over the largest it ever had; grey: at the first reading. "
+    "Right: its weights, outputs down and inputs across, in blocks of mean absolute value. Below: "
+    "its effective rank as a share of full rank (blue), λ (red) and its form over time."
+)
+
+
+def moving_block(runs: Sequence[Run]) -> Html:
+    """Frames, controls and data of one layer over time; hidden until the script has started.
+
+    Nothing where no run has spectra or pictures of weights.
+    """
+    pictures = moving_pictures(runs)
+    if not pictures:
+        return Html("")
+    data = {
+        "letters": LETTERS,
+        "decades": DECADES,
+        "colours": _viridis(),
+        "forms": {form: variable(colour) for form, colour in FORM_COLOURS.items()},
+        "runs": pictures,
+    }
+    caption = f"{_CAPTION} {limits_text(pictures)}".strip()
+    frames = element("div", _spectrum(), _weights(), class_="moving")
+    timeline = _svg("timeline", "0 0 890 132", "The layer's ranks and form over time")
+    readout = element("p", id="moving-readout", class_="readout", aria_live="off")
+    card = element("div", frames, timeline, class_="card")
+    body = element("figure", _controls(), readout, card, element("figcaption", caption))
+    return Html(element("div", body, id="moving", hidden="") + data_block("pictures", data))
+
+
+def _controls() -> Html:
+    run = element("select", id="moving-run")
+    layer = element("select", id="moving-layer")
+    slider = Html('<input type="range" id="moving-time" min="0" max="0" step="1" value="0">')
+    return element(
+        "div",
+        element("label", "Schedule", run, id="moving-run-label"),
+        element("label", "Layer", layer),
+        element("label", "Time", slider, class_="time"),
+        element("button", "Play", id="moving-play", type="button"),
+        class_="controls",
+    )
+
+
+def _spectrum() -> Html:
+    picture = _svg("spectrum", "0 0 480 290", "Singular values of the chosen layer")
+    return element("div", element("h3", "Singular values"), picture)
+
+
+def _weights() -> Html:
+    canvas = element(
+        "canvas", id="moving-weights", role="img", aria_label="Weights of the chosen layer"
+    )
+    note = element("p", id="moving-weights-note", class_="date")
+    return element("div", element("h3", "Weights"), canvas, note)
+
+
+def _svg(name: str, box: str, label: str) -> Html:
+    return Html(f'<svg id="moving-{name}" viewBox="{box}" role="img" aria-label="{label}"></svg>')
+
+
+def _viridis() -> list[list[int]]:
+    """Viridis in as many steps as a packed block has values."""
+    from matplotlib import colormaps
+
+    scale, last = colormaps["viridis"], len(LETTERS) - 1
+    return [[round(255 * part) for part in scale(i / last)[:3]] for i in range(len(LETTERS))]

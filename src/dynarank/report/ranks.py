@@ -1,0 +1,128 @@
+"""The figure of rank over time: lambda and effective rank of each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from dynarank.records import LayerSpectrum, Run, SpectrumRecord
+from dynarank.report.drawing import depth_colours, new_figure, shown, styled
+from dynarank.report.keys import Key, depth_bar, legend_below, line, phase_keys
+from dynarank.report.marks import change_marks, mark_labels, mark_lines, shade
+from dynarank.report.moments import last_epoch
+from dynarank.report.theme import INK
+from dynarank.report.thinning import evenly
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["FEW_LAYERS", "MOST_LAYERS", "ranks_figure", "watched_names"]
+
+FEW_LAYERS = 4
+MOST_LAYERS = 60
+_MOST_READINGS = 120
+_Value = Callable[[LayerSpectrum], float]
+_MEASURES: tuple[tuple[str, _Value], ...] = (
+    ("λ: share of Σ s within\nthe layer's low rank", lambda layer: layer.spectral_ratio),
+    ("effective rank / full rank", lambda layer: layer.effective_rank / layer.full_rank),
+)
+
+
+@styled
+def ranks_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
+    """Lambda and effective rank of each layer over time: a row a measure, a column a run.
+
+    The effective rank is divided by the layer's full rank, so that layers share an axis. Up to
+    four layers are named in a legend; more are coloured by depth, with the median of all of them
+    in black; of more than 60 layers and 120 readings as many are drawn, evenly chosen.
+
+    Args:
+        runs: one a column.
+        stacked: all panels one above the other, for a narrow screen.
+    """
+    width, height = (4.6, 2.3 * 2 * len(runs)) if stacked else (max(9.5, 2.4 * len(runs)), 5.6)
+    figure = new_figure(width, height + 1.1 * stacked)
+    shape = (2 * len(runs), 1) if stacked else (2, len(runs))
+    grid = figure.subplots(*shape, sharex=True, squeeze=False)
+    panels = [
+        tuple(grid[2 * i : 2 * i + 2, 0] if stacked else grid[:, i]) for i in range(len(runs))
+    ]
+    names = watched_names(runs)
+    _share_heights(panels)
+    for (top, bottom), run in zip(panels, runs, strict=True):
+        for axes, (label, value) in zip((top, bottom), _MEASURES, strict=True):
+            _layer_lines(axes, run, names, value)
+            if stacked or run is runs[0]:
+                axes.set_ylabel(label)
+    _dress(panels, runs, stacked)
+    legend_below(figure, [*_layer_keys(names), *phase_keys(runs)])
+    if len(names) > FEW_LAYERS:
+        depth_bar(figure, [axes for column in panels for axes in column], len(names), stacked)
+    return figure
+
+
+def watched_names(runs: Sequence[Run]) -> list[str]:
+    """List the watched layers of all runs, in order of depth."""
+    records = [record for run in runs for record in run.all(SpectrumRecord)]
+    return list(dict.fromkeys(name for record in records for name in record.layers))
+
+
+def _share_heights(panels: Sequence[tuple[Axes, ...]]) -> None:
+    """One vertical axis a measure, across runs."""
+    for column in panels[1:]:
+        for axes, first in zip(column, panels[0], strict=True):
+            axes.sharey(first)
+
+
+def _layer_lines(axes: Axes, run: Run, names: Sequence[str], value: _Value) -> None:
+    """Draw a line a layer; also their median where they are too many to tell apart."""
+    records = evenly(run.all(SpectrumRecord), _MOST_READINGS)
+    epochs = [record.epoch for record in records]
+    many, colours = len(names) > FEW_LAYERS, depth_colours(names)
+    drawn = evenly(names, MOST_LAYERS)
+    for name in drawn:
+        layers = [record.layers.get(name) for record in records]
+        axes.plot(
+            epochs,
+            [math.nan if layer is None else _finite(value(layer)) for layer in layers],
+            color=colours[name],
+            linewidth=max(0.6, 1.4 - len(drawn) / 60) if many else 1.6,
+            alpha=0.75 if many else 1,
+        )
+    if many and records:
+        medians = [_median([value(layer) for layer in r.layers.values()]) for r in records]
+        axes.plot(epochs, medians, color="black", linewidth=1.8)
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+def _median(values: Sequence[float]) -> float:
+    """Find the upper median of the finite values."""
+    finite = sorted(value for value in values if math.isfinite(value))
+    return finite[len(finite) // 2] if finite else math.nan
+
+
+def _dress(panels: Sequence[tuple[Axes, ...]], runs: Sequence[Run], stacked: bool) -> None:
+    """Draw phases, changes and titles: titles at one height, above the labels of changes."""
+    end = max(last_epoch(run) for run in runs) or 1
+    rise, width = 0.0, 3.8 if stacked else max(8.5 / len(runs), 2)
+    for (upper, lower), run in zip(panels, runs, strict=True):
+        marks = change_marks([run], {run.header.schedule: INK})
+        for axes in (upper, lower):
+            shade(axes, run)
+            mark_lines(axes, marks)
+        lower.set(xlim=(0, end), xlabel="epoch")
+        rise = max(rise, mark_labels(upper, marks, end, width))
+    for (upper, _), run in zip(panels, runs, strict=True):
+        upper.set_title(shown(run.header.schedule), pad=6 + rise)
+
+
+def _layer_keys(names: Sequence[str]) -> list[Key]:
+    if len(names) > FEW_LAYERS:
+        drawn = f", {MOST_LAYERS} drawn" if len(names) > MOST_LAYERS else ""
+        return [(line("black"), f"median of {len(names)} layers{drawn}")]
+    return [(line(colour), shown(name)) for name, colour in depth_colours(names).items()]

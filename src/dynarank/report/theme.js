@@ -1,0 +1,28 @@
+"use strict";
+// The theme: as the system has it, dark, light, in turn; kept for the next visit where that is allowed.
+(() => {
+  const button = document.getElementById("theme");
+  const words = { "": "Theme: as the system", dark: "Theme: dark", light: "Theme: light" };
+  const order = ["", "dark", "light"];
+  let theme = "";
+  const stored = (value) => {
+    try {
+      if (value === undefined) return localStorage.getItem("dynarank-theme") || "";
+      localStorage.setItem("dynarank-theme", value);
+    } catch { /* a page opened as a file may have no storage */ }
+    return "";
+  };
+  const show = (next) => {
+    theme = order.includes(next) ? next : "";
+    if (theme) document.documentElement.dataset.theme = theme;
+    else delete document.documentElement.dataset.theme;
+    button.textContent = words[theme];
+    document.dispatchEvent(new Event("themechange"));
+  };
+  show(stored());
+  button.hidden = false;
+  button.addEventListener("click", () => {
+    show(order[(order.indexOf(theme) + 1) % order.length]);
+    stored(theme);
+  });
+})();

@@ -1,0 +1,109 @@
+"""The colours of the page, light and dark, and figures that follow them.
+
+A figure is drawn in the light colours. Inside a page each of them becomes a CSS variable with the
+drawn colour behind it, so that one SVG serves both; as a file of its own it stays as drawn.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+__all__ = [
+    "DEPTH",
+    "INK",
+    "NEUTRAL",
+    "SERIES",
+    "css_variables",
+    "depth_hexes",
+    "themed",
+    "themed_colour",
+]
+
+INK = "#24292f"
+NEUTRAL = "#6e7781"
+# Okabe and Ito's colours, without the yellow that white paper swallows.
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+_SERIES_DARK = ("#3a9be0", "#f0763a", "#1fbf93", "#e09ac2", "#f0b429", "#8fd0f7", "#f0f3f6")
+# Viridis as far as the yellow that white paper swallows; on dark paper without its darkest violet.
+DEPTH = 48
+_LIGHT_END, _DARK_START = 0.88, 0.24
+_PAGE = {  # name: light, dark
+    "page": ("#ffffff", "#12161b"),
+    "ink": (INK, "#e6e9ec"),
+    "soft": ("#59636e", "#9aa4af"),
+    "line": ("#d1d9e0", "#323a43"),
+    "faint": ("#f6f8fa", "#1a2027"),
+    "note": ("#fff8e6", "#2a2413"),
+    "note-line": ("#d4a72c", "#9a7b21"),
+    "accent": ("#0969da", "#58a6ff"),
+}
+_FIGURE = {  # colours that figures are drawn in, besides series and depth
+    INK: "ink",
+    "#57606a": "soft",
+    NEUTRAL: "soft",
+    "#8c959f": "soft",
+    "#d8dee4": "line",
+    "#ffffff": "page",
+}
+
+
+@cache
+def depth_hexes(dark: bool = False) -> tuple[str, ...]:
+    """The steps of the scale of depth, first to last."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    viridis, last = colormaps["viridis"], DEPTH - 1
+    low, high = (_DARK_START, 1.0) if dark else (0.0, _LIGHT_END)
+    return tuple(to_hex(viridis(low + (high - low) * i / last)) for i in range(DEPTH))
+
+
+def css_variables() -> str:
+    """The variables of both themes: light, dark where the reader's system is, and as chosen."""
+    pairs = {
+        **_PAGE,
+        **{f"s{i}": pair for i, pair in enumerate(zip(SERIES, _SERIES_DARK, strict=True))},
+        **{f"d{i}": p for i, p in enumerate(zip(depth_hexes(), depth_hexes(True), strict=True))},
+    }
+    light, dark = (
+        "".join(f"--{name}:{pair[side]};" for name, pair in pairs.items()) for side in (0, 1)
+    )
+    return (
+        f":root{{color-scheme:light;{light}}}\n"
+        f"@media (prefers-color-scheme:dark){{:root:not([data-theme=light])"
+        f"{{color-scheme:dark;{dark}}}}}\n"
+        f":root[data-theme=dark]{{color-scheme:dark;{dark}}}"
+    )
+
+
+@cache
+def _variables() -> dict[str, str]:
+    named = {colour: f"s{i}" for i, colour in enumerate(SERIES)}
+    named |= {colour: f"d{i}" for i, colour in enumerate(depth_hexes())}
+    return named | _FIGURE
+
+
+def themed(svg: str) -> str:
+    """Make the colours in a figure's style attributes follow the page's theme.
+
+    Example:
+        >>> themed('<path style="stroke: #24292f"/>')
+        '<path style="stroke: var(--ink,#24292f)"/>'
+    """
+    return re.sub(r'(?<=style=")[^"]*', lambda style: _themed_style(style.group()), svg)
+
+
+def themed_colour(colour: str) -> str:
+    """A background of a drawn colour, as a style attribute, that follows the theme."""
+    return f"background:{variable(colour)}"
+
+
+def _themed_style(style: str) -> str:
+    return re.sub(r"#[0-9a-f]{6}", lambda found: variable(found.group()), style)
+
+
+def variable(colour: str) -> str:
+    """A drawn colour as the CSS variable that stands for it; any other as it is."""
+    name = _variables().get(colour)
+    return colour if name is None else f"var(--{name},{colour})"
