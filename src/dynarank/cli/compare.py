@@ -14,6 +14,7 @@ from rich.console import Console
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.many import Many, write_page
 from dynarank.cli.options import (
+    BudgetOption,
     DataOption,
     DecompositionOption,
     DeviceOption,
@@ -44,6 +45,7 @@ def compare(
     data: DataOption = None,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
+    budget: BudgetOption = None,
     epochs: EpochsOption = None,
     train_limit: TrainLimitOption = None,
     test_limit: TestLimitOption = None,
@@ -60,7 +62,7 @@ def compare(
     are added to those there are. Every seed gives all schedules the same initial weights and data
     order. Mean and standard deviation are over seeds.
     """
-    chosen = load_recipe(recipe).with_factors(rank, decomposition)
+    chosen = load_recipe(recipe).with_factors(rank, decomposition).with_budget(budget)
     names = list(dict.fromkeys(name.strip() for name in schedules.split(",")))
     for name in names:
         get_preset(name)

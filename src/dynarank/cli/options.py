@@ -6,13 +6,17 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from dynarank.schedules import PRESETS
+
 __all__ = [
+    "BudgetOption",
     "DataOption",
     "DecompositionOption",
     "DeviceOption",
     "EpochsOption",
     "PrecisionOption",
     "RankOption",
+    "ScheduleOption",
     "TestLimitOption",
     "TrainLimitOption",
 ]
@@ -22,6 +26,19 @@ RankOption: TypeAlias = Annotated[
 ]
 DecompositionOption: TypeAlias = Annotated[
     str | None, typer.Option(help="Instead of the recipe's: svd, tucker, cp or separable.")
+]
+BudgetOption: TypeAlias = Annotated[
+    float | None,
+    typer.Option(
+        help="Dynamic rank within this share of full-rank's training FLOPs, such as 0.62: rank, "
+        "ending and moments are found."
+    ),
+]
+ScheduleOption: TypeAlias = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Schedules, separated by commas: {', '.join(PRESETS)}. Default: the recipe's."
+    ),
 ]
 DataOption: TypeAlias = Annotated[
     str | None,

@@ -11,20 +11,21 @@ from rich.console import Console
 from torch import nn
 
 from dynarank.cli.machine import choose_machine
-from dynarank.cli.options import DecompositionOption, RankOption
+from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
 from dynarank.cli.show import console, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost import LayerUse, ModelUse, trace
+from dynarank.fitting import fit
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
 from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.report.formats import bytes_text, count, ratio
-from dynarank.schedules import Phase, is_stateful
+from dynarank.schedules import Budgeted, Phase, is_stateful
 from dynarank.selection import select
 from dynarank.survey import survey
 from dynarank.train.optimizers import OPTIMIZER_SLOTS
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
-from dynarank.train.tasks import sketch
+from dynarank.train.tasks import Sketch, sketch
 
 __all__ = ["plan"]
 
@@ -40,6 +41,7 @@ def plan(
     ] = False,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
+    budget: BudgetOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time every form of every layer on this machine.")
     ] = False,
@@ -55,12 +57,12 @@ def plan(
     """
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
-    chosen = chosen.with_factors(rank, decomposition)
+    chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
     machine = choose_machine(device, precision)
     drawn = sketch(chosen)
     layers = [site.path for site in select(drawn.model, chosen.layers)]
     use = trace(drawn.model, drawn.sample)
-    cost = _cost(chosen, schedule, use, layers)
+    cost = _cost(chosen, schedule, use, layers, drawn)
     terminal = console(quiet_stdout=as_json)
     plans = [phase.phase.plan for phase in cost.phases]
     timings = time_layers(terminal, use, plans, machine) if measure else None
@@ -81,8 +83,16 @@ def plan(
 _FINE, _STEPS = 1000, 10_000
 
 
-def _cost(recipe: Recipe, name: str, use: ModelUse, layers: list[str]) -> ScheduleCost:
-    schedule = recipe.schedule(name)
+def _cost(
+    recipe: Recipe, name: str, use: ModelUse, layers: list[str], drawn: Sketch
+) -> ScheduleCost:
+    schedule, forecast = recipe.schedule(name), forecast_rates(recipe)
+    if isinstance(schedule, Budgeted):
+        steps = recipe.epochs * max(1, _STEPS // recipe.epochs)
+        fitted = fit(
+            schedule, drawn.model, [], drawn.sample, steps, forecast=forecast, layers=recipe.layers
+        )
+        schedule = fitted.schedule(forecast)
     scale = max(1, _STEPS // recipe.epochs) if is_stateful(schedule) else _FINE
     return cost_schedule(
         use,
@@ -90,7 +100,7 @@ def _cost(recipe: Recipe, name: str, use: ModelUse, layers: list[str]) -> Schedu
         layers,
         recipe.epochs * scale,
         optimizer_slots=OPTIMIZER_SLOTS[recipe.optimizer],
-        forecast=forecast_rates(recipe),
+        forecast=forecast,
     )
 
 

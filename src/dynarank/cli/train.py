@@ -11,10 +11,21 @@ import typer
 from rich.console import Console
 
 from dynarank.cli.machine import choose_machine
-from dynarank.cli.options import DecompositionOption, RankOption
+from dynarank.cli.many import write_page
+from dynarank.cli.options import (
+    BudgetOption,
+    DataOption,
+    DecompositionOption,
+    DeviceOption,
+    EpochsOption,
+    PrecisionOption,
+    RankOption,
+    ScheduleOption,
+    TestLimitOption,
+    TrainLimitOption,
+)
 from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import Metric, SummaryRecord
-from dynarank.report import write_report
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
 from dynarank.schedules import get_preset
 from dynarank.sinks import HOSTS, open_sinks
@@ -27,36 +38,21 @@ __all__ = ["train"]
 
 def train(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
-    data: Annotated[
-        str | None,
-        typer.Option(help="Folder (or .npz) of the data set; 'hub' fetches it by name; "
-                     "default: $DYNARANK_DATA. digits and text-gpt need none."),
-    ] = None,
-    schedule: Annotated[
-        str | None,
-        typer.Option(help="Schedules, separated by commas: full-rank, low-rank, dynamic-rank, "
-                     "dynamic-rank-low (deflates to true factors). Default: the recipe's."),
-    ] = None,
+    data: DataOption = None,
+    schedule: ScheduleOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order, augmentation.")] = 0,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
-    ] = None,
-    train_limit: Annotated[
-        int | None, typer.Option(min=1, help="Train on so many examples only, class-balanced.")
-    ] = None,
-    test_limit: Annotated[
-        int | None, typer.Option(min=1, help="Test on so many examples only.")
-    ] = None,
+    budget: BudgetOption = None,
+    epochs: EpochsOption = None,
+    train_limit: TrainLimitOption = None,
+    test_limit: TestLimitOption = None,
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Keep the published code's faults.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32 or bf16 (autocast).")
-    ] = "auto",
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the layers first; low rank only where faster.")
@@ -74,7 +70,7 @@ def train(
     """
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
-    chosen = chosen.with_factors(rank, decomposition)
+    chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
     schedules = _schedules(schedule, chosen)
     hosts = [name.strip() for name in log.split(",")] if log else []
     machine = choose_machine(device, precision, compile, measure)
@@ -98,7 +94,7 @@ def train(
             )  # fmt: skip
 
     summaries = {name: run(name) for name in schedules}
-    report = _report(folder, terminal)
+    report = write_page(folder, terminal)
     if as_json:
         runs = {name: summary.model_dump() for name, summary in summaries.items()}
         print(json.dumps({"folder": str(folder), "report": report, "runs": runs}, indent=2))
@@ -113,14 +109,6 @@ def _schedules(asked: str | None, recipe: Recipe) -> list[str]:
     for name in names:
         get_preset(name)
     return list(dict.fromkeys(names))
-
-
-def _report(folder: Path, terminal: Console) -> str | None:
-    try:
-        return str(write_report(folder))
-    except ImportError as error:
-        terminal.print(f"No report.html: {error}")
-        return None
 
 
 def _show(

@@ -147,11 +147,17 @@ def _taking(make: Callable[..., Schedule], **options: Any) -> Schedule:
     return make(**{name: options[name] for name in signature(make).parameters if name in options})
 
 
+def _aligned(**options: Any) -> Schedule:
+    """Dynamic rank whose moments are found, whatever moments there are."""
+    return dynamic_rank(**{**options, "inflate": None, "deflate": None})
+
+
 PRESETS: dict[str, Callable[..., Schedule]] = {
     "full-rank": _full_rank,
     "low-rank": _low_rank,
     "dynamic-rank": partial(dynamic_rank, to="adapted"),
     "dynamic-rank-low": partial(dynamic_rank, to="low-rank"),
+    "aligned": _aligned,
     "published": partial(_taking, published),
     "lora": partial(_taking, lora),
     "relora": partial(_taking, relora),

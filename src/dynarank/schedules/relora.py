@@ -25,7 +25,8 @@ class Restarts:
         every: how long an adaptor lasts, likewise.
         form: the adaptor, its restart counted from its own number on.
         rewarm: over how many steps the learning rate should come back after a restart: what to
-            give to ``RankScheduler(rewarm=...)``, which a schedule cannot do itself.
+            give to ``RankScheduler(rewarm=...)``, which a schedule cannot do itself; nor can it
+            choose ``moments``, to which it would say ``"prune"``.
 
     Raises:
         ValueError: a moment out of range, or ``rewarm`` below 0.
@@ -42,6 +43,8 @@ class Restarts:
     every: Moment
     form: Adapted
     rewarm: int = 100
+
+    moments = "prune"
 
     def __post_init__(self) -> None:
         if self.start:

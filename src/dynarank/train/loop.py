@@ -18,14 +18,14 @@ from dynarank.measure import default_cache, measure, where_faster
 from dynarank.planning import ScheduleCost, cost_schedule
 from dynarank.probe import probe_memory
 from dynarank.scheduler import RankScheduler
-from dynarank.schedules import Readings, Schedule, timeline
+from dynarank.schedules import Budgeted, Readings, Schedule, timeline
 from dynarank.selection import select
 from dynarank.survey import current_plan
 from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
-from dynarank.train.recipes import Recipe
+from dynarank.train.recipes import Recipe, RecipeError
 from dynarank.train.task import Evaluation, Task
 
 __all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
@@ -115,7 +115,7 @@ class Trainer:
         self.train_seconds = 0.0
         self._new_phase = True
 
-    def _build(self, schedule: Schedule) -> None:
+    def _build(self, schedule: Schedule | Budgeted) -> None:
         """The optimizer, the two schedulers, and the cost of the run as predicted."""
         recipe = self.recipe
         self.optimizer = make_optimizer(recipe, self.model)
@@ -123,6 +123,8 @@ class Trainer:
         layers = [site.path for site in select(self.model, recipe.layers)]
         self.use = trace(self.model, self.task.sample())
         if self.machine.measure:
+            if isinstance(schedule, Budgeted):
+                raise RecipeError("give a budget, or measure the layers, but not both")
             schedule = self._where_faster(schedule, layers)
         self.ranks = RankScheduler(
             self.model,
@@ -130,8 +132,10 @@ class Trainer:
             schedule,
             self.total_steps,
             layers=recipe.layers,
+            sample=self.task.sample(),
             lr_scheduler=forecast_rates(recipe),
-            moments=recipe.moments,
+            moments=getattr(schedule, "moments", recipe.moments),
+            rewarm=getattr(schedule, "rewarm", recipe.rewarm),
         )
         self.plan = current_plan(self.model)
         self.ledger = Ledger(self.use, self.plan)

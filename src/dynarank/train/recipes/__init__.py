@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dynarank.forms import AdaptedExecution
-from dynarank.schedules import Schedule, get_preset
+from dynarank.schedules import Budgeted, Schedule, dynamic_rank, get_preset
 from dynarank.train.tasks import DATA, MODELS
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
@@ -31,6 +31,9 @@ class Recipe(BaseModel):
     ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. A run of another length
     keeps them at the same share of it, to the step: it is the same experiment in small. Where
     ``inflate`` or ``deflate`` is not given, the schedule finds it from the learning rate.
+
+    ``budget``, a share of full-rank training's FLOPs, has dynamic rank find its rank, ending and
+    moments. ``rewarm`` is a number of optimizer steps after each change of form.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
     :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
@@ -72,7 +75,9 @@ class Recipe(BaseModel):
     deflate: float | None = Field(default=None, gt=0)
     alpha: float = Field(default=16.0, gt=0)
     execution: AdaptedExecution = "auto"
-    moments: Literal["project", "calibrated", "reset"] = "project"
+    budget: float | None = Field(default=None, gt=0)
+    moments: Literal["project", "calibrated", "reset", "prune"] = "project"
+    rewarm: int = Field(default=0, ge=0)
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
@@ -131,17 +136,30 @@ class Recipe(BaseModel):
             changed["decomposition"] = decomposition
         return Recipe.model_validate({**self.model_dump(), **changed})
 
+    def with_budget(self, flops: float | None) -> Recipe:
+        """The recipe within a share of full-rank training's FLOPs; None: as it is."""
+        if flops is None:
+            return self
+        return Recipe.model_validate({**self.model_dump(), "budget": flops})
+
     def share(self, epoch: float) -> float:
         """An epoch as a share of the run."""
         return epoch / self.epochs
 
-    def schedule(self, name: str) -> Schedule:
+    def schedule(self, name: str) -> Schedule | Budgeted:
         """The named schedule, with this recipe's rank and, where it has them, moments of change.
+
+        Within a budget, dynamic rank chooses its rank and moments itself.
 
         Raises:
             ValueError: an unknown schedule.
         """
+        if self.budget is not None and name.startswith("dynamic-rank"):
+            to = "low-rank" if name == "dynamic-rank-low" else None
+            return dynamic_rank(budget=self.budget, to=to, decomposition=self.decomposition)
+        epoch = {"spectra_every": 1 / self.epochs} if name == "cuttlefish" else {}
         return get_preset(name)(
+            **epoch,
             rank=self.rank,
             inflate=None if self.inflate is None else self.share(self.inflate),
             deflate=None if self.deflate is None else self.share(self.deflate),
