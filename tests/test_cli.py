@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from dynarank.cli import main
+from dynarank.train.recipes import load_recipe, recipe_names
 
 
 @pytest.fixture(autouse=True)
@@ -87,6 +89,26 @@ def test_plan_shows_layers_phases_and_says_aloud_what_the_adaptor_costs(
     assert "head (not among the recipe layers)" in out
 
 
+def test_plan_of_the_second_experiment_has_the_published_parameters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "cifar100-wrn28-10") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0 to 80 low-rank 20,590,236" in out and "80 to 170 full-rank 36,539,124" in out
+    assert "stages.0.0.widen (not among the recipe layers)" in out
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_can_be_planned_without_data(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", recipe, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    stops = [phase["stop_epoch"] for phase in plan["phases"]]
+    assert len(stops) == 3 and stops[-1] == load_recipe(recipe).epochs
+    assert plan["relative_training_flops"] < 1
+
+
 def test_plan_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "plan", "cifar10-resnet20", "--schedule", "low-rank", "--json") == 0
     plan = json.loads(capsys.readouterr().out)
@@ -120,6 +142,53 @@ def test_spectrum_shows_names_as_they_are(
     assert all(name in out for name in names) and "empty" not in out
 
 
+def test_spectrum_of_two_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    one = {"a.weight": torch.diag(torch.tensor([4.0, 2.0])), "gone.weight": torch.eye(3)}
+    two = {"a.weight": torch.eye(2), "new.weight": torch.full((2, 2), float("nan"))}
+    for name, weights in (("one", one), ("two", two)):
+        (here / name).mkdir()
+        save_file(weights, here / name / "model.safetensors")
+    assert call(monkeypatch, "spectrum", "one", "two") == 0
+    title, heading, *rows, picture = capsys.readouterr().out.splitlines()
+    assert title == "Rank health: A = one, B = two" and heading.count("B - A") == 4
+    cells = {row.split()[0]: row.split()[2:] for row in rows}
+    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0 0.667 0.500 -0.167".split()
+    assert cells["gone"] == "3.0 - 3.0 - 3 - 0.333 -".split()
+    assert cells["new"] == ["-", "nan"] * 4
+    assert picture == "Picture: one-two-spectrum.png"
+    assert (here / "one-two-spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+    assert call(monkeypatch, "spectrum", "one", "two", "--json", "--no-plot") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == ["one", "two"]
+    layers = {layer["layer"]: layer for layer in found["layers"]}
+    assert list(layers) == ["a", "gone", "new"]
+    assert layers["a"]["first"]["stable_rank"] == pytest.approx(1.25)
+    assert layers["a"]["second"]["stable_rank"] == pytest.approx(2.0)
+    assert layers["gone"]["second"] is None and layers["new"]["second"]["finite"] is False
+
+
+def test_spectrum_shows_each_row_when_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    """A shard that is cut while the command is at work: the rows before it have been shown."""
+    from dynarank.tensor_file import TensorFile
+
+    save_file({"a": torch.eye(4), "b": torch.eye(4)}, "m.safetensors")
+    shown: list[str] = []
+    read = TensorFile.read
+
+    def watched(file: TensorFile, name: str) -> torch.Tensor:
+        shown.append(capsys.readouterr().out)
+        return read(file, name)
+
+    monkeypatch.setattr(TensorFile, "read", watched)
+    assert call(monkeypatch, "spectrum", "m.safetensors", "--no-plot") == 0
+    assert [out.split()[0] for out in [shown[1], capsys.readouterr().out]] == ["a", "b"]
+
+
 REFUSED = {
     "recipe": (["train", "digit"], r"unknown recipe 'digit'; did you mean 'digits'\?.*cifar10"),
     "schedule": (
@@ -138,6 +207,8 @@ REFUSED = {
     "file": (["spectrum", "nowhere.safetensors"], "no file nowhere.safetensors"),
     "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank is a share"),
     "plot": (["spectrum", "whole.safetensors", "--plot", "x.doc"], "--plot wants a file"),
+    "runs": (["spectrum", "runs-of-two"], "several runs, name one or two of"),
+    "second": (["spectrum", "whole.safetensors", "broken.safetensors"], "not a whole safetensors"),
     "broken": (["spectrum", "broken.safetensors"], "not a whole safetensors file"),
 }
 
@@ -148,6 +219,9 @@ def test_errors_are_one_line_and_exit_2(
 ) -> None:
     save_file({"w": torch.ones(8, 8)}, "whole.safetensors")
     Path("broken.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-9])
+    for run in ("a", "b"):
+        (Path("runs-of-two") / run).mkdir(parents=True)
+        shutil.copy("whole.safetensors", f"runs-of-two/{run}/model.safetensors")
     words, pattern = REFUSED[case]
     assert call(monkeypatch, *words) == 2
     error = capsys.readouterr().err

@@ -34,8 +34,16 @@ LAYERS: list[dict[str, set[str]]] = [
         "moments": set(),
         "gradients": set(),
         "cost": set(),
-        "monitors": set(),
-        "weights": set(),
+        "monitors": {"layer_values", "pace"},
+        "noise": {"gradients", "noise_estimate", "pace", "undisturbed"},
+        "noise_estimate": set(),
+        "undisturbed": set(),
+        "layer_values": set(),
+        "pace": set(),
+        "heatmap": set(),
+        "weights": {"weight_files"},
+        "weight_files": {"tensor_file"},
+        "tensor_file": set(),
         "schedules": set(),
         "regularizers": set(),
         "initialization": set(),
@@ -48,13 +56,14 @@ LAYERS: list[dict[str, set[str]]] = [
     {"budget": set()},
     {"rehearsal": set()},
     {
-        "fitting": {"preflight"},
+        "fitting": {"preflight", "memory_fitting"},
+        "memory_fitting": {"preflight"},
         "preflight": set(),
         "forecast": set(),
         "rewarm": set(),
         "norms": set(),
     },
-    {"scheduler": set()},
+    {"scheduler": set(), "sinks": set()},
     {"train": set(), "report": set()},
     {"cli": set()},
 ]
@@ -72,10 +81,11 @@ FORBIDDEN = {
 # The core imports no third-party package but torch: the others are for records, files and the CLI.
 CORE_ONLY_TORCH = {
     "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "fitting",
-    "forecast", "forms", "initialization", "knapsack", "layers", "measure", "monitors",
-    "norms", "penalties", "planning", "preflight", "present", "probe", "ranking", "readings",
+    "forecast", "forms", "heatmap", "initialization", "knapsack", "layer_values", "layers",
+    "measure", "memory_fitting", "monitors", "noise", "noise_estimate", "norms", "pace",
+    "penalties", "planning", "preflight", "present", "probe", "ranking", "readings",
     "regularizers", "rehearsal", "rewarm", "scheduler", "schedules", "selection", "spectrum",
-    "stopwatch", "surgery", "survey", "transport",
+    "stopwatch", "surgery", "survey", "transport", "undisturbed",
 }  # fmt: skip
 
 # Files that speak to a host, imported only where the host is imported already.

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +14,13 @@ from torch import Tensor, nn
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank, Rank, SpectralMonitor
 from dynarank.forms import Form, RankLike
-from dynarank.spectrum import effective_rank, singular_values, spectral_ratio, stable_rank
+from dynarank.spectrum import (
+    effective_rank,
+    energy_rank,
+    singular_values,
+    spectral_ratio,
+    stable_rank,
+)
 
 
 def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -44,6 +52,7 @@ def test_readings_are_the_measures_of_the_effective_weight(form: Form, dtype: to
         assert reading.effective_rank == pytest.approx(effective_rank(values), rel=close)
         assert reading.stable_rank == pytest.approx(stable_rank(values), rel=1e-5)
         assert reading.spectral_ratio == pytest.approx(spectral_ratio(values, 2), rel=1e-5)
+        assert reading.energy_rank == energy_rank(values)
         assert reading.rank == 2
         assert reading.full_rank == {"0": 12, "3": 10}[path]
 
@@ -258,7 +267,7 @@ def test_the_first_reading_waits_until_its_guessed_cost_is_affordable(
     monitor = Timed(0.5)
     monkeypatch.setattr(monitor, "_guess", lambda: 0.4)
     monitor.step()
-    monitor.clock.now += 39.0
+    monitor.clock.now += 79.0  # twice the cost is allowed for
     assert monitor.step() is None
     monitor.clock.now += 2.0
     assert monitor.step() is not None
@@ -294,3 +303,85 @@ def test_a_low_rank_layer_is_read_without_being_joined(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("dynarank.layers.WeightSpec.effective", refuse)
     assert SpectralMonitor(model).read() == expected
+
+
+# All that a monitor can read, in a net with everything that has a state of its own.
+
+
+def noisy_net(width: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    first = [nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.2)]
+    last = [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, 32), nn.Linear(32, 5)]
+    return dr.factorize(nn.Sequential(*first, *last), 4, layers=["0", "6"])
+
+
+def train_noisy(monitor: SpectralMonitor | None, model: nn.Module, steps: int) -> float:
+    """Train through two changes of form; the monitor's share of the processor's time."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    torch.manual_seed(3)
+    began, inside = time.process_time(), 0.0
+    for step in range(steps):
+        if step == steps // 3:
+            dr.inflate(model, layers="6", optimizer=optimizer)
+        if step == steps // 2:
+            dr.deflate(model, layers="6", optimizer=optimizer)
+        optimizer.zero_grad()
+        model(torch.randn(16, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+        before = time.process_time()
+        if monitor is not None:
+            monitor.step()
+        inside += time.process_time() - before
+    return inside / (time.process_time() - began)
+
+
+@pytest.mark.parametrize("every", [1, 4, None])
+def test_no_reading_of_any_kind_changes_the_run(every: int | None) -> None:
+    runs = []
+    for watched in (False, True):
+        model = noisy_net()
+        share = 1.0 if every is None else 0.01  # by the clock, but often
+        settings = {"every": every, "share": share, "updates": True, "values": 64}
+        train_noisy(SpectralMonitor(model, **settings) if watched else None, model, 12)  # type: ignore[arg-type]
+        runs.append((model.state_dict(), torch.get_rng_state()))
+    (plain, plain_rng), (seen, seen_rng) = runs
+    assert plain.keys() == seen.keys()
+    assert all(torch.equal(plain[name], seen[name]) for name in plain)
+    assert torch.equal(plain_rng, seen_rng)
+
+
+def test_equal_weights_give_equal_readings() -> None:
+    """A schedule may decide by them: a run that is repeated decides the same."""
+    readings = []
+    for _ in range(2):
+        model = noisy_net()
+        monitor = SpectralMonitor(model, updates=True, values=5)
+        train_noisy(None, model, 9)
+        torch.manual_seed(len(readings))
+        readings.append(monitor.read())
+    assert readings[0] == readings[1] == monitor.read()
+    assert all(reading.finite for reading in readings[0].values())
+
+
+def test_the_default_interval_takes_about_one_per_cent() -> None:
+    """Generous: the budget is by the clock, this is by the processor's time of a short run."""
+    model = noisy_net(64)
+    monitor = SpectralMonitor(model, updates=True, values=64)
+    assert train_noisy(monitor, model, 200) < 0.03
+
+
+@pytest.mark.parametrize(("count", "kept"), [(0, 0), (1, 1), (2, 2), (5, 5), (12, 12), (64, 12)])
+def test_singular_values_are_kept_evenly_from_first_to_last(count: int, kept: int) -> None:
+    model = net()
+    values = singular_values(model[0].weight).tolist()
+    found = SpectralMonitor(model, layers="0", values=count).read()["0"].values
+    assert len(found) == kept
+    places = [values.index(value) for value in found]
+    assert places[:1] == [0][:kept] and (kept < 2 or places[-1] == 11)
+    gaps = {after - before for before, after in itertools.pairwise(places)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+
+
+def test_fewer_than_no_values_are_an_error() -> None:
+    with pytest.raises(ValueError, match="values=-1"):
+        SpectralMonitor(net(), values=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
@@ -92,7 +93,8 @@ def test_the_rule_decides_the_same_from_the_record(
     ]
     read = spectra_from_records([json.loads(record.model_dump_json()) for record in records])
     decisions = [d for answer in answers(schedule, spectra, 60) for d in answer.decisions]  # type: ignore[arg-type]
-    assert decide_again(schedule, LAYERS, 60, read) == decisions
+    every = replace(schedule, spectra_every=1)  # as they were given
+    assert decide_again(every, LAYERS, 60, read, before=schedule.low) == decisions
     assert list(replay(lines(decisions), LOW).decisions) == sorted(decisions, key=lambda d: d.step)
 
 
@@ -101,11 +103,26 @@ def test_a_change_that_came_late_is_taken_into_account() -> None:
     schedule = closed_loop(
         8, patience=1, smoothing=0.0, warmup=1, cooldown=0, to="low-rank", most_changes=2
     )
-    spectra = {step: {"a": reading(9.9, 3.0)} for step in range(6)}
+    spectra = {step: {"a": reading(9.9, 3.0)} for step in range(6)}  # at 0 of the weight as built
     prompt = decide_again(schedule, LAYERS, 10, spectra)
     assert [d.step for d in prompt] == [1, 3]
     late = decide_again(schedule, LAYERS, 10, spectra, changes={3: {"a": FULL}})
     assert [d.step for d in late] == [1, 5]
+
+
+def test_spectra_of_other_steps_than_those_asked_for_are_left_out() -> None:
+    schedule = closed_loop(8, patience=1, smoothing=0.0, warmup=1, cooldown=0, spectra_every=3)
+    spectra = {step: {"a": reading(9.9, 3.0)} for step in range(11)}
+    assert [d.step for d in decide_again(schedule, LAYERS, 20, spectra)] == [3, 9]
+    lacking = {step: one for step, one in spectra.items() if step % 3}
+    assert decide_again(schedule, LAYERS, 20, lacking) == []
+
+
+def test_what_is_read_after_the_last_step_is_decided_by_too() -> None:
+    schedule = closed_loop(8, patience=1, smoothing=0.0, warmup=1, last_inflation=None)
+    spectra = {step: {"a": reading(9.9 if step == 4 else 9.0, 3.0)} for step in range(5)}
+    (decision,) = decide_again(schedule, LAYERS, 4, spectra)
+    assert decision.step == 3  # the clock stands still
 
 
 def test_other_records_are_left_out() -> None:

@@ -174,6 +174,15 @@ def test_patience_asks_for_readings_in_a_row() -> None:
     assert [d.step for d in decisions(plain(patience=3), spectra)] == [6]
 
 
+def test_patience_asks_for_saturated_and_settled_readings_in_a_row_too() -> None:
+    ranks = [9.5, 9.5, 9.0, 9.5, 9.5, 9.5]  # above 9 three times in a row at 5
+    spectra = [{"a": reading(e, 3 * 2.0**i)} for i, e in enumerate(ranks)]
+    # Full-rank from 5 on: steps of t below 10% at 7, 8, then one of 50%, and then at 10, 11, 12.
+    spectra += [{"a": reading(30, t)} for t in (4, 4.1, 4.2, 6.3, 6.4, 6.5, 6.6)]
+    found = decisions(plain(patience=3), spectra)
+    assert [(d.step, d.form) for d in found] == [(5, FULL), (12, LAST)]
+
+
 def test_nothing_changes_in_warmup_or_from_the_last_inflation_on() -> None:
     saturated = [{"a": reading(9.5, 3 * 2.0**i)} for i in range(100)]
     assert [d.step for d in decisions(plain(warmup=0.3), saturated)] == [30]

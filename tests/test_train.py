@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dynarank.cost import trace
 from dynarank.forms import Change
+from dynarank.planning import cost_schedule
 from dynarank.records import (
     ChangeRecord,
     EpochRecord,
@@ -19,6 +21,7 @@ from dynarank.records import (
     SpectrumRecord,
     read_run,
 )
+from dynarank.selection import select
 from dynarank.train.data import ImageData, limit, load_digits_data
 from dynarank.train.images import ImageTask
 from dynarank.train.listener import Progress
@@ -198,6 +201,52 @@ def test_its_parameters_are_exact() -> None:
         counts[name] = sum(trainable)
         assert len(one.ranks.layers) == 19
     assert counts == {"full-rank": 272_762, "low-rank": 155_170}
+
+
+def test_the_second_experiment_is_the_papers() -> None:
+    recipe = load_recipe("cifar100-wrn28-10")
+    assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (200, 128, 0.1)
+    assert (recipe.momentum, recipe.label_smoothing, recipe.decay_at) == (0.9, 0.1, (150, 180))
+    assert (recipe.inflate, recipe.deflate, recipe.rank, recipe.alpha) == (80, 170, 0.5, 16)
+    assert recipe.augment and recipe.shuffle == "epoch" and recipe.weight_decay == 5e-4
+    assert recipe.model_options == {"dropout": 0.3}
+    published = recipe.published()
+    assert (published.inflate, published.deflate, published.weight_decay) == (55, 120, 1e-3)
+    assert (published.shuffle, published.init, published.moments) == ("once", "spectral", "reset")
+
+
+def test_its_parameters_are_exact_by_phase() -> None:
+    recipe = load_recipe("cifar100-wrn28-10")
+    drawn = sketch(recipe)
+    layers = [site.path for site in select(drawn.model, recipe.layers)]
+    use = trace(drawn.model, drawn.sample[:1])
+    cost = cost_schedule(use, recipe.schedule("dynamic-rank"), layers, 200)
+    counts = [(one.phase.start, one.trainable_parameters) for one in cost.phases]
+    assert counts == [(0, 20_590_236), (80, 36_539_124), (170, 20_590_236)]
+    assert len(layers) == 24
+    assert cost.mean_trainable == pytest.approx(27_767_236, abs=0.5)
+
+
+def test_moments_that_a_recipe_leaves_open_follow_its_learning_rate(
+    digits: ImageData, tmp_path: Path
+) -> None:
+    free = {"inflate": None, "deflate": None}
+    recipe = Recipe.model_validate(load_recipe("digits").model_dump() | free)
+    one = trainer(recipe, "dynamic-rank", digits, seed=0, epochs=30)
+    starts = [cost.phase.start / one.total_steps for cost in one.forecast().phases]
+    assert starts == pytest.approx([0, 0.54 * 20 / 30, (20 + 0.4 * 10) / 30], abs=0.01)
+    done = run(tmp_path, "dynamic-rank", digits, recipe=recipe)
+    found = [phase.step / 25 for phase in done.all(PhaseRecord)]
+    assert found == pytest.approx(starts, abs=0.05)
+
+
+@pytest.mark.parametrize("name", [n for n in recipe_names() if n.startswith("fashion-mnist")])
+def test_low_rank_saves_more_than_half_of_the_flops_on_fashion_mnist(name: str) -> None:
+    recipe = load_recipe(name)
+    drawn = sketch(recipe)
+    layers = [site.path for site in select(drawn.model, recipe.layers)]
+    use = trace(drawn.model, drawn.sample)
+    assert cost_schedule(use, recipe.schedule("low-rank"), layers, 10).relative_training < 0.4
 
 
 def test_as_published_keeps_the_published_codes_faults() -> None:

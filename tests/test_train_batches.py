@@ -123,7 +123,7 @@ def test_once_repeats_the_first_epochs_order_but_not_its_crops() -> None:
 def test_order_and_augmentation_are_drawn_from_streams_of_their_own() -> None:
     seeds, streams, epochs = range(5), (module._ORDER, module._AUGMENTATION), range(5)
     keys = [(s, t, e) for s in seeds for t in streams for e in epochs]
-    assert len({module._generator(*key).initial_seed() for key in keys}) == 50
+    assert len({module.epoch_generator(*key).initial_seed() for key in keys}) == 50
 
 
 def test_augmenting_does_not_change_the_order() -> None:

@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
+from dynarank.train.data import (
+    ImageData,
+    limit,
+    limit_test,
+    load_cifar10,
+    load_cifar100,
+    load_digits_data,
+)
 
 
 def test_digits_shapes_balance_and_split() -> None:
@@ -85,3 +92,26 @@ def test_real_cifar10() -> None:
     assert data.train_labels[:8].tolist() == [6, 9, 9, 4, 1, 1, 2, 7]  # the official order
     assert data.train_images.mean(0).abs().max() < 1e-4
     assert (data.train_images.std(0) - 1).abs().max() < 1e-3
+
+
+def test_limit_of_the_test_images_is_the_same_choice() -> None:
+    data = fake([0, 1, 2, 0])
+    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 4)
+    images = torch.arange(84).float().view(-1, 1, 1, 1)
+    other = ImageData(data.train_images, data.train_labels, images, labels, 3)
+    some, wanted = limit_test(other, 12), limit(fake(labels.tolist()), 12)
+    assert torch.equal(some.test_images, wanted.train_images)
+    assert torch.equal(some.test_labels, wanted.train_labels)
+    assert some.train_images is data.train_images
+    with pytest.raises(ValueError, match=r"85 test images.*ask for 1 to 84"):
+        limit_test(other, 85)
+
+
+@pytest.mark.data
+@pytest.mark.skipif(not os.environ.get("DYNARANK_DATA"), reason="DYNARANK_DATA is not set")
+def test_real_cifar100() -> None:
+    data = load_cifar100(None)
+    assert data.train_images.shape == (50_000, 3, 32, 32)
+    assert data.train_labels.bincount().tolist() == [500] * 100
+    assert data.test_labels.bincount().tolist() == [100] * 100
+    assert data.train_images.mean(0).abs().max() < 1e-4

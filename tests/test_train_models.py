@@ -11,7 +11,7 @@ from dynarank.cost import trace
 from dynarank.train.batches import Batches
 from dynarank.train.data import load_digits_data
 from dynarank.train.init import published_init_
-from dynarank.train.models import MODELS, DigitsNet, ResNet20
+from dynarank.train.models import MODELS, DigitsNet, MultilayerPerceptron, ResNet8, ResNet20
 from dynarank.train.wide_resnet import WideResNet
 
 
@@ -104,6 +104,23 @@ def test_glorot_uniform_with_independent_draws() -> None:
     kernels = [layer.weight for layer in convs(model).values()]
     for i, kernel in enumerate(kernels):
         assert not any(torch.equal(kernel, other) for other in kernels[:i])
+
+
+def test_resnet8_and_the_perceptron() -> None:
+    small = ResNet8()
+    assert list(convs(small)) == [f"stages.{s}.0.conv{i}" for s in range(3) for i in (1, 2)]
+    assert [c.out_channels for c in convs(small).values()] == [32, 32, 64, 64, 128, 128]
+    assert small(torch.randn(2, 1, 28, 28)).shape == (2, 10)
+    assert ResNet8(channels=3)(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    plain = MultilayerPerceptron(inputs=12, width=8, depth=3, classes=5, dropout=0.4)
+    assert count(plain) == 12 * 8 + 8 + 2 * (8 * 8 + 8) + 8 * 5 + 5
+    assert plain.dropout.p == 0.4 and not plain.hidden[0].bias.any()
+    images = torch.randn(2, 3, 2, 2)
+    assert plain(images).shape == (2, 5)
+    x = images.flatten(1)
+    for layer in plain.eval().hidden:
+        x = F.relu(layer(x))
+    torch.testing.assert_close(plain(images), plain.head(x))
 
 
 def test_wrn_28_10_has_the_published_numbers() -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from dynarank.cost import ModelUse, trace
 from dynarank.forms import Form, FullRank, LowRank, Plan
+from dynarank.memory_fitting import Settled, fit_memory
 from dynarank.preflight import scheduled_layers
 from dynarank.rehearsal import rehearse
 from dynarank.schedules import LRAligned
@@ -93,13 +94,13 @@ def fit(
     forecast: tuple[float, ...] = (),
     layers: LayerFilter = None,
     loss: Callable[[Any], Tensor] | None = None,
-) -> Fitted:
+) -> Fitted | Settled:
     """Choose rank, ending and length such that the run keeps to the budget.
 
     Args:
         wish: the budget and what may be chosen.
         model: the model, full-rank or ranked; it is not changed.
-        optimizers: its optimizers, for budgets of seconds.
+        optimizers: its optimizers, for budgets of seconds and memory.
         sample: a batch.
         total_steps: steps of the run.
         forecast: the learning rate over the run, if known.
@@ -114,6 +115,8 @@ def fit(
             f"a budget of {wish.budget.kind} was asked for without a batch to reckon it from; "
             "give RankScheduler(sample=batch)"
         )
+    if wish.budget.kind == "memory":
+        return fit_memory(wish, model, optimizers, sample, total_steps, layers=layers, loss=loss)
     found = list(_choices(wish, model, optimizers, sample, total_steps, layers, loss))
     able = [one for one in found if one.fits(forecast)]
     if not able:

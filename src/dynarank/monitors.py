@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dynarank.decompositions import SVD, Factors, UnfitWeightError, precise
-from dynarank.forms import FullRank, LowRank, RankLike, resolve_rank
+from dynarank.decompositions import UnfitWeightError
+from dynarank.forms import RankLike, resolve_rank
+from dynarank.layer_values import LayerWeight, layer_values, update_values
+from dynarank.pace import Pace
 from dynarank.readings import SpectralReading
 from dynarank.selection import LayerFilter, select
 from dynarank.spectrum import (
     effective_rank,
     energy_rank,
-    product_singular_values,
     singular_values,
     spectral_ratio,
     stable_rank,
@@ -28,11 +28,17 @@ __all__ = ["SpectralMonitor"]
 
 
 class SpectralMonitor:
-    """Reads lambda, effective and stable rank of a model's layers.
+    """Reads lambda, effective, stable and energy rank of a model's layers.
 
-    ``read`` reads now. ``step``, called once for each step of the optimizer, reads now and then:
-    by default such that readings take less than ``share`` of the time. When readings are taken then
-    depends on the clock, what training does never does.
+    ``read`` reads now, by no clock and no random number: equal weights give equal readings.
+    ``step``, called once for each step of the optimizer, reads now and then: by default such that
+    readings take less than ``share`` of the time.
+
+    With ``updates`` the rank of the accumulated update is read too, the effective rank of
+    ``W_now - W_start`` with ``W_start`` the weight when the monitor was made. It is the effective
+    weight that counts, so that a truncation is an update and a lossless change of form is none. The
+    parameters of each watched layer are kept for it in main memory, in their dtype and form: a copy
+    of the weight (4 n m bytes in fp32), or of the factors where it is low-rank (4 r (n + m)).
 
     Args:
         model: the model to watch; it is never changed.
@@ -42,17 +48,19 @@ class SpectralMonitor:
             there is none, every layer that can change form.
         every: steps from one reading of ``step`` to the next; None: as ``share`` allows.
         share: the most that readings may take of the time since the first step.
+        updates: whether to read the rank of the accumulated update.
+        values: how many singular values to keep in a reading, evenly from the first to the last.
         clock: gives the time in seconds.
 
     Raises:
-        ValueError: ``every`` is below 1, or ``share`` is not in (0, 1].
+        ValueError: ``every`` is below 1, ``share`` is not in (0, 1], or ``values`` below 0.
 
     Example:
-        >>> monitor = SpectralMonitor(nn.Sequential(nn.Linear(8, 8)), every=2)
-        >>> list(monitor.read())
-        ['0']
+        >>> monitor = SpectralMonitor(nn.Sequential(nn.Linear(8, 8)), every=2, updates=True)
         >>> [monitor.step() is not None for _ in range(4)]
         [False, True, False, True]
+        >>> monitor.read()["0"].update_rank
+        0.0
     """
 
     def __init__(
@@ -63,33 +71,38 @@ class SpectralMonitor:
         layers: LayerFilter = None,
         every: int | None = None,
         share: float = 0.01,
+        updates: bool = False,
+        values: int = 0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if every is not None and every < 1:
-            raise ValueError(f"a monitor reads every 1 or more steps, got every={every}")
-        if not 0 < share <= 1:
-            raise ValueError(f"the share of time for readings must lie in (0, 1], got {share!r}")
+        if values < 0:
+            raise ValueError(f"a reading keeps 0 or more singular values, got values={values}")
         self._model = model
         self._rank = rank
         self._layers = layers
-        self._every = every
-        self._steps = 0
-        self._budget = _Budget(share, clock)
+        self._values = values
+        self._pace = Pace(every, share, clock)
+        starts = {s.path: LayerWeight.of(s) for s in self._watched()} if updates else {}
+        self._starts = {path: weight.kept() for path, weight in starts.items() if weight.finite}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of main memory that the weights kept for ``updates`` take."""
+        return sum(start.nbytes for start in self._starts.values())
 
     def step(self) -> Mapping[str, SpectralReading] | None:
         """Count a step of the optimizer; a reading if one is due after it, else None."""
-        self._steps += 1
-        if self._every is not None:
-            return self.read() if self._steps % self._every == 0 else None
-        return self._budget.spend(self.read, self._guess)
+        return self._pace.step(self.read, self._guess)
 
     def _guess(self) -> float:
         """Seconds that a first reading may take, from the time that a small one takes."""
         small = torch.eye(_SMALL)
-        began = self._budget.clock()
+        began = self._pace.clock()
         singular_values(small)
-        rate = (self._budget.clock() - began) / _work((_SMALL, _SMALL))
-        return rate * sum(_work(site.shape) for site in self._watched())
+        rate = (self._pace.clock() - began) / _work((_SMALL, _SMALL))
+        least = _work((_SMALL // 2, _SMALL // 2))  # smaller ones cost hardly less
+        work = sum(max(_work(site.shape), least) for site in self._watched())
+        return rate * work * (3 if self._starts else 1)  # updates often need fp64
 
     @torch.no_grad()
     def read(self) -> Mapping[str, SpectralReading]:
@@ -110,7 +123,8 @@ class SpectralMonitor:
         return ranked or able
 
     def _read(self, site: Site) -> SpectralReading:
-        values = _site_values(site)
+        weight = LayerWeight.of(site)
+        values = layer_values(weight)
         rank = self._lambda_rank(site, site.shape)
         return SpectralReading(
             effective_rank(values),
@@ -119,7 +133,16 @@ class SpectralMonitor:
             spectral_ratio(values, rank),
             rank,
             len(values),
+            self._update_rank(site.path, weight, values),
+            _thinned(values, self._values),
         )
+
+    def _update_rank(self, path: str, weight: LayerWeight, values: Tensor) -> float | None:
+        start = self._starts.get(path)
+        if start is None or start.spec.shape != weight.spec.shape:
+            return None
+        size = float(torch.linalg.vector_norm(values))
+        return effective_rank(update_values(weight, start, size))
 
     def _lambda_rank(self, site: Site, shape: tuple[int, ...]) -> int:
         if self._rank is not None or site.home is None:
@@ -128,34 +151,6 @@ class SpectralMonitor:
         return min(int(site.home.rank), limit)  # type: ignore[arg-type]
 
 
-class _Budget:
-    """Decides when something may be done that shall take no more than a share of the time."""
-
-    def __init__(self, share: float, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self._share = share
-        self._began: float | None = None
-        self._spent = 0.0
-        self._cost: float | None = None  # of the next time, as far as one knows
-
-    def spend(self, do: Callable[[], _T], guess: Callable[[], float]) -> _T | None:
-        """``do()`` if it can be afforded by now, else None; ``guess`` says its cost at first."""
-        now = self.clock()
-        if self._began is None:
-            self._began = now
-            self._cost = guess()
-            self._spent = self.clock() - now
-            return None
-        assert self._cost is not None
-        if self._spent + self._cost > self._share * (now - self._began):
-            return None
-        done = do()
-        self._cost = self.clock() - now
-        self._spent += self._cost
-        return done
-
-
-_T = TypeVar("_T")
 _SMALL = 256  # the side of the matrix that is timed to guess the cost of larger ones
 
 
@@ -165,24 +160,10 @@ def _work(shape: tuple[int, ...]) -> float:
     return n**2 * (n + m / 5)
 
 
-def _site_values(site: Site) -> Tensor:
-    """The singular values of a layer's effective weight; from its factors if it has no base."""
-    held = _weight_or_factors(site)
-    if isinstance(held, Tensor):
-        return singular_values(held)
-    down, up = held
-    return product_singular_values(down.flatten(1), up.flatten(1))
-
-
-def _weight_or_factors(site: Site) -> Tensor | Factors:
-    """The effective weight of a site, or ``down`` and ``up`` where it is their product.
-
-    Joined in fp64, where rounding cannot raise a low rank.
-    """
-    assert site.form is not None
-    if isinstance(site.form, FullRank):
-        return site.effective()
-    if isinstance(site.form, LowRank) and isinstance(site.spec.decomposition(site.form), SVD):
-        return site.factors()
-    precisely = {name: precise(p) for name, p in site.parameters().items()}
-    return site.spec.turn(site.spec.effective(site.form, precisely))
+def _thinned(values: Tensor, count: int) -> tuple[float, ...]:
+    """At most ``count`` of the values, evenly from the first to the last."""
+    last = len(values) - 1
+    if count <= last:
+        places = [round(i * last / max(count - 1, 1)) for i in range(count)]
+        values = values[torch.tensor(places, dtype=torch.long, device=values.device)]
+    return tuple(values.tolist())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -15,9 +15,11 @@ from dynarank.fitting import Fitted, fit
 from dynarank.forecast import Forecast
 from dynarank.forms import Change, Plan, form_from_data, form_to_data
 from dynarank.gradients import WINDOW, Gradients
+from dynarank.memory_fitting import Settled
 from dynarank.monitors import SpectralMonitor
 from dynarank.norms import renew_statistics
 from dynarank.preflight import check_phase, scheduled_layers
+from dynarank.readings import SpectralReading
 from dynarank.rewarm import Rewarm
 from dynarank.schedules import (
     Budgeted,
@@ -32,6 +34,7 @@ from dynarank.schedules import (
     step_of,
     timeline,
 )
+from dynarank.schedules.data import schedule_from_data, schedule_to_data
 from dynarank.selection import LayerFilter, find_sites
 from dynarank.surgery import apply_plan, truncates
 from dynarank.transport import Moments, Optimizers, as_list, check_movable
@@ -123,7 +126,7 @@ class RankScheduler:
             self.gradients = Gradients(model, optimizers, length=calibration_steps)
         self.forecast = Forecast(lr_scheduler, total_steps)
         self.rewarm = Rewarm(optimizers, rewarm)
-        self.fitted: Fitted | None = None
+        self.fitted: Fitted | Settled | None = None
         if isinstance(schedule, Budgeted):
             self.fitted = fit(
                 schedule,
@@ -138,6 +141,7 @@ class RankScheduler:
         self.schedule: Schedule = schedule
         self.last_step = 0
         self.decisions: list[Decision] = []
+        self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
         self._patience = 0
         self._retry_at = 0
         self._plan: Plan | None = None  # as last applied
@@ -180,6 +184,7 @@ class RankScheduler:
             "patience": self._patience,
             "retry_at": self._retry_at,
             "schedule": dict(self._state),
+            "fitted": schedule_to_data(self.schedule) if self.fitted else None,
             "forecast": self.forecast.state_dict(),
             "rewarmed": self.rewarm.done,
             "decisions": [decision.to_data() for decision in self.decisions],
@@ -206,6 +211,8 @@ class RankScheduler:
             self._restore(plan)
         self.last_step = int(state["last_step"])
         self._patience, self._retry_at = int(state["patience"]), int(state["retry_at"])
+        if state["fitted"] is not None:  # seconds would be measured otherwise now
+            self.schedule = cast(Schedule, schedule_from_data(state["fitted"]))
         self._state = state["schedule"]
         self.forecast.load_state_dict(state["forecast"])
         self.rewarm.done = int(state["rewarmed"])
@@ -239,6 +246,7 @@ class RankScheduler:
         """Ask the schedule, and bring the model to its answer unless that is put off."""
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
         readings = self._read_spectra(self._readings())
+        self.spectra = readings.spectra
         plan, self._state, decisions = ask(self.schedule, self._state, clock, readings)
         self.decisions += decisions
         changes = self._apply(plan) if self.last_step >= self._retry_at else []

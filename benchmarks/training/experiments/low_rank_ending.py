@@ -21,7 +21,7 @@ import json
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from dynarank.forms import Rank
 from dynarank.selection import select
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
 from dynarank.train.host import commit, hardware
+from dynarank.train.images import ImageTask
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe, load_recipe
 
@@ -72,10 +73,17 @@ def plan_of(arm: str, share: float, model: nn.Module, recipe: Recipe, data: Imag
     )
 
 
+def tested(trainer: Trainer) -> tuple[float, float]:
+    """Loss and accuracy of the test set."""
+    found = trainer.evaluate()
+    return found.loss, found.scores["accuracy"]
+
+
 def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> dict[str, Any]:
     """Deflate a copy of the trained network, test, train further, test."""
     trainer = copy.deepcopy(trainer)
-    model, data, recipe = trainer.model, trainer.data, trainer.recipe
+    task, model, recipe = cast(ImageTask, trainer.task), trainer.model, trainer.recipe
+    data = task.data
     images = data.train_images[:CALIBRATION_IMAGES].split(128)
     calibration = dr.calibrate(model, images, layers=recipe.layers)
     plan = plan_of(arm, share, model, recipe, data, calibration)
@@ -84,15 +92,15 @@ def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> d
         model, plan, optimizer=trainer.optimizer,
         calibration=calibration if arm in ("whitened", "budgeted") else None,
     )  # fmt: skip
-    after = trainer.evaluate()
+    after = tested(trainer)
     model.train()
-    for step, (x, y) in enumerate(trainer.batches.epoch(epoch)):
+    for step, (x, y) in enumerate(task.batches.epoch(epoch)):
         if step == further:
             break
         F.cross_entropy(model(x), y, label_smoothing=recipe.label_smoothing).backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
-    later = trainer.evaluate()
+    later = tested(trainer)
     ranks = {p: getattr(f, "rank", "full") for p, f in dr.current_plan(model).items() if p in plan}
     return {
         "arm": arm, "share": share, "ranks": ranks,
@@ -109,7 +117,8 @@ def trained(recipe: Recipe, data: ImageData, seed: int, epochs: int, before: int
     """The network at the deflation, trained here or read from a file."""
     small = replace(data, test_images=data.test_images[:500], test_labels=data.test_labels[:500])
     machine = Machine(torch.device("cpu"), "fp32")
-    trainer = Trainer(recipe, "full-rank", small, seed=seed, epochs=epochs, machine=machine)
+    task = ImageTask(recipe, small, seed=seed)
+    trainer = Trainer(recipe, "full-rank", task, seed=seed, epochs=epochs, machine=machine)
     if start is not None and start.exists():
         saved = torch.load(start)
         trainer.model.load_state_dict(saved["model"])
@@ -117,7 +126,7 @@ def trained(recipe: Recipe, data: ImageData, seed: int, epochs: int, before: int
     else:
         for epoch in range(before):
             trainer.train_epoch(epoch)
-    trainer.data = data
+    task.data = data
     return trainer
 
 
@@ -144,7 +153,7 @@ def main() -> None:
     for seed in given.seeds:
         start = given.starts and given.starts / f"{given.recipe}-seed{seed}.pt"
         trainer = trained(recipe, data, seed, epochs, before, start)
-        loss, accuracy = trainer.evaluate()
+        loss, accuracy = tested(trainer)
         runs.append({"seed": seed, "arm": "full-rank", "loss_after": loss,
                      "accuracy_after": accuracy})  # fmt: skip
         for share in SHARES:

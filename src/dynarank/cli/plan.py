@@ -18,6 +18,7 @@ from dynarank.cost import LayerUse, ModelUse, trace
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
 from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.report.formats import bytes_text, count, ratio
+from dynarank.schedules import Phase, is_stateful
 from dynarank.selection import select
 from dynarank.survey import survey
 from dynarank.train.optimizers import OPTIMIZER_SLOTS
@@ -68,30 +69,35 @@ def plan(
         print(json.dumps(_data(chosen, schedule, use, cost) | measured, indent=2))
         return
     _show_layers(terminal, chosen, schedule, use, cost)
-    _show_phases(terminal, cost)
+    _show_phases(terminal, chosen, cost)
     if timings:
         show_timings(terminal, use, timings, machine)
     for line in _remarks(chosen, drawn.model, layers, use, cost):
         terminal.print(line)
 
 
-# Phases are planned to a thousandth of an epoch: how many steps an epoch has is the data's affair.
-_SCALE = 1000
+# How many steps an epoch has is the data's affair: phases are planned to a thousandth of an epoch,
+# or, where the schedule has a state and must be asked step by step, to a 10,000th of the run.
+_FINE, _STEPS = 1000, 10_000
 
 
-def _cost(recipe: Recipe, schedule: str, use: ModelUse, layers: list[str]) -> ScheduleCost:
+def _cost(recipe: Recipe, name: str, use: ModelUse, layers: list[str]) -> ScheduleCost:
+    schedule = recipe.schedule(name)
+    scale = max(1, _STEPS // recipe.epochs) if is_stateful(schedule) else _FINE
     return cost_schedule(
         use,
-        recipe.schedule(schedule),
+        schedule,
         layers,
-        recipe.epochs * _SCALE,
+        recipe.epochs * scale,
         optimizer_slots=OPTIMIZER_SLOTS[recipe.optimizer],
         forecast=forecast_rates(recipe),
     )
 
 
-def _epochs(steps: int) -> str:
-    return f"{steps / _SCALE:g}"
+def _span(recipe: Recipe, cost: ScheduleCost, phase: Phase) -> str:
+    """From which epoch to which."""
+    scale = cost.steps / recipe.epochs
+    return f"{phase.start / scale:g} to {phase.stop / scale:g}"
 
 
 def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> dict[str, Any]:
@@ -101,11 +107,11 @@ def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> d
         "relative_training_flops": cost.relative_training,
         "trainable_parameters_mean": cost.mean_trainable,
         "trainable_parameters_peak": cost.peak_trainable,
-        "phases": [_phase_data(use, phase) for phase in cost.phases],
+        "phases": [_phase_data(use, phase, cost.steps / recipe.epochs) for phase in cost.phases],
     }
 
 
-def _phase_data(use: ModelUse, cost: PhaseCost) -> dict[str, Any]:
+def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
     layers = [
         {
             "layer": path,
@@ -116,8 +122,8 @@ def _phase_data(use: ModelUse, cost: PhaseCost) -> dict[str, Any]:
         for path, form in cost.phase.plan.items()
     ]
     return {
-        "start_epoch": cost.phase.start / _SCALE,
-        "stop_epoch": cost.phase.stop / _SCALE,
+        "start_epoch": cost.phase.start / scale,
+        "stop_epoch": cost.phase.stop / scale,
         "trainable_parameters": cost.trainable_parameters,
         "total_parameters": cost.total_parameters,
         "relative_forward_flops": cost.relative_forward,
@@ -136,7 +142,7 @@ def _show_layers(
     terminal: Console, recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost
 ) -> None:
     title = f"{recipe.name}, {schedule}: form, trainable parameters, FLOPs by layer and epochs"
-    phases = [f"{_epochs(c.phase.start)} to {_epochs(c.phase.stop)}" for c in cost.phases]
+    phases = [_span(recipe, cost, one.phase) for one in cost.phases]
     table = right_aligned(title, ["layer", "weight"], phases)
     for path in cost.phases[0].phase.plan:
         one = use.layers[path]
@@ -153,13 +159,13 @@ def _cell(use: LayerUse, form: Form) -> str:
     return f"{name} {trained:,} {_relative(use, form):.3f}x"
 
 
-def _show_phases(terminal: Console, cost: ScheduleCost) -> None:
+def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     numbers = ["trainable", "all", "forward", "training", "state"]
     table = right_aligned("Per phase, whole model", ["epochs", "form"], numbers)
     for one in cost.phases:
         names = sorted({form_name(form) for form in one.phase.plan.values()})
         table.add_row(
-            f"{_epochs(one.phase.start)} to {_epochs(one.phase.stop)}",
+            _span(recipe, cost, one.phase),
             ", ".join(names),
             count(one.trainable_parameters),
             count(one.total_parameters),
@@ -173,7 +179,7 @@ def _show_phases(terminal: Console, cost: ScheduleCost) -> None:
     terminal.print(table)
     terminal.print(
         "Trainable and all: parameters. Forward and training: FLOPs relative to full-rank. State: "
-        "parameters, gradients and momentum in fp32; activations come on top.\n"
+        "parameters, gradients and the optimizer's state in fp32; activations come on top.\n"
     )
 
 

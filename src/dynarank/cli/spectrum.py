@@ -1,30 +1,41 @@
-"""``dynarank spectrum``: the rank health of any checkpoint."""
+"""``dynarank spectrum``: the rank health of any checkpoint, or of two side by side."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.text import Text
 
-from dynarank.cli.show import console, right_aligned
+from dynarank.cli.show import console
+from dynarank.cli.spectrum_rows import COLUMNS, PAIR_COLUMNS, pair_cells, single_cells
+from dynarank.cli.streaming import StreamedTable
 from dynarank.forms import resolve_rank
 from dynarank.report.spectra import spectrum_figure
+from dynarank.report.spectra_pair import spectrum_pair_figure
 from dynarank.spectrum import effective_rank, energy_rank, spectral_ratio, stable_rank
-from dynarank.weights import WeightSpectrum, file_spectra
+from dynarank.weight_files import WeightFiles, open_weights
+from dynarank.weights import StoredWeight, WeightSpectrum, read_spectrum, stored_weights
 
 __all__ = ["spectrum"]
 
 _FORMATS = (".png", ".svg", ".pdf")
-_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def spectrum(
-    file: Annotated[Path, typer.Argument(help="A .safetensors file of any model's weights.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="Any model's weights: a .safetensors file, a sharded Hugging Face folder, a run."
+        ),
+    ],
+    other: Annotated[
+        Path | None,
+        typer.Argument(help="A second one, to see beside the first, layers matched by name."),
+    ] = None,
     rank: Annotated[
         float,
         typer.Option(help="Where lambda is taken: a share of the outputs up to 1, else a rank."),
@@ -40,9 +51,12 @@ def spectrum(
 ) -> None:
     """Rank health of every weight in FILE: a table and a picture.
 
+    One weight is in memory at a time, and rows come as they are ready.
+
     Effective rank is exp of the entropy of s / sum s, stable rank sum s^2 / s1^2, energy rank the
     directions that hold 99% of sum s^2, lambda the first r singular values' share of sum s. Each
-    is of the weight as a matrix, out x (in * kernel positions).
+    is of the weight as a matrix, out x (in * kernel positions). The factors of a low-rank layer
+    count as their product.
     """
     if not 0 < rank < float("inf"):
         raise ValueError(f"--rank is a share up to 1 or a number of directions, got {rank}")
@@ -50,15 +64,58 @@ def spectrum(
         raise ValueError(
             f"--plot wants a file in a folder there is, ending in {_FORMATS}; got {plot}"
         )
-    spectra = list(file_spectra(file))
-    rows = [_row(weight, rank) for weight in spectra]
+    paths = [file] if other is None else [file, other]
+    models = [_Model(path, rank) for path in paths]
     terminal = console(quiet_stdout=as_json)
+    rows = list(_rows(models, terminal, None if as_json else _title(paths)))
     if as_json:
-        print(json.dumps({"file": str(file), "layers": rows}, indent=2))
-    else:
-        _show(terminal, file, rows)
+        key: dict[str, Any] = (
+            {"file": str(file)} if other is None else {"files": [*map(str, paths)]}
+        )
+        print(json.dumps({**key, "layers": rows}, indent=2))
     if not no_plot:
-        _picture(terminal, plot or Path(f"{file.stem}-spectrum.png"), spectra)
+        stem = "-".join(dict.fromkeys(_stem(path) for path in paths))
+        _picture(terminal, plot or Path(f"{stem}-spectrum.png"), models)
+
+
+class _Model:
+    """One of the command's models: its weights by name, and the spectra read so far."""
+
+    def __init__(self, path: Path, rank: float) -> None:
+        self.files: WeightFiles = open_weights(path)
+        self.weights: dict[str, StoredWeight] = {w.name: w for w in stored_weights(self.files)}
+        self.label, self._rank = str(path), rank
+        self.values: dict[str, list[float]] = {}
+
+    def row(self, name: str) -> dict[str, Any] | None:
+        """The figures of a weight; None if it is not here."""
+        if name not in self.weights:
+            return None
+        spectrum = read_spectrum(self.files, self.weights[name])
+        if spectrum.values is not None:
+            self.values[name] = spectrum.values.tolist()
+        return _row(spectrum, self._rank)
+
+
+def _rows(models: list[_Model], terminal: Console, title: str | None) -> Iterator[dict[str, Any]]:
+    """A row for each weight, shown when it is ready if there is a title."""
+    names = list(dict.fromkeys(name for model in models for name in model.weights))
+    shapes = [
+        _shape(model.weights[n].shape) for n in names for model in models if n in model.weights
+    ]
+    columns = COLUMNS if len(models) == 1 else PAIR_COLUMNS
+    with StreamedTable(terminal, title, columns, names, shapes) as table:
+        for name in names:
+            table.working_on(name)
+            found = [model.row(name) for model in models]
+            if len(found) == 1:
+                assert found[0] is not None
+                row, cells = found[0], single_cells(found[0])
+            else:
+                row = {"layer": name, "first": found[0], "second": found[1]}
+                cells = pair_cells(found[0], found[1])
+            table.add(name, _shapes(found), cells)
+            yield row
 
 
 def _row(weight: WeightSpectrum, rank: float) -> dict[str, Any]:
@@ -84,44 +141,36 @@ def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:
     return resolve_rank(rank, shape) if rank <= 1 else min(int(rank), limit)
 
 
-def _show(terminal: Console, file: Path, rows: list[dict[str, Any]]) -> None:
-    numbers = ["full", "effective", "of full", "stable", "99%", "lambda"]
-    table = right_aligned(escape(f"Rank health of {file.name}"), ["layer", "shape"], numbers)
-    table.add_column("singular values", no_wrap=True)
-    for row in rows:
-        shape = "x".join(map(str, row["shape"]))
-        if not row["finite"]:
-            table.add_row(Text(row["layer"]), shape, "", "not finite", "", "", "", "", "")
-            continue
-        table.add_row(
-            Text(row["layer"]),
-            shape,
-            str(row["full_rank"]),
-            f"{row['effective_rank']:.1f}",
-            f"{row['effective_rank'] / max(row['full_rank'], 1):.0%}",
-            f"{row['stable_rank']:.1f}",
-            str(row["energy_rank"]),
-            f"{row['lambda']:.3f}",
-            _sparkline(row["singular_values"]),
-        )
-    terminal.print(table)
+def _shape(shape: tuple[int, ...] | list[int]) -> str:
+    return "x".join(map(str, shape))
 
 
-def _sparkline(values: list[float], width: int = 16) -> str:
-    """The decay s_i / s1 at ``width`` places, as block characters."""
-    if not values or not values[0] > 0:
-        return ""
-    places = [values[i * len(values) // width] / values[0] for i in range(min(width, len(values)))]
-    return "".join(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)] for share in places)
+def _shapes(found: list[dict[str, Any] | None]) -> str:
+    """The shape, or both where they differ."""
+    return " / ".join(dict.fromkeys(_shape(row["shape"]) for row in found if row is not None))
 
 
-def _picture(terminal: Console, place: Path, spectra: list[WeightSpectrum]) -> None:
-    values = {weight.name: weight.values for weight in spectra if weight.values is not None}
-    if not values:
+def _title(paths: list[Path]) -> str:
+    if len(paths) == 1:
+        return f"Rank health of {paths[0].name or paths[0]}"
+    return f"Rank health: A = {paths[0]}, B = {paths[1]}"
+
+
+def _stem(path: Path) -> str:
+    """A name for the picture: the file's, or, where that is everybody's, its folder's."""
+    path = path.resolve()
+    return path.name if path.is_dir() else path.name.split(".", 1)[0]
+
+
+def _picture(terminal: Console, place: Path, models: list[_Model]) -> None:
+    if not any(model.values for model in models):
         return
     try:
-        figure = spectrum_figure({name: v.tolist() for name, v in values.items()})
+        if len(models) == 1:
+            figure = spectrum_figure(models[0].values)
+        else:
+            figure = spectrum_pair_figure({model.label: model.values for model in models})
         figure.savefig(place)
-        terminal.print(f"Picture: {place}")
+        terminal.print(f"Picture: {place}", soft_wrap=True, markup=False)
     except ImportError as error:
-        terminal.print(f"No picture: {error}")
+        terminal.print(f"No picture: {error}", markup=False)

@@ -29,7 +29,7 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(help="Folder (or .npz) of the data set; 'hub' fetches it by name; "
-                     "default: $DYNARANK_DATA. digits needs none."),
+                     "default: $DYNARANK_DATA. digits and text-gpt need none."),
     ] = None,
     schedule: Annotated[
         str | None,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["spectrum_figure"]
+__all__ = ["rank_share", "sound", "spectrum_figure"]
 
 _FLOOR = 1e-3
 _FEW_LAYERS = 4
@@ -61,20 +61,20 @@ def _check(spectra: Mapping[str, Sequence[float]]) -> None:
         raise ValueError(f"layer {empty[0]!r} has no singular value")
 
 
-def _sound(values: Sequence[float]) -> bool:
+def sound(values: Sequence[float]) -> bool:
     """Tell whether a spectrum can be drawn: finite and not all zero."""
     return all(map(math.isfinite, values)) and max(values) > 0
 
 
-def _share(values: Sequence[float], rank: Callable[[Tensor], float]) -> float:
+def rank_share(values: Sequence[float], rank: Callable[[Tensor], float]) -> float:
     """Divide a rank by the full rank; a spectrum that cannot be drawn gets nothing."""
     exact = torch.tensor(values, dtype=torch.float64)
-    return rank(exact) / len(values) if _sound(values) else 0.0
+    return rank(exact) / len(values) if sound(values) else 0.0
 
 
 def _lowest(spectra: Mapping[str, Sequence[float]], limit: int) -> list[str]:
     """Choose the ``limit`` layers of the lowest effective rank, in the order they came."""
-    ranked = sorted(spectra, key=lambda name: _share(spectra[name], effective_rank))
+    ranked = sorted(spectra, key=lambda name: rank_share(spectra[name], effective_rank))
     kept = set(ranked[:limit])
     return [name for name in spectra if name in kept]
 
@@ -88,7 +88,7 @@ def _spectrum_lines(figure: Figure, axes: Axes, spectra: Mapping[str, Sequence[f
     scale = depth_colormap()
     for index, (name, values) in enumerate(spectra.items()):
         shares = [(i + 1) / len(values) for i in range(len(values))]
-        heights = [value / values[0] for value in values] if _sound(values) else []
+        heights = [value / values[0] for value in values] if sound(values) else []
         colour = scale(index / max(len(spectra) - 1, 1))
         width = 1.6 if few else max(0.5, 1.3 - len(spectra) / 100)
         axes.plot(shares[: len(heights)], heights, color=colour, linewidth=width, label=shown(name))
@@ -109,14 +109,14 @@ def _rank_bars(axes: Axes, spectra: Mapping[str, Sequence[float]], total: int) -
     from matplotlib.ticker import PercentFormatter
 
     rows = range(len(spectra))
-    effective = [_share(values, effective_rank) for values in spectra.values()]
-    stable = [_share(values, stable_rank) for values in spectra.values()]
+    effective = [rank_share(values, effective_rank) for values in spectra.values()]
+    stable = [rank_share(values, stable_rank) for values in spectra.values()]
     axes.barh(
         [row - 0.19 for row in rows], effective, 0.36, color=_EFFECTIVE, label="effective rank"
     )
     axes.barh([row + 0.19 for row in rows], stable, 0.36, color=_STABLE, label="stable rank")
     for row, values in zip(rows, spectra.values(), strict=True):
-        if not _sound(values):
+        if not sound(values):
             axes.text(0.01, row, "zero or not finite", va="center", fontsize=8, color="#a40e26")
     axes.set_yticks(list(rows), [shown(name, 34) for name in spectra], fontsize=8)
     axes.set(xlim=(0, 1), ylim=(len(spectra) - 0.4, -0.6), xlabel="share of full rank")

@@ -5,14 +5,13 @@ A run's records are read here as plain data, as the lines of ``records.jsonl`` h
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dynarank.forms import Form, Plan
+from dynarank.forms import Form, FullRank, Plan
 from dynarank.readings import SpectralReading
-from dynarank.schedules.base import Clock, Decision, Readings, StatefulSchedule
+from dynarank.schedules.base import Clock, Decision, Readings, StatefulSchedule, step_of
 from dynarank.schedules.data import serialisable
 
 __all__ = [
@@ -135,6 +134,8 @@ def decide_again(
     layers: Mapping[str, tuple[int, ...]],
     total_steps: int,
     spectra: Mapping[int, Mapping[str, SpectralReading]],
+    *,
+    before: Form = FullRank(),  # noqa: B008 (frozen)
     changes: Mapping[int, Mapping[str, Form]] | None = None,
 ) -> list[Decision]:
     """What the schedule decides from recorded readings: the recorded decisions, if all is well.
@@ -143,34 +144,33 @@ def decide_again(
         schedule: as the run had it.
         layers: the weights' shapes, by path.
         total_steps: of the run.
-        spectra: what the schedule was given, by step.
+        spectra: what the schedule was given, by step; spectra of other steps than those at which it
+            asks for them are left out.
+        before: the form that the layers had before the first plan was applied.
         changes: the forms that layers were changed to after a step, by step and path. None: as the
             schedule said, at once.
 
     Example:
         >>> from dynarank.schedules import closed_loop
         >>> schedule = closed_loop(2, patience=1, warmup=0.0)
-        >>> ranks = [8.0, 4.0]
         >>> spectra = {step: {"a": SpectralReading(rank, 2.0, 3, 1.0, rank=9, full_rank=9)}
-        ...            for step, rank in enumerate(ranks)}
+        ...            for step, rank in ((1, 8.0), (2, 4.0))}
         >>> [(d.step, d.reason) for d in decide_again(schedule, {"a": (9, 9)}, 10, spectra)]
-        [(1, 'effective rank has fallen from its best')]
+        [(2, 'effective rank has fallen from its best')]
     """
-    return list(_decisions(schedule, layers, total_steps, spectra, changes))
-
-
-def _decisions(
-    schedule: StatefulSchedule,
-    layers: Mapping[str, tuple[int, ...]],
-    total_steps: int,
-    spectra: Mapping[int, Mapping[str, SpectralReading]],
-    changes: Mapping[int, Mapping[str, Form]] | None,
-) -> Iterator[Decision]:
-    state, forms = schedule.start(), dict[str, Form]()
-    later = defaultdict[int, Mapping[str, Form]](dict, changes or {})
+    every = schedule.spectra_every
+    stride = None if every is None else max(1, step_of(every, total_steps))
+    state, forms = schedule.start(), dict[str, Form].fromkeys(layers, before)
+    found: list[Decision] = []
     for done in range(total_steps + 1):  # also after the last step, when the clock stands still
         clock = Clock(min(done, total_steps - 1), total_steps)
-        readings = Readings(layers, forms=forms, spectra=spectra.get(done, {}))
-        plan, state, decided = schedule.update(state, clock, readings)
-        yield from decided
-        forms = dict(plan) if changes is None or done == 0 else {**forms, **later[done]}
+        seen = spectra.get(done, {}) if stride and done % stride == 0 else {}
+        plan, state, decisions = schedule.update(
+            state, clock, Readings(layers, forms=forms, spectra=seen)
+        )
+        found += decisions
+        if changes is None or done == 0:
+            forms = dict(plan)
+        else:
+            forms = {**forms, **changes.get(done, {})}
+    return found

@@ -235,8 +235,8 @@ def closed_loop(
         rank: of the low-rank layers and of the adaptors.
         fall: inflate when the effective rank is this share below its best since the last change.
         saturation: inflate a low-rank layer when its effective rank is above this share of its
-            rank. Random factors are: theirs starts at 0.97 to 1.0 of the rank and falls as the
-            layer learns, so that before the end of ``warmup`` this would say nothing. Keep
+            rank. That of random factors is nearly the rank, and falls as the layer learns, so that
+            before the end of ``warmup`` this would say nothing. Keep
             ``saturation > 1 - fall``, or every layer meets one of the two rules.
         settled: deflate when the smoothed stable rank moves by less than this share of itself from
             one reading to the next. It belongs to ``spectra_every``: readings twice as far apart

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
+
+from dynarank.train.draws import epoch_generator
 
 __all__ = ["Batches", "crop_and_flip"]
 
@@ -102,11 +103,11 @@ class Batches:
     def _draws(self, epoch: int) -> _Draws:
         """Drawn on the CPU, so that all devices see the same; moved once an epoch."""
         count, device = len(self.images), self.images.device
-        ordering = _generator(self.seed, _ORDER, 0 if self.shuffle == "once" else epoch)
+        ordering = epoch_generator(self.seed, _ORDER, 0 if self.shuffle == "once" else epoch)
         order = torch.randperm(count, generator=ordering).to(device)
         if not self.augment:
             return _Draws(order, None, None)
-        generator = _generator(self.seed, _AUGMENTATION, epoch)
+        generator = epoch_generator(self.seed, _AUGMENTATION, epoch)
         offsets = torch.randint(0, 2 * PAD + 1, (count, 2), generator=generator)
         flips = torch.randint(0, 2, (count,), generator=generator).bool()
         return _Draws(order, offsets.to(device), flips.to(device))
@@ -145,11 +146,6 @@ def crop_and_flip(
     flat = rows[:, :, None] * padded.shape[3] + columns[:, None, :]  # (N, H, W)
     index = flat.view(count, 1, -1).expand(-1, channels, -1)
     return padded.flatten(2).gather(2, index).view(images.shape)
-
-
-def _generator(seed: int, stream: int, epoch: int) -> torch.Generator:
-    state = np.random.SeedSequence([seed, stream, epoch]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0]))
 
 
 def _check_tensors(images: torch.Tensor, labels: torch.Tensor) -> None:

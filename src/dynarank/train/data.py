@@ -17,9 +17,20 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dynarank.train.cifar10_files import CLASSES, DataError, RawImages, read_files, read_hub
+from dynarank.train.cifar_files import CIFAR10, CIFAR100
+from dynarank.train.idx_files import FASHION_MNIST
+from dynarank.train.image_files import DataError, ImageFiles, RawImages, read_files, read_hub
 
-__all__ = ["DataError", "ImageData", "limit", "limit_test", "load_cifar10", "load_digits_data"]
+__all__ = [
+    "DataError",
+    "ImageData",
+    "limit",
+    "limit_test",
+    "load_cifar10",
+    "load_cifar100",
+    "load_digits_data",
+    "load_fashion_mnist",
+]
 
 _SPLIT_SEED = 0  # the split of the digits; part of the data set's definition, not an option
 _ORDER_SEED = 0  # the order in which `limit` takes images; likewise
@@ -80,16 +91,51 @@ def load_cifar10(folder: str | None) -> ImageData:
         ImportError: if the hub is asked for without the ``data`` extra.
 
     """
+    return _load(CIFAR10, "the binary version, cifar-10-binary.tar.gz unpacked", folder)
+
+
+def load_cifar100(folder: str | None) -> ImageData:
+    """CIFAR-100 with its 100 fine labels: 50,000 + 10,000 images of 3 x 32 x 32.
+
+    Args:
+        folder: as for :func:`load_cifar10`: the binary version is ``train.bin`` and ``test.bin``,
+            itself or in ``cifar-100-binary/``; the .npz file is ``cifar100.npz``.
+
+    Raises:
+        DataError: if no place is named, or what is there is absent, incomplete or damaged.
+        ImportError: if the hub is asked for without the ``data`` extra.
+
+    """
+    return _load(CIFAR100, "the binary version, cifar-100-binary.tar.gz unpacked", folder)
+
+
+def load_fashion_mnist(folder: str | None) -> ImageData:
+    """Fashion-MNIST: 60,000 + 10,000 images of 1 x 28 x 28.
+
+    Args:
+        folder: as for :func:`load_cifar10`: the idx files, as they are or as .gz, themselves or in
+            ``fashion-mnist/`` or ``FashionMNIST/raw/``; the .npz file is ``fashion-mnist.npz``.
+
+    Raises:
+        DataError: if no place is named, or what is there is absent, incomplete or damaged.
+        ImportError: if the hub is asked for without the ``data`` extra.
+
+    """
+    return _load(FASHION_MNIST, "its four idx files", folder)
+
+
+def _load(files: ImageFiles, standard: str, folder: str | None) -> ImageData:
     place = os.environ.get("DYNARANK_DATA", "") if folder is None else folder
     if not place:
         raise DataError(
-            "CIFAR-10 was asked for and no place to read it from was named (DYNARANK_DATA is not "
-            "set). Name (1) a folder that holds the binary version, cifar-10-binary.tar.gz "
-            "unpacked; (2) an .npz file with x_train, y_train, x_test, y_test; or (3) the word "
-            "hub, to download it (needs pip install 'dynarank[data]'): as --data or DYNARANK_DATA"
+            f"{files.name} was asked for and no place to read it from was named (DYNARANK_DATA is "
+            f"not set). Name (1) a folder that holds {standard}; (2) an .npz file with x_train, "
+            "y_train, x_test, y_test; or (3) the word hub, to download it (needs pip install "
+            "'dynarank[data]'): as --data or DYNARANK_DATA"
         )
-    raw = read_hub() if place == "hub" else read_files(Path(place).expanduser())
-    return _normalised(raw, classes=CLASSES, scale=255)
+    hub = place == "hub"
+    raw = read_hub(files) if hub else read_files(files, Path(place).expanduser())
+    return _normalised(raw, classes=files.classes, scale=255)
 
 
 def limit(data: ImageData, train_limit: int) -> ImageData:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dynarank.monitors import SpectralMonitor
@@ -36,8 +36,16 @@ class HealthRecorder:
         """The weights after an epoch."""
         self._spectrum()
 
+    def given(self, readings: Mapping[str, SpectralReading]) -> None:
+        """What the schedule has been given to decide by, before any change that it made of it."""
+        if readings:
+            self._write(readings)
+
     def _spectrum(self) -> None:
-        layers = {path: _layer(reading) for path, reading in self.monitor.read().items()}
+        self._write(self.monitor.read())
+
+    def _write(self, readings: Mapping[str, SpectralReading]) -> None:
+        layers = {path: _layer(reading) for path, reading in readings.items()}
         self.write(
             SpectrumRecord(epoch=self.trainer.epochs_done, step=self.trainer.done, layers=layers)
         )

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from dynarank.records import Metric
 from dynarank.train.batches import Batches
-from dynarank.train.data import ImageData, limit, limit_test, load_cifar10, load_digits_data
+from dynarank.train.data import (
+    ImageData,
+    limit,
+    limit_test,
+    load_cifar10,
+    load_cifar100,
+    load_digits_data,
+    load_fashion_mnist,
+)
 from dynarank.train.recipes import Recipe, RecipeError
 from dynarank.train.task import Evaluation
 from dynarank.train.tasks import Sketch, build_model
@@ -41,6 +49,8 @@ class ImageSet:
 IMAGE_SETS = {
     "digits": ImageSet((1, 8, 8), 10, lambda place: load_digits_data()),
     "cifar10": ImageSet((3, 32, 32), 10, load_cifar10),
+    "cifar100": ImageSet((3, 32, 32), 100, load_cifar100),
+    "fashion-mnist": ImageSet((1, 28, 28), 10, load_fashion_mnist),
 }
 
 

@@ -130,6 +130,7 @@ class Trainer:
             schedule,
             self.total_steps,
             layers=recipe.layers,
+            lr_scheduler=forecast_rates(recipe),
             moments=recipe.moments,
         )
         self.plan = current_plan(self.model)

@@ -16,12 +16,12 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from dynarank.forecast import POINTS
+
 if TYPE_CHECKING:
     from dynarank.train.recipes import Recipe
 
-__all__ = ["POINTS", "forecast_rates", "make_lr_scheduler"]
-
-POINTS = 1001  # a forecast's values, at equal distances from the first step to the last
+__all__ = ["forecast_rates", "make_lr_scheduler"]
 
 
 def make_lr_scheduler(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> LRScheduler:
@@ -75,19 +75,19 @@ def _after_warmup(recipe: Recipe, optimizer: Optimizer, total_steps: int, warm: 
 
 
 def forecast_rates(recipe: Recipe) -> tuple[float, ...]:
-    """The learning rate over a recipe's run, 1 at its peak, at 1,001 equal distances.
+    """The learning rate over a recipe's run, at equal distances from its first step to its last.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
         >>> rates = forecast_rates(load_recipe("cifar10-resnet20"))
         >>> len(rates), rates[0], round(rates[700], 6), round(rates[-1], 6)
-        (1001, 1.0, 0.1, 0.01)
+        (1001, 0.1, 0.01, 0.001)
     """
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
     scheduler = make_lr_scheduler(recipe, stand_in, POINTS)
     rates: list[float] = []
     for _ in range(POINTS):
-        rates.append(float(stand_in.param_groups[0]["lr"]) / recipe.learning_rate)
+        rates.append(float(stand_in.param_groups[0]["lr"]))
         stand_in.step()
         scheduler.step()
     return tuple(rates)

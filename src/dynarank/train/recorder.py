@@ -138,8 +138,9 @@ class Recorder:
             self.listener.changed(trainer.epochs_done, changes)
 
     def _decided(self) -> None:
-        """What the schedule has decided since the last step."""
-        decisions = getattr(self.trainer.ranks, "decisions", [])
+        """What the schedule has been given and has decided since the last step."""
+        self.health.given(self.trainer.ranks.spectra)
+        decisions = self.trainer.ranks.decisions
         for decision in decisions[self._decisions :]:
             self.write(
                 DecisionRecord(

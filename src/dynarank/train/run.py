@@ -66,6 +66,7 @@ def run_schedule(
         "seed": seed,
         "epochs": epochs,
         "train_size": task.train_size,
+        "data": dict(getattr(task, "facts", {})),  # where the recipe alone does not say which
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     takers: list[Sink] = [RecordWriter(folder), *sinks]

@@ -26,19 +26,34 @@ if TYPE_CHECKING:
 
 __all__ = ["DATA", "MODELS", "Sketch", "build_model", "make_task", "sketch"]
 
+_GLUE, _TEXT_MODELS = "dynarank.train.glue", "dynarank.train.text_models"
 _IMAGES, _IMAGE_MODELS = "dynarank.train.images", "dynarank.train.models"
 
 DATA: dict[str, str] = {
     "digits": _IMAGES,
     "cifar10": _IMAGES,
+    "cifar100": _IMAGES,
+    "fashion-mnist": _IMAGES,
+    "text": "dynarank.train.language_task",
+    "imdb": "dynarank.train.imdb",
+    "sst2": _GLUE,
+    "mrpc": _GLUE,
+    "cola": _GLUE,
+    "rte": _GLUE,
+    "stsb": _GLUE,
 }
 """The module that makes the task, by the name of the data set."""
 
 MODELS: dict[str, str] = {
     "digits-net": _IMAGE_MODELS,
+    "mlp": _IMAGE_MODELS,
+    "resnet8": _IMAGE_MODELS,
     "resnet20": _IMAGE_MODELS,
     "wrn-16-4": _IMAGE_MODELS,
     "wrn-28-10": _IMAGE_MODELS,
+    "bert": _TEXT_MODELS,
+    "bilstm": _TEXT_MODELS,
+    "gpt": _TEXT_MODELS,
 }
 """The module that builds the network, by its name."""
 

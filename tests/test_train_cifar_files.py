@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from dynarank.train import cifar10_files
-from dynarank.train.data import DataError, ImageData, load_cifar10
+from dynarank.train import cifar_files
+from dynarank.train.cifar_files import CIFAR10
+from dynarank.train.data import DataError, ImageData, load_cifar10, load_cifar100
+from dynarank.train.image_files import read_files
 
 RECORDS = 20
 TRAIN = 5 * RECORDS
@@ -16,7 +18,7 @@ BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cifar10_files, "RECORDS_PER_FILE", RECORDS)
+    monkeypatch.setattr(cifar_files, "CIFAR10_RECORDS", RECORDS)
     monkeypatch.delenv("DYNARANK_DATA", raising=False)
 
 
@@ -220,7 +222,7 @@ def test_damaged_npz_raises_or_reads_true(tmp_path: Path, save: object) -> None:
         damaged = whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]
         path.write_bytes(whole[:at] if at % 10 == 0 else damaged)
         try:
-            raw = cifar10_files.read_files(path)
+            raw = read_files(CIFAR10, path)
         except DataError:
             raised += 1
         else:
@@ -237,3 +239,81 @@ def test_npz_whose_header_claims_fewer_bytes(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"'<i8'", b"'<i4'"))
     with pytest.raises(DataError, match="checksum"):
         load_cifar10(str(path))
+
+
+# CIFAR-100: records of a coarse label, a fine one and the pixels.
+
+FINE = {"train.bin": 50, "test.bin": 20}
+
+
+@pytest.fixture
+def hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Small files: the fine label of record i is 7 i mod 100, its coarse one i mod 20."""
+    monkeypatch.setattr(cifar_files, "CIFAR100_RECORDS", FINE)
+    rng = np.random.default_rng(0)
+    for name, count in FINE.items():
+        at = np.arange(count)[:, None]
+        pixels = rng.integers(0, 256, (count, 3072))
+        np.concatenate([at % 20, at * 7 % 100, pixels], 1).astype(np.uint8).tofile(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize("inside", [".", "cifar-100-binary"])
+def test_cifar100_has_the_fine_labels(hundred: Path, inside: str) -> None:
+    (hundred / inside).mkdir(exist_ok=True)
+    for name in FINE:
+        (hundred / name).rename(hundred / inside / name)
+    data = load_cifar100(str(hundred))
+    assert data.classes == 100
+    assert data.train_labels.tolist() == [7 * i % 100 for i in range(50)]
+    assert data.test_labels.tolist() == [7 * i % 100 for i in range(20)]
+    pixels = np.fromfile(hundred / inside / "train.bin", np.uint8).reshape(50, 3074)[:, 2:]
+    wanted = (pixels - pixels.mean(0)) / pixels.std(0)
+    found = data.train_images.flatten(1).double()
+    torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "byte", "value", "message"),
+    [
+        ("train.bin", 3074 * 4, 20, r"train.bin: labels must be 0 to 19, but record 4 has .* 20"),
+        (
+            "test.bin",
+            3074 * 9 + 1,
+            100,
+            r"test.bin: labels must be 0 to 99, but record 9 .*100",
+        ),
+        ("test.bin", None, 0, r"test.bin must be exactly 61,480 bytes \(20 records of 3,074\)"),
+    ],
+)
+def test_cifar100_damaged(
+    hundred: Path, name: str, byte: int | None, value: int, message: str
+) -> None:
+    content = bytearray((hundred / name).read_bytes())
+    if byte is None:
+        content = content[:-1]
+    else:
+        content[byte] = value
+    (hundred / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_cifar100(str(hundred))
+
+
+def test_cifar100_missing(hundred: Path) -> None:
+    (hundred / "test.bin").unlink()
+    with pytest.raises(DataError, match=r"CIFAR-100's binary version has 2 files; test.bin is"):
+        load_cifar100(str(hundred))
+    (hundred / "train.bin").unlink()
+    with pytest.raises(DataError, match=r"hold train.bin and test.bin .*cifar-100-binary/.*empty"):
+        load_cifar100(str(hundred))
+
+
+def test_cifar100_from_the_hub(monkeypatch: pytest.MonkeyPatch, images: np.ndarray) -> None:
+    def load_dataset(name: str) -> dict[str, dict[str, list]]:
+        assert name == "uoft-cs/cifar100"
+        pixels = list(images.transpose(0, 2, 3, 1))
+        part = {"img": pixels[:20], "fine_label": [99] * 20, "coarse_label": [0] * 20}
+        return {"train": part, "test": part}
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    assert load_cifar100("hub").test_labels.tolist() == [99] * 20

@@ -1,0 +1,32 @@
+"""Random choices of an epoch that depend on nothing but seed, purpose and epoch."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+__all__ = ["epoch_generator"]
+
+
+def epoch_generator(seed: int, stream: int, epoch: int) -> torch.Generator:
+    """A generator on the CPU, the same on every device and whatever else draws random numbers.
+
+    Args:
+        seed: of the run, not negative.
+        stream: one number for each purpose; different streams are independent.
+        epoch: counted from 0.
+
+    Raises:
+        ValueError: if ``seed`` or ``epoch`` is negative.
+
+    Example:
+        >>> draws = [torch.rand(1, generator=epoch_generator(0, 0, epoch)) for epoch in (3, 3, 4)]
+        >>> bool(draws[0] == draws[1]), bool(draws[0] == draws[2])
+        (True, False)
+    """
+    if epoch < 0:
+        raise ValueError(f"epoch {epoch} was asked for; epochs are counted from 0")
+    if seed < 0:
+        raise ValueError(f"seed {seed} was asked for; a seed must not be negative")
+    state = np.random.SeedSequence([seed, stream, epoch]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))

@@ -1,0 +1,178 @@
+"""Five tasks of GLUE as their users have them: its own .tsv files, or the Hugging Face hub.
+
+GLUE's test labels are not public: as everywhere, its ``dev`` part is what is tested on.
+
+=======  =======  =======================================  ======================
+task     folder   one line                                 judged by
+=======  =======  =======================================  ======================
+sst2     SST-2    sentence, label                          accuracy
+mrpc     MRPC     label, id, id, sentence, sentence        F1, accuracy
+cola     CoLA     source, label, mark, sentence; no title  Matthews correlation
+rte      RTE      index, sentence, sentence, label         accuracy
+stsb     STS-B    7 fields, sentence, sentence, score      Spearman, Pearson
+=======  =======  =======================================  ======================
+
+Reference: Wang et al., GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language
+Understanding, arXiv 1804.07461, 2018.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynarank.train.data import DataError
+from dynarank.train.sentences import SentenceData, Sentences
+
+__all__ = ["GLUE", "GlueTask", "read_glue", "read_glue_hub"]
+
+HUB_NAME = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """Where a task's files hold what; fields are counted from 0.
+
+    Args:
+        folder: the name of its folder.
+        fields: how many a line has, separated by tabs.
+        first: the field of the sentence, or of the first of two.
+        second: that of the second, if there are two.
+        label: that of the label.
+        labels: how each class is written; None where the label is a score from 0 to 5.
+        title: whether the first line names the fields.
+    """
+
+    folder: str
+    fields: int
+    first: int
+    label: int
+    second: int | None = None
+    labels: tuple[str, ...] | None = ("0", "1")
+    title: bool = True
+
+
+GLUE: dict[str, GlueTask] = {
+    "sst2": GlueTask("SST-2", fields=2, first=0, label=1),
+    "mrpc": GlueTask("MRPC", fields=5, first=3, second=4, label=0),
+    "cola": GlueTask("CoLA", fields=4, first=3, label=1, title=False),
+    "rte": GlueTask(
+        "RTE", fields=4, first=1, second=2, label=3, labels=("entailment", "not_entailment")
+    ),
+    "stsb": GlueTask("STS-B", fields=10, first=7, second=8, label=9, labels=None),
+}
+
+
+def read_glue(name: str, place: Path) -> SentenceData:
+    """Read a task's ``train.tsv`` and ``dev.tsv``.
+
+    Args:
+        name: of :data:`GLUE`.
+        place: a folder: the task's own, or one that holds it, itself or in ``glue/``.
+
+    Raises:
+        DataError: if the files are not there, or a line is not as it must be.
+    """
+    task = GLUE[name]
+    folders = [
+        place,
+        place / task.folder,
+        place / "glue" / task.folder,
+        place / "GLUE" / task.folder,
+    ]
+    found = next((f for f in folders if f.name == task.folder and _there(f)), None)
+    if found is None:
+        raise DataError(
+            f"GLUE's {task.folder} was asked for from {place}: train.tsv and dev.tsv were looked "
+            f"for in {', '.join(str(f) for f in folders if f.name == task.folder)} and are not in "
+            "any of them; unpack the task's folder there"
+        )
+    return SentenceData(*(_read(task, found / f"{split}.tsv") for split in ("train", "dev")))
+
+
+def read_glue_hub(name: str) -> SentenceData:
+    """Read a task through ``datasets``, which downloads it or has it in its cache.
+
+    Raises:
+        ImportError: if the ``data`` extra is not installed.
+        DataError: if the data set cannot be had.
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ImportError(
+            f"GLUE's {GLUE[name].folder} was asked for from the hub, which needs the `datasets` "
+            "package: pip install 'dynarank[data]'"
+        ) from error
+    try:
+        splits = datasets.load_dataset(HUB_NAME, name)
+        return SentenceData(*(_from_hub(GLUE[name], splits[s]) for s in ("train", "validation")))
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"GLUE's {GLUE[name].folder} was asked for from the hub as {HUB_NAME!r}, {name!r}, "
+            f"which failed: {error!r}; try again, or name a folder that holds the .tsv files"
+        ) from error
+
+
+def _there(folder: Path) -> bool:
+    return (folder / "train.tsv").is_file() and (folder / "dev.tsv").is_file()
+
+
+def _from_hub(task: GlueTask, split: Any) -> Sentences:
+    first, second = ("sentence", None) if task.second is None else ("sentence1", "sentence2")
+    labels: Any = np.asarray(split["label"], np.float64 if task.labels is None else np.int64)
+    return Sentences(list(split[first]), list(split[second]) if second else None, labels)
+
+
+def _read(task: GlueTask, path: Path) -> Sentences:
+    """One file. Quotation marks are part of the text, and only line feeds end a line."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # MRPC's begin with a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} could not be read as UTF-8: {error}") from error
+    lines = text.split("\n")
+    rows = [
+        _fields(task, path, number, line.removesuffix("\r"))
+        for number, line in enumerate(lines, start=1)
+        if not (task.title and number == 1) and not (number == len(lines) and not line)
+    ]
+    if not rows:
+        raise DataError(f"{path} holds no examples: it is another file; fetch it again")
+    second = None if task.second is None else [row[task.second] for row in rows]
+    return Sentences([row[task.first] for row in rows], second, _labels(task, rows))
+
+
+def _fields(task: GlueTask, path: Path, number: int, line: str) -> list[str]:
+    fields = line.split("\t")
+    if len(fields) != task.fields:
+        raise DataError(
+            f"{path}, line {number}: a line of {task.folder} must have {task.fields} fields "
+            f"separated by tabs, but has {len(fields)}: {line[:80]!r}"
+        )
+    if problem := _wrong_label(task, fields[task.label]):
+        raise DataError(f"{path}, line {number}: {problem}: the file is damaged or another")
+    return fields
+
+
+def _wrong_label(task: GlueTask, label: str) -> str | None:
+    if task.labels is not None:
+        wanted = " or ".join(map(repr, task.labels))
+        return None if label in task.labels else f"the label must be {wanted}, but is {label!r}"
+    try:
+        score = float(label)
+    except ValueError:
+        score = math.nan
+    return None if 0 <= score <= 5 else f"the score must be from 0 to 5, but is {label!r}"
+
+
+def _labels(task: GlueTask, rows: Sequence[Sequence[str]]) -> Any:
+    found = [row[task.label] for row in rows]
+    if task.labels is None:
+        return np.array([float(label) for label in found], np.float64)
+    return np.array([task.labels.index(label) for label in found], np.int64)

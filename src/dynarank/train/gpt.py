@@ -1,0 +1,70 @@
+"""A language model that reads from left to right."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynarank.train.transformer import Block, transformer_init_
+
+__all__ = ["GPT"]
+
+
+class GPT(nn.Module):
+    """Predicts each next token from those before it.
+
+    ``head(norm(blocks(embedding[token] + position)))``
+
+    Args:
+        vocabulary: how many tokens there are; 256 for bytes.
+        context: the longest sequence.
+        width: of the model.
+        depth: how many blocks.
+        heads: attention heads a block.
+        dropout: share of each branch's outputs set to zero in training.
+
+    Example:
+        >>> GPT(256, 16, width=8, depth=1, heads=2)(torch.zeros(3, 16, dtype=torch.long)).shape
+        torch.Size([3, 16, 256])
+
+    Reference:
+        Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int = 256,
+        context: int = 128,
+        *,
+        width: int = 192,
+        depth: int = 4,
+        heads: int = 6,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.context, self.dropout = context, dropout
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, dropout=dropout, causal=True) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        transformer_init_(self)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits ``(B, T, vocabulary)`` of the tokens that follow ``tokens``, ``(B, T)``.
+
+        Raises:
+            ValueError: if the sequences are longer than the context.
+        """
+        length = tokens.shape[1]
+        if length > self.context:
+            raise ValueError(f"sequences of {length} tokens exceed the context, {self.context}")
+        places = torch.arange(length, device=tokens.device)
+        x = self.embedding(tokens) + self.position(places)
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))

@@ -1,0 +1,224 @@
+"""Sets of images as their users have them: the standard files, one .npz file, or the hub.
+
+Every reader returns the raw bytes, checked, or raises; nothing is ever half read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "DataError",
+    "ImageFiles",
+    "RawImages",
+    "checked_labels",
+    "listing",
+    "read_files",
+    "read_hub",
+]
+
+NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+# All that numpy and zipfile were seen to raise on 12,000 .npz files damaged at random, and
+# MemoryError, for a damaged header that claims a huge array.
+_BROKEN_NPZ = (
+    *(ValueError, OSError, EOFError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
+)
+
+
+class DataError(ValueError):
+    """A data set is absent, incomplete or damaged; the message says what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class RawImages:
+    """Images as stored: uint8 ``(N, C, H, W)``, and their labels, int64 ``(N,)``."""
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """What a data set is called, and the forms it comes in.
+
+    Args:
+        name: as people write it.
+        shape: (channels, height, width).
+        classes: how many.
+        folders: where in a place its standard files may lie, beside the place itself.
+        names: the standard files; one of them is enough to know that the others should be there.
+        wanted: the standard files, in words.
+        read: reads them from a folder.
+        npz: the name of its .npz file.
+        hub: its name on the Hugging Face hub.
+        columns: the hub's names of the images and the labels.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+    classes: int
+    folders: tuple[str, ...]
+    names: tuple[str, ...]
+    wanted: str
+    read: Callable[[Path], RawImages]
+    npz: str
+    hub: str
+    columns: tuple[str, str]
+
+
+def read_files(files: ImageFiles, place: Path) -> RawImages:
+    """Read a data set from ``place``: an .npz file, or a folder that holds one of its forms.
+
+    Raises:
+        DataError: if nothing readable is there, or a file is damaged.
+
+    """
+    if place.is_file():
+        return _read_npz(files, place)
+    if not place.is_dir():
+        raise DataError(f"{files.name} was asked for from {place}, which does not exist")
+    for folder in (*(place / name for name in files.folders), place):
+        if any((folder / name).exists() for name in files.names):
+            return files.read(folder)
+    if (place / files.npz).is_file():
+        return _read_npz(files, place / files.npz)
+    raise DataError(
+        f"{files.name} was asked for from {place}, which must hold {files.wanted} (itself, or in "
+        f"{' or '.join(f'{name}/' for name in files.folders)}) or {files.npz}; {listing(place)}"
+    )
+
+
+def read_hub(files: ImageFiles) -> RawImages:
+    """Read a data set through ``datasets``, which downloads it or has it in its cache.
+
+    Raises:
+        ImportError: if the ``data`` extra is not installed.
+        DataError: if the data set cannot be had.
+
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ImportError(
+            f"{files.name} was asked for from the hub, which needs the `datasets` package: "
+            "pip install 'dynarank[data]'"
+        ) from error
+    image, label = files.columns
+    try:
+        splits = datasets.load_dataset(files.hub)
+        parts = [splits["train"], splits["test"]]
+        arrays = [np.asarray(a) for part in parts for a in (_stack(part[image]), part[label])]
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"{files.name} was asked for from the hub as {files.hub!r}, which failed: {error!r}; "
+            "try again, or name a folder that holds its files"
+        ) from error
+    return _checked(files, f"the hub's {files.hub}", *arrays)
+
+
+def listing(folder: Path) -> str:
+    """What a folder holds, in words."""
+    names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
+    if not names:
+        return "it is empty"
+    rest = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"it holds {', '.join(names[:12])}{rest}"
+
+
+def checked_labels(
+    source: str | Path, labels: NDArray[Any], count: int, classes: int
+) -> NDArray[np.int64]:
+    """The labels as int64 ``(N,)``.
+
+    Raises:
+        DataError: if they are not ``count`` whole numbers from 0 to ``classes - 1``.
+
+    """
+    if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
+        raise DataError(
+            f"{source} must be integer labels of shape ({count},) or ({count}, 1), one an image, "
+            f"but is {labels.dtype} of shape {labels.shape}"
+        )
+    wrong = np.flatnonzero((labels.reshape(-1) < 0) | (labels.reshape(-1) >= classes))
+    if len(wrong):
+        raise DataError(
+            f"{source}: labels must be 0 to {classes - 1}, but record {wrong[0]} has label "
+            f"{labels.reshape(-1)[wrong[0]]} ({len(wrong)} such): the file is damaged or another"
+        )
+    return labels.reshape(-1).astype(np.int64)
+
+
+def _stack(images: Any) -> NDArray[Any]:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def _read_npz(files: ImageFiles, path: Path) -> RawImages:
+    try:
+        _check_members(path)
+        with np.load(path, allow_pickle=False) as arrays:
+            found = [np.asarray(arrays[key]) for key in NPZ_KEYS]
+    except DataError:
+        raise
+    except _BROKEN_NPZ as error:
+        raise DataError(
+            f"{path} was read as an .npz file of {files.name} and cannot be: {error}; "
+            "it is damaged or another file; make or fetch it again"
+        ) from error
+    return _checked(files, str(path), *found)
+
+
+def _check_members(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        held = [name.removesuffix(".npy") for name in archive.namelist()]
+        # numpy does not reach a member's checksum where a damaged header claims fewer bytes
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+    if missing := [key for key in NPZ_KEYS if key not in held]:
+        raise DataError(
+            f"{path} must hold the arrays {', '.join(NPZ_KEYS)}; it lacks {', '.join(missing)} "
+            f"and holds {', '.join(held) or 'nothing'}"
+        )
+
+
+def _checked(
+    files: ImageFiles,
+    source: str,
+    train_images: NDArray[Any],
+    train_labels: NDArray[Any],
+    test_images: NDArray[Any],
+    test_labels: NDArray[Any],
+) -> RawImages:
+    return RawImages(
+        _checked_images(files, f"{source}: x_train", train_images),
+        checked_labels(f"{source}: y_train", train_labels, len(train_images), files.classes),
+        _checked_images(files, f"{source}: x_test", test_images),
+        checked_labels(f"{source}: y_test", test_labels, len(test_images), files.classes),
+    )
+
+
+def _checked_images(files: ImageFiles, source: str, images: NDArray[Any]) -> NDArray[np.uint8]:
+    channels, height, width = files.shape
+    able: list[tuple[int, ...]] = [(height, width, channels), files.shape]
+    able = [(height, width), *able] if channels == 1 else able
+    if images.dtype != np.uint8 or images.shape[1:] not in able or not len(images):
+        listed = " or ".join(f"(N, {', '.join(map(str, shape))})" for shape in able)
+        raise DataError(
+            f"{source} must be uint8 of shape {listed} with N >= 1, "
+            f"but is {images.dtype} of shape {images.shape}"
+        )
+    last = images.shape[1:] == (height, width, channels)
+    return images.transpose(0, 3, 1, 2) if last else images.reshape(-1, *files.shape)

@@ -1,0 +1,105 @@
+"""IMDb reviews as their users have them: the official folders, or the Hugging Face hub.
+
+25,000 + 25,000 labelled reviews, half of them positive.
+
+Reference: Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynarank.train.data import DataError
+from dynarank.train.sentences import SentenceData, Sentences
+
+__all__ = ["read_imdb", "read_imdb_hub"]
+
+HUB_NAME = "stanfordnlp/imdb"
+FOLDER = "aclImdb"
+_CLASSES = (("neg", range(1, 5)), ("pos", range(7, 11)))  # and the ratings each may have
+_NAME = re.compile(r"(\d+)_(\d+)\.txt")
+
+
+def read_imdb(place: Path) -> SentenceData:
+    """Read ``{train,test}/{pos,neg}/ID_RATING.txt``.
+
+    Args:
+        place: the folder that holds ``train`` and ``test``, or the one that holds it, ``aclImdb``.
+
+    Raises:
+        DataError: if a folder is not there or empty, or a file is not named as it must be.
+    """
+    places = [place, place / FOLDER]
+    found = next((p for p in places if (p / "train" / "pos").is_dir()), None)
+    if found is None:
+        raise DataError(
+            f"IMDb reviews were asked for from {place}: train/pos was looked for in "
+            f"{' and '.join(map(str, places))} and is not there; unpack aclImdb_v1.tar.gz there"
+        )
+    return SentenceData(*(_read(found / split) for split in ("train", "test")))
+
+
+def read_imdb_hub() -> SentenceData:
+    """Read the reviews through ``datasets``, which downloads them or has them in its cache.
+
+    Raises:
+        ImportError: if the ``data`` extra is not installed.
+        DataError: if the data set cannot be had.
+    """
+    try:
+        datasets: Any = importlib.import_module("datasets")
+    except ImportError as error:
+        raise ImportError(
+            "IMDb reviews were asked for from the hub, which needs the `datasets` package: "
+            "pip install 'dynarank[data]'"
+        ) from error
+    try:
+        splits = datasets.load_dataset(HUB_NAME)
+        parts = (splits["train"], splits["test"])
+        return SentenceData(
+            *(Sentences(list(p["text"]), None, np.asarray(p["label"], np.int64)) for p in parts)
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DataError(
+            f"IMDb reviews were asked for from the hub as {HUB_NAME!r}, which failed: {error!r}; "
+            "try again, or name a folder that holds aclImdb"
+        ) from error
+
+
+def _read(folder: Path) -> Sentences:
+    """One split, negative reviews first, each class by number."""
+    texts: list[str] = []
+    labels: list[int] = []
+    for label, (name, ratings) in enumerate(_CLASSES):
+        files = _numbered(folder / name, ratings)
+        texts += [_text(path) for path in files]
+        labels += [label] * len(files)
+    return Sentences(texts, None, np.array(labels, np.int64))
+
+
+def _numbered(folder: Path, ratings: range) -> list[Path]:
+    found: dict[int, Path] = {}
+    for path in folder.glob("*.txt"):
+        match = _NAME.fullmatch(path.name)
+        if match is None or int(match[2]) not in ratings:
+            raise DataError(
+                f"{path}: reviews in {folder.name}/ must be named NUMBER_RATING.txt with a rating "
+                f"from {ratings[0]} to {ratings[-1]}; the folder is damaged or another: unpack it "
+                "again"
+            )
+        found[int(match[1])] = path
+    if not found:
+        raise DataError(f"{folder} must hold reviews named NUMBER_RATING.txt, but holds none")
+    return [found[number] for number in sorted(found)]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} could not be read as UTF-8: {error}") from error

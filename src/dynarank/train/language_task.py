@@ -1,0 +1,228 @@
+"""Predicting the next byte of a text: the task of ``text-gpt``.
+
+Legend: T is the context, in bytes; a window is T + 1 bytes, T to read and the T that follow each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynarank.records import Metric
+from dynarank.train.draws import epoch_generator
+from dynarank.train.metrics import bits_per_byte, perplexity
+from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.task import Evaluation
+from dynarank.train.tasks import Sketch, build_model
+from dynarank.train.text_files import TextData, load_text
+
+__all__ = ["LanguageModelTask", "TextOptions", "make_task", "sketch"]
+
+_VOCABULARY = 256
+_ORDER, _PHASE = 0, 1  # independent random streams
+_TEST_BATCH = 128
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What a recipe may say of its text.
+
+    Args:
+        context: bytes a window.
+        max_bytes: the corpus is cut at this many.
+        held_out: share of them to test on.
+
+    Raises:
+        ValueError: if the context is below 1.
+    """
+
+    context: int = 128
+    max_bytes: int = 8_000_000
+    held_out: float = 0.05
+
+    def __post_init__(self) -> None:
+        if self.context < 1:
+            raise ValueError(f"a context must be 1 byte or more, got {self.context}")
+
+
+class LanguageModelTask:
+    """Bytes in windows, with cross-entropy, judged by bits a byte.
+
+    An epoch cuts the training bytes into windows, from a random one of the first T on, and deals
+    them out in a random order. The test windows do not overlap.
+
+    Args:
+        recipe: its batch size, label smoothing and model.
+        data: the bytes, on the device that trains.
+        context: T.
+        seed: of cuts and order.
+        train_limit: train on so many windows an epoch only, evenly spread; None: all.
+        test_limit: test on so many windows only, evenly spread; None: all.
+
+    Raises:
+        RecipeError: the training bytes do not fill one batch.
+        ValueError: a limit is not among the windows there are.
+    """
+
+    metric = Metric(name="bits per byte", higher_is_better=False, percent=False)
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: TextData,
+        *,
+        context: int,
+        seed: int,
+        train_limit: int | None = None,
+        test_limit: int | None = None,
+    ) -> None:
+        self.recipe, self.data, self.context, self.seed = recipe, data, context, seed
+        windows = max(0, len(data.train) // context - 1)  # from any of the first T bytes on
+        self.windows = _spread(windows, train_limit, "training")
+        self.steps_per_epoch = len(self.windows) // recipe.batch_size
+        if not self.steps_per_epoch:
+            raise RecipeError(
+                f"{len(self.windows)} training windows of {context} bytes do not fill one batch of "
+                f"{recipe.batch_size}; raise --train-limit, or name more text"
+            )
+        self.train_size = len(self.windows) * context
+        self.test_starts = self._test_starts(test_limit)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which text it is: source, files, bytes, digest."""
+        return {
+            "source": self.data.source,
+            "files": self.data.files,
+            "train_bytes": len(self.data.train),
+            "test_bytes": len(self.data.test),
+            "sha256": self.data.sha256,
+        }
+
+    def model(self) -> nn.Module:
+        """A new network on the device of the bytes."""
+        return _build(self.recipe, self.context).to(self.data.train.device)
+
+    def sample(self) -> Tensor:
+        """A batch of bytes ``(B, T)``, int64."""
+        return self._windows(self.data.train, self._starts(0)[: self.recipe.batch_size])[:, :-1]
+
+    def epoch(self, epoch: int) -> Iterator[Tensor]:
+        """Windows ``(B, T + 1)``, int64, batch by batch."""
+        starts, size = self._starts(epoch), self.recipe.batch_size
+        for step in range(self.steps_per_epoch):
+            yield self._windows(self.data.train, starts[step * size : (step + 1) * size])
+
+    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy in nats a byte, with the recipe's label smoothing; and bits a byte."""
+        output = model(batch[:, :-1])
+        loss = _cross_entropy(output, batch, label_smoothing=self.recipe.label_smoothing)
+        return loss, loss.detach() / math.log(2)
+
+    def evaluate(
+        self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Evaluation:
+        """Cross-entropy, bits a byte and perplexity a byte of the test windows."""
+        total = torch.zeros((), device=self.data.test.device)
+        for starts in self.test_starts.split(_TEST_BATCH):
+            batch = self._windows(self.data.test, starts)
+            with autocast():
+                output = model(batch[:, :-1]).float()
+            total += _cross_entropy(output, batch) * len(starts)
+        loss = total.item() / len(self.test_starts)
+        return Evaluation(
+            loss, {self.metric.name: bits_per_byte(loss), "perplexity": perplexity(loss)}
+        )
+
+    def _starts(self, epoch: int) -> Tensor:
+        """Where the windows of an epoch begin, drawn on the CPU."""
+        phases = epoch_generator(self.seed, _PHASE, epoch)
+        phase = torch.randint(self.context, (), generator=phases)
+        orders = epoch_generator(self.seed, _ORDER, epoch)
+        order = torch.randperm(len(self.windows), generator=orders)
+        return (phase + self.context * self.windows[order]).to(self.data.train.device)
+
+    def _test_starts(self, limit: int | None) -> Tensor:
+        windows = max(0, (len(self.data.test) - 1) // self.context)
+        if not windows:
+            raise RecipeError(
+                f"the test part has {len(self.data.test)} bytes, less than one window of "
+                f"{self.context} + 1; name more text"
+            )
+        starts = self.context * _spread(windows, limit, "test")
+        return starts.to(self.data.test.device)
+
+    def _windows(self, text: Tensor, starts: Tensor) -> Tensor:
+        places = torch.arange(self.context + 1, device=starts.device)
+        return text[starts[:, None] + places].long()
+
+
+def make_task(
+    recipe: Recipe,
+    data: str | None,
+    *,
+    seed: int,
+    device: torch.device,
+    train_limit: int | None,
+    test_limit: int | None,
+) -> LanguageModelTask:
+    """Read the text and make the task; see :func:`dynarank.train.tasks.make_task`.
+
+    DYNARANK_DATA is not asked: it names data sets, not text to learn. Without a place the text is
+    the standard library's sources.
+    """
+    options = _options(recipe)
+    text = load_text(data, max_bytes=options.max_bytes, held_out=options.held_out)
+    moved = TextData(text.train.to(device), text.test.to(device), text.files, text.source)
+    return LanguageModelTask(
+        recipe,
+        moved,
+        context=options.context,
+        seed=seed,
+        train_limit=train_limit,
+        test_limit=test_limit,
+    )
+
+
+def sketch(recipe: Recipe) -> Sketch:
+    """The network and one batch of bytes, without memory and without data."""
+    context = _options(recipe).context
+    with torch.device("meta"):
+        shape = (recipe.batch_size, context)
+        return Sketch(_build(recipe, context), torch.zeros(shape, dtype=torch.long))
+
+
+def _options(recipe: Recipe) -> TextOptions:
+    try:
+        return TextOptions(**recipe.data_options)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe {recipe.name!r}, data_options: {error}") from error
+
+
+def _build(recipe: Recipe, context: int) -> nn.Module:
+    return build_model(
+        recipe.model, vocabulary=_VOCABULARY, context=context, **recipe.model_options
+    )
+
+
+def _cross_entropy(output: Tensor, batch: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    following = batch[:, 1:].flatten()
+    return F.cross_entropy(output.flatten(0, 1), following, label_smoothing=label_smoothing)
+
+
+def _spread(there: int, asked: int | None, which: str) -> Tensor:
+    """The numbers of ``asked`` out of so many windows, evenly spread."""
+    if asked is None:
+        return torch.arange(there)
+    if not 1 <= asked <= there:
+        raise ValueError(
+            f"{asked} {which} windows were asked for; there are {there}: ask for 1 to {there}"
+        )
+    return torch.arange(asked) * there // asked

@@ -1,0 +1,209 @@
+"""Judging sentences that are tokens already: by a class, or by a score.
+
+Legend: N examples, B of them a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynarank.records import Metric
+from dynarank.train.draws import epoch_generator
+from dynarank.train.metrics import (
+    accuracy,
+    f1_score,
+    matthews_correlation,
+    pearson_correlation,
+    spearman_correlation,
+)
+from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.task import Evaluation
+
+__all__ = [
+    "ACCURACY",
+    "F1",
+    "MATTHEWS",
+    "PEARSON",
+    "SPEARMAN",
+    "Batch",
+    "ClassificationTask",
+    "Examples",
+    "Measure",
+    "RegressionTask",
+]
+
+_ORDER = 0  # a random stream
+_TEST_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What examples are judged by: a metric, and how it is computed of predictions and labels."""
+
+    metric: Metric
+    function: Callable[[Tensor, Tensor], float]
+
+
+ACCURACY = Measure(Metric(name="accuracy"), accuracy)
+F1 = Measure(Metric(name="F1"), f1_score)
+MATTHEWS = Measure(Metric(name="Matthews correlation", percent=False), matthews_correlation)
+PEARSON = Measure(Metric(name="Pearson correlation", percent=False), pearson_correlation)
+SPEARMAN = Measure(Metric(name="Spearman correlation", percent=False), spearman_correlation)
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """One split on the device.
+
+    Args:
+        inputs: the arguments of the model's forward pass, ``(N, length)`` each.
+        labels: int64 classes or float32 scores, ``(N,)``.
+    """
+
+    inputs: tuple[Tensor, ...]
+    labels: Tensor
+
+    def rows(self, chosen: Tensor | slice) -> Examples:
+        """Some of them."""
+        return Examples(tuple(part[chosen] for part in self.inputs), self.labels[chosen])
+
+    def to(self, device: torch.device) -> Examples:
+        """All of them, on a device."""
+        return Examples(tuple(part.to(device) for part in self.inputs), self.labels.to(device))
+
+
+Batch = Examples
+"""A batch is a few examples."""
+
+
+class _SentenceTask:
+    """What the two kinds have in common: batches, and the round over the test set.
+
+    Args:
+        recipe: its batch size, shuffling and label smoothing.
+        train: to train on.
+        test: to test on.
+        build: makes the network, on a CPU.
+        measures: what to judge by, the main one first.
+        seed: of the order.
+        facts: what else of the data a run is to write down.
+
+    Raises:
+        RecipeError: the training examples do not fill one batch.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: Examples,
+        test: Examples,
+        build: Callable[[], nn.Module],
+        measures: Sequence[Measure],
+        *,
+        seed: int,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.recipe, self.train, self.test, self.seed = recipe, train, test, seed
+        self.facts = dict(facts or {})
+        self.build, self.measures = build, tuple(measures)
+        self.metric = measures[0].metric
+        self.train_size = len(train.labels)
+        self.steps_per_epoch = self.train_size // recipe.batch_size
+        if not self.steps_per_epoch:
+            raise RecipeError(
+                f"{self.train_size} training examples do not fill one batch of "
+                f"{recipe.batch_size}; raise --train-limit"
+            )
+
+    def model(self) -> nn.Module:
+        """A new network on the device of the examples."""
+        return self.build().to(self.train.labels.device)
+
+    def sample(self) -> tuple[Tensor, ...]:
+        """A batch's arguments of the forward pass."""
+        return self.train.rows(slice(self.recipe.batch_size)).inputs
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """The examples in a random order, batch by batch; the rest that fills none is left out."""
+        size, which = self.recipe.batch_size, 0 if self.recipe.shuffle == "once" else epoch
+        generator = epoch_generator(self.seed, _ORDER, which)
+        order = torch.randperm(self.train_size, generator=generator).to(self.train.labels.device)
+        for step in range(self.steps_per_epoch):
+            yield self.train.rows(order[step * size : (step + 1) * size])
+
+    def evaluate(
+        self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
+    ) -> Evaluation:
+        """The mean loss (without label smoothing) and the scores of the test set."""
+        outputs: list[Tensor] = []
+        for start in range(0, len(self.test.labels), _TEST_BATCH):
+            with autocast():
+                inputs = self.test.rows(slice(start, start + _TEST_BATCH)).inputs
+                outputs.append(model(*inputs).float())
+        output, labels = torch.cat(outputs), self.test.labels
+        found = self._predictions(output)
+        scores = {one.metric.name: one.function(found, labels) for one in self.measures}
+        return Evaluation(self._loss(output, labels, 0.0).item(), scores)
+
+    def _loss(self, output: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        raise NotImplementedError
+
+    def _predictions(self, output: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class ClassificationTask(_SentenceTask):
+    """Sentences with a class: cross-entropy; the likeliest class is the prediction.
+
+    Example:
+        >>> from dynarank.train.recipes import load_recipe
+        >>> recipe = load_recipe("imdb-lstm")
+        >>> many = Examples((torch.ones(64, 4).long(),), torch.arange(64) % 2)
+        >>> task = ClassificationTask(recipe, many, many, nn.Identity, [ACCURACY], seed=0)
+        >>> task.metric.name, task.steps_per_epoch
+        ('accuracy', 2)
+    """
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy with the recipe's label smoothing; accuracy, where that is the metric."""
+        output = model(*batch.inputs)
+        loss = self._loss(output, batch.labels, self.recipe.label_smoothing)
+        if self.measures[0] is not ACCURACY:  # others are no mean over batches
+            return loss, None
+        return loss, (output.detach().argmax(1) == batch.labels).float().mean()
+
+    def _loss(self, output: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        return F.cross_entropy(output, labels, label_smoothing=label_smoothing)
+
+    def _predictions(self, output: Tensor) -> Tensor:
+        return output.argmax(1)
+
+
+class RegressionTask(_SentenceTask):
+    """Sentences with a score: mean squared error; the one output is the prediction.
+
+    Example:
+        >>> from dynarank.train.recipes import load_recipe
+        >>> recipe = load_recipe("glue-stsb")
+        >>> many = Examples((torch.ones(64, 4),), torch.rand(64))
+        >>> task = RegressionTask(recipe, many, many, nn.Identity, [SPEARMAN, PEARSON], seed=0)
+        >>> task.metric.name, task.metric.percent
+        ('Spearman correlation', False)
+    """
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
+        """Mean squared error; a correlation is no mean over batches."""
+        return self._loss(model(*batch.inputs), batch.labels, 0.0), None
+
+    def _loss(self, output: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:
+        return F.mse_loss(output.squeeze(1).float(), labels)
+
+    def _predictions(self, output: Tensor) -> Tensor:
+        return output.squeeze(1)

@@ -1,0 +1,165 @@
+"""The bytes of a folder of text, split by file; by default the Python standard library's sources.
+
+A corpus is a function of the files alone: sorted by a hash of their paths, each content once, cut
+at a size. The standard library differs from one Python version to the next: ``TextData.sha256``
+says which bytes a run has seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynarank.train.data import DataError
+
+__all__ = ["PATTERNS", "TextData", "load_text", "standard_library"]
+
+PATTERNS = ("*.txt", "*.md", "*.rst", "*.tex", "*.py", "*.c", "*.h", "*.rs", "*.js", "*.html")
+_MAX_BYTES = 8_000_000
+_HELD_OUT = 0.05  # share of the bytes to test on
+_END = b"\0"  # ends each file: no byte of text, so that a model sees where one begins
+# Not the library itself: what was installed beside it, and its tests.
+_BESIDE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True, eq=False)
+class TextData:
+    """A corpus as bytes.
+
+    Args:
+        train: uint8 ``(bytes,)``; every file ends with a zero byte.
+        test: likewise, of files that are not in ``train`` (or, of files too large to be held out
+            whole, their ends).
+        files: how many there are.
+        source: where they are.
+    """
+
+    train: Tensor
+    test: Tensor
+    files: int
+    source: str
+
+    @property
+    def sha256(self) -> str:
+        """A digest of the training bytes followed by the test bytes."""
+        digest = hashlib.sha256(self.train.numpy().data)
+        digest.update(self.test.numpy().data)
+        return digest.hexdigest()
+
+
+def load_text(
+    place: str | None,
+    *,
+    patterns: Sequence[str] = PATTERNS,
+    max_bytes: int = _MAX_BYTES,
+    held_out: float = _HELD_OUT,
+) -> TextData:
+    """Read a corpus.
+
+    Args:
+        place: a folder, searched with all folders below it that are not hidden; a single file of
+            any name; None for the sources of the Python standard library.
+        patterns: which file names count as text.
+        max_bytes: the corpus is cut at this many bytes, training and test together.
+        held_out: share of the bytes to test on, in (0, 1).
+
+    Raises:
+        DataError: if nothing is there, or nothing that matches.
+        ValueError: if ``max_bytes`` or ``held_out`` makes no sense.
+
+    Example:
+        >>> data = load_text(None, max_bytes=100_000)
+        >>> len(data.train) + len(data.test) <= 100_000, data.train.dtype
+        (True, torch.uint8)
+    """
+    if max_bytes < 2 or not 0 < held_out < 1:
+        raise ValueError(
+            f"max_bytes must be at least 2 and held_out between 0 and 1, got {max_bytes} and "
+            f"{held_out}"
+        )
+    if place is None:
+        root = standard_library()
+        files = _files(root, ["*.py"], _BESIDE)
+        wanted = "the sources (*.py) of the Python standard library"
+        advice = "this Python has them compiled only: name a folder of text with --data"
+    else:
+        root = Path(place).expanduser()
+        files = [root] if root.is_file() else _files(root, patterns, set())
+        wanted = f"text, in files named {', '.join(patterns)},"
+        advice = "name the folder that holds them, or a single file" + _state(root)
+    texts = _read(files, max_bytes)
+    if not texts:
+        raise DataError(f"{wanted} was looked for in {root}; there is none: {advice}")
+    train, test = _split(texts, held_out)
+    return TextData(_tensor(train), _tensor(test), len(texts), str(root))
+
+
+def standard_library() -> Path:
+    """The folder of the Python standard library."""
+    return Path(sysconfig.get_paths()["stdlib"])
+
+
+def _state(root: Path) -> str:
+    return "" if root.exists() else f" ({root} does not exist)"
+
+
+def _files(root: Path, patterns: Sequence[str], beside: set[str]) -> list[Path]:
+    """Files by a hash of their paths: an order that mixes folders, and that depends on no other."""
+    named = ((path.relative_to(root), path) for path in root.rglob("*"))
+    kept = [
+        (relative.as_posix(), path)
+        for relative, path in named
+        if any(fnmatchcase(relative.name, pattern) for pattern in patterns)
+        and not any(part.startswith(".") or part in beside for part in relative.parts)
+        and path.is_file()
+    ]
+    kept.sort(key=lambda item: hashlib.sha256(item[0].encode(errors="surrogateescape")).digest())
+    return [path for _, path in kept]
+
+
+def _read(files: Iterable[Path], max_bytes: int) -> list[bytes]:
+    """The files' bytes, each content once, until there are enough."""
+    seen: set[bytes] = set()
+    texts: list[bytes] = []
+    room = max_bytes
+    for path in files:
+        if room < 2:
+            break
+        try:
+            with path.open("rb") as file:
+                text = file.read(room - 1)
+        except OSError as error:
+            raise DataError(f"{path} could not be read: {error}") from error
+        digest = hashlib.sha256(text).digest()
+        if text and digest not in seen:
+            seen.add(digest)
+            texts.append(text + _END)
+            room -= len(text) + 1
+    return texts
+
+
+def _split(texts: Sequence[bytes], held_out: float) -> tuple[bytes, bytes]:
+    """Hold out whole files, as they come, while they fit; else the end of each file."""
+    wanted = held_out * sum(map(len, texts))
+    room, train, test = wanted, list[bytes](), list[bytes]()
+    for text in texts:
+        side = test if len(text) <= room else train
+        side.append(text)
+        room -= len(text) if side is test else 0
+    if sum(map(len, test)) < wanted / 2:  # a few large files
+        cuts = [len(text) - max(1, round(held_out * len(text))) for text in texts]
+        train = [text[:cut] for text, cut in zip(texts, cuts, strict=True)]
+        test = [text[cut:] for text, cut in zip(texts, cuts, strict=True)]
+    return b"".join(train), b"".join(test)
+
+
+def _tensor(text: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(text, np.uint8).copy())

@@ -1,0 +1,152 @@
+"""WordPiece, BERT's tokens: from a vocabulary file, or one trained on the training sentences.
+
+A pair of sentences becomes ``[CLS] first [SEP] second [SEP]``, a single one ``[CLS] first [SEP]``.
+Text is in lower case, without accents, as in BERT's uncased vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynarank.train.data import DataError
+from dynarank.train.sentences import Sentences
+
+__all__ = ["WordPiece", "find_vocabulary"]
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_PLACES = (".", "vocab", "vocab/bert-base-uncased", "bert-base-uncased")
+_SEEN = 2  # times a piece must occur to be learnt
+
+
+class WordPiece:
+    """Turns sentences into token numbers of one length.
+
+    Args:
+        tokenizer: a ``tokenizers.Tokenizer``; use :meth:`from_file` or :meth:`from_texts`.
+        length: of each sequence: longer ones lose tokens, of the longer sentence first; shorter
+            ones are padded with 0.
+        source: where the vocabulary is from.
+    """
+
+    def __init__(self, tokenizer: Any, length: int, source: str) -> None:
+        parts = _tokenizers()
+        tokenizer.post_processor = parts.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+        )
+        tokenizer.enable_truncation(length, strategy="longest_first")
+        tokenizer.enable_padding(length=length, pad_id=0, pad_token="[PAD]")
+        self._tokenizer, self.source = tokenizer, source
+
+    @classmethod
+    def from_file(cls, path: Path, length: int, *, size: int) -> WordPiece:
+        """Read a ``vocab.txt``: one piece a line, [PAD] first.
+
+        Args:
+            path: of the file.
+            length: of each sequence.
+            size: how many pieces the model has room for.
+
+        Raises:
+            DataError: if the file cannot be read, lacks a special piece, or has too many pieces.
+            ImportError: if ``tokenizers`` is not installed.
+        """
+        parts = _tokenizers()
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} could not be read as UTF-8: {error}") from error
+        pieces = [line.removesuffix("\r") for line in (lines[:-1] if not lines[-1] else lines)]
+        _check_pieces(path, pieces, size)
+        numbers = {piece: number for number, piece in enumerate(pieces)}
+        model = parts.models.WordPiece(numbers, unk_token="[UNK]")
+        return cls(_pipeline(parts, model), length, str(path))
+
+    @classmethod
+    def from_texts(cls, texts: Sequence[str], length: int, *, size: int) -> WordPiece:
+        """Train a vocabulary on texts: every piece in it occurs at least twice in them.
+
+        Args:
+            texts: the training sentences.
+            length: of each sequence.
+            size: at most as many pieces.
+
+        Raises:
+            ImportError: if ``tokenizers`` is not installed.
+        """
+        parts = _tokenizers()
+        tokenizer = _pipeline(parts, parts.models.WordPiece(unk_token="[UNK]"))
+        trainer = parts.trainers.WordPieceTrainer(
+            vocab_size=size,
+            min_frequency=_SEEN,
+            special_tokens=list(SPECIAL),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer, length, "trained on the training sentences")
+
+    @property
+    def size(self) -> int:
+        """How many pieces there are."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, sentences: Sentences) -> tuple[Tensor, Tensor]:
+        """Tokens and segments, int64 ``(N, length)`` each; a second sentence is segment 1."""
+        second = sentences.second
+        texts = list(
+            sentences.first if second is None else zip(sentences.first, second, strict=True)
+        )
+        encoded = self._tokenizer.encode_batch(texts)
+        tokens = np.array([one.ids for one in encoded], np.int64)
+        segments = np.array([one.type_ids for one in encoded], np.int64)
+        return torch.from_numpy(tokens), torch.from_numpy(segments)
+
+
+def find_vocabulary(place: Path) -> Path | None:
+    """The ``vocab.txt`` in a data folder, itself or in its ``vocab/`` or ``bert-base-uncased/``."""
+    return next((p for part in _PLACES if (p := place / part / "vocab.txt").is_file()), None)
+
+
+def _tokenizers() -> Any:
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError as error:
+        raise ImportError(
+            "sentences were to be cut into WordPiece tokens, which needs the `tokenizers` package: "
+            "pip install 'dynarank[text]'"
+        ) from error
+
+
+def _pipeline(parts: Any, model: Any) -> Any:
+    tokenizer = parts.Tokenizer(model)
+    tokenizer.normalizer = parts.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = parts.pre_tokenizers.BertPreTokenizer()
+    return tokenizer
+
+
+def _check_pieces(path: Path, pieces: Sequence[str], size: int) -> None:
+    known = set(pieces)
+    if missing := [name for name in SPECIAL[:4] if name not in known]:
+        raise DataError(
+            f"{path} must hold one piece a line, among them {', '.join(SPECIAL[:4])}; it lacks "
+            f"{', '.join(missing)}: it is another file"
+        )
+    if pieces[0] != "[PAD]":
+        raise DataError(f"the first line of {path} must be [PAD], but is {pieces[0]!r}")
+    if len(known) != len(pieces):
+        (twice, _), *_ = Counter(pieces).most_common(1)
+        raise DataError(f"{path} holds {twice!r} twice; every piece must be there once")
+    if len(pieces) > size:
+        raise DataError(
+            f"{path} holds {len(pieces):,} pieces and the recipe has room for {size:,}: take a "
+            "smaller vocabulary"
+        )
