@@ -198,6 +198,7 @@ REFUSED = {
     "plan": (["plan", "cifar"], "unknown recipe 'cifar'"),
     "data": (["train", "cifar10-resnet20"], r"--data|DYNARANK_DATA"),
     "folder": (["train", "cifar10-resnet20", "--data", "nowhere"], "nowhere"),
+    "log": (["train", "digits", "--log", "paper"], "unknown log 'paper'; known: tensorboard"),
     "device": (["train", "digits", "--device", "warp"], "device 'warp' cannot be used"),
     "precision": (["train", "digits", "--precision", "int3"], "got 'int3'"),
     "limit": (["train", "digits", "--train-limit", "10"], "do not fill one batch of 64"),
@@ -254,7 +255,7 @@ def test_help_is_there_and_every_command_has_json(
 OPTIONS = {
     "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
               "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
-              "measure"},
+              "measure", "log"},
     "plan": {"schedule", "as-published", "json", "help", "rank", "decomposition", "measure",
              "device", "precision"},
     "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",

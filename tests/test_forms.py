@@ -246,6 +246,7 @@ def test_plain_data_of_the_forms() -> None:
         "alpha": 16.0,
         "execution": "auto",
         "recompute": False,
+        "restart": 0,
     }
     assert [form_name(form) for form in FORMS[:2]] == ["full-rank", "low-rank"]
 

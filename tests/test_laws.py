@@ -316,6 +316,7 @@ any_form = st.one_of(
         st.sampled_from(DECOMPOSITIONS),
         alpha=st.sampled_from([1.0, 16.0]),
         execution=st.sampled_from(["auto", "merged", "two-branch"]),
+        restart=st.integers(0, 2),
     ),
 )
 any_plan = st.dictionaries(st.sampled_from(PATHS), any_form, min_size=1)
@@ -361,7 +362,7 @@ def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
 @given(
     plans=st.lists(any_plan, min_size=1, max_size=5),
     kind=st.sampled_from(sorted(OPTIMIZERS)),
-    moments=st.sampled_from(["project", "reset"]),
+    moments=st.sampled_from(["project", "reset", "prune"]),
     train_between=st.booleans(),
 )
 def test_any_sequence_of_changes(

@@ -108,6 +108,7 @@ def test_what_it_looks_like() -> None:
                 "alpha": 16.0,
                 "execution": "auto",
                 "recompute": False,
+                "restart": 0,
             },
         ],
     }

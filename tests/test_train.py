@@ -16,6 +16,7 @@ from dynarank.planning import cost_schedule
 from dynarank.records import (
     ChangeRecord,
     EpochRecord,
+    HeatmapRecord,
     PhaseRecord,
     Run,
     SpectrumRecord,
@@ -23,6 +24,7 @@ from dynarank.records import (
 )
 from dynarank.selection import select
 from dynarank.train.data import ImageData, limit, load_digits_data
+from dynarank.train.health import evenly
 from dynarank.train.images import ImageTask
 from dynarank.train.listener import Progress
 from dynarank.train.loop import DivergedError, Machine, Trainer
@@ -74,6 +76,24 @@ def test_the_records_tell_the_whole_run(runs: dict[str, Run]) -> None:
         assert one.config["train_size"] == 320
         losses = [record.train_loss for record in one.all(EpochRecord)]
         assert losses[-1] < losses[0]
+
+
+def test_spectra_and_pictures_are_kept(runs: dict[str, Run]) -> None:
+    for one in runs.values():
+        spectra, pictures = one.all(SpectrumRecord), one.all(HeatmapRecord)
+        assert [picture.epoch for picture in pictures] == [0, 1, 2, 3, 4, 5]
+        assert all(set(picture.layers) == {"conv1", "conv2", "conv3"} for picture in pictures)
+        assert all(len(rows) == len(rows[0]) == 32 for rows in pictures[0].layers.values())
+        for layer in spectra[-1].layers.values():
+            assert layer.update_rank is not None and layer.update_rank > 1
+            assert 0 < len(layer.values) <= 64 and list(layer.values) == sorted(layer.values)[::-1]
+        assert {layer.update_rank for layer in spectra[0].layers.values()} == {0.0}
+
+
+def test_long_runs_of_deep_models_picture_few_moments_and_layers() -> None:
+    assert evenly(range(151), 10) == [0, 17, 33, 50, 67, 83, 100, 117, 133, 150]
+    paths = [str(i) for i in range(24)]
+    assert len(evenly(paths, 12)) == 12 and evenly(paths, 12)[-1] == "23"
 
 
 def test_phases_and_changes_fall_where_the_recipe_puts_them(runs: dict[str, Run]) -> None:

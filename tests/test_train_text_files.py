@@ -51,6 +51,18 @@ def test_a_corpus_is_a_function_of_its_files(tmp_path: Path) -> None:
     assert one.sha256 == wanted
 
 
+def test_the_order_of_a_folders_listing_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, listed = (
+        write(tmp_path, {f"{i}.txt": bytes([65 + i]) * 50 for i in range(20)}),
+        Path.rglob,
+    )
+    wanted = load_text(place, max_bytes=600).sha256
+    monkeypatch.setattr(Path, "rglob", lambda *arguments: reversed([*listed(*arguments)]))
+    assert load_text(place, max_bytes=600).sha256 == wanted
+
+
 def test_what_is_read(tmp_path: Path) -> None:
     place = write(
         tmp_path,
@@ -64,8 +76,10 @@ def test_what_is_read(tmp_path: Path) -> None:
             "tests/d.py": b"three",  # only the standard library's tests are left out
         },
     )
-    train, test = pieces(load_text(place, held_out=0.5))
-    assert train | test == {b"one", b"two", b"three"}
+    data = load_text(place, held_out=0.5)
+    train, test = pieces(data)
+    assert train | test == {b"one", b"two", b"three"} and data.files == 3
+    assert len(data.train) + len(data.test) == len(b"one0two0three0")
     train, test = pieces(load_text(place, patterns=["*.png"], held_out=0.5))
     assert train | test == {b"no"} or b"".join([*train, *test]) in (b"no", b"on")
 

@@ -64,7 +64,9 @@ def test_an_unknown_state_is_refused_under_project_and_dropped_under_reset() -> 
     with pytest.raises(ValueError, match=r"keeps sum, which is not known .* moments='reset'"):
         dr.factorize(model, 2, optimizer=optimizer)
     assert model[0].weight is before and type(model[0]) is nn.Linear
-    with pytest.raises(ValueError, match=r"'project', 'calibrated', 'reset' or .*, got 'keep'"):
+    with pytest.raises(
+        ValueError, match=r"'project', 'calibrated', 'reset', 'prune' or .*, got 'keep'"
+    ):
         dr.factorize(model, 2, optimizer=optimizer, moments="keep")  # type: ignore[arg-type]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -57,6 +57,14 @@ class Edit:
     def change(self) -> Change:
         """What is reported of it."""
         return Change(self.path, self.before, self.after, self.error)
+
+    @property
+    def restarts(self) -> bool:
+        """Whether only the adaptor is another, its factors of the same shapes."""
+        one, two = self.before, self.after
+        if not (isinstance(one, Adapted) and isinstance(two, Adapted)):
+            return False
+        return one != two and same_weight(replace(one, restart=two.restart), two)
 
     def commit(self) -> None:
         """Give every module of the weight its new class, parameters and form."""
@@ -183,17 +191,18 @@ def _tensors(
         return dict(zip(names, factors, strict=True)), shift
     # The base of what was full-rank is the old weight's own memory.
     base = next(iter(old.values())).detach() if isinstance(site.form, FullRank) else full
-    factors = _zero_adaptor(site.path, decomposition.shapes(spec.shape, rank))
+    label = f"{site.path}#{after.restart}" if after.restart else site.path
+    factors = _zero_adaptor(label, decomposition.shapes(spec.shape, rank))
     return dict(zip(names, (base, *factors), strict=True)), None
 
 
-def _zero_adaptor(path: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+def _zero_adaptor(label: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
     """Glorot-uniform factors, the last one zero, so that their join is zero.
 
-    Drawn from a generator of their own, seeded by the run's seed and the layer's path: the global
-    random state is untouched, and two layers differ.
+    Drawn from a generator of their own, seeded by the run's seed and a label of the layer's path
+    and the restart: the global random state is untouched, and two adaptors differ.
     """
-    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(path.encode()))
+    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(label.encode()))
     drawn = [_glorot(shape, generator) for shape in shapes[:-1]]
     return (*drawn, torch.zeros(shapes[-1], dtype=torch.float64))
 

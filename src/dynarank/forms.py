@@ -132,6 +132,8 @@ class Adapted:
             the one with fewer FLOPs.
         recompute: keep neither the merged weight nor an activation between the factors for the
             backward pass, but compute them again.
+        restart: the number of the adaptor. Another number is another adaptor: the present one is
+            added to the base, and a new one of zero output begins.
     """
 
     rank: RankLike
@@ -139,11 +141,14 @@ class Adapted:
     alpha: float = 16.0
     execution: AdaptedExecution = "auto"
     recompute: bool = False
+    restart: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", _plain_rank(self.rank))
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
+        if isinstance(self.restart, bool) or operator.index(self.restart) < 0:
+            raise ValueError(f"restart is a whole number >= 0, got {self.restart!r}")
         _check_execution(self.execution, get_args(AdaptedExecution))
 
     def __repr__(self) -> str:
@@ -251,8 +256,8 @@ def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None)
 
 
 def _short_repr(form: LowRank | Adapted) -> str:
-    """How it computes is shown only where it is not left to the library."""
-    shown = [f for f in fields(form) if f.name not in ("execution", "recompute")]
+    """How it computes is shown only where it is not left to the library; a restart if it is one."""
+    shown = [f for f in fields(form) if f.name not in ("execution", "recompute", "restart")]
     shown += [f for f in fields(form) if f not in shown and getattr(form, f.name) != f.default]
     return (
         f"{type(form).__name__}({', '.join(f'{f.name}={getattr(form, f.name)!r}' for f in shown)})"

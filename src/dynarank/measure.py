@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from dynarank.cost import ModelUse
-from dynarank.forms import Form, FullRank, LowRank, Plan
+from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan
 from dynarank.schedules import Mapped, Schedule
 from dynarank.stopwatch import Cache, Setting, layer_seconds
 
@@ -72,23 +72,28 @@ class Timings:
     def choose(self, path: str, form: Form) -> Form:
         """The fastest execution of a low-rank form, or full rank where that is not slower.
 
-        An adapted form keeps its form, for it changes what trains: only its execution is chosen.
+        An adapted form keeps its form, for it changes what trains: only its execution is chosen. A
+        form that was not timed, such as one a schedule finds while it trains, stays as it is.
         """
-        if isinstance(form, FullRank) or path not in self.seconds:
+        timed = self.seconds.get(path, {})
+        if isinstance(form, FullRank) or not any(one in timed for one in candidates(form)):
             return form
         fastest = self.fastest(path, form)
-        return (
-            FullRank() if isinstance(form, LowRank) and not self.is_faster(path, form) else fastest
-        )
+        if isinstance(form, LowRank):
+            return fastest if self.is_faster(path, form) else FullRank()
+        assert isinstance(fastest, Adapted)
+        return replace(fastest, restart=form.restart)
 
 
 def candidates(form: Form) -> list[Form]:
-    """The form with each execution it leaves open.
+    """The form with each execution it leaves open; a restart is as fast as another.
 
     Example:
         >>> candidates(LowRank(8))
         [LowRank(rank=8, decomposition='svd', execution='factored'), LowRank(rank=8, decomposition='svd', execution='joined')]
     """  # noqa: E501
+    if isinstance(form, Adapted):
+        form = replace(form, restart=0)
     if isinstance(form, FullRank) or form.execution != "auto":
         return [form]
     if isinstance(form, LowRank):

@@ -19,6 +19,8 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
   transported v that vanishes and an m that does not would be without bound. Adam's own v lies below
   m * m in its first hundred or so steps, so a change that early makes the next steps smaller.
 - A parameter that gets nothing (an adaptor's ``down``, while ``up`` is zero) starts as a new one.
+- **Pruned:** where only the adaptor is another, ReLoRA's way (Lialin et al., arXiv 2307.05695):
+  each factor's averages stay where they are, all but the largest set to zero. See :func:`prune`.
 
 Note [Weight decay]
 SGD's and Adam's L2 decay adds ``decay * f`` to the gradient of f. J+ divides by the factors, so
@@ -31,6 +33,7 @@ is sharp exactly where it matters, and needs no count of steps. It goes on as ``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,12 +45,14 @@ from dynarank.decompositions import Decomposition, Factors, precise
 from dynarank.forms import Adapted, Form, FullRank
 from dynarank.layers import WeightSpec
 
-__all__ = ["COUNTERS", "FIRST_MOMENTS", "SECOND_MOMENTS", "Averaging", "Side", "carry"]
+__all__ = ["COUNTERS", "FIRST_MOMENTS", "SECOND_MOMENTS", "Averaging", "Side", "carry", "prune"]
 
 # Optimizer state by role: SGD's velocity and Adam's averages; steps are copied, not transformed.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 COUNTERS = ("step",)
+# What ReLoRA's authors found to do well, of the first moment's entries by their size.
+PRUNED = 0.9
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,38 @@ def carry(
         values[key] = tuple(torch.maximum(two * v, (one * m).square()) for v, m in pairs)
         alive = [a or bool(v.any()) for a, v in zip(alive, squares, strict=True)]
     return [_state(i, step, values) if alive[i] else {} for i in range(len(new.parameters))]
+
+
+def prune(states: Sequence[Mapping[str, Any]], share: float = PRUNED) -> list[dict[str, Any]]:
+    """The states with the smallest entries of each average set to zero; their steps stay.
+
+    ``keep = |m| > the share-quantile of |m|``; ``m' = keep m`` and ``v' = keep max(v, m^2)``.
+
+    Args:
+        states: of each parameter; one without a first moment stays as it is.
+        share: how many entries of each parameter become zero.
+
+    Example:
+        >>> (state,) = prune([{"momentum_buffer": torch.tensor([3.0, -4.0, 1.0, 2.0])}], 0.5)
+        >>> state["momentum_buffer"].tolist()
+        [3.0, -4.0, 0.0, 0.0]
+    """
+    return [_pruned(state, share) for state in states]
+
+
+def _pruned(state: Mapping[str, Any], share: float) -> dict[str, Any]:
+    key = next((k for k in FIRST_MOMENTS if state.get(k) is not None), None)
+    if key is None:
+        return dict(state)
+    mean = precise(state[key])
+    sizes = mean.abs().flatten()
+    least = sizes.kthvalue(max(1, math.ceil(share * sizes.numel()))).values
+    keep = mean.abs() > least  # one choice for both averages: an m without its v is without bound
+    pruned = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+    pruned[key] = mean * keep
+    for other in (k for k in SECOND_MOMENTS if state.get(k) is not None):
+        pruned[other] = torch.maximum(precise(state[other]), mean.square()) * keep
+    return pruned
 
 
 def _present(states: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:

@@ -113,7 +113,8 @@ def cost_schedule(
         >>> cost_schedule(use, low_rank(16), ["0"], 10).relative_training
         0.625
     """
-    readings = Readings({p: use.layers[p].shape for p in layers}, forecast=tuple(forecast))
+    shapes = {path: use.layers[path].spec.unit_shape for path in layers}
+    readings = Readings(shapes, forecast=tuple(forecast))
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
 
     def phase_cost(phase: Phase) -> PhaseCost:

@@ -19,17 +19,16 @@ def scheduled_layers(
     ranked = any(site.home is not None for site in survey(model))
     if layers is not None or ranked:
         return select(model, layers)
-    able = {s.path: s.shape for s in survey(model) if s.form is not None}
-    forms = {
-        form: None
-        for phase in timeline(schedule, Readings(able), total_steps)
-        for form in phase.plan.values()
-    }
-    low = [form for form in forms if isinstance(form, LowRank)]
+    able = {s.path: s.spec.unit_shape for s in survey(model) if s.form is not None}
+    given: dict[str, set[LowRank]] = {path: set() for path in able}
+    for phase in timeline(schedule, Readings(able), total_steps):
+        for path, form in phase.plan.items():
+            given[path] |= {form} if isinstance(form, LowRank) else set()
+    low = set[LowRank]().union(*given.values())
     if not low:
         return select(model, lambda module, path: path in able)
-    cheaper = ({s.path for s in select(model, None, f.rank, f.decomposition)} for f in low)
-    paths = set.intersection(*cheaper)
+    cheaper = {f: {s.path for s in select(model, None, f.rank, f.decomposition)} for f in low}
+    paths = {path for path, own in given.items() if all(path in cheaper[f] for f in own or low)}
     return select(model, lambda module, path: path in paths)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -55,8 +56,7 @@ class RankScheduler:
     Args:
         model: the model; it may be ranked already.
         optimizer: its optimizer, or several.
-        schedule: any function ``(clock, readings) -> plan``, or one with a state, such as those
-            of :mod:`dynarank.schedules`.
+        schedule: any function ``(clock, readings) -> plan``, or one of :mod:`dynarank.schedules`.
         total_steps: how many optimizer steps the run has.
         layers: the layers under the schedule, a filter ``(module, path) -> bool`` or glob patterns.
             None: those that are ranked already, or, if none is, all that get cheaper in every
@@ -142,13 +142,13 @@ class RankScheduler:
         self.last_step = 0
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
-        self._patience = 0
-        self._retry_at = 0
+        self._patience = self._retry_at = 0
         self._plan: Plan | None = None  # as last applied
         self._state = start(schedule)
         sites = scheduled_layers(model, schedule, total_steps, layers)
-        self._layers = {site.path: site.shape for site in sites}
-        self._monitor = SpectralMonitor(model, layers=lambda module, path: path in self._layers)
+        self._layers = {site.path: site.spec.unit_shape for site in sites}
+        values = sys.maxsize if getattr(schedule, "needs_values", False) else 0
+        self._monitor = SpectralMonitor(model, layers=lambda _, p: p in self._layers, values=values)
         for phase in self.phases():
             check_phase(phase, model)
         self._advance()

@@ -61,6 +61,7 @@ def apply_plan(
             forgets them. A :class:`Gradients` does as ``"project"``, but takes the second moments
             from the gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
             :class:`RankScheduler`, which keeps gradients; here there are none, so it projects.
+            ``"prune"`` zeroes 90% of them where an adaptor is followed by another, else projects.
         calibration: from :func:`dynarank.calibrate`: weights that become low-rank (by an SVD) keep
             the directions in which their outputs have energy, instead of their own largest.
 

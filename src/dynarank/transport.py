@@ -18,7 +18,15 @@ from torch.optim import Optimizer
 from dynarank.decompositions import UnfitWeightError, precise
 from dynarank.edit import Edit
 from dynarank.gradients import Gradients
-from dynarank.moments import COUNTERS, FIRST_MOMENTS, SECOND_MOMENTS, Averaging, Side, carry
+from dynarank.moments import (
+    COUNTERS,
+    FIRST_MOMENTS,
+    SECOND_MOMENTS,
+    Averaging,
+    Side,
+    carry,
+    prune,
+)
 
 __all__ = [
     "Moments",
@@ -29,10 +37,10 @@ __all__ = [
     "prepare_transport",
 ]
 
-Moments: TypeAlias = Literal["project", "calibrated", "reset"] | Gradients
+Moments: TypeAlias = Literal["project", "calibrated", "reset", "prune"] | Gradients
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
 
-POLICIES = ("project", "calibrated", "reset")
+POLICIES = ("project", "calibrated", "reset", "prune")
 MOVABLE = ("SGD", "Adam", "AdamW", "RAdam")
 
 
@@ -102,7 +110,8 @@ def prepare_transport(
     Each new parameter takes the place of the old ones, in their group and position; moments follow
     by policy: ``"project"`` from the old moments alone, gradients (``"calibrated"``) by those of
     the layer that they hold and like ``"project"`` if there are none, ``"reset"`` as if the
-    optimizer had never stepped on the layer (its step counter with it).
+    optimizer had never stepped on the layer (its step counter with it), ``"prune"`` by zeroing most
+    of an adaptor's moments where another one follows it, and else like ``"project"``.
 
     Raises:
         ValueError: unknown policy; a layer that trains is in no optimizer, or in two; but for
@@ -187,8 +196,7 @@ def _states(
     group = _group(optimizer, held)
     moved: list[dict[str, Any]] = [{} for _ in fresh]
     if moments != "reset":
-        gradients = moments if isinstance(moments, Gradients) else None
-        moved = _carried(edit, [optimizer.state.get(p, {}) for p in held], group, gradients)
+        moved = _carried(edit, [optimizer.state.get(p, {}) for p in held], group, moments)
     # Torch's fused SGD wants a buffer in all parameters of a group or in none.
     if "momentum" in group and group["momentum"] and group.get("fused"):
         moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
@@ -199,18 +207,21 @@ def _carried(
     edit: Edit,
     states: Sequence[dict[str, Any]],
     group: dict[str, Any],
-    gradients: Gradients | None,
+    moments: Moments,
 ) -> list[dict[str, Any]]:
-    """The states as :func:`dynarank.moments.carry` has them, in fp64."""
+    """The states as :func:`dynarank.moments.carry` or ``prune`` has them, in fp64."""
     spec = edit.site.spec
     keys = list(dict.fromkeys(k for state in states for k in state if state[k] is not None))
     _check_known(edit.path, keys)
     _check_finite(edit.path, states)
     if not keys:
         return [{} for _ in _held(edit, edit.new)]
+    if moments == "prune" and edit.restarts:
+        return prune(states)
     old = Side.of(spec, edit.before, {n: precise(p) for n, p in edit.old.items()})
     new = Side.of(spec, edit.after, {n: precise(p) for n, p in edit.new.items()})
-    samples = gradients.of(list(_held(edit, edit.old).values())) if gradients else []
+    held = list(_held(edit, edit.old).values())
+    samples = moments.of(held) if isinstance(moments, Gradients) else []
     return carry(old, new, states, Averaging.of(group), samples)
 
 

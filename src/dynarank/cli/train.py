@@ -17,6 +17,7 @@ from dynarank.records import Metric, SummaryRecord
 from dynarank.report import write_report
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
 from dynarank.schedules import get_preset
+from dynarank.sinks import HOSTS, open_sinks
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 from dynarank.train.tasks import make_task
@@ -60,6 +61,10 @@ def train(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the layers first; low rank only where faster.")
     ] = False,
+    log: Annotated[
+        str | None,
+        typer.Option(help=f"Hosts that get the records too, by commas: {', '.join(HOSTS)}."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train a RECIPE under its schedules and compare them.
@@ -71,10 +76,12 @@ def train(
     chosen = chosen.published() if as_published else chosen
     chosen = chosen.with_factors(rank, decomposition)
     schedules = _schedules(schedule, chosen)
+    hosts = [name.strip() for name in log.split(",")] if log else []
     machine = choose_machine(device, precision, compile, measure)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
         raise RecipeError(f"{folder} holds a run already; name another folder with --out")
+    open_sinks(hosts, folder)  # an unknown host is refused before anything is read
     task = make_task(
         chosen, data, seed=seed, device=machine.device, train_limit=train_limit,
         test_limit=test_limit,
@@ -86,8 +93,9 @@ def train(
         place = folder / name if len(schedules) > 1 else folder
         with ProgressListener(terminal, name, length, task.metric) as listener:
             return run_schedule(
-                chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine
-            )
+                chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine,
+                sinks=open_sinks(hosts, place),
+            )  # fmt: skip
 
     summaries = {name: run(name) for name in schedules}
     report = _report(folder, terminal)

@@ -108,7 +108,9 @@ class CP:
         return tuple(f.double().reshape(s) for f, s in zip(factors, shapes, strict=True))
 
     def refactor(self, factors: Factors, rank: int) -> Factors:
-        """By way of the weight."""
+        """By way of the weight; for a larger rank the same components and new ones of size zero."""
+        if len(factors) > 2 and rank > factors[0].shape[0]:
+            return _extended(factors, rank)
         return refactor_joined(self, factors, rank)
 
     def join(self, factors: Factors) -> Tensor:
@@ -151,6 +153,25 @@ class CP:
         if len(factors) == 2:
             return self._pair.lift_squares(factors, squares)
         return lift_squares(_energies(factors), squares)
+
+
+def _extended(factors: Factors, rank: int) -> Factors:
+    """The components, and new ones: vectors drawn, of the mean norm, but for ``up``, which is zero.
+
+    Least squares would find the same sum again only to within the error at which its sweeps end.
+    """
+    *inner, up = (factor.detach() for factor in factors)
+    present = up.shape[1]
+    generator = torch.Generator().manual_seed(present)
+    extended: list[Tensor] = []
+    for factor in inner:
+        shape = (rank - present, *factor.shape[1:])
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(factor)
+        size = factor.flatten(1).norm(dim=1).mean()
+        drawn *= torch.where(size > 0, size, 1.0) / drawn.flatten(1).norm(dim=1).mean()
+        extended.append(torch.cat([factor, drawn]))
+    zeros = up.new_zeros(up.shape[0], rank - present, *up.shape[2:])
+    return *extended, torch.cat([up, zeros], 1)
 
 
 def _even_sizes(factors: Factors, scale: float) -> Factors:

@@ -63,7 +63,7 @@ class Readings:
     """What a schedule may look at.
 
     Args:
-        layers: the weight's shape (out, in, *kernel) of each layer under the schedule.
+        layers: the shape (out, in, *kernel) of each weight under the schedule, of a group if any.
         learning_rate: that of the optimizer's first group; None with no optimizer or several.
         forecast: the learning rate over the whole run, at equal distances from its first step to
             its last, where that can be foreseen; else empty.
@@ -134,7 +134,8 @@ class StatefulSchedule(Protocol):
     """A schedule that remembers: a pure function of state, clock and readings.
 
     It is asked once for every step, in order. ``spectra_every`` says how often the rank health of
-    the layers is read for it, a share of the run or a number of steps; None: never.
+    the layers is read for it, a share of the run or a number of steps; None: never. One with a true
+    ``needs_values`` gets every singular value.
     """
 
     @property
@@ -194,6 +195,11 @@ class Mapped:
     def spectra_every(self) -> Moment | None:
         """As the schedule has it."""
         return self.schedule.spectra_every if is_stateful(self.schedule) else None
+
+    @property
+    def needs_values(self) -> bool:
+        """As the schedule has it."""
+        return getattr(self.schedule, "needs_values", False)
 
     def start(self) -> State:
         """As the schedule has it."""

@@ -10,9 +10,15 @@ from typing import Any, overload
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
 from dynarank.schedules.base import Moment, Schedule
 from dynarank.schedules.budgeted import Budget, Budgeted
+from dynarank.schedules.cuttlefish import cuttlefish
+from dynarank.schedules.growing import growing
+from dynarank.schedules.lora import lora
 from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.options import Ending
 from dynarank.schedules.phases import Phases
+from dynarank.schedules.published import published
+from dynarank.schedules.pufferfish import pufferfish
+from dynarank.schedules.relora import relora
 from dynarank.schedules.rotating import rotating
 from dynarank.schedules.spectral import closed_loop
 
@@ -146,6 +152,12 @@ PRESETS: dict[str, Callable[..., Schedule]] = {
     "low-rank": _low_rank,
     "dynamic-rank": partial(dynamic_rank, to="adapted"),
     "dynamic-rank-low": partial(dynamic_rank, to="low-rank"),
+    "published": partial(_taking, published),
+    "lora": partial(_taking, lora),
+    "relora": partial(_taking, relora),
+    "pufferfish": partial(_taking, pufferfish),
+    "cuttlefish": partial(_taking, cuttlefish),
+    "growing": partial(_taking, growing),
     "rotating": partial(_taking, rotating),
     "closed-loop": partial(_taking, closed_loop),
 }

@@ -39,12 +39,12 @@ def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
         >>> open_sinks([], Path("runs/one"))
         []
     """
+    if len(set(names)) < len(names):
+        raise ValueError(f"a log is named twice: {', '.join(names)}")
     for name in names:
         if name not in HOSTS:
             near = difflib.get_close_matches(name, HOSTS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"unknown log {name!r}; known: {', '.join(HOSTS)}{hint}")
         import_host(name, name)
-    if len(set(names)) < len(names):
-        raise ValueError(f"a log is named twice: {', '.join(names)}")
     return [Sparing(Opening(HOSTS[name], folder), name) for name in names]

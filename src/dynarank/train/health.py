@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+from dynarank.heatmap import heatmap
 from dynarank.monitors import SpectralMonitor
 from dynarank.readings import SpectralReading
-from dynarank.records import LayerSpectrum, Record, SpectrumRecord
+from dynarank.records import HeatmapRecord, LayerSpectrum, Record, SpectrumRecord
+from dynarank.selection import select
 from dynarank.train.loop import Trainer
 
-__all__ = ["HealthRecorder", "thinned"]
+__all__ = ["HealthRecorder", "evenly"]
 
 VALUES = 64  # singular values kept of a layer
+PICTURES = 10  # moments at which weights are pictured, the start and the end among them
+PICTURED = 12  # layers that are
+
+_T = TypeVar("_T")
 
 
 class HealthRecorder:
@@ -26,44 +32,40 @@ class HealthRecorder:
     def __init__(self, trainer: Trainer, write: Callable[[Record], None]) -> None:
         self.trainer, self.write = trainer, write
         recipe = trainer.recipe
-        self.monitor = SpectralMonitor(trainer.model, rank=recipe.rank, layers=recipe.layers)
+        self.monitor = SpectralMonitor(
+            trainer.model, rank=recipe.rank, layers=recipe.layers, updates=True, values=VALUES
+        )
+        self._pictured = evenly(trainer.ranks.layers, PICTURED)
+        self._moments = frozenset(evenly(range(trainer.epochs + 1), PICTURES))
 
-    def begin(self) -> None:
-        """The weights as they start."""
-        self._spectrum()
-
-    def epoch(self) -> None:
-        """The weights after an epoch."""
-        self._spectrum()
+    def read(self, epoch: int) -> None:
+        """The weights when so many epochs are done."""
+        self._write(self.monitor.read())
+        if epoch in self._moments:
+            sites = select(self.trainer.model, lambda module, path: path in self._pictured)
+            pictures = {site.path: heatmap(site.effective()) for site in sites}
+            done, step = self.trainer.epochs_done, self.trainer.done
+            self.write(HeatmapRecord(epoch=done, step=step, layers=pictures))
 
     def given(self, readings: Mapping[str, SpectralReading]) -> None:
         """What the schedule has been given to decide by, before any change that it made of it."""
         if readings:
             self._write(readings)
 
-    def _spectrum(self) -> None:
-        self._write(self.monitor.read())
-
     def _write(self, readings: Mapping[str, SpectralReading]) -> None:
-        layers = {path: _layer(reading) for path, reading in readings.items()}
-        self.write(
-            SpectrumRecord(epoch=self.trainer.epochs_done, step=self.trainer.done, layers=layers)
-        )
+        done, step = self.trainer.epochs_done, self.trainer.done
+        layers = {path: LayerSpectrum(**vars(reading)) for path, reading in readings.items()}
+        self.write(SpectrumRecord(epoch=done, step=step, layers=layers))
 
 
-def _layer(reading: SpectralReading) -> LayerSpectrum:
-    found: dict[str, Any] = {**vars(reading), "values": thinned(reading.values, VALUES)}
-    return LayerSpectrum(**found)
-
-
-def thinned(values: tuple[float, ...], most: int) -> tuple[float, ...]:
-    """At most ``most`` of the values, evenly from the first to the last.
+def evenly(items: Sequence[_T], most: int) -> list[_T]:
+    """At most ``most`` (2 or more) of the items, evenly from the first to the last.
 
     Example:
-        >>> thinned((9.0, 7.0, 5.0, 3.0, 1.0), 3)
-        (9.0, 5.0, 1.0)
+        >>> evenly("abcdefg", 3)
+        ['a', 'd', 'g']
     """
-    if len(values) <= most:
-        return values
-    last = len(values) - 1
-    return tuple(values[round(i * last / (most - 1))] for i in range(most))
+    if len(items) <= most:
+        return list(items)
+    last = len(items) - 1
+    return [items[round(i * last / (most - 1))] for i in range(most)]

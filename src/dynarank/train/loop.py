@@ -138,7 +138,7 @@ class Trainer:
 
     def _where_faster(self, schedule: Schedule, layers: list[str]) -> Schedule:
         """The schedule with low rank only where this machine is faster at it."""
-        shapes = {path: self.use.layers[path].shape for path in layers}
+        shapes = {path: self.use.layers[path].spec.unit_shape for path in layers}
         readings = Readings(shapes, forecast=forecast_rates(self.recipe))
         plans = [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
         timings = measure(

@@ -97,7 +97,8 @@ def pearson_correlation(predicted: Tensor, labels: Tensor) -> float:
         ValueError: if the two differ in shape, or are empty.
 
     Example:
-        >>> pearson_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0]))
+        >>> found, labels = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])
+        >>> round(pearson_correlation(found, labels), 6)
         1.0
     """
     _check(predicted, labels)
@@ -118,7 +119,8 @@ def spearman_correlation(predicted: Tensor, labels: Tensor) -> float:
         ValueError: if the two differ in shape, or are empty.
 
     Example:
-        >>> spearman_correlation(torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.2, 0.3]))
+        >>> found, labels = torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.2, 0.3])
+        >>> round(spearman_correlation(found, labels), 6)
         1.0
     """
     _check(predicted, labels)

@@ -26,9 +26,32 @@ from dynarank.records import (
 from dynarank.train.health import HealthRecorder
 from dynarank.train.host import commit, hardware
 from dynarank.train.listener import Listener, Progress
-from dynarank.train.loop import EpochResult, Trainer
+from dynarank.train.loop import EpochResult, Machine, Trainer
+from dynarank.train.recipes import Recipe
+from dynarank.train.task import Task
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "header"]
+
+
+def header(
+    recipe: Recipe, schedule: str, task: Task, machine: Machine, *, seed: int, epochs: int
+) -> RunRecord:
+    """The first record of a run: what is run, on what."""
+    names = ("dynarank", "torch", "numpy")
+    return RunRecord(
+        recipe=recipe.name,
+        schedule=schedule,
+        seed=seed,
+        epochs=epochs,
+        steps_per_epoch=task.steps_per_epoch,
+        device=str(machine.device),
+        hardware=hardware(machine.device),
+        precision=machine.precision,
+        metric=task.metric,
+        versions={name: version(name) for name in names} | {"python": platform.python_version()},
+        commit=commit(),
+        started=datetime.now(UTC).isoformat(timespec="milliseconds"),
+    )
 
 
 class Recorder:
@@ -50,29 +73,10 @@ class Recorder:
         self._decisions = 0
         self._results: list[EpochResult] = []
 
-    def begin(self, schedule: str, seed: int) -> None:
-        """What is run, on what, and the weights as they start."""
-        trainer = self.trainer
-        names = ("dynarank", "torch", "numpy")
-        self.write(
-            RunRecord(
-                recipe=trainer.recipe.name,
-                schedule=schedule,
-                seed=seed,
-                epochs=trainer.epochs,
-                steps_per_epoch=trainer.task.steps_per_epoch,
-                device=str(trainer.machine.device),
-                hardware=hardware(trainer.machine.device),
-                precision=trainer.machine.precision,
-                metric=trainer.task.metric,
-                versions={name: version(name) for name in names}
-                | {"python": platform.python_version()},
-                commit=commit(),
-                started=datetime.now(UTC).isoformat(timespec="milliseconds"),
-            )
-        )
+    def begin(self) -> None:
+        """The weights as they start."""
         self._decided()
-        self.health.begin()
+        self.health.read(0)
 
     def epoch(self, result: EpochResult) -> None:
         """The figures of an epoch, and the weights after it."""
@@ -88,7 +92,7 @@ class Recorder:
         )
         self.write(record)
         self.listener.epoch(record)
-        self.health.epoch()
+        self.health.read(len(self._results))
 
     def end(self, wall_seconds: float) -> SummaryRecord:
         """The figures of the table."""

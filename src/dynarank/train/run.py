@@ -6,29 +6,19 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from safetensors.torch import save_file
 
 from dynarank.records import Record, RecordWriter, SummaryRecord
+from dynarank.sinks import Sink
 from dynarank.surgery import merge
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe
-from dynarank.train.recorder import Recorder
+from dynarank.train.recorder import Recorder, header
 from dynarank.train.task import Task
 
-__all__ = ["Sink", "run_schedule"]
-
-
-class Sink(Protocol):
-    """Takes each record of a run, beside the file."""
-
-    def write(self, record: Record, /) -> None:
-        """Take one record."""
-
-    def close(self) -> None:
-        """The run is over."""
+__all__ = ["run_schedule"]
 
 
 def run_schedule(
@@ -54,7 +44,7 @@ def run_schedule(
         seed: of the initial weights.
         epochs: the run's length.
         machine: where and how.
-        sinks: take each record too; closed at the end, whatever happens.
+        sinks: take each record too, see :func:`dynarank.sinks.open_sinks`; closed at the end.
 
     Raises:
         DivergedError: the training loss is not finite; the records up to there are kept.
@@ -76,10 +66,11 @@ def run_schedule(
             taker.write(record)
 
     try:
+        write(header(recipe, schedule, task, machine, seed=seed, epochs=epochs))
         trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
         begun = time.perf_counter()
         recorder = Recorder(trainer, write, listener)
-        recorder.begin(schedule, seed)
+        recorder.begin()
         for epoch in range(epochs):
             recorder.epoch(trainer.train_epoch(epoch))
         model = merge(trainer.model)
