@@ -143,7 +143,7 @@ def _one_by_one(
         at = {"epoch": epoch - 0.5, "step": (epoch - 1) * STEPS + 20, "path": names[index]}
         if schedule == "closed-loop":
             reason = "effective rank fell" if form is FULL else "stable rank has settled"
-            readings = {"effective rank": 6.3 + index, "stable rank": 2.125, "<limit>": 7.0}
+            readings = {"effective_rank": 6.3 + index, "stable rank": 2.125, "<limit>": 7.0}
             writer.write(DecisionRecord(**at, form=form, reason=reason, readings=readings))
         writer.write(ChangeRecord(**at, before=before, after=form, error=1e-7))
     _phase(writer, epoch - 0.5, LOW, names, full=len(now))

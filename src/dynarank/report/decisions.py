@@ -52,7 +52,8 @@ def _form_text(decision: DecisionRecord) -> str:
 
 
 def _readings(decision: DecisionRecord) -> str:
-    return ", ".join(f"{name} {number(value)}" for name, value in decision.readings.items())
+    read = decision.readings.items()
+    return ", ".join(f"{name.replace('_', ' ')} {number(value)}" for name, value in read)
 
 
 def _wrapped(text: str) -> Html:
