@@ -1,12 +1,12 @@
 """A schedule within a budget: the window's length, the rank and the ending that keep to it.
 
-Of every rank and ending the full-rank phase is made as long as the budget allows; the one whose
-phase comes nearest to the usual length is taken, of two equally near the one of higher rank.
+Of every rank and ending the full-rank phase is made as long as the budget allows. The highest rank
+is taken whose phase is three quarters of the usual length or longer, of its two endings rather the
+one that keeps the function; where no phase is so long, the longest.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from dynarank.selection import LayerFilter
 
 __all__ = ["Fitted", "fit"]
 
+LONG_ENOUGH = 0.75  # of the usual length; below it a lower rank buys more full rank
 TOLERANCE = 0.01  # a budget is met within 1% of it
 
 
@@ -60,11 +61,10 @@ class Fitted:
         lengths = first, last - first, self.total_steps - last
         return sum(cost * n for cost, n in zip(self.costs, lengths, strict=True))
 
-    def strangeness(self, forecast: tuple[float, ...]) -> float:
-        """How far the full-rank phase is from the usual length: |log(length / usual)|."""
+    def relative_length(self, forecast: tuple[float, ...]) -> float:
+        """The length of the full-rank phase over the usual one."""
         begin, end = full_rank_window(decisive_decay(forecast))
-        steps = self._full_steps(forecast)
-        return abs(math.log(max(steps, 0.5) / self.total_steps / (end - begin)))
+        return self._full_steps(forecast) / self.total_steps / (end - begin)
 
     def fits(self, forecast: tuple[float, ...]) -> bool:
         """Whether the budget is met."""
@@ -121,7 +121,10 @@ def fit(
     able = [one for one in found if one.fits(forecast)]
     if not able:
         raise ValueError(_refusal(wish.budget, found, forecast))
-    return min(able, key=lambda one: round(one.strangeness(forecast), 3))
+    lengths = [one.relative_length(forecast) for one in able]
+    longest = lengths.index(max(lengths))
+    first = next((i for i, length in enumerate(lengths) if length >= LONG_ENOUGH), longest)
+    return able[first]
 
 
 def _choices(

@@ -149,7 +149,8 @@ def _taking(make: Callable[..., Schedule], **options: Any) -> Schedule:
 
 def _aligned(**options: Any) -> Schedule:
     """Dynamic rank whose moments are found, whatever moments there are."""
-    return dynamic_rank(**{**options, "inflate": None, "deflate": None})
+    free = {k: v for k, v in options.items() if k not in ("inflate", "deflate")}
+    return dynamic_rank(**free)
 
 
 PRESETS: dict[str, Callable[..., Schedule]] = {
