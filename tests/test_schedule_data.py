@@ -185,7 +185,7 @@ IMPOSTOR = type("Phases", (Own,), {})()
         (Rank(0.5), "cannot be written"),
         (3, "3 cannot"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_not_ours_is_refused(schedule: Any, what: str) -> None:
     with pytest.raises(ValueError, match=what):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ from dynarank.train.recipes import Recipe, RecipeError
 from dynarank.train.task import Evaluation, Task
 
 __all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
+
+
+_RENEW = 512  # examples from which batch norms take their statistics anew
 
 
 class DivergedError(RuntimeError):
@@ -136,9 +140,15 @@ class Trainer:
             lr_scheduler=forecast_rates(recipe),
             moments=getattr(schedule, "moments", recipe.moments),
             rewarm=getattr(schedule, "rewarm", recipe.rewarm),
+            renew=self._renewing if recipe.renew else None,
         )
         self.plan = current_plan(self.model)
         self.ledger = Ledger(self.use, self.plan)
+
+    def _renewing(self) -> Iterator[Any]:
+        """Inputs of some batches, for batch norms: a task with any yields (inputs, ...)."""
+        count = -(-_RENEW // self.recipe.batch_size)
+        return (batch[0] for batch in islice(self.task.epoch(0), count))
 
     def _where_faster(self, schedule: Schedule, layers: list[str]) -> Schedule:
         """The schedule with low rank only where this machine is faster at it."""

@@ -33,7 +33,8 @@ class Recipe(BaseModel):
     ``inflate`` or ``deflate`` is not given, the schedule finds it from the learning rate.
 
     ``budget``, a share of full-rank training's FLOPs, has dynamic rank find its rank, ending and
-    moments. ``rewarm`` is a number of optimizer steps after each change of form.
+    moments. ``rewarm`` is a number of optimizer steps after each change of form;
+    ``renew`` takes the statistics of batch norms anew after a truncation.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
     :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
@@ -78,6 +79,7 @@ class Recipe(BaseModel):
     budget: float | None = Field(default=None, gt=0)
     moments: Literal["project", "calibrated", "reset", "prune"] = "project"
     rewarm: int = Field(default=0, ge=0)
+    renew: bool = True
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
