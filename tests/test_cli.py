@@ -192,8 +192,8 @@ def test_spectrum_shows_each_row_when_it_is_ready(
 REFUSED = {
     "recipe": (["train", "digit"], r"unknown recipe 'digit'; did you mean 'digits'\?.*cifar10"),
     "schedule": (
-        ["train", "digits", "--schedule", "lora"],
-        r"unknown schedule 'lora'; known: full",
+        ["train", "digits", "--schedule", "lorra"],
+        r"unknown schedule 'lorra'; known: full",
     ),
     "plan": (["plan", "cifar"], "unknown recipe 'cifar'"),
     "data": (["train", "cifar10-resnet20"], r"--data|DYNARANK_DATA"),
