@@ -267,6 +267,32 @@ OPTIONS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("schedule", "waits"), [("closed-loop", True), ("cuttlefish", True), ("rotating", False)]
+)
+def test_a_plan_says_what_it_cannot_know(
+    schedule: str, waits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "digits", "--schedule", schedule) == 0
+    assert ("until its first decision" in " ".join(capsys.readouterr().out.split())) == waits
+    assert call(monkeypatch, "plan", "digits", "--schedule", schedule, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["until_first_decision"] == waits
+
+
+def test_a_budget_from_the_command_line_is_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "digits", "--budget", "0.5", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)["relative_training_flops"]
+    small = ["--epochs", "5", "--train-limit", "1344", "--schedule", "dynamic-rank"]
+    assert call(monkeypatch, "train", "digits", *small, "--budget", "0.5", "--json") == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"].values()
+    assert planned == pytest.approx(0.5, rel=0.01)
+    assert run["relative_flops"] == pytest.approx(0.5, rel=0.01)
+    assert call(monkeypatch, "train", "digits", *small, "--budget", "0.01") == 2
+    assert "nearest possible is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", OPTIONS)
 def test_options_stay_few(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

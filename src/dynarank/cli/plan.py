@@ -72,6 +72,11 @@ def plan(
         return
     _show_layers(terminal, chosen, schedule, use, cost)
     _show_phases(terminal, chosen, cost)
+    if _waits_for_spectra(chosen, schedule):
+        terminal.print(
+            f"[bold yellow]{schedule} decides by the layers' spectra while they train:[/] this is "
+            "what holds until its first decision, not what the run will cost."
+        )
     if timings:
         show_timings(terminal, use, timings, machine)
     for line in _remarks(chosen, drawn.model, layers, use, cost):
@@ -110,10 +115,15 @@ def _span(recipe: Recipe, cost: ScheduleCost, phase: Phase) -> str:
     return f"{phase.start / scale:g} to {phase.stop / scale:g}"
 
 
+def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
+    return getattr(recipe.schedule(name), "spectra_every", None) is not None
+
+
 def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "schedule": schedule,
+        "until_first_decision": _waits_for_spectra(recipe, schedule),
         "relative_training_flops": cost.relative_training,
         "trainable_parameters_mean": cost.mean_trainable,
         "trainable_parameters_peak": cost.peak_trainable,
