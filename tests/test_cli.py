@@ -255,7 +255,7 @@ def test_help_is_there_and_every_command_has_json(
 OPTIONS = {
     "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
               "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
-              "measure", "log", "budget"},
+              "measure", "log", "budget", "noise"},
     "plan": {"budget", "schedule", "as-published", "json", "help", "rank", "decomposition",
              "measure", "device", "precision"},
     "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",

@@ -11,7 +11,11 @@ __all__ = ["choose_machine"]
 
 
 def choose_machine(
-    device: str, precision: str, compile: bool = False, measure: bool = False
+    device: str,
+    precision: str,
+    compile: bool = False,
+    measure: bool = False,
+    noise: bool = False,
 ) -> Machine:
     """The machine that ``--device``, ``--precision`` and ``--compile`` mean.
 
@@ -30,4 +34,4 @@ def choose_machine(
         raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}")
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "fp32"
-    return Machine(chosen, precision, compile, measure)
+    return Machine(chosen, precision, compile, measure, noise)

@@ -57,6 +57,10 @@ def train(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the layers first; low rank only where faster.")
     ] = False,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Read the gradient noise scale too (experimental): four "
+                           "more steps an epoch.")
+    ] = False,
     log: Annotated[
         str | None,
         typer.Option(help=f"Hosts that get the records too, by commas: {', '.join(HOSTS)}."),
@@ -73,7 +77,7 @@ def train(
     chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
     schedules = _schedules(schedule, chosen)
     hosts = [name.strip() for name in log.split(",")] if log else []
-    machine = choose_machine(device, precision, compile, measure)
+    machine = choose_machine(device, precision, compile, measure, noise)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
         raise RecipeError(f"{folder} holds a run already; name another folder with --out")

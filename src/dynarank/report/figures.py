@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynarank.records import EpochRecord, HeatmapRecord, Run, SpectrumRecord, find_runs, read_run
+from dynarank.records import (
+    EpochRecord,
+    HeatmapRecord,
+    NoiseRecord,
+    Run,
+    SpectrumRecord,
+    find_runs,
+    read_run,
+)
 from dynarank.report.bands import bands_figure
 from dynarank.report.curves import curves_figure
 from dynarank.report.drawing import require_matplotlib
@@ -15,6 +23,7 @@ from dynarank.report.evolution import evolution_figure, spectrum_names
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
 from dynarank.report.moments import comparable, first_of_each
+from dynarank.report.noise import noise_figure
 from dynarank.report.planes import planes_figure
 from dynarank.report.ranks import ranks_figure
 
@@ -68,6 +77,9 @@ def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, Callable[[], Figure]]
         yield "planes", lambda: planes_figure(runs)
     if watched:
         yield "ranks", lambda: ranks_figure(watched)
+    noisy = [run for run in chosen if run.all(NoiseRecord)]
+    if noisy:
+        yield "noise", lambda: noise_figure(noisy)
     if banded:
         yield "bands", lambda: bands_figure(banded)
     for run in chosen:

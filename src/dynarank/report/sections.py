@@ -10,6 +10,7 @@ from dynarank.records import (
     DecisionRecord,
     EpochRecord,
     HeatmapRecord,
+    NoiseRecord,
     PhaseRecord,
     Run,
     SpectrumRecord,
@@ -27,6 +28,7 @@ from dynarank.report.marks import MOST_LABELS
 from dynarank.report.markup import Html, details, element, safe
 from dynarank.report.moments import by_schedule, first_of_each
 from dynarank.report.moving import moving_block
+from dynarank.report.noise import noise_figure
 from dynarank.report.planes import planes_figure
 from dynarank.report.ranks import MOST_LAYERS, ranks_figure, watched_names
 from dynarank.report.tables import changes_table, cost_table, layers_table, phases_table
@@ -46,6 +48,9 @@ def sections(runs: Sequence[Run]) -> list[Html]:
     if any(run.all(EpochRecord) for run in runs):
         found.append(_section("Learning curves", _curves(runs)))
     found += _rank_sections(chosen, which)
+    noisy = [run for run in chosen if run.all(NoiseRecord)]
+    if noisy:
+        found.append(_section("Gradient noise (experimental)", _noise(noisy, which)))
     if any(run.all(PhaseRecord) for run in chosen):
         found.append(_section("Phases", _said(which), phases_table(chosen)))
     if any(run.all(DecisionRecord) for run in chosen):
@@ -130,6 +135,15 @@ def _ranks(runs: Sequence[Run], which: str) -> Html:
     if (layers := len(watched_names(runs))) > MOST_LAYERS:
         caption += f" {MOST_LAYERS} of {layers} layers are drawn; the median is of all."
     return _figure("ranks", lambda narrow: ranks_figure(runs, narrow), caption)
+
+
+def _noise(runs: Sequence[Run], which: str) -> Html:
+    caption = (
+        "The batch size at which the gradient's noise is as large as the gradient: tr(covariance) "
+        "of one sample's gradient over the squared norm of their mean. Well below it a larger "
+        "batch helps, well above it hardly." + which
+    )
+    return _figure("noise", lambda narrow: noise_figure(runs, narrow), caption)
 
 
 def _bands(runs: Sequence[Run], which: str) -> Html:

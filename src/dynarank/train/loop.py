@@ -49,12 +49,14 @@ class Machine:
         compile: whether to compile the model; it is compiled again after each change of form.
         measure: whether to time every layer's forms first, and to leave those full-rank that are
             not faster low-rank here.
+        noise: whether to read the gradient noise scale after each epoch.
     """
 
     device: torch.device
     precision: str = "fp32"
     compile: bool = False
     measure: bool = False
+    noise: bool = False
 
     def autocast(self) -> Any:
         """The context of a forward pass."""

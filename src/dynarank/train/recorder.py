@@ -27,6 +27,7 @@ from dynarank.train.health import HealthRecorder
 from dynarank.train.host import commit, hardware
 from dynarank.train.listener import Listener, Progress
 from dynarank.train.loop import EpochResult, Machine, Trainer
+from dynarank.train.noise import NoiseRecorder
 from dynarank.train.recipes import Recipe
 from dynarank.train.task import Task
 
@@ -69,6 +70,7 @@ class Recorder:
         self.trainer, self.write, self.listener = trainer, write, listener
         trainer.on_phase, trainer.on_step = self._phase, self._step
         self.health = HealthRecorder(trainer, write)
+        self.noise = NoiseRecorder(trainer, write) if trainer.machine.noise else None
         self.memory_bytes = 0
         self._decisions = 0
         self._results: list[EpochResult] = []
@@ -93,6 +95,8 @@ class Recorder:
         self.write(record)
         self.listener.epoch(record)
         self.health.read(len(self._results))
+        if self.noise is not None:
+            self.noise.read(len(self._results))
 
     def end(self, wall_seconds: float) -> SummaryRecord:
         """The figures of the table."""

@@ -1,0 +1,53 @@
+"""The figure of the gradient noise scale against epochs, beside the batch it was trained with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dynarank.records import NoiseRecord, Run
+from dynarank.report.drawing import new_figure, palette, plain_tick, styled
+from dynarank.report.keys import legend_below, line
+from dynarank.report.moments import by_schedule
+from dynarank.report.theme import NEUTRAL
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["noise_figure"]
+
+
+@styled
+def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
+    """The noise scale of each run, in samples, on a logarithmic axis; the batch size dashed.
+
+    Readings that are not finite, where the gradient was lost in its noise, are left out.
+
+    Args:
+        runs: those with readings.
+        narrow: for a phone.
+    """
+    from matplotlib.ticker import FuncFormatter
+
+    colours = palette(list(by_schedule(runs)))
+    figure = new_figure(4.6 if narrow else 9.5, 3.4)
+    axes = figure.subplots()
+    for run in runs:
+        found = [r for r in run.all(NoiseRecord) if math.isfinite(r.noise_scale)]
+        axes.plot(
+            [r.epoch for r in found],
+            [r.noise_scale for r in found],
+            color=colours[run.header.schedule],
+            marker="o" if len(found) <= 12 else None,
+            markersize=3,
+        )
+    batches = {run.config.get("recipe", {}).get("batch_size") for run in runs} - {None}
+    for batch in batches:
+        axes.axhline(batch, color=NEUTRAL, linestyle="--", linewidth=1)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
+    axes.set(xlabel="epoch", ylabel="samples", title="Gradient noise scale")
+    keys = [(line(colour), name) for name, colour in colours.items()]
+    legend_below(figure, [*keys, (line(NEUTRAL, "--"), "batch size")] if batches else keys)
+    return figure

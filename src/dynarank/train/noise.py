@@ -1,0 +1,66 @@
+"""Writes down the gradient noise scale of a run: once an epoch, from a few batches in halves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dynarank.noise import NoiseMonitor
+from dynarank.records import NoiseRecord, Record
+from dynarank.train.loop import Trainer
+
+__all__ = ["NoiseRecorder", "halves"]
+
+BATCHES = 4  # an epoch: one alone says little, and each costs a training step
+
+
+class NoiseRecorder:
+    """Reads a trainer's gradients and never changes them. Experimental.
+
+    Args:
+        trainer: the run.
+        write: takes each record.
+    """
+
+    def __init__(self, trainer: Trainer, write: Callable[[Record], None]) -> None:
+        self.trainer, self.write = trainer, write
+        self.monitor = NoiseMonitor(trainer.model, decay=0.5)
+
+    def read(self, epoch: int) -> None:
+        """The noise scale when so many epochs are done, on batches of the next."""
+        trainer = self.trainer
+        trainer.model.train()
+        reading = None
+        for batch in islice(trainer.task.epoch(epoch), BATCHES):
+            samples = trainer.recipe.batch_size // 2
+            reading = self.monitor.measure(self._loss, halves(batch, samples), samples)
+        if reading is not None:
+            self.write(
+                NoiseRecord(
+                    epoch=trainer.epochs_done,
+                    step=trainer.done,
+                    noise_scale=reading.noise_scale,
+                    layers=dict(reading.layers),
+                )
+            )
+
+    def _loss(self, batch: Any) -> Tensor:
+        with self.trainer.machine.autocast():
+            return self.trainer.task.loss(self.trainer.model, batch)[0]
+
+
+def halves(batch: Any, samples: int) -> Iterator[Any]:
+    """A batch's first and second half: every tensor in it is cut along its first dimension.
+
+    Example:
+        >>> import torch
+        >>> [part["x"].tolist() for part in halves({"x": torch.arange(4)}, 2)]
+        [[0, 1], [2, 3]]
+    """
+    for begin in (0, samples):
+        rows = slice(begin, begin + samples)
+        yield tree_map_only(Tensor, lambda tensor, rows=rows: tensor[rows], batch)
