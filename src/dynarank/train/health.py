@@ -43,7 +43,7 @@ class HealthRecorder:
         self._write(self.monitor.read())
         if epoch in self._moments:
             sites = select(self.trainer.model, lambda module, path: path in self._pictured)
-            pictures = {site.path: heatmap(site.effective()) for site in sites}
+            pictures = {site.path: _short(heatmap(site.effective())) for site in sites}
             done, step = self.trainer.epochs_done, self.trainer.done
             self.write(HeatmapRecord(epoch=done, step=step, layers=pictures))
 
@@ -56,6 +56,11 @@ class HealthRecorder:
         done, step = self.trainer.epochs_done, self.trainer.done
         layers = {path: LayerSpectrum(**vars(reading)) for path, reading in readings.items()}
         self.write(SpectrumRecord(epoch=done, step=step, layers=layers))
+
+
+def _short(picture: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+    """A picture with as many digits as can be seen: a third of the bytes."""
+    return tuple(tuple(float(f"{value:.3g}") for value in row) for row in picture)
 
 
 def evenly(items: Sequence[_T], most: int) -> list[_T]:
