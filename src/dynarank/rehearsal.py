@@ -41,9 +41,9 @@ def rehearse(
     sample: Any,
     loss: Callable[[Any], Tensor] | None = None,
     *,
-    rounds: int = 3,
+    rounds: int = 5,
 ) -> list[Rehearsal]:
-    """Train copies of a model under each plan for a few steps, in turn, and measure them.
+    """Train a copy of a model under each plan for a few steps, and measure them.
 
     The model, its optimizers and the global random state stay as they are. The copies need memory
     beside the model, one at a time.
