@@ -80,8 +80,21 @@ def compare(
     if not done:
         raise RecipeError(f"no run in {folder} came to its end")
     grouped = {n: [run for job, run in done if job.schedule == n] for n in names}
-    grouped = {name: runs for name, runs in grouped.items() if runs}
-    metric = done[0][1].header.metric
+    _tell(
+        terminal,
+        f"{chosen.name}, {many.epochs} epochs",
+        {name: runs for name, runs in grouped.items() if runs},
+        folder,
+        as_json,
+    )
+    many.finish()
+
+
+def _tell(
+    terminal: Console, title: str, grouped: Mapping[str, Sequence[Run]], folder: Path, as_json: bool
+) -> None:
+    """The figures of each schedule, and what can be told apart."""
+    metric = next(iter(grouped.values()))[0].header.metric
     sentences = compare_scores({n: _scores(runs) for n, runs in grouped.items()}, metric)
     page = write_page(folder, terminal)
     if as_json:
@@ -89,12 +102,11 @@ def compare(
         result = {"folder": str(folder), "report": page, "metric": metric.model_dump(),
                   "schedules": found, "sentences": sentences}  # fmt: skip
         print(json.dumps(result, indent=2))
-    else:
-        _show(terminal, f"{chosen.name}, {many.epochs} epochs", metric, grouped)
-        for sentence in sentences:
-            terminal.print(sentence)
-        terminal.print(f"Runs: {folder}" + (f"; report: {page}" if page else ""))
-    many.finish()
+        return
+    _show(terminal, title, metric, grouped)
+    for sentence in sentences:
+        terminal.print(sentence)
+    terminal.print(f"Runs: {folder}" + (f"; report: {page}" if page else ""))
 
 
 def _scores(runs: Sequence[Run]) -> list[float]:

@@ -87,16 +87,28 @@ def sweep(
         assert run.summary is not None
         metric = run.header.metric
         scores[at[job.folder]].append(run.summary.test_score)
-    pictures = _draw(folder, scores, metric, chosen.name, terminal)
+    _tell(terminal, chosen.name, scores, metric, folder, as_json)
+    many.finish()
+
+
+def _tell(
+    terminal: Console,
+    name: str,
+    scores: dict[Cell, list[float]],
+    metric: Metric,
+    folder: Path,
+    as_json: bool,
+) -> None:
+    """The grid as a picture, and as a table or JSON."""
+    pictures = _draw(folder, scores, metric, name, terminal)
     if as_json:
         rows = [{"inflate": i, "deflate": d, "scores": s} for (i, d), s in scores.items()]
         result = {"folder": str(folder), "pictures": pictures, "metric": metric.model_dump(),
                   "cells": rows, "best": best_cell(scores, metric)}  # fmt: skip
         print(json.dumps(result, indent=2))
-    else:
-        _show(terminal, scores, metric, chosen.name)
-        terminal.print(f"Runs: {folder}" + "".join(f"; {p}" for p in pictures))
-    many.finish()
+        return
+    _show(terminal, scores, metric, name)
+    terminal.print(f"Runs: {folder}" + "".join(f"; {p}" for p in pictures))
 
 
 def parse_epochs(text: str) -> list[float]:

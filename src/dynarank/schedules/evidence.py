@@ -87,4 +87,6 @@ class Evidence:
 
 
 def _smoothed(before: float | None, now: float, smoothing: float) -> float:
-    return now if before is None else smoothing * before + (1 - smoothing) * now
+    if before is None:
+        return now
+    return before + (1 - smoothing) * (now - before)  # so that what stands still stays exactly
