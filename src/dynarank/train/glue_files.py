@@ -18,7 +18,6 @@ Understanding, arXiv 1804.07461, 2018.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,8 @@ from typing import Any
 
 import numpy as np
 
-from dynarank.train.data import DataError
 from dynarank.train.sentences import SentenceData, Sentences
+from dynarank.train.sources import DataError, hub_splits
 
 __all__ = ["GLUE", "GlueTask", "read_glue", "read_glue_hub"]
 
@@ -103,21 +102,9 @@ def read_glue_hub(name: str) -> SentenceData:
         ImportError: if the ``data`` extra is not installed.
         DataError: if the data set cannot be had.
     """
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"GLUE's {GLUE[name].folder} was asked for from the hub, which needs the `datasets` "
-            "package: pip install 'dynarank[data]'"
-        ) from error
-    try:
-        splits = datasets.load_dataset(HUB_NAME, name)
+    what = f"GLUE's {GLUE[name].folder}"
+    with hub_splits(what, "the .tsv files", HUB_NAME, name) as splits:
         return SentenceData(*(_from_hub(GLUE[name], splits[s]) for s in ("train", "validation")))
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(
-            f"GLUE's {GLUE[name].folder} was asked for from the hub as {HUB_NAME!r}, {name!r}, "
-            f"which failed: {error!r}; try again, or name a folder that holds the .tsv files"
-        ) from error
 
 
 def _there(folder: Path) -> bool:

@@ -5,7 +5,6 @@ Every reader returns the raw bytes, checked, or raises; nothing is ever half rea
 
 from __future__ import annotations
 
-import importlib
 import tokenize
 import zipfile
 import zlib
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dynarank.train.sources import DataError, hub_splits
 
 __all__ = [
     "DataError",
@@ -35,10 +36,6 @@ _BROKEN_NPZ = (
     *(ValueError, OSError, EOFError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error, tokenize.TokenError),
 )
-
-
-class DataError(ValueError):
-    """A data set is absent, incomplete or damaged; the message says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,23 +107,10 @@ def read_hub(files: ImageFiles) -> RawImages:
         DataError: if the data set cannot be had.
 
     """
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"{files.name} was asked for from the hub, which needs the `datasets` package: "
-            "pip install 'dynarank[data]'"
-        ) from error
     image, label = files.columns
-    try:
-        splits = datasets.load_dataset(files.hub)
+    with hub_splits(files.name, "its files", files.hub) as splits:
         parts = [splits["train"], splits["test"]]
         arrays = [np.asarray(a) for part in parts for a in (_stack(part[image]), part[label])]
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(
-            f"{files.name} was asked for from the hub as {files.hub!r}, which failed: {error!r}; "
-            "try again, or name a folder that holds its files"
-        ) from error
     return _checked(files, f"the hub's {files.hub}", *arrays)
 
 

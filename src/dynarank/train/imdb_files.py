@@ -7,15 +7,13 @@ Reference: Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011.
 
 from __future__ import annotations
 
-import importlib
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from dynarank.train.data import DataError
 from dynarank.train.sentences import SentenceData, Sentences
+from dynarank.train.sources import DataError, hub_splits
 
 __all__ = ["read_imdb", "read_imdb_hub"]
 
@@ -51,24 +49,11 @@ def read_imdb_hub() -> SentenceData:
         ImportError: if the ``data`` extra is not installed.
         DataError: if the data set cannot be had.
     """
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            "IMDb reviews were asked for from the hub, which needs the `datasets` package: "
-            "pip install 'dynarank[data]'"
-        ) from error
-    try:
-        splits = datasets.load_dataset(HUB_NAME)
+    with hub_splits("the set of IMDb reviews", "aclImdb", HUB_NAME) as splits:
         parts = (splits["train"], splits["test"])
         return SentenceData(
             *(Sentences(list(p["text"]), None, np.asarray(p["label"], np.int64)) for p in parts)
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise DataError(
-            f"IMDb reviews were asked for from the hub as {HUB_NAME!r}, which failed: {error!r}; "
-            "try again, or name a folder that holds aclImdb"
-        ) from error
 
 
 def _read(folder: Path) -> Sentences:
