@@ -128,15 +128,7 @@ class RankScheduler:
         self.rewarm = Rewarm(optimizers, rewarm)
         self.fitted: Fitted | Settled | None = None
         if isinstance(schedule, Budgeted):
-            self.fitted = fit(
-                schedule,
-                model,
-                optimizers,
-                sample,
-                total_steps,
-                forecast=self.forecast.rates,
-                layers=layers,
-            )
+            self.fitted = self._fit(schedule, sample, layers)
             schedule = self.fitted.schedule(self.forecast.rates)
         self.schedule: Schedule = schedule
         self.last_step = 0
@@ -152,6 +144,10 @@ class RankScheduler:
         for phase in self.phases():
             check_phase(phase, model)
         self._advance()
+
+    def _fit(self, wish: Budgeted, sample: Any, layers: LayerFilter) -> Fitted | Settled:
+        run, rates = (self.model, self.optimizer, sample, self.total_steps), self.forecast.rates
+        return fit(wish, *run, forecast=rates, layers=layers)
 
     @property
     def layers(self) -> tuple[str, ...]:
