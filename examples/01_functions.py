@@ -17,7 +17,7 @@ import dynarank as dr
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (N, 64), standardised, and labels (N,)."""
+    """Return images (N, 64), standardized, and labels (N,)."""
     digits = load_digits()
     x = torch.tensor(digits.data, dtype=torch.float32)
     return (x - x.mean()) / x.std(), torch.tensor(digits.target)

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 import dynarank as dr
-from dynarank.cost import trace
-from dynarank.planning import cost_schedule
+from dynarank.cost.flops import trace
+from dynarank.cost.schedule import cost_schedule
 
 
 def warm_then_low(clock: dr.schedules.Clock, readings: dr.schedules.Readings) -> dict[str, object]:

@@ -56,7 +56,7 @@ class Architecture:
         return found if isinstance(found, Tensor) else found.logits
 
     def loss(self, model: Callable[[Tensor], Any], batch: Tensor) -> Tensor:
-        """Of targets that can be learnt by heart."""
+        """Of targets that can be learned by heart."""
         logits = self.logits(model, batch).flatten(0, -2)
         return F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[-1])
 

@@ -141,8 +141,8 @@ def assert_close(actual: Tensor, expected: Tensor, tolerance: float | None = Non
     )
 
 
-def randomise(module: nn.Module, seed: int = 1) -> None:
-    """Fill every parameter, adaptors too, so that no term of a law is zero by chance."""
+def randomize(module: nn.Module, seed: int = 1) -> None:
+    """Fill every parameter, adapters too, so that no term of a law is zero by chance."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():

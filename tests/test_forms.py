@@ -31,7 +31,7 @@ shares = st.floats(0, 1, exclude_min=True)
     ("shape", "limit"),
     [((5, 3), 3), ((3, 5), 3), ((4, 4), 4), ((64, 3, 3, 3), 27), ((64, 16, 3, 3), 64), ((8, 1), 1)],
 )
-def test_the_limit_is_the_shorter_side_of_the_matricised_weight(
+def test_the_limit_is_the_shorter_side_of_the_matricized_weight(
     shape: tuple[int, ...], limit: int
 ) -> None:
     assert resolve_rank(limit, shape) == limit

@@ -22,17 +22,17 @@ from laws import (
     WEIGHTS,
     LayerCase,
     assert_close,
-    randomise,
+    randomize,
 )
 from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
-from dynarank.cost import count_flops, trace
+from dynarank.cost.flops import count_flops, trace
 from dynarank.decompositions import get_decomposition
 from dynarank.forms import Form
 from dynarank.layers import RankedLayer
-from dynarank.survey import survey
+from dynarank.surgery.sites import survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's
 over_layers = pytest.mark.parametrize("case", LAYERS, ids=str)
@@ -53,7 +53,7 @@ def build(case: LayerCase, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
 def in_form(case: LayerCase, dtype: torch.dtype, form: Form) -> tuple[nn.Module, Tensor]:
     model, x = build(case, dtype)
     dr.apply_plan(model, {"0": fitting(model, form)})
-    randomise(model)
+    randomize(model)
     return model, x
 
 

@@ -1,4 +1,4 @@
-"""The direction of imports, the size of files, and what importing dynarank costs."""
+"""The architecture: folders import downward only, small functions, a light and CUDA-free import."""
 
 from __future__ import annotations
 
@@ -6,151 +6,151 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import dynarank
 
 SRC = Path(dynarank.__file__).parent
 
-# Each unit may import units of lower layers, and, on its own layer, those named after it.
-LAYERS: list[dict[str, set[str]]] = [
-    {"forms": set(), "readings": set()},
-    {"decompositions": set()},
-    {"layers": set(), "records": set()},
-    {
-        "spectrum": set(),
-        "penalties": set(),
-        "survey": set(),
-        "edit": {"survey"},
-        "selection": {"survey"},
-        "present": {"survey", "selection"},
-        "knapsack": set(),
-        "probe": set(),
-    },
-    {
-        "transport": {"moments", "gradients"},
-        "moments": set(),
-        "gradients": set(),
-        "cost": set(),
-        "monitors": {"layer_values", "pace"},
-        "noise": {"gradients", "noise_estimate", "pace", "undisturbed"},
-        "noise_estimate": set(),
-        "undisturbed": set(),
-        "layer_values": set(),
-        "pace": set(),
-        "heatmap": set(),
-        "weights": {"weight_files"},
-        "weight_files": {"tensor_file"},
-        "tensor_file": set(),
-        "schedules": set(),
-        "regularizers": set(),
-        "initialization": set(),
-        "factor_rates": set(),
-        "calibration": set(),
-    },
-    {"surgery": set(), "planning": set(), "ranking": set()},
-    {"stopwatch": set()},
-    {"measure": set()},
-    {"budget": set()},
-    {"rehearsal": set()},
-    {
-        "fitting": {"preflight", "memory_fitting"},
-        "memory_fitting": {"preflight"},
-        "preflight": set(),
-        "forecast": set(),
-        "rewarm": set(),
-        "norms": set(),
-    },
-    {"scheduler": set(), "sinks": set()},
-    {"train": set(), "report": set()},
-    {"cli": set()},
+# One folder (or module) a line, lowest first: each may import those above it in this list.
+ORDER = [
+    "forms",
+    "decompositions",
+    "layers",
+    "surgery",
+    "schedules",
+    "monitors",
+    "factors",
+    "cost",
+    "scheduler",
+    "allocation",
+    "contrib",
+    "records",
+    "sinks",
+    "report",
+    "train",
+    "cli",
+    "__main__",
 ]
-# Narrower than the layers say: decompositions know no module, layers no optimizer, schedules and
-# reports no model, surgery no time.
+# Narrower than the order: decompositions know no modules, layers no optimizer, schedules no model,
+# surgery no time, reports no model.
 FORBIDDEN = {
     "decompositions": {"torch.nn.modules", "torch.optim", "dynarank.forms"},
     "layers": {"torch.optim"},
-    "spectrum": {"torch.nn", "dynarank.layers"},
-    "schedules": {"torch", "dynarank.layers", "dynarank.survey", "dynarank.edit"},
-    "surgery": {"dynarank.schedules"},
-    "transport": {"dynarank.schedules"},
-    "report": {"dynarank.layers", "dynarank.survey", "dynarank.edit", "dynarank.surgery"},
+    "schedules": {"torch", "dynarank.layers", "dynarank.surgery"},
+    "report": {"dynarank.layers", "dynarank.surgery"},
 }
-# The core imports no third-party package but torch: the others are for records, files and the CLI.
-CORE_ONLY_TORCH = {
-    "budget", "calibration", "cost", "decompositions", "edit", "factor_rates", "fitting",
-    "forecast", "forms", "heatmap", "initialization", "knapsack", "layer_values", "layers",
-    "measure", "memory_fitting", "monitors", "noise", "noise_estimate", "norms", "pace",
-    "penalties", "planning", "preflight", "present", "probe", "ranking", "readings",
-    "regularizers", "rehearsal", "rewarm", "scheduler", "schedules", "selection", "spectrum",
-    "stopwatch", "surgery", "survey", "transport", "undisturbed",
-}  # fmt: skip
-
-# Files that speak to a host, imported only where the host is imported already.
+# These import no third-party package but torch.
+ONLY_TORCH = ORDER[: ORDER.index("records")]
+# Files for a library that the user has imported already.
 ADAPTERS = {"hf_conv1d.py"}
+# By name, looked up in the public registries: nothing above them asks for one by name.
+AT_THE_TOP = 8
 
 
 def unit_of(path: Path) -> str:
     return path.relative_to(SRC).parts[0].removesuffix(".py")
 
 
-def imports(path: Path) -> set[str]:
-    """Every module a file imports, wherever in the file."""
+def python_files() -> list[Path]:
+    return sorted(p for p in SRC.rglob("*.py") if unit_of(p) != "__init__")
+
+
+@cache
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports(path: Path) -> frozenset[str]:
+    """Every module a file imports, wherever in the file, type-checking imports included."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found |= {node.module or ""} | {f"{node.module}.{a.name}" for a in node.names}
-    return found
+    return frozenset(found)
 
 
-FILES = sorted(p for p in SRC.rglob("*.py") if unit_of(p) != "__init__")
-RANK = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}
+def module_name(path: Path) -> str:
+    parts = path.relative_to(SRC.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_imports_point_down(path: Path) -> None:
-    unit = unit_of(path)
-    assert unit in RANK, f"{unit} has no place in the layout; give it one here and in the design"
-    for name in imports(path):
-        assert name != "dynarank", f"{path} imports the package's root"
-        if not name.startswith("dynarank."):
+def violations() -> Iterator[str]:
+    """Imports that point upward, by folder."""
+    for path in python_files():
+        unit = unit_of(path)
+        if unit not in ORDER:
+            yield f"{unit} has no place in the order of folders"
             continue
-        other = name.split(".")[1]
-        beside = LAYERS[RANK[unit]][unit]
-        allowed = other == unit or other in beside or RANK.get(other, 99) < RANK[unit]
-        assert allowed, f"{unit} imports {other}, which does not lie below it"
+        for name in imports(path):
+            if name == "dynarank":
+                yield f"{path} imports the package's root"
+            elif name.startswith("dynarank."):
+                other = name.split(".")[1]
+                if other not in ORDER or ORDER.index(other) > ORDER.index(unit):
+                    yield f"{path.relative_to(SRC)} imports {name}, which lies above it"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_units_know_only_what_they_may(path: Path) -> None:
-    for name in imports(path):
-        for barred in FORBIDDEN.get(unit_of(path), set()):
-            assert name != barred and not name.startswith(barred + "."), f"{path} imports {name}"
-        if unit_of(path) in CORE_ONLY_TORCH:
+def file_graph() -> dict[str, set[str]]:
+    """The files that each file imports, by module name."""
+    names = {module_name(path): path for path in python_files()}
+    return {
+        name: {other for other in imports(path) if other in names and other != name}
+        for name, path in names.items()
+    }
+
+
+def cycle(graph: dict[str, set[str]]) -> list[str]:
+    """What is left after removing files that import nothing that is left: a cycle and above it."""
+    left = dict(graph)
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    return sorted(left)
+
+
+def test_imports_point_down() -> None:
+    assert list(violations()) == []
+
+
+def test_no_file_imports_itself_in_a_circle() -> None:
+    # A package's __init__ only re-exports: who imports a submodule does not depend on it.
+    graph = {
+        n: o for n, o in file_graph().items() if not (SRC.parent / n.replace(".", "/")).is_dir()
+    }
+    assert cycle(graph) == []
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["a", "b", "c"]
+
+
+def test_units_know_only_what_they_may() -> None:
+    for path in python_files():
+        unit = unit_of(path)
+        for name in imports(path):
+            for barred in FORBIDDEN.get(unit, set()):
+                assert name != barred and not name.startswith(barred + "."), f"{path}: {name}"
             root = name.split(".")[0]
             known = root in ("torch", "dynarank") or root in sys.stdlib_module_names
-            known = known or path.name in ADAPTERS
-            assert known, f"the core imports {root}"
+            assert known or unit not in ONLY_TORCH or path.name in ADAPTERS, f"{path}: {root}"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SRC)))
-def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert text.count("\n") <= 300, f"{path} is too long to find its idea"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            body = node.body[1:] if ast.get_docstring(node) else node.body
-            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
-            assert length <= 45, f"{path}: {node.name} has {length} lines"
+def test_functions_stay_small() -> None:
+    for path in python_files():
+        for node in ast.walk(tree(path)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                length = body[-1].end_lineno - body[0].lineno + 1 if body else 0  # type: ignore[operator]
+                assert length <= 45, f"{path}: {node.name} has {length} lines"
 
 
-def test_the_public_names_are_few_and_there() -> None:
-    assert len(dynarank.__all__) <= 20
+def test_the_top_of_the_package_is_small() -> None:
+    assert len(list(SRC.glob("*.py"))) <= AT_THE_TOP
+    assert len(dynarank.__all__) <= 30
     assert all(hasattr(dynarank, name) for name in dynarank.__all__)
 
 

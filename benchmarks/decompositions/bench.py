@@ -6,7 +6,7 @@ One process for each number of threads. Each matrix, as (out, in * positions), i
 min(n, m) / 4 by ``torch.linalg.svd(W, full_matrices=False)``, by ``SVD().split`` from nothing
 (cold) and from the factors of W before it moved by 1% (warm), in turns; the time of a model is the
 sum of its matrices' medians (of CPU time for one thread, else of wall time). The error is
-||W - up down|| over the least possible, in fp64. Spectra: as initialised, and i^-0.5 and i^-1 as
+||W - up down|| over the least possible, in fp64. Spectra: as initialized, and i^-0.5 and i^-1 as
 after training. Then the share of the training time that a spectral monitor takes at its default
 interval, on a 3072-1024-1024-10 MLP with batches of 128.
 """

@@ -42,7 +42,7 @@ def cases(small: bool) -> Iterator[tuple[str, nn.Linear | nn.Conv2d, torch.Size]
 
 
 def ours(layer: nn.Module, form: Form) -> nn.Module:
-    """A copy of the layer in a form, its adaptor not zero."""
+    """A copy of the layer in a form, its adapter not zero."""
     changed = copy.deepcopy(layer)
     dr.apply_plan(changed, {"": form})
     for name, p in changed.named_parameters():

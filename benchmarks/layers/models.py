@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank import Rank
-from dynarank.cost import trace
+from dynarank.cost.flops import trace
 from dynarank.forms import RankLike
 from dynarank.train.models import ResNet20
 
@@ -88,7 +88,7 @@ def two_layers(model: nn.Module, case: Case) -> nn.Module:
 
 def measured(model: nn.Module, case: Case, batch: tuple[Tensor, Tensor]) -> nn.Module:
     """Ours with the layers left full-rank that were measured to be slower low-rank."""
-    from dynarank.measure import measure
+    from dynarank.cost.timing import measure
 
     plan = dict(dr.current_plan(dr.factorize(copy.deepcopy(model), case.rank, layers=case.layers)))
     plan = {path: form for path, form in plan.items() if form != dr.FullRank()}

@@ -35,7 +35,7 @@ def pair(layer: nn.Linear | nn.Conv2d, rank: int) -> Pair:
 
 
 def lora(layer: nn.Linear | nn.Conv2d, rank: int) -> nn.Module:
-    """PEFT's adaptor on the frozen layer."""
+    """PEFT's adapter on the frozen layer."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=16, target_modules=["0"])
@@ -59,7 +59,7 @@ def tensorly_layer(layer: nn.Linear | nn.Conv2d, rank: int) -> nn.Module:
             in_tensorized_features=(inner, other // inner),
             out_tensorized_features=(side, n // side),
             bias=layer.bias is not None, factorization="tucker", rank=share,
-            implementation="reconstructed",  # its factorised way asks for 11 GB at 256 -> 256
+            implementation="reconstructed",  # its factorized way asks for 11 GB at 256 -> 256
         )  # fmt: skip
     factorized = tltorch.FactorizedConv.from_conv(layer, rank=share, factorization="tucker")
     return factorized

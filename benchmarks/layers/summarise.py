@@ -1,6 +1,6 @@
 """The two tables of a results folder as Markdown, with what was aimed at and what was reached.
 
-python benchmarks/layers/summarise.py benchmarks/layers/results/2026-11-24-cpu
+python benchmarks/layers/summarize.py benchmarks/layers/results/2026-11-24-cpu
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Scores are means and standard deviations over seeds, with n; costs are means.
 
-python benchmarks/training/summarise.py benchmarks/training/results/FOLDER
+python benchmarks/training/summarize.py benchmarks/training/results/FOLDER
 """
 
 from __future__ import annotations

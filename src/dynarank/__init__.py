@@ -6,28 +6,30 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
 >>> model = dr.factorize(model, rank=2)         # W = up @ down
 >>> model = dr.inflate(model)                   # one full-rank W again, the same function
->>> model = dr.deflate(model, to="adapted")     # W frozen, a zero-output adaptor trains
+>>> model = dr.deflate(model, to="adapted")     # W frozen, a zero-output adapter trains
 >>> model = dr.merge(model)                     # plain modules again
 """
 
-from dynarank import gradients as gradients
-from dynarank import ranking as ranking
-from dynarank import regularizers, schedules
-from dynarank.budget import plan_within
-from dynarank.calibration import calibrate
+from dynarank import schedules
+from dynarank.allocation import rules
+from dynarank.allocation.within_budget import plan_within
 from dynarank.decompositions import UnfitWeightError
-from dynarank.factor_rates import FactorRates
+from dynarank.factors import regularizers
+from dynarank.factors.init import initialize_factors
+from dynarank.factors.learning_rates import FactorLearningRates
 from dynarank.forms import Adapted, FullRank, LowRank, Rank
-from dynarank.initialization import initialize_factors
-from dynarank.monitors import SpectralMonitor
-from dynarank.scheduler import RankScheduler
-from dynarank.surgery import apply_plan, deflate, factorize, inflate, merge
-from dynarank.survey import current_plan, survey
+from dynarank.monitors.calibration import calibrate
+from dynarank.monitors.gradient_window import GradientWindow
+from dynarank.monitors.spectral import SpectralMonitor
+from dynarank.scheduler.rank_scheduler import RankScheduler
+from dynarank.surgery.sites import current_plan, survey
+from dynarank.surgery.verbs import apply_plan, deflate, factorize, inflate, merge
 
 __all__ = [
     "Adapted",
-    "FactorRates",
+    "FactorLearningRates",
     "FullRank",
+    "GradientWindow",
     "LowRank",
     "Rank",
     "RankScheduler",
@@ -43,6 +45,7 @@ __all__ = [
     "merge",
     "plan_within",
     "regularizers",
+    "rules",
     "schedules",
     "survey",
 ]

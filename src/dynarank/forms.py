@@ -126,13 +126,13 @@ class Adapted:
     Args:
         rank: an int, a float (share of the output channels) or a :class:`Rank`.
         decomposition: the name of the decomposition.
-        alpha: the adaptor's weight before division by the rank (16 for SVD in the published code).
-        execution: ``"merged"`` adds the adaptor to the base before multiplying, ``"two-branch"``
+        alpha: the adapter's weight before division by the rank (16 for SVD in the published code).
+        execution: ``"merged"`` adds the adapter to the base before multiplying, ``"two-branch"``
             multiplies by each and adds the results, as the published code does; ``"auto"`` takes
             the one with fewer FLOPs.
         recompute: keep neither the merged weight nor an activation between the factors for the
             backward pass, but compute them again.
-        restart: the number of the adaptor. Another number is another adaptor: the present one is
+        restart: the number of the adapter. Another number is another adapter: the present one is
             added to the base, and a new one of zero output begins.
     """
 

@@ -1,9 +1,9 @@
-"""The momentum that inflating an adaptor hands to SGD, with and without the share of decay.
+"""The momentum that inflating an adapter hands to SGD, with and without the share of decay.
 
     python benchmarks/training/experiments/decay_share.py
 
 The true momentum is that of the merged model's gradients on the same batches (kept for 60 steps,
-beside the run). See Note [Weight decay] in ``dynarank.moments``.
+beside the run). See Note [Weight decay] in ``dynarank.surgery.moments``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 import dynarank as dr
 from dynarank.decompositions import precise
-from dynarank.moments import Averaging, Side
-from dynarank.survey import Site, find_sites
+from dynarank.surgery.moments import Averaging, Side
+from dynarank.surgery.sites import Site, find_sites
 from dynarank.train.data import load_digits_data
 from dynarank.train.models import DigitsNet
 

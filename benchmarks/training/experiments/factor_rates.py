@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 import dynarank as dr
-from dynarank.factor_rates import FactorRates
+from dynarank.factors.learning_rates import FactorLearningRates
 
 BEFORE, AT, BATCH = 200, (20, 100, 200), 64
 SHARES = (1 / 8,)
@@ -107,7 +107,7 @@ def after(
         rank = dr.Rank(share, of="min")
         dr.deflate(model, rank, to="low-rank", layers=["0", "2"], optimizer=optimizer)
         if rule != "none":
-            scales = FactorRates(model, optimizer, rule).scales()
+            scales = FactorLearningRates(model, optimizer, rule).scales()
     readings = {"0": reading(model, *images)}
     for begin, end in zip((0, *AT[:-1]), AT, strict=True):
         train(model, optimizer, *images[:2], batches[begin:end])

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import dynarank as dr
-from dynarank.cost import trace
+from dynarank.cost.flops import trace
 from dynarank.forms import Rank
-from dynarank.selection import select
+from dynarank.surgery.selection import select
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
 from dynarank.train.host import commit, hardware
 from dynarank.train.images import ImageTask

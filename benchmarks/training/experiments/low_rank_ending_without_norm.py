@@ -29,7 +29,7 @@ LAYERS = {"mlp": ("1", "3"), "conv": ("2", "4")}
 
 
 def network(kind: str) -> nn.Sequential:
-    """The network, freshly initialised."""
+    """The network, freshly initialized."""
     if kind == "mlp":
         return nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64),
                              nn.ReLU(), nn.Linear(64, 10))  # fmt: skip

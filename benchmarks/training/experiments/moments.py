@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank.schedules import Phases
-from dynarank.survey import find_sites
+from dynarank.surgery.sites import find_sites
 from dynarank.train.data import load_digits_data
 from dynarank.train.models import DigitsNet
 

@@ -10,18 +10,18 @@ import typer
 from rich.console import Console
 from torch import nn
 
+from dynarank.allocation.fit_schedule import fit
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
 from dynarank.cli.show import console, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
-from dynarank.cost import LayerUse, ModelUse, trace
-from dynarank.fitting import fit
+from dynarank.cost.flops import LayerUse, ModelUse, trace
+from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
-from dynarank.planning import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.schedules import Budgeted, Phase, is_stateful
-from dynarank.selection import select
-from dynarank.survey import survey
+from dynarank.surgery.selection import select
+from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import OPTIMIZER_SLOTS
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
@@ -204,7 +204,7 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
 
 
 def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:
-    """What the phase costs if its adaptors run as branches of their own."""
+    """What the phase costs if its adapters run as branches of their own."""
     forms = one.phase.plan.items()
     plan = {
         path: replace(form, execution="two-branch") if isinstance(form, Adapted) else form
@@ -220,7 +220,7 @@ def _remarks(
         f"[bold yellow]The adapted phase costs more than full-rank training: "
         f"{one.relative_training:.3f}x a step ({_two_branch(use, one, cost):.3f}x as two branches, "
         f"as published).[/] The frozen weight is still multiplied forward and backward, and the "
-        f"adaptor (rank {recipe.rank} of the outputs) comes on top. `--schedule dynamic-rank-low` "
+        f"adapter (rank {recipe.rank} of the outputs) comes on top. `--schedule dynamic-rank-low` "
         f"deflates to true factors instead."
         for one in cost.phases
         if one.adapted_is_dearer

@@ -14,11 +14,21 @@ from dynarank.cli.show import console
 from dynarank.cli.spectrum_rows import COLUMNS, PAIR_COLUMNS, pair_cells, single_cells
 from dynarank.cli.streaming import StreamedTable
 from dynarank.forms import resolve_rank
+from dynarank.monitors.file_spectra import (
+    StoredWeight,
+    WeightSpectrum,
+    read_spectrum,
+    stored_weights,
+)
+from dynarank.monitors.singular_values import (
+    effective_rank,
+    energy_rank,
+    spectral_ratio,
+    stable_rank,
+)
+from dynarank.monitors.weight_files import WeightFiles, open_weights
 from dynarank.report.spectra import spectrum_figure
 from dynarank.report.spectra_pair import spectrum_pair_figure
-from dynarank.spectrum import effective_rank, energy_rank, spectral_ratio, stable_rank
-from dynarank.weight_files import WeightFiles, open_weights
-from dynarank.weights import StoredWeight, WeightSpectrum, read_spectrum, stored_weights
 
 __all__ = ["spectrum"]
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dynarank.cli.show import right_aligned
-from dynarank.cost import ModelUse
+from dynarank.cost.flops import ModelUse
+from dynarank.cost.timing import Timings, default_cache, measure
 from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan, form_name, form_to_data
-from dynarank.measure import Timings, default_cache, measure
 from dynarank.train.loop import Machine
 
 __all__ = ["show_timings", "time_layers", "timings_data"]

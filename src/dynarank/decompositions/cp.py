@@ -13,7 +13,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.als import fit
 from dynarank.decompositions.base import (
     Factors,
     Geometry,
@@ -22,8 +21,9 @@ from dynarank.decompositions.base import (
     pull_back,
     refactor_joined,
 )
-from dynarank.decompositions.bases import unit_scale
-from dynarank.decompositions.lifting import lift, lift_squares
+from dynarank.decompositions.numerics.als import fit
+from dynarank.decompositions.numerics.bases import unit_scale
+from dynarank.decompositions.numerics.multilinear import lift, lift_squares
 from dynarank.decompositions.separable import AXES
 from dynarank.decompositions.svd import SVD
 
@@ -62,7 +62,7 @@ class CP:
         return "down", *AXES[dims], "up"
 
     def limit(self, shape: Sequence[int]) -> int:
-        """Entries over the largest dimension: a component for each fibre along that."""
+        """Entries over the largest dimension: a component for each fiber along that."""
         return math.prod(shape) // max(shape)
 
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:

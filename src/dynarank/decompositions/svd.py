@@ -1,6 +1,6 @@
 """The singular value decomposition: W = up @ down, a kernel into r channels, then 1x1 out of them.
 
-Legend: W (n, m) the matricised weight, n = out, m = in * kernel positions; r the rank.
+Legend: W (n, m) the matricized weight, n = out, m = in * kernel positions; r the rank.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from dynarank.decompositions.base import Factors, Geometry
-from dynarank.decompositions.linalg import (
+from dynarank.decompositions.numerics.linalg import (
     as_unit,
     balance,
     leading_directions,
     recompress,
 )
-from dynarank.decompositions.warm_start import follow
+from dynarank.decompositions.numerics.subspace import follow
 
 __all__ = ["SVD"]
 
@@ -28,7 +28,7 @@ class SVD:
 
     The truncation of rank r has the least possible Frobenius error, sqrt(sum_{i>r} s_i^2)
     (Eckart and Young 1936). The factors are balanced, ``up' up == down down' == diag(s)``, which is
-    the spectral initialisation of Khodak et al. (arXiv 2105.01029) when W is an initial weight.
+    the spectral initialization of Khodak et al. (arXiv 2105.01029) when W is an initial weight.
     """
 
     name = "svd"

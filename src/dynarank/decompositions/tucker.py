@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dynarank.decompositions.base import Factors, Geometry, pull_back, refactor_joined
-from dynarank.decompositions.bases import equal_norms, leading_basis, unit_scale
-from dynarank.decompositions.lifting import chain_energies, lift_squares
+from dynarank.decompositions.numerics.bases import equal_norms, leading_basis, unit_scale
+from dynarank.decompositions.numerics.multilinear import chain_energies, lift_squares
 
 __all__ = ["Tucker", "join_chain", "join_chain_flops"]
 

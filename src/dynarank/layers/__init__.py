@@ -14,24 +14,24 @@ from dynarank.layers.conv import (
     RankedConvTranspose3d,
 )
 from dynarank.layers.embedding import RankedEmbedding
-from dynarank.layers.execution import Call, Flops, Way, choose_way, ways
+from dynarank.layers.execution import Call, Execution, Flops, choose_execution, executions
 from dynarank.layers.linear import RankedLinear, RankedOutputProjection
 from dynarank.layers.ranked import RankedLayer, own_parameters
-from dynarank.layers.recurrent import RankedGRU, RankedLSTM, RankedRNN
-from dynarank.layers.recurrent_cells import RankedGRUCell, RankedLSTMCell, RankedRNNCell
-from dynarank.layers.spec import WeightSpec
+from dynarank.layers.recurrent.cells import RankedGRUCell, RankedLSTMCell, RankedRNNCell
+from dynarank.layers.recurrent.modules import RankedGRU, RankedLSTM, RankedRNN
+from dynarank.layers.weight import WeightSpec
 
 __all__ = [
     "Call",
+    "Execution",
     "Flops",
     "RankedLayer",
-    "Way",
     "WeightSpec",
-    "choose_way",
+    "choose_execution",
+    "executions",
     "own_parameters",
     "ranked_class",
     "readers",
-    "ways",
 ]
 
 _RANKED: dict[type[nn.Module], type[RankedLayer]] = {
@@ -69,6 +69,6 @@ def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
 
 
 def readers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The parent of each module whose weights its parent reads: see :meth:`RankedLayer.reads`."""
+    """The parent of each module whose weight the parent reads itself (``fused_children``)."""
     kinds = [(module, ranked_class(type(module))) for module in model.modules()]
-    return {child: m for m, kind in kinds if kind is not None for child in kind.reads(m)}
+    return {child: m for m, kind in kinds if kind is not None for child in kind.fused_children(m)}

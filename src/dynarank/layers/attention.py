@@ -27,7 +27,7 @@ from dynarank.decompositions import Geometry
 from dynarank.forms import FullRank
 from dynarank.layers.execution import Call
 from dynarank.layers.ranked import RankedLayer, effective
-from dynarank.layers.spec import WeightSpec
+from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedMultiheadAttention"]
 
@@ -69,7 +69,7 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         return tuple(WeightSpec(f"{x}_proj_weight", (d, size)) for x, size in sizes.items())
 
     @classmethod
-    def reads(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+    def fused_children(cls, module: nn.Module) -> tuple[nn.Module, ...]:
         """The output projection."""
         return (cast(nn.MultiheadAttention, module).out_proj,)
 
@@ -123,7 +123,9 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         super()._reset_parameters()
         for name, form in self.forms.items():
             if not isinstance(form, FullRank):
-                self.refill(name, nn.init.xavier_uniform_(self.effective_weight(name).detach()))
+                self.set_weight_(
+                    name, nn.init.xavier_uniform_(self.effective_weight(name).detach())
+                )
 
     def _is_full_rank(self) -> bool:
         """Whether every weight is, that of the output projection too."""
@@ -187,7 +189,7 @@ class _Part:
 
 
 def _parts(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[_Part]:
-    """Neighbours that are one tensor meet the joint weight together."""
+    """Neighbors that are one tensor meet the joint weight together."""
     found: list[_Part] = []
     for i, (letter, x) in enumerate(zip("qkv", (query, key, value), strict=True)):
         start, stop = i * m.embed_dim, (i + 1) * m.embed_dim

@@ -14,7 +14,7 @@ from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
 from dynarank.layers.linear import linear_call
 from dynarank.layers.ranked import RankedLayer, effective
-from dynarank.layers.spec import WeightSpec
+from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedEmbedding"]
 
@@ -37,7 +37,7 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
         return (WeightSpec("weight", shape, lookup=True),)
 
     @classmethod
-    def flaw(cls, module: nn.Module) -> str:
+    def unsupported_reason(cls, module: nn.Module) -> str:
         """Options that act on rows of the whole weight, which factors do not have."""
         table = cast(nn.Embedding, module)
         options = {

@@ -25,9 +25,9 @@ from typing import Any
 
 from dynarank.decompositions import Geometry, output_shape
 from dynarank.forms import Adapted, Form, FullRank, LowRank
-from dynarank.layers.spec import WeightSpec
+from dynarank.layers.weight import WeightSpec
 
-__all__ = ["Call", "Flops", "Way", "choose_way", "map_flops", "ways"]
+__all__ = ["Call", "Execution", "Flops", "choose_execution", "executions", "map_flops"]
 
 # The merged weight is kept for the backward pass where joining it again would cost more than this
 # share of the layer; below it, memory is worth more.
@@ -68,19 +68,19 @@ class Call:
     rows: tuple[int, int] | None = None
     device: str = "cpu"
 
-    def own_ways(self, spec: WeightSpec, form: Form) -> list[Way] | None:
+    def own_executions(self, spec: WeightSpec, form: Form) -> list[Execution] | None:
         """The ways to compute it, where they are not those of a multiplication."""
         return None
 
 
 @dataclass(frozen=True)
-class Way:
+class Execution:
     """One way to compute a form.
 
     Args:
         name: ``"full-rank"``, ``"factored"``, ``"joined"``, ``"merged"`` or ``"two-branch"``.
         flops: what it costs.
-        thin: of a merged product, see :class:`dynarank.decompositions.products.Merging`.
+        thin: of a merged product, see :class:`dynarank.layers.merged.Merging`.
         keep: likewise.
         overhead: what a training step costs besides, as the FLOPs that could be done in that time;
             a forward pass alone costs a third of it.
@@ -99,7 +99,7 @@ class Way:
         )
 
 
-def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
+def choose_execution(spec: WeightSpec, form: Form, call: Call) -> Execution:
     """The way the form asks for; for ``"auto"`` that of the fewest FLOPs, forward alone if nothing
     needs a gradient. The form's rank must be resolved.
 
@@ -107,27 +107,27 @@ def choose_way(spec: WeightSpec, form: Form, call: Call) -> Way:
         >>> from dynarank.decompositions import Geometry
         >>> spec = WeightSpec("weight", (64, 64))
         >>> calls = [Call((rows, 64), Geometry(), True, True) for rows in (16, 512)]
-        >>> [choose_way(spec, Adapted(8), call).name for call in calls]
+        >>> [choose_execution(spec, Adapted(8), call).name for call in calls]
         ['two-branch', 'merged']
     """
     grad = call.input_grad or call.trains
-    best, *others = ways(spec, form, call)
+    best, *others = executions(spec, form, call)
     for other in others:  # torch.compile does not follow min(..., key=...) into a list of objects
         best = other if other.worth(grad) < best.worth(grad) else best
     return best
 
 
-def ways(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
+def executions(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
     """Every way the form allows to compute ``call``."""
     if call.rows is not None:
-        return ways(spec.rows(*call.rows), form, replace(call, rows=None))
-    if (own := call.own_ways(spec, form)) is not None:
+        return executions(spec.rows(*call.rows), form, replace(call, rows=None))
+    if (own := call.own_executions(spec, form)) is not None:
         return own
     if spec.lookup:
         return _lookups(spec, form, call)
     if isinstance(form, FullRank):
         whole = map_flops(call.shape, spec.shape, call.geometry)
-        return [Way("full-rank", Flops(whole, whole * (1 + call.input_grad + call.trains)))]
+        return [Execution("full-rank", Flops(whole, whole * (1 + call.input_grad + call.trains)))]
     makers = _LOW_RANK if isinstance(form, LowRank) else _ADAPTED
     chosen = makers if form.execution == "auto" else {form.execution: makers[form.execution]}
     return [way for make in chosen.values() for way in make(spec, form, call)]
@@ -171,54 +171,54 @@ def _rank(form: LowRank | Adapted) -> int:
     return int(form.rank)  # type: ignore[arg-type]
 
 
-def _factored(spec: WeightSpec, form: LowRank, call: Call) -> list[Way]:
-    return [Way("factored", _factored_flops(_chain(spec, form, call), form, call))]
+def _factored(spec: WeightSpec, form: LowRank, call: Call) -> list[Execution]:
+    return [Execution("factored", _factored_flops(_chain(spec, form, call), form, call))]
 
 
-def _joined(spec: WeightSpec, form: LowRank, call: Call) -> list[Way]:
+def _joined(spec: WeightSpec, form: LowRank, call: Call) -> list[Execution]:
     whole, join = map_flops(call.shape, spec.shape, call.geometry), _join_flops(spec, form)
     backward = whole * (call.input_grad + call.trains) + 2 * join * call.trains
-    return [Way("joined", Flops(whole + join, whole + join + backward))]
+    return [Execution("joined", Flops(whole + join, whole + join + backward))]
 
 
-def _two_branch(spec: WeightSpec, form: Adapted, call: Call) -> list[Way]:
+def _two_branch(spec: WeightSpec, form: Adapted, call: Call) -> list[Execution]:
     whole = map_flops(call.shape, spec.shape, call.geometry)
-    adaptor = _factored_flops(_chain(spec, form, call), form, call)
-    return [Way("two-branch", Flops(whole, whole * (1 + call.input_grad)) + adaptor)]
+    adapter = _factored_flops(_chain(spec, form, call), form, call)
+    return [Execution("two-branch", Flops(whole, whole * (1 + call.input_grad)) + adapter)]
 
 
-def _merged(spec: WeightSpec, form: Adapted, call: Call) -> list[Way]:
+def _merged(spec: WeightSpec, form: Adapted, call: Call) -> list[Execution]:
     whole, join = map_flops(call.shape, spec.shape, call.geometry), _join_flops(spec, form)
     if not (call.input_grad or call.trains):  # nothing is kept, so nothing depends on the batch
-        return [Way("merged", Flops(whole + join, whole + join))]
+        return [Execution("merged", Flops(whole + join, whole + join))]
     keep = not form.recompute and join > _REJOINING_IS_CHEAP * 3 * whole
     forward = whole + join
     backward = (whole + join * (not keep)) * call.input_grad
     if not call.trains:
-        return [Way("merged", Flops(forward, forward + backward), True, keep)]
+        return [Execution("merged", Flops(forward, forward + backward), True, keep)]
     chain = _chain(spec, form, call)
     thin = sum(chain[:-1]) + sum(chain) + sum(chain[1:])
     projected = whole + spec.decomposition(form).pull_flops(spec.shape, _rank(form))
     return [
-        Way("merged", Flops(forward, forward + backward + gradients), gradients == thin, keep)
+        Execution("merged", Flops(forward, forward + backward + gradients), gradients == thin, keep)
         for gradients in (thin, projected)
     ]
 
 
-def _lookups(spec: WeightSpec, form: Form, call: Call) -> list[Way]:
+def _lookups(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
     """Looking up rows costs nothing, multiplying them by the other factors does."""
     if isinstance(form, FullRank):
-        return [Way("full-rank", Flops())]
+        return [Execution("full-rank", Flops())]
     sizes = [math.prod(shape) for shape in spec.factor_shapes(form)[:-1]]
     each = 2 * math.prod(call.shape) * sum(sizes), _join_flops(spec, form)
     names = ("factored", "joined") if isinstance(form, LowRank) else ("two-branch", "merged")
     found = [
-        Way(name, Flops(one, one * (1 + 2 * call.trains)))
+        Execution(name, Flops(one, one * (1 + 2 * call.trains)))
         for name, one in zip(names, each, strict=True)
     ]
     return [way for way in found if form.execution in ("auto", way.name)]
 
 
-_Makers = dict[str, Callable[[WeightSpec, Any, Call], list[Way]]]
+_Makers = dict[str, Callable[[WeightSpec, Any, Call], list[Execution]]]
 _LOW_RANK: _Makers = {"factored": _factored, "joined": _joined}
 _ADAPTED: _Makers = {"two-branch": _two_branch, "merged": _merged}

@@ -16,7 +16,7 @@ from dynarank.forms import FullRank
 from dynarank.layers.execution import Call
 from dynarank.layers.linear import linear_call
 from dynarank.layers.ranked import RankedLayer, effective
-from dynarank.layers.spec import WeightSpec
+from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedConv1D"]
 

@@ -12,7 +12,7 @@ from dynarank.decompositions import Geometry
 from dynarank.forms import FullRank
 from dynarank.layers.execution import Call
 from dynarank.layers.ranked import RankedLayer, effective, own_parameters
-from dynarank.layers.spec import WeightSpec
+from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedLinear", "RankedOutputProjection", "linear_call"]
 

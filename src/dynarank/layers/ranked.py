@@ -17,10 +17,10 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from dynarank.decompositions import Geometry, apply, linear_map, precise
-from dynarank.decompositions.products import Merging, merged_product
 from dynarank.forms import Adapted, Form, FullRank, LowRank
-from dynarank.layers.execution import Call, Way, choose_way
-from dynarank.layers.spec import WeightSpec
+from dynarank.layers.execution import Call, Execution, choose_execution
+from dynarank.layers.merged import Merging, merged_product
+from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedLayer", "effective", "own_parameters"]
 
@@ -39,9 +39,11 @@ class RankedLayer(nn.Module):
 
     plain: ClassVar[type[nn.Module]]
     forms: dict[str, Form]  # by the weight's name
-    homes: dict[str, LowRank | Adapted]  # the last form with factors, for deflate without a rank
+    last_factored_forms: dict[
+        str, LowRank | Adapted
+    ]  # the last form with factors, for deflate without a rank
     _specs: dict[str, WeightSpec]
-    _ways: dict[object, Way]  # those taken so far
+    _ways: dict[object, Execution]  # those taken so far
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
@@ -49,7 +51,7 @@ class RankedLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def flaw(cls, module: nn.Module) -> str:
+    def unsupported_reason(cls, module: nn.Module) -> str:
         """Why a module of the plain class would be handled wrongly; empty if it would not."""
         return ""
 
@@ -62,7 +64,7 @@ class RankedLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def reads(cls, module: nn.Module) -> tuple[nn.Module, ...]:
+    def fused_children(cls, module: nn.Module) -> tuple[nn.Module, ...]:
         """Children whose weights the plain forward pass reads, rather than calling the child.
 
         The module becomes ranked with them, and calls them then.
@@ -76,7 +78,7 @@ class RankedLayer(nn.Module):
 
     def leave(self) -> None:
         """Called before the module becomes plain again; every weight is full-rank then."""
-        for name in ("forms", "homes", "_specs", "_ways"):
+        for name in ("forms", "last_factored_forms", "_specs", "_ways"):
             del self.__dict__[name]
         self.__class__ = self.plain  # type: ignore[assignment]
 
@@ -124,7 +126,7 @@ class RankedLayer(nn.Module):
             return _merged(spec, form, parameters, x, geometry, bias, way)
         return linear_map(x, spec.turn(spec.effective(form, parameters)), geometry, bias)
 
-    def _way(self, spec: WeightSpec, form: Form, x: Tensor, geometry: Geometry) -> Way:
+    def _way(self, spec: WeightSpec, form: Form, x: Tensor, geometry: Geometry) -> Execution:
         grad = torch.is_grad_enabled()
         last = self._parameters[spec.parameter_names(form)[-1]]
         trains = grad and last is not None and last.requires_grad
@@ -136,19 +138,19 @@ class RankedLayer(nn.Module):
         call = Call(tuple(x.shape), geometry, input_grad, trains)
         return self.way(spec, form, call, (spec.name, spec.shape, x.shape, input_grad, trains))
 
-    def way(self, spec: WeightSpec, form: Form, call: Call, key: object = None) -> Way:
+    def way(self, spec: WeightSpec, form: Form, call: Call, key: object = None) -> Execution:
         """The way to compute ``call``, remembered by the key, or else by the call itself."""
         if torch.compiler.is_compiling():
-            return choose_way(spec, form, call)
+            return choose_execution(spec, form, call)
         key = key or (spec.name, spec.shape, call)
         if key not in self._ways:
             if len(self._ways) >= _REMEMBERED:
                 self._ways.clear()
-            self._ways[key] = choose_way(spec, form, call)
+            self._ways[key] = choose_execution(spec, form, call)
         return self._ways[key]
 
     @torch.no_grad()
-    def refill(self, name: str, weight: Tensor) -> None:
+    def set_weight_(self, name: str, weight: Tensor) -> None:
         """Give a weight this value in the form it has: truncated if low-rank, the base if adapted.
 
         Args:
@@ -197,7 +199,7 @@ def _chain(
     geometry: Geometry,
     bias: Tensor | None,
 ) -> Tensor:
-    """The factors one after another; an adaptor's are scaled."""
+    """The factors one after another; an adapter's are scaled."""
     factors, stages = spec.factors(form, parameters), spec.stages(form, geometry)
     if isinstance(form, Adapted):
         *first, last = factors
@@ -214,7 +216,7 @@ def _merged(
     x: Tensor,
     geometry: Geometry,
     bias: Tensor | None,
-    way: Way,
+    way: Execution,
 ) -> Tensor:
     """One product; under autocast in its dtype, as every product there."""
     factors = spec.factors(form, parameters)

@@ -1,4 +1,4 @@
-"""The figure of ranks as bands: each layer a horizontal band, coloured by form and rank."""
+"""The figure of ranks as bands: each layer a horizontal band, colored by form and rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dynarank.records import Run
 from dynarank.report.drawing import new_figure, shown, styled
 from dynarank.report.keys import Key, legend_below, patch
 from dynarank.report.layer_forms import FormSpan, layer_forms
-from dynarank.report.marks import FORM_COLOURS
+from dynarank.report.marks import FORM_COLORS
 from dynarank.report.moments import last_epoch
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.thinning import evenly
@@ -29,7 +29,7 @@ _MOST_NAMES = 32
 def bands_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
     """The form and rank of each layer over time, layers from the first (above) to the last.
 
-    The colour is the form, its depth the rank as a share of the layer's full rank. A panel a run.
+    The color is the form, its depth the rank as a share of the layer's full rank. A panel a run.
 
     Args:
         runs: one a panel.
@@ -53,7 +53,7 @@ def bands_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
 
 
 def band_opacity(share: float | None) -> float:
-    """How deep the colour of a band is: a quarter at no rank, whole at full rank.
+    """How deep the color of a band is: a quarter at no rank, whole at full rank.
 
     Example:
         >>> band_opacity(1.0), band_opacity(0.0)
@@ -83,7 +83,7 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
             box = (span.start, span.end, row - 0.5 + gap, row + 0.5 - gap)
             boxes.setdefault((span.form, span.share), []).append(box)
     for (form, share), same in boxes.items():
-        _boxes(axes, same, FORM_COLOURS.get(form, NEUTRAL), band_opacity(share))
+        _boxes(axes, same, FORM_COLORS.get(form, NEUTRAL), band_opacity(share))
     axes.set_xlim(0, max((box[1] for same in boxes.values() for box in same), default=1))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.grid(visible=False)
@@ -94,8 +94,8 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
     axes.set_yticks([row for row, _ in named], [shown(name, 22) for _, name in named], fontsize=7)
 
 
-def _boxes(axes: Axes, boxes: Sequence[_Box], colour: str, opacity: float) -> None:
-    """Boxes of one colour as one path: of hundreds of layers each its own would be slow."""
+def _boxes(axes: Axes, boxes: Sequence[_Box], color: str, opacity: float) -> None:
+    """Boxes of one color as one path: of hundreds of layers each its own would be slow."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -105,21 +105,21 @@ def _boxes(axes: Axes, boxes: Sequence[_Box], colour: str, opacity: float) -> No
         for corner in ((left, low), (right, low), (right, high), (left, high), (left, low))
     ]
     codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * len(boxes)
-    axes.add_patch(PathPatch(Path(corners, codes), color=colour, alpha=opacity, linewidth=0))
+    axes.add_patch(PathPatch(Path(corners, codes), color=color, alpha=opacity, linewidth=0))
 
 
 def _keys(spans: Sequence[FormSpan]) -> list[Key]:
     """One box for full-rank, one for the least and one for the most rank of each other form."""
     keys: list[Key] = []
-    for form, colour in FORM_COLOURS.items():
+    for form, color in FORM_COLORS.items():
         shares = sorted({s.share for s in spans if s.form == form and s.share is not None})
         if form == "full-rank" and shares:
-            keys.append((patch(colour), form))
+            keys.append((patch(color), form))
             continue
         for share in dict.fromkeys([*shares[:1], *shares[-1:]]):
-            keys.append((patch(colour, band_opacity(share)), f"{form}, {share:.0%} of full rank"))
+            keys.append((patch(color, band_opacity(share)), f"{form}, {share:.0%} of full rank"))
         if not shares and any(span.form == form for span in spans):
-            keys.append((patch(colour, band_opacity(None)), form))
-    if any(span.form not in FORM_COLOURS for span in spans):
+            keys.append((patch(color, band_opacity(None)), form))
+    if any(span.form not in FORM_COLORS for span in spans):
         keys.append((patch(NEUTRAL, band_opacity(None)), "not recorded"))
     return keys

@@ -23,12 +23,12 @@ __all__ = ["curves_figure"]
 
 _Value = Callable[[EpochRecord], float | None]
 _PANEL = 4.2  # inches of axes in one panel
-_MOST_LABELLED = 8
+_MOST_LABELED = 8
 
 
 @styled
 def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
-    """Test score, and training and test loss, against epochs: one colour a schedule.
+    """Test score, and training and test loss, against epochs: one color a schedule.
 
     A schedule of several runs is drawn as their mean, with each run behind it. Dashed vertical
     lines mark changes of form. The phases of one schedule are shaded, the deeper the more layers
@@ -39,30 +39,30 @@ def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
         columns: the panels beside each other (2) or one above the other (1).
     """
     grouped = by_schedule(runs)
-    colours = palette(list(grouped))
+    colors = palette(list(grouped))
     metric = runs[0].header.metric
-    strips = _strips(grouped, colours)
+    strips = _strips(grouped, colors)
     height = 3.6 + 0.12 * len(strips)
     figure = new_figure(9.5 if columns == 2 else 4.6, height * (3 - columns))
     score, loss = _panels(figure, columns, strips)
     for name, group in grouped.items():
-        _draw(score, group, lambda epoch: epoch.test_score, colours[name], "-")
-        _draw(score, group, lambda epoch: epoch.train_score, colours[name], ":")
-        _draw(loss, group, lambda epoch: epoch.test_loss, colours[name], "-")
-        _draw(loss, group, lambda epoch: epoch.train_loss, colours[name], ":")
+        _draw(score, group, lambda epoch: epoch.test_score, colors[name], "-")
+        _draw(score, group, lambda epoch: epoch.train_score, colors[name], ":")
+        _draw(loss, group, lambda epoch: epoch.test_loss, colors[name], "-")
+        _draw(loss, group, lambda epoch: epoch.train_loss, colors[name], ":")
     score_axis(score, metric)
     _maybe_log(loss)
-    _dress(score, f"Test {metric.name}", runs, colours)
-    _dress(loss, "Loss", runs, colours)
-    legend_below(figure, _keys(grouped, colours, strips))
+    _dress(score, f"Test {metric.name}", runs, colors)
+    _dress(loss, "Loss", runs, colors)
+    legend_below(figure, _keys(grouped, colors, strips))
     return figure
 
 
-def _strips(grouped: dict[str, list[Run]], colours: dict[str, str]) -> list[tuple[Run, str]]:
+def _strips(grouped: dict[str, list[Run]], colors: dict[str, str]) -> list[tuple[Run, str]]:
     """One strip a schedule where several have phases; of one alone the plot itself is shaded."""
     chosen = [group[0] for group in grouped.values()]
     phased = [run for run in chosen if run.all(PhaseRecord)]
-    return [(run, colours[run.header.schedule]) for run in phased] if len(chosen) > 1 else []
+    return [(run, colors[run.header.schedule]) for run in phased] if len(chosen) > 1 else []
 
 
 def _panels(figure: Figure, columns: int, strips: Sequence[tuple[Run, str]]) -> tuple[Axes, Axes]:
@@ -87,17 +87,17 @@ def _panel(
 
 
 def _draw(
-    axes: Axes, group: Sequence[Run], value: _Value, colour: str, style: Literal["-", ":"]
+    axes: Axes, group: Sequence[Run], value: _Value, color: str, style: Literal["-", ":"]
 ) -> None:
     """One run's curve; of several their mean, and each run thinly behind."""
     curves = [_curve(run, value) for run in group]
     for curve in curves if len(curves) > 1 and style == "-" else []:
-        axes.plot(*_axes_of(curve), color=colour, linewidth=0.6, alpha=0.4)
+        axes.plot(*_axes_of(curve), color=color, linewidth=0.6, alpha=0.4)
     mean = curves[0] if len(curves) == 1 else _mean(curves)
     if mean:
         axes.plot(
             *_axes_of(mean),
-            color=colour,
+            color=color,
             linestyle=style,
             linewidth=1.6 if style == "-" else 1.2,
             alpha=0.9,
@@ -139,10 +139,10 @@ def _maybe_log(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _dress(axes: Axes, title: str, runs: Sequence[Run], colours: dict[str, str]) -> None:
+def _dress(axes: Axes, title: str, runs: Sequence[Run], colors: dict[str, str]) -> None:
     end = max((last_epoch(run) for run in runs), default=0) or 1
-    marks = _readable(change_marks(first_of_each(runs), colours), len(colours) > 1)
-    if len(colours) == 1:
+    marks = _readable(change_marks(first_of_each(runs), colors), len(colors) > 1)
+    if len(colors) == 1:
         shade(axes, runs[0])
     axes.set_xlim(0, end)
     axes.set_xlabel("epoch")
@@ -151,21 +151,21 @@ def _dress(axes: Axes, title: str, runs: Sequence[Run], colours: dict[str, str])
 
 
 def _readable(marks: list[Mark], several: bool) -> list[Mark]:
-    """Take labels off where they would pile up; of several schedules, leave unlabelled marks out.
+    """Take labels off where they would pile up; of several schedules, leave unlabeled marks out.
 
     A schedule that changes often would cover the others' curves; its strip below tells.
     """
-    labelled = [mark for mark in marks if mark.label]
+    labeled = [mark for mark in marks if mark.label]
     if several:
-        marks = labelled
-    if len(labelled) <= _MOST_LABELLED:
+        marks = labeled
+    if len(labeled) <= _MOST_LABELED:
         return marks
-    return [Mark(mark.epoch, "", mark.colour) for mark in marks]
+    return [Mark(mark.epoch, "", mark.color) for mark in marks]
 
 
 def _keys(
-    grouped: dict[str, list[Run]], colours: dict[str, str], strips: Sequence[tuple[Run, str]]
+    grouped: dict[str, list[Run]], colors: dict[str, str], strips: Sequence[tuple[Run, str]]
 ) -> list[Key]:
-    keys = [(line(colour), counted(name, grouped[name])) for name, colour in colours.items()]
+    keys = [(line(color), counted(name, grouped[name])) for name, color in colors.items()]
     keys += [(line(NEUTRAL), "test"), (line(NEUTRAL, ":"), "training")]
     return keys if strips else [*keys, *phase_keys([run for g in grouped.values() for run in g])]

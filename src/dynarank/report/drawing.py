@@ -23,7 +23,7 @@ __all__ = [
     "INK",
     "NEUTRAL",
     "depth_colormap",
-    "depth_colours",
+    "depth_colors",
     "inline_svg",
     "new_figure",
     "palette",
@@ -110,7 +110,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """Give each name a colour, safe for colour-blind readers; a graded scale beyond seven."""
+    """Give each name a color, safe for color-blind readers; a graded scale beyond seven."""
     if len(names) <= len(SERIES):
         return dict(zip(names, SERIES, strict=False))
     steps, last = depth_hexes(), len(names) - 1
@@ -125,8 +125,8 @@ def depth_colormap() -> Colormap:
     return ListedColormap(list(depth_hexes()), name="depth")
 
 
-def depth_colours(names: Sequence[str]) -> dict[str, str]:
-    """Colour layers by depth: not in the colours that stand for schedules."""
+def depth_colors(names: Sequence[str]) -> dict[str, str]:
+    """Color layers by depth: not in the colors that stand for schedules."""
     steps, last = depth_hexes(), max(len(names) - 1, 1)
     return {name: steps[i * (len(steps) - 1) // last] for i, name in enumerate(names)}
 
@@ -162,7 +162,7 @@ def shown(name: str, limit: int = 30) -> str:
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:
-    """Render an ``<svg>`` for a page that holds several: ids get ``prefix``, colours the theme."""
+    """Render an ``<svg>`` for a page that holds several: ids get ``prefix``, colors the theme."""
     file = StringIO()
     with _style():
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

@@ -21,7 +21,7 @@ def packaged(name: str) -> str:
 
 
 def style() -> str:
-    """The page's style sheet, the colours of both themes in front."""
+    """The page's style sheet, the colors of both themes in front."""
     return f"{css_variables()}\n{packaged('page.css')}"
 
 

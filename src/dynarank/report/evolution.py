@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
-from dynarank.report.drawing import depth_colours, new_figure, plain_tick, shown, styled
+from dynarank.report.drawing import depth_colors, new_figure, plain_tick, shown, styled
 from dynarank.report.formats import number
 from dynarank.report.keys import legend_below, line
 from dynarank.report.theme import NEUTRAL
@@ -42,13 +42,13 @@ def evolution_figure(run: Run, layers: int = 6, moments: int = 6) -> Figure:
     rows = -(-len(names) // columns)
     figure = new_figure(max(4.6, 3.1 * columns), 2.5 * rows + 0.4)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True).flat)
-    colours = depth_colours([number(record.epoch) for record in records])
+    colors = depth_colors([number(record.epoch) for record in records])
     for axes, name in zip(grid, names, strict=False):
-        _panel(axes, name, records, list(colours.values()))
+        _panel(axes, name, records, list(colors.values()))
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     _label(grid, columns, len(names))
-    legend_below(figure, [(line(colour), f"epoch {at}") for at, colour in colours.items()])
+    legend_below(figure, [(line(color), f"epoch {at}") for at, color in colors.items()])
     figure.suptitle(shown(run.header.schedule), fontsize=9)
     return figure
 
@@ -63,18 +63,16 @@ def _kept(record: SpectrumRecord) -> bool:
     return any(layer.values for layer in record.layers.values())
 
 
-def _panel(
-    axes: Axes, name: str, records: Sequence[SpectrumRecord], colours: Sequence[str]
-) -> None:
+def _panel(axes: Axes, name: str, records: Sequence[SpectrumRecord], colors: Sequence[str]) -> None:
     from matplotlib.ticker import FuncFormatter
 
-    for record, colour in zip(records, colours, strict=True):
+    for record, color in zip(records, colors, strict=True):
         layer = record.layers.get(name)
         if layer is not None and _sound(layer):
             last = max(len(layer.values) - 1, 1)
             shares = [i / last for i in range(len(layer.values))]
             heights = [value / layer.values[0] or math.nan for value in layer.values]
-            axes.plot(shares, heights, color=colour, linewidth=1.3)
+            axes.plot(shares, heights, color=color, linewidth=1.3)
     known = next((r.layers[name] for r in records if name in r.layers), None)
     if known is not None and known.rank < known.full_rank:
         axes.axvline(known.rank / known.full_rank, color=NEUTRAL, linestyle=":", linewidth=1)

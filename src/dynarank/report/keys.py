@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Run
 from dynarank.report.drawing import depth_colormap, shown
-from dynarank.report.marks import FORM_COLOURS, PALE
+from dynarank.report.marks import FORM_COLORS, PALE
 from dynarank.report.moments import spans
 
 if TYPE_CHECKING:
@@ -21,18 +21,18 @@ __all__ = ["Key", "counted", "depth_bar", "legend_below", "line", "patch", "phas
 Key = tuple["Artist", str]
 
 
-def line(colour: str, style: Literal["-", ":", "--"] = "-") -> Artist:
+def line(color: str, style: Literal["-", ":", "--"] = "-") -> Artist:
     """A line for a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=colour, linestyle=style, linewidth=1.8)
+    return Line2D([], [], color=color, linestyle=style, linewidth=1.8)
 
 
-def patch(colour: str, alpha: float = 1) -> Artist:
+def patch(color: str, alpha: float = 1) -> Artist:
     """A filled box for a legend."""
     from matplotlib.patches import Patch
 
-    return Patch(facecolor=colour, alpha=alpha)
+    return Patch(facecolor=color, alpha=alpha)
 
 
 def counted(name: str, runs: Sequence[Run]) -> str:
@@ -45,9 +45,9 @@ def phase_keys(runs: Sequence[Run]) -> list[Key]:
     stretches = [span for run in runs if len(spans(run)) > 1 for span in spans(run)]
     keys: list[Key] = []
     if any(span.full_rank for span in stretches):
-        keys.append((patch(FORM_COLOURS["full-rank"], PALE), "share of layers full-rank"))
+        keys.append((patch(FORM_COLORS["full-rank"], PALE), "share of layers full-rank"))
     if any(span.adapted for span in stretches):
-        keys.append((patch(FORM_COLOURS["adapted"], PALE), "share of layers adapted"))
+        keys.append((patch(FORM_COLORS["adapted"], PALE), "share of layers adapted"))
     return keys
 
 
@@ -63,7 +63,7 @@ def legend_below(figure: Figure, keys: Sequence[Key]) -> None:
 
 
 def depth_bar(figure: Figure, panels: Sequence[Axes], layers: int, above: bool = False) -> None:
-    """Beside the panels, or above them, say which colour is which depth."""
+    """Beside the panels, or above them, say which color is which depth."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "FORM_COLOURS",
+    "FORM_COLORS",
     "MOST_LABELS",
     "Mark",
     "change_marks",
@@ -24,8 +24,8 @@ __all__ = [
     "strip",
 ]
 
-# A form has one colour wherever it is drawn.
-FORM_COLOURS = {"full-rank": "#e69f00", "low-rank": "#0072b2", "adapted": "#009e73"}
+# A form has one color wherever it is drawn.
+FORM_COLORS = {"full-rank": "#e69f00", "low-rank": "#0072b2", "adapted": "#009e73"}
 MOST_LABELS = 6
 PALE = 0.28  # the opacity of a phase in which all layers have the form
 _MOST_MARKS = 60
@@ -33,14 +33,14 @@ _MOST_MARKS = 60
 
 @dataclass(frozen=True)
 class Mark:
-    """A change of form at ``epoch``, in the colour of the one schedule it belongs to."""
+    """A change of form at ``epoch``, in the color of the one schedule it belongs to."""
 
     epoch: float
     label: str
-    colour: str
+    color: str
 
 
-def change_marks(runs: Sequence[Run], colours: dict[str, str]) -> list[Mark]:
+def change_marks(runs: Sequence[Run], colors: dict[str, str]) -> list[Mark]:
     """Collect the changes of form of several runs, those that coincide made one mark.
 
     The plan applied before the first step is where a run starts, not a change, and gets no mark.
@@ -54,7 +54,7 @@ def change_marks(runs: Sequence[Run], colours: dict[str, str]) -> list[Mark]:
             label = moment.label if len(changes) <= MOST_LABELS else ""
             found.setdefault((moment.epoch, label), set()).add(run.header.schedule)
     return [
-        Mark(epoch, label, colours[min(names)] if len(names) == 1 else NEUTRAL)
+        Mark(epoch, label, colors[min(names)] if len(names) == 1 else NEUTRAL)
         for (epoch, label), names in sorted(found.items())
     ]
 
@@ -63,7 +63,7 @@ def mark_lines(axes: Axes, marks: Sequence[Mark]) -> None:
     """Draw a dashed line for each mark, fainter for those that have no label."""
     for mark in marks:
         alpha = 0.9 if mark.label else 0.45
-        axes.axvline(mark.epoch, color=mark.colour, linestyle="--", linewidth=1, alpha=alpha)
+        axes.axvline(mark.epoch, color=mark.color, linestyle="--", linewidth=1, alpha=alpha)
 
 
 def mark_labels(axes: Axes, marks: Sequence[Mark], end: float, width: float) -> float:
@@ -82,7 +82,7 @@ def mark_labels(axes: Axes, marks: Sequence[Mark], end: float, width: float) -> 
             textcoords="offset points",
             ha="left" if share < 0.08 else "right" if share > 0.94 else "center",
             fontsize=8,
-            color=mark.colour,
+            color=mark.color,
         )
     return 10 + 10 * max(level for _, level in placed) if placed else 0
 
@@ -113,17 +113,17 @@ def shade(axes: Axes, run: Run) -> None:
             if share > 0:
                 axes.axvspan(
                     span.start, span.end,
-                    color=FORM_COLOURS[form], alpha=PALE * share, linewidth=0, zorder=0,
+                    color=FORM_COLORS[form], alpha=PALE * share, linewidth=0, zorder=0,
                 )  # fmt: skip
 
 
 def strip(axes: Axes, rows: Sequence[tuple[Run, str]]) -> None:
-    """Draw a row a run in its colour: the deeper, the more of its layers are full-rank."""
-    for row, (run, colour) in enumerate(rows):
+    """Draw a row a run in its color: the deeper, the more of its layers are full-rank."""
+    for row, (run, color) in enumerate(rows):
         for span in _thinned(spans(run)):
             axes.broken_barh(
                 [(span.start, span.end - span.start)], (row - 0.38, 0.76),
-                color=colour, alpha=0.12 + 0.88 * span.full_rank, linewidth=0,
+                color=color, alpha=0.12 + 0.88 * span.full_rank, linewidth=0,
             )  # fmt: skip
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks([])
@@ -133,7 +133,7 @@ def strip(axes: Axes, rows: Sequence[tuple[Run, str]]) -> None:
 
 
 def _thinned(stretches: Sequence[Span], most: int = 200) -> list[Span]:
-    """Join neighbours, by their means over time, until few enough are left to draw."""
+    """Join neighbors, by their means over time, until few enough are left to draw."""
     if len(stretches) <= most:
         return list(stretches)
     size = -(-len(stretches) // most)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from dynarank.records import ChangeRecord, EpochRecord, PhaseRecord, Run, SpectrumRecord
 
 __all__ = [
-    "Moment",
     "Span",
+    "When",
     "by_schedule",
     "change_kind",
     "comparable",
@@ -21,7 +21,7 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class Moment:
+class When:
     """All the changes of form of one step."""
 
     epoch: float
@@ -45,7 +45,7 @@ class Span:
 
 
 def change_kind(change: ChangeRecord) -> str:
-    """Name a change of form: inflate, deflate, restart (of an adaptor), adapt or resize."""
+    """Name a change of form: inflate, deflate, restart (of an adapter), adapt or resize."""
     before, after = change.before.get("form"), change.after.get("form")
     if before == after:
         return "restart" if change.before == change.after else "resize"
@@ -54,12 +54,12 @@ def change_kind(change: ChangeRecord) -> str:
     return "adapt" if (before, after) == ("low-rank", "adapted") else "deflate"
 
 
-def moments(run: Run) -> list[Moment]:
+def moments(run: Run) -> list[When]:
     """Group the run's changes of form, one moment a step, in order."""
     grouped: dict[int, list[ChangeRecord]] = {}
     for change in run.all(ChangeRecord):
         grouped.setdefault(change.step, []).append(change)
-    return [Moment(at[0].epoch, step, tuple(at)) for step, at in sorted(grouped.items())]
+    return [When(at[0].epoch, step, tuple(at)) for step, at in sorted(grouped.items())]
 
 
 def last_epoch(run: Run) -> float:
@@ -69,7 +69,7 @@ def last_epoch(run: Run) -> float:
 
 
 def spans(run: Run) -> list[Span]:
-    """List the run's phases, neighbours with the same shares of forms made one."""
+    """List the run's phases, neighbors with the same shares of forms made one."""
     phases = [phase for phase in run.all(PhaseRecord) if sum(phase.forms.values())]
     ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
     found: list[Span] = []

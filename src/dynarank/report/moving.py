@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dynarank.records import Run
 from dynarank.report.embed import data_block
-from dynarank.report.marks import FORM_COLOURS
+from dynarank.report.marks import FORM_COLORS
 from dynarank.report.markup import Html, element
 from dynarank.report.scrub import DECADES, LETTERS, limits_text, moving_pictures
 from dynarank.report.theme import variable
@@ -14,7 +14,7 @@ from dynarank.report.theme import variable
 __all__ = ["moving_block"]
 
 _CAPTION = (
-    "Left: the layer's singular values over the largest it ever had; grey: at the first reading. "
+    "Left: the layer's singular values over the largest it ever had; gray: at the first reading. "
     "Right: its weights, outputs down and inputs across, in blocks of mean absolute value. Below: "
     "its effective rank as a share of full rank (blue), λ (red) and its form over time."
 )
@@ -31,8 +31,8 @@ def moving_block(runs: Sequence[Run]) -> Html:
     data = {
         "letters": LETTERS,
         "decades": DECADES,
-        "colours": _viridis(),
-        "forms": {form: variable(colour) for form, colour in FORM_COLOURS.items()},
+        "colors": _viridis(),
+        "forms": {form: variable(color) for form, color in FORM_COLORS.items()},
         "runs": pictures,
     }
     caption = f"{_CAPTION} {limits_text(pictures)}".strip()

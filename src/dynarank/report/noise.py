@@ -30,7 +30,7 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
     """
     from matplotlib.ticker import FuncFormatter
 
-    colours = palette(list(by_schedule(runs)))
+    colors = palette(list(by_schedule(runs)))
     figure = new_figure(4.6 if narrow else 9.5, 3.4)
     axes = figure.subplots()
     for run in runs:
@@ -38,7 +38,7 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
         axes.plot(
             [r.epoch for r in found],
             [r.noise_scale for r in found],
-            color=colours[run.header.schedule],
+            color=colors[run.header.schedule],
             marker="o" if len(found) <= 12 else None,
             markersize=3,
         )
@@ -48,6 +48,6 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
     axes.set(xlabel="epoch", ylabel="samples", title="Gradient noise scale")
-    keys = [(line(colour), name) for name, colour in colours.items()]
+    keys = [(line(color), name) for name, color in colors.items()]
     legend_below(figure, [*keys, (line(NEUTRAL, "--"), "batch size")] if batches else keys)
     return figure

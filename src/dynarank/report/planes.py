@@ -28,7 +28,7 @@ class _Point:
     """A schedule's mean over its runs, and its runs."""
 
     name: str
-    colour: str
+    color: str
     x: float
     y: float
     runs: tuple[tuple[float, float], ...]
@@ -42,7 +42,7 @@ class _Point:
 def planes_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
     """Test score against relative training FLOPs, peak memory and training time.
 
-    A labelled point is a schedule; where it has several runs the point is their mean, with bars of
+    A labeled point is a schedule; where it has several runs the point is their mean, with bars of
     one standard deviation, and each run a small dot. Runs that did not finish have no cost, and
     runs whose score is not finite no place: both are left out.
 
@@ -66,7 +66,7 @@ def planes_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
 
 
 def _points(runs: Sequence[Run], value: _Value) -> list[_Point]:
-    colours = palette(list(by_schedule(runs)))
+    colors = palette(list(by_schedule(runs)))
     found: list[_Point] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
@@ -74,7 +74,7 @@ def _points(runs: Sequence[Run], value: _Value) -> list[_Point]:
         pairs = tuple(pair for pair in pairs if all(map(math.isfinite, pair)))
         if pairs:
             x, y = (fmean(axis) for axis in zip(*pairs, strict=True))
-            found.append(_Point(name, colours[name], x, y, pairs))
+            found.append(_Point(name, colors[name], x, y, pairs))
     return found
 
 
@@ -82,12 +82,12 @@ def _panel(axes: Axes, runs: Sequence[Run], value: _Value, label: str) -> None:
     points = _points(runs, value)
     for point in points:
         if len(point.runs) > 1:
-            axes.scatter(*zip(*point.runs, strict=True), color=point.colour, s=9, alpha=0.5)
+            axes.scatter(*zip(*point.runs, strict=True), color=point.color, s=9, alpha=0.5)
             axes.errorbar(
                 [point.x], [point.y], xerr=[point.spread(0)], yerr=[point.spread(1)],
-                color=point.colour, linewidth=1, capsize=2,
+                color=point.color, linewidth=1, capsize=2,
             )  # fmt: skip
-        axes.scatter([point.x], [point.y], color=point.colour, s=42, zorder=3)
+        axes.scatter([point.x], [point.y], color=point.color, s=42, zorder=3)
     score_axis(axes, runs[0].header.metric)
     axes.set_xlabel(label)
     if points:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
-from dynarank.report.drawing import depth_colours, new_figure, shown, styled
+from dynarank.report.drawing import depth_colors, new_figure, shown, styled
 from dynarank.report.keys import Key, depth_bar, legend_below, line, phase_keys
 from dynarank.report.marks import change_marks, mark_labels, mark_lines, shade
 from dynarank.report.moments import last_epoch
@@ -35,7 +35,7 @@ def ranks_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
     """Lambda and effective rank of each layer over time: a row a measure, a column a run.
 
     The effective rank is divided by the layer's full rank, so that layers share an axis. Up to
-    four layers are named in a legend; more are coloured by depth, with the median of all of them
+    four layers are named in a legend; more are colored by depth, with the median of all of them
     in black; of more than 60 layers and 120 readings as many are drawn, evenly chosen.
 
     Args:
@@ -80,14 +80,14 @@ def _layer_lines(axes: Axes, run: Run, names: Sequence[str], value: _Value) -> N
     """Draw a line a layer; also their median where they are too many to tell apart."""
     records = evenly(run.all(SpectrumRecord), _MOST_READINGS)
     epochs = [record.epoch for record in records]
-    many, colours = len(names) > FEW_LAYERS, depth_colours(names)
+    many, colors = len(names) > FEW_LAYERS, depth_colors(names)
     drawn = evenly(names, MOST_LAYERS)
     for name in drawn:
         layers = [record.layers.get(name) for record in records]
         axes.plot(
             epochs,
             [math.nan if layer is None else _finite(value(layer)) for layer in layers],
-            color=colours[name],
+            color=colors[name],
             linewidth=max(0.6, 1.4 - len(drawn) / 60) if many else 1.6,
             alpha=0.75 if many else 1,
         )
@@ -125,4 +125,4 @@ def _layer_keys(names: Sequence[str]) -> list[Key]:
     if len(names) > FEW_LAYERS:
         drawn = f", {MOST_LAYERS} drawn" if len(names) > MOST_LAYERS else ""
         return [(line("black"), f"median of {len(names)} layers{drawn}")]
-    return [(line(colour), shown(name)) for name, colour in depth_colours(names).items()]
+    return [(line(color), shown(name)) for name, color in depth_colors(names).items()]

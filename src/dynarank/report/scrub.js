@@ -29,7 +29,7 @@
     parent.append(made);
     return made;
   };
-  const line = (parent, points, colour, opacity = 1) => {
+  const line = (parent, points, color, opacity = 1) => {
     // A point without a value breaks the line.
     let path = "", pen = "M";
     for (const [x, y] of points) {
@@ -37,7 +37,7 @@
       path += pen + x.toFixed(1) + " " + y.toFixed(1);
       pen = "L";
     }
-    draw(parent, "path", { d: path, class: "path", stroke: colour, opacity });
+    draw(parent, "path", { d: path, class: "path", stroke: color, opacity });
   };
   // Drawn at the width there is, so that letters keep their size on a narrow screen.
   const sized = (svg, height) => {
@@ -99,7 +99,7 @@
     const pen = canvas.getContext("2d"), image = pen.createImageData(picture.columns, picture.rows);
     [...cells].forEach((letter, cell) => {
       const value = code.get(letter);
-      image.data.set(value === undefined ? [128, 128, 128, 255] : [...data.colours[value], 255], 4 * cell);
+      image.data.set(value === undefined ? [128, 128, 128, 255] : [...data.colors[value], 255], 4 * cell);
     });
     pen.putImageData(image, 0, 0);
   }

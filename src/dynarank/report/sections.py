@@ -118,8 +118,8 @@ def _planes(runs: Sequence[Run]) -> Html:
 def _curves(runs: Sequence[Run]) -> Html:
     caption = (
         "Solid lines: test. Dotted lines: training. Dashed vertical lines: the moments at which "
-        "layers change form, in the colour of their schedule (grey where schedules coincide, "
-        f"unlabelled or left out where a schedule has more than {MOST_LABELS}). "
+        "layers change form, in the color of their schedule (gray where schedules coincide, "
+        f"unlabeled or left out where a schedule has more than {MOST_LABELS}). "
         "Shaded, or as strips below: the share of the layers that are full-rank."
     )
     if len(by_schedule(runs)) < len(runs):
@@ -148,7 +148,7 @@ def _noise(runs: Sequence[Run], which: str) -> Html:
 
 def _bands(runs: Sequence[Run], which: str) -> Html:
     caption = (
-        "A band a layer, from the first (above) to the last. The colour is the form; the deeper, "
+        "A band a layer, from the first (above) to the last. The color is the form; the deeper, "
         "the larger the rank as a share of the layer's full rank." + which
     )
     return _figure("bands", lambda narrow: bands_figure(runs, narrow), caption)

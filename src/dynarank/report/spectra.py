@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dynarank.monitors.singular_values import effective_rank, stable_rank
 from dynarank.report.drawing import depth_colormap, new_figure, plain_tick, shown, styled
-from dynarank.spectrum import effective_rank, stable_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,9 +89,9 @@ def _spectrum_lines(figure: Figure, axes: Axes, spectra: Mapping[str, Sequence[f
     for index, (name, values) in enumerate(spectra.items()):
         shares = [(i + 1) / len(values) for i in range(len(values))]
         heights = [value / values[0] for value in values] if sound(values) else []
-        colour = scale(index / max(len(spectra) - 1, 1))
+        color = scale(index / max(len(spectra) - 1, 1))
         width = 1.6 if few else max(0.5, 1.3 - len(spectra) / 100)
-        axes.plot(shares[: len(heights)], heights, color=colour, linewidth=width, label=shown(name))
+        axes.plot(shares[: len(heights)], heights, color=color, linewidth=width, label=shown(name))
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(_FLOOR, 1.25), xlabel="i / n", ylabel="singular value sᵢ / s₁")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from dynarank.monitors.singular_values import effective_rank
 from dynarank.report.drawing import depth_colormap, new_figure, plain_tick, shown, styled
 from dynarank.report.spectra import rank_share, sound
-from dynarank.spectrum import effective_rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["spectrum_pair_figure"]
 
 _FLOOR = 1e-3
-_COLOURS = ("#0072B2", "#D55E00")
+_COLORS = ("#0072B2", "#D55E00")
 _LINES = ("-", "--")
 
 
@@ -27,7 +27,7 @@ def spectrum_pair_figure(
     """Rank health of two models' layers, from their singular values (sorted, largest first).
 
     Left: ``s_i / s_1`` against ``i / n``, the first model's layers solid, the second's dashed,
-    equal layers in equal colours. Right: their effective ranks as shares of the full rank, for at
+    equal layers in equal colors. Right: their effective ranks as shares of the full rank, for at
     most ``limit`` layers: those that differ most, then those that one model lacks.
 
     Args:
@@ -78,9 +78,9 @@ def _lines(
             values = spectra.get(name, ())
             if values and sound(values):
                 shares = [(i + 1) / len(values) for i in range(len(values))]
-                colour = scale(index / max(len(names) - 1, 1))
+                color = scale(index / max(len(names) - 1, 1))
                 heights = [value / values[0] for value in values]
-                axes.plot(shares, heights, line, color=colour, linewidth=width)
+                axes.plot(shares, heights, line, color=color, linewidth=width)
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(_FLOOR, 1.25), xlabel="i / n", ylabel="singular value sᵢ / s₁")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
@@ -95,10 +95,10 @@ def _bars(
 ) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    for place, (label, colour) in enumerate(zip(models, _COLOURS, strict=True)):
+    for place, (label, color) in enumerate(zip(models, _COLORS, strict=True)):
         shares = [_effective(models[label], name) or 0.0 for name in names]
         rows = [row - 0.19 + 0.38 * place for row in range(len(names))]
-        axes.barh(rows, shares, 0.36, color=colour, label=shown(label, 60))
+        axes.barh(rows, shares, 0.36, color=color, label=shown(label, 60))
     axes.set_yticks(range(len(names)), [shown(name, 34) for name in names], fontsize=8)
     axes.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), xlabel="share of full rank")
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))

@@ -13,7 +13,7 @@ def two_sided_p(t: float, freedom: float) -> float:
     """The chance of a ``|T|`` at least as large as ``|t|``.
 
     ``P(|T| >= |t|) = I_x(freedom / 2, 1 / 2)``, ``x = freedom / (freedom + t^2)``, where I is the
-    regularised incomplete beta function.
+    regularized incomplete beta function.
 
     Args:
         t: the statistic; infinite gives 0.

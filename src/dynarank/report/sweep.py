@@ -139,8 +139,8 @@ def _cell(
     text = score_text(fmean(values), metric, 2) if finite else "not\nfinite"
     if len(values) > 1:
         text += f"\nn = {len(values)}"
-    colour = "white" if finite and not light else INK
-    axes.text(*at, text, ha="center", va="center", fontsize=8, color=colour)
+    color = "white" if finite and not light else INK
+    axes.text(*at, text, ha="center", va="center", fontsize=8, color=color)
 
 
 def _frame(axes: Axes, column: int, row: int) -> None:

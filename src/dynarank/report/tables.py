@@ -30,8 +30,8 @@ from dynarank.report.formats import (
     spread_text,
 )
 from dynarank.report.markup import Html, details, element, table
-from dynarank.report.moments import Moment, by_schedule, change_kind, last_epoch, moments
-from dynarank.report.theme import themed_colour
+from dynarank.report.moments import When, by_schedule, change_kind, last_epoch, moments
+from dynarank.report.theme import themed_color
 
 __all__ = ["changes_table", "cost_table", "layers_table", "phases_table"]
 
@@ -66,9 +66,9 @@ def cost_table(runs: Sequence[Run]) -> Html:
 
 
 def _swatch(number: int, schedules: int) -> Html:
-    """A dot in the colour that the schedule has in the figures."""
-    colour = list(palette([str(i) for i in range(schedules)]).values())[number]
-    return element("span", class_="swatch", style=themed_colour(colour))
+    """A dot in the color that the schedule has in the figures."""
+    color = list(palette([str(i) for i in range(schedules)]).values())[number]
+    return element("span", class_="swatch", style=themed_color(color))
 
 
 def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
@@ -151,7 +151,7 @@ def changes_table(runs: Sequence[Run]) -> Html:
     return Html(table(columns, rows, text=(0, 1, 2, 3)) + _cut(len(found), "moment"))
 
 
-def _change_rows(run: Run, moment: Moment) -> Iterator[Sequence[str]]:
+def _change_rows(run: Run, moment: When) -> Iterator[Sequence[str]]:
     grouped: dict[tuple[str, str, str], list[ChangeRecord]] = {}
     for change in moment.changes:
         key = (change_kind(change), _form_text(change.before), _form_text(change.after))

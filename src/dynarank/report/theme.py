@@ -1,7 +1,7 @@
-"""The colours of the page, light and dark, and figures that follow them.
+"""The colors of the page, light and dark, and figures that follow them.
 
-A figure is drawn in the light colours. Inside a page each of them becomes a CSS variable with the
-drawn colour behind it, so that one SVG serves both; as a file of its own it stays as drawn.
+A figure is drawn in the light colors. Inside a page each of them becomes a CSS variable with the
+drawn color behind it, so that one SVG serves both; as a file of its own it stays as drawn.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = [
     "css_variables",
     "depth_hexes",
     "themed",
-    "themed_colour",
+    "themed_color",
 ]
 
 INK = "#24292f"
 NEUTRAL = "#6e7781"
-# Okabe and Ito's colours, without the yellow that white paper swallows.
+# Okabe and Ito's colors, without the yellow that white paper swallows.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _SERIES_DARK = ("#3a9be0", "#f0763a", "#1fbf93", "#e09ac2", "#f0b429", "#8fd0f7", "#f0f3f6")
 # Viridis as far as the yellow that white paper swallows; on dark paper without its darkest violet.
@@ -38,7 +38,7 @@ _PAGE = {  # name: light, dark
     "note-line": ("#d4a72c", "#9a7b21"),
     "accent": ("#0969da", "#58a6ff"),
 }
-_FIGURE = {  # colours that figures are drawn in, besides series and depth
+_FIGURE = {  # colors that figures are drawn in, besides series and depth
     INK: "ink",
     "#57606a": "soft",
     NEUTRAL: "soft",
@@ -79,13 +79,13 @@ def css_variables() -> str:
 
 @cache
 def _variables() -> dict[str, str]:
-    named = {colour: f"s{i}" for i, colour in enumerate(SERIES)}
-    named |= {colour: f"d{i}" for i, colour in enumerate(depth_hexes())}
+    named = {color: f"s{i}" for i, color in enumerate(SERIES)}
+    named |= {color: f"d{i}" for i, color in enumerate(depth_hexes())}
     return named | _FIGURE
 
 
 def themed(svg: str) -> str:
-    """Make the colours in a figure's style attributes follow the page's theme.
+    """Make the colors in a figure's style attributes follow the page's theme.
 
     Example:
         >>> themed('<path style="stroke: #24292f"/>')
@@ -94,16 +94,16 @@ def themed(svg: str) -> str:
     return re.sub(r'(?<=style=")[^"]*', lambda style: _themed_style(style.group()), svg)
 
 
-def themed_colour(colour: str) -> str:
-    """A background of a drawn colour, as a style attribute, that follows the theme."""
-    return f"background:{variable(colour)}"
+def themed_color(color: str) -> str:
+    """A background of a drawn color, as a style attribute, that follows the theme."""
+    return f"background:{variable(color)}"
 
 
 def _themed_style(style: str) -> str:
     return re.sub(r"#[0-9a-f]{6}", lambda found: variable(found.group()), style)
 
 
-def variable(colour: str) -> str:
-    """A drawn colour as the CSS variable that stands for it; any other as it is."""
-    name = _variables().get(colour)
-    return colour if name is None else f"var(--{name},{colour})"
+def variable(color: str) -> str:
+    """A drawn color as the CSS variable that stands for it; any other as it is."""
+    name = _variables().get(color)
+    return color if name is None else f"var(--{name},{color})"

@@ -7,33 +7,33 @@ from dynarank.schedules.base import (
     Clock,
     Decision,
     Mapped,
-    Moment,
     Phase,
     RankSchedule,
     Readings,
     Schedule,
     State,
     StatefulSchedule,
+    When,
     ask,
     is_stateful,
     start,
     step_of,
     timeline,
 )
-from dynarank.schedules.budgeted import Budget, Budgeted
-from dynarank.schedules.cuttlefish import Cuttlefish, cuttlefish
-from dynarank.schedules.data import schedule_from_data, schedule_to_data
-from dynarank.schedules.growing import Growing, growing
-from dynarank.schedules.lora import lora
+from dynarank.schedules.budget import Budget, Budgeted
+from dynarank.schedules.library.closed_loop import ClosedLoop, closed_loop
+from dynarank.schedules.library.cuttlefish import Cuttlefish, cuttlefish
+from dynarank.schedules.library.growing import Growing, growing
+from dynarank.schedules.library.lora import lora
+from dynarank.schedules.library.pufferfish import Hybrid, pufferfish
+from dynarank.schedules.library.relora import Restarts, relora
+from dynarank.schedules.library.rotating import Rotating, rotating
 from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
 from dynarank.schedules.published import published
-from dynarank.schedules.pufferfish import Hybrid, pufferfish
-from dynarank.schedules.relora import Restarts, relora
 from dynarank.schedules.replay import Replay, decide_again, replay, spectra_from_records
-from dynarank.schedules.rotating import Rotating, rotating
-from dynarank.schedules.spectral import ClosedLoop, closed_loop
+from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 
 __all__ = [
     "PRESETS",
@@ -48,7 +48,6 @@ __all__ = [
     "Hybrid",
     "LRAligned",
     "Mapped",
-    "Moment",
     "Phase",
     "Phases",
     "RankSchedule",
@@ -59,6 +58,7 @@ __all__ = [
     "Schedule",
     "State",
     "StatefulSchedule",
+    "When",
     "ask",
     "closed_loop",
     "cuttlefish",

@@ -13,20 +13,20 @@ from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, cast
 
 from dynarank.forms import Form, Plan, form_from_data, form_to_data
-from dynarank.readings import SpectralReading
+from dynarank.schedules.readings import SpectralReading
 
 __all__ = [
     "Answer",
     "Clock",
     "Decision",
     "Mapped",
-    "Moment",
     "Phase",
     "RankSchedule",
     "Readings",
     "Schedule",
     "State",
     "StatefulSchedule",
+    "When",
     "ask",
     "is_stateful",
     "start",
@@ -34,7 +34,7 @@ __all__ = [
     "timeline",
 ]
 
-Moment: TypeAlias = int | float
+When: TypeAlias = int | float
 """When: a float in [0, 1] is a share of the run, an int a step."""
 
 State: TypeAlias = Mapping[str, Any]
@@ -139,7 +139,7 @@ class StatefulSchedule(Protocol):
     """
 
     @property
-    def spectra_every(self) -> Moment | None:
+    def spectra_every(self) -> When | None:
         """How often to read spectra."""
         ...
 
@@ -192,7 +192,7 @@ class Mapped:
     function: Callable[[Plan], Plan]
 
     @property
-    def spectra_every(self) -> Moment | None:
+    def spectra_every(self) -> When | None:
         """As the schedule has it."""
         return self.schedule.spectra_every if is_stateful(self.schedule) else None
 
@@ -211,7 +211,7 @@ class Mapped:
         return answer._replace(plan=self.function(answer.plan))
 
 
-def step_of(moment: Moment, total_steps: int) -> int:
+def step_of(moment: When, total_steps: int) -> int:
     """The step that a moment means in a run of ``total_steps``: shares are rounded."""
     return round(moment * total_steps) if isinstance(moment, float) else moment
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from dynarank.forms import Form, FullRank, LowRank
-from dynarank.schedules.base import Answer, Clock, Moment, Readings, State, step_of
-from dynarank.schedules.data import serialisable
+from dynarank.schedules.base import Answer, Clock, Readings, State, When, step_of
+from dynarank.schedules.serialization import serializable
 
 __all__ = ["LRAligned", "decisive_decay", "full_rank_window"]
 
@@ -34,7 +34,7 @@ _STEADY = 0.9  # a learning rate that never falls below this share of its peak h
 _TENTH = 0.1
 
 
-@serialisable
+@serializable
 @dataclass(frozen=True)
 class LRAligned:
     """``low`` before, full-rank around, ``last`` after the learning rate's decisive decay.
@@ -70,8 +70,8 @@ class LRAligned:
     low: LowRank
     last: Form
     length: float | None = None
-    inflate: Moment | None = None
-    deflate: Moment | None = None
+    inflate: When | None = None
+    deflate: When | None = None
 
     spectra_every = None
 

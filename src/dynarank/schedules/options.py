@@ -6,22 +6,22 @@ import operator
 from typing import Literal, SupportsIndex, TypeAlias
 
 from dynarank.forms import Adapted, AdaptedExecution, LowRank, RankLike
-from dynarank.schedules.base import Moment
+from dynarank.schedules.base import When
 
-__all__ = ["Ending", "check_moment", "check_within", "ending"]
+__all__ = ["Ending", "check_when", "check_within", "ending"]
 
 Ending: TypeAlias = Literal["adapted", "low-rank"]
-"""What a layer deflates to: a frozen weight with a zero-output adaptor, or truncated factors."""
+"""What a layer deflates to: a frozen weight with a zero-output adapter, or truncated factors."""
 
 
-def check_moment(name: str, moment: Moment) -> Moment:
+def check_when(name: str, moment: When) -> When:
     """The moment, with other libraries' numbers made Python's.
 
     Raises:
         ValueError: a step below 0, or a share outside [0, 1].
 
     Example:
-        >>> check_moment("begin", 0.5)
+        >>> check_when("begin", 0.5)
         0.5
     """
     if isinstance(moment, SupportsIndex) and not isinstance(moment, bool):

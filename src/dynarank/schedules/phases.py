@@ -9,13 +9,13 @@ from itertools import pairwise
 from typing import SupportsIndex
 
 from dynarank.forms import Form, Plan
-from dynarank.schedules.base import Clock, Moment, Readings, step_of
-from dynarank.schedules.data import serialisable
+from dynarank.schedules.base import Clock, Readings, When, step_of
+from dynarank.schedules.serialization import serializable
 
 __all__ = ["Phases"]
 
 
-@serialisable
+@serializable
 @dataclass(frozen=True)
 class Phases:
     """``forms[i]`` for every layer from moment ``starts[i]`` on.
@@ -34,7 +34,7 @@ class Phases:
         {'a': LowRank(rank=8, decomposition='svd')}
     """
 
-    starts: Sequence[Moment]
+    starts: Sequence[When]
     forms: Sequence[Form]
 
     def __post_init__(self) -> None:
@@ -74,6 +74,6 @@ class Phases:
         return dict.fromkeys(readings.layers, self.forms[begun - 1])
 
 
-def _plain(moment: Moment) -> Moment:
+def _plain(moment: When) -> When:
     """The moment with other libraries' numbers made Python's."""
     return operator.index(moment) if isinstance(moment, SupportsIndex) else float(moment)

@@ -8,19 +8,19 @@ from inspect import signature
 from typing import Any, overload
 
 from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike
-from dynarank.schedules.base import Moment, Schedule
-from dynarank.schedules.budgeted import Budget, Budgeted
-from dynarank.schedules.cuttlefish import cuttlefish
-from dynarank.schedules.growing import growing
-from dynarank.schedules.lora import lora
+from dynarank.schedules.base import Schedule, When
+from dynarank.schedules.budget import Budget, Budgeted
+from dynarank.schedules.library.closed_loop import closed_loop
+from dynarank.schedules.library.cuttlefish import cuttlefish
+from dynarank.schedules.library.growing import growing
+from dynarank.schedules.library.lora import lora
+from dynarank.schedules.library.pufferfish import pufferfish
+from dynarank.schedules.library.relora import relora
+from dynarank.schedules.library.rotating import rotating
 from dynarank.schedules.lr_aligned import LRAligned
 from dynarank.schedules.options import Ending
 from dynarank.schedules.phases import Phases
 from dynarank.schedules.published import published
-from dynarank.schedules.pufferfish import pufferfish
-from dynarank.schedules.relora import relora
-from dynarank.schedules.rotating import rotating
-from dynarank.schedules.spectral import closed_loop
 
 __all__ = ["PRESETS", "dynamic_rank", "full_rank", "get_preset", "low_rank"]
 
@@ -49,8 +49,8 @@ def low_rank(rank: RankLike = 0.5, *, decomposition: str = "svd") -> Phases:
 def dynamic_rank(
     rank: RankLike | None = None,
     *,
-    inflate: Moment | None = None,
-    deflate: Moment | None = None,
+    inflate: When | None = None,
+    deflate: When | None = None,
     to: Ending | None = None,
     budget: None = None,
     decomposition: str = "svd",
@@ -76,8 +76,8 @@ def dynamic_rank(
 def dynamic_rank(
     rank: RankLike | None = None,
     *,
-    inflate: Moment | None = None,
-    deflate: Moment | None = None,
+    inflate: When | None = None,
+    deflate: When | None = None,
     to: Ending | None = None,
     budget: Budget | float | None = None,
     decomposition: str = "svd",
@@ -96,12 +96,12 @@ def dynamic_rank(
         rank: of the low-rank phase, and of the deflated one; None: 0.5, or within a budget found.
         inflate: when to inflate, a share of the run (float) or a step (int); None: found.
         deflate: when to deflate, likewise.
-        to: ``"adapted"``, the paper's: freeze W, add a zero-output adaptor; the function is
+        to: ``"adapted"``, the paper's: freeze W, add a zero-output adapter; the function is
             unchanged. ``"low-rank"``: truncate; the cost really falls. None: adapted, or within a
             budget found.
         budget: a share of the training FLOPs of full rank, or a :class:`Budget`.
         decomposition: the decomposition's name.
-        alpha: the adaptor's scale is ``alpha / rank``.
+        alpha: the adapter's scale is ``alpha / rank``.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
     Raises:

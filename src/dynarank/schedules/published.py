@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dynarank.forms import Adapted, FullRank, LowRank, RankLike
-from dynarank.schedules.base import Moment
+from dynarank.schedules.base import When
 from dynarank.schedules.phases import Phases
 
 __all__ = ["PUBLISHED_ALPHAS", "published"]
@@ -15,8 +15,8 @@ PUBLISHED_ALPHAS = {"svd": 16.0, "tucker": 1.0, "separable": 64.0}
 def published(
     rank: RankLike = 0.5,
     *,
-    inflate: Moment = 55 / 150,
-    deflate: Moment = 120 / 150,
+    inflate: When = 55 / 150,
+    deflate: When = 120 / 150,
     decomposition: str = "svd",
 ) -> Phases:
     """Low-rank, full-rank, then adapted in two branches, each at the published code's values.

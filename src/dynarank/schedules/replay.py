@@ -10,9 +10,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dynarank.forms import Form, FullRank, Plan
-from dynarank.readings import SpectralReading
 from dynarank.schedules.base import Clock, Decision, Readings, StatefulSchedule, step_of
-from dynarank.schedules.data import serialisable
+from dynarank.schedules.readings import SpectralReading
+from dynarank.schedules.serialization import serializable
 
 __all__ = [
     "Replay",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 
-@serialisable
+@serializable
 @dataclass(frozen=True)
 class Replay:
     """``before`` for every layer, then what was decided of it, each from its step on.

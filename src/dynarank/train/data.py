@@ -1,6 +1,6 @@
-"""Data sets of images, whole in memory and normalised: what the recipes train on.
+"""Data sets of images, whole in memory and normalized: what the recipes train on.
 
-Pixels are normalised one by one: each of the C x H x W positions has its own mean and standard
+Pixels are normalized one by one: each of the C x H x W positions has its own mean and standard
 deviation over the training set, as in the published code of the method.
 """
 
@@ -41,7 +41,7 @@ _CHUNK = 1_000
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A classification data set: images float32 ``(N, C, H, W)``, normalised; labels int64."""
+    """A classification data set: images float32 ``(N, C, H, W)``, normalized; labels int64."""
 
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -72,7 +72,7 @@ def load_digits_data() -> ImageData:
         np.arange(len(labels)), test_size=_DIGITS_TEST, random_state=_SPLIT_SEED, stratify=labels
     )
     raw = RawImages(images[train], labels[train], images[test], labels[test])
-    return _normalised(raw, classes=10, scale=16)
+    return _normalized(raw, classes=10, scale=16)
 
 
 def load_cifar10(folder: str | None) -> ImageData:
@@ -135,7 +135,7 @@ def _load(files: ImageFiles, standard: str, folder: str | None) -> ImageData:
         )
     hub = place == "hub"
     raw = read_hub(files) if hub else read_files(files, Path(place).expanduser())
-    return _normalised(raw, classes=files.classes, scale=255)
+    return _normalized(raw, classes=files.classes, scale=255)
 
 
 def limit(data: ImageData, train_limit: int) -> ImageData:
@@ -143,7 +143,7 @@ def limit(data: ImageData, train_limit: int) -> ImageData:
 
     They are the first of a fixed order which deals the classes out in turn, so that classes are
     balanced as far as there are images, and a smaller limit's images are among a larger one's.
-    The normalisation stays that of the full training set.
+    The normalization stays that of the full training set.
 
     Raises:
         ValueError: if ``train_limit`` is less than 1 or more than there are.
@@ -186,12 +186,12 @@ def _dealt_order(labels: torch.Tensor) -> torch.Tensor:
     return order[turn.argsort(stable=True)]
 
 
-def _normalised(raw: RawImages, *, classes: int, scale: int) -> ImageData:
+def _normalized(raw: RawImages, *, classes: int, scale: int) -> ImageData:
     mean, std = _pixel_statistics(raw.train_images, floor=_STD_FLOOR * scale)
     return ImageData(
-        train_images=_standardised(raw.train_images, mean, std),
+        train_images=_standardized(raw.train_images, mean, std),
         train_labels=torch.as_tensor(raw.train_labels),
-        test_images=_standardised(raw.test_images, mean, std),
+        test_images=_standardized(raw.test_images, mean, std),
         test_labels=torch.as_tensor(raw.test_labels),
         classes=classes,
     )
@@ -212,7 +212,7 @@ def _pixel_statistics(
     return torch.as_tensor(mean).float(), torch.as_tensor(std).float()
 
 
-def _standardised(images: NDArray[np.uint8], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def _standardized(images: NDArray[np.uint8], mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     out = torch.empty(images.shape, dtype=torch.float32)
     out.copy_(torch.as_tensor(images))
     return out.sub_(mean).div_(std)

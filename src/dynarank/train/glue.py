@@ -75,7 +75,7 @@ def make_task(
     train_limit: int | None,
     test_limit: int | None,
 ) -> ClassificationTask | RegressionTask:
-    """Read and tokenise the sentences; see :func:`dynarank.train.tasks.make_task`.
+    """Read and tokenize the sentences; see :func:`dynarank.train.tasks.make_task`.
 
     Pieces come from the ``vocab.txt`` in the data folder (itself, or in ``vocab/``); without one, a
     vocabulary is trained on the training sentences, all of them whatever the limit.

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from dynarank.heatmap import heatmap
-from dynarank.monitors import SpectralMonitor
-from dynarank.readings import SpectralReading
+from dynarank.monitors.heatmap import heatmap
+from dynarank.monitors.spectral import SpectralMonitor
 from dynarank.records import HeatmapRecord, LayerSpectrum, Record, SpectrumRecord
-from dynarank.selection import select
+from dynarank.schedules.readings import SpectralReading
+from dynarank.surgery.selection import select
 from dynarank.train.loop import Trainer
 
 __all__ = ["HealthRecorder", "evenly"]

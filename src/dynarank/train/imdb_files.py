@@ -1,6 +1,6 @@
 """IMDb reviews as their users have them: the official folders, or the Hugging Face hub.
 
-25,000 + 25,000 labelled reviews, half of them positive.
+25,000 + 25,000 labeled reviews, half of them positive.
 
 Reference: Maas et al., Learning Word Vectors for Sentiment Analysis, ACL 2011.
 """

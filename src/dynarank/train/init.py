@@ -23,7 +23,7 @@ def glorot_init_(model: nn.Module) -> None:
 def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
     """Draw weights as the method's published ResNet-20 does, which reproduces a fault of it.
 
-    That code gives every layer one initialiser of one seed, which starts anew at each call: all
+    That code gives every layer one initializer of one seed, which starts anew at each call: all
     kernels of one shape begin with identical values (among them the factors of low-rank layers).
     Use it to repeat the published runs, not to train well. Each parameter of two or more
     dimensions is overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), the fans

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dynarank.cost import Flops, ModelUse
+from dynarank.cost.flops import Flops, ModelUse
 from dynarank.forms import FullRank, Plan
 
 __all__ = ["Ledger"]
@@ -17,7 +17,7 @@ class Ledger:
 
     Example:
         >>> import torch
-        >>> from dynarank.cost import trace
+        >>> from dynarank.cost.flops import trace
         >>> from dynarank.forms import LowRank
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
         >>> ledger = Ledger(trace(model, torch.ones(2, 64)), {"0": LowRank(16)})

@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynarank.cost import trace
+from dynarank.cost.flops import trace
+from dynarank.cost.memory import probe_memory
+from dynarank.cost.schedule import ScheduleCost, cost_schedule
+from dynarank.cost.timing import default_cache, measure, where_faster
 from dynarank.forms import Change, FullRank, form_name
-from dynarank.measure import default_cache, measure, where_faster
-from dynarank.planning import ScheduleCost, cost_schedule
-from dynarank.probe import probe_memory
-from dynarank.scheduler import RankScheduler
+from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.schedules import Budgeted, Readings, Schedule, timeline
-from dynarank.selection import select
-from dynarank.survey import current_plan
+from dynarank.surgery.selection import select
+from dynarank.surgery.sites import current_plan
 from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer

@@ -172,9 +172,9 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts.double() - 1) / 2)[group]
 
 
-def _unit(centred: Tensor) -> Tensor:
+def _unit(centered: Tensor) -> Tensor:
     """Divided by the largest entry before the norm, so that no square overflows or vanishes."""
-    scaled = centred / centred.abs().max()
+    scaled = centered / centered.abs().max()
     return scaled / scaled.norm()
 
 

@@ -1,6 +1,6 @@
 """The networks that the image recipes train.
 
-In those with convolutions the glob ``*conv*`` selects exactly those that are worth factorising.
+In those with convolutions the glob ``*conv*`` selects exactly those that are worth factorizing.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dynarank.noise import NoiseMonitor
+from dynarank.contrib.noise_scale import NoiseMonitor
 from dynarank.records import NoiseRecord, Record
 from dynarank.train.loop import Trainer
 

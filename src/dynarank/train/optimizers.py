@@ -32,7 +32,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights (and, later, their factors) decay; normalisations and biases do not."""
+    """Weights (and, later, their factors) decay; normalizations and biases do not."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [

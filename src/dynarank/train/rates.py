@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
-from dynarank.forecast import POINTS
+from dynarank.scheduler.lr_forecast import POINTS
 
 if TYPE_CHECKING:
     from dynarank.train.recipes import Recipe

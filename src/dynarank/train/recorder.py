@@ -12,7 +12,7 @@ from importlib.metadata import version
 import torch
 from torch.utils._pytree import tree_map_only
 
-from dynarank.cost import count_flops
+from dynarank.cost.flops import count_flops
 from dynarank.forms import Change, form_name, form_to_data
 from dynarank.records import (
     ChangeRecord,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from dynarank.records import Record, RecordWriter, SummaryRecord
 from dynarank.sinks import Sink
-from dynarank.surgery import merge
+from dynarank.surgery.verbs import merge
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe

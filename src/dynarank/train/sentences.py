@@ -1,4 +1,4 @@
-"""Labelled sentences, or pairs of sentences, before they are tokens."""
+"""Labeled sentences, or pairs of sentences, before they are tokens."""
 
 from __future__ import annotations
 

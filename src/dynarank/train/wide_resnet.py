@@ -21,7 +21,7 @@ __all__ = ["WideResNet"]
 class WideResNet(nn.Module):
     """WRN-depth-width for 3 x 32 x 32 images; WRN-28-10 has 36,539,124 parameters for 100 classes.
 
-    The glob ``*conv*`` selects the convolutions that the published code factorises, 24 of
+    The glob ``*conv*`` selects the convolutions that the published code factorizes, 24 of
     WRN-28-10's 25 of 3x3. The other one, from the stem to the first stage's channels, is called
     ``widen``: at half its output channels its factors would be larger than the kernel.
 

@@ -23,7 +23,7 @@ __all__ = ["WordPiece", "find_vocabulary"]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PLACES = (".", "vocab", "vocab/bert-base-uncased", "bert-base-uncased")
-_SEEN = 2  # times a piece must occur to be learnt
+_SEEN = 2  # times a piece must occur to be learned
 
 
 class WordPiece:

@@ -1,0 +1,5 @@
+"""``python -m dynarank``: the command line."""
+
+from dynarank.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""How are ranks and schedules found: by rules, and within budgets."""

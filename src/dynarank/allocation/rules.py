@@ -1,0 +1,145 @@
+"""Ranks from spectra: each weight's own.
+
+Legend: s_i the singular values of a weight, largest first, or, calibrated, the square roots of the
+energies that its outputs have along their principal directions; the share kept at rank r is
+``sum_{i<=r} s_i^2 / sum s_i^2``, over all groups of a grouped weight.
+
+The rules are functions from spectra to ranks, for ``factorize(model, rank=...)``. To look at all
+weights together, within a budget: :func:`dynarank.plan_within`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dynarank.decompositions.truncation import output_energies
+from dynarank.forms import Rank, resolve_rank
+from dynarank.monitors.calibration import Calibration
+from dynarank.monitors.singular_values import energy_rank, stable_rank
+from dynarank.surgery.selection import LayerFilter, select
+from dynarank.surgery.sites import Site, survey
+
+__all__ = [
+    "Spectra",
+    "candidates",
+    "energy_threshold",
+    "spectra",
+    "spectrum",
+    "stable_rank_rule",
+    "uniform",
+]
+
+Spectra = Mapping[str, Tensor]
+
+
+def spectra(
+    model: nn.Module, *, layers: LayerFilter = None, calibration: Calibration | None = None
+) -> dict[str, Tensor]:
+    """The spectrum of each weight that can change form, (groups, min(n, m)), largest first.
+
+    Args:
+        model: any model.
+        layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight that is
+            not a table of rows.
+        calibration: what the data say; where it says nothing, and with None, the singular values.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 4))
+        >>> {path: values.shape for path, values in spectra(model).items()}
+        {'0': torch.Size([1, 4])}
+    """
+    return {site.path: spectrum(site, calibration) for site in candidates(model, layers)}
+
+
+def uniform(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, int]:
+    """The same share of every weight's full rank, min(n, m).
+
+    Example:
+        >>> uniform({"fc": torch.ones(1, 30)}, 0.5, multiple_of=4)
+        {'fc': 12}
+    """
+    rank = Rank(share, "min", multiple_of)
+    sizes = {path: values.shape[-1] for path, values in spectra.items()}
+    return {path: resolve_rank(rank, (size, size)) for path, size in sizes.items()}
+
+
+def energy_threshold(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, int]:
+    """The least rank that keeps this share of each weight's energy, rounded up to a multiple.
+
+    ``min r: sum_{i<=r} s_i^2 >= share * sum s_i^2``, at least 1 and at most full rank.
+
+    Raises:
+        ValueError: the share is not in (0, 1].
+
+    Example:
+        >>> energy_threshold({"fc": torch.tensor([[3.0, 1.0, 0.1]])}, 0.99)
+        {'fc': 2}
+    """
+    ranks: dict[str, int] = {}
+    for path, values in spectra.items():
+        least = max(energy_rank(values.square().sum(0).sqrt(), share), 1)
+        rounded = math.ceil(least / multiple_of) * multiple_of
+        ranks[path] = min(rounded, values.shape[-1])
+    return ranks
+
+
+def stable_rank_rule(now: Spectra, start: Spectra, multiple_of: int = 1) -> dict[str, int]:
+    """Cuttlefish's ranks: the stable rank, scaled so that a fresh weight would stay full-rank.
+
+    ``rank = stable_rank(now) * full_rank / stable_rank(start)``, to the nearest multiple, at least
+    one and at most full rank; of a grouped weight the mean over its groups. The stable rank itself
+    is far too small a rank: it counts directions as strong as the strongest.
+
+    Args:
+        now: the spectra of the trained weights, plain ones.
+        start: those of the same weights when they were initialized.
+        multiple_of: what the ranks are multiples of.
+
+    Raises:
+        ValueError: a weight has no spectrum at the start, or was zero then.
+
+    Example:
+        >>> flat, falling = torch.ones(1, 4), torch.tensor([[1.0, 0.5, 0.5, 0.5]])
+        >>> stable_rank_rule({"fc": falling}, {"fc": flat})
+        {'fc': 2}
+
+    Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
+    2023.
+    """
+    ranks: dict[str, int] = {}
+    for path, values in now.items():
+        before = _stable(start[path]) if path in start else 0.0
+        if not before > 0:
+            raise ValueError(
+                f"layer {path!r} has no spectrum at the start, or was zero; leave it out"
+            )
+        full = values.shape[-1]
+        scaled = _stable(values) * full / before
+        nearest = max(round(scaled / multiple_of), 1) * multiple_of
+        ranks[path] = min(nearest, full)
+    return ranks
+
+
+def candidates(model: nn.Module, layers: LayerFilter = None) -> list[Site]:
+    """The weights meant by ``layers``; None: all that can change form but tables of rows."""
+    if layers is not None:
+        return select(model, layers)
+    return [s for s in survey(model) if s.form is not None and not s.spec.lookup]
+
+
+def spectrum(site: Site, calibration: Calibration | None = None) -> Tensor:
+    """One weight's spectrum, see :func:`spectra`."""
+    activity = calibration and calibration.get(site.path)
+    weight = site.effective().detach()
+    if activity is None and site.spec.geometry.groups > 1:
+        parts = weight.chunk(site.spec.geometry.groups)
+        return torch.cat([output_energies(part) for part in parts]).sqrt()
+    return output_energies(weight, activity).sqrt()
+
+
+def _stable(values: Tensor) -> float:
+    return sum(stable_rank(group) for group in values) / len(values)

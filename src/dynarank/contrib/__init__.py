@@ -1,0 +1,1 @@
+"""What few need: experimental readings."""

@@ -1,0 +1,15 @@
+"""What does a model cost under a plan: parameters, FLOPs, memory, time."""
+
+from dynarank.cost.flops import Flops, LayerUse, ModelUse, count_flops, trace
+from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
+
+__all__ = [
+    "Flops",
+    "LayerUse",
+    "ModelUse",
+    "PhaseCost",
+    "ScheduleCost",
+    "cost_schedule",
+    "count_flops",
+    "trace",
+]

@@ -1,0 +1,116 @@
+"""A few training steps on a copy, to know what a plan costs in seconds and memory."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynarank.cost.flops import run_batch
+from dynarank.cost.memory import probe_memory
+from dynarank.forms import Plan
+from dynarank.surgery.verbs import apply_plan
+
+__all__ = ["DryRun", "dry_run"]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a training step of a plan takes.
+
+    Args:
+        seconds: of forward and backward pass and optimizer step, the median.
+        peak_bytes: as :func:`dynarank.cost.memory.probe_memory` measures it.
+    """
+
+    seconds: float
+    peak_bytes: int
+
+
+def dry_run(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    plans: Sequence[Plan],
+    sample: Any,
+    loss: Callable[[Any], Tensor] | None = None,
+    *,
+    rounds: int = 5,
+) -> list[DryRun]:
+    """Train a copy of a model under each plan for a few steps, and measure them.
+
+    The model, its optimizers and the global random state stay as they are. The copies need memory
+    beside the model, one at a time.
+
+    Args:
+        model: the model.
+        optimizers: its optimizers.
+        plans: the plans to try.
+        sample: a batch, as :func:`dynarank.cost.trace` takes it.
+        loss: from the model's output to a scalar; None: the sum of all its tensors.
+        rounds: measured steps of each, after one to warm up; 0: the first is measured, which is
+            enough for memory.
+
+    Example:
+        >>> from dynarank.forms import LowRank
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> low, full = dry_run(model, [], [{"0": LowRank(2)}, {}], torch.ones(8, 64))
+        >>> low.peak_bytes < full.peak_bytes
+        True
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        return [_rehearse(model, optimizers, plan, sample, loss, rounds) for plan in plans]
+
+
+def _rehearse(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    plan: Plan,
+    sample: Any,
+    loss: Callable[[Any], Tensor] | None,
+    rounds: int,
+) -> DryRun:
+    # An optimizer's copy holds the parameters of the model's copy, and none of its hooks.
+    twin, own = copy.deepcopy((model, list(optimizers)))
+    apply_plan(twin, plan, optimizer=own, moments="reset")
+    device = next(twin.parameters()).device
+    seconds: list[float] = []
+    with torch.enable_grad(), probe_memory(twin, own, device) as probe:
+        seconds.append(_step(twin, own, sample, loss, device))
+    for _ in range(rounds):
+        _clear(own, twin)
+        seconds.append(_step(twin, own, sample, loss, device))
+    return DryRun(median(seconds[1:] or seconds), probe.peak_bytes)
+
+
+def _step(
+    model: nn.Module,
+    optimizers: Sequence[Optimizer],
+    sample: Any,
+    loss: Callable[[Any], Tensor] | None,
+    device: torch.device,
+) -> float:
+    begun = _now(device)
+    run_batch(model, sample, loss).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return _now(device) - begun
+
+
+def _clear(optimizers: Sequence[Optimizer], model: nn.Module) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    model.zero_grad()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

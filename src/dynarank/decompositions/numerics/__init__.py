@@ -1,0 +1,1 @@
+"""The linear and multilinear algebra under the decompositions."""

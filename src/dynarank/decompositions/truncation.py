@@ -1,0 +1,203 @@
+"""Truncation that minds the data: keep the directions in which a weight's outputs have energy.
+
+Legend: W (n, m) the matricized weight, x what it meets, y = W x, r the rank; E over calibration
+data, C = E[x x']; P_r the projection on the r leading eigenvectors of E[y y'] = W C W'.
+
+The rank-r weight whose outputs are nearest to W's,
+
+    min E ||y - W_r x||^2   is met by   W_r = P_r W,   and is   sum_{i>r} eigenvalue_i(E[y y']):
+
+principal components of the outputs. It is the truncated SVD of W L carried back by L^-1 with
+C = L L', as Wang et al. ("SVD-LLM", arXiv 2403.07378) and others compute it, but nothing is ever
+inverted: W L = U S V' gives (W L)_r L^-1 = U_r U_r' W L L^-1 = P_r W, and U is that of W C W'. So a
+C that is singular, because few inputs were seen or some are always zero, needs no care.
+
+E[y y'] is measured on the outputs themselves, n x n, however wide the weight. A weight with more
+outputs than inputs (a tall one) is measured by its inputs, m x m, and W C W' is worked out.
+
+Where a bias can take up the outputs' mean, it should: with covariances in place of second moments
+P_r W is the best weight beside the best bias, ``b + (I - P_r) E[y]``. Inputs behind a ReLU have
+large means, which otherwise claim the first directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dynarank.decompositions.base import (
+    Decomposition,
+    Factors,
+    LinAlgError,
+    UnfitWeightError,
+    precise,
+)
+from dynarank.decompositions.grouped import Grouped
+from dynarank.decompositions.numerics.linalg import leading_directions
+from dynarank.decompositions.svd import SVD
+
+__all__ = ["ActivationStats", "output_energies", "project", "split_activation_aware"]
+
+
+@dataclass(frozen=True)
+class ActivationStats:
+    """How a weight's outputs, or its inputs, vary over data.
+
+    Args:
+        side: ``"output"``: of y = W x, without the bias; ``"input"``: of x; ``"row"``: of the rows
+            that are looked up in W, y = W' e.
+        second: E[v v'] of each group, (groups, k, k); the covariance if there is a ``mean``.
+        count: how many vectors were averaged.
+        mean: E[v], (groups, k), where a bias takes it up.
+    """
+
+    side: Literal["output", "input", "row"]
+    second: Tensor
+    count: int
+    mean: Tensor | None = None
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raise if this is not of a weight of this shape, (out, in / groups, *kernel).
+
+        Raises:
+            ValueError: another size.
+        """
+        groups = self.second.shape[0]
+        n, m = shape[0] // groups, torch.Size(shape[1:]).numel()
+        size = n if self.side == "output" else m
+        if self.second.shape[-1] != size:
+            raise ValueError(
+                f"the calibration is of a weight with {self.second.shape[-1]} {self.side}s a "
+                f"group, this one, of shape {tuple(shape)}, has {size}; calibrate this model"
+            )
+
+
+def split_activation_aware(
+    decomposition: Decomposition, weight: Tensor, rank: int, activity: ActivationStats | None
+) -> tuple[Factors, Tensor | None]:
+    """``split`` of ``P_r W`` where W's outputs are known and the decomposition is the SVD.
+
+    Any other decomposition splits W itself: its best fit to data is no projection.
+
+    Args:
+        decomposition: of the factors.
+        weight: (out, in / groups, *kernel), canonical.
+        rank: of the factors.
+        activity: what is known; None: nothing.
+
+    Returns:
+        The factors, and what is to be added to the bias, if anything.
+
+    Raises:
+        ValueError: the activity is of another weight.
+        UnfitWeightError: the weight cannot be decomposed.
+    """
+    inner = decomposition.inner if isinstance(decomposition, Grouped) else decomposition
+    shift = None
+    if activity is not None and isinstance(inner, SVD):
+        weight, shift = project(weight, rank, activity)
+    return decomposition.split(weight, rank), shift
+
+
+def project(weight: Tensor, rank: int, activity: ActivationStats) -> tuple[Tensor, Tensor | None]:
+    """``P_r W``: the weight of this rank whose outputs are nearest to those of ``weight``.
+
+    Where the outputs have fewer directions than ``rank``, the others are the best of what is left
+    of W, so that at full rank ``project(W) == W``.
+
+    Args:
+        weight: (out, in / groups, *kernel), canonical.
+        rank: of each group.
+        activity: of this weight.
+
+    Returns:
+        The projected weight in its dtype; if the activity has a mean, the bias's change (out,).
+
+    Example:
+        >>> from dynarank.decompositions.truncation import ActivationStats, project
+        >>> quiet = ActivationStats("input", torch.diag(torch.tensor([0.0, 1.0]))[None], 1)
+        >>> project(torch.diag(torch.tensor([3.0, 1.0])), 1, quiet)[0]
+        tensor([[0., 0.],
+                [0., 1.]])
+    """
+    activity.check(weight.shape)
+    matrices = [(_facing(unit, activity), second) for unit, second in _units(weight, activity)]
+    bases = [_basis(matrix, rank, activity.side, second) for matrix, second in matrices]
+    done = [b @ (b.T @ matrix) for b, (matrix, _) in zip(bases, matrices, strict=True)]
+    turned = [matrix.T if activity.side == "row" else matrix for matrix in done]
+    projected = torch.cat(turned).reshape(weight.shape).to(weight.dtype)
+    if activity.mean is None:
+        return projected, None
+    means = [precise(mean).to(weight.device) for mean in activity.mean]
+    if activity.side == "input":
+        means = [matrix @ mean for mean, (matrix, _) in zip(means, matrices, strict=True)]
+    lost = [mean - b @ (b.T @ mean) for b, mean in zip(bases, means, strict=True)]
+    return projected, torch.cat(lost)
+
+
+def output_energies(weight: Tensor, activity: ActivationStats | None = None) -> Tensor:
+    """E[y y']'s eigenvalues of each group, most first: (groups or 1, min(n, m)) in fp64.
+
+    Without an activity those of W W', the squared singular values: what a white x would give. The
+    sum beyond the r first is the output error of the truncation to rank r.
+    """
+    if activity is None:
+        second = torch.eye(weight[0].numel(), dtype=torch.float64, device=weight.device)
+        activity = ActivationStats("input", second[None], 0)
+    activity.check(weight.shape)
+    units = [(_facing(unit, activity), second) for unit, second in _units(weight, activity)]
+    limit = min(units[0][0].shape)
+    return torch.stack(
+        [_principal(matrix, activity.side, second)[1][:limit] for matrix, second in units]
+    )
+
+
+def _units(weight: Tensor, activity: ActivationStats) -> list[tuple[Tensor, Tensor]]:
+    """Each group's weight and second moment."""
+    groups = activity.second.shape[0]
+    return list(zip(weight.chunk(groups), activity.second.to(weight.device), strict=True))
+
+
+def _facing(unit: Tensor, activity: ActivationStats) -> Tensor:
+    """The matrix that gives the outputs, in fp64: of a table whose rows are outputs, W'."""
+    matrix = precise(unit).flatten(1)
+    return matrix.T if activity.side == "row" else matrix
+
+
+def _basis(matrix: Tensor, rank: int, side: str, second: Tensor) -> Tensor:
+    """The directions kept, (n, rank) or fewer, orthonormal."""
+    basis, energies = _principal(matrix, side, second)
+    # Second moments are sums of fp32 products: smaller eigenvalues than this are their rounding.
+    noise = torch.finfo(torch.float32).eps * len(energies) * energies[:1].clamp(min=0)
+    live = int((energies[:rank] > noise).sum())
+    kept = basis[:, : min(rank, live)]
+    if live >= min(rank, *matrix.shape):
+        return kept
+    rest = matrix - kept @ (kept.T @ matrix)
+    return torch.cat([kept, leading_directions(rest, rank - live)[0].to(kept.dtype)], 1)
+
+
+def _principal(matrix: Tensor, side: str, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions of the outputs (n, k) and their energies (k,), most first."""
+    second = precise(second)
+    try:
+        if side != "input":
+            return _eigen(second)
+        if matrix.shape[0] <= matrix.shape[1]:
+            return _eigen(matrix @ second @ matrix.T)
+        directions, energies = _eigen(second)
+        tall = matrix @ (directions * energies.sqrt())  # (n, m), tall tall' = W C W'
+        right, energies = _eigen(tall.T @ tall)
+        live = energies > 0
+        return tall @ (right / torch.where(live, energies, torch.inf).sqrt()), energies
+    except LinAlgError as error:
+        raise UnfitWeightError(f"the outputs' directions were not found: {error}") from error
+
+
+def _eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(symmetric)
+    return vectors.flip(-1), values.flip(-1).clamp(min=0)

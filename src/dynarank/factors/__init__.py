@@ -1,0 +1,1 @@
+"""What helps factors train: first values, learning rates, regularizers."""

@@ -1,0 +1,274 @@
+"""First values of factors: those that give the weight the full layer's own statistics.
+
+Legend: W the weight, f its factors, ``W = join(f)``; U = up, D = down of an SVD pair.
+
+Factors drawn on their own, each by a layer's usual rule, give a product of the wrong scale, and one
+that falls with the rank. Here the full layer says what the product shall look like: a weight is
+drawn by its own ``reset_parameters``, on the side, and the factors follow its variance or spectrum.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from dynarank.decompositions import Decomposition, Factors, Grouped, precise
+from dynarank.forms import Adapted, FullRank, LowRank
+from dynarank.layers import RankedLayer
+from dynarank.surgery.selection import LayerFilter, select
+from dynarank.surgery.sites import Site, survey
+
+__all__ = [
+    "balance",
+    "balanced",
+    "factors_of_variance",
+    "initialize_factors",
+    "plain_draw",
+]
+
+_ENTRIES = 20_000  # drawn at least to measure a variance: it is then known to 1 percent
+_DRAWS = 64
+
+
+@torch.no_grad()
+def initialize_factors(
+    model: nn.Module,
+    *,
+    match: Literal["variance", "spectrum"] = "variance",
+    seed: int | None = None,
+    layers: LayerFilter = None,
+    reset: Callable[[nn.Module], object] | None = None,
+) -> list[str]:
+    """Draw the factors of low-rank weights anew, in place, as the full layer would be drawn.
+
+    ``"variance"``: Gaussian factors of equal norm, with ``mean(join(f)^2)`` that of the full
+    layer's draw; for an SVD pair ``E[U'U] = E[D D']``. ``"spectrum"``: the best rank-r part of one
+    draw, whose r leading singular values the product has exactly (spectral initialization).
+
+    The draws come from random states of their own; the global one is untouched. An optimizer's
+    state is not: initialize before training.
+
+    Args:
+        model: the model, or one ranked layer.
+        match: what of the full layer's draw the product has.
+        seed: of the draws, different for each path; None: the run's seed.
+        layers: a filter or glob patterns; None: every low-rank weight.
+        reset: draws a plain module's parameters in place, for layers that are initialized
+            otherwise than by their ``reset_parameters``.
+
+    Returns:
+        The paths of the weights drawn.
+
+    Raises:
+        ValueError: ``match`` is neither; no low-rank weight is meant; a layer has no
+            ``reset_parameters`` and ``reset`` is not given.
+
+    Example:
+        >>> model = dr.factorize(nn.Sequential(nn.Linear(64, 64)), rank=8)
+        >>> initialize_factors(model, match="spectrum", seed=0)
+        ['0']
+
+    Reference:
+        Khodak et al., "Initialization and Regularization of Factorized Neural Layers", arXiv
+        2105.01029, 2021.
+    """
+    if match not in ("variance", "spectrum"):
+        raise ValueError(f'match is "variance" or "spectrum", got {match!r}')
+    root = torch.initial_seed() if seed is None else seed
+    drawn = [
+        (site, _draw(site, match, (root ^ zlib.crc32(site.path.encode())) % 2**63, reset))
+        for site in _low_rank(model, layers)
+    ]
+    for site, factors in drawn:
+        _write(site, factors)
+    return [site.path for site, _ in drawn]
+
+
+@torch.no_grad()
+def balance(model: nn.Module, *, layers: LayerFilter = None) -> list[str]:
+    """Balance the factors of every low-rank and adapted weight, in place; the function stays.
+
+    ``join(balanced(f)) == join(f)``. Training lets the factors drift apart. An optimizer's state is
+    left as it is, so it is best done where that is reset or small.
+
+    Args:
+        model: the model.
+        layers: a filter or glob patterns; None: every weight with factors.
+
+    Returns:
+        The paths of the weights that were balanced.
+
+    Example:
+        >>> balance(dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))
+        ['0']
+    """
+    sites = survey(model) if layers is None else select(model, layers)
+    done: list[str] = []
+    for site in sites:
+        if isinstance(site.form, LowRank | Adapted):
+            exact = tuple(precise(f) for f in site.factors())
+            _write(site, balanced(site.spec.decomposition(site.form), exact))
+            done.append(site.path)
+    return done
+
+
+def balanced(decomposition: Decomposition, factors: Factors) -> Factors:
+    """Balanced factors with the same join.
+
+    An SVD pair: ``U'U == D D' == diag(s)``, by two QR and one r x r SVD. Other chains: factors of
+    equal Frobenius norm; nothing if one is zero, for no scale brings that one up.
+    """
+    if isinstance(decomposition, Grouped):
+        chunks = [f.chunk(decomposition.groups) for f in factors]
+        parts = [balanced(decomposition.inner, f) for f in zip(*chunks, strict=True)]
+        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+    return _balanced_pair(*factors) if decomposition.name == "svd" else _equal_norms(factors)
+
+
+def factors_of_variance(
+    decomposition: Decomposition,
+    shape: tuple[int, ...],
+    rank: int,
+    variance: float,
+    generator: torch.Generator,
+) -> Factors:
+    """Gaussian factors of equal norm with ``mean(join(f)^2) == variance``, in fp64.
+
+    Args:
+        decomposition: how they are joined.
+        shape: of the weight, (out, in / groups, *kernel).
+        rank: of the factors.
+        variance: of the weight's entries.
+        generator: what they are drawn from.
+    """
+    shapes = decomposition.shapes(shape, rank)
+    draws = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
+    factors = _equal_norms(tuple(draws))
+    ratio = variance / decomposition.join(factors).square().mean().item()
+    return tuple(f * ratio ** (0.5 / len(factors)) for f in factors)
+
+
+def plain_draw(
+    site: Site, seed: int, reset: Callable[[nn.Module], object] | None = None
+) -> Iterator[Tensor]:
+    """Draws of the canonical weight by the plain layer's own initialization, without end, in fp64.
+
+    Args:
+        site: a weight of a ranked layer, which is not touched.
+        seed: of the draws.
+        reset: see :func:`initialize_factors`.
+
+    Raises:
+        ValueError: the layer has no ``reset_parameters``.
+    """
+    shell = _plain_shell(site)
+    reset = reset or (_own_reset if hasattr(shell, "reset_parameters") else None)
+    if reset is None:
+        raise ValueError(
+            f"layer {site.path!r}: {type(shell).__name__} has no reset_parameters to draw its "
+            "weight by; give reset=, a function that draws a plain module's parameters"
+        )
+    state: Tensor | None = None
+    while True:
+        with torch.random.fork_rng(devices=[]):  # the CPU's state, where the draws are made
+            if state is None:
+                torch.default_generator.manual_seed(seed)
+            else:
+                torch.set_rng_state(state)
+            reset(shell)
+            state = torch.get_rng_state()
+        yield site.spec.turn(_own(shell)[site.spec.name].detach()).clone()
+
+
+def _own_reset(module: nn.Module) -> None:
+    module.reset_parameters()  # pyright: ignore[reportCallIssue]
+
+
+def _draw(
+    site: Site, match: str, seed: int, reset: Callable[[nn.Module], object] | None
+) -> Factors:
+    form, draws = site.form, plain_draw(site, seed, reset)
+    assert isinstance(form, LowRank)
+    decomposition, rank = site.spec.decomposition(form), int(form.rank)  # type: ignore[arg-type]
+    if match == "spectrum":
+        return decomposition.split(next(draws), rank)
+    number = min(max(1, math.ceil(_ENTRIES / math.prod(site.shape))), _DRAWS)
+    variance = sum(next(draws).square().mean().item() for _ in range(number)) / number
+    generator = torch.Generator().manual_seed(seed)
+    return factors_of_variance(decomposition, site.shape, rank, variance, generator)
+
+
+def _low_rank(model: nn.Module, layers: LayerFilter) -> list[Site]:
+    sites = survey(model) if layers is None else select(model, layers)
+    found = [site for site in sites if isinstance(site.form, LowRank)]
+    others = [site.path for site in sites if not isinstance(site.form, LowRank)]
+    if not found or (layers is not None and others):
+        raise ValueError(
+            f"only low-rank weights have factors to draw; not low-rank: {', '.join(others)}; "
+            "factorize them first"
+        )
+    return found
+
+
+def _plain_shell(site: Site) -> nn.Module:
+    """A plain module like the site's, with parameters of its own, on the CPU in fp64."""
+    assert isinstance(site.module, RankedLayer)
+    plain = site.module.plain
+    shell = plain.__new__(plain)
+    shell.__dict__.update(site.module.__dict__)
+    for name in ("forms", "last_factored_forms", "_specs", "_ways"):
+        shell.__dict__.pop(name, None)
+    own: dict[str, Any] = {}
+    for spec in type(site.module).specs(site.module):
+        stored = spec.turn(torch.empty(spec.shape, dtype=torch.float64))
+        own[spec.name] = Parameter(stored.contiguous())
+    factors = {
+        name
+        for spec in type(site.module).specs(site.module)
+        for name in spec.parameter_names(site.module.forms.get(spec.name, FullRank()))
+    }
+    for name, p in _own(site.module).items():
+        if name not in factors:
+            own[name] = None if p is None else Parameter(torch.empty(p.shape, dtype=torch.float64))
+    shell.__dict__["_parameters"] = own
+    shell.__dict__["_buffers"] = copy.deepcopy(site.module.__dict__["_buffers"])
+    return shell
+
+
+def _own(module: nn.Module) -> dict[str, Any]:
+    return module.__dict__["_parameters"]
+
+
+def _write(site: Site, factors: Factors) -> None:
+    for old, new in zip(site.factors(), factors, strict=True):
+        old.copy_(new)
+
+
+def _equal_norms(factors: Factors) -> Factors:
+    norms = [f.norm() for f in factors]
+    if not all(norm > 0 for norm in norms):
+        return factors
+    mean = torch.stack(norms).log().mean().exp()
+    return tuple(f * (mean / norm) for f, norm in zip(factors, norms, strict=True))
+
+
+def _balanced_pair(down: Tensor, up: Tensor) -> Factors:
+    """A direction in which the product is zero keeps a live ``up`` and a ``down`` of about zero.
+
+    With both at zero it would never receive a gradient.
+    """
+    left, left_core = torch.linalg.qr(up.flatten(1))  # (n, r), (r, r)
+    right, right_core = torch.linalg.qr(down.flatten(1).T)  # (m, r), (r, r)
+    a, values, b = torch.linalg.svd(left_core @ right_core.T)
+    live = values > torch.finfo(values.dtype).eps * max(up.shape[0], down[0].numel()) * values[0]
+    floor = values[live].min() if live.any() else torch.ones_like(values[0])
+    root = torch.where(live, values, floor).sqrt()
+    new_up, new_down = left @ (a * root), (values / root)[:, None] * b @ right.T
+    return new_down.reshape(down.shape), new_up.reshape(up.shape)

@@ -1,0 +1,267 @@
+"""Penalties on factors, as gradients added before the optimizer's step.
+
+Legend: ``W`` (n, m) a matricized weight, D = down (r, m), U = up (n, r), W = U D; F a factor as a
+tall matrix: U itself, or D'. c the coefficient, I an identity.
+
+Each penalty is a pure function of the factors (``penalties``), proven against automatic
+differentiation of its formula, and a class that adds it to the gradients of a model's present
+factors, whatever its forms have become since.
+
+What is not finite in a penalty's gradient is not added, and a parameter without a gradient gets
+none: a penalty never spoils a finite gradient and never hides a bad one. The gradients are computed
+in fp32 at least. As any gradient they go through the optimizer: under AdamW this is not a decoupled
+decay, and weight decay of the optimizer's own comes on top.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from dynarank.decompositions import Decomposition, Factors
+from dynarank.factors.penalties import (
+    frobenius_gradients,
+    orthogonality_gradient,
+    srip_gradient,
+    tall_matrices,
+    through_norms,
+)
+from dynarank.forms import Adapted, FullRank
+from dynarank.surgery.live_sites import LiveSites
+from dynarank.surgery.selection import LayerFilter
+from dynarank.surgery.sites import Site
+
+__all__ = [
+    "SRIP",
+    "DoubleSoftOrthogonality",
+    "FrobeniusDecay",
+    "Regularizer",
+    "SoftOrthogonality",
+]
+
+
+class Regularizer:
+    """A penalty on the factors of a model. ``add_gradients`` comes between backward and step.
+
+    Args:
+        model: the model; its present factors are looked up at each call.
+        coefficient: c >= 0, finite.
+        layers: which weights, a filter or glob patterns; None: every weight that is handled.
+
+    Raises:
+        ValueError: the coefficient is negative or not finite; ``layers`` matches nothing.
+    """
+
+    def __init__(self, model: nn.Module, coefficient: float, layers: LayerFilter = None) -> None:
+        if isinstance(coefficient, bool) or not (math.isfinite(coefficient) and coefficient >= 0):
+            raise ValueError(f"a penalty's coefficient is finite and >= 0, got {coefficient!r}")
+        self.coefficient = float(coefficient)
+        self._sites = LiveSites(model, layers)
+
+    def gradients(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+        """Each parameter of a weight that the penalty acts on, and dR/dp without the coefficient.
+
+        The gradients are computed in fp32 at least.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def add_gradients(self, scale: Tensor | float = 1.0) -> None:
+        """``p.grad += c scale dR/dp`` for each parameter that has a gradient and trains.
+
+        Args:
+            scale: that of the gradients, where they are still multiplied by a loss scale.
+        """
+        for site in self._sites() if self.coefficient else []:
+            for p, gradient in self.gradients(site):
+                if p.requires_grad and p.grad is not None:
+                    added = torch.nan_to_num(gradient * self.coefficient * scale, 0.0, 0.0, 0.0)
+                    p.grad.add_(added.to(p.grad.dtype))
+
+    def register(self, optimizer: Optimizer) -> RemovableHandle:
+        """Add the gradients at the start of each ``optimizer.step()``; the handle removes it.
+
+        Under a ``GradScaler`` this is the right place: the gradients are unscaled by then, and
+        where a fused optimizer unscales them itself, the penalty is scaled alike.
+
+        Raises:
+            ValueError: (at a step) the step has a closure, which computes the gradients anew.
+        """
+        return optimizer.register_step_pre_hook(self._before_step)  # pyright: ignore
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        values = [*args[1:], *args[:1], *kwargs.values()]
+        if any(callable(a) and not isinstance(a, Optimizer) for a in values):
+            raise ValueError(
+                "optimizer.step(closure) computes the gradients after the penalty was added; "
+                "call add_gradients() at the end of the closure instead of register()"
+            )
+        scale = getattr(optimizer, "grad_scale", None)
+        self.add_gradients(1.0 if scale is None else scale)
+
+
+class FrobeniusDecay(Regularizer):
+    """``R = 1/2 ||W||_F^2`` of the effective weight, whatever its form.
+
+    Full-rank it is plain weight decay; low-rank it decays the product through r x r Grams, where
+    decaying the factors would penalize the nuclear norm. Adapted, the effective weight
+    ``base + scale U D`` is penalized as well, so that a change of form does not change what is
+    minimized; ``adapted="adapter"`` penalizes ``scale U D`` alone, which draws W to the base.
+
+    Args:
+        model: see :class:`Regularizer`.
+        coefficient: see :class:`Regularizer`.
+        layers: see :class:`Regularizer`.
+        adapted: what is penalized of an adapted weight.
+
+    Example:
+        >>> model = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> handle = FrobeniusDecay(model, 1e-4).register(optimizer)
+
+    Reference:
+        Khodak, Tenenholtz, Mackey and Fusi, "Initialization and Regularization of Factorized
+        Neural Layers", arXiv 2105.01029, 2021.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coefficient: float,
+        layers: LayerFilter = None,
+        *,
+        adapted: Literal["weight", "adapter"] = "weight",
+    ) -> None:
+        if adapted not in ("weight", "adapter"):
+            raise ValueError(f'adapted is "weight" or "adapter", got {adapted!r}')
+        super().__init__(model, coefficient, layers)
+        self._adapted = adapted
+
+    def gradients(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+        """W, or ``pull(factors, W)``, with the adapter's scale."""
+        form = site.form
+        if form is None or isinstance(form, FullRank):
+            return [(p, _wide(p)) for p in site.parameters().values()]
+        factors, wide = site.factors(), tuple(_wide(f) for f in site.factors())
+        decomposition = site.spec.decomposition(form)
+        pulled = frobenius_gradients(decomposition, wide)
+        if isinstance(form, Adapted):
+            pulled = tuple(g * form.scale**2 for g in pulled)
+            if self._adapted == "weight":
+                base = site.spec.turn(_wide(site.spec.base(form, site.parameters())))
+                extra = decomposition.pull(wide, base * form.scale)
+                pulled = tuple(g + e for g, e in zip(pulled, extra, strict=True))
+        return list(zip(factors, pulled, strict=True))
+
+
+class SoftOrthogonality(Regularizer):
+    """``R = ||F'F - I||_F^2`` of the first and the last factor, summed; groups each on their own.
+
+    Of ``down`` the rows and of ``up`` the columns are drawn to orthonormal ones. As defined this
+    fixes the scale as well: every singular value of a factor, hence of the product, is drawn to 1
+    (balanced factors have sqrt(s)). ``normalized=True`` measures the columns of F divided by their
+    norms: only the angles count, the scale is left to the loss. Full-rank weights and the
+    inner factors of longer chains get nothing.
+
+    Args:
+        model: see :class:`Regularizer`.
+        coefficient: see :class:`Regularizer`.
+        layers: see :class:`Regularizer`.
+        normalized: whether to measure normalized columns.
+
+    Reference:
+        Bansal, Chen and Wang, "Can We Gain More from Orthogonality Regularizations in Training Deep
+        CNNs?", arXiv 1810.09102, 2018.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coefficient: float,
+        layers: LayerFilter = None,
+        *,
+        normalized: bool = False,
+    ) -> None:
+        super().__init__(model, coefficient, layers)
+        self._normalized = normalized
+
+    def gradient(self, tall: Tensor) -> Tensor:
+        """dR/dF of one matrix (groups, m, r)."""
+        return orthogonality_gradient(tall)
+
+    def gradients(self, site: Site) -> list[tuple[Tensor, Tensor]]:
+        """Those of the first and the last factor."""
+        if site.form is None or isinstance(site.form, FullRank):
+            return []
+        rule = partial(through_norms, self.gradient) if self._normalized else self.gradient
+        return _end_gradients(site.spec.decomposition(site.form), site.factors(), rule)
+
+
+class DoubleSoftOrthogonality(SoftOrthogonality):
+    """``R = ||F'F - I||_F^2 + ||FF' - I||_F^2``; else as :class:`SoftOrthogonality`.
+
+    For a tall F the two terms differ by the constant m - r: the gradient is exactly twice that of
+    soft orthogonality, so this is the same penalty with double the coefficient.
+    """
+
+    def gradient(self, tall: Tensor) -> Tensor:
+        """``8 F (F'F - I)``."""
+        return 2 * orthogonality_gradient(tall)
+
+
+class SRIP(SoftOrthogonality):
+    """``R = ||F'F - I||_2``, the largest |eigenvalue|; else as :class:`SoftOrthogonality`.
+
+    Found by power iteration from a fixed vector, so a step depends on nothing but the factors.
+
+    Args:
+        model: see :class:`Regularizer`.
+        coefficient: see :class:`Regularizer`.
+        layers: see :class:`Regularizer`.
+        normalized: see :class:`SoftOrthogonality`.
+        iterations: of power iteration; 2 in the paper.
+
+    Reference:
+        Bansal, Chen and Wang, arXiv 1810.09102, 2018, eq. 7 to 9.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        coefficient: float,
+        layers: LayerFilter = None,
+        *,
+        normalized: bool = False,
+        iterations: int = 10,
+    ) -> None:
+        if iterations < 1:
+            raise ValueError(f"power iteration takes at least one iteration, got {iterations}")
+        super().__init__(model, coefficient, layers, normalized=normalized)
+        self._iterations = iterations
+
+    def gradient(self, tall: Tensor) -> Tensor:
+        """``2 sign(mu) F v v'``."""
+        return srip_gradient(tall, self._iterations)
+
+
+def _end_gradients(
+    decomposition: Decomposition, factors: Factors, rule: Callable[[Tensor], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    first, last = tall_matrices(decomposition, tuple(_wide(f) for f in factors))
+    gradients = rule(first).mT, rule(last)
+    ends = factors[0], factors[-1]
+    return [(f, g.reshape(f.shape)) for f, g in zip(ends, gradients, strict=True)]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """Detached, in fp32 at least."""
+    small = tensor.dtype in (torch.float16, torch.bfloat16)
+    return cast(Parameter, tensor).detach().to(torch.float32 if small else tensor.dtype)

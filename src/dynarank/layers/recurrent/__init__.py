@@ -1,0 +1,1 @@
+"""Recurrent layers: modules and cells, the loop over time, how each matrix is used."""

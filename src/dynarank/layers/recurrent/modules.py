@@ -1,0 +1,293 @@
+"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` in the three forms, each matrix by itself.
+
+Legend: N rows of the input (all steps of all sequences), T steps, h the hidden size; ``ih`` an
+input matrix, ``hh`` a recurrent one, ``hr`` one that projects h (``proj_size``).
+
+========  ==============================  ==========================================================
+matrix    joined, merged                  factored, two-branch
+========  ==============================  ==========================================================
+``ih``    formed once per forward pass,   all factors but the last meet the whole input at once; the
+          then torch's fused kernel       last is the fused kernel's input matrix. Two branches:
+                                          ``[base, scale * up] @ [x, down x]``, again one kernel
+``hh``    likewise                        applied at each step, in a loop in Python
+``hr``    likewise                        likewise
+========  ==============================  ==========================================================
+
+``"auto"`` takes the fewest FLOPs, with a step of the loop counted at what it costs; on anything but
+a CPU it never loops. Where every matrix is joined, merged or full-rank the whole module is one
+kernel call; else there is one for each layer and direction. ``recompute`` changes nothing: a kernel
+keeps its input and weights itself.
+
+Training step relative to the plain layer's, low-rank, ``"auto"``, medians of 5 interleaved (fp32,
+one layer, one core of a busy AMD EPYC, 2026-11): LSTM, hidden 256, batch 32: .50 at r = h/8, .82 at
+h/4; 512 by 8: .52, .73; 512 by 32: .39, .57; 1024 by 32: .21, .37. GRU, 256 by 32: .87, .90; 512 by
+32: .32, .43. At 128 by 8 the spread was larger than any gain.
+
+Adapters train their factors alone, by automatic differentiation through the weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from dynarank.decompositions import Factors
+from dynarank.forms import Adapted, FullRank, LowRank
+from dynarank.layers.execution import Call
+from dynarank.layers.ranked import RankedLayer
+from dynarank.layers.recurrent.loop import (
+    GATES,
+    Direction,
+    States,
+    chain,
+    mirror,
+    run_direction,
+    run_kernel,
+)
+from dynarank.layers.recurrent.usage import recurrent_calls
+from dynarank.layers.weight import WeightSpec
+
+__all__ = ["RankedGRU", "RankedLSTM", "RankedRNN"]
+
+_APART = ("factored", "two-branch")  # the executions that keep factors apart
+
+
+class _Recurrent(RankedLayer):
+    """What recurrent layers have in common.
+
+    Torch keeps a list of the parameters beside the parameters (``_flat_weights``). Here it holds
+    those that are parameters under their own names, and None for each weight that is not; the
+    effective weights are formed in each forward pass and not kept.
+    """
+
+    @classmethod
+    def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
+        """Two or three matrices for each layer and direction."""
+        net = cast(Any, module)
+        state, directions = net.proj_size or net.hidden_size, 1 + net.bidirectional
+        gates = GATES[net.mode] * net.hidden_size
+        found: list[WeightSpec] = []
+        for i, names in enumerate(net._all_weights):
+            columns = net.input_size if i < directions else state * directions
+            shapes = {"ih": (gates, columns), "hh": (gates, state), "hr": (state, net.hidden_size)}
+            matrices = (name for name in names if name.startswith("weight"))
+            found += [WeightSpec(name, shapes[name.split("_")[1]]) for name in matrices]
+        return tuple(found)
+
+    @classmethod
+    def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
+        """One for each matrix: all rows of the sequence."""
+        forms = module.forms if isinstance(module, RankedLayer) else {}
+        names = {
+            spec.name: spec.parameter_names(forms.get(spec.name, FullRank()))
+            for spec in cls.specs(module)
+        }
+        return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
+
+    def enter(self) -> None:
+        """Forget the parameters that were."""
+        super().enter()
+        self._init_flat_weights()
+
+    def leave(self) -> None:
+        """The plain module lists its parameters itself."""
+        super().leave()
+        cast(Any, self)._init_flat_weights()
+
+    def _init_flat_weights(self) -> None:
+        net, own = cast(Any, self), self._parameters
+        flat = [own.get(name) for name in net._flat_weights_names]
+        self.__dict__["_flat_weights"] = flat
+        self.__dict__["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
+        net.flatten_parameters()  # torch's: nothing is done while a weight is missing
+
+    def __getattr__(self, name: str) -> Any:
+        """A weight that is not a parameter under its own name: the effective one."""
+        forms = cast(dict[str, object], self.__dict__.get("forms", {}))
+        if isinstance(forms.get(name), LowRank | Adapted):
+            return self.effective_weight(name)
+        return super().__getattr__(name)
+
+    def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
+        """As the plain layer's, which looks for the dtype in the list of parameters."""
+        dims, columns = 3 if batch_sizes is None else 2, cast(Any, self).input_size
+        if input.dim() != dims or input.size(-1) != columns:
+            raise RuntimeError(
+                f"input must have {dims} dimensions, the last of size {columns}; "
+                f"got {tuple(input.shape)}"
+            )
+        dtype, device = next(self.parameters()).dtype, input.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        if input.dtype != dtype and not autocast:
+            raise ValueError(
+                f"input has dtype {input.dtype} and the weights {dtype}; convert either"
+            )
+
+    @torch._disable_dynamo  # pyright: ignore  # as the plain layer, it stays outside the graph
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """As the plain layer, with the effective weights."""
+        net = cast(Any, self)
+        if all(isinstance(form, FullRank) for form in self.forms.values()):
+            return cast(Any, super()).forward(input, hx)
+        packed = isinstance(input, PackedSequence)
+        if not packed and input.dim() == 2:
+            axis = 0 if net.batch_first else 1
+            y, states = self.forward(input.unsqueeze(axis), _map(hx, lambda s: s.unsqueeze(1)))
+            return y.squeeze(axis), _map(states, lambda s: s.squeeze(1))
+        x, sizes, order, back = input if packed else (input, None, None, None)
+        states = self._first_states(x, sizes, hx, order)
+        net.check_forward_args(x, states if net.mode == "LSTM" else states[0], sizes)
+        ways = self._taken(input, hx)
+        turned = net.batch_first and not packed
+        y, states = self._run(x.transpose(0, 1) if turned else x, sizes, states, ways)
+        y = y.transpose(0, 1) if turned else y
+        states = tuple(s if back is None else s.index_select(1, back) for s in states)
+        return (
+            PackedSequence(y, sizes, order, back) if packed else y,
+            states if net.mode == "LSTM" else states[0],
+        )
+
+    def _first_states(
+        self, x: Tensor, sizes: Tensor | None, hx: Any, order: Tensor | None
+    ) -> States:
+        net = cast(Any, self)
+        if hx is not None:
+            given = tuple(hx) if net.mode == "LSTM" else (hx,)
+            return tuple(s if order is None else s.index_select(1, order) for s in given)
+        shapes = [net.get_expected_hidden_size(x, sizes)]
+        if net.mode == "LSTM":
+            shapes.append(net.get_expected_cell_size(x, sizes))
+        return tuple(x.new_zeros(shape) for shape in shapes)
+
+    def _taken(self, input: Any, hx: Any) -> dict[str, str]:
+        """The name of the way each weight that is not full-rank is computed."""
+        calls = type(self).calls(self, {"input": input, "hx": hx})
+        return {
+            name: self.way(self.spec(name), form, calls[name][0]).name
+            for name, form in self.forms.items()
+            if not isinstance(form, FullRank)
+        }
+
+    def _run(
+        self, x: Tensor, sizes: Tensor | None, states: States, ways: Mapping[str, str]
+    ) -> tuple[Tensor, States]:
+        """The layers one after another, or all in one kernel; time is the first dimension."""
+        net = cast(Any, self)
+        directions = 1 + net.bidirectional
+        if not any(way in _APART for way in ways.values()):
+            flat = [self._whole(name) for name in net._flat_weights_names]
+            return run_kernel(
+                net.mode, x, sizes, states, flat, net.bias, self.training,
+                net.num_layers, net.dropout, net.bidirectional,
+            )  # fmt: skip
+        last: list[States] = []
+        for layer in range(net.num_layers):
+            if layer and net.dropout:
+                x = F.dropout(x, net.dropout, self.training)
+            outputs: list[Tensor] = []
+            for i in range(layer * directions, (layer + 1) * directions):
+                names, own = net._all_weights[i], tuple(s[i] for s in states)
+                y, ended = self._direction(names, x, sizes, own, ways, i > layer * directions)
+                outputs.append(y)
+                last.append(ended)
+            x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
+        return x, tuple(torch.stack(parts) for parts in zip(*last, strict=True))
+
+    def _direction(
+        self,
+        names: list[str],
+        x: Tensor,
+        sizes: Tensor | None,
+        states: States,
+        ways: Mapping[str, str],
+        reverse: bool,
+    ) -> tuple[Tensor, States]:
+        ih, hh = names[:2]
+        biases = tuple(getattr(self, name) for name in names if name.startswith("bias"))
+        out = tuple(name for name in names if name.startswith("weight_hr"))
+        x, into = self._input_side(ih, x, ways.get(ih, ""))
+        one = Direction(
+            cast(Any, self).mode,
+            into,
+            self._branches(hh, ways.get(hh, "")),
+            biases,
+            self._branches(out[0], ways.get(out[0], "")) if out else (),
+        )
+        turn = _turner(sizes, x.device) if reverse else _same
+        y, ended = run_direction(one, turn(x), sizes, states, self.training)
+        return turn(y), ended
+
+    def _input_side(self, name: str, x: Tensor, way: str) -> tuple[Tensor, Tensor]:
+        """What the kernel gets as its input and as its input matrix."""
+        if way not in _APART:
+            return x, self._whole(name)
+        *branches, (*first, last) = self._branches(name, way)
+        inner = chain(x, tuple(first)).to(x.dtype)  # autocast's dtype is not the kernel's input's
+        if not branches:
+            return inner, last
+        return torch.cat((x, inner), -1), torch.cat((branches[0][0], last), 1)
+
+    def _branches(self, name: str, way: str) -> tuple[Factors, ...]:
+        if way not in _APART:
+            return ((self._whole(name),),)
+        form, parameters = self.forms[name], cast(dict[str, Tensor], self._parameters)
+        assert not isinstance(form, FullRank)
+        factors = self.spec(name).factors(form, parameters)
+        if isinstance(form, LowRank):
+            return (factors,)
+        *first, last = factors
+        return (self.spec(name).base(form, parameters),), (*first, last * form.scale)
+
+    def _whole(self, name: str) -> Tensor:
+        """The parameter or effective weight, in the parameters' dtype also under autocast."""
+        parameter = self._parameters.get(name)
+        if parameter is not None:
+            return parameter
+        device = next(self.parameters()).device.type
+        if device == "meta":
+            return self.effective_weight(name)
+        with torch.autocast(device, enabled=False):
+            return self.effective_weight(name)
+
+
+class RankedLSTM(_Recurrent, nn.LSTM):  # pyright: ignore
+    """An LSTM whose matrices are each in one of the three forms."""
+
+    plain = nn.LSTM
+
+
+class RankedGRU(_Recurrent, nn.GRU):  # pyright: ignore
+    """A GRU whose matrices are each in one of the three forms."""
+
+    plain = nn.GRU
+
+
+class RankedRNN(_Recurrent, nn.RNN):  # pyright: ignore
+    """An Elman network whose matrices are each in one of the three forms."""
+
+    plain = nn.RNN
+
+
+def _map(states: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``change`` of each state: one tensor, a tuple of them, or none given."""
+    if states is None:
+        return None
+    return tuple(map(change, states)) if isinstance(states, tuple | list) else change(states)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _turner(sizes: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Reverses each sequence in time, and back."""
+    if sizes is None:
+        return lambda x: x.flip(0)
+    rows = mirror(sizes).to(device)
+    return lambda x: x.index_select(0, rows)

@@ -1,0 +1,80 @@
+"""When something that costs time may be done: every few steps, or within a share of the time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+__all__ = ["Cadence"]
+
+_T = TypeVar("_T")
+_MARGIN = 2  # the next time may cost more than the last did
+
+
+class Cadence:
+    """Does a thing now and then: every ``every`` steps, or so that it takes ``share`` of the time.
+
+    By share, it is first done when twice its guessed cost is within the share of the time since the
+    first step; from then on its last cost counts. When that is depends on the clock, what training
+    does never does.
+
+    Args:
+        every: steps from one time to the next; None: as ``share`` allows.
+        share: the most that it may take of the time since the first step.
+        clock: gives the time in seconds.
+
+    Raises:
+        ValueError: ``every`` is below 1, or ``share`` is not in (0, 1].
+
+    Example:
+        >>> pace = Cadence(every=2)
+        >>> [pace.step(lambda: "done", lambda: 0.0) for _ in range(4)]
+        [None, 'done', None, 'done']
+    """
+
+    def __init__(
+        self,
+        every: int | None = None,
+        share: float = 0.01,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        if every is not None and every < 1:
+            raise ValueError(f"a monitor reads every 1 or more steps, got every={every}")
+        if not 0 < share <= 1:
+            raise ValueError(f"the share of time for readings must lie in (0, 1], got {share!r}")
+        self.clock = clock
+        self._every, self._share = every, share
+        self._steps = 0
+        self._began = 0.0
+        self._spent = 0.0
+        self._cost: float | None = None  # of the next time, as far as one knows
+
+    def step(self, do: Callable[[], _T], guess: Callable[[], float]) -> _T | None:
+        """Count a step; ``do()`` if it is due after it, else None.
+
+        Args:
+            do: the thing.
+            guess: says, at the second step, how many seconds its first time may take.
+        """
+        self._steps += 1
+        if self._every is not None:
+            return do() if self._steps % self._every == 0 else None
+        now = self.clock()
+        if self._steps == 1:
+            self._began = now
+            return None
+        if self._cost is None:
+            self._cost = guess()
+            self._spent = self.clock() - now
+        if self._spent + _MARGIN * self._cost > self._share * (now - self._began):
+            return None
+        begun = self.clock()
+        done = do()
+        self._cost = self.clock() - begun
+        self._spent += self._cost
+        return done
+
+    def elapsed(self) -> float:
+        """Seconds since the first step."""
+        return self.clock() - self._began

@@ -1,0 +1,217 @@
+"""How a model's weights are used: a few batches through it, and notes of what each weight gives.
+
+Legend: y = W x what a weight gives without the bias, E[y y'] its second moment over the batches.
+
+The notes are what :mod:`dynarank.decompositions.truncation` needs to truncate a weight where its
+outputs feel it least. The model is run as it is, in evaluation mode, and left as it was.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from dynarank.decompositions import UnfitWeightError
+from dynarank.decompositions.truncation import ActivationStats
+from dynarank.layers import own_parameters
+from dynarank.surgery.selection import LayerFilter, select
+from dynarank.surgery.sites import Site, survey
+
+__all__ = ["Calibration", "calibrate"]
+
+_CHUNK = 1 << 22  # entries multiplied at once: 16 MiB of fp32, beside the model's own activations
+_PRECISE_UP_TO = 1024  # larger second moments are summed in fp32: 8 MiB each in fp64
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a few batches told about a model's weights.
+
+    Args:
+        activities: by the weights' paths.
+        missed: the paths of which nothing was learned, and why: they are truncated plainly.
+    """
+
+    activities: Mapping[str, ActivationStats]
+    missed: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def get(self, path: str) -> ActivationStats | None:
+        """What is known of the weight at ``path``."""
+        return self.activities.get(path)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    layers: LayerFilter = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+) -> Calibration:
+    """Run a few batches through the model and measure ``E[y y']`` of each weight.
+
+    For linear layers, convolutions of every kind and embeddings. Weights that a module multiplies
+    by inside (attention's in-projection, recurrent layers) are listed as missed. Parameters,
+    gradients, buffers, training mode and random state are left as they were.
+
+    Calibrate right before the change: the outputs are those of today's weights. In a data-parallel
+    run give every process the same batches, or they will truncate differently.
+
+    Args:
+        model: any model; its layers may have any form.
+        batches: of the size it trains on; a few hundred samples are many for a small model. Each a
+            tensor, or a tuple or dict of a forward pass's arguments (``(x for x, y in loader)``).
+        layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight.
+        forward: how to run a batch, ``(model, batch) -> anything``, if the model needs more.
+
+    Raises:
+        ValueError: no batch; no weight was met.
+        UnfitWeightError: outputs that are not finite; the message names the first such layer.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> calibration = calibrate(model, [torch.randn(32, 8)])
+        >>> calibration.get("2").second.shape
+        torch.Size([1, 2, 2])
+    """
+    able = [site for site in survey(model) if site.form is not None]
+    sites = able if layers is None else select(model, layers)
+    missed = {site.path: reason for site in sites if (reason := _beyond_reach(site))}
+    meters = {site.path: _Meter(site) for site in sites if site.path not in missed}
+    met: list[str] = []
+    with _as_it_was(model), ExitStack() as hooks:
+        for path, meter in meters.items():
+            for module in meter.modules():
+                hook = _hook(meter, path, met)
+                handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
+                hooks.callback(handle.remove)
+        _run(model, batches, forward or _forward)
+    if not met:
+        raise ValueError("the batches met no weight that can change form; is this the model used?")
+    activities = {path: meters[path].activity(path) for path in met}
+    missed |= {path: "no batch reached it" for path in meters if path not in activities}
+    return Calibration(activities, missed)
+
+
+class _Meter:
+    """Sums over the vectors that a weight gives, or, if it is tall, meets."""
+
+    def __init__(self, site: Site) -> None:
+        self.site, self.spec = site, site.spec
+        n, m = self.spec.unit_shape[0], torch.Size(self.spec.shape[1:]).numel()
+        tall = self.spec.dims == 0 and n > m
+        self.side: Literal["output", "input", "row"] = (
+            "row" if self.spec.lookup else "input" if tall else "output"
+        )
+        self.centered = own_parameters(site.module).get("bias") is not None and not site.tied
+        self.second: Tensor | None = None
+        self.sum: Tensor | None = None
+        self.count = 0
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module that uses the weight."""
+        return (one.module for one in (self.site, *self.site.tied))
+
+    def add(self, vectors: Tensor, bias: Tensor | None) -> None:
+        """Count vectors (..., k, *positions) in; the bias is taken off."""
+        groups = self.spec.geometry.groups
+        axis = vectors.ndim - 1 - self.spec.dims
+        flat = vectors.movedim(axis, 0).flatten(1)  # (groups * k, N)
+        width = torch.float64 if vectors.dtype == torch.float64 else torch.float32
+        for part in flat.split(max(1, _CHUNK // flat.shape[0]), 1):
+            part = part.to(width) if bias is None else part.to(width) - bias.to(width)[:, None]
+            grouped = part.unflatten(0, (groups, -1))
+            self._sum(grouped @ grouped.mT, grouped.sum(-1))
+        self.count += flat.shape[1]
+
+    def _sum(self, product: Tensor, vectors: Tensor) -> None:
+        if self.second is None or self.sum is None:
+            small = product.shape[-1] <= _PRECISE_UP_TO and product.device.type != "mps"
+            dtype = torch.float64 if small else None
+            self.second = torch.zeros_like(product, dtype=dtype)
+            self.sum = torch.zeros_like(vectors, dtype=dtype)
+        self.second += product
+        self.sum += vectors
+
+    def activity(self, path: str) -> ActivationStats:
+        assert self.second is not None and self.sum is not None
+        if not torch.isfinite(self.second).all():
+            raise UnfitWeightError(
+                f"layer {path!r}: its {self.side}s on the calibration batches are not finite, or "
+                "too large to be squared; look at the batches and at the layers before it"
+            )
+        count = max(self.count, 1)
+        second, mean = self.second / count, self.sum / count
+        if not self.centered:
+            return ActivationStats(self.side, second, self.count)
+        return ActivationStats(
+            self.side, second - mean[:, :, None] * mean[:, None], self.count, mean
+        )
+
+
+def _hook(meter: _Meter, path: str, met: list[str]) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: Any, named: Mapping[str, Any], output: Any) -> None:
+        if path not in met:
+            met.append(path)
+        if meter.side == "input":
+            meter.add(inputs[0] if inputs else next(iter(named.values())), None)
+        else:
+            meter.add(output, own_parameters(module).get("bias"))
+
+    return hook
+
+
+def _beyond_reach(site: Site) -> str:
+    """Why a weight's outputs cannot be seen from outside its module; empty if they can."""
+    if site.spec.name != "weight":
+        return f"{type(site.module).__name__} multiplies by it inside"
+    if any(one.spec.lookup != site.spec.lookup for one in site.tied):
+        return "its rows are looked up in one place and it is multiplied by in another"
+    return ""
+
+
+def _run(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object]
+) -> None:
+    empty = True
+    for batch in batches:
+        forward(model, batch)
+        empty = False
+    if empty:
+        raise ValueError("there is no batch to calibrate on; give a few, as the model trains on")
+
+
+def _forward(model: nn.Module, batch: Any) -> object:
+    if isinstance(batch, Mapping):
+        return model(**cast(Mapping[str, Any], batch))
+    if isinstance(batch, tuple):
+        return model(*cast(tuple[Any, ...], batch))
+    if isinstance(batch, Tensor):
+        return model(batch)
+    raise ValueError(
+        "a batch is a tensor, or a tuple or dict of a forward pass's arguments, got a "
+        f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
+    )
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Generator[None]:
+    """Evaluation mode, no gradients, no compiled code; then modes and random state as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # code compiled before would not call the hooks
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

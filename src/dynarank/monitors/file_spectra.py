@@ -1,0 +1,145 @@
+"""Spectra of the weights in files of any model, one weight in memory at a time."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dynarank.decompositions import (
+    DECOMPOSITIONS,
+    SVD,
+    Decomposition,
+    UnfitWeightError,
+    get_decomposition,
+    precise,
+)
+from dynarank.monitors.singular_values import product_singular_values, singular_values
+from dynarank.monitors.weight_files import WeightFiles, open_weights
+
+__all__ = ["StoredWeight", "WeightSpectrum", "file_spectra", "read_spectrum", "stored_weights"]
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """A weight in a model's files, not read yet.
+
+    Args:
+        name: its name, without a trailing ``.weight``.
+        shape: (out, in, *kernel); of the product, for factors.
+        tensors: the names of the tensors that make it up: one, or a chain of factors.
+        decomposition: that of the factors; None for one tensor.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    tensors: tuple[str, ...]
+    decomposition: Decomposition | None = None
+
+
+@dataclass(frozen=True)
+class WeightSpectrum:
+    """The spectrum of one weight.
+
+    Args:
+        name: its name, without a trailing ``.weight``.
+        shape: (out, in, *kernel); of the product, for factors.
+        values: its singular values, largest first, in fp64; None if it is not finite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    values: Tensor | None
+
+
+def stored_weights(files: WeightFiles) -> list[StoredWeight]:
+    """Every floating-point tensor of two or more dimensions, in the files' order.
+
+    The factors of a low-rank layer of dynarank's (``X.down``, ..., ``X.up``) count as their product
+    ``X``. Those beside an ``X.base`` do not: a file does not say the adapter's scale.
+
+    Raises:
+        ValueError: there is none.
+    """
+    chains = {w.tensors[0]: w for name in files.homes if (w := _chain(files, name))}
+    inside = {name for weight in chains.values() for name in weight.tensors}
+    found: list[StoredWeight] = []
+    for name in files.homes:
+        stored = files.stored(name)
+        if name in chains:
+            found.append(chains[name])
+        elif name not in inside and stored.dtype and len(stored.shape) > 1:
+            found.append(StoredWeight(name.removesuffix(".weight"), stored.shape, (name,)))
+    found = [weight for weight in found if math.prod(weight.shape)]
+    if not found:
+        raise ValueError(f"{files.path} holds no weight of two or more dimensions")
+    return found
+
+
+def read_spectrum(files: WeightFiles, weight: StoredWeight) -> WeightSpectrum:
+    """Read a weight, take its spectrum, and forget it."""
+    try:
+        values = _values(files, weight)
+    except UnfitWeightError:
+        values = None
+    return WeightSpectrum(weight.name, weight.shape, values)
+
+
+def file_spectra(path: Path) -> Iterator[WeightSpectrum]:
+    """The spectrum of every weight at a path: see :func:`stored_weights`.
+
+    Raises:
+        FileNotFoundError: nothing there, or a shard is missing.
+        ValueError: the files are not whole, do not fit each other, or hold no weight.
+    """
+    files = open_weights(path)
+    for weight in stored_weights(files):
+        yield read_spectrum(files, weight)
+
+
+def _values(files: WeightFiles, weight: StoredWeight) -> Tensor:
+    parts = tuple(files.homes[name].read(name) for name in weight.tensors)
+    if weight.decomposition is None:
+        return singular_values(parts[0], exact=True)
+    if isinstance(weight.decomposition, SVD):
+        return product_singular_values(*(part.flatten(1) for part in parts))
+    return singular_values(weight.decomposition.join(tuple(map(precise, parts))), exact=True)
+
+
+def _chain(files: WeightFiles, down: str) -> StoredWeight | None:
+    """The low-rank weight whose first factor this is; None if it is not one."""
+    match = re.fullmatch(r"(.*[._])?down", down)
+    if match is None or f"{match[1] or ''}base" in files.homes:
+        return None
+    stem, dims = match[1] or "", len(files.stored(down).shape) - 2
+    if not 0 <= dims <= 3:
+        return None
+    chains = sorted(DECOMPOSITIONS.values(), key=lambda d: -len(d.factor_names(dims)))
+    for decomposition in chains:  # the longest first: a shorter one may fit a part of it
+        names = tuple(f"{stem}{factor}" for factor in decomposition.factor_names(dims))
+        if all(name in files.homes and files.stored(name).dtype for name in names):
+            shapes = tuple(files.stored(name).shape for name in names)
+            if found := _fitting(decomposition, shapes):
+                return StoredWeight(stem[:-1] or "weight", found[0], names, found[1])
+    return None
+
+
+def _fitting(
+    decomposition: Decomposition, shapes: tuple[tuple[int, ...], ...]
+) -> tuple[tuple[int, ...], Decomposition] | None:
+    """The weight's shape and the decomposition of its groups, if these are shapes of factors."""
+    *before, up = shapes
+    if any(len(shape) != len(up) for shape in shapes) or 0 in up or before[-1][0] % up[1]:
+        return None
+    groups = before[-1][0] // up[1]
+    kernel = (max(sizes) for sizes in zip(*(shape[2:] for shape in shapes), strict=True))
+    shape = (up[0], before[0][1], *kernel)
+    if groups < 1 or up[0] % groups:
+        return None
+    whole = get_decomposition(decomposition.name, groups)
+    rank = max(first for first, *_ in before) // groups
+    return (shape, whole) if rank and whole.shapes(shape, rank) == shapes else None

@@ -1,0 +1,288 @@
+"""Singular values of a weight, and the measures of rank made from them.
+
+Legend: s1 >= s2 >= ... >= sn the singular values of the matricized weight (out, in * positions).
+
+- effective rank: exp(H(s / sum s)), H the entropy (Roy and Vetterli, "The effective rank", 2007);
+- stable rank: sum s^2 / s1^2 (Rudelson and Vershynin, 2007);
+- energy rank: the least r with sum_{i<=r} s_i^2 >= share * sum s^2;
+- spectral ratio, lambda_r = sum_{i<=r} s_i / sum s_i. This definition is ours: Shin et al. (arXiv
+  2508.08625) plot a "singular-value spectral ratio", large near low rank, whose formula is not
+  public.
+
+A weight of zeros has effective, stable and energy rank 0 and lambda 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dynarank.decompositions import LinAlgError, UnfitWeightError, precise
+from dynarank.decompositions.numerics.linalg import as_stored, as_unit, gram
+
+__all__ = [
+    "effective_rank",
+    "energy_rank",
+    "largest_singular_value",
+    "product_singular_values",
+    "quick_stable_rank",
+    "singular_values",
+    "spectral_ratio",
+    "stable_rank",
+]
+
+
+def singular_values(weight: Tensor, *, exact: bool = False) -> Tensor:
+    """The singular values of a weight (out, in, *kernel), largest first, in fp64 on its device.
+
+    From the Gram matrix of the shorter side in fp32, where the measures above then agree with the
+    exact ones within 0.5% (each value is good to about 5e-4 of the largest); where too much of
+    their sum lies in values that rounding reaches, from the Gram matrix in fp64, good to 1e-8 of
+    the largest. fp64 weights by an SVD.
+
+    Args:
+        weight: of two or more dimensions.
+        exact: from the Gram matrix in fp64 in any case, at about twice the cost.
+
+    Raises:
+        ValueError: fewer than two dimensions.
+        UnfitWeightError: a value is not finite, or the decomposition does not converge.
+
+    Example:
+        >>> singular_values(torch.diag(torch.tensor([1.0, 3.0]))).tolist()
+        [3.0, 1.0]
+    """
+    matrix, scale = _short_and_wide(weight)
+    if 0 in matrix.shape:
+        return precise(matrix.new_zeros(0))
+    try:
+        values = _values(matrix, exact)
+    except LinAlgError as error:
+        shape = tuple(weight.shape)
+        raise UnfitWeightError(f"the SVD of a weight of shape {shape} failed: {error}") from error
+    return values * scale
+
+
+def _short_and_wide(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The matricized weight with its shorter side first, and the scale taken out of it."""
+    if weight.ndim < 2:
+        raise ValueError(f"a weight has two or more dimensions, got shape {tuple(weight.shape)}")
+    matrix, scale = as_unit(weight.detach().flatten(1))
+    return (matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T), precise(scale)
+
+
+def _values(matrix: Tensor, exact: bool) -> Tensor:
+    if matrix.dtype != torch.float64:
+        if not exact:
+            try:
+                values = _by_gram(matrix)
+                if _resolved(values):
+                    return values
+            except LinAlgError:
+                pass  # fp64 may converge where fp32 did not
+        try:
+            values = _by_gram(precise(matrix))
+            if torch.isfinite(values).all():
+                return values
+        except LinAlgError:
+            pass
+    return torch.linalg.svdvals(precise(matrix).T)  # the tall side is the faster
+
+
+def _by_gram(matrix: Tensor) -> Tensor:
+    return precise(torch.linalg.eigvalsh(gram(matrix)).clamp(min=0).sqrt().flip(0))
+
+
+def _resolved(values: Tensor) -> bool:
+    """Whether values from a Gram matrix in fp32 give every measure within 0.5%.
+
+    Its rounding moves values below 1e-3 of the largest by up to their size. If all that they could
+    hold is under 0.4% of the sum, the effective rank, the most sensitive of the measures, moves by
+    less than 0.4% (spectra i^0 to i^-3 and of low rank, 64 to 1024 values).
+    """
+    small = 1e-3 * values[0]
+    return bool((values < small).sum() * small <= 4e-3 * values.sum())
+
+
+def product_singular_values(down: Tensor, up: Tensor) -> Tensor:
+    """The singular values of ``up @ down``, from the factors: O((n + m) r^2), in fp64.
+
+    ``up = Q1 R1``, ``down' = Q2 R2``: they are those of ``R1 R2'``, and zeros.
+
+    Args:
+        down: (r, m).
+        up: (n, r).
+
+    Returns:
+        min(n, m) values, largest first.
+
+    Raises:
+        UnfitWeightError: a value is not finite, or the decomposition does not converge.
+
+    Example:
+        >>> product_singular_values(torch.ones(1, 4), torch.ones(9, 1)).round().tolist()
+        [6.0, 0.0, 0.0, 0.0]
+    """
+    (down, down_scale), (up, up_scale) = as_unit(down), as_unit(up)
+    count = min(up.shape[0], down.shape[1])
+    # In fp64: rounding would lift the zeros, and the effective rank with them.
+    cores = [torch.linalg.qr(precise(factor), mode="r")[1] for factor in (up, down.T)]
+    try:
+        values = torch.linalg.svdvals(cores[0] @ cores[1].T)[:count]
+    except LinAlgError as error:
+        shape = (up.shape[0], down.shape[1])
+        raise UnfitWeightError(f"the SVD of a product of shape {shape} failed: {error}") from error
+    scaled = values * precise(down_scale) * precise(up_scale)
+    return torch.cat([scaled, scaled.new_zeros(count - len(values))])
+
+
+def largest_singular_value(
+    weight: Tensor, start: Tensor | None = None, *, steps: int = 30
+) -> tuple[float, Tensor]:
+    """s1 and a singular vector for it, by products with the weight alone.
+
+    Power iteration that keeps all its vectors (Lanczos): s1 is found in the span of v, W W' v, ...,
+    and the residual of its vector says when to stop. On a 1024 x 3072 weight s1 is off by 4e-4 in
+    20 products if the spectrum is flat, where plain power iteration is off by 1e-2.
+
+    Args:
+        weight: (out, in, *kernel).
+        start: the vector that the last call gave; then a few products are enough. None: the same
+            random vector each time, of a generator of its own.
+        steps: the most products with W and W'.
+
+    Returns:
+        s1, and its singular vector on the weight's shorter side.
+
+    Raises:
+        ValueError: fewer than two dimensions.
+        UnfitWeightError: a value is not finite.
+
+    Source: Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix", 1965.
+
+    Example:
+        >>> s1, vector = largest_singular_value(torch.diag(torch.tensor([1.0, 3.0])))
+        >>> round(s1, 4)
+        3.0
+    """
+    matrix, scale = _short_and_wide(weight)
+    vector = _starting_vector(matrix, start)
+    if not matrix.any():
+        return 0.0, vector
+    basis = [vector]
+    diagonal: list[float] = []
+    beside: list[float] = []
+    while True:
+        image = matrix @ (matrix.T @ basis[-1])
+        diagonal.append(float(image @ basis[-1]))
+        for _ in range(2):  # twice is enough to keep the vectors orthogonal
+            image = image - torch.stack(basis, 1) @ (torch.stack(basis) @ image)
+        rest = float(torch.linalg.vector_norm(image))
+        square, weights = _tridiagonal_top(diagonal, beside)
+        done = rest * abs(float(weights[-1])) <= 5e-3 * square
+        if done or len(basis) >= min(steps, len(matrix)) or rest <= 1e-6 * square:
+            found = torch.stack(basis, 1) @ weights.to(matrix)
+            return math.sqrt(square) * float(scale), found / torch.linalg.vector_norm(found)
+        beside.append(rest)
+        basis.append(image / rest)
+
+
+def _starting_vector(matrix: Tensor, start: Tensor | None) -> Tensor:
+    fits = start is not None and start.shape == matrix.shape[:1] and bool(start.any())
+    if not fits or start is None or not torch.isfinite(start).all():
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(matrix.shape[0], generator=generator)
+    start = start.to(matrix)
+    return start / torch.linalg.vector_norm(start)
+
+
+def _tridiagonal_top(diagonal: list[float], beside: list[float]) -> tuple[float, Tensor]:
+    """The largest eigenvalue of a symmetric tridiagonal matrix, and its vector."""
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if beside:
+        matrix = matrix + torch.diag(torch.tensor(beside, dtype=torch.float64), -1)
+    squares, vectors = torch.linalg.eigh(matrix)  # reads the lower triangle
+    return max(float(squares[-1]), 0.0), vectors[:, -1]
+
+
+def quick_stable_rank(weight: Tensor, start: Tensor | None = None) -> tuple[float, Tensor]:
+    """The stable rank and the vector to start from next time, by products with the weight alone.
+
+    ``||W||_F^2 / s1^2`` with :func:`largest_singular_value`, within 0.5%: about a tenth of the cost
+    of the singular values from 1024 x 1024 up, less from a warm start.
+
+    Example:
+        >>> round(quick_stable_rank(torch.diag(torch.tensor([2.0, 1.0])))[0], 4)
+        1.25
+    """
+    matrix, _ = _short_and_wide(weight)
+    largest, vector = largest_singular_value(matrix, start)
+    if not largest > 0:
+        return 0.0, vector
+    rows = torch.linalg.vector_norm(as_stored(matrix), dim=1)
+    return float(precise(rows / largest).square().sum()), vector
+
+
+def effective_rank(values: Tensor) -> float:
+    """The effective rank, exp(H(s / sum s)).
+
+    It is n if all n values are equal, and 1 if only one is not zero.
+
+    Example:
+        >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
+        3.0
+    """
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    return torch.special.entr(values / total).sum().exp().item()
+
+
+def stable_rank(values: Tensor) -> float:
+    """The stable rank, sum s^2 / s1^2.
+
+    Example:
+        >>> stable_rank(torch.tensor([2.0, 1.0, 0.0]))
+        1.25
+    """
+    if not values.numel() or not values[0] > 0:
+        return 0.0
+    return (values / values[0]).square().sum().item()
+
+
+def energy_rank(values: Tensor, share: float = 0.99) -> int:
+    """The least r with ``sum_{i<=r} s_i^2 >= share * sum s^2``.
+
+    Raises:
+        ValueError: ``share`` is not in (0, 1].
+
+    Example:
+        >>> energy_rank(torch.tensor([3.0, 1.0, 0.1]), 0.99)
+        2
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"an energy share must lie in (0, 1], got {share!r}")
+    energy = values.square().cumsum(0)
+    if not values.numel() or not energy[-1] > 0:
+        return 0
+    return min(int((energy < share * energy[-1]).sum().item()) + 1, len(values))
+
+
+def spectral_ratio(values: Tensor, rank: int) -> float:
+    """Lambda_r = sum_{i<=r} s_i / sum s_i.
+
+    It is 1 for a weight of rank r, and r / n for a flat spectrum.
+
+    Raises:
+        ValueError: ``rank`` is below 1.
+
+    Example:
+        >>> spectral_ratio(torch.tensor([3.0, 1.0]), 1)
+        0.75
+    """
+    if rank < 1:
+        raise ValueError(f"lambda needs a rank of at least 1, got {rank}")
+    total = values.sum()
+    return (values[:rank].sum() / total).item() if total > 0 else 1.0

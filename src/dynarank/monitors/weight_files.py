@@ -1,0 +1,103 @@
+"""The file or files that hold a model's weights: which they are, and whether they are all there."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from dynarank.monitors.tensor_file import StoredTensor, TensorFile
+
+__all__ = ["WeightFiles", "open_weights"]
+
+_FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """A model's tensors, by name, and the file that each is in."""
+
+    path: Path
+    homes: dict[str, TensorFile]
+
+    def stored(self, name: str) -> StoredTensor:
+        """What is known of a tensor without reading it."""
+        return self.homes[name].tensors[name]
+
+
+def open_weights(path: Path) -> WeightFiles:
+    """The weights at a path; every header is read and checked, no tensor.
+
+    Args:
+        path: a .safetensors file; the index of a sharded model; or a folder with either, such as
+            Hugging Face's or that of a run.
+
+    Raises:
+        FileNotFoundError: nothing there, a folder without weights, or a shard is missing.
+        ValueError: a folder of several runs, a file that is not whole, an index that is damaged or
+            does not fit its shards.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    file = _main_file(path) if path.is_dir() else path
+    if file.name.endswith(".json"):
+        return WeightFiles(path, _sharded(file))
+    whole = TensorFile(file)
+    return WeightFiles(path, dict.fromkeys(whole.tensors, whole))
+
+
+def _main_file(folder: Path) -> Path:
+    for name in (_FILE, _INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    for pattern in ("*.safetensors.index.json", "*.safetensors"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            listed = ", ".join(file.name for file in found)
+            raise ValueError(f"{folder} holds several files of weights, name one: {listed}")
+    if runs := sorted(file.parent for file in folder.glob(f"*/{_FILE}")):
+        listed = ", ".join(map(str, runs))
+        raise ValueError(f"{folder} holds several runs, name one or two of: {listed}")
+    if (folder / "records.jsonl").is_file():
+        raise FileNotFoundError(f"the run {folder} has no {_FILE}: it has not reached its end")
+    raise FileNotFoundError(f"{folder} holds no weights: neither {_FILE} nor {_INDEX}")
+
+
+def _sharded(index: Path) -> dict[str, TensorFile]:
+    """The shards' tensors in the shards' order; an index that does not fit them is refused."""
+    places = _weight_map(index)
+    counts = Counter(places.values())
+    homes: dict[str, TensorFile] = {}
+    for shard in sorted(counts):
+        if PurePath(shard).name != shard:
+            raise ValueError(f"{index} names a shard outside its folder: {shard!r}")
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(
+                f"shard {shard} of {index} is missing: {counts[shard]} of {len(places)} tensors"
+            )
+        file = TensorFile(index.parent / shard)
+        wanted = {name for name, place in places.items() if place == shard}
+        if lost := sorted(wanted - file.tensors.keys()):
+            raise ValueError(
+                f"{index} does not fit its shards: {lost[0]!r} should be in {shard}, "
+                f"with {len(lost)} tensors that are not there"
+            )
+        homes |= {name: file for name in file.tensors if name in wanted}
+    return homes
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        data: Any = json.loads(index.read_text(encoding="utf-8"))
+        places: dict[str, str] = data["weight_map"]
+        if not all(isinstance(place, str) for place in places.values()):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError("a tensor's shard is not a file name")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is not a safetensors index, with a weight_map from tensors to shards: {error}"
+        ) from error
+    return places

@@ -1,0 +1,1 @@
+"""Related methods as schedules, one a file."""

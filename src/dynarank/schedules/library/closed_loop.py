@@ -1,0 +1,286 @@
+"""The closed loop: each layer changes rank by what is read of its own weight.
+
+Legend, for one layer (``evidence`` has the smoothing): e and t are its
+effective and stable rank, e* the largest e since its last change, r its low rank, c the number of
+its changes, h = hysteresis^(c // 2).
+
+- inflate if ``e < (1 - fall h) e*``: it loses directions;
+- inflate if ``e > (1 - (1 - saturation) / h) r``, if low-rank: it uses all directions it has;
+- deflate if ``|t - t_before| < (settled / h) t_before``: it has found its shape.
+
+Each must hold at ``patience`` readings in a row. A layer that has come back needs ``hysteresis``
+times the evidence to go the same way again, so that it does not go to and fro, and ``most_changes``
+bounds it in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike, form_name
+from dynarank.schedules.base import Answer, Clock, Decision, Readings, State, When, step_of
+from dynarank.schedules.library.evidence import Evidence, Thresholds
+from dynarank.schedules.options import Ending, check_when, check_within, ending
+from dynarank.schedules.serialization import serializable
+
+__all__ = ["ClosedLoop", "closed_loop"]
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What is remembered of a layer.
+
+    Args:
+        changes: how often it has changed: an odd number says that it is full-rank.
+        changed: the step of the last change.
+        skipped: readings that could not be used: missing, not finite, or of a weight whose change
+            has been decided but not made yet.
+        evidence: since the last change.
+    """
+
+    changes: int = 0
+    changed: int = 0
+    skipped: int = 0
+    evidence: Evidence = field(default_factory=Evidence)
+
+
+@serializable
+@dataclass(frozen=True)
+class ClosedLoop:
+    """Inflates and deflates each layer by its own readings; :func:`closed_loop` explains how.
+
+    Args:
+        low: the form at first.
+        last: the form that a full-rank layer deflates to.
+        fall: see :func:`closed_loop`, as for all that follow.
+        saturation: likewise.
+        settled: likewise.
+        smoothing: likewise.
+        patience: likewise.
+        warmup: likewise.
+        cooldown: likewise.
+        hysteresis: likewise.
+        most_changes: likewise.
+        last_inflation: likewise.
+        spectra_every: likewise.
+
+    Example:
+        >>> schedule = ClosedLoop(LowRank(8), LowRank(8))
+        >>> schedule.update(schedule.start(), Clock(0, 100), Readings({"a": (64, 64)})).plan
+        {'a': LowRank(rank=8, decomposition='svd')}
+    """
+
+    low: LowRank
+    last: LowRank | Adapted
+    fall: float = 0.1
+    saturation: float = 0.95
+    settled: float = 0.002
+    smoothing: float = 0.5
+    patience: int = 3
+    warmup: When = 0.1
+    cooldown: When = 0.1
+    hysteresis: float = 2.0
+    most_changes: int = 2
+    last_inflation: When | None = 0.8
+    spectra_every: When = 0.01
+
+    def __post_init__(self) -> None:
+        check_within("fall", self.fall, "(0, 1)")
+        check_within("saturation", self.saturation, "(0, 1)")
+        check_within("settled", self.settled, "(0, 1)")
+        check_within("smoothing", self.smoothing, "[0, 1)")
+        check_within("hysteresis", self.hysteresis, "[1, 100]")
+        for name, least in (("patience", 1), ("most_changes", 0)):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < least:
+                raise ValueError(f"{name} is a whole number of at least {least}, got {count!r}")
+        for name in ("warmup", "cooldown", "last_inflation", "spectra_every"):
+            if (moment := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_when(name, moment))
+        if not self.spectra_every > 0:
+            raise ValueError(f"spectra_every is above 0, got {self.spectra_every!r}")
+
+    def start(self) -> State:
+        """Nothing is known of any layer."""
+        return {"layers": {}}
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """The layers' forms; where there are spectra, each layer is judged by its own first."""
+        kept: Mapping[str, Mapping[str, Any]] = state["layers"]
+        decisions: list[Decision] = []
+        if readings.spectra:  # at all other steps nothing is learned
+            judged = {
+                path: self._judge(path, _recalled(kept.get(path, {})), clock, readings)
+                for path in readings.layers
+            }
+            decisions = [decision for _, decision in judged.values() if decision is not None]
+            kept = {path: asdict(layer) for path, (layer, _) in judged.items()}
+            state = {"layers": kept}
+        plan = {
+            path: self._form(kept[path]["changes"] if path in kept else 0)
+            for path in readings.layers
+        }
+        return Answer(plan, state, tuple(decisions))
+
+    def _form(self, changes: int) -> Form:
+        if changes % 2:
+            return FullRank()
+        return self.last if changes else self.low
+
+    def _thresholds(self, layer: _Layer) -> Thresholds:
+        times = self.hysteresis ** min(layer.changes // 2, 64)  # more would not be a float
+        return Thresholds(self.fall, self.saturation, self.settled).stricter(times)
+
+    def _judge(
+        self, path: str, layer: _Layer, clock: Clock, readings: Readings
+    ) -> tuple[_Layer, Decision | None]:
+        """What is remembered of a layer after these readings, and what is decided of it."""
+        reading, form = readings.spectra.get(path), self._form(layer.changes)
+        waits = form_name(readings.forms.get(path, form)) != form_name(form)
+        if reading is None or not reading.finite or waits:
+            return _Layer(layer.changes, layer.changed, layer.skipped + 1, layer.evidence), None
+        thresholds = self._thresholds(layer)
+        evidence = layer.evidence.with_reading(reading, thresholds, self.smoothing)
+        layer = _Layer(layer.changes, layer.changed, layer.skipped, evidence)
+        if not self._may_change(layer, clock):
+            return layer, None
+        found = self._deflate(evidence, thresholds) if layer.changes % 2 else None
+        if not layer.changes % 2:
+            found = self._inflate(evidence, thresholds, reading.rank, form)
+        if found is None:
+            return layer, None
+        layer = _Layer(layer.changes + 1, clock.step, layer.skipped)
+        return layer, Decision(clock.step, path, self._form(layer.changes), *found)
+
+    def _may_change(self, layer: _Layer, clock: Clock) -> bool:
+        """Whether the layer is out of warm-up and cooldown, and has changes left."""
+        total, last = clock.total_steps, self.last_inflation
+        first = step_of(self.warmup, total)
+        if layer.changes:
+            first = max(first, layer.changed + step_of(self.cooldown, total))
+        too_late = not layer.changes % 2 and last is not None and clock.step >= step_of(last, total)
+        return layer.changes < self.most_changes and clock.step >= first and not too_late
+
+    def _inflate(
+        self, known: Evidence, thresholds: Thresholds, rank: int, form: Form
+    ) -> _Found | None:
+        """Why a layer is to inflate, with the figures; None: it is not."""
+        e, best = known.effective_rank, known.best
+        assert e is not None and best is not None
+        if known.fallen >= self.patience:
+            return "effective rank has fallen from its best", {
+                "effective_rank": e,
+                "best_effective_rank": best,
+                "fall": 1 - e / best,
+                "threshold": thresholds.fall,
+                "in_a_row": known.fallen,
+            }
+        if isinstance(form, LowRank) and known.saturated >= self.patience:
+            return "effective rank saturates the low rank", {
+                "effective_rank": e,
+                "rank": rank,
+                "saturation": e / rank,
+                "threshold": thresholds.saturation,
+                "in_a_row": known.saturated,
+            }
+        return None
+
+    def _deflate(self, known: Evidence, thresholds: Thresholds) -> _Found | None:
+        """Why a layer is to deflate, with the figures; None: it is not."""
+        if known.settled < self.patience:
+            return None
+        t, before = known.stable_rank, known.stable_rank_before
+        assert t is not None and before is not None
+        return "stable rank has settled", {
+            "stable_rank": t,
+            "stable_rank_before": before,
+            "change": abs(t - before) / before,
+            "threshold": thresholds.settled,
+            "in_a_row": known.settled,
+        }
+
+
+_Found = tuple[str, dict[str, float]]
+
+
+def _recalled(kept: Mapping[str, Any]) -> _Layer:
+    values: dict[str, Any] = {**kept, "evidence": Evidence(**kept.get("evidence", {}))}
+    return _Layer(**values)
+
+
+def closed_loop(
+    rank: RankLike = 0.5,
+    *,
+    fall: float = 0.1,
+    saturation: float = 0.95,
+    settled: float = 0.002,
+    smoothing: float = 0.5,
+    patience: int = 3,
+    warmup: When = 0.1,
+    cooldown: When = 0.1,
+    hysteresis: float = 2.0,
+    most_changes: int = 2,
+    last_inflation: When | None = 0.8,
+    spectra_every: When = 0.01,
+    to: Ending = "adapted",
+    decomposition: str = "svd",
+    alpha: float = 16.0,
+    execution: AdaptedExecution = "auto",
+) -> ClosedLoop:
+    """Low-rank; a layer inflates when its rank falls or does not suffice, deflates when settled.
+
+    Args:
+        rank: of the low-rank layers and of the adapters.
+        fall: inflate when the effective rank is this share below its best since the last change.
+        saturation: inflate a low-rank layer when its effective rank is above this share of its
+            rank. That of random factors is nearly the rank, and falls as the layer learns, so that
+            before the end of ``warmup`` this would say nothing. Keep
+            ``saturation > 1 - fall``, or every layer meets one of the two rules.
+        settled: deflate when the smoothed stable rank moves by less than this share of itself from
+            one reading to the next. It belongs to ``spectra_every``: readings twice as far apart
+            differ by up to twice as much.
+        smoothing: a, the weight of what was before in ``x <- a x + (1 - a) reading``, in [0, 1).
+        patience: for how many readings in a row a rule must hold.
+        warmup: until when no layer changes, a share of the run (float) or a step (int).
+        cooldown: how long a layer stays as it is after a change, likewise.
+        hysteresis: how many times the evidence a layer needs to go the same way once more, at
+            least 1.
+        most_changes: the most changes of one layer; 2: inflate once, deflate once.
+        last_inflation: from when on no layer inflates; None: never.
+        spectra_every: how often the spectra are read, a share of the run or a number of steps.
+        to: what layers deflate to: ``"adapted"``: freeze W, add a zero-output adapter; the function
+            is unchanged. ``"low-rank"``: truncate; the cost really falls.
+        decomposition: the decomposition's name.
+        alpha: the adapter's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
+
+    Raises:
+        ValueError: a threshold outside its range, a moment outside the run, an unknown ending, an
+            impossible rank.
+
+    Example:
+        >>> closed_loop(0.25, most_changes=4, to="low-rank").last
+        LowRank(rank=0.25, decomposition='svd')
+
+    Reference:
+        Roy and Vetterli, "The effective rank", 2007, for the measure. That a plateau of the stable
+        rank says when full-rank training may end is the rule of Wang et al., "Cuttlefish",
+        arXiv 2305.02538, 2023, for the whole network at once; the loop per layer is ours.
+    """
+    return ClosedLoop(
+        LowRank(rank, decomposition),
+        ending(to, rank, decomposition, alpha, execution),
+        fall,
+        saturation,
+        settled,
+        smoothing,
+        patience,
+        warmup,
+        cooldown,
+        hysteresis,
+        most_changes,
+        last_inflation,
+        spectra_every,
+    )

@@ -1,0 +1,185 @@
+"""Cuttlefish: low-rank once all layers' stable ranks have settled, at ranks found from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dynarank.forms import Form, FullRank, LowRank, Plan
+from dynarank.schedules.base import Answer, Clock, Decision, Readings, State, When
+from dynarank.schedules.serialization import serializable
+from dynarank.schedules.sizes import is_cheaper, rank_within
+
+__all__ = ["Cuttlefish", "cuttlefish", "mean_slope"]
+
+
+@serializable
+@dataclass(frozen=True)
+class Cuttlefish:
+    """Full-rank until every layer's stable rank has settled, then low-rank.
+
+    With the whole stable ranks t_0, t_1, ... of a layer, one a reading, and their exponential
+    moving average ``a_i = a_(i-1) + 2 / (window + 1) (t_i - a_(i-1))``, a layer has settled once
+    the mean ``|a'|`` over the ``recent`` last readings is at most ``threshold``, and stays settled.
+    The last two layers may be ``relaxed[0]`` times, the last one ``relaxed[1]`` times as restless.
+    At the reading after the one that found all settled, ``rank = ceil(t / t_0 * full_rank)``; a
+    layer whose factors would not be cheaper at that rank stays full-rank.
+
+    Args:
+        spectra_every: from one reading to the next, a share of the run (float) or steps (int): an
+            epoch in the published code.
+        window: of the average, and before how many readings nothing is decided.
+        recent: over how many readings the slope is taken.
+        threshold: in directions a reading.
+        relaxed: what the threshold is multiplied by for the last two layers and the last one.
+        decomposition: the decomposition's name.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    spectra_every: When
+    window: int = 15
+    recent: int = 11
+    threshold: float = 0.1
+    relaxed: tuple[float, float] = (2.5, 5.0)
+    decomposition: str = "svd"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "relaxed", tuple(self.relaxed))
+        share = isinstance(self.spectra_every, float)
+        if not self.spectra_every > 0 or (share and self.spectra_every > 1):
+            raise ValueError(
+                "readings are steps (int >= 1) or a share of the run (float in (0, 1]) apart, got "
+                f"spectra_every={self.spectra_every!r}"
+            )
+        if self.window < 1 or self.recent < 1 or not self.threshold >= 0 or min(self.relaxed) < 1:
+            raise ValueError(
+                "window and recent are at least 1, threshold at least 0 and relaxed at least 1, "
+                f"got {self.window!r}, {self.recent!r}, {self.threshold!r} and {self.relaxed!r}"
+            )
+
+    def start(self) -> State:
+        """No reading yet."""
+        return {"count": 0, "first": {}, "smooth": {}, "settled": []}
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """The plan for this moment; a reading moves the state on if it has every layer, finite."""
+        full: Plan = dict.fromkeys(readings.layers, FullRank())
+        if "ranks" in state:
+            return Answer({path: self._form(state["ranks"].get(path, 0)) for path in full}, state)
+        now = _whole_ranks(readings)
+        if now is None:
+            return Answer(full, state)
+        if len(state["settled"]) == len(full):
+            return self._switch(state, clock, readings, now)
+        return Answer(full, self._observe(state, now))
+
+    def _observe(self, state: State, now: Mapping[str, int]) -> State:
+        """The state after one more reading."""
+        smooth = {
+            path: self._smoothed(state["smooth"].get(path, ()), rank) for path, rank in now.items()
+        }
+        settled = set(state["settled"])
+        left = len(now) - len(settled)
+        if state["count"] >= self.window:
+            limit = self.threshold * {2: self.relaxed[0], 1: self.relaxed[1]}.get(left, 1.0)
+            settled |= {p for p, values in smooth.items() if mean_slope(values) <= limit}
+        return {
+            "count": state["count"] + 1,
+            "first": state["first"] or dict(now),
+            "smooth": smooth,
+            "settled": sorted(settled),
+        }
+
+    def _smoothed(self, values: Sequence[float], rank: int) -> list[float]:
+        """The averages that the next slopes are taken from, the newest last."""
+        if not values:
+            return [float(rank)]
+        newest = values[-1] + 2 / (self.window + 1) * (rank - values[-1])
+        return [*values, newest][-(self.recent + 1) :]
+
+    def _switch(
+        self, state: State, clock: Clock, readings: Readings, now: Mapping[str, int]
+    ) -> Answer:
+        ranks: dict[str, int] = {}
+        decisions: list[Decision] = []
+        for path, shape in readings.layers.items():
+            first, largest = (
+                state["first"].get(path, now[path]),
+                min(shape[0], math.prod(shape[1:])),
+            )
+            scaled = -(-now[path] * largest // first)  # rounded up, without a detour by floats
+            rank = rank_within(min(scaled, largest), shape, self.decomposition)
+            cheaper = is_cheaper(shape, rank, self.decomposition)
+            ranks[path] = rank if cheaper else 0
+            figures = {"stable_rank": now[path], "stable_rank_at_start": first, "rank": rank}
+            reason = "every layer's stable rank has settled"
+            if not cheaper:
+                reason += "; factors of its rank would not be cheaper"
+            form = self._form(ranks[path])
+            decisions.append(Decision(clock.step, path, form, reason, _as_floats(figures)))
+        plan = {path: self._form(rank) for path, rank in ranks.items()}
+        return Answer(plan, {"ranks": ranks}, tuple(decisions))
+
+    def _form(self, rank: int) -> Form:
+        return LowRank(rank, self.decomposition) if rank else FullRank()
+
+
+def cuttlefish(
+    spectra_every: When = 1 / 300,
+    *,
+    window: int = 15,
+    threshold: float = 0.1,
+    decomposition: str = "svd",
+) -> Cuttlefish:
+    """Full-rank until the stable ranks have settled, then low-rank at ranks found from them.
+
+    Args:
+        spectra_every: an epoch, as a share of the run (float) or in steps (int); the default is
+            that of a run of 300 epochs.
+        window: in readings, see :class:`Cuttlefish`.
+        threshold: in directions a reading.
+        decomposition: the decomposition's name.
+
+    Raises:
+        ValueError: as :class:`Cuttlefish`.
+
+    Example:
+        >>> schedule = cuttlefish(390)
+        >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (8, 8)})).plan
+        {'a': FullRank()}
+
+    Reference:
+        Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
+        2023; the rule in its details from its code.
+    """
+    return Cuttlefish(spectra_every, window, threshold=threshold, decomposition=decomposition)
+
+
+def mean_slope(values: Sequence[float]) -> float:
+    """The mean size of the slopes between equidistant values, the first one left out.
+
+    ``(v_(i+1) - v_(i-1)) / 2`` inside, ``v_n - v_(n-1)`` at the end. With less than three values,
+    the one slope there is.
+
+    Example:
+        >>> mean_slope([5.0, 4.0, 2.0, 2.0])
+        0.8333333333333334
+    """
+    slopes = [abs(after - before) / 2 for before, after in zip(values, values[2:], strict=False)]
+    slopes.append(abs(values[-1] - values[-2]))
+    return sum(slopes) / len(slopes)
+
+
+def _whole_ranks(readings: Readings) -> dict[str, int] | None:
+    """The stable ranks, rounded down; None unless every layer has one that is finite."""
+    spectra = readings.spectra
+    if not all(path in spectra and spectra[path].finite for path in readings.layers):
+        return None
+    return {path: max(1, int(spectra[path].stable_rank)) for path in readings.layers}
+
+
+def _as_floats(figures: Mapping[str, int]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}

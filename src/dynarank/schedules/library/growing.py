@@ -1,0 +1,198 @@
+"""Growing rank, by InRank's rule: more directions for a layer that those it has do not explain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
+
+from dynarank.forms import LowRank, Plan, Rank, RankLike
+from dynarank.schedules.base import Answer, Clock, Decision, Readings, State, When, step_of
+from dynarank.schedules.serialization import serializable
+from dynarank.schedules.sizes import rank_within
+
+__all__ = ["Growing", "explained", "growing"]
+
+
+@serializable
+@dataclass(frozen=True)
+class Growing:
+    """Low-rank at ``modes + buffer`` directions, at most ``most``; the modes grow until ``stop``.
+
+    At each reading, ``modes' = min m: explained(s, m) > threshold`` for m from ``modes`` on, and
+    ``modes + buffer - 1`` if none of the buffer's directions is enough; never more than
+    ``most - buffer``. From ``stop`` on the layer has its modes alone.
+
+    Args:
+        spectra_every: from one reading to the next, a share of the run (float) or steps (int).
+        first: the modes at the beginning.
+        buffer: directions that train without being counted yet.
+        most: the largest rank.
+        threshold: the share that the modes are to explain.
+        warmup: nothing grows until this moment has passed.
+        stop: when growth ends and the buffer is cut off; None: never.
+        decomposition: the decomposition's name.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    spectra_every: When
+    first: RankLike
+    buffer: RankLike
+    most: RankLike
+    threshold: float = 0.9
+    warmup: When = 0
+    stop: When | None = None
+    decomposition: str = "svd"
+    needs_values: ClassVar[bool] = True  # readings are to hold every singular value
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"the threshold lies in (0, 1), got {self.threshold!r}")
+        for name in ("spectra_every", "warmup", "stop"):
+            moment: When | None = getattr(self, name)
+            if moment is None:
+                continue
+            least = 0 if name == "warmup" else 1e-12
+            if not moment >= least or (isinstance(moment, float) and moment > 1):
+                raise ValueError(
+                    f"{name} is a step (int) or a share of the run (float up to 1), got {moment!r}"
+                )
+        for rank in (self.first, self.buffer, self.most):
+            LowRank(rank, self.decomposition)  # says what is wrong with it
+
+    def start(self) -> State:
+        """Nothing has grown yet."""
+        return {"modes": {}, "cut": False}
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """The plan for this moment, grown where a reading asks for it.
+
+        Raises:
+            ValueError: a reading without all its singular values.
+        """
+        layers = readings.layers
+        modes = {path: state["modes"].get(path) or self._first(layers[path]) for path in layers}
+        ended = self.stop is not None and clock.step >= step_of(self.stop, clock.total_steps)
+        decided: dict[str, Decision] = {}
+        if ended and not state["cut"]:
+            decided = {path: self._cut(path, clock, modes[path]) for path in layers}
+        elif not ended and clock.step > step_of(self.warmup, clock.total_steps):
+            decided = dict(self._growth(modes, clock, readings))
+        modes |= {path: int(decision.readings["modes"]) for path, decision in decided.items()}
+        ranks = modes if ended else {path: self._rank(layers[path], modes[path]) for path in layers}
+        plan: Plan = {path: LowRank(rank, self.decomposition) for path, rank in ranks.items()}
+        return Answer(plan, {"modes": modes, "cut": ended}, tuple(decided.values()))
+
+    def _growth(
+        self, modes: Mapping[str, int], clock: Clock, readings: Readings
+    ) -> Iterator[tuple[str, Decision]]:
+        """A decision for each layer that is to grow."""
+        for path, values in _seen(readings).items():
+            shape, before = readings.layers[path], modes[path]
+            buffer, most = self._within(self.buffer, shape), self._within(self.most, shape)
+            shares = explained(values)
+            choices = range(before, min(before + buffer, most - buffer, len(shares)))
+            enough = (m for m in choices if shares[m] > self.threshold)
+            now = next(enough, choices[-1] if choices else before)
+            if now == before:
+                continue
+            form = LowRank(self._rank(shape, now), self.decomposition)
+            reason = f"{before} modes explain {shares[before]:.3f}, up to {self.threshold} is open"
+            figures = {"modes": float(now), "explained": shares[now], "before": shares[before]}
+            yield path, Decision(clock.step, path, form, reason, figures)
+
+    def _cut(self, path: str, clock: Clock, modes: int) -> Decision:
+        form, figures = LowRank(modes, self.decomposition), {"modes": float(modes)}
+        return Decision(clock.step, path, form, "growth has ended: no buffer", figures)
+
+    def _first(self, shape: tuple[int, ...]) -> int:
+        return self._within(self.first, shape)
+
+    def _rank(self, shape: tuple[int, ...], modes: int) -> int:
+        return min(modes + self._within(self.buffer, shape), self._within(self.most, shape))
+
+    def _within(self, rank: RankLike, shape: tuple[int, ...]) -> int:
+        return rank_within(rank, shape, self.decomposition)
+
+
+def growing(
+    rank: RankLike | None = None,
+    *,
+    first: RankLike = 2,
+    buffer: RankLike | None = None,
+    threshold: float = 0.9,
+    spectra_every: When = 0.01,
+    warmup: When = 0.02,
+    stop: When | None = 0.5,
+    decomposition: str = "svd",
+) -> Growing:
+    """Low-rank from the first step, its rank growing while its directions explain too little.
+
+    Args:
+        rank: the most it grows to; None: half of the full rank, min(out, in * kernel).
+        first: the modes at the beginning.
+        buffer: directions beyond the modes; None: 100 of 768, as a share of the full rank.
+        threshold: the share that the modes are to explain.
+        spectra_every: from one look at the layers to the next, a share of the run or steps.
+        warmup: nothing grows until this moment has passed.
+        stop: when growth ends and the buffer is cut off; None: never.
+        decomposition: the decomposition's name.
+
+    Raises:
+        ValueError: as :class:`Growing`.
+
+    Example:
+        >>> schedule = growing(first=2, buffer=4)
+        >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (64, 64)})).plan
+        {'a': LowRank(rank=6, decomposition='svd')}
+
+    Reference:
+        Zhao, Zhang, Chen, Schaefer, Anandkumar, "InRank: Incremental Low-Rank Learning", arXiv
+        2306.11250, 2023; the rule of InRank-Efficient from its code.
+    """
+    return Growing(
+        spectra_every,
+        first,
+        Rank(100 / 768, of="min") if buffer is None else buffer,
+        Rank(0.5, of="min") if rank is None else rank,
+        threshold,
+        warmup,
+        stop,
+        decomposition,
+    )
+
+
+def explained(values: Sequence[float]) -> list[float]:
+    """What the first m singular values explain, for m = 0, 1, ..., n - 1.
+
+    ``1 - var(s with its first m values set to zero) / var(s)``; 1 where the variance is zero.
+
+    Example:
+        >>> [round(share, 3) for share in explained([3.0, 1.0, 0.0, 0.0])]
+        [0.0, 0.875, 1.0, 1.0]
+    """
+    sums = list(accumulate(reversed(values)))[::-1]
+    squares = list(accumulate(value * value for value in reversed(values)))[::-1]
+    variances = [
+        square - total * total / len(values) for total, square in zip(sums, squares, strict=True)
+    ]
+    whole = variances[0]
+    return [1 - variance / whole if whole > 0 else 1.0 for variance in variances]
+
+
+def _seen(readings: Readings) -> dict[str, Sequence[float]]:
+    """The singular values of the layers that were read, all of them and finite."""
+    seen: dict[str, Sequence[float]] = {}
+    for path, reading in readings.spectra.items():
+        if path not in readings.layers or not reading.finite:
+            continue
+        if len(reading.values) < reading.full_rank:
+            raise ValueError(
+                f"layer {path!r}: growing ranks look at all {reading.full_rank} singular values, "
+                f"the reading has {len(reading.values)}; have the monitor keep them"
+            )
+        seen[path] = reading.values
+    return seen

@@ -1,0 +1,204 @@
+"""Rotating inflation: a share of the network is full-rank at a time, and the share moves on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from dynarank.forms import (
+    Adapted,
+    AdaptedExecution,
+    Form,
+    FullRank,
+    LowRank,
+    Plan,
+    RankLike,
+)
+from dynarank.schedules.base import Clock, Readings, When, step_of
+from dynarank.schedules.options import Ending, check_when, check_within, ending
+from dynarank.schedules.serialization import serializable
+
+__all__ = ["Rotating", "consecutive_groups", "rotating"]
+
+
+@serializable
+@dataclass(frozen=True)
+class Rotating:
+    """One group of consecutive layers full-rank at a time, from the first group to the last.
+
+    With G groups and T turns, the steps from ``begin`` to ``end`` are cut into G T equal parts, and
+    in part i group ``i mod G`` is full-rank. A layer is ``low`` before its first part and ``last``
+    after each of its parts. A run too short for all turns makes fewer.
+
+    Args:
+        low: the form before a layer's first full-rank time.
+        last: the form after each of its full-rank times.
+        share: the most of all weight entries that are full-rank at a time, in (0, 1]; a larger
+            layer is a group of its own.
+        turns: how often each layer is full-rank.
+        begin: when the first group becomes full-rank, a share of the run (float) or a step (int).
+        end: when the last group stops being so, likewise.
+
+    Raises:
+        ValueError: a share outside (0, 1], no turn, moments outside the run or out of order.
+
+    Example:
+        >>> layers = {path: (8, 8) for path in "abcd"}
+        >>> schedule = Rotating(LowRank(2), LowRank(2), turns=1, end=1.0)
+        >>> [path for path, form in schedule(Clock(30, 100), Readings(layers)).items()
+        ...  if form == FullRank()]
+        ['b']
+    """
+
+    low: LowRank
+    last: LowRank | Adapted
+    share: float = 0.25
+    turns: int = 4
+    begin: When = 0.0
+    end: When = 0.9
+
+    def __post_init__(self) -> None:
+        check_within("share", self.share, "(0, 1]")
+        if not isinstance(self.turns, int) or self.turns < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(f"a whole number of turns of at least 1 is needed, got {self.turns!r}")
+        object.__setattr__(self, "begin", check_when("begin", self.begin))
+        object.__setattr__(self, "end", check_when("end", self.end))
+        if type(self.begin) is type(self.end) and not self.begin < self.end:
+            raise ValueError(f"begin comes before end, got {self.begin!r} and {self.end!r}")
+
+    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+        """One group full-rank, those before it ``last``, those after it ``low`` or ``last``.
+
+        Raises:
+            ValueError: begin is a share and end a step, or the reverse, and in a run of this length
+                begin does not come before end.
+        """
+        begin, end = step_of(self.begin, clock.total_steps), step_of(self.end, clock.total_steps)
+        if begin > end:
+            raise ValueError(
+                f"begin comes before end, but {self.begin!r} and {self.end!r} are the steps "
+                f"{begin} and {end} in a run of {clock.total_steps}"
+            )
+        sizes = tuple(math.prod(shape) for shape in readings.layers.values())
+        groups = consecutive_groups(sizes, self.share)
+        count = _count(groups)
+        part = _part(clock.step - begin, end - begin, self.turns, max(count, 1))
+        forms = (self._form(group, part, count) for group in groups)
+        return dict(zip(readings.layers, forms, strict=True))
+
+    def _form(self, group: int, part: int | None, count: int) -> Form:
+        """The form of a group's layers in a part of the window; None: the window is over."""
+        if part is None:
+            return self.last
+        if 0 <= part and part % count == group:
+            return FullRank()
+        return self.last if part >= group else self.low
+
+
+def _part(step: int, steps: int, turns: int, groups: int) -> int | None:
+    """Which part of the window of ``steps`` a step is in: -1 before it, None after it.
+
+    Part i of n begins at step ceil(i * steps / n), so that parts differ by one step at most. No
+    more parts than steps where that can be helped, or some groups would never have a turn.
+    """
+    if step < 0:
+        return -1
+    if step >= steps:
+        return None
+    parts = groups * max(1, min(turns, steps // groups))
+    return step * parts // steps
+
+
+@lru_cache(maxsize=64)
+def consecutive_groups(sizes: tuple[int, ...], share: float) -> tuple[int, ...]:
+    """The group of each layer: as few consecutive groups as can be, as equal as can be.
+
+    A group of two layers or more holds at most ``share`` of the sum of ``sizes``. Of all ways with
+    the fewest groups, one whose largest such group is smallest.
+
+    Args:
+        sizes: weight entries of each layer, in the order of the network (a tuple).
+        share: the most that a group may hold, in (0, 1].
+
+    Example:
+        >>> consecutive_groups((4, 4, 4, 4, 4, 4), 0.5)
+        (0, 0, 0, 1, 1, 1)
+        >>> consecutive_groups((1, 1, 100, 1), 0.25)
+        (0, 0, 1, 2)
+    """
+    most = math.floor(share * sum(sizes))
+    fewest = _count(_fill(sizes, most))
+    low, high = -1, most  # into high they fit, into low they do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if _count(_fill(sizes, middle)) == fewest else (middle, high)
+    return _fill(sizes, high)
+
+
+def _fill(sizes: Sequence[int], most: int) -> tuple[int, ...]:
+    """Each group takes layers until the next would bring it above ``most``.
+
+    That is the fewest groups there can be, for a part of a group that may be is one too.
+    """
+    groups: list[int] = []
+    held = 0
+    for size in sizes:
+        fits = bool(groups) and held + size <= most
+        groups.append(groups[-1] + (not fits) if groups else 0)
+        held = held + size if fits else size
+    return tuple(groups)
+
+
+def _count(groups: Sequence[int]) -> int:
+    return max(groups, default=-1) + 1
+
+
+def rotating(
+    rank: RankLike = 0.5,
+    *,
+    share: float = 0.25,
+    turns: int = 4,
+    begin: When = 0.0,
+    end: When = 0.9,
+    to: Ending = "low-rank",
+    decomposition: str = "svd",
+    alpha: float = 16.0,
+    execution: AdaptedExecution = "auto",
+) -> Rotating:
+    """Low-rank but for a share of the layers, which are full-rank; the share moves on.
+
+    Args:
+        rank: of the low-rank layers and of the adapters.
+        share: the most of all weight entries that are full-rank at a time, in (0, 1]; a larger
+            layer is a group of its own.
+        turns: how often each layer is full-rank; each turn but the first starts from the form that
+            the turn before has ended with.
+        begin: when the first group becomes full-rank, a share of the run (float) or a step (int).
+        end: when the last one stops being so, likewise; what follows is for the last truncation to
+            be made good. At 1.0 the last group is still full-rank when the run ends.
+        to: ``"low-rank"``: truncate after each turn, memory and cost stay near the low-rank ones.
+            ``"adapted"``: freeze W and add a zero-output adapter; the function is unchanged, but
+            the frozen weights of all layers that have had a turn stay in memory, and an adapted
+            step costs more than a low-rank one.
+        decomposition: the decomposition's name.
+        alpha: the adapter's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
+
+    Raises:
+        ValueError: a share outside (0, 1], no turn, moments out of order, an unknown ending, an
+            impossible rank.
+
+    Example:
+        >>> rotating(0.25, share=0.5).low
+        LowRank(rank=0.25, decomposition='svd')
+    """
+    return Rotating(
+        LowRank(rank, decomposition),
+        ending(to, rank, decomposition, alpha, execution),
+        share,
+        turns,
+        begin,
+        end,
+    )

@@ -1,0 +1,139 @@
+"""Schedules as plain data, for JSON: what a run's configuration and a checkpoint keep of them.
+
+Every schedule of ours is a frozen dataclass, and so is what it is made of: it is written as its
+name and its fields, and made anew from them, checks included. A user's own function is code, not
+data, and is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from dynarank.forms import (
+    Adapted,
+    FullRank,
+    LowRank,
+    Rank,
+    form_from_data,
+    form_to_data,
+)
+from dynarank.schedules.base import Decision, Schedule
+
+if TYPE_CHECKING:
+    from dynarank.schedules.budget import Budgeted
+
+__all__ = ["schedule_from_data", "schedule_to_data", "serializable"]
+
+_T = TypeVar("_T")
+
+_CLASSES: dict[str, type[Any]] = {"Decision": Decision, "Rank": Rank}
+_PARTS = ("Decision", "Rank", "Budget")  # what schedules are made of, and no schedules
+_CLASS, _MAP = "class", "map"  # the keys that mark a dataclass and a mapping
+
+
+def serializable(cls: type[_T]) -> type[_T]:
+    """Have a frozen dataclass of ours known by its name, to :func:`schedule_from_data` too.
+
+    Its fields may hold numbers, strings, None, forms, ranks, decisions, other such classes, and
+    sequences and mappings (by strings) of these. A sequence comes back as a tuple.
+    """
+    assert is_dataclass(cls), f"{cls.__name__} is not a dataclass"
+    assert _CLASSES.setdefault(cls.__name__, cls) is cls, f"two classes named {cls.__name__}"
+    return cls
+
+
+def schedule_to_data(schedule: Schedule | Budgeted) -> dict[str, Any]:
+    """The schedule as plain data.
+
+    Raises:
+        ValueError: it is, or holds, something that is not of :mod:`dynarank.schedules`, such as a
+            user's own function.
+
+    Example:
+        >>> from dynarank.schedules import full_rank
+        >>> schedule_to_data(full_rank())
+        {'class': 'Phases', 'starts': [0.0], 'forms': [{'form': 'full-rank'}]}
+    """
+    name = type(schedule).__name__
+    if _CLASSES.get(name) is not type(schedule) or name in _PARTS:
+        raise ValueError(_unknown(schedule))
+    return _to_data(schedule)
+
+
+def schedule_from_data(data: Mapping[str, Any]) -> Schedule | Budgeted:
+    """The inverse of :func:`schedule_to_data`.
+
+    Raises:
+        ValueError: an unknown class, unknown or missing fields, or values that the schedule
+            refuses.
+
+    Example:
+        >>> from dynarank.schedules import low_rank
+        >>> schedule_from_data(schedule_to_data(low_rank(8))) == low_rank(8)
+        True
+    """
+    if (_CLASS not in data and ("form" in data or _MAP in data)) or data.get(_CLASS) in _PARTS:
+        raise ValueError(f"a schedule's data names its class, got {dict(data)!r}")
+    return _made(data)
+
+
+def _to_data(value: Any) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | float):
+        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, FullRank | LowRank | Adapted):
+        return form_to_data(value)
+    if _CLASSES.get(type(value).__name__) is type(value):
+        held = {f.name: _to_data(getattr(value, f.name)) for f in fields(value) if f.init}
+        return {_CLASS: type(value).__name__, **held}
+    if isinstance(value, Mapping):
+        return {_MAP: {_key(key): _to_data(one) for key, one in value.items()}}
+    if isinstance(value, Sequence):
+        return [_to_data(one) for one in value]
+    raise ValueError(_unknown(value))
+
+
+def _key(key: object) -> str:
+    if not isinstance(key, str):
+        raise ValueError(f"a mapping in a schedule has strings as keys, got {key!r}")
+    return key
+
+
+def _from_data(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        if _CLASS not in data and "form" in data:
+            return form_from_data(data)
+        if _CLASS not in data and _MAP in data:
+            return {key: _from_data(value) for key, value in data[_MAP].items()}
+        return _made(data)
+    if isinstance(data, Sequence) and not isinstance(data, str):
+        return tuple(_from_data(one) for one in data)
+    return data
+
+
+def _made(data: Mapping[str, Any]) -> Any:
+    values = {key: _from_data(value) for key, value in data.items() if key != _CLASS}
+    name = data.get(_CLASS)
+    if not isinstance(name, str) or name not in _CLASSES:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(sorted(_CLASSES))}")
+    wanted = [f for f in fields(_CLASSES[name]) if f.init]
+    needed = {f.name for f in wanted if f.default is MISSING and f.default_factory is MISSING}
+    if (wrong := values.keys() - {f.name for f in wanted}) or (wrong := needed - values.keys()):
+        raise ValueError(
+            f"the data of {name} has the fields {', '.join(f.name for f in wanted)}; unknown or "
+            f"missing: {', '.join(sorted(wrong))}"
+        )
+    return _CLASSES[name](**values)
+
+
+def _unknown(value: object) -> str:
+    what = getattr(value, "__qualname__", None) if inspect.isroutine(value) else None
+    return (
+        f"{what or repr(value)} cannot be written as data: only schedules of dynarank.schedules "
+        f"can ({', '.join(sorted(_CLASSES))}); keep a function of your own in code and pass it "
+        "anew"
+    )

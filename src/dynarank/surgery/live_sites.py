@@ -1,0 +1,41 @@
+"""The sites of a model as they are now, looked up anew only when a form has changed."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from dynarank.surgery.selection import LayerFilter, select
+from dynarank.surgery.sites import Site, survey
+
+__all__ = ["LiveSites"]
+
+
+class LiveSites:
+    """Reads a model's sites at each call; traverses the model only after a change of form.
+
+    Every change gives a module's table of forms a new object, so comparing those of the modules
+    seen last is enough. Modules put into the model later are seen at the next change.
+
+    Args:
+        model: the model.
+        layers: a filter or glob patterns, as for the verbs; None: every weight that is handled.
+    """
+
+    def __init__(self, model: nn.Module, layers: LayerFilter = None) -> None:
+        self._model, self._layers = model, layers
+        self._sites: list[Site] = []
+        self._seen: list[tuple[nn.Module, object]] = []
+        self()
+
+    def __call__(self) -> list[Site]:
+        """The sites; the parameters are read from the modules when a site is asked for them."""
+        if not self._seen or any(_forms(module) is not forms for module, forms in self._seen):
+            sites = survey(self._model)
+            chosen = sites if self._layers is None else select(self._model, self._layers)
+            self._sites = [site for site in chosen if site.form is not None]
+            self._seen = [(site.module, _forms(site.module)) for site in sites]
+        return self._sites
+
+
+def _forms(module: nn.Module) -> object:
+    return module.__dict__.get("forms")

@@ -1,0 +1,297 @@
+"""The verbs: bring a model to a plan, with its optimizer, all or nothing.
+
+A change of plan is one transaction: find the layers, prepare every new weight beside the model,
+verify it, prepare the optimizer's groups and states, commit by moving references, check. An
+exception anywhere leaves model and optimizer exactly as they were.
+
+Call the verbs between ``optimizer.step()`` and the next forward pass: gradients of the layers that
+change are dropped with their parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dynarank.forms import (
+    Adapted,
+    AdaptedExecution,
+    Change,
+    Form,
+    FullRank,
+    LowRank,
+    Plan,
+    RankLike,
+    same_weight,
+)
+from dynarank.layers import RankedLayer
+from dynarank.monitors.calibration import Calibration
+from dynarank.surgery.edit import Edit, prepare_edit
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, prepare_optimizer_edit
+from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
+from dynarank.surgery.sites import Site, check_unwrapped, survey
+
+__all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge", "truncates"]
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+
+def apply_plan(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+    calibration: Calibration | None = None,
+) -> list[Change]:
+    """Bring ``model`` to ``plan``, in place; the layers the plan does not name stay as they are.
+
+    Law: applied twice it is applied once; what it need not touch keeps its object.
+
+    Args:
+        model: any module; ranked layers keep their identity, hooks and names.
+        plan: a form for each path.
+        optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
+            the old ones, and their state moves with them.
+        moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"``
+            forgets them. A :class:`GradientWindow` does as ``"project"``, with second moments
+            from the gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
+            :class:`RankScheduler`, which keeps gradients; here there are none, so it projects.
+            ``"prune"`` zeroes 90% of them where an adapter is followed by another, else projects.
+        calibration: from :func:`dynarank.calibrate`: weights that become low-rank (by an SVD) keep
+            the directions in which their outputs have energy, instead of their own largest.
+
+    Returns:
+        One change for each layer that changed form.
+
+    Raises:
+        ValueError: a path that is not there or cannot change form, a rank above the layer's
+            limit, a layer that trains but is in no optimizer, gradient hooks on a weight, a model
+            that is wrapped already, a calibration of another model. Nothing has changed then.
+        UnfitWeightError: a weight that is not finite or cannot be decomposed. Likewise.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
+        ['2']
+    """
+    _check_plan(plan)
+    check_unwrapped(model)
+    optimizers = as_list(optimizer)
+    with torch.inference_mode(False):  # parameters made in inference mode could never train
+        edits = [
+            prepare_edit(site, after, calibration and calibration.get(site.path))
+            for site, after in _differences(model, plan)
+        ]
+        transport = prepare_optimizer_edit(edits, optimizers, moments)
+    try:
+        for edit in edits:
+            edit.commit()
+        transport.commit()
+        _check(edits, optimizers)
+    except BaseException:
+        transport.undo()
+        for edit in reversed(edits):
+            edit.undo()
+        raise
+    return [edit.change for edit in edits]
+
+
+def factorize(
+    model: _Model,
+    rank: RankLike | RankMap,
+    *,
+    layers: LayerFilter = None,
+    decomposition: str = "svd",
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+    calibration: Calibration | None = None,
+) -> _Model:
+    """Bring layers to ``LowRank(rank)``: ``W -> join(split(W, rank))``.
+
+    Args:
+        model: changed in place.
+        rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`; or one
+            of these for each glob pattern of paths, the first that matches (``{"*.fc?": 0.25}``).
+        layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
+            are ranked already, or, if none is, every layer that gets cheaper.
+        decomposition: the decomposition's name.
+        optimizer: see :func:`apply_plan`.
+        moments: see :func:`apply_plan`.
+        calibration: see :func:`apply_plan`.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: as :func:`apply_plan`; or no layer is selected, or one that is cannot be handled
+            rightly (parametrized, tied).
+
+    Example:
+        >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
+        torch.Size([8, 2])
+    """
+    sites = select(model, layers, rank, decomposition)
+    plan = {s.path: LowRank(rank_for(rank, s.path), decomposition) for s in sites}
+    apply_plan(model, plan, optimizer=optimizer, moments=moments, calibration=calibration)
+    return model
+
+
+def inflate(
+    model: _Model,
+    *,
+    layers: LayerFilter = None,
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+) -> _Model:
+    """Bring ranked layers to ``FullRank()``; the model's function is unchanged.
+
+    Arguments, result and errors as :func:`factorize`.
+
+    Example:
+        >>> inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0].weight.shape
+        torch.Size([8, 8])
+    """
+    plan = {site.path: FullRank() for site in select(model, layers)}
+    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    return model
+
+
+def deflate(
+    model: _Model,
+    rank: RankLike | RankMap | None = None,
+    *,
+    to: Literal["adapted", "low-rank"] = "adapted",
+    layers: LayerFilter = None,
+    decomposition: str | None = None,
+    alpha: float = 16.0,
+    execution: AdaptedExecution = "auto",
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+    calibration: Calibration | None = None,
+) -> _Model:
+    """Bring layers down from full rank, by one of two endings.
+
+    ``to="adapted"``: freeze W and add a zero-output adapter; the function is unchanged and the cost
+    of a step hardly falls. ``to="low-rank"``: truncate; the function changes by the energy cut off
+    and the cost falls with the rank.
+
+    Args:
+        model: changed in place.
+        rank: as for :func:`factorize`; None: the rank each layer had when it last had factors.
+        to: the ending.
+        layers: as for :func:`factorize`.
+        decomposition: the decomposition's name; None: the one each layer last had, or ``"svd"``.
+        alpha: the adapter's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`Adapted`.
+        optimizer: see :func:`apply_plan`.
+        moments: see :func:`apply_plan`.
+        calibration: see :func:`apply_plan`; of use with ``to="low-rank"`` only.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: as :func:`factorize`; or ``rank`` is None and a layer never had factors.
+
+    Example:
+        >>> model = inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))
+        >>> deflate(model)[0].form.rank
+        2
+    """
+    if to not in ("adapted", "low-rank"):
+        raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
+
+    def form(site: Site) -> Form:
+        asked = _home_rank(site) if rank is None else rank_for(rank, site.path)
+        name = decomposition or (
+            site.last_factored_form.decomposition if site.last_factored_form else "svd"
+        )
+        return LowRank(asked, name) if to == "low-rank" else Adapted(asked, name, alpha, execution)
+
+    plan = {site.path: form(site) for site in select(model, layers, rank, decomposition or "svd")}
+    apply_plan(model, plan, optimizer=optimizer, moments=moments, calibration=calibration)
+    return model
+
+
+def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "project") -> _Model:
+    """Make every ranked layer the plain module it was; the model's function is unchanged.
+
+    ``W = base + scale * join(factors)``, trainable. A model without ranked layers stays as it is.
+
+    Example:
+        >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
+        <class 'torch.nn.modules.linear.Linear'>
+    """
+    ranked = {s.path: s for s in survey(model) if isinstance(s.module, RankedLayer)}
+    plan = dict.fromkeys(ranked, FullRank())
+    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    for module in model.modules():
+        if isinstance(module, RankedLayer):
+            module.leave()
+    return model
+
+
+def truncates(model: nn.Module, plan: Plan) -> bool:
+    """Whether bringing the model to the plan decomposes a weight: what a calibration is for.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(8, 8))
+        >>> truncates(model, {"0": LowRank(2)}), truncates(model, {"0": Adapted(2)})
+        (True, False)
+    """
+    return any(
+        isinstance(after, LowRank) and site.form is not None and not same_weight(site.form, after)
+        for site, after in _differences(model, plan)
+    )
+
+
+def _differences(model: nn.Module, plan: Plan) -> list[tuple[Site, Form]]:
+    """The weights whose form differs from the plan's, and the form resolved."""
+    named: dict[int, tuple[str, Form]] = {}
+    differences: list[tuple[Site, Form]] = []
+    for path, site in find_sites(model, plan).items():
+        try:
+            after = site.spec.resolve(plan[path])
+        except ValueError as error:
+            raise ValueError(f"layer {path!r}: {error}") from None
+        other, form = named.setdefault(id(site), (path, after))
+        if form != after:
+            raise ValueError(f"{other!r} and {path!r} are one weight with two forms")
+        if after != site.form and other == path:
+            differences.append((site, after))
+    return differences
+
+
+def _home_rank(site: Site) -> RankLike:
+    if site.last_factored_form is not None:
+        return site.last_factored_form.rank
+    raise ValueError(f"layer {site.path!r} never had factors, so no rank to return to; give rank=")
+
+
+def _check_plan(plan: Plan) -> None:
+    for path, form in plan.items():
+        if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
+
+
+def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
+    """The invariants of a change: each trainable parameter in exactly one group, none left over."""
+    if not optimizers:
+        return
+    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    for edit in edits:
+        for name, p in edit.new.items():
+            count = held.count(id(p))
+            trains = not edit.site.spec.is_base(name)
+            assert count == trains or (count == 0 and not p.requires_grad), edit.path
+        assert not {id(p) for p in edit.old.values()} & set(held), edit.path
+    for optimizer in optimizers:
+        for p, state in optimizer.state.items():
+            for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+                value = state.get(key)
+                assert value is None or value.shape == p.shape, key

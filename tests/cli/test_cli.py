@@ -1,0 +1,312 @@
+"""The commands as a user types them: output, exit codes, JSON, help."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dynarank.cli import main
+from dynarank.train.recipes import load_recipe, recipe_names
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DYNARANK_DATA", raising=False)
+    return tmp_path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run the command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["dynarank", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+        raise SystemExit(0)
+    code = stop.value.code
+    return code if isinstance(code, int) else 0
+
+
+def test_train_digits(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    code = call(monkeypatch, "train", "digits", "--epochs", "3", "--train-limit", "128")
+    out = capsys.readouterr().out
+    assert code == 0
+    for words in ("test accuracy", "trainable", "training FLOPs", "peak memory", "wall-clock"):
+        assert all(word in out for word in words.split())
+    folder = next((here / "runs").iterdir())
+    for schedule in ("full-rank", "low-rank", "dynamic-rank"):
+        assert schedule in out
+        names = {path.name for path in (folder / schedule).iterdir()}
+        assert names == {"config.json", "records.jsonl", "model.safetensors"}
+    assert "0.294x" in out and "1.000x" in out
+    page = (folder / "report.html").read_text()
+    assert page.startswith("<!") and "dynamic-rank" in page
+
+
+def test_train_json_and_report_and_spectrum(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    words = ["train", "digits", "--epochs", "3", "--train-limit", "128", "--schedule",
+             "dynamic-rank-low", "--out", "one", "--json"]  # fmt: skip
+    assert call(monkeypatch, *words) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["runs"]) == {"dynamic-rank-low"}
+    assert 0 < result["runs"]["dynamic-rank-low"]["relative_flops"] < 1
+    assert {p.name for p in (here / "one").iterdir()} == {
+        "config.json", "records.jsonl", "model.safetensors", "report.html",
+    }  # fmt: skip
+
+    assert call(monkeypatch, *words) == 2
+    assert "one holds a run already" in capsys.readouterr().err
+
+    assert call(monkeypatch, "report", "one", "--out", "page.html", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["schedule"] == "dynamic-rank-low"
+    assert (here / "page.html").exists()
+
+    assert call(monkeypatch, "spectrum", "one/model.safetensors") == 0
+    out = capsys.readouterr().out
+    assert "conv2" in out and "effective" in out and "█" in out
+    assert (here / "model-spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_shows_layers_phases_and_says_aloud_what_the_adapter_costs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "cifar10-resnet20", "--as-published") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "stages.2.2.conv2" in out and "272,762" in out and "155,170" in out
+    assert "0.567x" in out and "0.886x" in out
+    assert re.search(r"adapted phase costs more than full-rank training: 1\.22\dx", out)
+    assert "head (not among the recipe layers)" in out
+
+
+def test_plan_of_the_second_experiment_has_the_published_parameters(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "cifar100-wrn28-10") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "0 to 80 low-rank 20,590,236" in out and "80 to 170 full-rank 36,539,124" in out
+    assert "stages.0.0.widen (not among the recipe layers)" in out
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_can_be_planned_without_data(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", recipe, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    stops = [phase["stop_epoch"] for phase in plan["phases"]]
+    assert len(stops) == 3 and stops[-1] == load_recipe(recipe).epochs
+    assert plan["relative_training_flops"] < 1
+
+
+def test_plan_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(monkeypatch, "plan", "cifar10-resnet20", "--schedule", "low-rank", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["phases"]) == 1 and len(plan["phases"][0]["layers"]) == 19
+    assert plan["relative_training_flops"] == pytest.approx(0.567, abs=0.003)
+    assert plan["phases"][0]["layers"][0]["rank"] == 8
+
+
+def test_spectrum_as_json_of_any_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    weights = {"a.weight": torch.diag(torch.tensor([4.0, 2.0, 1.0])), "a.bias": torch.ones(3),
+               "b.weight": torch.full((2, 2), float("nan"))}  # fmt: skip
+    save_file(weights, "any.safetensors")
+    words = ["spectrum", "any.safetensors", "--rank", "1", "--json", "--plot", "p.svg"]
+    assert call(monkeypatch, *words) == 0
+    layers = json.loads(capsys.readouterr().out)["layers"]
+    assert layers[0]["layer"] == "a" and layers[0]["stable_rank"] == pytest.approx(21 / 16)
+    assert layers[1] == {"layer": "b", "shape": [2, 2], "finite": False}
+    assert "<svg" in (here / "p.svg").read_text()
+
+
+def test_spectrum_shows_names_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["a[bold]b", "c[/bold]", ":smile:"]
+    weights = {f"{name}.weight": torch.randn(4, 4) for name in names}
+    save_file({**weights, "empty": torch.zeros(0, 4)}, "odd.safetensors")
+    assert call(monkeypatch, "spectrum", "odd.safetensors", "--no-plot") == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in names) and "empty" not in out
+
+
+def test_spectrum_of_two_side_by_side(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    one = {"a.weight": torch.diag(torch.tensor([4.0, 2.0])), "gone.weight": torch.eye(3)}
+    two = {"a.weight": torch.eye(2), "new.weight": torch.full((2, 2), float("nan"))}
+    for name, weights in (("one", one), ("two", two)):
+        (here / name).mkdir()
+        save_file(weights, here / name / "model.safetensors")
+    assert call(monkeypatch, "spectrum", "one", "two") == 0
+    title, heading, *rows, picture = capsys.readouterr().out.splitlines()
+    assert title == "Rank health: A = one, B = two" and heading.count("B - A") == 4
+    cells = {row.split()[0]: row.split()[2:] for row in rows}
+    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0 0.667 0.500 -0.167".split()
+    assert cells["gone"] == "3.0 - 3.0 - 3 - 0.333 -".split()
+    assert cells["new"] == ["-", "nan"] * 4
+    assert picture == "Picture: one-two-spectrum.png"
+    assert (here / "one-two-spectrum.png").read_bytes().startswith(b"\x89PNG")
+
+    assert call(monkeypatch, "spectrum", "one", "two", "--json", "--no-plot") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["files"] == ["one", "two"]
+    layers = {layer["layer"]: layer for layer in found["layers"]}
+    assert list(layers) == ["a", "gone", "new"]
+    assert layers["a"]["first"]["stable_rank"] == pytest.approx(1.25)
+    assert layers["a"]["second"]["stable_rank"] == pytest.approx(2.0)
+    assert layers["gone"]["second"] is None and layers["new"]["second"]["finite"] is False
+
+
+def test_spectrum_shows_each_row_when_it_is_ready(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    """A shard that is cut while the command is at work: the rows before it have been shown."""
+    from dynarank.monitors.tensor_file import TensorFile
+
+    save_file({"a": torch.eye(4), "b": torch.eye(4)}, "m.safetensors")
+    shown: list[str] = []
+    read = TensorFile.read
+
+    def watched(file: TensorFile, name: str) -> torch.Tensor:
+        shown.append(capsys.readouterr().out)
+        return read(file, name)
+
+    monkeypatch.setattr(TensorFile, "read", watched)
+    assert call(monkeypatch, "spectrum", "m.safetensors", "--no-plot") == 0
+    assert [out.split()[0] for out in [shown[1], capsys.readouterr().out]] == ["a", "b"]
+
+
+REFUSED = {
+    "recipe": (["train", "digit"], r"unknown recipe 'digit'; did you mean 'digits'\?.*cifar10"),
+    "schedule": (
+        ["train", "digits", "--schedule", "lorra"],
+        r"unknown schedule 'lorra'; known: full",
+    ),
+    "plan": (["plan", "cifar"], "unknown recipe 'cifar'"),
+    "data": (["train", "cifar10-resnet20"], r"--data|DYNARANK_DATA"),
+    "folder": (["train", "cifar10-resnet20", "--data", "nowhere"], "nowhere"),
+    "log": (["train", "digits", "--log", "paper"], "unknown log 'paper'; known: tensorboard"),
+    "device": (["train", "digits", "--device", "warp"], "device 'warp' cannot be used"),
+    "precision": (["train", "digits", "--precision", "int3"], "got 'int3'"),
+    "limit": (["train", "digits", "--train-limit", "10"], "do not fill one batch of 64"),
+    "too-many": (["train", "digits", "--train-limit", "9999"], "9,?999"),
+    "published": (["train", "digits", "--as-published"], "no published experiment"),
+    "report": (["report", "nowhere"], "no run folder at nowhere"),
+    "file": (["spectrum", "nowhere.safetensors"], "no file nowhere.safetensors"),
+    "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank is a share"),
+    "plot": (["spectrum", "whole.safetensors", "--plot", "x.doc"], "--plot wants a file"),
+    "runs": (["spectrum", "runs-of-two"], "several runs, name one or two of"),
+    "second": (["spectrum", "whole.safetensors", "broken.safetensors"], "not a whole safetensors"),
+    "broken": (["spectrum", "broken.safetensors"], "not a whole safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_errors_are_one_line_and_exit_2(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"w": torch.ones(8, 8)}, "whole.safetensors")
+    Path("broken.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-9])
+    for run in ("a", "b"):
+        (Path("runs-of-two") / run).mkdir(parents=True)
+        shutil.copy("whole.safetensors", f"runs-of-two/{run}/model.safetensors")
+    words, pattern = REFUSED[case]
+    assert call(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dynarank: error: ") and re.search(pattern, error)
+    assert "Traceback" not in error
+    assert not Path("runs").exists()
+
+
+def test_a_diverged_run_exits_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dynarank.train.loop import DivergedError
+
+    def diverge(*_: object, **__: object) -> None:
+        raise DivergedError("the training loss of epoch 1 is nan")
+
+    monkeypatch.setattr(sys.modules["dynarank.cli.train"], "run_schedule", diverge)
+    assert call(monkeypatch, "train", "digits", "--epochs", "1") == 1
+    assert "loss of epoch 1 is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "spectrum", "report"])
+def test_help_is_there_and_every_command_has_json(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, command, "--help") == 0
+    assert "--json" in capsys.readouterr().out
+
+
+OPTIONS = {
+    "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
+              "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
+              "measure", "log", "budget", "noise"},
+    "plan": {"budget", "schedule", "as-published", "json", "help", "rank", "decomposition",
+             "measure", "device", "precision"},
+    "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",
+                "test-limit", "out", "device", "precision", "json", "help", "budget"},
+    "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
+              "train-limit", "test-limit", "out", "device", "precision", "json", "help"},
+    "spectrum": {"rank", "plot", "no-plot", "json", "help"},
+    "report": {"out", "figures", "format", "json", "help"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("schedule", "waits"), [("closed-loop", True), ("cuttlefish", True), ("rotating", False)]
+)
+def test_a_plan_says_what_it_cannot_know(
+    schedule: str, waits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "digits", "--schedule", schedule) == 0
+    assert ("until its first decision" in " ".join(capsys.readouterr().out.split())) == waits
+    assert call(monkeypatch, "plan", "digits", "--schedule", schedule, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["until_first_decision"] == waits
+
+
+def test_a_budget_from_the_command_line_is_met(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "plan", "digits", "--budget", "0.5", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)["relative_training_flops"]
+    small = ["--epochs", "5", "--train-limit", "1344", "--schedule", "dynamic-rank"]
+    assert call(monkeypatch, "train", "digits", *small, "--budget", "0.5", "--json") == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"].values()
+    assert planned == pytest.approx(0.5, rel=0.01)
+    assert run["relative_flops"] == pytest.approx(0.5, rel=0.01)
+    assert call(monkeypatch, "train", "digits", *small, "--budget", "0.01") == 2
+    assert "nearest possible is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_options_stay_few(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run is one recipe; flags are for paths and overrides. Adding one is a decision."""
+    call(monkeypatch, command, "--help")
+    found = set(re.findall(r"--([a-z-]+)", capsys.readouterr().out))
+    mentioned_elsewhere = {"no-compile"}
+    assert found - mentioned_elsewhere == OPTIONS[command]
+
+
+def test_the_installed_command_runs() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "dynarank", "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in OPTIONS)
