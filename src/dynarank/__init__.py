@@ -12,6 +12,7 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 
 from dynarank import schedules
 from dynarank.allocation import rules
+from dynarank.allocation.fit_schedule import fit_schedule
 from dynarank.allocation.within_budget import plan_within
 from dynarank.decompositions import UnfitWeightError
 from dynarank.factors import regularizers
@@ -40,6 +41,7 @@ __all__ = [
     "current_plan",
     "deflate",
     "factorize",
+    "fit_schedule",
     "inflate",
     "initialize_factors",
     "merge",

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from dynarank.schedules.published import PUBLISHED_ALPHAS
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.schedules import Clock, Readings, get_preset, published, timeline
-from dynarank.schedules.published import PUBLISHED_ALPHAS
 
 LAYERS = Readings({"a": (16, 16)})
 

@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from dynarank.schedules import PRESETS
+from dynarank.schedules.catalog import SCHEDULES
 
 __all__ = [
     "BudgetOption",
@@ -31,13 +31,13 @@ BudgetOption: TypeAlias = Annotated[
     float | None,
     typer.Option(
         help="Dynamic rank within this share of full-rank's training FLOPs, such as 0.62: rank, "
-        "ending and moments are found."
+        "ending and transition points are found."
     ),
 ]
 ScheduleOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help=f"Schedules, separated by commas: {', '.join(PRESETS)}. Default: the recipe's."
+        help=f"Schedules, separated by commas: {', '.join(SCHEDULES)}. Default: the recipe's."
     ),
 ]
 DataOption: TypeAlias = Annotated[

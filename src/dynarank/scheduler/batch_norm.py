@@ -1,15 +1,38 @@
-"""Batch normalization after a change that is not exact: its running statistics, taken anew."""
+"""BatchNorm recalibration: running statistics measured again after a truncation."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-__all__ = ["recalibrate_batch_norms"]
+from dynarank.forms import Change, LowRank, same_weight
+from dynarank.scheduler.callbacks import Callback, Ranks
+
+__all__ = ["BatchNormRecalibration", "recalibrate_batch_norms"]
+
+
+class BatchNormRecalibration(Callback):
+    """Recalibrates batch norms after weights have been truncated in mid-run.
+
+    Args:
+        batches: called for the batches, as :func:`recalibrate_batch_norms` takes them.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Any]]) -> None:
+        self.batches = batches
+
+    def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
+        """Recalibrate if a weight was truncated; the first plan is of an untrained model."""
+        truncated = (
+            isinstance(change.after, LowRank) and not same_weight(change.before, change.after)
+            for change in changes
+        )
+        if ranks.last_step and any(truncated):
+            recalibrate_batch_norms(ranks.model, self.batches())
 
 
 def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:

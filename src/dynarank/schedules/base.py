@@ -2,7 +2,8 @@
 
 A plan says what should be, not what to do, so most schedules need no memory of what they said
 before, and resuming a run is asking again. A schedule that decides by what it has seen is a pure
-function too, ``(state, clock, readings) -> (plan, state)``: its state is plain data, kept elsewhere.
+function too, ``(state, clock, readings) -> (plan, state)``; its state is plain data that the rank
+scheduler keeps.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ When: TypeAlias = int | float
 
 State: TypeAlias = Mapping[str, Any]
 """What a schedule remembers: plain data, as JSON has it; never changed in place."""
+
 
 @dataclass(frozen=True)
 class Clock:

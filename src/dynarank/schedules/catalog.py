@@ -11,11 +11,11 @@ from dynarank.schedules.library.closed_loop import ClosedLoop
 from dynarank.schedules.library.cuttlefish import Cuttlefish
 from dynarank.schedules.library.growing import Growing
 from dynarank.schedules.library.lora import LoRA
+from dynarank.schedules.library.published import Published
 from dynarank.schedules.library.pufferfish import Pufferfish
 from dynarank.schedules.library.relora import ReLoRA
 from dynarank.schedules.library.rotating import Rotating
 from dynarank.schedules.lr_aligned import DynamicRank
-from dynarank.schedules.library.published import Published
 from dynarank.schedules.throughout import FullRankThroughout, LowRankThroughout
 
 __all__ = ["SCHEDULES", "Preset", "get_preset"]

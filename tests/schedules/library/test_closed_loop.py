@@ -12,6 +12,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from dynarank.schedules.library.evidence import Evidence, Thresholds
 from hypothesis import given, settings
 
 from dynarank import Adapted, FullRank, LowRank
@@ -28,7 +29,6 @@ from dynarank.schedules import (
     step_of,
     timeline,
 )
-from dynarank.schedules.library.evidence import Evidence, Thresholds
 from dynarank.schedules.readings import SpectralReading
 
 LOW, FULL, LAST = LowRank(8), FullRank(), LowRank(8)
