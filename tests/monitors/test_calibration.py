@@ -277,15 +277,17 @@ def test_the_scheduler_calibrates_only_before_weights_become_low_rank() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x, asked = uneven((64, 16), torch.float32), []
 
-    def calibrate() -> Calibration:
+    def batches() -> list[torch.Tensor]:
         asked.append(ranks.last_step)
-        return dr.calibrate(model, [x])
+        return [x]
 
     def schedule(clock: Clock, readings: Readings) -> dict[str, dr.LowRank | FullRank]:
         return {"0": FullRank() if clock.step < 2 else LowRank(4)}
 
     twin = copy.deepcopy(model)
-    ranks = dr.RankScheduler(model, optimizer, schedule, 4, calibrate=calibrate)
+    ranks = dr.RankScheduler(
+        model, optimizer, schedule, 4, callbacks=[dr.ActivationAwareTruncation(batches)]
+    )
     for _ in range(4):
         optimizer.step()
         ranks.step()
