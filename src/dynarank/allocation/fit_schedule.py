@@ -84,10 +84,10 @@ def fit_schedule(
 
     Example:
         >>> import torch
-        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
-        >>> schedule = fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62)
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+        >>> schedule = fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, layers="*")
         >>> schedule.schedule.rank, schedule.schedule.to
-        (0.25, 'low-rank')
+        (0.125, 'low-rank')
     """
     kind, amount = _budget(flops=flops, seconds=seconds, memory=memory)
     options: dict[str, Any] = dict(decomposition=decomposition, alpha=alpha, execution=execution)
