@@ -253,7 +253,7 @@ def _no_schedule(value: object) -> str:
         return f"{rule}, got the name {value!r}; dynarank.schedules.get_preset has them by name"
     if isinstance(value, Mapping):
         return f"{rule}, got a plan; give lambda clock, readings: plan, or use apply_plan"
-    if hasattr(value, "update"):
+    if hasattr(value, "update") and not isinstance(value, type):
         return f"{rule}; {name} has start and update: derive it from RankSchedule"
     if callable(value):
         return f"{rule}; {name} takes other arguments: did you mean {name}(...)?"
