@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeAlias
 
 from torch import nn
@@ -12,26 +12,24 @@ from torch.optim import Optimizer
 from dynarank.forms import Change, Plan
 from dynarank.monitors.calibration import Calibration
 
-__all__ = ["Callback", "CallbackLike", "CallbackList", "Ranks"]
+__all__ = [
+    "Callback",
+    "CallbackLike",
+    "Ranks",
+    "as_callback",
+    "calibration_for",
+    "callback_states",
+    "load_callback_states",
+]
 
 
 class Ranks(Protocol):
     """What a callback may use of the rank scheduler that calls it."""
 
-    @property
-    def model(self) -> nn.Module:
-        """The model."""
-        ...
-
-    @property
-    def optimizer(self) -> list[Optimizer]:
-        """Its optimizers."""
-        ...
-
-    @property
-    def last_step(self) -> int:
-        """How many optimizer steps are done; 0 while the first plan is applied."""
-        ...
+    model: nn.Module
+    optimizer: list[Optimizer]
+    last_step: int
+    """How many optimizer steps are done; 0 while the first plan is applied."""
 
 
 class Callback:
@@ -87,73 +85,12 @@ class _AfterChange(Callback):
         self.function(changes)
 
 
-class CallbackList(Callback):
-    """Several callbacks as one.
+def as_callback(value: CallbackLike) -> Callback:
+    """The callback itself, or a function of the changes made one.
 
     Raises:
-        ValueError: something that is neither a callback nor a function; two calibrations for one
-            change; the saved state of a callback that is not there.
+        ValueError: it is neither.
     """
-
-    def __init__(self, callbacks: Sequence[CallbackLike]) -> None:
-        self._all = [_as_callback(one) for one in callbacks]
-
-    def on_start(self, ranks: Ranks) -> None:
-        """In order."""
-        for one in self._all:
-            one.on_start(ranks)
-
-    def after_step(self, ranks: Ranks) -> None:
-        """In order."""
-        for one in self._all:
-            one.after_step(ranks)
-
-    def before_change(self, ranks: Ranks, plan: Plan) -> Calibration | None:
-        """In order; the one calibration."""
-        found = [one.before_change(ranks, plan) for one in self._all]
-        given = [calibration for calibration in found if calibration is not None]
-        if len(given) > 1:
-            raise ValueError(f"{len(given)} callbacks calibrate one change; leave one in callbacks")
-        return given[0] if given else None
-
-    def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
-        """In order."""
-        for one in self._all:
-            one.after_change(ranks, changes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The states there are, by the callbacks' names."""
-        return {name: state for name, one in self._named() if (state := one.state_dict())}
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise for the state of a callback that is not there."""
-        if missing := state.keys() - {name for name, _ in self._named()}:
-            raise ValueError(
-                f"the saved run had the callbacks {', '.join(sorted(missing))}, this one has not; "
-                "give the same callbacks"
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Each its own; one without a saved state stays as it is."""
-        for name, one in self._named():
-            if name in state:
-                one.load_state_dict(state[name])
-
-    def close(self) -> None:
-        """The last first."""
-        for one in reversed(self._all):
-            one.close()
-
-    def _named(self) -> Iterable[tuple[str, Callback]]:
-        """Each with its class's name, numbered from the second of a class on."""
-        seen = Counter[str]()
-        for one in self._all:
-            name = type(one).__name__
-            seen[name] += 1
-            yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), one
-
-
-def _as_callback(value: CallbackLike) -> Callback:
     if isinstance(value, Callback):
         return value
     if isinstance(value, type) or not callable(value):
@@ -162,3 +99,46 @@ def _as_callback(value: CallbackLike) -> Callback:
             f"{value!r}"
         )
     return _AfterChange(value)
+
+
+def calibration_for(callbacks: Iterable[Callback], ranks: Ranks, plan: Plan) -> Calibration | None:
+    """Tell all callbacks of the plan; the calibration that one of them gives.
+
+    Raises:
+        ValueError: two of them give one.
+    """
+    found = [one.before_change(ranks, plan) for one in callbacks]
+    given = [calibration for calibration in found if calibration is not None]
+    if len(given) > 1:
+        raise ValueError(f"{len(given)} callbacks calibrate one change; leave one in callbacks")
+    return given[0] if given else None
+
+
+def callback_states(callbacks: Iterable[Callback]) -> dict[str, Any]:
+    """The states of those that have one, by name."""
+    return {name: state for name, one in _named(callbacks) if (state := one.state_dict())}
+
+
+def load_callback_states(callbacks: Iterable[Callback], states: Mapping[str, Any]) -> None:
+    """Give each callback its own; one without a saved state stays as it is.
+
+    Raises:
+        ValueError: the state of a callback that is not there; nothing is loaded then.
+    """
+    named = dict(_named(callbacks))
+    if missing := states.keys() - named.keys():
+        raise ValueError(
+            f"the saved run had the callbacks {', '.join(sorted(missing))}, this one has not; "
+            "give the same callbacks"
+        )
+    for name, state in states.items():
+        named[name].load_state_dict(state)
+
+
+def _named(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
+    """Each with its class's name, numbered from the second of a class on."""
+    seen = Counter[str]()
+    for one in callbacks:
+        name = type(one).__name__
+        seen[name] += 1
+        yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), one

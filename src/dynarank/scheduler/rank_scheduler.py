@@ -11,11 +11,18 @@ from typing import Any
 from torch import nn
 
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, Plan, form_from_data, form_to_data
+from dynarank.forms import Change, Plan
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral import SpectralMonitor
-from dynarank.scheduler.callbacks import CallbackLike, CallbackList
+from dynarank.scheduler.callbacks import (
+    CallbackLike,
+    as_callback,
+    calibration_for,
+    callback_states,
+    load_callback_states,
+)
 from dynarank.scheduler.lr_forecast import Forecast
+from dynarank.scheduler.saved_forms import forms_to_data, restore_forms
 from dynarank.scheduler.targets import check_phases, scheduled_layers
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, step_of
 from dynarank.schedules.readings import SpectralReading
@@ -32,8 +39,7 @@ class RankScheduler:
     """Changes layers' forms during training, as ``torch.optim.lr_scheduler`` does the LR.
 
     The model is at the schedule's first plan as soon as the scheduler exists. Call :meth:`step`
-    once after each ``optimizer.step()``; a gradient-accumulation step that does not call the
-    optimizer does not call it either. A weight that cannot be changed now (not finite, no
+    once after each ``optimizer.step()``. A weight that cannot be changed now (not finite, no
     convergence) does not end the run: the change is put off with a warning and tried again after
     1, 2, 4, ... steps.
 
@@ -49,10 +55,9 @@ class RankScheduler:
             the rate will fall; or the rates of the run at equal distances. None: the rate is
             followed as it comes.
         moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`. Under
-            ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of your own length, the
-            gradients of the layers that will change are kept for the last steps before; layers
-            whose change could not be foreseen that early are calibrated by the gradients there
-            are, or, without any, projected.
+            ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of your own length, the last
+            gradients before a change are kept of the layers that will change; without any, because
+            a change could not be foreseen, moments are projected.
         callbacks: called in this order around changes: a
             :class:`~dynarank.scheduler.callbacks.Callback`, such as ``LRRewarmup``,
             ``BatchNormRecalibration`` or ``ActivationAwareTruncation``, or a function, which is
@@ -89,17 +94,15 @@ class RankScheduler:
         moments: Moments = "project",
         callbacks: Sequence[CallbackLike] = (),
     ) -> None:
-        self.model = model
-        self.optimizer = as_list(optimizer)
+        self.model, self.optimizer = model, as_list(optimizer)
         check_movable(self.optimizer, moments)
-        self.schedule = as_schedule(schedule)
-        self.total_steps = total_steps
-        self.gradients = moments if isinstance(moments, GradientWindow) else None
+        self.schedule, self.total_steps = as_schedule(schedule), total_steps
+        self.moments: Moments = moments
         if moments == "calibrated":
-            self.gradients = GradientWindow(model, self.optimizer)
-        self.moments: Moments = self.gradients or moments
+            self.moments = GradientWindow(model, self.optimizer)
+        self.gradients = self.moments if isinstance(self.moments, GradientWindow) else None
         self.forecast = Forecast(lr_scheduler, total_steps)
-        self.callbacks = CallbackList(callbacks)
+        self.callbacks = [as_callback(one) for one in callbacks]
         self.last_step = 0
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
@@ -112,7 +115,8 @@ class RankScheduler:
         self._monitor = SpectralMonitor(model, layers=lambda _, p: p in self._layers, values=values)
         check_phases(self.phases(), model)
         try:
-            self.callbacks.on_start(self)
+            for one in self.callbacks:
+                one.on_start(self)
             self._advance()
         except BaseException:
             self.close()
@@ -134,20 +138,20 @@ class RankScheduler:
             The changes made, most often none.
         """
         self.last_step += 1
-        self.callbacks.after_step(self)
+        for one in self.callbacks:
+            one.after_step(self)
         self.forecast.watch(self.last_step)
         return self._advance()
 
     def close(self) -> None:
-        """Take off every hook on the optimizers; the model stays as it is."""
-        self.callbacks.close()
+        """Take every hook off the optimizers, the last callback first; the model stays as it is."""
+        for one in reversed(self.callbacks):
+            one.close()
         if self.gradients is not None:
             self.gradients.watch(())
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
-        sites = find_sites(self.model, {**self._layers, **(self._plan or {})})
-        last_factored_forms = {path: site.last_factored_form for path, site in sites.items()}
         return {
             "last_step": self.last_step,
             "total_steps": self.total_steps,
@@ -156,12 +160,9 @@ class RankScheduler:
             "schedule": dict(self._state),
             "fitted": schedule_to_data(self.schedule) if self.schedule.fitted else None,
             "forecast": self.forecast.state_dict(),
-            "callbacks": self.callbacks.state_dict(),
+            "callbacks": callback_states(self.callbacks),
             "decisions": [decision.to_data() for decision in self.decisions],
-            "forms": {path: form_to_data(site.form) for path, site in sites.items() if site.form},
-            "last_factored_forms": {
-                path: form_to_data(home) for path, home in last_factored_forms.items() if home
-            },
+            **forms_to_data(self.model, {**self._layers, **(self._plan or {})}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -179,27 +180,15 @@ class RankScheduler:
                 f"the saved rank schedule is of a run of {state['total_steps']} steps, this one "
                 f"has {self.total_steps}; give the same total_steps"
             )
-        self.callbacks.check_state(state["callbacks"])
-        for key in ("last_factored_forms", "forms"):  # deflate returns to the former
-            self._restore({path: form_from_data(data) for path, data in state[key].items()})
+        load_callback_states(self.callbacks, state["callbacks"])
+        restore_forms(self.model, self.optimizer, state)
         self.last_step = int(state["last_step"])
         self._patience, self._retry_at = int(state["patience"]), int(state["retry_at"])
         if state["fitted"] is not None:  # seconds would be measured otherwise now
             self.schedule = schedule_from_data(state["fitted"])
-        self._state = state["schedule"]
+        self._state, self._plan = state["schedule"], None
         self.forecast.load_state_dict(state["forecast"])
-        self.callbacks.load_state_dict(state["callbacks"])
         self.decisions = [Decision.from_data(data) for data in state["decisions"]]
-        self._plan = None
-
-    def _restore(self, plan: Plan) -> None:
-        try:
-            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
-        except UnfitWeightError:
-            for site in find_sites(self.model, plan).values():
-                for parameter in site.parameters().values():
-                    parameter.data.nan_to_num_(0, 0, 0)
-            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
 
     def _readings(self) -> Readings:
         one = self.optimizer[0] if len(self.optimizer) == 1 else None
@@ -230,20 +219,19 @@ class RankScheduler:
         if plan == self._plan:  # the usual step: no traversal of the model
             return []
         try:
-            calibration = self.callbacks.before_change(self, plan)
             changes = apply_plan(
                 self.model,
                 plan,
                 optimizer=self.optimizer,
                 moments=self.moments,
-                calibration=calibration,
+                calibration=calibration_for(self.callbacks, self, plan),
             )
         except UnfitWeightError as error:
             self._put_off(error)
             return []
         self._patience, self._plan = 0, dict(plan)
-        if changes:
-            self.callbacks.after_change(self, changes)
+        for one in self.callbacks if changes else ():
+            one.after_change(self, changes)
         return changes
 
     def _foresee(self) -> None:
@@ -259,9 +247,5 @@ class RankScheduler:
     def _put_off(self, error: UnfitWeightError) -> None:
         self._patience = max(1, 2 * self._patience)
         self._retry_at = self.last_step + self._patience
-        warnings.warn(
-            f"step {self.last_step}: no change of form now, next try in {self._patience} steps: "
-            f"{error}",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        said = f"no change of form now, next try in {self._patience} steps"
+        warnings.warn(f"step {self.last_step}: {said}: {error}", RuntimeWarning, stacklevel=5)
