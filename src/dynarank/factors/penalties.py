@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dynarank.decompositions import Decomposition, Factors, Grouped
+from dynarank.decompositions import Decomposition, Factors
 
 __all__ = [
     "frobenius_gradients",
@@ -26,10 +26,9 @@ def frobenius_gradients(decomposition: Decomposition, factors: Factors) -> Facto
 
     For an SVD pair ``(U'U) D`` and ``U (D D')``: 2 r^2 (m + n) multiplications, W never formed.
     """
-    if decomposition.name != "svd":
+    if not decomposition.is_pair:
         return decomposition.pull(factors, decomposition.join(factors))
-    groups = decomposition.groups if isinstance(decomposition, Grouped) else 1
-    down, up = (f.flatten(1).unflatten(0, (groups, -1)) for f in factors)
+    down, up = (f.flatten(1).unflatten(0, (decomposition.groups, -1)) for f in factors)
     pulled = (up.mT @ up) @ down, up @ (down @ down.mT)
     return tuple(g.reshape(f.shape) for g, f in zip(pulled, factors, strict=True))
 
@@ -55,8 +54,8 @@ def srip_gradient(tall: Tensor, iterations: int = 10) -> Tensor:
 
 def tall_matrices(decomposition: Decomposition, factors: Factors) -> tuple[Tensor, Tensor]:
     """The first factor transposed (groups, m, r) and the last (groups, n, r), as matrices."""
-    groups = decomposition.groups if isinstance(decomposition, Grouped) else 1
-    first, last = (f.flatten(1).unflatten(0, (groups, -1)) for f in (factors[0], factors[-1]))
+    ends, groups = (factors[0], factors[-1]), decomposition.groups
+    first, last = (f.flatten(1).unflatten(0, (groups, -1)) for f in ends)
     return first.mT, last
 
 

@@ -156,7 +156,7 @@ class FrobeniusDecay(Regularizer):
         if isinstance(form, Adapted):
             pulled = tuple(g * form.scale**2 for g in pulled)
             if self._adapted == "weight":
-                base = site.spec.turn(_wide(site.spec.base(form, site.parameters())))
+                base = site.spec.to_canonical(_wide(site.spec.base(form, site.parameters())))
                 extra = decomposition.pull(wide, base * form.scale)
                 pulled = tuple(g + e for g, e in zip(pulled, extra, strict=True))
         return list(zip(factors, pulled, strict=True))
