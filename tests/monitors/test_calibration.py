@@ -227,16 +227,16 @@ def test_weights_inside_a_module_are_listed() -> None:
 
 
 def test_other_decompositions_split_the_weight_itself() -> None:
-    from dynarank.decompositions import DECOMPOSITIONS, SVD
+    from dynarank.decompositions.svd import SVD
     from dynarank.decompositions.truncation import split_activation_aware
 
-    class Other:
-        split = staticmethod(SVD().split)
+    class Other(SVD):
+        truncates_optimally = False
 
     weight = torch.randn(5, 6)
     activity = ActivationStats("input", torch.diag(torch.arange(6.0))[None], 1)
-    plain = DECOMPOSITIONS["svd"].split(weight, 2)
-    other, _ = split_activation_aware(Other(), weight, 2, activity)  # type: ignore[arg-type]
+    plain = SVD().split(weight, 2)
+    other, _ = split_activation_aware(Other(), weight, 2, activity)
     assert all(torch.equal(a, b) for a, b in zip(other, plain, strict=True))
     assert not torch.equal(split_activation_aware(SVD(), weight, 2, activity)[0][0], plain[0])
 

@@ -71,7 +71,7 @@ def test_to_factors_is_the_vjp_of_the_weight(case: LayerCase, form: Form, kind: 
     for _ in range(3):
         linear_step(optimizer, [weight], [torch.randn_like(weight)])
     key = "momentum_buffer" if kind is SGD else "exp_avg"
-    moment = one.spec.turn(optimizer.state[weight][key])
+    moment = one.spec.to_canonical(optimizer.state[weight][key])
     dr.apply_plan(model, {one.path: fitting(model, form)}, optimizer=optimizer)
     for p, expected in zip(held(model), pulled(model, moment), strict=True):
         actual = optimizer.state[p].get(key, torch.zeros_like(p))
@@ -91,7 +91,7 @@ def test_from_factors_what_they_knew_survives(case: LayerCase, form: Form) -> No
     optimizer = SGD(held(model), 0.0, momentum=0.9)
     linear_step(optimizer, held(model), pulled(model, gradient))
     dr.inflate(model, optimizer=optimizer)
-    lifted = one.spec.turn(optimizer.state[held(model)[0]]["momentum_buffer"])
+    lifted = one.spec.to_canonical(optimizer.state[held(model)[0]]["momentum_buffer"])
     for actual, expected in zip(old.pull(lifted), old.pull(gradient), strict=True):
         assert_close(actual, expected, 1e-9)
     assert lifted.norm() <= gradient.norm() * (1 + 1e-9)
@@ -118,7 +118,7 @@ def decayed(kind: Callable[..., Optimizer], steps: int, form: Form) -> tuple[Ten
         model[0].up.copy_(1e-4 * torch.randn(12, 4, dtype=F64))
     optimizer = kind(held(model))
     gradient = torch.randn(12, 16, dtype=F64)
-    gradient = site(model).spec.turn(gradient)
+    gradient = site(model).spec.to_canonical(gradient)
     for _ in range(steps):
         linear_step(optimizer, held(model), pulled(model, gradient))
     dr.inflate(model, optimizer=optimizer)
@@ -309,7 +309,7 @@ def test_calibrated_is_the_mean_square_of_each_gradient_taken_through(form: Form
         linear_step(optimizer, [weight], [g])
     known = hats(optimizer, weight)[1].sum() / torch.stack(kept[-8:]).square().mean(0).sum()
     dr.apply_plan(model, {"0": fitting(model, form)}, optimizer=optimizer, moments=gradients)
-    parts = [pulled(model, one.spec.turn(g)) for g in kept[-8:]]
+    parts = [pulled(model, one.spec.to_canonical(g)) for g in kept[-8:]]
     for i, p in enumerate(held(model)):
         if not optimizer.state.get(p):
             assert not any(part[i].any() for part in parts)

@@ -69,7 +69,7 @@ def test_a_restart_keeps_the_function(
     assert change.error <= LOSSLESS[dtype]
     assert_close(model(x), expected)
     base = next(p for n, p in only(model).parameters().items() if only(model).spec.is_base(n))
-    assert_close(only(model).spec.turn(base.detach()), weight)
+    assert_close(only(model).spec.to_canonical(base.detach()), weight)
     assert not base.requires_grad
     *first, last = only(model).factors()
     assert not last.any() and all(f.any() for f in first)

@@ -422,9 +422,7 @@ def test_the_loop_runs_where_it_saves_enough() -> None:
         for name, (call,) in calls.items():
             moved = type(call)(*call.__dict__.values())
             object.__setattr__(moved, "device", device)
-            taken[name, hidden, device] = module.way(
-                module.spec(name), module.forms[name], moved
-            ).name
+            taken[name, hidden, device] = module.execution(module.resolved(name), moved).name
     assert taken == {
         ("weight_ih_l0", 16, "cpu"): "factored",
         ("weight_hh_l0", 16, "cpu"): "joined",
