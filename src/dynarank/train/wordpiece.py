@@ -135,7 +135,8 @@ def _pipeline(parts: Any, model: Any) -> Any:
 def _inner_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
     """``##x`` for every character x that is not the first of a word."""
     normalize, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
-    words = {word for text in texts for word, _ in split(normalize(text))}
+    parts = {part for text in texts for part in normalize(text).split()}
+    words = (word for part in parts for word, _ in split(part))
     return sorted({f"##{character}" for word in words for character in word[1:]})
 
 
