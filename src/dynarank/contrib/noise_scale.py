@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.layers.running import undisturbed
+from dynarank.layers.running import preserve_state
 from dynarank.monitors.cadence import Cadence
 from dynarank.monitors.gradient_window import trained
 from dynarank.surgery.sites import survey
@@ -149,10 +149,10 @@ class NoiseMonitor:
 
         def gradients() -> Iterator[Sequence[Tensor | None]]:
             for part in parts:
-                with torch.enable_grad():
+                with torch.enable_grad():  # whoever takes the gradients needs none of its own
                     yield torch.autograd.grad(loss(part), parameters, allow_unused=True)
 
-        with undisturbed(self._model):
+        with preserve_state(self._model):
             return self._read(parameters, from_shards(gradients(), samples))
 
     def feed(self, shards: Iterable[Mapping[str, Tensor]], samples: int) -> NoiseReading:
