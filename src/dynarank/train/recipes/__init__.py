@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dynarank.forms import AdaptedExecution
 from dynarank.schedules import Budgeted, Schedule, dynamic_rank, get_preset
-from dynarank.train.tasks import DATA, MODELS
+from dynarank.train.registry import DATA, MODELS
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
 
