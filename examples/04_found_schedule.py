@@ -1,7 +1,7 @@
 """Schedules that find themselves: from the learning rate, within a budget, from the spectra.
 
 Three runs of one small network: the first is told nothing, the second a share of the FLOPs, the
-third lets each layer decide by its own rank health and tells why. It needs nothing but torch.
+third lets each layer decide by its own rank metrics and tells why. It needs nothing but torch.
 """
 
 from __future__ import annotations
