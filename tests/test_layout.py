@@ -27,6 +27,7 @@ ORDER = [
     "scheduler",
     "allocation",
     "contrib",
+    "extras",
     "records",
     "sinks",
     "report",
@@ -43,7 +44,7 @@ FORBIDDEN = {
     "report": {"dynarank.layers", "dynarank.surgery"},
 }
 # These import no third-party package but torch.
-ONLY_TORCH = ORDER[: ORDER.index("records")]
+ONLY_TORCH = ORDER[: ORDER.index("extras")]
 # One file a library: for its layers, where the user has imported it already; for its file format.
 ADAPTERS = {"hf_conv1d.py", "weight_files.py"}
 # By name, looked up in the public registries: nothing above them asks for one by name.

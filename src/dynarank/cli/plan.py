@@ -25,7 +25,8 @@ from dynarank.train.optimizers import OPTIMIZER_SLOTS
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
 from dynarank.train.schedules import make_schedule
-from dynarank.train.tasks import Sketch, sketch
+from dynarank.train.task import Sketch
+from dynarank.train.tasks import sketch
 
 __all__ = ["plan"]
 
