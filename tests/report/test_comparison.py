@@ -1,4 +1,4 @@
-"""What can be told apart, held against scipy; and said in plain sentences."""
+"""Significant differences, checked against scipy, and the sentences that report them."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_holm_and_the_intervals_agree(groups):
         corrected.append(most)
     assert [pair.p for pair in pairs] == pytest.approx(corrected, rel=1e-7, abs=1e-12)
     for pair in pairs:
-        assert pair.apart == (pair.p <= 0.05)
-        assert pair.apart == (not pair.low <= 0 <= pair.high)
+        assert pair.significant == (pair.p <= 0.05)
+        assert pair.significant == (not pair.low <= 0 <= pair.high)
 
 
 def test_a_p_below_five_per_cent_is_not_enough_behind_a_failure():
@@ -77,7 +77,7 @@ def test_a_p_below_five_per_cent_is_not_enough_behind_a_failure():
     groups = {"a": [0.0, 0.1, 0.2], "b": [0.25, 0.35, 0.45], "c": [0.5, 0.6, 0.7]}
     raw = stats.ttest_ind(groups["a"], groups["b"], equal_var=False).pvalue
     assert 0.025 < raw < 0.05
-    assert [pair.apart for pair in compare_pairs(groups)] == [True, False, False]
+    assert [pair.significant for pair in compare_pairs(groups)] == [True, False, False]
 
 
 def test_sentences_of_what_is_and_what_is_not_distinguishable():
@@ -96,7 +96,7 @@ def test_sentences_of_what_is_and_what_is_not_distinguishable():
     )
     assert said[2].startswith("low-rank is better than none by 55.90 points")
     assert said[3].startswith(
-        "These cannot be told apart at n = 3: "
+        "Statistically indistinguishable at n = 3: "
         "full-rank and low-rank (difference 0.20 points, interval −"
     )
     assert "Holm" in said[4] and "3 pairs" in said[4] and len(said) == 5
@@ -109,9 +109,9 @@ def test_lower_is_better_turns_the_sentence():
     assert "points" not in " ".join(compare_scores(groups, PERPLEXITY))
 
 
-def test_one_run_cannot_be_told_from_another():
+def test_one_run_cannot_be_compared():
     said = compare_scores({"a": [0.9], "b": [0.1]}, Metric())
-    assert said[1].startswith("a and b cannot be told from the others at n = 1")
+    assert said[1].startswith("a and b cannot be compared at n = 1")
     assert len(said) == 2
     assert compare_scores({"a": [0.9]}, Metric()) == ["Test accuracy: a 90.00% (n = 1)."]
 
@@ -119,7 +119,7 @@ def test_one_run_cannot_be_told_from_another():
 def test_scores_that_are_not_finite_are_said_and_compared_with_none():
     said = compare_scores({"a": [0.9, math.nan], "b": [0.1, 0.2], "c": [math.inf]}, MATTHEWS)
     assert "a 0.9 (n = 1, 1 more not finite)" in said[0] and "c not finite (n = 1)" in said[0]
-    assert said[1] == "a and c have runs whose score is not finite: compared with none."
+    assert said[1] == "a and c have runs whose score is not finite: not compared."
     assert len(said) == 2
 
 
@@ -136,7 +136,8 @@ def test_nothing_finished():
 def test_many_pairs_make_a_sentence_of_bounded_length():
     groups = {f"schedule-{i}": [0.9, 0.91 + i / 1e4, 0.92] for i in range(12)}
     said = compare_scores(groups, Metric())
-    assert "Nothing can be told apart at n = 3" in said[1] and "60 pairs more" in said[1]
+    assert "All schedules are statistically indistinguishable at n = 3" in said[1]
+    assert "60 more pairs" in said[1]
 
 
 def test_one_schedule_better_than_several_is_one_sentence():

@@ -11,17 +11,17 @@ from report_pages import Page, runs_of
 from report_runs import PERPLEXITY, write_run
 
 from dynarank.records import ChangeRecord, EpochRecord, read_run
-from dynarank.report.bands import band_opacity, bands_figure
+from dynarank.report.annotations import MOST_LABELS, change_markers
+from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure
-from dynarank.report.drawing import inline_svg, palette
-from dynarank.report.evolution import evolution_figure
 from dynarank.report.figures import write_figures
 from dynarank.report.heatmaps import heatmaps_figure
-from dynarank.report.marks import MOST_LABELS, change_marks
 from dynarank.report.page import build_page
-from dynarank.report.planes import planes_figure
-from dynarank.report.ranks import MOST_LAYERS, ranks_figure
+from dynarank.report.plotting import inline_svg, palette
+from dynarank.report.rank_metrics import MOST_LAYERS, rank_metrics_figure
+from dynarank.report.rank_timeline import rank_opacity, rank_timeline_figure
 from dynarank.report.spectra import spectrum_figure
+from dynarank.report.spectra_over_time import spectra_over_time_figure
 from dynarank.report.theme import INK
 
 
@@ -101,7 +101,7 @@ def test_curves_leave_a_gap_where_the_loss_is_not_finite(tmp_path):
 def test_ranks_draw_each_layer_in_each_run(tmp_path, layers, stacked):
     for schedule in ("full-rank", "dynamic-rank"):
         write_run(tmp_path, schedule, layers=layers)
-    figure = ranks_figure(runs_of(tmp_path), stacked)
+    figure = rank_metrics_figure(runs_of(tmp_path), stacked)
     panels, bars = figure.axes[:4], figure.axes[4:]
     median = layers > 4
     assert len(bars) == median
@@ -128,8 +128,8 @@ def boxes(axes) -> dict:
 
 
 def test_bands_tell_each_layers_form_and_rank_over_time(tmp_path):
-    (axes,) = bands_figure([read_run(write_run(tmp_path))]).axes
-    low = {row: band_opacity(8 / full) for row, full in enumerate((32, 32, 64))}
+    (axes,) = rank_timeline_figure([read_run(write_run(tmp_path))]).axes
+    low = {row: rank_opacity(8 / full) for row, full in enumerate((32, 32, 64))}
     found = boxes(axes)
     assert found[1.0] == {(4.4, 9.6, row) for row in range(3)}
     for row, opacity in low.items():
@@ -140,7 +140,7 @@ def test_bands_tell_each_layers_form_and_rank_over_time(tmp_path):
 
 
 def test_bands_of_a_rotating_schedule_step_through_the_layers(tmp_path):
-    (axes,) = bands_figure([read_run(write_run(tmp_path, "rotating", layers=12))]).axes
+    (axes,) = rank_timeline_figure([read_run(write_run(tmp_path, "rotating", layers=12))]).axes
     full = boxes(axes)[1.0]
     assert {(epoch - 0.5, min(epoch + 0.5, 12), epoch - 1) for epoch in range(1, 13)} == full
 
@@ -148,31 +148,31 @@ def test_bands_of_a_rotating_schedule_step_through_the_layers(tmp_path):
 def test_bands_of_a_layer_that_never_changes_have_the_form_of_the_start(tmp_path):
     for schedule in ("full-rank", "low-rank"):
         write_run(tmp_path, schedule)
-    full, low = bands_figure(runs_of(tmp_path)).axes
+    full, low = rank_timeline_figure(runs_of(tmp_path)).axes
     assert boxes(full) == {1.0: {(0.0, 12.0, row) for row in range(3)}}
-    assert boxes(low) == {band_opacity(0.5): {(0.0, 12.0, row) for row in range(3)}}
+    assert boxes(low) == {rank_opacity(0.5): {(0.0, 12.0, row) for row in range(3)}}
 
 
 def test_bands_of_many_pieces_leave_layers_out_and_say_so(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynarank.report.bands.MOST_PIECES", 60)
-    (axes,) = bands_figure([read_run(write_run(tmp_path, layers=40))]).axes
+    monkeypatch.setattr("dynarank.report.rank_timeline.MOST_PIECES", 60)
+    (axes,) = rank_timeline_figure([read_run(write_run(tmp_path, layers=40))]).axes
     assert axes.get_title(loc="left") == "dynamic-rank: 20 of 40 layers"
 
 
 def test_spectra_over_time_are_a_line_a_moment(tmp_path):
     run = read_run(write_run(tmp_path, pictures=True))
-    panels = evolution_figure(run, moments=4).axes
+    panels = spectra_over_time_figure(run, readings=4).axes
     assert [axes.get_title(loc="left") for axes in panels] == [f"blocks.{i}.conv" for i in range(3)]
     *curves, low_rank = panels[0].get_lines()
     assert len(curves) == 4 and low_rank.get_xdata()[0] == 0.5
     assert curves[-1].get_ydata()[-1] == pytest.approx(math.exp(-(2 + 6 + 1) * 31 / 32))
     with pytest.raises(ValueError, match="no singular values"):
-        evolution_figure(read_run(write_run(tmp_path / "none", "low-rank")))
+        spectra_over_time_figure(read_run(write_run(tmp_path / "none", "low-rank")))
 
 
 def test_heatmaps_are_on_one_scale_a_layer(tmp_path):
     run = read_run(write_run(tmp_path, pictures=True))
-    panels = heatmaps_figure(run, layers=2, moments=3).axes
+    panels = heatmaps_figure(run, layers=2, readings=3).axes
     assert len(panels) == 2 * 3
     assert [axes.get_title(loc="left") for axes in panels[:3]] == ["epoch 0", "epoch 6", "epoch 12"]
     tops = [axes.images[0].get_clim()[1] for axes in panels]
@@ -186,8 +186,8 @@ def test_each_figure_is_a_file_for_papers(tmp_path):
     files = write_figures(tmp_path / "runs", tmp_path / "out", ("png", "svg", "pdf"))
     assert {path.name for path in files} == {
         f"{name}.{ending}"
-        for name in ("curves", "planes", "ranks", "bands", "spectra-dynamic-rank",
-                     "heatmaps-dynamic-rank")
+        for name in ("curves", "cost-quality", "rank-metrics", "rank-timeline",
+                     "spectra-dynamic-rank", "heatmaps-dynamic-rank")
         for ending in ("png", "svg", "pdf")
     }  # fmt: skip
     starts = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
@@ -200,7 +200,7 @@ def test_each_figure_is_a_file_for_papers(tmp_path):
 
 def test_a_schedule_that_changes_often_has_marks_without_labels(tmp_path):
     run = read_run(write_run(tmp_path, "relora"))
-    marks = change_marks([run], {"relora": INK})
+    marks = change_markers([run], {"relora": INK})
     assert len(marks) == 11 > MOST_LABELS
     assert not any(mark.label for mark in marks)
 
@@ -209,13 +209,13 @@ def test_the_plan_at_the_start_is_no_mark(tmp_path):
     run = read_run(write_run(tmp_path))
     first = run.all(ChangeRecord)[0].model_copy(update={"epoch": 0.0, "step": 0})
     run.records.append(first)
-    assert [mark.epoch for mark in change_marks([run], {"dynamic-rank": INK})] == [4.4, 9.6]
+    assert [mark.epoch for mark in change_markers([run], {"dynamic-rank": INK})] == [4.4, 9.6]
     assert "start inflate" in Page(build_page([run])).text
 
 
 def test_cost_has_a_labeled_point_a_schedule(three, tmp_path):
     write_run(tmp_path, finished=False)
-    panels = planes_figure([*runs_of(three), *runs_of(tmp_path)]).axes
+    panels = cost_quality_figure([*runs_of(three), *runs_of(tmp_path)]).axes
     assert len(panels) == 3
     for axes in panels:
         labels = {text.get_text() for text in axes.texts}
@@ -226,11 +226,11 @@ def test_cost_has_a_labeled_point_a_schedule(three, tmp_path):
     assert x == pytest.approx(0.567)
 
 
-def test_planes_of_several_seeds_have_means_and_spreads(tmp_path):
+def test_cost_quality_plots_of_several_seeds_have_means_and_spreads(tmp_path):
     scores = (0.90, 0.92, 0.97)
     for seed, accuracy in enumerate(scores):
         write_run(tmp_path, "low-rank", seed=seed, accuracy=accuracy, metric=PERPLEXITY)
-    axes = planes_figure(runs_of(tmp_path), columns=1).axes[0]
+    axes = cost_quality_figure(runs_of(tmp_path), columns=1).axes[0]
     runs, *bars, mean = axes.collections
     reached = [0.98 * score for score in scores]
     assert [y for _, y in runs.get_offsets()] == pytest.approx(reached)
@@ -241,10 +241,10 @@ def test_planes_of_several_seeds_have_means_and_spreads(tmp_path):
     assert axes.get_title(loc="left") == "better: down, left"
 
 
-def test_planes_leave_out_a_run_whose_score_is_not_finite(tmp_path):
+def test_cost_quality_plots_leave_out_a_run_whose_score_is_not_finite(tmp_path):
     write_run(tmp_path, "low-rank")
     write_run(tmp_path, "full-rank", accuracy=math.nan)
-    axes = planes_figure(runs_of(tmp_path)).axes[0]
+    axes = cost_quality_figure(runs_of(tmp_path)).axes[0]
     assert [text.get_text() for text in axes.texts] == ["low-rank"]
 
 
@@ -286,7 +286,7 @@ def test_names_in_the_cost_figure_cover_neither_names_nor_points(tmp_path):
 
     for schedule in ("full-rank", "low-rank", "dynamic-rank", "dynamic-rank-low", "relora"):
         write_run(tmp_path, schedule, accuracy=0.96)
-    for axes in planes_figure(runs_of(tmp_path)).axes:
+    for axes in cost_quality_figure(runs_of(tmp_path)).axes:
         figure = axes.figure
         figure.draw_without_rendering()
         names = [Text.get_window_extent(text) for text in axes.texts]  # without the leader line

@@ -8,7 +8,6 @@ import pytest
 from report_runs import write_run
 
 from dynarank.records import ChangeRecord, read_run
-from dynarank.report.drawing import palette, shown
 from dynarank.report.formats import (
     bytes_text,
     count,
@@ -20,7 +19,8 @@ from dynarank.report.formats import (
     ratio,
     seconds_text,
 )
-from dynarank.report.moments import Span, change_kind, spans
+from dynarank.report.plotting import display_name, palette
+from dynarank.report.transition_points import Span, change_kind, spans
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ def test_a_rotating_schedule_is_one_long_span_of_a_share(tmp_path):
 
 
 def test_names_are_made_fit_for_a_figure():
-    assert shown("$x$") == r"\$x\$"
-    assert shown("_hidden") == " _hidden"
-    assert shown("a\nb") == "a b"
-    assert len(shown("x" * 200, 30)) == 30
+    assert display_name("$x$") == r"\$x\$"
+    assert display_name("_hidden") == " _hidden"
+    assert display_name("a\nb") == "a b"
+    assert len(display_name("x" * 200, 30)) == 30
 
 
 def test_more_schedules_than_colors_stay_distinct():

@@ -17,7 +17,7 @@ from report_runs import PERPLEXITY, write_run
 
 from dynarank.report import write_report
 from dynarank.report.curves import curves_figure
-from dynarank.report.moments import by_schedule, comparable
+from dynarank.report.grouping import by_schedule, comparable
 from dynarank.report.page import build_page
 from dynarank.report.spectra import spectrum_figure
 
@@ -38,8 +38,8 @@ def three_page(three) -> Page:
 
 
 def test_page_has_a_section_for_each_subject(three_page):
-    for heading in ("Accuracy and cost", "What can be told apart", "Learning curves",
-                    "Rank of each layer over time", "Rank health over time", "Phases",
+    for heading in ("Accuracy and cost", "Significant differences", "Learning curves",
+                    "Rank of each layer over time", "Rank metrics over time", "Phases",
                     "Changes of form", "Configuration"):  # fmt: skip
         assert heading in three_page.text
     assert three_page.tags.count("svg") == 4 * 2  # for wide screens and for narrow ones
@@ -52,7 +52,7 @@ def test_page_says_what_was_run_and_that_one_seed_is_few(three_page):
         "Recipe digits was trained under 3 schedules (full-rank, low-rank, dynamic-rank), seed 0, "
         "for 12 epochs on cpu (a CPU of 2 cores) in float32: 3 runs." in three_page.text
     )
-    assert "cannot be told from the others at n = 1" in three_page.text
+    assert "cannot be compared at n = 1" in three_page.text
     assert "1 March 2026" in three_page.text
 
 
@@ -99,16 +99,16 @@ def test_page_lets_only_its_own_scripts_run(whole, whole_page):
 
 def test_page_shows_decisions_with_their_reasons(whole_page):
     text = whole_page.text
-    for words in ("Decisions and their reasons", "effective rank fell", "stable rank has settled",
+    for words in ("Decisions and reasons", "effective rank fell", "stable rank has settled",
                   "effective rank 6.3, stable rank 2.125, <limit> 7", "blocks.0.conv → full-rank",
                   "blocks.0.conv → low-rank, rank 8"):  # fmt: skip
         assert words in text, words
 
 
-def test_page_has_still_pictures_for_readers_without_scripts(whole_page):
+def test_page_has_static_figures_for_readers_without_scripts(whole_page):
     page = whole_page
-    assert "One layer over time" in page.text and "Weights as pictures: mean" in page.text
-    assert page.tags.count("image") == 3 * 5  # layers x moments
+    assert "One layer over time" in page.text and "Heat-maps of weights: mean" in page.text
+    assert page.tags.count("image") == 3 * 5  # layers x readings
 
 
 def test_page_ids_are_unique_and_references_resolve(three_page):
@@ -146,7 +146,7 @@ def test_page_of_300_layers_stays_small_and_says_what_it_left_out(tmp_path):
     assert all(f"blocks.{i}.conv" in page.text for i in range(300))
     assert "300 layers low-rank (svd) → full-rank" in page.text
     assert "depth: layer 1 (first) to 300 (last)" in page.text
-    assert "60 of 300 layers are drawn; the median is of all." in page.text
+    assert "60 of 300 layers are drawn; the median is over all." in page.text
     assert "Kept in this page: weights in 8 x 8 blocks; records.jsonl has all." in page.text
     assert (tmp_path / "report.html").stat().st_size < 2_500_000
 
@@ -178,7 +178,7 @@ def test_page_of_several_seeds_shows_means_and_no_caveat(tmp_path):
     page = page_of(tmp_path)
     assert "mean of 3 runs" in page.text and "95.1% ± 1.0" in page.text
     assert "seeds 0, 1 and 2" in page.text
-    assert "cannot be told" not in page.text
+    assert "cannot be compared" not in page.text
     assert "No layer changed form." in page.text
 
 
@@ -198,7 +198,7 @@ def test_runs_of_different_metrics_are_not_mixed(tmp_path):
         write_report(tmp_path)
 
 
-def test_schedules_of_several_recipes_are_told_apart(tmp_path):
+def test_schedules_of_several_recipes_are_named_with_their_recipe(tmp_path):
     write_run(tmp_path / "a", "low-rank")
     write_run(tmp_path / "b", "low-rank", recipe="other")
     told = by_schedule(comparable(runs_of(tmp_path)))

@@ -11,7 +11,7 @@ from cli.test_cli import call
 
 from dynarank.cli.sweep import grid, parse_epochs
 from dynarank.records import read_run
-from dynarank.train.grid import Job, claim, finished, run_jobs
+from dynarank.train.grid import Job, finished, open_folder, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe
 
 SMALL = ["--epochs", "2", "--train-limit", "192", "--test-limit", "60"]
@@ -29,7 +29,7 @@ def test_a_finished_run_is_never_made_again(
     two = ("--schedules", "full-rank,low-rank")
     first = compare(monkeypatch, capsys, tmp_path, *two, "--seeds", "1")
     assert [first["schedules"][name]["n"] for name in ("full-rank", "low-rank")] == [1, 1]
-    assert "cannot be told" in first["sentences"][1]
+    assert "cannot be compared" in first["sentences"][1]
     cut = tmp_path / "seed0" / "low-rank" / "records.jsonl"
     kept = tmp_path / "seed0" / "full-rank" / "records.jsonl"
     cut.write_text("".join(cut.read_text().splitlines(keepends=True)[:-2]))  # as if interrupted
@@ -47,15 +47,15 @@ def test_a_finished_run_is_never_made_again(
     assert again["schedules"]["low-rank"]["scores"][1] == stored.test_score
 
 
-def test_runs_made_otherwise_are_not_mixed(
+def test_runs_with_other_settings_are_not_mixed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    claim(tmp_path, {"epochs": 3, "recipe": {"name": "digits"}})
-    claim(tmp_path, {"epochs": 3, "recipe": {"name": "digits"}})
-    with pytest.raises(RecipeError, match=r"epochs 3 there, 4 asked.*--out"):
-        claim(tmp_path, {"epochs": 4, "recipe": {"name": "digits"}})
+    open_folder(tmp_path, {"epochs": 3, "recipe": {"name": "digits"}})
+    open_folder(tmp_path, {"epochs": 3, "recipe": {"name": "digits"}})
+    with pytest.raises(RecipeError, match=r"epochs: 3 there, 4 now.*--out"):
+        open_folder(tmp_path, {"epochs": 4, "recipe": {"name": "digits"}})
     assert call(monkeypatch, "compare", "digits", *SMALL, "--out", str(tmp_path)) == 2
-    assert "holds runs made otherwise" in capsys.readouterr().err
+    assert "holds runs with other settings" in capsys.readouterr().err
 
 
 def test_the_remains_of_a_run_are_removed(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_epochs_that_cannot_be_read_are_refused(text: str) -> None:
 
 def test_a_grid_holds_only_schedules() -> None:
     assert grid([10.0, 20.0], [15.0, 20.0, 30.0], 30) == [(10, 15), (10, 20)]
-    with pytest.raises(RecipeError, match="holds for no pair"):
+    with pytest.raises(RecipeError, match="no pair of --inflate"):
         grid([20.0], [10.0], 30)
 
 

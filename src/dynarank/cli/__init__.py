@@ -32,7 +32,7 @@ for command in (train, plan, compare, sweep, spectrum, report):
 
 
 def main() -> None:
-    """Run the command line; errors of the user's become one line and an exit code."""
+    """Run the command line; user errors become one line on stderr and an exit code."""
     try:
         app()
     except (ValueError, OSError, ImportError) as error:

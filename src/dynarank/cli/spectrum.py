@@ -1,4 +1,4 @@
-"""``dynarank spectrum``: the rank health of any checkpoint, or of two side by side."""
+"""``dynarank spectrum``: rank metrics of any checkpoint, or of two side by side."""
 
 from __future__ import annotations
 
@@ -38,41 +38,39 @@ _FORMATS = (".png", ".svg", ".pdf")
 def spectrum(
     file: Annotated[
         Path,
-        typer.Argument(
-            help="Any model's weights: a .safetensors file, a sharded Hugging Face folder, a run."
-        ),
+        typer.Argument(help="A .safetensors file, a sharded Hugging Face folder, or a run folder."),
     ],
     other: Annotated[
         Path | None,
-        typer.Argument(help="A second one, to see beside the first, layers matched by name."),
+        typer.Argument(help="A second checkpoint to compare with, layers matched by name."),
     ] = None,
     rank: Annotated[
         float,
-        typer.Option(help="Where lambda is taken: a share of the outputs up to 1, else a rank."),
+        typer.Option(help="The rank of lambda: up to 1 a share of the outputs, else a number."),
     ] = 0.5,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Picture file (.png, .svg, .pdf); default: STEM-spectrum.png."),
+        typer.Option(help="Figure file (.png, .svg, .pdf); default: STEM-spectrum.png."),
     ] = None,
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no picture.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no figure.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, singular values included.")
     ] = False,
 ) -> None:
-    """Rank health of every weight in FILE: a table and a picture.
+    """Rank metrics of every weight in FILE: a table and a figure.
 
-    One weight is in memory at a time, and rows come as they are ready.
+    One weight is in memory at a time, and each row is printed as soon as it is ready.
 
-    Effective rank is exp of the entropy of s / sum s, stable rank sum s^2 / s1^2, energy rank the
-    directions that hold 99% of sum s^2, lambda the first r singular values' share of sum s. Each
-    is of the weight as a matrix, out x (in * kernel positions). The factors of a low-rank layer
-    count as their product.
+    From the singular values s of each weight as a matrix, out x (in * kernel positions): effective
+    rank is exp of the entropy of s / sum s; stable rank is sum s^2 / s1^2; 99% is the energy rank,
+    the fewest singular values with 99% of sum s^2; lambda is the share of sum s in the first r.
+    The factors of a low-rank layer are multiplied first.
     """
     if not 0 < rank < float("inf"):
-        raise ValueError(f"--rank is a share up to 1 or a number of directions, got {rank}")
+        raise ValueError(f"--rank must be a share up to 1 or a number above 1, got {rank}")
     if plot is not None and (not plot.parent.is_dir() or plot.suffix not in _FORMATS):
         raise ValueError(
-            f"--plot wants a file in a folder there is, ending in {_FORMATS}; got {plot}"
+            f"--plot must be a file in an existing folder, ending in {_FORMATS}; got {plot}"
         )
     paths = [file] if other is None else [file, other]
     models = [_Model(path, rank) for path in paths]
@@ -85,11 +83,11 @@ def spectrum(
         print(json.dumps({**key, "layers": rows}, indent=2))
     if not no_plot:
         stem = "-".join(dict.fromkeys(_stem(path) for path in paths))
-        _picture(terminal, plot or Path(f"{stem}-spectrum.png"), models)
+        _save_figure(terminal, plot or Path(f"{stem}-spectrum.png"), models)
 
 
 class _Model:
-    """One of the command's models: its weights by name, and the spectra read so far."""
+    """A checkpoint: its weights by name, and the spectra read so far."""
 
     def __init__(self, path: Path, rank: float) -> None:
         self.files: WeightFiles = open_weights(path)
@@ -98,7 +96,7 @@ class _Model:
         self.values: dict[str, list[float]] = {}
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """The figures of a weight; None if it is not here."""
+        """The rank metrics of a weight; None if the checkpoint lacks it."""
         if name not in self.weights:
             return None
         spectrum = read_spectrum(self.files, self.weights[name])
@@ -108,7 +106,7 @@ class _Model:
 
 
 def _rows(models: list[_Model], terminal: Console, title: str | None) -> Iterator[dict[str, Any]]:
-    """A row for each weight, shown when it is ready if there is a title."""
+    """Yield a row for each weight; printed as it comes if there is a title."""
     names = list(dict.fromkeys(name for model in models for name in model.weights))
     shapes = [
         _shape(model.weights[n].shape) for n in names for model in models if n in model.weights
@@ -147,7 +145,7 @@ def _row(weight: WeightSpectrum, rank: float) -> dict[str, Any]:
 
 
 def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:
-    """A share means what it means everywhere; a number is cut at each layer's limit."""
+    """The rank of lambda: a share by the usual rule; a number is capped at the layer's limit."""
     return resolve_rank(rank, shape) if rank <= 1 else min(int(rank), limit)
 
 
@@ -162,17 +160,17 @@ def _shapes(found: list[dict[str, Any] | None]) -> str:
 
 def _title(paths: list[Path]) -> str:
     if len(paths) == 1:
-        return f"Rank health of {paths[0].name or paths[0]}"
-    return f"Rank health: A = {paths[0]}, B = {paths[1]}"
+        return f"Rank metrics of {paths[0].name or paths[0]}"
+    return f"Rank metrics: A = {paths[0]}, B = {paths[1]}"
 
 
 def _stem(path: Path) -> str:
-    """A name for the picture: the file's, or, where that is everybody's, its folder's."""
+    """The stem of the figure's file name: that of the file, or the folder's name."""
     path = path.resolve()
     return path.name if path.is_dir() else path.name.split(".", 1)[0]
 
 
-def _picture(terminal: Console, place: Path, models: list[_Model]) -> None:
+def _save_figure(terminal: Console, place: Path, models: list[_Model]) -> None:
     if not any(model.values for model in models):
         return
     try:
@@ -181,6 +179,6 @@ def _picture(terminal: Console, place: Path, models: list[_Model]) -> None:
         else:
             figure = spectrum_pair_figure({model.label: model.values for model in models})
         figure.savefig(place)
-        terminal.print(f"Picture: {place}", soft_wrap=True, markup=False)
+        terminal.print(f"Figure: {place}", soft_wrap=True, markup=False)
     except ImportError as error:
-        terminal.print(f"No picture: {error}", markup=False)
+        terminal.print(f"No figure: {error}", markup=False)

@@ -1,4 +1,4 @@
-"""The cells of ``dynarank spectrum``'s rows, of one model or of two."""
+"""The table cells of ``dynarank spectrum``, for one checkpoint or two."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAIR_COLUMNS = [heading for measure in _MEASURES for heading in (f"{measure} A",
 
 
 def single_cells(row: dict[str, Any]) -> list[str]:
-    """The figures of one model's weight; the last cell is a picture of its decay."""
+    """The cells of one weight; the last is a sparkline of its singular values."""
     if not row["finite"]:
         return ["", "not finite", "", "", "", "", ""]
     return [
@@ -34,7 +34,7 @@ def single_cells(row: dict[str, Any]) -> list[str]:
 
 
 def pair_cells(first: dict[str, Any] | None, second: dict[str, Any] | None) -> list[str]:
-    """Each measure of the one, of the other, and the difference; a dash where there is no layer."""
+    """Each metric of the first, of the second, and the difference; a dash for a missing layer."""
     cells: list[str] = []
     for name, pattern in _MEASURES.values():
         a, b = (_value(row, name) for row in (first, second))
@@ -51,7 +51,7 @@ def _value(row: dict[str, Any] | None, name: str) -> float:
 
 
 def _sparkline(values: list[float], width: int = 16) -> str:
-    """The decay s_i / s1 at ``width`` places, as block characters."""
+    """The decay s_i / s1 at ``width`` points, as block characters."""
     if not values or not values[0] > 0:
         return ""
     places = [values[i * len(values) // width] / values[0] for i in range(min(width, len(values)))]

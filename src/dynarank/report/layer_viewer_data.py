@@ -1,8 +1,8 @@
-"""What the page's moving pictures show: spectra and weights of each layer over time, as JSON.
+"""The layer viewer's data: spectra and weights of each layer over time, packed as JSON.
 
-Numbers are packed: a singular value is two letters on a logarithmic scale from ``s_max`` down to
-``s_max * 1e-5`` over all the layer's moments; a block of weights one letter from 0 to the layer's
-largest. Both are within what a screen can show, and thinned to a budget that bounds the page.
+A singular value takes two letters, on a logarithmic scale from ``s_max`` down to ``s_max * 1e-5``
+over all the layer's readings; a block of weights takes one letter, from 0 to the layer's largest.
+That is as precise as a screen can show. Readings and layers are thinned to bound the page's size.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from typing import Any
 
 from dynarank.records import HeatmapRecord, LayerSpectrum, Run, SpectrumRecord
 from dynarank.report.formats import joined
-from dynarank.report.heatmaps import picture_names
+from dynarank.report.heatmaps import heatmap_names
 from dynarank.report.layer_forms import FormSpan, layer_forms
-from dynarank.report.moments import last_epoch
-from dynarank.report.ranks import watched_names
+from dynarank.report.rank_metrics import watched_names
 from dynarank.report.thinning import evenly, kept_text, within
+from dynarank.report.transition_points import last_epoch
 
-__all__ = ["DECADES", "LETTERS", "limits_text", "moving_pictures", "pack_spectrum", "pack_weights"]
+__all__ = ["DECADES", "LETTERS", "limits_text", "pack_spectrum", "pack_weights", "viewer_runs"]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 DECADES = 5
 SPECTRUM_BUDGET = 320_000  # singular values on a page: two bytes each
-PICTURE_BUDGET = 400_000  # blocks of weights on a page: one byte each
-_MOST_MOMENTS = 60
+HEATMAP_BUDGET = 400_000  # blocks of weights on a page: one byte each
+_MOST_READINGS = 60
 
 
-def moving_pictures(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Pack the runs that have spectra or pictures of weights; the budget is shared between them."""
+def viewer_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Pack the runs that have spectra or heat-maps; they share the size budget."""
     shown = [run for run in runs if run.all(SpectrumRecord) or run.all(HeatmapRecord)]
     return [_packed(run, len(shown)) for run in shown]
 
 
 def limits_text(pictures: Sequence[dict[str, Any]]) -> str:
-    """Say what was left out to keep the page small; nothing where all is there."""
+    """Say what was left out to keep the page small; empty if nothing was."""
     told = dict.fromkeys(text for run in pictures for text in run["limits"] if text)
-    return f"Kept in this page: {joined(list(told))}; records.jsonl has all." if told else ""
+    return f"This page shows {joined(list(told))}; records.jsonl has all." if told else ""
 
 
 def pack_spectrum(values: Sequence[float], top: float) -> str:
@@ -73,8 +73,8 @@ def _two_letters(share: float) -> str:
 def _packed(run: Run, runs: int) -> dict[str, Any]:
     spectra, pictures = run.all(SpectrumRecord), run.all(HeatmapRecord)
     names = watched_names([run])
-    layers, moments = within(SPECTRUM_BUDGET // runs, len(names), len(spectra), 64)
-    kept_names, kept_spectra = evenly(names, layers), evenly(spectra, min(moments, _MOST_MOMENTS))
+    layers, readings = within(SPECTRUM_BUDGET // runs, len(names), len(spectra), 64)
+    kept_names, kept_spectra = evenly(names, layers), evenly(spectra, min(readings, _MOST_READINGS))
     forms = layer_forms(run)
     weights = _weights(run, pictures, runs)
     return {
@@ -104,7 +104,7 @@ def _span(span: FormSpan) -> list[Any]:
 
 
 def _spectra(layers: Sequence[LayerSpectrum | None]) -> dict[str, Any]:
-    """A layer's measures and singular values at each moment; None where one was not read."""
+    """A layer's metrics and singular values at each reading; None where it was not read."""
     known = [layer for layer in layers if layer is not None]
     top = max((v for layer in known for v in layer.values if math.isfinite(v)), default=0)
     return {
@@ -130,17 +130,17 @@ def _measures(layer: LayerSpectrum) -> list[float | None]:
 
 
 def _weights(run: Run, records: Sequence[HeatmapRecord], runs: int) -> dict[str, Any]:
-    """Pictures of weights within the budget: coarser blocks first, then fewer moments, layers."""
-    names, budget = picture_names(run), PICTURE_BUDGET // runs
+    """Heat-maps within the budget: first coarser blocks, then fewer readings and layers."""
+    names, budget = heatmap_names(run), HEATMAP_BUDGET // runs
     side = next((s for s in (32, 16) if len(names) * min(len(records), 8) * s * s <= budget), 8)
-    layers, moments = within(budget, len(names), len(records), side * side)
-    kept, shown = evenly(names, layers), evenly(records, min(moments, _MOST_MOMENTS))
+    layers, readings = within(budget, len(names), len(records), side * side)
+    kept, shown = evenly(names, layers), evenly(records, min(readings, _MOST_READINGS))
     return {
         "epochs": [record.epoch for record in shown],
         "layers": {name: _picture([r.layers.get(name) for r in shown], side) for name in kept},
         "limits": [
-            kept_text(len(shown), len(records), "moment") and
-            f"{kept_text(len(shown), len(records), 'moment')} of the weights",
+            kept_text(len(shown), len(records), "reading") and
+            f"{kept_text(len(shown), len(records), 'reading')} of the weights",
             kept_text(len(kept), len(names), "layer") and
             f"weights of {kept_text(len(kept), len(names), 'layer')}",
             f"weights in {side} x {side} blocks" if names and side < 32 else "",
@@ -162,7 +162,7 @@ def _picture(pictures: Sequence[Sequence[Sequence[float]] | None], side: int) ->
 
 
 def _pooled(picture: Sequence[Sequence[float]], side: int) -> list[list[float]]:
-    """Means of blocks of a picture's cells, at most ``side`` each way."""
+    """Average-pool a heat-map to at most ``side`` cells in each direction."""
     down, across = (-(-max(size, 1) // side) for size in (len(picture), len(picture[0])))
     return [
         [

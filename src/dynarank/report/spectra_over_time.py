@@ -1,4 +1,4 @@
-"""The figure of spectra over time: the singular values of layers at several moments."""
+"""Spectra over time: the singular values of several layers at several epochs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
-from dynarank.report.drawing import depth_colors, new_figure, plain_tick, shown, styled
 from dynarank.report.formats import number
-from dynarank.report.keys import legend_below, line
+from dynarank.report.legends import legend_below, line
+from dynarank.report.plotting import depth_colors, display_name, new_figure, plain_tick, styled
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.thinning import evenly
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["evolution_figure", "spectrum_names"]
+__all__ = ["spectra_over_time_figure", "spectrum_names"]
 
 FLOOR = 1e-4  # of the largest singular value of the layer: below, nothing is drawn
 
 
 @styled
-def evolution_figure(run: Run, layers: int = 6, moments: int = 6) -> Figure:
-    """Singular values ``s_i / s_1`` against ``i / n``, a panel a layer, a line a moment.
+def spectra_over_time_figure(run: Run, layers: int = 6, readings: int = 6) -> Figure:
+    """Plot singular values ``s_i / s_1`` against ``i / n``: a panel per layer, a line per epoch.
 
     Args:
         run: with singular values in its spectrum records.
-        layers: how many at most, evenly chosen in depth.
-        moments: how many at most, evenly chosen in time.
+        layers: at most this many, evenly spaced in depth.
+        readings: at most this many, evenly spaced in time.
 
     Raises:
         ValueError: the run kept no singular values.
@@ -37,7 +37,7 @@ def evolution_figure(run: Run, layers: int = 6, moments: int = 6) -> Figure:
     names = evenly(spectrum_names(run), layers)
     if not names:
         raise ValueError(f"{run.header.schedule} has no singular values to draw")
-    records = evenly([r for r in run.all(SpectrumRecord) if _kept(r)], moments)
+    records = evenly([r for r in run.all(SpectrumRecord) if _kept(r)], readings)
     columns = min(3, len(names))
     rows = -(-len(names) // columns)
     figure = new_figure(max(4.6, 3.1 * columns), 2.5 * rows + 0.4)
@@ -49,12 +49,12 @@ def evolution_figure(run: Run, layers: int = 6, moments: int = 6) -> Figure:
         axes.set_visible(False)
     _label(grid, columns, len(names))
     legend_below(figure, [(line(color), f"epoch {at}") for at, color in colors.items()])
-    figure.suptitle(shown(run.header.schedule), fontsize=9)
+    figure.suptitle(display_name(run.header.schedule), fontsize=9)
     return figure
 
 
 def spectrum_names(run: Run) -> list[str]:
-    """The layers whose singular values were kept, in order."""
+    """The layers whose singular values were recorded, in order."""
     records = run.all(SpectrumRecord)
     return list(dict.fromkeys(n for r in records for n, layer in r.layers.items() if layer.values))
 
@@ -79,7 +79,7 @@ def _panel(axes: Axes, name: str, records: Sequence[SpectrumRecord], colors: Seq
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(FLOOR, 1.4))
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
-    axes.set_title(shown(name, 28))
+    axes.set_title(display_name(name, 28))
 
 
 def _sound(layer: LayerSpectrum) -> bool:

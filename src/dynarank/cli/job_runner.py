@@ -1,4 +1,4 @@
-"""What commands of many runs share: their machine and data, one run, and what it looks like."""
+"""The job runner of ``compare`` and ``sweep``: it trains jobs one after another on one machine."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from rich.console import Console
 
 from dynarank.cli.show import ProgressListener
 from dynarank.report import write_report
-from dynarank.train.grid import Job, claim
+from dynarank.train.grid import Job, open_folder
 from dynarank.train.loop import DivergedError, Machine
 from dynarank.train.recipes import Recipe
 from dynarank.train.run import run_schedule
 from dynarank.train.task import Task
 from dynarank.train.tasks import make_task
 
-__all__ = ["Many", "write_page"]
+__all__ = ["JobRunner", "write_page"]
 
 
 @dataclass
-class Many:
-    """Runs many jobs, one after another, on one machine.
+class JobRunner:
+    """Runs jobs one after another on one machine.
 
     Args:
-        terminal: where to show them.
-        machine: where to compute.
-        data: where the data is.
-        epochs: the length of each.
-        train_limit: examples to train on; None: all.
-        test_limit: examples to test on; None: all.
+        terminal: where progress is shown.
+        machine: device and precision.
+        data: where the data set is.
+        epochs: the length of each run.
+        train_limit: number of training examples; None: all.
+        test_limit: number of test examples; None: all.
     """
 
     terminal: Console
@@ -42,8 +42,8 @@ class Many:
     diverged: list[Job] = field(default_factory=list[Job])
     _tasks: dict[int, Task] = field(default_factory=dict[int, Task])
 
-    def claim(self, folder: Path, recipe: Recipe, **more: Any) -> None:
-        """Begin or go on in a folder of runs of this recipe, see ``dynarank.train.grid.claim``."""
+    def open_folder(self, folder: Path, recipe: Recipe, **more: Any) -> None:
+        """Start or resume a folder of runs, see :func:`dynarank.train.grid.open_folder`."""
         common = {
             "recipe": recipe.model_dump(mode="json"),
             "epochs": self.epochs,
@@ -52,10 +52,10 @@ class Many:
             "precision": self.machine.precision,
             **more,
         }
-        claim(folder, common)
+        open_folder(folder, common)
 
     def run(self, job: Job) -> None:
-        """Make one run; one that diverges is told and left unfinished."""
+        """Train one job; if it diverges, say so and leave it unfinished."""
         task = self._task(job)
         name = f"{job.schedule}, seed {job.seed}"
         self.terminal.print(f"{job.folder}:")
@@ -76,7 +76,7 @@ class Many:
             self.terminal.print(f"{name} diverged: {error}")
 
     def _task(self, job: Job) -> Task:
-        """The data for a seed, kept while its runs follow one another."""
+        """The task of a seed, cached while consecutive jobs have that seed."""
         if job.seed not in self._tasks:
             self._tasks = {
                 job.seed: make_task(
@@ -91,10 +91,10 @@ class Many:
         return self._tasks[job.seed]
 
     def finish(self) -> None:
-        """End with an error if a run diverged.
+        """Raise an error if any run diverged.
 
         Raises:
-            DivergedError: naming the runs.
+            DivergedError: with the folders of the runs.
         """
         if self.diverged:
             told = ", ".join(str(job.folder) for job in self.diverged)
@@ -102,7 +102,7 @@ class Many:
 
 
 def write_page(folder: Path, terminal: Console) -> str | None:
-    """The report of all runs there; None, and why, where it cannot be drawn."""
+    """Write the report of all runs in the folder; None, with the reason, without matplotlib."""
     try:
         return str(write_report(folder))
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""matplotlib on a leash: imported when a figure is drawn, styled without touching global state."""
+"""matplotlib helpers: lazy import, the report's style without global state, colors, SVG export."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ __all__ = [
     "NEUTRAL",
     "depth_colormap",
     "depth_colors",
+    "display_name",
     "inline_svg",
     "new_figure",
     "palette",
@@ -31,7 +32,6 @@ __all__ = [
     "plain_tick",
     "require_matplotlib",
     "score_axis",
-    "shown",
     "styled",
 ]
 
@@ -57,7 +57,7 @@ _STYLE: dict[str, object] = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "lines.solid_capstyle": "round",
-    # Fixed, or every save would name its clip paths anew; text stays text: legible and searchable.
+    # A fixed salt gives clip paths the same names in every save; text stays text, so searchable.
     "svg.hashsalt": "dynarank",
     "svg.fonttype": "none",
 }
@@ -65,7 +65,7 @@ _P = ParamSpec("_P")
 
 
 def require_matplotlib() -> None:
-    """Import matplotlib, or say which extra brings it.
+    """Import matplotlib, or raise an error that names the extra to install.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -81,7 +81,7 @@ def require_matplotlib() -> None:
 
 @contextmanager
 def _style() -> Generator[None]:
-    """Put the report's style over matplotlib's defaults (not the user's) for a while."""
+    """Apply the report's style over matplotlib's defaults (not the user's) within the context."""
     require_matplotlib()
     import matplotlib.style
 
@@ -92,7 +92,7 @@ def _style() -> Generator[None]:
 
 
 def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
-    """Draw a figure in the report's style."""
+    """Decorator: draw a figure in the report's style."""
 
     @wraps(draw)
     def drawn(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
@@ -103,14 +103,14 @@ def styled(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Make an empty figure, in inches, which keeps its labels inside."""
+    """Make an empty figure with constrained layout; sizes in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
 def palette(names: Sequence[str]) -> dict[str, str]:
-    """Give each name a color, safe for color-blind readers; a graded scale beyond seven."""
+    """Give each name a color-blind-safe color; beyond seven names, steps of a color map."""
     if len(names) <= len(SERIES):
         return dict(zip(names, SERIES, strict=False))
     steps, last = depth_hexes(), len(names) - 1
@@ -118,7 +118,7 @@ def palette(names: Sequence[str]) -> dict[str, str]:
 
 
 def depth_colormap() -> Colormap:
-    """Build the scale of depth and time: viridis as far as white paper shows it."""
+    """The color map for depth and time: viridis without its pale yellow end."""
     require_matplotlib()
     from matplotlib.colors import ListedColormap
 
@@ -126,30 +126,30 @@ def depth_colormap() -> Colormap:
 
 
 def depth_colors(names: Sequence[str]) -> dict[str, str]:
-    """Color layers by depth: not in the colors that stand for schedules."""
+    """Color layers by depth, in colors other than those of schedules."""
     steps, last = depth_hexes(), max(len(names) - 1, 1)
     return {name: steps[i * (len(steps) - 1) // last] for i, name in enumerate(names)}
 
 
 def score_axis(axes: Axes, metric: Metric) -> None:
-    """Write a metric's ticks on the vertical axis: in per cent where the metric is."""
+    """Format the y axis for a metric: in percent where the metric is a share."""
     from matplotlib.ticker import FuncFormatter
 
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick if metric.percent else plain_tick))
 
 
 def plain_tick(value: float, _: float) -> str:
-    """Write a tick without padding zeros or powers of ten."""
+    """Format a tick without padding zeros or powers of ten."""
     return f"{value:g}"
 
 
 def percent_tick(value: float, _: float) -> str:
-    """Write a tick of a share in per cent, with no more decimals than it needs."""
+    """Format a share as a percentage, with no more decimals than needed."""
     return f"{100 * value:.6g}%"
 
 
-def shown(name: str, limit: int = 30) -> str:
-    """Make a name fit for a figure: no markup, one line, its middle left out when too long.
+def display_name(name: str, limit: int = 30) -> str:
+    """Make a name safe to draw: no markup, one line, shortened in the middle when too long.
 
     matplotlib reads ``$`` as mathematics and hides labels that begin with an underscore.
     """
@@ -162,7 +162,7 @@ def shown(name: str, limit: int = 30) -> str:
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:
-    """Render an ``<svg>`` for a page that holds several: ids get ``prefix``, colors the theme."""
+    """Render an ``<svg>`` to inline in a page: prefixed ids, colors that follow the theme."""
     file = StringIO()
     with _style():
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

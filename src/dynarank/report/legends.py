@@ -1,4 +1,4 @@
-"""Legends of figures: lines, patches, and the block of them below."""
+"""Legends: line and patch handles, the legend below a figure, the depth color bar."""
 
 from __future__ import annotations
 
@@ -7,63 +7,71 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Run
-from dynarank.report.drawing import depth_colormap, shown
-from dynarank.report.marks import FORM_COLORS, PALE
-from dynarank.report.moments import spans
+from dynarank.report.annotations import FORM_COLORS, PALE
+from dynarank.report.plotting import depth_colormap, display_name
+from dynarank.report.transition_points import spans
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Key", "counted", "depth_bar", "legend_below", "line", "patch", "phase_keys"]
+__all__ = [
+    "LegendEntry",
+    "depth_bar",
+    "label_with_count",
+    "legend_below",
+    "line",
+    "patch",
+    "phase_entries",
+]
 
-Key = tuple["Artist", str]
+LegendEntry = tuple["Artist", str]
 
 
 def line(color: str, style: Literal["-", ":", "--"] = "-") -> Artist:
-    """A line for a legend."""
+    """A line handle for a legend."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, linestyle=style, linewidth=1.8)
 
 
 def patch(color: str, alpha: float = 1) -> Artist:
-    """A filled box for a legend."""
+    """A filled-box handle for a legend."""
     from matplotlib.patches import Patch
 
     return Patch(facecolor=color, alpha=alpha)
 
 
-def counted(name: str, runs: Sequence[Run]) -> str:
-    """A schedule's name, with the number of its runs if it has several."""
-    return shown(name) if len(runs) == 1 else f"{shown(name)} ({len(runs)} runs)"
+def label_with_count(name: str, runs: Sequence[Run]) -> str:
+    """A schedule's name, followed by its number of runs if it has several."""
+    return display_name(name) if len(runs) == 1 else f"{display_name(name)} ({len(runs)} runs)"
 
 
-def phase_keys(runs: Sequence[Run]) -> list[Key]:
-    """The shades that the runs' phases have."""
+def phase_entries(runs: Sequence[Run]) -> list[LegendEntry]:
+    """Legend entries for the shading of the runs' phases."""
     stretches = [span for run in runs if len(spans(run)) > 1 for span in spans(run)]
-    keys: list[Key] = []
+    entries: list[LegendEntry] = []
     if any(span.full_rank for span in stretches):
-        keys.append((patch(FORM_COLORS["full-rank"], PALE), "share of layers full-rank"))
+        entries.append((patch(FORM_COLORS["full-rank"], PALE), "share of layers full-rank"))
     if any(span.adapted for span in stretches):
-        keys.append((patch(FORM_COLORS["adapted"], PALE), "share of layers adapted"))
-    return keys
+        entries.append((patch(FORM_COLORS["adapted"], PALE), "share of layers adapted"))
+    return entries
 
 
-def legend_below(figure: Figure, keys: Sequence[Key]) -> None:
-    """Lay the keys out below the figure, in as many columns as its width has room for."""
-    if not keys:
+def legend_below(figure: Figure, entries: Sequence[LegendEntry]) -> None:
+    """Place the legend below the figure, in as many columns as fit its width."""
+    if not entries:
         return
-    handles, labels = zip(*keys, strict=True)
+    handles, labels = zip(*entries, strict=True)
     widest = max(len(label) for label in labels) * 0.068 + 0.55  # inches
     fitting = max(1, int(figure.get_figwidth() / widest))
-    rows = math.ceil(len(keys) / fitting)
-    figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(keys) / rows))
+    rows = math.ceil(len(entries) / fitting)
+    figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(entries) / rows))
 
 
 def depth_bar(figure: Figure, panels: Sequence[Axes], layers: int, above: bool = False) -> None:
-    """Beside the panels, or above them, say which color is which depth."""
+    """Add a color bar of layer depth beside the panels, or above them."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 

@@ -1,4 +1,4 @@
-"""The figure of rank over time: lambda and effective rank of each layer."""
+"""Rank metrics over time: lambda and effective rank of each layer."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
-from dynarank.report.drawing import depth_colors, new_figure, shown, styled
-from dynarank.report.keys import Key, depth_bar, legend_below, line, phase_keys
-from dynarank.report.marks import change_marks, mark_labels, mark_lines, shade
-from dynarank.report.moments import last_epoch
+from dynarank.report.annotations import change_markers, draw_markers, label_markers, shade_phases
+from dynarank.report.legends import LegendEntry, depth_bar, legend_below, line, phase_entries
+from dynarank.report.plotting import depth_colors, display_name, new_figure, styled
 from dynarank.report.theme import INK
 from dynarank.report.thinning import evenly
+from dynarank.report.transition_points import last_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["FEW_LAYERS", "MOST_LAYERS", "ranks_figure", "watched_names"]
+__all__ = ["FEW_LAYERS", "MOST_LAYERS", "rank_metrics_figure", "watched_names"]
 
 FEW_LAYERS = 4
 MOST_LAYERS = 60
@@ -31,15 +31,15 @@ _MEASURES: tuple[tuple[str, _Value], ...] = (
 
 
 @styled
-def ranks_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
-    """Lambda and effective rank of each layer over time: a row a measure, a column a run.
+def rank_metrics_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
+    """Plot lambda and effective rank of each layer over time: one row per metric, a column per run.
 
     The effective rank is divided by the layer's full rank, so that layers share an axis. Up to
     four layers are named in a legend; more are colored by depth, with the median of all of them
-    in black; of more than 60 layers and 120 readings as many are drawn, evenly chosen.
+    in black. At most 60 layers and 120 readings are drawn, evenly spaced.
 
     Args:
-        runs: one a column.
+        runs: one per column.
         stacked: all panels one above the other, for a narrow screen.
     """
     width, height = (4.6, 2.3 * 2 * len(runs)) if stacked else (max(9.5, 2.4 * len(runs)), 5.6)
@@ -57,27 +57,27 @@ def ranks_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
             if stacked or run is runs[0]:
                 axes.set_ylabel(label)
     _dress(panels, runs, stacked)
-    legend_below(figure, [*_layer_keys(names), *phase_keys(runs)])
+    legend_below(figure, [*_layer_entries(names), *phase_entries(runs)])
     if len(names) > FEW_LAYERS:
         depth_bar(figure, [axes for column in panels for axes in column], len(names), stacked)
     return figure
 
 
 def watched_names(runs: Sequence[Run]) -> list[str]:
-    """List the watched layers of all runs, in order of depth."""
+    """List the monitored layers of all runs, in order of depth."""
     records = [record for run in runs for record in run.all(SpectrumRecord)]
     return list(dict.fromkeys(name for record in records for name in record.layers))
 
 
 def _share_heights(panels: Sequence[tuple[Axes, ...]]) -> None:
-    """One vertical axis a measure, across runs."""
+    """Share the y axis of each metric across runs."""
     for column in panels[1:]:
         for axes, first in zip(column, panels[0], strict=True):
             axes.sharey(first)
 
 
 def _layer_lines(axes: Axes, run: Run, names: Sequence[str], value: _Value) -> None:
-    """Draw a line a layer; also their median where they are too many to tell apart."""
+    """Draw one line per layer; if there are many, also their median."""
     records = evenly(run.all(SpectrumRecord), _MOST_READINGS)
     epochs = [record.epoch for record in records]
     many, colors = len(names) > FEW_LAYERS, depth_colors(names)
@@ -107,22 +107,22 @@ def _median(values: Sequence[float]) -> float:
 
 
 def _dress(panels: Sequence[tuple[Axes, ...]], runs: Sequence[Run], stacked: bool) -> None:
-    """Draw phases, changes and titles: titles at one height, above the labels of changes."""
+    """Draw phases, markers and titles; titles are aligned above the markers' labels."""
     end = max(last_epoch(run) for run in runs) or 1
     rise, width = 0.0, 3.8 if stacked else max(8.5 / len(runs), 2)
     for (upper, lower), run in zip(panels, runs, strict=True):
-        marks = change_marks([run], {run.header.schedule: INK})
+        markers = change_markers([run], {run.header.schedule: INK})
         for axes in (upper, lower):
-            shade(axes, run)
-            mark_lines(axes, marks)
+            shade_phases(axes, run)
+            draw_markers(axes, markers)
         lower.set(xlim=(0, end), xlabel="epoch")
-        rise = max(rise, mark_labels(upper, marks, end, width))
+        rise = max(rise, label_markers(upper, markers, end, width))
     for (upper, _), run in zip(panels, runs, strict=True):
-        upper.set_title(shown(run.header.schedule), pad=6 + rise)
+        upper.set_title(display_name(run.header.schedule), pad=6 + rise)
 
 
-def _layer_keys(names: Sequence[str]) -> list[Key]:
+def _layer_entries(names: Sequence[str]) -> list[LegendEntry]:
     if len(names) > FEW_LAYERS:
         drawn = f", {MOST_LAYERS} drawn" if len(names) > MOST_LAYERS else ""
         return [(line("black"), f"median of {len(names)} layers{drawn}")]
-    return [(line(color), shown(name)) for name, color in depth_colors(names).items()]
+    return [(line(color), display_name(name)) for name, color in depth_colors(names).items()]

@@ -1,4 +1,4 @@
-"""The figure of ranks as bands: each layer a horizontal band, colored by form and rank."""
+"""The rank timeline: one horizontal bar per layer, colored by form and rank over time."""
 
 from __future__ import annotations
 
@@ -6,33 +6,34 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import Run
-from dynarank.report.drawing import new_figure, shown, styled
-from dynarank.report.keys import Key, legend_below, patch
+from dynarank.report.annotations import FORM_COLORS
 from dynarank.report.layer_forms import FormSpan, layer_forms
-from dynarank.report.marks import FORM_COLORS
-from dynarank.report.moments import last_epoch
+from dynarank.report.legends import LegendEntry, legend_below, patch
+from dynarank.report.plotting import display_name, new_figure, styled
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.thinning import evenly
+from dynarank.report.transition_points import last_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["band_opacity", "bands_figure"]
+__all__ = ["rank_opacity", "rank_timeline_figure"]
 
 _Box = tuple[float, float, float, float]  # left, right, low, high
-MOST_PIECES = 3000  # of all bands of a run: beyond, layers are left out evenly
+MOST_PIECES = 3000  # over all bars of a run; beyond that, layers are left out at even intervals
 _MOST_NAMES = 32
 
 
 @styled
-def bands_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
-    """The form and rank of each layer over time, layers from the first (above) to the last.
+def rank_timeline_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
+    """Draw the form and rank of each layer over time, first layer at the top.
 
-    The color is the form, its depth the rank as a share of the layer's full rank. A panel a run.
+    The color is the form; its opacity is the rank as a share of the layer's full rank. One panel
+    per run.
 
     Args:
-        runs: one a panel.
+        runs: one per panel.
         stacked: panels one above the other, for a narrow screen.
     """
     bands = {id(run): _thinned(layer_forms(run)) for run in runs}
@@ -47,16 +48,18 @@ def bands_figure(runs: Sequence[Run], stacked: bool = False) -> Figure:
         first = index == 0 or stacked or names != list(bands[id(runs[0])])
         _band_panel(axes, bands[id(run)], names_at_left=first)
         axes.set(xlim=(0, end), xlabel="epoch" if not stacked or run is runs[-1] else "")
-        axes.set_title(f"{shown(run.header.schedule)}{_left_out(run, bands[id(run)])}")
-    legend_below(figure, _keys([span for b in bands.values() for s in b.values() for span in s]))
+        axes.set_title(f"{display_name(run.header.schedule)}{_left_out(run, bands[id(run)])}")
+    legend_below(
+        figure, _legend_entries([span for b in bands.values() for s in b.values() for span in s])
+    )
     return figure
 
 
-def band_opacity(share: float | None) -> float:
-    """How deep the color of a band is: a quarter at no rank, whole at full rank.
+def rank_opacity(share: float | None) -> float:
+    """The opacity of a bar: 0.25 at rank zero, 1 at full rank.
 
     Example:
-        >>> band_opacity(1.0), band_opacity(0.0)
+        >>> rank_opacity(1.0), rank_opacity(0.0)
         (1.0, 0.25)
     """
     return 0.6 if share is None else 0.25 + 0.75 * share
@@ -83,7 +86,7 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
             box = (span.start, span.end, row - 0.5 + gap, row + 0.5 - gap)
             boxes.setdefault((span.form, span.share), []).append(box)
     for (form, share), same in boxes.items():
-        _boxes(axes, same, FORM_COLORS.get(form, NEUTRAL), band_opacity(share))
+        _boxes(axes, same, FORM_COLORS.get(form, NEUTRAL), rank_opacity(share))
     axes.set_xlim(0, max((box[1] for same in boxes.values() for box in same), default=1))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.grid(visible=False)
@@ -91,11 +94,13 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
     axes.tick_params(axis="y", length=0)
     names = [(row, name) for row, name in enumerate(layers)] if names_at_left else []
     named = evenly(names, _MOST_NAMES)
-    axes.set_yticks([row for row, _ in named], [shown(name, 22) for _, name in named], fontsize=7)
+    axes.set_yticks(
+        [row for row, _ in named], [display_name(name, 22) for _, name in named], fontsize=7
+    )
 
 
 def _boxes(axes: Axes, boxes: Sequence[_Box], color: str, opacity: float) -> None:
-    """Boxes of one color as one path: of hundreds of layers each its own would be slow."""
+    """Boxes of one color as a single path: one patch per box is slow with hundreds of layers."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -108,18 +113,18 @@ def _boxes(axes: Axes, boxes: Sequence[_Box], color: str, opacity: float) -> Non
     axes.add_patch(PathPatch(Path(corners, codes), color=color, alpha=opacity, linewidth=0))
 
 
-def _keys(spans: Sequence[FormSpan]) -> list[Key]:
-    """One box for full-rank, one for the least and one for the most rank of each other form."""
-    keys: list[Key] = []
+def _legend_entries(spans: Sequence[FormSpan]) -> list[LegendEntry]:
+    """One entry for full-rank, and one each for the smallest and largest rank of other forms."""
+    entries: list[LegendEntry] = []
     for form, color in FORM_COLORS.items():
         shares = sorted({s.share for s in spans if s.form == form and s.share is not None})
         if form == "full-rank" and shares:
-            keys.append((patch(color), form))
+            entries.append((patch(color), form))
             continue
         for share in dict.fromkeys([*shares[:1], *shares[-1:]]):
-            keys.append((patch(color, band_opacity(share)), f"{form}, {share:.0%} of full rank"))
+            entries.append((patch(color, rank_opacity(share)), f"{form}, {share:.0%} of full rank"))
         if not shares and any(span.form == form for span in spans):
-            keys.append((patch(color, band_opacity(None)), form))
+            entries.append((patch(color, rank_opacity(None)), form))
     if any(span.form not in FORM_COLORS for span in spans):
-        keys.append((patch(NEUTRAL, band_opacity(None)), "not recorded"))
-    return keys
+        entries.append((patch(NEUTRAL, rank_opacity(None)), "not recorded"))
+    return entries

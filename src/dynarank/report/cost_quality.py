@@ -1,4 +1,4 @@
-"""The planes: test score against FLOPs, against memory and against time, every run a point."""
+"""Cost-quality plots: test score against FLOPs, memory and time, one point per schedule."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Metric, Run, SummaryRecord
-from dynarank.report.drawing import new_figure, palette, score_axis, shown, styled
-from dynarank.report.moments import by_schedule
+from dynarank.report.grouping import by_schedule
+from dynarank.report.plotting import display_name, new_figure, palette, score_axis, styled
 from dynarank.report.theme import INK, NEUTRAL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["planes_figure"]
+__all__ = ["cost_quality_figure"]
 
 _Value = Callable[[SummaryRecord], float]
 _Box = tuple[float, float, float, float]  # left, right, low, high, in fractions of the axes
@@ -39,16 +39,16 @@ class _Point:
 
 
 @styled
-def planes_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
-    """Test score against relative training FLOPs, peak memory and training time.
+def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
+    """Plot test score against relative training FLOPs, peak memory and training time.
 
-    A labeled point is a schedule; where it has several runs the point is their mean, with bars of
-    one standard deviation, and each run a small dot. Runs that did not finish have no cost, and
-    runs whose score is not finite no place: both are left out.
+    A labeled point is a schedule; with several runs it is their mean, with error bars of one
+    standard deviation and a small dot per run. Unfinished runs have no cost and runs whose score
+    is not finite have no position: both are left out.
 
     Args:
-        runs: of one metric.
-        columns: the planes beside each other (3) or one above the other (1).
+        runs: all with the same metric.
+        columns: plots side by side (3) or one above the other (1).
     """
     metric = runs[0].header.metric
     memory, memory_unit = _memory_unit(runs)
@@ -96,7 +96,7 @@ def _panel(axes: Axes, runs: Sequence[Run], value: _Value, label: str) -> None:
 
 
 def _limit(axes: Axes, points: Sequence[_Point]) -> None:
-    """Cost from zero, so that a factor looks like one; the score from the worst to the best."""
+    """Start the cost axis at zero, so that ratios can be read; fit the score axis to the data."""
     xs, ys = zip(*[pair for point in points for pair in point.runs], strict=True)
     several = [point for point in points if len(point.runs) > 1]
     tops = [*ys, *(point.y + point.spread(1) for point in several)]
@@ -107,7 +107,7 @@ def _limit(axes: Axes, points: Sequence[_Point]) -> None:
 
 
 def _better(axes: Axes, metric: Metric) -> None:
-    """Say which corner is better, as not every metric wants to be high."""
+    """Say which corner is better, since not every metric is better when higher."""
     axes.set_title(
         "better: up, left" if metric.higher_is_better else "better: down, left",
         fontsize=8, fontweight="normal", color=NEUTRAL,
@@ -115,12 +115,12 @@ def _better(axes: Axes, metric: Metric) -> None:
 
 
 def _label(axes: Axes, points: Sequence[_Point]) -> None:
-    """Name each point beside it, where the name covers no other point and no other name."""
+    """Label each point where the label covers no other point and no other label."""
     (_, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     spots = {point: (point.x / right, (point.y - low) / (high - low)) for point in points}
     taken = [(x - 0.03, x + 0.03, y - 0.02, y + 0.02) for x, y in spots.values()]
     for point, (x, y) in spots.items():
-        text = shown(point.name, 24)
+        text = display_name(point.name, 24)
         box = next((b for b in _places(x, y, text) if not _meets(b, taken)), None)
         box = box or next(_places(x, y, text))
         taken.append(box)
@@ -139,7 +139,7 @@ def _label(axes: Axes, points: Sequence[_Point]) -> None:
 
 
 def _places(x: float, y: float, text: str) -> Iterator[_Box]:
-    """Boxes for a name beside ``(x, y)``, nearest first, that stay inside the axes."""
+    """Boxes for a label beside ``(x, y)``, nearest first, that stay inside the axes."""
     width = 0.023 * len(text)  # of panels 2.7 inches wide, in letters of .06 inches
     for step in range(12):
         for up in sorted({y + 0.08 * step, y - 0.08 * step}, reverse=True):

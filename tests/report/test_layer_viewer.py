@@ -12,19 +12,19 @@ from report_runs import write_run
 
 from dynarank.records import read_run
 from dynarank.report.embed import data_block
-from dynarank.report.scrub import (
+from dynarank.report.layer_viewer_data import (
     DECADES,
     LETTERS,
     limits_text,
-    moving_pictures,
     pack_spectrum,
     pack_weights,
+    viewer_runs,
 )
 from dynarank.report.thinning import evenly, within
 
 
 def unpacked(text: str) -> list[float]:
-    """What scrub.js makes of two letters: the share of the largest, 0 at the scale's end."""
+    """What layer_viewer.js makes of two letters: the share of the largest, 0 at the scale's end."""
     pairs = zip(text[::2], text[1::2], strict=True)
     codes = [64 * LETTERS.index(high) + LETTERS.index(low) for high, low in pairs]
     return [10 ** (DECADES * (code / 4095 - 1)) if code else 0.0 for code in codes]
@@ -51,7 +51,7 @@ def test_a_weight_that_is_not_finite_is_a_dot():
 
 def test_a_layer_has_its_measures_values_pictures_and_forms(tmp_path):
     run = read_run(write_run(tmp_path, pictures=True))
-    (packed,) = moving_pictures([run])
+    (packed,) = viewer_runs([run])
     assert packed["epochs"] == list(range(13)) and packed["pictureEpochs"] == list(range(0, 13, 2))
     layer = packed["layers"][0]
     assert layer["name"] == "blocks.0.conv" and layer["full"] == 32 and layer["rank"] == 16
@@ -67,30 +67,30 @@ def test_a_layer_has_its_measures_values_pictures_and_forms(tmp_path):
 
 def test_readings_that_are_not_finite_are_gaps(tmp_path):
     run = read_run(write_run(tmp_path, diverged=True, pictures=True))
-    (layer, *_) = moving_pictures([run])[0]["layers"]
+    (layer, *_) = viewer_runs([run])[0]["layers"]
     assert layer["spectra"][3] is not None and layer["spectra"][4] is None
     assert layer["measures"][4][0] is None and layer["measures"][4][1] is not None
     json.dumps(layer, allow_nan=False)
 
 
 def test_many_layers_are_kept_within_the_budget_and_the_limits_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("dynarank.report.scrub.SPECTRUM_BUDGET", 20 * 64 * 5)
-    monkeypatch.setattr("dynarank.report.scrub.PICTURE_BUDGET", 20 * 64 * 5)
+    monkeypatch.setattr("dynarank.report.layer_viewer_data.SPECTRUM_BUDGET", 20 * 64 * 5)
+    monkeypatch.setattr("dynarank.report.layer_viewer_data.HEATMAP_BUDGET", 20 * 64 * 5)
     run = read_run(write_run(tmp_path, layers=20, pictures=True))
-    (packed,) = moving_pictures([run])
+    (packed,) = viewer_runs([run])
     assert len(packed["layers"]) == 20 and len(packed["epochs"]) == 5
     assert packed["epochs"][0] == 0 and packed["epochs"][-1] == 12
     assert len(packed["layers"][0]["picture"]["cells"][0]) == 8 * 8
     assert limits_text([packed]) == (
-        "Kept in this page: 5 of 13 readings, 5 of 7 moments of the weights and "
+        "This page shows 5 of 13 readings, 5 of 7 readings of the weights and "
         "weights in 8 x 8 blocks; records.jsonl has all."
     )
 
 
 @given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 500), st.integers(1, 100))
-def test_what_is_kept_fits_or_is_the_least(budget, layers, moments, size):
-    kept_layers, kept = within(budget, layers, moments, size)
-    assert 1 <= kept_layers <= layers and 1 <= kept <= moments
+def test_what_is_kept_fits_or_is_the_least(budget, layers, readings, size):
+    kept_layers, kept = within(budget, layers, readings, size)
+    assert 1 <= kept_layers <= layers and 1 <= kept <= readings
     assert kept_layers * kept * size <= budget or kept_layers == 1
 
 

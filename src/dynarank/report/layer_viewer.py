@@ -1,31 +1,31 @@
-"""The moving pictures of a layer: their controls and frames; ``scrub.js`` fills them."""
+"""The layer viewer: one layer at the epoch a slider is set to; ``layer_viewer.js`` draws it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from dynarank.records import Run
+from dynarank.report.annotations import FORM_COLORS
 from dynarank.report.embed import data_block
-from dynarank.report.marks import FORM_COLORS
+from dynarank.report.layer_viewer_data import DECADES, LETTERS, limits_text, viewer_runs
 from dynarank.report.markup import Html, element
-from dynarank.report.scrub import DECADES, LETTERS, limits_text, moving_pictures
 from dynarank.report.theme import variable
 
-__all__ = ["moving_block"]
+__all__ = ["layer_viewer"]
 
 _CAPTION = (
-    "Left: the layer's singular values over the largest it ever had; gray: at the first reading. "
-    "Right: its weights, outputs down and inputs across, in blocks of mean absolute value. Below: "
-    "its effective rank as a share of full rank (blue), λ (red) and its form over time."
+    "Left: the layer's singular values, divided by the largest it ever had; gray: at the first "
+    "reading. Right: its weights as mean absolute values of blocks, outputs down, inputs across. "
+    "Below: its effective rank as a share of full rank (blue), λ (red) and its form over time."
 )
 
 
-def moving_block(runs: Sequence[Run]) -> Html:
-    """Frames, controls and data of one layer over time; hidden until the script has started.
+def layer_viewer(runs: Sequence[Run]) -> Html:
+    """Build the viewer's controls, frames and data; hidden until the script starts.
 
-    Nothing where no run has spectra or pictures of weights.
+    Empty if no run has spectra or heat-maps.
     """
-    pictures = moving_pictures(runs)
+    pictures = viewer_runs(runs)
     if not pictures:
         return Html("")
     data = {
@@ -39,8 +39,8 @@ def moving_block(runs: Sequence[Run]) -> Html:
     frames = element("div", _spectrum(), _weights(), class_="moving")
     timeline = _svg("timeline", "0 0 890 132", "The layer's ranks and form over time")
     readout = element("p", id="moving-readout", class_="readout", aria_live="off")
-    card = element("div", frames, timeline, class_="card")
-    body = element("figure", _controls(), readout, card, element("figcaption", caption))
+    frame = element("div", frames, timeline, class_="frame")
+    body = element("figure", _controls(), readout, frame, element("figcaption", caption))
     return Html(element("div", body, id="moving", hidden="") + data_block("pictures", data))
 
 
@@ -76,7 +76,7 @@ def _svg(name: str, box: str, label: str) -> Html:
 
 
 def _viridis() -> list[list[int]]:
-    """Viridis in as many steps as a packed block has values."""
+    """Viridis, with one color for each value of a packed block."""
     from matplotlib import colormaps
 
     scale, last = colormaps["viridis"], len(LETTERS) - 1

@@ -1,5 +1,5 @@
 "use strict";
-// One layer over time: its singular values, its weights, and its measures, at the moment chosen.
+// The layer viewer: one layer's singular values, weights and rank metrics at the epoch of the slider.
 (() => {
   const root = document.getElementById("moving");
   if (!root) return;
@@ -9,7 +9,7 @@
   const still = matchMedia("(prefers-reduced-motion: reduce)");
   const letters = data.letters, decades = data.decades;
   const code = new Map([...letters].map((letter, index) => [letter, index]));
-  let run, layer, moments, timer = 0;
+  let run, layer, readings, timer = 0;
 
   // Numbers as written, and the singular values as packed: two letters, logarithmic.
   const text = (value, digits = 3) =>
@@ -18,7 +18,7 @@
     const shares = [];
     for (let i = 0; i < packed.length; i += 2)
       shares.push((code.get(packed[i]) * 64 + code.get(packed[i + 1])) / 4095);
-    return shares; // 1 is the largest value of all moments, 0 is 10^-decades of it or less
+    return shares; // 1 is the largest value of all readings, 0 is 10^-decades of it or less
   };
 
   const SVG = "http://www.w3.org/2000/svg";
@@ -39,7 +39,7 @@
     }
     draw(parent, "path", { d: path, class: "path", stroke: color, opacity });
   };
-  // Drawn at the width there is, so that letters keep their size on a narrow screen.
+  // Drawn at the available width, so that text keeps its size on a narrow screen.
   const sized = (svg, height) => {
     const width = Math.max(svg.clientWidth, 260);
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -49,7 +49,7 @@
   const label = (parent, x, y, words, anchor = "middle") =>
     draw(parent, "text", { x, y, "text-anchor": anchor }, words);
 
-  // The last reading at or before the moment.
+  // The index of the last reading at or before the epoch, or -1.
   const latest = (epochs, epoch) => {
     let found = -1;
     epochs.forEach((value, index) => { if (value <= epoch) found = index; });
@@ -81,7 +81,7 @@
     const index = latest(run.epochs, epoch), first = layer.spectra.find((packed) => packed);
     if (first) line(svg, curve(first), "var(--soft)", 0.6);
     if (index >= 0 && layer.spectra[index]) line(svg, curve(layer.spectra[index]), "var(--s0)");
-    else label(svg, (left + right) / 2, (top + bottom) / 2, first ? "not finite, or not read at this moment" : "no singular values were kept");
+    else label(svg, (left + right) / 2, (top + bottom) / 2, first ? "not finite, or not read at this epoch" : "no singular values were recorded");
   }
 
   function weights(epoch) {
@@ -91,7 +91,7 @@
     canvas.hidden = !cells;
     note.textContent = cells
       ? "Epoch " + text(run.pictureEpochs[index], 4) + "; brightest: mean |w| " + text(picture.top)
-      : "No picture of this layer's weights at this moment.";
+      : "No heat-map of this layer's weights at this epoch.";
     if (!cells) return;
     canvas.width = picture.columns;
     canvas.height = picture.rows;
@@ -106,7 +106,7 @@
 
   function timeline(epoch) {
     const svg = at("timeline"), left = 46, right = sized(svg, 132) - 12, top = 8, bottom = 92;
-    const x = (moment) => left + (moment / (run.end || 1)) * (right - left);
+    const x = (at) => left + (at / (run.end || 1)) * (right - left);
     const y = (share) => bottom - share * (bottom - top);
     for (const share of [0, 0.5, 1]) {
       draw(svg, "line", { x1: left, x2: right, y1: y(share), y2: y(share), class: "axis" });
@@ -122,7 +122,7 @@
     }
     label(svg, left, bottom + 34, "epoch 0", "start");
     label(svg, right, bottom + 34, text(run.end, 4), "end");
-    const curve = (pick) => run.epochs.map((moment, i) => [x(moment), layer.measures[i] === null ? null : pick(layer.measures[i])]);
+    const curve = (pick) => run.epochs.map((at, i) => [x(at), layer.measures[i] === null ? null : pick(layer.measures[i])]);
     line(svg, curve((m) => (m[2] === null ? null : y(m[2]))), "var(--s1)");
     line(svg, curve((m) => (m[0] === null ? null : y(m[0] / layer.full))), "var(--s0)");
     draw(svg, "line", { x1: x(epoch), x2: x(epoch), y1: top - 4, y2: bottom + 20, stroke: "var(--ink)", "stroke-width": 1.5 });
@@ -142,7 +142,7 @@
   }
 
   function show() {
-    const epoch = moments[Number(slider.value)];
+    const epoch = readings[Number(slider.value)];
     spectrum(epoch);
     weights(epoch);
     timeline(epoch);
@@ -162,9 +162,9 @@
     options(layerChoice, run.layers.map((each) => each.name));
     const same = run.layers.findIndex((each) => each.name === before);
     layerChoice.value = String(Math.max(same, 0));
-    moments = [...new Set([...run.epochs, ...run.pictureEpochs])].sort((a, b) => a - b);
-    slider.max = String(moments.length - 1);
-    slider.value = String(moments.length - 1);
+    readings = [...new Set([...run.epochs, ...run.pictureEpochs])].sort((a, b) => a - b);
+    slider.max = String(readings.length - 1);
+    slider.value = String(readings.length - 1);
     chooseLayer();
   }
 
@@ -180,7 +180,7 @@
     show();
   };
   play.addEventListener("click", () => {
-    if (still.matches) return step(); // who wants less motion goes a reading at a time
+    if (still.matches) return step(); // with reduced motion, one reading per click
     if (timer) return stop();
     if (slider.value === slider.max) slider.value = "0";
     show();
@@ -195,7 +195,7 @@
   options(runChoice, data.runs.map((each) => each.name));
   at("run-label").hidden = data.runs.length < 2;
   name();
-  root.hidden = false; // before drawing: what is hidden has no width
+  root.hidden = false; // before drawing: hidden elements have no width
   chooseRun();
   new ResizeObserver(show).observe(root);
   for (const picture of document.querySelectorAll(".static")) picture.hidden = true;
