@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from covering import over
 from hypothesis import given, settings
 from laws import ALL_FORMS, DECOMPOSITIONS, LAYERS, LayerCase, assert_close, fitting, randomize
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 NAMES = ["linear", "linear-tall", "conv-tall", "conv-grouped", "conv-depthwise", "transposed-2d"]
 FEW = [case for case in LAYERS if case.name in (*NAMES, "gpt2-conv1d")]
 FORMS = [f for d in DECOMPOSITIONS for f in (LowRank(3, d), Adapted(3, d, alpha=6.0))]
-over_layers = pytest.mark.parametrize("case", FEW, ids=str)
 over_forms = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
@@ -60,9 +60,7 @@ def linear_step(optimizer: Optimizer, parameters: list[nn.Parameter], gradient: 
 # The first moment.
 
 
-@over_layers
-@over_forms
-@pytest.mark.parametrize("kind", [SGD, Adam])
+@over({"case": FEW, "form": FORMS, "kind": [SGD, Adam]})
 def test_to_factors_is_the_vjp_of_the_weight(case: LayerCase, form: Form, kind: Any) -> None:
     """M_f == J(M), in every orientation of the weight."""
     model, one = build(case)
@@ -78,8 +76,7 @@ def test_to_factors_is_the_vjp_of_the_weight(case: LayerCase, form: Form, kind: 
         assert_close(actual, expected)
 
 
-@over_layers
-@over_forms
+@over({"case": FEW, "form": FORMS})
 def test_from_factors_what_they_knew_survives(case: LayerCase, form: Form) -> None:
     """J(J+(J(G))) == J(G), and the lifted moment is no larger than G."""
     model, one = build(case)
