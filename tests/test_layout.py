@@ -44,8 +44,8 @@ FORBIDDEN = {
 }
 # These import no third-party package but torch.
 ONLY_TORCH = ORDER[: ORDER.index("records")]
-# Files for a library that the user has imported already.
-ADAPTERS = {"hf_conv1d.py"}
+# One file a library: for its layers, where the user has imported it already; for its file format.
+ADAPTERS = {"hf_conv1d.py", "weight_files.py"}
 # By name, looked up in the public registries: nothing above them asks for one by name.
 AT_THE_TOP = 8
 

@@ -1,4 +1,4 @@
-"""The vocabulary: the three forms of a layer's weight, plans and changes. Plain data, no logic.
+"""The three forms that a layer's weight can have, ranks, plans and changes: plain data.
 
 A layer's weight is always ``base + scale * join(factors)``, either part absent:
 
@@ -94,7 +94,40 @@ class FullRank:
 
 
 @dataclass(frozen=True, repr=False)
-class LowRank:
+class _WithFactors:
+    """What the two forms with factors share."""
+
+    rank: RankLike
+    decomposition: str = "svd"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", _plain_rank(self.rank))
+
+    def __repr__(self) -> str:
+        """Execution is shown only where it is not left to the library, a restart if it is one."""
+        optional = ("execution", "recompute", "restart")
+        values = [(f, getattr(self, f.name)) for f in fields(self)]
+        shown = [(f, value) for f, value in values if f.name not in optional]
+        shown += [(f, v) for f, v in values if f.name in optional and v != f.default]
+        return f"{type(self).__name__}({', '.join(f'{f.name}={v!r}' for f, v in shown)})"
+
+    @property
+    def resolved_rank(self) -> int:
+        """The rank of a resolved form, an int, as every form has that a layer has.
+
+        Raises:
+            ValueError: the rank is a share, which depends on a weight's shape.
+        """
+        if isinstance(self.rank, int):
+            return self.rank
+        raise ValueError(
+            f"{self} has a share for a rank, which is a number only for a weight of a known shape; "
+            "resolve the form with WeightSpec.resolve(form), or read the layer's own form"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class LowRank(_WithFactors):
     """The weight is ``join(factors)``; the factors train.
 
     Args:
@@ -106,21 +139,16 @@ class LowRank:
             again: less memory, one more thin product.
     """
 
-    rank: RankLike
-    decomposition: str = "svd"
     execution: LowRankExecution = "auto"
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", _plain_rank(self.rank))
+        super().__post_init__()
         _check_execution(self.execution, get_args(LowRankExecution))
-
-    def __repr__(self) -> str:
-        return _short_repr(self)
 
 
 @dataclass(frozen=True, repr=False)
-class Adapted:
+class Adapted(_WithFactors):
     """The weight is ``base + alpha / rank * join(factors)``; the base is frozen, the factors train.
 
     Args:
@@ -136,28 +164,23 @@ class Adapted:
             added to the base, and a new one of zero output begins.
     """
 
-    rank: RankLike
-    decomposition: str = "svd"
     alpha: float = 16.0
     execution: AdaptedExecution = "auto"
     recompute: bool = False
     restart: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", _plain_rank(self.rank))
+        super().__post_init__()
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
         if isinstance(self.restart, bool) or operator.index(self.restart) < 0:
             raise ValueError(f"restart is a whole number >= 0, got {self.restart!r}")
         _check_execution(self.execution, get_args(AdaptedExecution))
 
-    def __repr__(self) -> str:
-        return _short_repr(self)
-
     @property
     def scale(self) -> float:
-        """Alpha / rank; the rank must be resolved."""
-        return self.alpha / operator.index(self.rank)  # type: ignore[arg-type]
+        """Alpha / rank, of a resolved form."""
+        return self.alpha / self.resolved_rank
 
 
 Form: TypeAlias = FullRank | LowRank | Adapted
@@ -221,12 +244,11 @@ def same_weight(one: Form, other: Form) -> bool:
         >>> same_weight(LowRank(8), LowRank(8, execution="joined"))
         True
     """
-    if isinstance(one, FullRank) or type(one) is not type(other):
-        return type(one) is type(other)
-    assert not isinstance(other, FullRank)
-    return replace(one, execution="auto", recompute=False) == replace(
-        other, execution="auto", recompute=False
-    )
+    return _any_execution(one) == _any_execution(other)
+
+
+def _any_execution(form: Form) -> Form:
+    return form if isinstance(form, FullRank) else replace(form, execution="auto", recompute=False)
 
 
 def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None) -> int:
@@ -253,15 +275,6 @@ def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None)
     whole = {"out": n, "min": min(m, n), "break-even": m * n / (m + n)}[share.of]
     wanted = min(max(int(share.value * whole), 1), limit)
     return wanted - wanted % share.multiple_of if wanted >= share.multiple_of else wanted
-
-
-def _short_repr(form: LowRank | Adapted) -> str:
-    """How it computes is shown only where it is not left to the library; a restart if it is one."""
-    shown = [f for f in fields(form) if f.name not in ("execution", "recompute", "restart")]
-    shown += [f for f in fields(form) if f not in shown and getattr(form, f.name) != f.default]
-    return (
-        f"{type(form).__name__}({', '.join(f'{f.name}={getattr(form, f.name)!r}' for f in shown)})"
-    )
 
 
 def _check_execution(execution: str, known: Sequence[str]) -> None:

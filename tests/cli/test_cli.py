@@ -174,7 +174,7 @@ def test_spectrum_shows_each_row_when_it_is_ready(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
     """A shard that is cut while the command is at work: the rows before it have been shown."""
-    from dynarank.monitors.tensor_file import TensorFile
+    from dynarank.monitors.weight_files import TensorFile
 
     save_file({"a": torch.eye(4), "b": torch.eye(4)}, "m.safetensors")
     shown: list[str] = []

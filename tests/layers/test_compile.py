@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import ALL_FORMS, LAYERS, LayerCase, assert_close, randomize
-from test_laws import fitting
+from laws import ALL_FORMS, LAYERS, LayerCase, assert_close, fitting, randomize
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 

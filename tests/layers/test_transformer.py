@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from laws import assert_close, randomize
-from layers.test_attention import compare, plain_twin
+from plain_twin import compare, plain_twin
 from torch import Tensor, nn
 
 import dynarank as dr

@@ -298,7 +298,8 @@ def test_the_scheduler_calibrates_only_before_weights_become_low_rank() -> None:
     ("run", "message"),
     [
         (lambda m: dr.calibrate(m, []), "no batch"),
-        (lambda m: dr.calibrate(m, [[torch.ones(1, 4)]]), "list; pass forward="),
+        (lambda m: dr.calibrate(m, ["text"]), "a batch is a tensor, .* got str"),
+        (lambda m: dr.calibrate(m, [[]]), r"Sequential.forward.* does not take the batch \[\]"),
         (lambda m: dr.calibrate(m, [torch.full((2, 4), torch.nan)]), "layer '0'.*not finite"),
         (lambda m: dr.calibrate(m, [torch.ones(2, 4)], forward=lambda m, b: None), "met no weight"),
         (

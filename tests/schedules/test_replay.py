@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from schedules.test_spectral import LAYERS, SCHEDULES, SPECTRA, answers, reading
+from schedules.library.test_closed_loop import LAYERS, SCHEDULES, SPECTRA, answers, reading
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form, Rank

@@ -10,8 +10,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from laws import ALL_FORMS, DECOMPOSITIONS, LAYERS, LayerCase, assert_close, randomize
-from test_laws import fitting
+from laws import ALL_FORMS, DECOMPOSITIONS, LAYERS, LayerCase, assert_close, fitting, randomize
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 

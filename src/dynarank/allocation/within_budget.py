@@ -202,12 +202,12 @@ def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None)
     energies = spectrum(site, calibration).square().sum(0)
     total = energies.sum().item()
     shares = (energies.cumsum(0) / total).tolist() if total > 0 else [1.0] * len(energies)
-    return [shares[int(form.rank) - 1] for form in forms]  # type: ignore[arg-type]
+    return [shares[form.resolved_rank - 1] for form in forms]
 
 
 def _kept_by_split(site: Site, weight: Tensor, form: LowRank) -> float:
     d = site.spec.decomposition(form)
-    rest = weight - d.join(d.split(weight, int(form.rank)))  # type: ignore[arg-type]
+    rest = weight - d.join(d.split(weight, form.resolved_rank))
     total = weight.square().sum().item()
     return 1 - rest.square().sum().item() / total if total > 0 else 1.0
 

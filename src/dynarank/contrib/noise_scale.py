@@ -1,44 +1,70 @@
 """The gradient noise scale: how many samples a batch needs before its gradient is more than noise.
 
 Experimental: the estimate is coarse, and no schedule of this library decides by it.
+
+Legend: g_i the mean gradient of shard i of N, each of b samples; g their mean, that of B = N b
+samples; Sigma the covariance of one sample's gradient, G the true gradient. S estimates tr(Sigma)
+and Q estimates |G|^2, without bias (McCandlish et al., arXiv 1812.06162, 2018, appendix A.1)::
+
+    S = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)         = b / (N - 1) * sum_i |g_i - g|^2
+    Q = (B |g_B|^2 - b |g_b|^2) / (B - b)         = |g|^2 - S / B
+
+The right-hand sides, for |g_b|^2 the mean over the shards, take no difference of large numbers.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.contrib.noise_estimate import (
-    Average,
-    Estimate,
-    from_norms,
-    from_shards,
-    noise_scale,
-    squared_norm,
-)
-from dynarank.layers.running import undisturbed
+from dynarank.layers.running import preserve_state
 from dynarank.monitors.cadence import Cadence
 from dynarank.monitors.gradient_window import trained
-from dynarank.schedules.readings import NoiseReading
 from dynarank.surgery.sites import survey
 
-__all__ = ["NoiseMonitor"]
+__all__ = [
+    "Average",
+    "Estimate",
+    "NoiseMonitor",
+    "NoiseReading",
+    "from_norms",
+    "from_shards",
+    "noise_scale",
+    "squared_norm",
+]
 
 _Part = TypeVar("_Part")
 _REST = ""  # what is no layer's weight: biases, normalizations
 _Layout: TypeAlias = tuple[tuple[int, ...], ...]  # the shapes of a layer's trained parameters
 
 
+@dataclass(frozen=True)
+class NoiseReading:
+    """The gradient noise scale, tr(covariance) / |gradient|^2, in samples. Experimental.
+
+    It is infinite while the gradient is lost in its noise.
+
+    Args:
+        noise_scale: of the whole model.
+        layers: of each layer's weight.
+    """
+
+    noise_scale: float
+    layers: Mapping[str, float]
+
+
 class NoiseMonitor:
     """Reads the gradient noise scale, tr(Sigma) / |G|^2, in samples: per layer and of the model.
 
     Sigma is the covariance of one sample's gradient and G the true gradient. Unbiased estimates of
-    numerator and denominator (``noise_estimate``) are averaged over readings, each on
+    numerator and denominator (:class:`Estimate`) are averaged over readings, each on
     its own, and only then divided; the model's are the sums of its parts'. A layer's noise is that
     of the parameters which train in its form, weight or factors, so that a change of form starts
     its averages anew.
@@ -123,10 +149,10 @@ class NoiseMonitor:
 
         def gradients() -> Iterator[Sequence[Tensor | None]]:
             for part in parts:
-                with torch.enable_grad():
+                with torch.enable_grad():  # whoever takes the gradients needs none of its own
                     yield torch.autograd.grad(loss(part), parameters, allow_unused=True)
 
-        with undisturbed(self._model):
+        with preserve_state(self._model):
             return self._read(parameters, from_shards(gradients(), samples))
 
     def feed(self, shards: Iterable[Mapping[str, Tensor]], samples: int) -> NoiseReading:
@@ -209,3 +235,131 @@ class NoiseMonitor:
         """The layer of each parameter that is part of a layer's weight and not its frozen base."""
         sites = [site for site in survey(self._model) if site.form is not None]
         return {p: site.path for site in sites for p in trained(site)}
+
+
+class Estimate(NamedTuple):
+    """S, the noise tr(Sigma) of one sample's gradient, and Q, the signal |G|^2."""
+
+    noise: float
+    signal: float
+
+    def plus(self, other: Estimate) -> Estimate:
+        """That of both parts of a parameter vector."""
+        return Estimate(self.noise + other.noise, self.signal + other.signal)
+
+
+def from_norms(small: float, large: float, samples: tuple[int, int]) -> Estimate:
+    """S and Q from the squared norms of the mean gradients of b and of B samples.
+
+    Example:
+        >>> from_norms(3.0, 2.0, (8, 16))
+        Estimate(noise=16.0, signal=1.0)
+    """
+    b, large_b = samples
+    noise = (small - large) / (1 / b - 1 / large_b)
+    return Estimate(noise, (large_b * large - b * small) / (large_b - b))
+
+
+@torch.no_grad()
+def from_shards(shards: Iterable[Sequence[Tensor | None]], samples: int) -> list[Estimate]:
+    """S and Q of each tensor, from the gradients of N shards of ``samples`` each.
+
+    The shards come one at a time; a running mean is kept (Welford 1962). None is a gradient of
+    zeros.
+
+    Raises:
+        ValueError: fewer than two shards, or no sample in them.
+
+    Example:
+        >>> from_shards([[torch.tensor([3.0])], [torch.tensor([1.0])]], samples=1)
+        [Estimate(noise=2.0, signal=3.0)]
+    """
+    if samples < 1:
+        raise ValueError(f"a shard has 1 or more samples, got samples={samples}")
+    means: list[_Mean] = []
+    count = 0
+    for count, gradients in enumerate(shards, start=1):
+        means = means or [_Mean() for _ in gradients]
+        for mean, gradient in zip(means, gradients, strict=True):
+            mean.add(gradient, count)
+    if count < 2:
+        raise ValueError(f"the noise scale needs two or more shards of a batch, got {count}")
+    return [mean.estimate(count, samples) for mean in means]
+
+
+class _Mean:
+    """A running mean, and the sum of squared deviations from it."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+        self._deviation: Tensor | float = 0.0
+
+    def add(self, gradient: Tensor | None, count: int) -> None:
+        if gradient is None and self._value is None:
+            return
+        value = torch.zeros_like(self._value) if gradient is None else _plain(gradient)  # type: ignore[arg-type]
+        before = torch.zeros_like(value) if self._value is None else self._value
+        change = value - before
+        self._value = before + change / count
+        share = (count - 1) / count
+        self._deviation = self._deviation + share * torch.linalg.vector_norm(change).square()
+
+    def estimate(self, count: int, samples: int) -> Estimate:
+        if self._value is None:
+            return Estimate(0.0, 0.0)
+        noise = samples / (count - 1) * float(self._deviation)
+        return Estimate(noise, squared_norm(self._value) - noise / (count * samples))
+
+
+def squared_norm(gradient: Tensor) -> float:
+    """|g|^2."""
+    return float(torch.linalg.vector_norm(_plain(gradient)).square())
+
+
+def _plain(gradient: Tensor) -> Tensor:
+    dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    return dense.to(torch.promote_types(dense.dtype, torch.float32))
+
+
+class Average:
+    """An exponential moving average of estimates, without bias from its start.
+
+    Example:
+        >>> average = Average(0.9)
+        >>> average.add(Estimate(4.0, 2.0))
+        >>> average.value
+        Estimate(noise=4.0, signal=2.0)
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._sum = Estimate(0.0, 0.0)
+        self._weight = 0.0
+
+    def add(self, estimate: Estimate) -> None:
+        """Take in one more."""
+        keep, new = self._decay, 1 - self._decay
+        self._sum = Estimate(
+            *(keep * a + new * b for a, b in zip(self._sum, estimate, strict=True))
+        )
+        self._weight = keep * self._weight + new
+
+    @property
+    def value(self) -> Estimate:
+        """The average."""
+        return Estimate(self._sum.noise / self._weight, self._sum.signal / self._weight)
+
+
+def noise_scale(estimates: Iterable[Estimate]) -> float:
+    """``sum S / sum Q``, in samples; infinite while the signal is lost in the noise.
+
+    Example:
+        >>> noise_scale([Estimate(4.0, 2.0), Estimate(2.0, 1.0)])
+        2.0
+    """
+    total = Estimate(0.0, 0.0)
+    for estimate in estimates:
+        total = total.plus(estimate)
+    if total.signal > 0:
+        return max(total.noise, 0.0) / total.signal
+    return math.inf if total.noise > 0 else math.nan

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from dynarank.cost.flops import run_batch
 from dynarank.cost.memory import probe_memory
 from dynarank.forms import Plan
+from dynarank.layers.running import preserve_state
 from dynarank.surgery.verbs import apply_plan
 
 __all__ = ["DryRun", "dry_run"]
@@ -52,7 +53,7 @@ def dry_run(
         model: the model.
         optimizers: its optimizers.
         plans: the plans to try.
-        sample: a batch, as :func:`dynarank.cost.trace` takes it.
+        sample: a batch, see :func:`dynarank.layers.running.forward_arguments`.
         loss: from the model's output to a scalar; None: the sum of all its tensors.
         rounds: measured steps of each, after one to warm up; 0: the first is measured, which is
             enough for memory.
@@ -64,12 +65,11 @@ def dry_run(
         >>> low.peak_bytes < full.peak_bytes
         True
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
-        return [_rehearse(model, optimizers, plan, sample, loss, rounds) for plan in plans]
+    with preserve_state(model, grad=True):
+        return [_dry_run(model, optimizers, plan, sample, loss, rounds) for plan in plans]
 
 
-def _rehearse(
+def _dry_run(
     model: nn.Module,
     optimizers: Sequence[Optimizer],
     plan: Plan,
@@ -82,7 +82,7 @@ def _rehearse(
     apply_plan(twin, plan, optimizer=own, moments="reset")
     device = next(twin.parameters()).device
     seconds: list[float] = []
-    with torch.enable_grad(), probe_memory(twin, own, device) as probe:
+    with probe_memory(twin, own, device) as probe:
         seconds.append(_step(twin, own, sample, loss, device))
     for _ in range(rounds):
         _clear(own, twin)

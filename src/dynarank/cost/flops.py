@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.forms import Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, Flops, WeightSpec, choose_execution, ranked_class, readers
+from dynarank.layers.running import call_model, forward_arguments
 from dynarank.surgery.sites import Site, survey
 
 __all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "run_batch", "trace"]
@@ -99,25 +100,27 @@ def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[
 
 
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
-    """Run one training step on a copy of the model without memory (meta tensors), and take notes.
+    """Run one training step on a copy of the model without memory (meta tensors), and record how each weight is used.
 
     Fused attention is counted too, which FlopCounterMode leaves out when it runs on a CPU.
 
     Args:
         model: any model whose forward pass does not depend on values.
-        sample: a batch: a tensor, or a tuple or dict of a forward pass's arguments.
+        sample: a batch: a tensor, a tuple or list of positional arguments of the forward pass, or a
+            dict of keyword arguments; see :func:`dynarank.layers.running.forward_arguments`.
         loss: from the model's output to a scalar; None: the sum of all its floating-point tensors.
 
     Returns:
         Everything needed to cost any plan for batches like this one.
     """
-    ghost = copy.deepcopy(model).to("meta")
-    ghost.train(model.training)
+    meta_copy = copy.deepcopy(model).to("meta")
+    meta_copy.train(model.training)
     sites = [site for site in survey(model) if site.form is not None]
     calls: dict[str, list[Call]] = {site.path: [] for site in sites}
-    _take_notes(ghost, sites, calls)
-    ghostly = partial(_ghost, known={})
-    counted = count_flops(ghost, tree_map(ghostly, sample, is_leaf=_is_packed), loss)
+    _record_calls(meta_copy, sites, calls)
+    to_meta = partial(_to_meta, known={})
+    args, named = tree_map(to_meta, forward_arguments(model, sample), is_leaf=_is_packed)
+    counted = _count(lambda: meta_copy(*args, **named), loss)
     layers = {
         site.path: LayerUse(
             site.spec,
@@ -146,17 +149,21 @@ def count_flops(
 
     With one correction: it counts a grouped convolution's weight gradient once for each group.
     """
+    return _count(lambda: call_model(model, sample), loss)
+
+
+def _count(forward: Callable[[], Any], loss: Callable[[Any], Tensor] | None) -> Flops:
     from torch.utils.flop_counter import FlopCounterMode
 
     mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
     counter = FlopCounterMode(display=False, custom_mapping=mapping)
     with torch.enable_grad(), counter:
-        output = _call(model, sample)
-        forward = counter.get_total_flops()
+        output = forward()
+        flops = counter.get_total_flops()
         scalar = (loss or _sum_all)(output)
         if scalar.requires_grad:
             scalar.backward()
-        return Flops(forward, counter.get_total_flops())
+        return Flops(flops, counter.get_total_flops())
 
 
 def _convolution_backward_flops(
@@ -174,11 +181,11 @@ def _convolution_backward_flops(
     return forward * (wanted[0] + wanted[1])
 
 
-def _ghost(value: Any, known: dict[int, Tensor]) -> Any:
+def _to_meta(value: Any, known: dict[int, Tensor]) -> Any:
     """A tensor's shape and need of a gradient, without its memory; passed twice, it stays one."""
     if isinstance(value, PackedSequence):
-        data = cast(Tensor, _ghost(value.data, known))  # batch_sizes stay: they are the shape
-        return PackedSequence(data, value.batch_sizes, *(_ghost(v, known) for v in value[2:]))
+        data = cast(Tensor, _to_meta(value.data, known))  # batch_sizes stay: they are the shape
+        return PackedSequence(data, value.batch_sizes, *(_to_meta(v, known) for v in value[2:]))
     if not isinstance(value, Tensor):
         return value
     if id(value) not in known:
@@ -192,13 +199,7 @@ def _is_packed(value: Any) -> bool:
 
 def run_batch(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
     """A batch's loss, or the sum of all the model's floating-point outputs."""
-    return (loss or _sum_all)(_call(model, sample))
-
-
-def _call(model: nn.Module, sample: Any) -> Any:
-    if isinstance(sample, Mapping):
-        return model(**sample)
-    return model(*sample) if isinstance(sample, tuple) else model(sample)
+    return (loss or _sum_all)(call_model(model, sample))
 
 
 def _sum_all(output: Any) -> Tensor:
@@ -210,26 +211,28 @@ def _sum_all(output: Any) -> Tensor:
     return cast(Tensor, sum(tensors))
 
 
-def _take_notes(ghost: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]) -> None:
-    """Have every module write down how it uses its weights, tied ones under their site's path."""
+def _record_calls(
+    meta_copy: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]
+) -> None:
+    """Have every module record its uses of its weights, tied ones under their site's path."""
     paths: dict[nn.Module, dict[str, str]] = {}
-    parents, devices = readers(ghost), dict[nn.Module, str]()
+    parents, devices = readers(meta_copy), dict[nn.Module, str]()
     for site in sites:
         for one in (site, *site.tied):
-            module, name = ghost.get_submodule(one.module_path), one.spec.name
+            module, name = meta_copy.get_submodule(one.module_path), one.spec.name
             if module in parents:  # it is not called, its parent knows
                 module, name = parents[module], f"{one.module_path.rpartition('.')[2]}.{name}"
             paths.setdefault(module, {})[name] = site.path
             devices[module] = next(iter(one.parameters().values())).device.type
     for module, names in paths.items():
-        note = _note(names, calls, devices[module])
-        module.register_forward_pre_hook(note, with_kwargs=True)
+        hook = _record(names, calls, devices[module])
+        module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def _note(
+def _record(
     names: Mapping[str, str], calls: dict[str, list[Call]], device: str
 ) -> Callable[[nn.Module, Any, Any], None]:
-    def note(module: nn.Module, inputs: Any, named: Any) -> None:
+    def record(module: nn.Module, inputs: Any, named: Any) -> None:
         ranked = ranked_class(type(module))
         assert ranked is not None
         bound = inspect.signature(module.forward).bind(*inputs, **named)
@@ -238,4 +241,4 @@ def _note(
             if name in names:
                 calls[names[name]] += [replace(call, device=device) for call in found]
 
-    return note
+    return record

@@ -196,7 +196,7 @@ def _draw(
 ) -> Factors:
     form, draws = site.form, plain_draw(site, seed, reset)
     assert isinstance(form, LowRank)
-    decomposition, rank = site.spec.decomposition(form), int(form.rank)  # type: ignore[arg-type]
+    decomposition, rank = site.spec.decomposition(form), form.resolved_rank
     if match == "spectrum":
         return decomposition.split(next(draws), rank)
     number = min(max(1, math.ceil(_ENTRIES / math.prod(site.shape))), _DRAWS)

@@ -168,7 +168,7 @@ def _join_flops(spec: WeightSpec, form: LowRank | Adapted) -> int:
 
 
 def _rank(form: LowRank | Adapted) -> int:
-    return int(form.rank)  # type: ignore[arg-type]
+    return form.resolved_rank
 
 
 def _factored(spec: WeightSpec, form: LowRank, call: Call) -> list[Execution]:

@@ -160,7 +160,7 @@ class RankedLayer(nn.Module):
         form, spec = self.forms[name], self.spec(name)
         parameters = cast(dict[str, Tensor], self._parameters)
         if isinstance(form, LowRank):
-            split = spec.decomposition(form).split(spec.turn(precise(weight)), int(form.rank))  # type: ignore[arg-type]
+            split = spec.decomposition(form).split(spec.turn(precise(weight)), form.resolved_rank)
             for factor, value in zip(spec.factors(form, parameters), split, strict=True):
                 factor.copy_(value)
             return

@@ -1,46 +1,140 @@
-"""Running a model without leaving a trace in it or in the random state."""
+"""Running a user's model on a batch, and leaving no trace of it.
+
+:func:`call_model` is what a batch means everywhere in the library; :func:`preserve_state` is the
+one context for passes that are not training steps: measurements, calibration, dry runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import inspect
+import sys
+from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["undisturbed"]
+__all__ = ["call_model", "forward_arguments", "preserve_state"]
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """The model's output for a batch: ``model(*args, **kwargs)`` with :func:`forward_arguments`.
+
+    Example:
+        >>> x, labels = torch.ones(2, 4), torch.zeros(2)
+        >>> model = nn.Linear(4, 3)
+        >>> [call_model(model, batch).shape[1] for batch in (x, [x, labels], {"input": x})]
+        [3, 3, 3]
+    """
+    args, named = forward_arguments(model, batch)
+    return model(*args, **named)
+
+
+def forward_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a batch gives the forward pass: its positional and its keyword arguments.
+
+    - a tensor or a ``PackedSequence`` is the one argument;
+    - a dict, or another mapping such as a tokenizer's output, has the keyword arguments;
+    - a tuple or list, such as a ``DataLoader`` gives, has the positional arguments: as many of its
+      first entries as ``forward`` has positions for. Of ``[inputs, targets]`` a model with one
+      argument gets the inputs. One with optional arguments would get the targets too: give it
+      ``(inputs,)`` or a dict.
+
+    Args:
+        model: any module; inside ``torch.compile`` or a data-parallel wrapper, the module in it
+            tells the arguments.
+        batch: see above.
+
+    Raises:
+        ValueError: it is none of these, or ``forward`` does not take it.
+    """
+    signature = _signature(model)
+    args: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        named = dict(cast(Mapping[str, Any], batch))
+    elif isinstance(batch, Tensor | PackedSequence):
+        args = (batch,)
+    elif isinstance(batch, tuple | list):
+        args = tuple(cast(list[Any], batch)[: _positions(signature)])
+    else:
+        raise ValueError(
+            "a batch is a tensor, a tuple or list of positional arguments of the forward pass, or "
+            f"a dict of keyword arguments, got {_summary(batch)}; for any other object give (it,)"
+        )
+    try:
+        signature.bind(*args, **named)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__}.forward{signature} does not take the batch {_summary(batch)}: "
+            f"{error}; give a tuple of its positional or a dict of its keyword arguments"
+        ) from None
+    return args, named
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Generator[None]:
-    """Inside, passes of the model write into copies of its buffers and draw from a copied state.
+def preserve_state(
+    model: nn.Module,
+    *,
+    training: bool | None = None,
+    grad: bool | None = None,
+    eager: bool = False,
+) -> Generator[None]:
+    """A context in which passes of the model leave no trace in it or in torch's random state.
 
-    Afterwards the model has its own buffers again, the same objects, unwritten, so that nothing
-    that waits for its backward pass is disturbed; and torch's random generators, of the CPU and of
-    the model's devices, are where they were. What a forward hook or a module writes elsewhere is
-    not undone.
+    However it ends, with an exception or an interrupt too, these are as before:
+
+    - each module's ``training``;
+    - the buffers: the same objects, unwritten, so that a graph that waits for its backward pass is
+      not disturbed. Inside, the model has copies;
+    - each parameter's ``.grad``, which is None inside;
+    - the random states of the CPU and the model's devices, and the gradient mode.
+
+    Values of parameters, and what a hook or a module writes elsewhere, are not undone.
+
+    Args:
+        model: any module.
+        training: the mode of all its modules inside; None: each its own.
+        grad: whether gradients are recorded inside; None: as outside.
+        eager: run a compiled model's Python code, which calls hooks that came after compilation.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
-        >>> with undisturbed(model):
+        >>> with preserve_state(model, training=True):
         ...     y = model(torch.ones(2, 4))
         >>> int(model[0].num_batches_tracked)
         0
     """
-    own: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
     with ExitStack() as stack:
         for kind, indices in _devices(model).items():
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
-        try:
-            for module in model.modules():
-                buffers = module._buffers  # pyright: ignore[reportPrivateUsage]
-                own.append((buffers, dict(buffers)))
-                buffers.update({n: None if b is None else b.clone() for n, b in buffers.items()})
-            yield
-        finally:
-            for buffers, before in own:
-                buffers.clear()
-                buffers.update(before)
+        if grad is not None:
+            stack.enter_context(torch.enable_grad() if grad else torch.no_grad())
+        if eager and "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
+        for module in model.modules():
+            own = module.__dict__["_buffers"]
+            stack.callback(module.__dict__.__setitem__, "_buffers", own)
+            stack.callback(setattr, module, "training", module.training)
+            module.__dict__["_buffers"] = {n: _copy(b, copies) for n, b in own.items()}
+        for parameter in model.parameters():
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+        if training is not None:
+            model.train(training)
+        yield
+
+
+def _copy(buffer: Tensor | None, copies: dict[int, Tensor]) -> Tensor | None:
+    if buffer is None or is_lazy(buffer):
+        return buffer
+    if id(buffer) not in copies:
+        copies[id(buffer)] = buffer.clone()
+    return copies[id(buffer)]
 
 
 def _devices(model: nn.Module) -> dict[str, list[int]]:
@@ -51,3 +145,36 @@ def _devices(model: nn.Module) -> dict[str, list[int]]:
         if device.type not in ("cpu", "meta"):
             found.setdefault(device.type, set()).add(device.index or 0)
     return {kind: sorted(indices) for kind, indices in found.items()} or {"cuda": []}
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    """That of the forward pass; of a wrapper that passes everything on, that of its module."""
+    signature = inspect.signature(model.forward)
+    passing = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    if all(p.kind in passing for p in signature.parameters.values()):
+        for name in ("_orig_mod", "module"):
+            if isinstance(inner := getattr(model, name, None), nn.Module):
+                return _signature(inner)
+    return signature
+
+
+def _positions(signature: inspect.Signature) -> int | None:
+    """How many positional arguments there can be; None: any number."""
+    kinds = [p.kind for p in signature.parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        return None
+    named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(kind in named for kind in kinds)
+
+
+def _summary(value: Any) -> str:
+    """A batch in a few words, for an error message."""
+    if isinstance(value, Tensor):
+        return f"Tensor{tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        named = cast(Mapping[Any, Any], value).items()
+        return f"{{{', '.join(f'{key}: {_summary(entry)}' for key, entry in named)}}}"
+    if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
+        listed = ", ".join(map(_summary, cast(list[Any], value)))
+        return f"[{listed}]" if isinstance(value, list) else f"({listed})"
+    return type(value).__name__

@@ -70,11 +70,11 @@ class WeightSpec:
 
     def factor_shapes(self, form: LowRank | Adapted) -> tuple[tuple[int, ...], ...]:
         """The shapes of the factors; the form's rank must be resolved."""
-        return self.decomposition(form).shapes(self.shape, int(form.rank))  # type: ignore[arg-type]
+        return self.decomposition(form).shapes(self.shape, form.resolved_rank)
 
     def stages(self, form: LowRank | Adapted, geometry: Geometry) -> tuple[Geometry, ...]:
         """How the factors slide; the form's rank must be resolved."""
-        return self.decomposition(form).stages(geometry, int(form.rank))  # type: ignore[arg-type]
+        return self.decomposition(form).stages(geometry, form.resolved_rank)
 
     def parameter_names(self, form: Form) -> tuple[str, ...]:
         """The names of the parameters that make up the weight in this form, base first.

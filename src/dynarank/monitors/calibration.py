@@ -1,18 +1,17 @@
-"""How a model's weights are used: a few batches through it, and notes of what each weight gives.
+"""Activation statistics of each weight over a few batches, for activation-aware truncation.
 
 Legend: y = W x what a weight gives without the bias, E[y y'] its second moment over the batches.
 
-The notes are what :mod:`dynarank.decompositions.truncation` needs to truncate a weight where its
-outputs feel it least. The model is run as it is, in evaluation mode, and left as it was.
+The model is run in evaluation mode and left as it was. :mod:`dynarank.decompositions.truncation`
+truncates a weight by these statistics so that its outputs change least.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from dynarank.decompositions import UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.layers import own_parameters
+from dynarank.layers.running import call_model, preserve_state
 from dynarank.surgery.selection import LayerFilter, select
 from dynarank.surgery.sites import Site, survey
 
@@ -31,18 +31,18 @@ _PRECISE_UP_TO = 1024  # larger second moments are summed in fp32: 8 MiB each in
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a few batches told about a model's weights.
+    """The activation statistics of a model's weights.
 
     Args:
         activities: by the weights' paths.
-        missed: the paths of which nothing was learned, and why: they are truncated plainly.
+        missed: the paths without statistics, and why: they are truncated by the weight alone.
     """
 
     activities: Mapping[str, ActivationStats]
     missed: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def get(self, path: str) -> ActivationStats | None:
-        """What is known of the weight at ``path``."""
+        """The statistics of the weight at ``path``, if any."""
         return self.activities.get(path)
 
 
@@ -53,10 +53,10 @@ def calibrate(
     layers: LayerFilter = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
 ) -> Calibration:
-    """Run a few batches through the model and measure ``E[y y']`` of each weight.
+    """Run a few batches through the model and measure ``E[y y']`` for each weight.
 
-    For linear layers, convolutions of every kind and embeddings. Weights that a module multiplies
-    by inside (attention's in-projection, recurrent layers) are listed as missed. Parameters,
+    For linear layers, all convolutions and embeddings. Weights that a module multiplies by inside
+    (attention's in-projection, recurrent layers) are listed as missed. Parameters,
     gradients, buffers, training mode and random state are left as they were.
 
     Calibrate right before the change: the outputs are those of today's weights. In a data-parallel
@@ -64,8 +64,10 @@ def calibrate(
 
     Args:
         model: any model; its layers may have any form.
-        batches: of the size it trains on; a few hundred samples are many for a small model. Each a
-            tensor, or a tuple or dict of a forward pass's arguments (``(x for x, y in loader)``).
+        batches: of the size it trains on, such as a ``DataLoader``; a few hundred samples are many
+            for a small model. Each is a tensor, a tuple or list of positional arguments of the
+            forward pass, of which targets at the end are left out (see
+            :func:`dynarank.layers.running.forward_arguments`), or a dict of keyword arguments.
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight.
         forward: how to run a batch, ``(model, batch) -> anything``, if the model needs more.
 
@@ -84,13 +86,13 @@ def calibrate(
     missed = {site.path: reason for site in sites if (reason := _beyond_reach(site))}
     meters = {site.path: _Meter(site) for site in sites if site.path not in missed}
     met: list[str] = []
-    with _as_it_was(model), ExitStack() as hooks:
+    with preserve_state(model, training=False, grad=False, eager=True), ExitStack() as hooks:
         for path, meter in meters.items():
             for module in meter.modules():
                 hook = _hook(meter, path, met)
                 handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
                 hooks.callback(handle.remove)
-        _run(model, batches, forward or _forward)
+        _run(model, batches, forward or call_model)
     if not met:
         raise ValueError("the batches met no weight that can change form; is this the model used?")
     activities = {path: meters[path].activity(path) for path in met}
@@ -99,7 +101,7 @@ def calibrate(
 
 
 class _Meter:
-    """Sums over the vectors that a weight gives, or, if it is tall, meets."""
+    """Sums over the outputs of a weight, or over its inputs if it is tall."""
 
     def __init__(self, site: Site) -> None:
         self.site, self.spec = site, site.spec
@@ -118,7 +120,7 @@ class _Meter:
         return (one.module for one in (self.site, *self.site.tied))
 
     def add(self, vectors: Tensor, bias: Tensor | None) -> None:
-        """Count vectors (..., k, *positions) in; the bias is taken off."""
+        """Add vectors (..., k, *positions), without the bias."""
         groups = self.spec.geometry.groups
         axis = vectors.ndim - 1 - self.spec.dims
         flat = vectors.movedim(axis, 0).flatten(1)  # (groups * k, N)
@@ -184,34 +186,3 @@ def _run(
         empty = False
     if empty:
         raise ValueError("there is no batch to calibrate on; give a few, as the model trains on")
-
-
-def _forward(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**cast(Mapping[str, Any], batch))
-    if isinstance(batch, tuple):
-        return model(*cast(tuple[Any, ...], batch))
-    if isinstance(batch, Tensor):
-        return model(batch)
-    raise ValueError(
-        "a batch is a tensor, or a tuple or dict of a forward pass's arguments, got a "
-        f"{type(batch).__name__}; pass forward=lambda model, batch: ..."
-    )
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Generator[None]:
-    """Evaluation mode, no gradients, no compiled code; then modes and random state as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device for p in model.parameters() if p.is_cuda}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.no_grad())
-        if "torch._dynamo" in sys.modules:  # code compiled before would not call the hooks
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

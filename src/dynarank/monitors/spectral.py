@@ -148,7 +148,7 @@ class SpectralMonitor:
         if self._rank is not None or site.last_factored_form is None:
             return resolve_rank(0.5 if self._rank is None else self._rank, shape)
         limit = min(shape[0], math.prod(shape[1:]))  # below that of some decompositions
-        return min(int(site.last_factored_form.rank), limit)  # type: ignore[arg-type]
+        return min(site.last_factored_form.resolved_rank, limit)
 
 
 _SMALL = 256  # the side of the matrix that is timed to guess the cost of larger ones

@@ -1,4 +1,4 @@
-"""Batch normalization after a change that is not exact: its running statistics, taken anew."""
+"""BatchNorm recalibration after a change that is not exact: running statistics of new batches."""
 
 from __future__ import annotations
 
@@ -6,23 +6,26 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
+
+from dynarank.layers.running import call_model, preserve_state
 
 __all__ = ["recalibrate_batch_norms"]
 
 
+@torch.no_grad()
 def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set every batch norm's running mean and variance to those of ``batches``.
+    """Set every BatchNorm's running mean and variance to those of ``batches``.
 
-    A truncated weight gives its batch norm other inputs than the running statistics are of; they
-    would follow within some 1 / momentum steps, and evaluation is off until then. Weights, the mode
-    of every module and the global random state stay as they are; a model without batch norm is not
-    run at all.
+    A truncated weight gives its BatchNorm other inputs than the running statistics are of; they
+    would follow within some 1 / momentum steps, and evaluation is off until then. Weights, other
+    buffers, the mode of every module and the global random state stay as they are, and after an
+    exception the running statistics too; a model without BatchNorm is not run at all.
 
     Args:
         model: run in training mode, without gradients.
-        batches: inputs, or sequences that begin with one; a few hundred examples suffice.
+        batches: as :func:`dynarank.calibrate` takes them; a few hundred examples suffice.
 
     Example:
         >>> norm = nn.BatchNorm1d(1, affine=False)
@@ -30,9 +33,22 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         >>> norm.running_mean.item()
         2.0
     """
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    modes = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(devices=list(devices)):
-        update_bn(batches, model)
-    for module, training in modes.items():  # update_bn restores the root's, and all get it
-        module.training = training
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    found: list[dict[str, Tensor]] = []
+    with preserve_state(model, training=True, grad=False):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches
+            for batch in batches:
+                call_model(model, batch)
+            found = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    for norm, statistics in zip(norms, found, strict=True):
+        for name, buffer in norm.named_buffers(recurse=False):
+            buffer.copy_(statistics[name])

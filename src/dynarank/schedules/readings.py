@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-__all__ = ["NoiseReading", "SpectralReading"]
+__all__ = ["SpectralReading"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,3 @@ class SpectralReading:
         """Whether every figure is finite: no decision may rest on one that is not."""
         numbers = (getattr(self, f.name) for f in fields(self) if f.name != "values")
         return all(math.isfinite(n) for n in (*numbers, *self.values) if n is not None)
-
-
-@dataclass(frozen=True)
-class NoiseReading:
-    """The gradient noise scale, tr(covariance) / |gradient|^2, in samples. Experimental.
-
-    It is infinite while the gradient is lost in its noise.
-
-    Args:
-        noise_scale: of the whole model.
-        layers: of each layer's weight.
-    """
-
-    noise_scale: float
-    layers: Mapping[str, float]

@@ -188,7 +188,7 @@ def _tensors(
     full = spec.turn(weight)
     if isinstance(after, FullRank):
         return {names[0]: full}, None
-    rank, decomposition = int(after.rank), spec.decomposition(after)  # type: ignore[arg-type]
+    rank, decomposition = after.resolved_rank, spec.decomposition(after)
     if isinstance(after, LowRank):
         same = isinstance(site.form, LowRank) and site.form.decomposition == after.decomposition
         if same and activity is None:

@@ -48,7 +48,7 @@ class SequenceCall(Call):
         whole = self._product(math.prod(spec.shape), self.input_grad)
         if isinstance(form, FullRank):
             return [Execution("full-rank", whole)]
-        join = spec.decomposition(form).join_flops(spec.shape, int(form.rank))  # type: ignore[arg-type]
+        join = spec.decomposition(form).join_flops(spec.shape, form.resolved_rank)
         one = whole + Flops(join, join * (1 + 2 * self.trains))
         names = ("factored", "joined") if isinstance(form, LowRank) else ("two-branch", "merged")
         found = [

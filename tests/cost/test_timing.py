@@ -9,8 +9,8 @@ from torch import nn
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.cost.flops import trace
-from dynarank.cost.stopwatch import Cache
 from dynarank.cost.timing import (
+    Cache,
     Timings,
     candidates,
     default_cache,

@@ -12,8 +12,8 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
+from schedules.library.test_closed_loop import SCHEDULES
 from schedules.test_replay import DECISIONS, FORMS
-from schedules.test_spectral import SCHEDULES
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form, Plan, Rank

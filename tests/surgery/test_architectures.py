@@ -18,8 +18,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME, Architecture
 from hypothesis import HealthCheck, given, settings
-from laws import assert_close
-from test_laws import OPTIMIZERS, any_form, check_optimizer
+from laws import OPTIMIZERS, any_form, assert_close, check_optimizer
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 

@@ -12,9 +12,11 @@ from laws import (
     LAYER_AND_DECOMPOSITION,
     LayerCase,
     assert_close,
+    check_moments,
+    check_optimizer,
+    fitting,
     randomize,
 )
-from test_laws import check_moments, check_optimizer, fitting
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import ALL_FORMS, assert_close, forms, randomize
-from test_laws import OPTIMIZERS, check_optimizer
+from laws import ALL_FORMS, OPTIMIZERS, assert_close, check_optimizer, forms, randomize
 from torch import Tensor, nn
 
 import dynarank as dr
