@@ -3,7 +3,8 @@
     python benchmarks/layers/models.py --out benchmarks/layers/results/2026-11-24-cpu/models.json
 
 A whole training step with the optimizer, one thread, fp32, candidates interleaved, medians of
-process time. Ranks are a quarter of min(out, in) for transformers, of the output channels for convolutions.
+process time. Ranks are a quarter of min(out, in) for transformers, of the output channels for
+convolutions.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same layer in other libraries: PEFT's LoRA, tensorly-torch, and two plain layers in sequence."""
+"""The same layer in other libraries: PEFT's LoRA, tensorly-torch, and two plain layers."""
 
 from __future__ import annotations
 

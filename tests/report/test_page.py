@@ -38,7 +38,7 @@ def three_page(three) -> Page:
 
 
 def test_page_has_a_section_for_each_subject(three_page):
-    for heading in ("Accuracy and cost", "Significant differences", "Learning curves",
+    for heading in ("Accuracy and cost", "Statistical comparison", "Learning curves",
                     "Rank of each layer over time", "Rank metrics over time", "Phases",
                     "Changes of form", "Configuration"):  # fmt: skip
         assert heading in three_page.text

@@ -1,4 +1,4 @@
-"""The presets of the neighbors end to end, on a small net: what the engine makes of plans."""
+"""The related methods end to end, on a small network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adamw": lambda model: AdamW(model.parameters(), lr=0.01),
 }
 over_optimizers = pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
-# Each with what its card says the scheduler is to be given.
+# Each with the scheduler arguments that its method page names.
 PRESETS: dict[str, tuple[Schedule, dict[str, Any]]] = {
     "lora": (lora(2, alpha=2.0), {}),
     "relora": (relora(2, start=2, every=3, alpha=2.0), {"moments": "prune", "rewarm": 2}),
@@ -90,7 +90,7 @@ def test_it_resumes_at_every_step_bit_by_bit(name: str, kind: str) -> None:
 
 
 @over_optimizers
-def test_a_restart_merges_what_was_learned_and_begins_anew(kind: str) -> None:
+def test_a_restart_merges_what_was_learned_and_starts_again(kind: str) -> None:
     """By hand: full at steps 0 and 1, adapters from steps 2, 5, 8 and 11 on."""
     run, x = running("relora", kind), probe()
     seen: list[object] = []

@@ -121,8 +121,8 @@ class ResNet20(nn.Module):
 
     Post-activation blocks (He et al., Deep Residual Learning, arXiv 1512.03385), three stages of
     three, 16, 32 and 64 channels. Unlike the original, the first block of EVERY stage has a 1x1
-    convolution and batch norm as its shortcut, also where the shape stays (16 to 16), and the
-    second batch norm of each block starts at zero, so that every block starts as its shortcut.
+    convolution and BatchNorm as its shortcut, even if the shape stays (16 to 16), and the second
+    BatchNorm of each block starts at zero, so that every block starts as its shortcut.
 
     Args:
         classes: how many outputs.
