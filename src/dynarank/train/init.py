@@ -1,4 +1,4 @@
-"""How the networks' weights begin."""
+"""Weight initialization of the networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["glorot_init_", "published_init_"]
 
 
 def glorot_init_(model: nn.Module) -> None:
-    """Keras's default: kernels uniform (Glorot), each drawn for itself; biases zero."""
+    """Keras's default initialization: independent Glorot-uniform kernels, zero biases."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
