@@ -100,7 +100,7 @@ def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[
 
 
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
-    """Run one training step on a copy of the model without memory (meta tensors), and record how each weight is used.
+    """Run one training step on a meta copy of the model and record how each weight is used.
 
     Fused attention is counted too, which FlopCounterMode leaves out when it runs on a CPU.
 
