@@ -373,7 +373,7 @@ def test_bf16_autocast(case: Case, form: Form) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_printing_and_starting_anew() -> None:
+def test_printing_and_resetting() -> None:
     for form in (LowRank(3), Adapted(3)):
         model = in_form(CASES[0], form)
         assert "in_proj_weight=" in repr(model) and type(form).__name__ in repr(model)
@@ -414,9 +414,9 @@ def test_cost_is_exact(case: Case, form: Form) -> None:
     use = trace(Wrapped(model, sample), case.inputs(torch.float32))
     plan = {f"model.{path}": form for path in dr.current_plan(model)}
     dr.apply_plan(model, {path.removeprefix("model."): f for path, f in plan.items()})
-    ghost = copy.deepcopy(Wrapped(model, sample)).to("meta")
+    meta = copy.deepcopy(Wrapped(model, sample)).to("meta")
     inputs = tuple(x.to("meta") for x in case.inputs(torch.float32))
-    assert count_flops(ghost, inputs) == use.flops(plan)
+    assert count_flops(meta, inputs) == use.flops(plan)
     assert use.rest.forward > 0
 
 

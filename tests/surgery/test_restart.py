@@ -1,4 +1,4 @@
-"""An adapter followed by another: merged into the base, drawn anew, its optimizer state pruned."""
+"""An adapter followed by another: merged into the base, redrawn, its optimizer state pruned."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def initialize_factors(
     layers: LayerFilter = None,
     reset: Callable[[nn.Module], object] | None = None,
 ) -> list[str]:
-    """Draw the factors of low-rank weights anew, in place, as the full layer would be drawn.
+    """Redraw the factors of low-rank weights in place, matching the full layer's initialization.
 
     ``"variance"``: Gaussian factors of equal norm, with ``mean(join(f)^2)`` that of the full
     layer's draw; for an SVD pair ``E[U'U] = E[D D']``. ``"spectrum"``: the best rank-r part of one

@@ -142,7 +142,7 @@ class Regularizer:
         where a fused optimizer unscales them itself, the penalty is scaled alike.
 
         Raises:
-            ValueError: (at a step) the step has a closure, which computes the gradients anew.
+            ValueError: (at a step) the step has a closure, which recomputes the gradients.
         """
         return optimizer.register_step_pre_hook(self._before_step)  # pyright: ignore
 

@@ -123,7 +123,7 @@ def test_scales_come_back(scale: float) -> None:
     assert_close(svd.join(svd.refactor(factors, 1))[:1] / scale, matrix[:1] / scale)
 
 
-# Accuracy, by each rung of the ladder.
+# Accuracy, by each fallback.
 
 SHAPES = [(40, 360), (150, 130), (130, 140)]  # the Gram matrices of the last two are in blocks
 

@@ -373,9 +373,9 @@ def test_cost_is_exact(net: str, form: Form) -> None:
         predicted = trace(plain, arguments)
         plan = {site.path: form for site in survey(plain)}
         dr.apply_plan(plain, plan)
-        ghost = copy.deepcopy(plain).to("meta")
+        meta = copy.deepcopy(plain).to("meta")
         moved = tree_map(lambda t: t.detach().to("meta").requires_grad_(t.requires_grad), arguments)
-        assert count_flops(ghost, moved) == predicted.flops(plan)
+        assert count_flops(meta, moved) == predicted.flops(plan)
         assert predicted.rest.training == 0
         sizes = [(p.numel(), p.requires_grad) for p in plain.parameters()]
         assert predicted.parameters(plan) == (
