@@ -14,11 +14,12 @@ from dynarank import schedules
 from dynarank.allocation import rules
 from dynarank.allocation.fit_schedule import fit_schedule
 from dynarank.allocation.within_budget import plan_within
-from dynarank.decompositions import UnfitWeightError
+from dynarank.decompositions import UnfitWeightError, register_decomposition
 from dynarank.factors import regularizers
 from dynarank.factors.init import initialize_factors
 from dynarank.factors.learning_rates import FactorLearningRates
 from dynarank.forms import Adapted, FullRank, LowRank, Rank
+from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral import SpectralMonitor
@@ -52,6 +53,8 @@ __all__ = [
     "initialize_factors",
     "merge",
     "plan_within",
+    "register_decomposition",
+    "register_layer",
     "regularizers",
     "rules",
     "schedules",

@@ -1,4 +1,4 @@
-"""The schedules of related methods end to end, on a small net: what the engine makes of plans."""
+"""The related methods end to end, on a small network."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_it_resumes_at_every_step_bit_by_bit(name: str, kind: str) -> None:
 
 
 @over_optimizers
-def test_a_restart_merges_what_was_learned_and_begins_anew(kind: str) -> None:
+def test_a_restart_merges_what_was_learned_and_starts_again(kind: str) -> None:
     """By hand: full at steps 0 and 1, adapters from steps 2, 5, 8 and 11 on."""
     run, x = running("relora", kind), probe()
     seen: list[object] = []

@@ -203,7 +203,7 @@ def test_a_change_of_a_nan_weight_is_put_off_and_tried_again(
     assert forms(model) == ([LOW, LOW, FULL] if changes_at is None else [FULL, FULL, FULL])
 
 
-def test_patience_starts_anew_after_a_change() -> None:
+def test_patience_restarts_after_a_change() -> None:
     model = net()
     ranks = RankScheduler(model, sgd(model), Phases([0, 1, 5], [LOW, FULL, LOW]), 20)
     poison(model, math.inf)

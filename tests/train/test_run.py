@@ -24,11 +24,11 @@ from dynarank.records import (
 )
 from dynarank.surgery.selection import select
 from dynarank.train.data import ImageData, limit, load_digits_data
-from dynarank.train.health import evenly
 from dynarank.train.images import ImageTask
 from dynarank.train.listener import Progress
 from dynarank.train.loop import DivergedError, Machine, Trainer
 from dynarank.train.models import MODELS
+from dynarank.train.rank_metrics import evenly
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 from dynarank.train.tasks import sketch

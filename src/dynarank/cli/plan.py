@@ -25,7 +25,8 @@ from dynarank.train.optimizers import OPTIMIZER_SLOTS
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
 from dynarank.train.schedules import make_schedule
-from dynarank.train.tasks import Sketch, sketch
+from dynarank.train.task import Sketch
+from dynarank.train.tasks import sketch
 
 __all__ = ["plan"]
 
@@ -34,7 +35,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
     schedule: Annotated[
         str,
-        typer.Option(help="full-rank, low-rank, dynamic-rank or dynamic-rank-low."),
+        typer.Option(help="A schedule; `dynarank train --help` lists them."),
     ] = "dynamic-rank",
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Plan exactly what the published code runs.")
@@ -144,7 +145,7 @@ def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
         "relative_forward_flops": cost.relative_forward,
         "relative_training_flops": cost.relative_training,
         "state_bytes": cost.state_bytes,
-        "dearer_than_full_rank": cost.relative_training > 1,
+        "costs_more_than_full_rank": cost.relative_training > 1,
         "layers": layers,
     }
 
@@ -218,7 +219,7 @@ def _remarks(
         f"adapter (rank {recipe.rank} of the outputs) is added to it. `--schedule "
         f"dynamic-rank-low` deflates to low-rank instead."
         for one in cost.phases
-        if one.adapted_is_dearer
+        if one.adapted_costs_more
     ]
     left = [
         f"{site.path} ({site.obstacle or 'not among the recipe layers'})"

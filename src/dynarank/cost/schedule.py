@@ -36,8 +36,8 @@ class PhaseCost:
     state_bytes: int
 
     @property
-    def adapted_is_dearer(self) -> bool:
-        """Whether adapted layers make a step of this phase cost more than a full-rank one."""
+    def adapted_costs_more(self) -> bool:
+        """Whether a step of this phase with adapted layers costs more than a full-rank step."""
         adapted = any(isinstance(form, Adapted) for form in self.phase.plan.values())
         return adapted and self.relative_training > 1
 

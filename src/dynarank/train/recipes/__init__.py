@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from dynarank.forms import AdaptedExecution
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.catalog import get_preset
-from dynarank.train.tasks import DATA, MODELS
+from dynarank.train.registry import DATA, MODELS
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
 

@@ -1,7 +1,8 @@
-"""Schedules that find themselves: from the learning rate, within a budget, from the spectra.
+"""Automatic schedules: from the learning rate, for a FLOP budget, from the layers' spectra.
 
-Three runs of one small network: the first is told nothing, the second a share of the FLOPs, the
-third lets each layer decide by its own rank metrics and tells why. It needs nothing but torch.
+Three runs of one small network: the first derives its transition points from the learning rate, the
+second fits a schedule to a share of the FLOPs, in the third each layer decides by its own rank
+metrics and records why. It needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dynarank.schedules import closed_loop
 
 
 def net() -> nn.Sequential:
-    """Two layers to rank and a head."""
+    """Two scheduled layers and a head."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 2)
@@ -25,7 +26,7 @@ def net() -> nn.Sequential:
 
 
 def train(name: str, schedule: dr.schedules.RankSchedule | None, steps: int) -> dr.RankScheduler:
-    """Train under a schedule, None for one within a budget, and print what it did."""
+    """Train under a schedule (None: one fitted to a budget) and print every change of form."""
     model, x = net(), torch.randn(256, 64)
     y = (x[:, :32].sum(1) > 0).long()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -49,7 +50,7 @@ def train(name: str, schedule: dr.schedules.RankSchedule | None, steps: int) -> 
 
 def main(steps: int) -> None:
     """Run all three."""
-    train("found", dr.schedules.dynamic_rank(0.25), steps)
+    train("learning rate", dr.schedules.dynamic_rank(0.25), steps)
     ranks = train("budget", None, steps)
     print(f"budget 0.6: chosen {ranks.schedule}")
     ranks = train("closed loop", closed_loop(0.25, to="low-rank"), steps)
