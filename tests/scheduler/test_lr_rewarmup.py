@@ -104,7 +104,7 @@ def test_batch_norms_are_recalibrated_after_a_truncation_only() -> None:
     assert torch.allclose(norm.running_var, inputs.var(0), atol=1e-6)
 
 
-def test_renewing_leaves_weights_modes_and_randomness() -> None:
+def test_recalibration_leaves_weights_modes_and_randomness() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
     model[1].train()
     random, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]

@@ -156,11 +156,13 @@ class Trainer:
     def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
         """What the schedule or the recipe wants done after a change."""
         rewarm = self.recipe.rewarm if schedule.rewarm is None else schedule.rewarm
-        recalibration = [BatchNormRecalibration(self._inputs)] if self.recipe.renew else []
-        return [LRRewarmup(rewarm), *recalibration]
+        callbacks: list[Callback] = [LRRewarmup(rewarm)]
+        if self.recipe.recalibrate_batch_norms:
+            callbacks.append(BatchNormRecalibration(self._inputs))
+        return callbacks
 
     def _inputs(self) -> Iterator[Any]:
-        """Inputs of some batches, for batch norms: a task with any yields (inputs, ...)."""
+        """Inputs of some batches, for BatchNorm: a task with any yields (inputs, ...)."""
         count = -(-_RECALIBRATE // self.recipe.batch_size)
         return (batch[0] for batch in islice(self.task.epoch(0), count))
 

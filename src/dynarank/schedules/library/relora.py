@@ -1,4 +1,4 @@
-"""ReLoRA: an adapter that is merged into its weight and begun anew, again and again."""
+"""ReLoRA: an adapter that is merged into its weight and restarted, again and again."""
 
 from __future__ import annotations
 

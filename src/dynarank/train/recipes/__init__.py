@@ -35,8 +35,7 @@ class Recipe(BaseModel):
 
     ``budget``, a share of full-rank training's FLOPs, has dynamic rank find its rank, ending and
     transition points, see :func:`dynarank.train.schedules.make_schedule`. ``rewarm`` is a number of
-    optimizer steps after each change of form; ``renew`` recalibrates batch norms after a
-    truncation.
+    optimizer steps after each change of form; ``recalibrate_batch_norms`` is about truncations.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
     :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
@@ -81,7 +80,7 @@ class Recipe(BaseModel):
     budget: float | None = Field(default=None, gt=0)
     moments: Literal["project", "calibrated", "reset", "prune"] = "project"
     rewarm: int = Field(default=0, ge=0)
-    renew: bool = True
+    recalibrate_batch_norms: bool = True
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
