@@ -33,11 +33,9 @@ from dynarank.surgery.verbs import apply_plan
 
 __all__ = [
     "Cache",
-    "Setting",
     "Timings",
     "candidates",
     "default_cache",
-    "layer_seconds",
     "layer_timer",
     "measure",
     "where_faster",
