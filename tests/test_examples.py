@@ -16,14 +16,14 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 ARGUMENTS = {
     "01_functions": ["--steps", "5"],
     "02_plain_loop": ["--epochs", "2"],
-    "03_own_schedule": ["--steps", "10"],
-    "04_found_schedule": ["--steps", "100"],
+    "03_custom_schedule": ["--steps", "10"],
+    "04_automatic_schedules": ["--steps", "100"],
 }
 SAYS = {
-    "01_functions": 'deflate(to="adapted")     50,206 trainable, output moved by 0.0e+00',
+    "01_functions": 'deflate(to="adapted")     50,206 trainable, output change 0.0e+00',
     "02_plain_loop": "layer 3: FullRank() -> LowRank(rank=16, decomposition='svd')",
-    "03_own_schedule": "layer 2: LowRank(rank=25, decomposition='svd')",
-    "04_found_schedule": "layer 0: effective rank saturates the low rank (effective_rank",
+    "03_custom_schedule": "layer 2: LowRank(rank=25, decomposition='svd')",
+    "04_automatic_schedules": "layer 0: effective rank saturates the low rank (effective_rank",
 }
 
 

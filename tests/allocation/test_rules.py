@@ -1,4 +1,4 @@
-"""Ranks that choose themselves: rules of one weight, and the best plan within a budget."""
+"""Automatic ranks: rules for one weight, and the best plan within a budget."""
 
 from __future__ import annotations
 

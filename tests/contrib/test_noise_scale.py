@@ -289,7 +289,7 @@ def test_a_frozen_or_unused_parameter_takes_no_part() -> None:
     assert set(reading.layers) == {"5", "extra"}
 
 
-def test_averages_start_anew_where_a_layer_changes_form() -> None:
+def test_averages_restart_where_a_layer_changes_form() -> None:
     model = net()
     noise = NoiseMonitor(model)
     torch.manual_seed(1)

@@ -176,7 +176,7 @@ def test_the_phase_that_costs_more_than_full_rank_is_known() -> None:
     cost = cost_schedule(
         use, dynamic_rank(0.5, inflate=0.37, deflate=0.8, execution="two-branch"), ["0", "1"], 100
     )
-    assert [phase.adapted_is_dearer for phase in cost.phases] == [False, False, True]
+    assert [phase.adapted_costs_more for phase in cost.phases] == [False, False, True]
     assert cost.at(0) is cost.phases[0]
     assert cost.at(36) is cost.phases[0] and cost.at(37) is cost.phases[1]
     assert cost.at(99) is cost.phases[2]

@@ -60,6 +60,7 @@ def test_formats(written, expected):
         ({"form": "full-rank"}, {"form": "adapted", "rank": 8}, "deflate"),
         ({"form": "full-rank"}, {"form": "low-rank", "rank": 8}, "deflate"),
         ({"form": "adapted", "rank": 8}, {"form": "adapted", "rank": 8}, "restart"),
+        ({"form": "adapted", "rank": 8}, {"form": "adapted", "rank": 8, "restart": 1}, "restart"),
         ({"form": "low-rank", "rank": 8}, {"form": "low-rank", "rank": 4}, "resize"),
         ({"form": "low-rank", "rank": 8}, {"form": "adapted", "rank": 8}, "adapt"),
     ],

@@ -38,7 +38,7 @@ def three_page(three) -> Page:
 
 
 def test_page_has_a_section_for_each_subject(three_page):
-    for heading in ("Accuracy and cost", "Significant differences", "Learning curves",
+    for heading in ("Accuracy and cost", "Statistical comparison", "Learning curves",
                     "Rank of each layer over time", "Rank metrics over time", "Phases",
                     "Changes of form", "Configuration"):  # fmt: skip
         assert heading in three_page.text
@@ -147,7 +147,7 @@ def test_page_of_300_layers_stays_small_and_says_what_it_left_out(tmp_path):
     assert "300 layers low-rank (svd) → full-rank" in page.text
     assert "depth: layer 1 (first) to 300 (last)" in page.text
     assert "60 of 300 layers are drawn; the median is over all." in page.text
-    assert "Kept in this page: weights in 8 x 8 blocks; records.jsonl has all." in page.text
+    assert "This page shows weights in 8 x 8 blocks; records.jsonl has all." in page.text
     assert (tmp_path / "report.html").stat().st_size < 2_500_000
 
 

@@ -55,8 +55,8 @@ def test_the_page_is_drawn_without_a_complaint(browser, page, width, dark):
     assert browser.ask("document.documentElement.scrollWidth") == width  # nothing sticks out
     assert (corner(browser.picture()) < 60) == dark
     for kind, seen in (("narrow", width == 390), ("wide-figure", width == 1200)):
-        cards = f"[...document.querySelectorAll('.frame.{kind}')].map(c => c.offsetHeight > 0)"
-        assert set(browser.ask(cards)) == {seen}, kind
+        frames = f"[...document.querySelectorAll('.frame.{kind}')].map(c => c.offsetHeight > 0)"
+        assert set(browser.ask(frames)) == {seen}, kind
     assert browser.ask("document.querySelector('#moving').offsetHeight > 300")
     assert browser.complaints == []
 

@@ -247,7 +247,7 @@ def test_its_parameters_are_exact_by_phase() -> None:
     assert cost.mean_trainable == pytest.approx(27_767_236, abs=0.5)
 
 
-def test_moments_that_a_recipe_leaves_open_follow_its_learning_rate(
+def test_transition_points_that_a_recipe_leaves_open_follow_its_learning_rate(
     digits: ImageData, tmp_path: Path
 ) -> None:
     free = {"inflate": None, "deflate": None}
@@ -272,7 +272,7 @@ def test_low_rank_saves_more_than_half_of_the_flops_on_fashion_mnist(name: str) 
 def test_as_published_keeps_the_published_codes_faults() -> None:
     recipe = load_recipe("cifar10-resnet20").published()
     assert (recipe.shuffle, recipe.weight_decay, recipe.moments) == ("once", 0, "reset")
-    assert recipe.schedule("dynamic-rank").forms[2].execution == "two-branch"  # type: ignore[union-attr]
+    assert recipe.schedule("dynamic-rank").execution == "two-branch"  # type: ignore[attr-defined]
     one = trainer(recipe, "low-rank", images(128), seed=0, epochs=3)
     stage = one.model.stages[0]  # type: ignore[index]
     assert torch.equal(stage[0].conv1.down, stage[1].conv2.down)

@@ -43,8 +43,8 @@ def test_predicted_and_counted_costs_agree(name: str, form: dr.FullRank) -> None
     assert len(paths) == (4 if name == "bilstm" else 8)
     plan = dict.fromkeys(paths, form)
     dr.apply_plan(model, plan)
-    ghosts = tuple(part.to("meta") for part in batch)
-    assert use.flops(plan) == count_flops(model.to("meta"), ghosts)
+    meta = tuple(part.to("meta") for part in batch)
+    assert use.flops(plan) == count_flops(model.to("meta"), meta)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert use.parameters(plan) == (trainable, sum(p.numel() for p in model.parameters()))
 

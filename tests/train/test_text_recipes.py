@@ -1,4 +1,4 @@
-"""The recipes of text: what each says, and a whole run of one in small."""
+"""The recipes of text: what each says, and a scaled-down run of one."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_a_pair_loses_tokens_of_the_longer_one(tmp_path: Path) -> None:
     assert segments[1].tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
 
 
-def test_as_transformers_tokenises(tmp_path: Path) -> None:
+def test_as_transformers_tokenizes(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     path = write(tmp_path)
     other = transformers.BertTokenizerFast(vocab=NUMBER, do_lower_case=True)

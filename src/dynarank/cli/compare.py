@@ -28,7 +28,7 @@ from dynarank.cli.show import console, right_aligned
 from dynarank.records import Metric, Run, SummaryRecord
 from dynarank.report.comparison import compare_scores, require_scipy
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text, spread_text
-from dynarank.schedules import get_preset
+from dynarank.schedules.catalog import get_preset
 from dynarank.train.grid import Job, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
 

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dynarank.allocation.fit_schedule import fit
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
 from dynarank.cli.show import console, right_aligned
@@ -19,12 +18,13 @@ from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
 from dynarank.report.formats import bytes_text, count, ratio
-from dynarank.schedules import Budgeted, Phase, is_stateful
+from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import OPTIMIZER_SLOTS
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
+from dynarank.train.schedules import make_schedule
 from dynarank.train.task import Sketch
 from dynarank.train.tasks import sketch
 
@@ -35,7 +35,7 @@ def plan(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
     schedule: Annotated[
         str,
-        typer.Option(help="full-rank, low-rank, dynamic-rank or dynamic-rank-low."),
+        typer.Option(help="A schedule; `dynarank train --help` lists them."),
     ] = "dynamic-rank",
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Plan exactly what the published code runs.")
@@ -92,21 +92,16 @@ _FINE, _STEPS = 1000, 10_000
 def _cost(
     recipe: Recipe, name: str, use: ModelUse, layers: list[str], drawn: Sketch
 ) -> ScheduleCost:
-    schedule, forecast = recipe.schedule(name), forecast_rates(recipe)
-    if isinstance(schedule, Budgeted):
-        steps = recipe.epochs * max(1, _STEPS // recipe.epochs)
-        fitted = fit(
-            schedule, drawn.model, [], drawn.sample, steps, forecast=forecast, layers=recipe.layers
-        )
-        schedule = fitted.schedule(forecast)
-    scale = max(1, _STEPS // recipe.epochs) if is_stateful(schedule) else _FINE
+    coarse = max(1, _STEPS // recipe.epochs)
+    schedule = make_schedule(recipe, name, drawn.model, drawn.sample, recipe.epochs * coarse)
+    scale = coarse if schedule.stateful else _FINE
     return cost_schedule(
         use,
         schedule,
         layers,
         recipe.epochs * scale,
         optimizer_slots=OPTIMIZER_SLOTS[recipe.optimizer],
-        forecast=forecast,
+        forecast=forecast_rates(recipe),
     )
 
 
@@ -117,7 +112,7 @@ def _span(recipe: Recipe, cost: ScheduleCost, phase: Phase) -> str:
 
 
 def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
-    return getattr(recipe.schedule(name), "spectra_every", None) is not None
+    return bool(recipe.schedule(name).requires)
 
 
 def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> dict[str, Any]:
@@ -150,7 +145,7 @@ def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
         "relative_forward_flops": cost.relative_forward,
         "relative_training_flops": cost.relative_training,
         "state_bytes": cost.state_bytes,
-        "dearer_than_full_rank": cost.relative_training > 1,
+        "costs_more_than_full_rank": cost.relative_training > 1,
         "layers": layers,
     }
 
@@ -224,7 +219,7 @@ def _remarks(
         f"adapter (rank {recipe.rank} of the outputs) is added to it. `--schedule "
         f"dynamic-rank-low` deflates to low-rank instead."
         for one in cost.phases
-        if one.adapted_is_dearer
+        if one.adapted_costs_more
     ]
     left = [
         f"{site.path} ({site.obstacle or 'not among the recipe layers'})"

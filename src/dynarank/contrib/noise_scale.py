@@ -1,6 +1,6 @@
-"""The gradient noise scale: how many samples a batch needs before its gradient is more than noise.
+"""The gradient noise scale: the batch size at which gradient and noise are equally large.
 
-Experimental: the estimate is coarse, and no schedule of this library decides by it.
+Experimental: the estimate is coarse, and no schedule of this library uses it.
 
 Legend: g_i the mean gradient of shard i of N, each of b samples; g their mean, that of B = N b
 samples; Sigma the covariance of one sample's gradient, G the true gradient. S estimates tr(Sigma)
@@ -9,7 +9,7 @@ and Q estimates |G|^2, without bias (McCandlish et al., arXiv 1812.06162, 2018, 
     S = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)         = b / (N - 1) * sum_i |g_i - g|^2
     Q = (B |g_B|^2 - b |g_b|^2) / (B - b)         = |g|^2 - S / B
 
-The right-hand sides, for |g_b|^2 the mean over the shards, take no difference of large numbers.
+The right-hand sides, with |g_b|^2 the mean over the shards, avoid differences of large numbers.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ __all__ = [
 ]
 
 _Part = TypeVar("_Part")
-_REST = ""  # what is no layer's weight: biases, normalizations
+_REST = ""  # parameters that are no layer's weight: biases, normalizations
 _Layout: TypeAlias = tuple[tuple[int, ...], ...]  # the shapes of a layer's trained parameters
 
 
 @dataclass(frozen=True)
 class NoiseReading:
-    """The gradient noise scale, tr(covariance) / |gradient|^2, in samples. Experimental.
+    """One reading of the gradient noise scale, tr(covariance) / |gradient|^2, in samples.
 
-    It is infinite while the gradient is lost in its noise.
+    It is infinite while noise drowns the gradient.
 
     Args:
         noise_scale: of the whole model.
@@ -61,29 +61,28 @@ class NoiseReading:
 
 
 class NoiseMonitor:
-    """Reads the gradient noise scale, tr(Sigma) / |G|^2, in samples: per layer and of the model.
+    """Measures the gradient noise scale, tr(Sigma) / |G|^2, in samples: per layer and in total.
 
     Sigma is the covariance of one sample's gradient and G the true gradient. Unbiased estimates of
-    numerator and denominator (:class:`Estimate`) are averaged over readings, each on
-    its own, and only then divided; the model's are the sums of its parts'. A layer's noise is that
-    of the parameters which train in its form, weight or factors, so that a change of form starts
-    its averages anew.
+    numerator and denominator (:class:`Estimate`) are averaged over readings separately, and only
+    then divided; the model's are the sums over its parts. A layer's noise is that of the parameters
+    that train in its form, weight or factors, so a change of form restarts its averages.
 
-    Gradients come from one of three places:
+    Gradients come from one of three sources:
 
-    - :meth:`measure` and :meth:`step` compute them, on two or more parts of a batch, at the cost of
-      one more forward and backward pass of it. ``.grad``, buffers and random state stay as they
-      are; two copies of the trainable parameters' size are alive meanwhile.
-    - :meth:`feed` takes gradients that one has already, of data-parallel shards or micro-batches.
-    - :meth:`norms` and :meth:`feed_norms` do with squared norms of ``.grad``: after the first
-      micro-batch and after the last, or before and after the shards' mean.
+    - :meth:`measure` and :meth:`step` compute them on two or more parts of a batch, at the cost of
+      one more forward and backward pass. ``.grad``, buffers and random state do not change; it
+      takes temporary memory for two copies of the trainable parameters.
+    - :meth:`feed` takes existing gradients, of data-parallel shards or micro-batches.
+    - :meth:`norms` and :meth:`feed_norms` only need squared norms of ``.grad``: after the first
+      micro-batch and after the last, or before and after averaging shards.
 
     Args:
-        model: the model; inside its data-parallel wrapper, if it has one.
-        every: steps from one reading of ``step`` to the next; None: as ``share`` allows.
-        share: the most that readings of ``step`` may take of the time since the first step.
-        decay: of the averages, from one reading to the next.
-        clock: gives the time in seconds.
+        model: the model; the module inside a data-parallel wrapper, if there is one.
+        every: steps between readings of ``step``; None: as often as ``share`` allows.
+        share: the largest share of the time since the first step that readings may take.
+        decay: of the averages, per reading.
+        clock: returns the time in seconds.
 
     Raises:
         ValueError: ``every`` is below 1, ``share`` not in (0, 1], or ``decay`` not in [0, 1).
@@ -119,26 +118,26 @@ class NoiseMonitor:
     def step(
         self, loss: Callable[[_Part], Tensor], parts: Callable[[], Iterable[_Part]], samples: int
     ) -> NoiseReading | None:
-        """Count a step of the optimizer; :meth:`measure` if that is due after it, else None.
+        """Count an optimizer step, and :meth:`measure` if a reading is due; otherwise None.
 
         Args:
-            loss: gives the mean loss of a part.
-            parts: gives the parts of a batch: asked only when they are needed.
+            loss: returns the mean loss of a part.
+            parts: returns the parts of a batch; called only for a reading.
             samples: in each part.
         """
-        # Two halves cost about one step, and one step has passed when a guess is asked for.
+        # Two halves cost about one step, so the time of the first step is the first guess.
         guess = self._pace.elapsed
         return self._pace.step(lambda: self.measure(loss, parts(), samples), guess)
 
     def measure(
         self, loss: Callable[[_Part], Tensor], parts: Iterable[_Part], samples: int
     ) -> NoiseReading:
-        """Compute the gradient of each part and read the noise scale; nothing else changes.
+        """Compute the gradient of each part and the noise scale; nothing else changes.
 
-        Forward hooks run, and what they or a module write elsewhere than in buffers is not undone.
+        Forward hooks run, and what they or a module write outside of buffers is not undone.
 
         Args:
-            loss: gives the mean loss of a part, as in training.
+            loss: returns the mean loss of a part, as in training.
             parts: two or more parts of a batch, of equal size.
             samples: in each part.
 
@@ -156,15 +155,15 @@ class NoiseMonitor:
             return self._read(parameters, from_shards(gradients(), samples))
 
     def feed(self, shards: Iterable[Mapping[str, Tensor]], samples: int) -> NoiseReading:
-        """Read the noise scale from gradients that one has.
+        """Compute the noise scale from existing gradients.
 
         Args:
-            shards: of each shard, the gradient of its mean loss, by the parameters' names; they may
-                come one at a time.
+            shards: for each shard the gradients of its mean loss, by parameter name; may be a
+                generator.
             samples: in each shard.
 
         Raises:
-            ValueError: fewer than two shards, or a name that the model does not have.
+            ValueError: fewer than two shards, or an unknown parameter name.
         """
         named = dict(self._model.named_parameters())
 
@@ -177,9 +176,9 @@ class NoiseMonitor:
         return self._read(list(named.values()), from_shards(gradients(), samples))
 
     def norms(self, scale: float = 1.0) -> dict[str, float]:
-        """Squared norms of ``scale * .grad`` by layer; under ``""`` what is no layer's weight.
+        """Squared norms of ``scale * .grad`` by layer; ``""`` is everything else.
 
-        ``scale`` makes a mean of an accumulated sum.
+        ``scale`` turns an accumulated sum into a mean.
         """
         found: dict[str, float] = {}
         layers = self._layers()
@@ -192,20 +191,20 @@ class NoiseMonitor:
     def feed_norms(
         self, small: Mapping[str, float], large: Mapping[str, float], samples: tuple[int, int]
     ) -> NoiseReading:
-        """Read the noise scale from squared norms of gradients, as :meth:`norms` gives them.
+        """Compute the noise scale from squared gradient norms, as returned by :meth:`norms`.
 
         Args:
-            small: of a smaller batch's mean gradient; of several such, the mean of their norms.
-            large: of a larger batch's, which may contain the smaller.
-            samples: in the smaller and in the larger.
+            small: of a smaller batch's mean gradient; for several batches, the mean of the norms.
+            large: of a larger batch's mean gradient, which may contain the smaller batch.
+            samples: the sizes of the smaller and the larger batch.
 
         Raises:
             ValueError: the larger batch is not larger, or the layers differ.
         """
         if not 0 < samples[0] < samples[1]:
-            raise ValueError(f"the second batch must be the larger, got {samples} samples")
+            raise ValueError(f"the second batch must be larger, got {samples} samples")
         if differing := sorted(small.keys() ^ large.keys()):
-            raise ValueError(f"norms of {differing[0]!r} were given of one batch only")
+            raise ValueError(f"norms of {differing[0]!r} were given for one batch only")
         return self._average({p: from_norms(small[p], large[p], samples) for p in small})
 
     def _read(self, parameters: Sequence[Parameter], estimates: list[Estimate]) -> NoiseReading:
@@ -232,7 +231,7 @@ class NoiseMonitor:
         return NoiseReading(noise_scale(averages.values()), layers)
 
     def _layers(self) -> dict[Parameter, str]:
-        """The layer of each parameter that is part of a layer's weight and not its frozen base."""
+        """The layer of each trained parameter of a layer's weight (not of a frozen base)."""
         sites = [site for site in survey(self._model) if site.form is not None]
         return {p: site.path for site in sites for p in trained(site)}
 
@@ -244,12 +243,12 @@ class Estimate(NamedTuple):
     signal: float
 
     def plus(self, other: Estimate) -> Estimate:
-        """That of both parts of a parameter vector."""
+        """The estimate for two parts of a parameter vector together."""
         return Estimate(self.noise + other.noise, self.signal + other.signal)
 
 
 def from_norms(small: float, large: float, samples: tuple[int, int]) -> Estimate:
-    """S and Q from the squared norms of the mean gradients of b and of B samples.
+    """Compute S and Q from the squared norms of the mean gradients of b and B samples.
 
     Example:
         >>> from_norms(3.0, 2.0, (8, 16))
@@ -262,20 +261,20 @@ def from_norms(small: float, large: float, samples: tuple[int, int]) -> Estimate
 
 @torch.no_grad()
 def from_shards(shards: Iterable[Sequence[Tensor | None]], samples: int) -> list[Estimate]:
-    """S and Q of each tensor, from the gradients of N shards of ``samples`` each.
+    """Compute S and Q of each tensor from the gradients of N shards of ``samples`` each.
 
-    The shards come one at a time; a running mean is kept (Welford 1962). None is a gradient of
-    zeros.
+    The shards are consumed one at a time with a running mean (Welford 1962). None counts as a zero
+    gradient.
 
     Raises:
-        ValueError: fewer than two shards, or no sample in them.
+        ValueError: fewer than two shards, or shards without samples.
 
     Example:
         >>> from_shards([[torch.tensor([3.0])], [torch.tensor([1.0])]], samples=1)
         [Estimate(noise=2.0, signal=3.0)]
     """
     if samples < 1:
-        raise ValueError(f"a shard has 1 or more samples, got samples={samples}")
+        raise ValueError(f"a shard must have at least 1 sample, got samples={samples}")
     means: list[_Mean] = []
     count = 0
     for count, gradients in enumerate(shards, start=1):
@@ -322,7 +321,7 @@ def _plain(gradient: Tensor) -> Tensor:
 
 
 class Average:
-    """An exponential moving average of estimates, without bias from its start.
+    """A bias-corrected exponential moving average of estimates.
 
     Example:
         >>> average = Average(0.9)
@@ -337,7 +336,7 @@ class Average:
         self._weight = 0.0
 
     def add(self, estimate: Estimate) -> None:
-        """Take in one more."""
+        """Add one estimate."""
         keep, new = self._decay, 1 - self._decay
         self._sum = Estimate(
             *(keep * a + new * b for a, b in zip(self._sum, estimate, strict=True))
@@ -351,7 +350,7 @@ class Average:
 
 
 def noise_scale(estimates: Iterable[Estimate]) -> float:
-    """``sum S / sum Q``, in samples; infinite while the signal is lost in the noise.
+    """``sum S / sum Q``, in samples; infinite while noise drowns the signal.
 
     Example:
         >>> noise_scale([Estimate(4.0, 2.0), Estimate(2.0, 1.0)])

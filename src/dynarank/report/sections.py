@@ -110,7 +110,7 @@ def _quality(runs: Sequence[Run]) -> Html:
             " Large points are means over a schedule's runs, with error bars of one standard "
             "deviation; small points are the runs."
         )
-    heading = element("h3", "Significant differences")
+    heading = element("h3", "Statistical comparison")
     figure = _figure("cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3), caption)
     return Html(heading + element("ul", *told, class_="sentences") + figure)
 

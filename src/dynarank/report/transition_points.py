@@ -44,7 +44,8 @@ def change_kind(change: ChangeRecord) -> str:
     """Classify a change of form: inflate, deflate, restart (of an adapter), adapt or resize."""
     before, after = change.before.get("form"), change.after.get("form")
     if before == after:
-        return "restart" if change.before == change.after else "resize"
+        same = {**change.before, "restart": 0} == {**change.after, "restart": 0}
+        return "restart" if same else "resize"
     if after == "full-rank":
         return "inflate"
     return "adapt" if (before, after) == ("low-rank", "adapted") else "deflate"

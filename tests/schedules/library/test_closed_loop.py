@@ -24,11 +24,10 @@ from dynarank.schedules import (
     Readings,
     closed_loop,
     get_preset,
-    is_stateful,
     step_of,
     timeline,
 )
-from dynarank.schedules.library.evidence import Evidence, Thresholds
+from dynarank.schedules.library.closed_loop import Evidence, Thresholds
 from dynarank.schedules.readings import SpectralReading
 
 LOW, FULL, LAST = LowRank(8), FullRank(), LowRank(8)
@@ -78,7 +77,7 @@ def test_a_hand_computed_trace() -> None:
     """With everything on: two layers, readings at steps 0, 10, 20, ..., smoothed by a half.
 
     a: e = 8, 8, 6, 5 against its best of 8; 0.2 below is 6.4, so it has fallen at 20 and 30, twice
-    in a row. Full-rank from 30 on, everything begins anew: t = 4, 4.2, 4.3, 4.35: steps of 0.2/4
+    in a row. Full-rank from 30 on, everything is reset: t = 4, 4.2, 4.3, 4.35: steps of 0.2/4
     = 5%, 0.1/4.2 = 2.4%, 0.05/4.3 = 1.2%: below 3% at 60 and 70, so it deflates at 70.
     b: e = 9.5, 9.25, 9.125, ... is above 0.9 * 10 from the start, but nothing changes before
     step 10.
@@ -153,7 +152,7 @@ def test_a_fall_is_counted_from_the_best(effective: list[float], fallen: int | N
     assert [d.step for d in found] == ([] if fallen is None else [fallen])
 
 
-def test_a_layer_begins_anew_after_a_change() -> None:
+def test_a_layer_is_reset_after_a_change() -> None:
     """The best of its low-rank time does not count against its full-rank time, nor back."""
     spectra = [reading(8, 3), reading(4, 3), reading(40, 3), reading(40, 3), reading(4, 9)]
     spectra += [reading(4, 3)] * 3
@@ -231,7 +230,7 @@ def test_a_weight_of_zeros_is_left_alone() -> None:
 
 def test_without_spectra_nothing_happens_and_the_timeline_says_so() -> None:
     schedule = closed_loop(8)
-    assert is_stateful(schedule)
+    assert schedule.stateful and schedule.requires == {"spectra"}
     (phase,) = timeline(schedule, Readings(LAYERS), 50)
     assert phase.plan == {"a": LOW, "b": LOW}
     answer = schedule.update(schedule.start(), Clock(3, 50), Readings(LAYERS))

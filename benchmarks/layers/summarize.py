@@ -1,4 +1,4 @@
-"""The two tables of a results folder as Markdown, with what was aimed at and what was reached.
+"""Print the two tables of a results folder as Markdown, with targets and results.
 
 python benchmarks/layers/summarize.py benchmarks/layers/results/2026-11-24-cpu
 """

@@ -1,7 +1,8 @@
-"""Schedules that find themselves: from the learning rate, within a budget, from the spectra.
+"""Automatic schedules: from the learning rate, for a FLOP budget, from the layers' spectra.
 
-Three runs of one small network: the first is told nothing, the second a share of the FLOPs, the
-third lets each layer decide by its own rank metrics and tells why. It needs nothing but torch.
+Three runs of one small network: the first derives its transition points from the learning rate, the
+second fits a schedule to a share of the FLOPs, in the third each layer decides by its own rank
+metrics and records why. It needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -17,28 +18,23 @@ from dynarank.schedules import closed_loop
 
 
 def net() -> nn.Sequential:
-    """Two layers to rank and a head."""
+    """Two scheduled layers and a head."""
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 128), nn.GELU(), nn.Linear(128, 2)
     )
 
 
-def train(name: str, schedule: object, steps: int) -> dr.RankScheduler:
-    """Train under a schedule and print what it did."""
+def train(name: str, schedule: dr.schedules.RankSchedule | None, steps: int) -> dr.RankScheduler:
+    """Train under a schedule (None: one fitted to a budget) and print every change of form."""
     model, x = net(), torch.randn(256, 64)
     y = (x[:, :32].sum(1) > 0).long()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     lr_scheduler = CosineAnnealingLR(optimizer, steps)
-    ranks = dr.RankScheduler(
-        model,
-        optimizer,
-        schedule,
-        steps,
-        layers=["0", "2"],
-        lr_scheduler=lr_scheduler,  # a copy of it is run ahead
-        sample=x[:32],  # what FLOPs are counted on
-    )
+    options = {"layers": ["0", "2"], "lr_scheduler": lr_scheduler}  # a copy of it is run ahead
+    if schedule is None:  # 60% of the training FLOPs of full rank, counted on a batch
+        schedule = dr.fit_schedule(model, x[:32], steps, flops=0.6, **options)
+    ranks = dr.RankScheduler(model, optimizer, schedule, steps, **options)
     for step in range(steps):
         rows = slice(step % 8 * 32, step % 8 * 32 + 32)
         nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
@@ -54,8 +50,8 @@ def train(name: str, schedule: object, steps: int) -> dr.RankScheduler:
 
 def main(steps: int) -> None:
     """Run all three."""
-    train("found", dr.schedules.dynamic_rank(0.25), steps)
-    ranks = train("budget", dr.schedules.dynamic_rank(budget=0.6), steps)
+    train("learning rate", dr.schedules.dynamic_rank(0.25), steps)
+    ranks = train("budget", None, steps)
     print(f"budget 0.6: chosen {ranks.schedule}")
     ranks = train("closed loop", closed_loop(0.25, to="low-rank"), steps)
     for decision in ranks.decisions:

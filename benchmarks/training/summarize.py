@@ -1,4 +1,4 @@
-"""Print the runs under a folder as Markdown tables: a table a recipe, a row a schedule.
+"""Print the runs under a folder as Markdown tables: one table per recipe, one row per schedule.
 
 Scores are means and standard deviations over seeds, with n; costs are means.
 
@@ -53,12 +53,13 @@ def row(schedule: str, runs: list[SummaryRecord], metric: Metric) -> str:
 
 
 def provenance(run: Run) -> str:
-    """Write where and with what a run was made."""
+    """Write the data, hardware, versions and commit of a run."""
     header = run.header
     size = run.config.get("train_size", run.config.get("train_images", 0))
+    unit = "bytes of training text" if header.recipe == "text-gpt" else "training examples"
     versions = ", ".join(f"{name} {number}" for name, number in header.versions.items())
     return (
-        f"{header.recipe}: {size:,} training examples (bytes of text-gpt), "
+        f"{header.recipe}: {size:,} {unit}, "
         f"{header.epochs} epochs of {header.steps_per_epoch} steps, {header.precision} on "
         f"{header.hardware}; {versions}; commit {header.commit}; first run {header.started[:10]}."
     )

@@ -1,8 +1,8 @@
-"""A rank schedule of one's own, costed before anything trains.
+"""A custom rank schedule, and its cost before training.
 
-A schedule is a function ``(clock, readings) -> plan``. This one is Pufferfish's idea (Wang et al.,
-arXiv 2103.03936): full-rank for the first fifth of the run, then low-rank, with the widest layers
-cut hardest. It needs nothing but torch.
+A schedule is a function ``(clock, readings) -> plan``. This one follows Pufferfish (Wang et al.,
+arXiv 2103.03936): full-rank for the first fifth of the run, then low-rank, with the smallest ranks
+for the widest layers. It needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynarank.cost.schedule import cost_schedule
 
 
 def warm_then_low(clock: dr.schedules.Clock, readings: dr.schedules.Readings) -> dict[str, object]:
-    """Return full rank until a fifth of the run, then a quarter of each layer's break-even rank."""
+    """Return full rank for a fifth of the run, then a share of each layer's break-even rank."""
     if clock.progress < 0.2:
         return dict.fromkeys(readings.layers, dr.FullRank())
     return {
@@ -28,7 +28,7 @@ def warm_then_low(clock: dr.schedules.Clock, readings: dr.schedules.Readings) ->
 
 
 def main(steps: int) -> None:
-    """Cost the schedule, then run it on random data."""
+    """Print the cost of the schedule, then run it on random data."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128), nn.GELU(), nn.Linear(128, 2)
