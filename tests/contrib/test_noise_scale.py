@@ -327,7 +327,7 @@ def test_by_default_it_waits_until_one_more_step_is_well_within_one_per_cent() -
         (lambda m: NoiseMonitor(m, every=0), "every=0"),
         (lambda m: NoiseMonitor(m).feed([], 4), "two or more shards of a batch, got 0"),
         (lambda m: NoiseMonitor(m).feed([{"x": torch.ones(1)}], 4), "no parameter 'x'"),
-        (lambda m: NoiseMonitor(m).feed_norms({"0": 1.0}, {"0": 1.0}, (8, 8)), "be the larger"),
+        (lambda m: NoiseMonitor(m).feed_norms({"0": 1.0}, {"0": 1.0}, (8, 8)), "must be larger"),
         (lambda m: NoiseMonitor(m).feed_norms({"0": 1.0}, {"5": 1.0}, (8, 16)), "'0' were given"),
     ],
     ids=["decay", "every", "shards", "name", "sizes", "layers"],
