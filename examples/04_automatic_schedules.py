@@ -25,21 +25,16 @@ def net() -> nn.Sequential:
     )
 
 
-def train(name: str, schedule: object, steps: int) -> dr.RankScheduler:
-    """Train under a schedule and print every change of form."""
+def train(name: str, schedule: dr.schedules.RankSchedule | None, steps: int) -> dr.RankScheduler:
+    """Train under a schedule (None: one fitted to a budget) and print every change of form."""
     model, x = net(), torch.randn(256, 64)
     y = (x[:, :32].sum(1) > 0).long()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     lr_scheduler = CosineAnnealingLR(optimizer, steps)
-    ranks = dr.RankScheduler(
-        model,
-        optimizer,
-        schedule,
-        steps,
-        layers=["0", "2"],
-        lr_scheduler=lr_scheduler,  # a copy of it is run ahead
-        sample=x[:32],  # what FLOPs are counted on
-    )
+    options = {"layers": ["0", "2"], "lr_scheduler": lr_scheduler}  # a copy of it is run ahead
+    if schedule is None:  # 60% of the training FLOPs of full rank, counted on a batch
+        schedule = dr.fit_schedule(model, x[:32], steps, flops=0.6, **options)
+    ranks = dr.RankScheduler(model, optimizer, schedule, steps, **options)
     for step in range(steps):
         rows = slice(step % 8 * 32, step % 8 * 32 + 32)
         nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
@@ -56,7 +51,7 @@ def train(name: str, schedule: object, steps: int) -> dr.RankScheduler:
 def main(steps: int) -> None:
     """Run all three."""
     train("learning rate", dr.schedules.dynamic_rank(0.25), steps)
-    ranks = train("budget", dr.schedules.dynamic_rank(budget=0.6), steps)
+    ranks = train("budget", None, steps)
     print(f"budget 0.6: chosen {ranks.schedule}")
     ranks = train("closed loop", closed_loop(0.25, to="low-rank"), steps)
     for decision in ranks.decisions:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 Row = tuple[Any, ...]
-Axes = Mapping[str, Sequence[Any]]  # "case, form": [(case, form), ...], "dtype": [...]
+Axes = Mapping[str, Iterable[Any]]  # "case, form": [(case, form), ...], "dtype": [...]
 
 
 def over(axes: Axes) -> pytest.MarkDecorator:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank import SpectralMonitor
-from dynarank.decompositions import SVD
+from dynarank.decompositions.svd import SVD
 
 Shape = tuple[int, int]
 WRN_28_10: dict[Shape, int] = {

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dynarank.decompositions import Geometry, output_shape
+from dynarank.decompositions import Geometry
+from dynarank.decompositions.geometry import output_shape
 from dynarank.layers.execution import map_flops
 
 __all__ = ["Roofline", "machine_roofline"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,8 @@ from torch.optim import SGD
 
 import dynarank as dr
 from dynarank import RankScheduler
-from dynarank.allocation.fit_memory import Settled
-from dynarank.allocation.fit_schedule import fit
 from dynarank.cost.memory import probe_memory
-from dynarank.schedules import Budget, LRAligned, dynamic_rank
-from dynarank.schedules.library.rotating import Rotating
+from dynarank.schedules import DynamicRank, FittedMemory, Rotating
 
 STEPS = 40
 
@@ -53,40 +51,43 @@ def full_peak() -> int:
 def test_no_step_of_the_run_is_above_the_budget(budget: float) -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9)
-    wish = dynamic_rank(budget=Budget(memory=budget))
-    ranks = RankScheduler(model, optimizer, wish, STEPS, sample=X)
-    assert isinstance(ranks.fitted, Settled)
+    schedule = dr.fit_schedule(model, X, STEPS, memory=budget, optimizer=optimizer)
+    assert isinstance(schedule, FittedMemory)
+    ranks = RankScheduler(model, optimizer, schedule, STEPS)
     found = max(peaks(model, ranks, optimizer))
     assert found <= budget * full_peak()
-    assert found == pytest.approx(ranks.fitted.peak_bytes, rel=0.02)
+    assert found == pytest.approx(schedule.peak_bytes, rel=0.02)
 
 
 def test_full_rank_all_at_once_where_it_fits_else_a_share_at_a_time() -> None:
     def chosen(budget: float | int) -> object:
-        wish = dynamic_rank(budget=Budget(memory=budget))
-        return fit(wish, net(), [], X, STEPS).schedule(())
+        schedule = dr.fit_schedule(net(), X, STEPS, memory=budget)
+        assert isinstance(schedule, FittedMemory)
+        return schedule.schedule
 
-    assert isinstance(chosen(1.0), LRAligned)
+    assert isinstance(chosen(1.0), DynamicRank)
     assert isinstance(chosen(0.7), Rotating)
-    assert isinstance(chosen(10**9), LRAligned)
+    assert isinstance(chosen(10**9), DynamicRank)
 
 
 def test_an_impossible_budget_names_the_least_peak_and_changes_nothing() -> None:
     model = net()
     before = [(name, id(p)) for name, p in model.named_parameters()]
     with pytest.raises(ValueError, match=r"memory of 1,000 bytes .*nearest possible is .* bytes"):
-        RankScheduler(model, None, dynamic_rank(budget=Budget(memory=1000)), STEPS, sample=X)
+        dr.fit_schedule(model, X, STEPS, memory=1000)
     assert [(name, id(p)) for name, p in model.named_parameters()] == before
     assert not any(isinstance(form, dr.LowRank) for form in dr.current_plan(model).values())
 
 
 def test_a_fitted_schedule_is_the_same_after_a_resume() -> None:
-    def ranks(budget: Budget) -> RankScheduler:
+    def ranks(budget: dict[str, Any]) -> RankScheduler:
         model = net()
         optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9)
-        return RankScheduler(model, optimizer, dynamic_rank(budget=budget), STEPS, sample=X)
+        schedule = dr.fit_schedule(model, X, STEPS, optimizer=optimizer, **budget)
+        return RankScheduler(model, optimizer, schedule, STEPS)
 
-    for one, other in [(Budget(memory=0.7), Budget(memory=1.0)), (Budget(flops=0.7),) * 2]:
+    for one, other in [({"memory": 0.7}, {"memory": 1.0}), ({"flops": 0.7}, {"flops": 0.6})]:
         first, second = ranks(one), ranks(other)
+        assert second.schedule != first.schedule
         second.load_state_dict(json.loads(json.dumps(first.state_dict())))
         assert second.schedule == first.schedule

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler
 from dynarank.forms import Form
-from dynarank.schedules import Budget, Budgeted, dynamic_rank
+from dynarank.schedules import FittedCost
 
 STEPS = 200
 
@@ -45,14 +45,9 @@ def counted(model: nn.Module, x: Tensor, steps: int, **options: Any) -> tuple[fl
     whole = FlopCounterMode(display=False)
     with whole:
         copy.deepcopy(model)(x).square().mean().backward()
-    ranks = RankScheduler(
-        model,
-        optimizer,
-        dynamic_rank(**options),
-        steps,
-        sample=x,
-        lr_scheduler=scheduler if known else None,
-    )
+    rates = scheduler if known else None
+    schedule = dr.fit_schedule(model, x, steps, optimizer=optimizer, lr_scheduler=rates, **options)
+    ranks = RankScheduler(model, optimizer, schedule, steps, lr_scheduler=rates)
     total, last, cost = 0, None, 0
     for step in range(steps):
         forms = dr.current_plan(model)
@@ -74,10 +69,11 @@ def counted(model: nn.Module, x: Tensor, steps: int, **options: Any) -> tuple[fl
 
 @pytest.mark.parametrize("budget", [0.45, 0.62, 0.755, 0.842, 0.95, 1.0])
 def test_the_counted_flops_of_a_run_are_the_budget(budget: float) -> None:
-    found, ranks = counted(net(), torch.randn(16, 32), STEPS, budget=budget)
+    found, ranks = counted(net(), torch.randn(16, 32), STEPS, flops=budget)
     assert found == pytest.approx(budget, rel=0.01)
-    assert ranks.fitted is not None
-    predicted = ranks.fitted.total(ranks.forecast.rates) / ranks.fitted.allowed * budget
+    fitted = ranks.schedule
+    assert isinstance(fitted, FittedCost)
+    predicted = fitted.total(ranks.forecast.rates) / fitted.allowed * budget
     assert found == pytest.approx(predicted, rel=1e-9)
 
 
@@ -91,13 +87,13 @@ def test_wherever_the_decay_is_the_budget_holds(every: int, to: str, known: bool
         lambda o: CosineAnnealingLR(o, STEPS // every),
     ):
         found, _ = counted(
-            net(), torch.randn(16, 32), STEPS, budget=0.7, to=to, lr=lr, every=every, known=known
+            net(), torch.randn(16, 32), STEPS, flops=0.7, to=to, lr=lr, every=every, known=known
         )
         assert found == pytest.approx(0.7, rel=0.01)
 
 
 def test_convolutions_keep_to_it_too() -> None:
-    found, ranks = counted(conv_net(), torch.randn(2, 3, 12, 12), 100, budget=0.62)
+    found, ranks = counted(conv_net(), torch.randn(2, 3, 12, 12), 100, flops=0.62)
     assert found == pytest.approx(0.62, rel=0.01)
     assert {"2", "4"} <= set(ranks.layers)
 
@@ -110,10 +106,7 @@ def test_every_budget_is_met_or_refused_with_one_that_is_met(
     rates = tuple(1.0 if i < 1000 * decay else 0.1 for i in range(1001))
 
     def fitted(amount: float) -> Any:
-        return RankScheduler(
-            net(), None, dynamic_rank(budget=amount), steps,
-            sample=torch.randn(16, 32), lr_scheduler=rates,
-        ).fitted  # fmt: skip
+        return dr.fit_schedule(net(), torch.randn(16, 32), steps, flops=amount, lr_scheduler=rates)
 
     try:
         one = fitted(budget)
@@ -134,12 +127,11 @@ def test_the_published_costs_give_the_published_choice() -> None:
         (0.755, LowRank(0.5)),
     ]
     for budget, last in expected:
-        ranks = RankScheduler(
-            copy.deepcopy(model), None, dynamic_rank(budget=budget), 1500, sample=x,
-            layers=["*conv*"], lr_scheduler=rates,
-        )  # fmt: skip
-        assert ranks.fitted is not None and ranks.fitted.last == last
-        assert ranks.schedule.length == pytest.approx(0.44, abs=0.02)  # type: ignore[union-attr]
+        schedule = dr.fit_schedule(
+            model, x, 1500, flops=budget, layers=["*conv*"], lr_scheduler=rates
+        )
+        assert isinstance(schedule, FittedCost) and schedule.schedule.last == last
+        assert schedule.within(rates).length == pytest.approx(0.44, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -153,15 +145,8 @@ def test_an_impossible_budget_is_refused_and_nothing_changes(budget: float, mess
     model = net()
     before = [(name, id(p)) for name, p in model.named_parameters()]
     with pytest.raises(ValueError, match=message):
-        RankScheduler(model, None, dynamic_rank(budget=budget), 100, sample=torch.randn(4, 32))
+        dr.fit_schedule(model, torch.randn(4, 32), 100, flops=budget)
     assert [(name, id(p)) for name, p in model.named_parameters()] == before
-
-
-def test_a_budget_wants_a_batch_and_no_moments() -> None:
-    with pytest.raises(ValueError, match=r"without a batch.*sample=batch"):
-        RankScheduler(net(), None, dynamic_rank(budget=0.6), 100)
-    with pytest.raises(ValueError, match="give a budget or inflate and deflate"):
-        dynamic_rank(budget=0.6, inflate=0.3)  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
@@ -176,13 +161,31 @@ def test_a_budget_wants_a_batch_and_no_moments() -> None:
 )
 def test_impossible_wishes_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Budget(**options)
+        dr.fit_schedule(net(), torch.randn(4, 32), 100, **options)
 
 
 def test_what_is_given_is_not_chosen() -> None:
-    wish = dynamic_rank(4, to="low-rank", budget=0.6)
-    assert isinstance(wish, Budgeted)
-    assert list(wish.candidates()) == [(LowRank(4), LowRank(4))]
+    schedule = dr.fit_schedule(net(), torch.randn(4, 32), 100, flops=0.6, rank=4, to="low-rank")
+    assert isinstance(schedule, FittedCost)
+    assert (schedule.schedule.low, schedule.schedule.last) == (LowRank(4), LowRank(4))
+
+
+def test_the_learning_rate_is_understood_in_mid_run_and_the_window_moves() -> None:
+    """Stepped every tenth step, the LR scheduler is understood after ten: full rank is refitted."""
+    model, x = net(), torch.randn(16, 32)
+    optimizer = SGD(model.parameters(), lr=1e-3)
+    lr_scheduler = MultiStepLR(optimizer, [4], 0.1)  # of 20 epochs
+    schedule = dr.fit_schedule(model, x, STEPS, flops=0.7, lr_scheduler=lr_scheduler)
+    ranks = RankScheduler(model, optimizer, schedule, STEPS, lr_scheduler=lr_scheduler)
+    starts = [[phase.start for phase in ranks.phases()]]
+    for step in range(20):
+        optimizer.step()
+        ranks.step()
+        if (step + 1) % 10 == 0:
+            lr_scheduler.step()
+    starts.append([phase.start for phase in ranks.phases()])
+    assert ranks.forecast.rates and starts[0] != starts[1]
+    assert starts[1][1] < 40 < starts[1][2]  # across the decay
 
 
 def test_a_budget_of_seconds_is_met_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +204,8 @@ def test_a_budget_of_seconds_is_met_by_what_was_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(fitting, "dry_run", dry_run)
     model = net()
     full = sum(p.numel() for p in model.parameters())
-    wish = dynamic_rank(budget=Budget(seconds=0.7 * full * STEPS))
-    ranks = RankScheduler(model, None, wish, STEPS, sample=torch.randn(4, 32))
+    schedule = dr.fit_schedule(model, torch.randn(4, 32), STEPS, seconds=0.7 * full * STEPS)
+    ranks = RankScheduler(model, None, schedule, STEPS)
     spent = 0
     for _ in range(STEPS):
         spent += sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -215,6 +218,5 @@ def test_a_real_clock_gives_a_schedule_too() -> None:
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     state = torch.get_rng_state()
     with pytest.raises(ValueError, match=r"1e-09 seconds cannot be met.*nearest possible is"):
-        wish = dynamic_rank(budget=Budget(seconds=1e-9))
-        RankScheduler(model, optimizer, wish, 100, sample=x)
+        dr.fit_schedule(model, x, 100, seconds=1e-9, optimizer=optimizer)
     assert torch.equal(torch.get_rng_state(), state) and not optimizer.state

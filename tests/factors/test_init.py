@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import zlib
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,10 +13,9 @@ from laws import assert_close, randomize
 from torch import Tensor, nn
 
 import dynarank as dr
-from dynarank.decompositions import Factors, get_decomposition
+from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition
 from dynarank.factors.init import (
     balance,
-    balanced,
     factors_of_variance,
     initialize_factors,
     plain_draw,
@@ -110,8 +110,8 @@ def test_a_plain_draw_is_what_the_plain_layer_draws(layer: str) -> None:
         first = plain.weight.detach().clone()
         plain.reset_parameters()
     spec = only(model).spec
-    assert torch.equal(next(draws), spec.turn(first))
-    assert torch.equal(next(draws), spec.turn(plain.weight))
+    assert torch.equal(next(draws), spec.to_canonical(first))
+    assert torch.equal(next(draws), spec.to_canonical(plain.weight))
 
 
 @pytest.mark.parametrize("match", ["variance", "spectrum"])
@@ -179,16 +179,25 @@ def test_a_zero_adapter_can_still_learn() -> None:
     assert bool(up.abs().sum(0).min() > 0.1)
 
 
-class Chain:
-    """Three linear factors; not an SVD pair."""
+class Chain(Decomposition):
+    """Three matrices, for what the base class does with any chain."""
 
     name = "chain"
 
-    def shapes(self, shape: tuple[int, ...], rank: int) -> tuple[tuple[int, ...], ...]:
+    def limit(self, shape: Sequence[int]) -> int:
+        return min(shape)
+
+    def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
         return (rank, shape[1]), (rank, rank), (shape[0], rank)
+
+    def split(self, weight: Tensor, rank: int) -> Factors:
+        raise NotImplementedError
 
     def join(self, factors: Factors) -> Tensor:
         return factors[2] @ factors[1] @ factors[0]
+
+    def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
+        return (geometry,) * 3
 
 
 def test_other_chains() -> None:
@@ -196,9 +205,9 @@ def test_other_chains() -> None:
     factors = factors_of_variance(Chain(), (20, 30), 5, 0.5, generator)
     assert_close(Chain().join(factors).square().mean(), torch.tensor(0.5).double())
     uneven = (factors[0] * 9, factors[1], factors[2] / 4)
-    even = balanced(Chain(), uneven)
+    even = Chain().balanced(uneven)
     assert_close(Chain().join(even), Chain().join(uneven))
     for factor in even[1:]:
         assert_close(factor.norm(), even[0].norm())
     zero = (factors[0], factors[1] * 0, factors[2])
-    assert balanced(Chain(), zero) == zero
+    assert Chain().balanced(zero) == zero

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from laws import ALL_FORMS, assert_close, randomize
+from covering import over
+from laws import ALL_FORMS, DTYPES, assert_close, randomize
 from plain_twin import compare, plain_twin
 from torch import Tensor, nn
 
@@ -255,10 +256,7 @@ def test_wrong_arguments_are_refused_as_by_the_plain_layer() -> None:
 # Laws 3 and 4.
 
 
-@over_few
-@over_forms
-@pytest.mark.parametrize("verb", ["inflate", "deflate", "merge"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@over({"case": FEW, "form": ALL_FORMS, "verb": ["inflate", "deflate", "merge"], "dtype": DTYPES})
 def test_the_function_is_unchanged(case: Case, form: Form, verb: str, dtype: torch.dtype) -> None:
     model = in_form(case, form, dtype)
     expected = model(*case.inputs(dtype), **case.named(dtype))[0]
@@ -442,9 +440,13 @@ class Wrapped(nn.Module):
         return self.model(*inputs, **self.call.on(inputs[0].device))
 
 
-@pytest.mark.parametrize("now", [FullRank(), LowRank(2), Adapted(4)], ids=str)
-@pytest.mark.parametrize("frozen", ["", "in_proj", "out_proj", "in_proj bias"])
-@pytest.mark.parametrize("first", [True, False], ids=["first", "inner"])
+@over(
+    {
+        "now": [FullRank(), LowRank(2), Adapted(4)],
+        "frozen": ["", "in_proj", "out_proj", "in_proj bias"],
+        "first": [True, False],
+    }
+)
 def test_cost_does_not_depend_on_the_form_it_was_traced_in(
     now: Form, frozen: str, first: bool
 ) -> None:

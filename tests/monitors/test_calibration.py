@@ -227,16 +227,16 @@ def test_weights_inside_a_module_are_listed() -> None:
 
 
 def test_other_decompositions_split_the_weight_itself() -> None:
-    from dynarank.decompositions import DECOMPOSITIONS, SVD
+    from dynarank.decompositions.svd import SVD
     from dynarank.decompositions.truncation import split_activation_aware
 
-    class Other:
-        split = staticmethod(SVD().split)
+    class Other(SVD):
+        truncates_optimally = False
 
     weight = torch.randn(5, 6)
     activity = ActivationStats("input", torch.diag(torch.arange(6.0))[None], 1)
-    plain = DECOMPOSITIONS["svd"].split(weight, 2)
-    other, _ = split_activation_aware(Other(), weight, 2, activity)  # type: ignore[arg-type]
+    plain = SVD().split(weight, 2)
+    other, _ = split_activation_aware(Other(), weight, 2, activity)
     assert all(torch.equal(a, b) for a, b in zip(other, plain, strict=True))
     assert not torch.equal(split_activation_aware(SVD(), weight, 2, activity)[0][0], plain[0])
 
@@ -277,15 +277,17 @@ def test_the_scheduler_calibrates_only_before_weights_become_low_rank() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x, asked = uneven((64, 16), torch.float32), []
 
-    def calibrate() -> Calibration:
+    def batches() -> list[torch.Tensor]:
         asked.append(ranks.last_step)
-        return dr.calibrate(model, [x])
+        return [x]
 
     def schedule(clock: Clock, readings: Readings) -> dict[str, dr.LowRank | FullRank]:
         return {"0": FullRank() if clock.step < 2 else LowRank(4)}
 
     twin = copy.deepcopy(model)
-    ranks = dr.RankScheduler(model, optimizer, schedule, 4, calibrate=calibrate)
+    ranks = dr.RankScheduler(
+        model, optimizer, schedule, 4, callbacks=[dr.ActivationAwareTruncation(batches)]
+    )
     for _ in range(4):
         optimizer.step()
         ranks.step()

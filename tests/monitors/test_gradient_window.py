@@ -14,6 +14,7 @@ from torch.optim import AdamW
 
 import dynarank as dr
 from dynarank import FullRank
+from dynarank.monitors.gradient_window import WINDOW
 from dynarank.schedules import Phases
 
 PHASES = Phases((0.0, 5 / 12, 10 / 12), (LOW, FullRank(), LAST))
@@ -60,12 +61,12 @@ def test_what_says_nothing_is_left_out() -> None:
         dr.GradientWindow(model, optimizer, length=0)
 
 
-def run(moments: str, calibration_steps: int = 3) -> tuple[list[torch.Tensor], list[set[str]]]:
+def run(length: int | None) -> tuple[list[torch.Tensor], list[set[str]]]:
+    """Projected, or calibrated by the last gradients."""
     model = net()
     optimizer = adamw(model)
-    ranks = dr.RankScheduler(
-        model, optimizer, PHASES, STEPS, moments=moments, calibration_steps=calibration_steps
-    )
+    moments = dr.GradientWindow(model, optimizer, length=length) if length else "project"
+    ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=moments)
     watched, values = [], []
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, step)
@@ -77,12 +78,22 @@ def run(moments: str, calibration_steps: int = 3) -> tuple[list[torch.Tensor], l
 
 def test_the_scheduler_looks_ahead_and_the_run_is_the_same_until_the_change() -> None:
     """Bitwise up to the first change; afterwards it differs, so the gradients were used."""
-    plain, _ = run("project")
-    kept, watched = run("calibrated")
+    plain, _ = run(None)
+    kept, watched = run(3)
     assert all(torch.equal(a, b) for a, b in zip(plain[:5], kept[:5], strict=True))
     assert not torch.equal(plain[5], kept[5])
     both = {"0", "2"}
     assert watched == [set(), both, both, both, set(), set(), both, both, both, set(), set(), set()]
+
+
+def test_calibrated_is_a_window_of_the_default_length_that_the_scheduler_steers() -> None:
+    model = net()
+    optimizer = adamw(model)
+    ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments="calibrated")
+    assert isinstance(ranks.gradients, dr.GradientWindow) and ranks.gradients.length == WINDOW
+    assert set(ranks.gradients._rings) == {"0", "2"} and optimizer._optimizer_step_pre_hooks
+    ranks.close()
+    assert not ranks.gradients._rings and not optimizer._optimizer_step_pre_hooks
 
 
 def test_gathering_does_not_change_a_run() -> None:
@@ -120,17 +131,15 @@ def test_gradients_keep_no_parameter_alive_and_are_in_no_state() -> None:
 def test_a_run_resumed_within_the_window_has_fewer_gradients() -> None:
     model = net()
     optimizer = adamw(model)
-    ranks = dr.RankScheduler(
-        model, optimizer, PHASES, STEPS, moments="calibrated", calibration_steps=3
-    )
+    window = dr.GradientWindow(model, optimizer, length=3)
+    ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=window)
     for step in range(1, 4):
         train_step(model, optimizer, step)
         ranks.step()
     again = net()
     other = adamw(again)
-    resumed = dr.RankScheduler(
-        again, other, PHASES, STEPS, moments="calibrated", calibration_steps=3
-    )
+    window = dr.GradientWindow(again, other, length=3)
+    resumed = dr.RankScheduler(again, other, PHASES, STEPS, moments=window)
     resumed.load_state_dict(ranks.state_dict())
     again.load_state_dict(model.state_dict())
     other.load_state_dict(optimizer.state_dict())

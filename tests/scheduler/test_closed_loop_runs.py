@@ -22,8 +22,8 @@ from dynarank.schedules import (
     Answer,
     Clock,
     ClosedLoop,
+    RankSchedule,
     Readings,
-    Schedule,
     State,
     closed_loop,
     decide_again,
@@ -44,11 +44,12 @@ LOOP = closed_loop(
 )  # fmt: skip
 
 
-class Watched:
+class Watched(RankSchedule):
     """The loop, with the spectra it is given and the forms it is told of written down."""
 
     def __init__(self, schedule: ClosedLoop) -> None:
-        self.schedule, self.spectra_every = schedule, schedule.spectra_every
+        self.schedule = schedule
+        self.requires, self.spectra_every = schedule.requires, schedule.spectra_every
         self.spectra: dict[int, Mapping[str, SpectralReading]] = {}
         self.forms: dict[int, Mapping[str, Form]] = {}
 
@@ -62,13 +63,13 @@ class Watched:
         return self.schedule.update(state, clock, readings)
 
 
-def began(schedule: Schedule) -> tuple[nn.Module, Any, dr.RankScheduler]:
+def began(schedule: RankSchedule) -> tuple[nn.Module, Any, dr.RankScheduler]:
     model = net()
     optimizer = sgd(model, lr=0.2)
     return model, optimizer, dr.RankScheduler(model, optimizer, schedule, STEPS)
 
 
-def trained(schedule: Schedule) -> tuple[nn.Module, dr.RankScheduler]:
+def trained(schedule: RankSchedule) -> tuple[nn.Module, dr.RankScheduler]:
     model, optimizer, ranks = began(schedule)
     for step in range(STEPS):
         train_step(model, optimizer, step)

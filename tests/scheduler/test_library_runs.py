@@ -16,12 +16,12 @@ from torch.optim import AdamW, Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank, RankScheduler
+from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.schedules import (
     Cuttlefish,
     Growing,
-    Hybrid,
-    Schedule,
-    is_stateful,
+    Pufferfish,
+    RankSchedule,
     lora,
     published,
     relora,
@@ -33,13 +33,13 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "adamw": lambda model: AdamW(model.parameters(), lr=0.01),
 }
 over_optimizers = pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
-# Each with the scheduler arguments that its method page names.
-PRESETS: dict[str, tuple[Schedule, dict[str, Any]]] = {
+# Each with what its page says the scheduler is to be given.
+PRESETS: dict[str, tuple[RankSchedule, dict[str, Any]]] = {
     "lora": (lora(2, alpha=2.0), {}),
-    "relora": (relora(2, start=2, every=3, alpha=2.0), {"moments": "prune", "rewarm": 2}),
-    "pufferfish": (Hybrid(4, LowRank(2), first=1), {"moments": "reset", "rewarm": 3}),
+    "relora": (relora(2, warm_start=2, every=3, alpha=2.0, rewarm=2), {"moments": "prune"}),
+    "pufferfish": (Pufferfish(2, switch=4, first=1, last=0), {"moments": "reset", "rewarm": 3}),
     "cuttlefish": (Cuttlefish(2, window=2, recent=2, threshold=9.0), {"moments": "reset"}),
-    "growing": (Growing(2, 1, 2, 6, 0.9, warmup=1, stop=9), {}),
+    "growing": (Growing(6, first=1, buffer=2, spectra_every=2, warmup=1, stop=9), {}),
     "published": (published(2, inflate=4, deflate=8), {"moments": "reset"}),
 }
 
@@ -48,7 +48,12 @@ def running(name: str, kind: str = "sgd") -> Running:
     schedule, options = PRESETS[name]
     model = net()
     optimizer = OPTIMIZERS[kind](model)
-    return Running(model, optimizer, RankScheduler(model, optimizer, schedule, STEPS, **options))
+    rewarm = options.get("rewarm", schedule.rewarm or 0)
+    moments = options.get("moments", "project")
+    ranks = RankScheduler(
+        model, optimizer, schedule, STEPS, moments=moments, callbacks=[LRRewarmup(rewarm)]
+    )
+    return Running(model, optimizer, ranks)
 
 
 def probe() -> Tensor:
@@ -114,11 +119,13 @@ def of(model: nn.Module, name: str) -> list[Tensor]:
 
 
 def test_the_rate_comes_back_over_two_steps_after_each_restart() -> None:
-    run = running("relora")
+    model, rewarmup = net(), LRRewarmup(2)
+    optimizer, schedule = sgd(model), PRESETS["relora"][0]
+    ranks = RankScheduler(model, optimizer, schedule, STEPS, callbacks=[rewarmup])
     factors: list[float] = []
     for step in range(STEPS):
-        factors.append(run.ranks.rewarm.factor)
-        run.steps(step, step + 1)
+        factors.append(rewarmup.factor)
+        Running(model, optimizer, ranks).steps(step, step + 1)
     assert factors == [1, 1, 0.5, 1, 1, 0.5, 1, 1, 0.5, 1, 1, 0.5]
 
 
@@ -160,7 +167,7 @@ def test_pufferfish_keeps_the_first_layer_and_forgets_the_moments() -> None:
 def test_cuttlefish_finds_epoch_and_ranks() -> None:
     """Readings at steps 0, 2, 4 (all settled, by so high a threshold) and 6, where it switches."""
     schedule, _ = PRESETS["cuttlefish"]
-    assert is_stateful(schedule)
+    assert schedule.stateful
     run = running("cuttlefish")
     start = stable_ranks(run.model)
     for step in range(6):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from dynarank import RankScheduler
-from dynarank.scheduler.batch_norm import recalibrate_batch_norms
+from dynarank.scheduler.batch_norm import BatchNormRecalibration, recalibrate_batch_norms
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.schedules import dynamic_rank
 
@@ -17,7 +17,7 @@ def rates(rewarm: int) -> tuple[list[float], list[float]]:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     used: list[float] = []
-    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, rewarm=rewarm)
+    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(rewarm)])
     optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
     scheduler = CosineAnnealingLR(optimizer, 12)
     held: list[float] = []
@@ -39,25 +39,30 @@ def test_the_rate_is_scaled_after_each_change_and_the_scheduler_never_sees_it() 
 
 
 def test_a_warm_up_goes_on_after_a_resume() -> None:
-    def parts() -> tuple[nn.Module, torch.optim.Optimizer, RankScheduler]:
+    def parts(
+        rewarmup: LRRewarmup,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, RankScheduler]:
         model = net()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        return model, optimizer, RankScheduler(model, optimizer, SCHEDULE, 12, rewarm=3)
+        ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[rewarmup])
+        return model, optimizer, ranks
 
-    model, optimizer, ranks = parts()
+    first, second = LRRewarmup(3), LRRewarmup(3)
+    model, optimizer, ranks = parts(first)
     for step in range(5):
         train_step(model, optimizer, step)
         ranks.step()
-    again = parts()[2]
+    again = parts(second)[2]
     again.load_state_dict(ranks.state_dict())
-    assert again.rewarm.factor == ranks.rewarm.factor == 2 / 3
+    assert second.factor == first.factor == 2 / 3
 
 
 def test_a_step_that_raises_leaves_the_rate_as_it_was() -> None:
     weight = nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    rewarm = LRRewarmup([optimizer], 4)
-    rewarm.restart()
+    rewarmup = LRRewarmup(4)
+    rewarmup.attach([optimizer])
+    rewarmup.restart()
 
     def broken() -> float:
         raise RuntimeError
@@ -70,21 +75,23 @@ def test_a_step_that_raises_leaves_the_rate_as_it_was() -> None:
 
 def test_a_negative_warm_up_is_refused() -> None:
     with pytest.raises(ValueError, match="steps >= 0, got -1"):
-        LRRewarmup([], -1)
+        LRRewarmup(-1)
 
 
-def test_statistics_are_renewed_after_a_truncation_only() -> None:
+def test_batch_norms_are_recalibrated_after_a_truncation_only() -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 6), nn.Dropout(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     asked: list[int] = []
     batch = torch.randn(64, 6)
 
-    def renew() -> list[torch.Tensor]:
+    def batches() -> list[torch.Tensor]:
         asked.append(ranks.last_step)
         return [batch]
 
     schedule = dynamic_rank(2, inflate=2, deflate=4, to="low-rank")
-    ranks = RankScheduler(model, optimizer, schedule, 6, renew=renew)
+    ranks = RankScheduler(
+        model, optimizer, schedule, 6, callbacks=[BatchNormRecalibration(batches)]
+    )
     for _ in range(6):
         model(batch).sum().backward()
         optimizer.step()

@@ -10,7 +10,7 @@ from torch.optim import Optimizer, lr_scheduler
 import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler
 from dynarank.forms import Change, Form, Plan
-from dynarank.schedules import Clock, Phases, Readings, full_rank, low_rank
+from dynarank.schedules import Clock, Phases, Readings, as_schedule, full_rank, low_rank
 
 # The plan at each step.
 
@@ -19,7 +19,7 @@ def test_the_model_is_at_the_first_plan_at_construction() -> None:
     model = net()
     optimizer = sgd(model)
     seen: list[list[Change]] = []
-    ranks = RankScheduler(model, optimizer, SCHEDULE, STEPS, on_change=seen.append)
+    ranks = RankScheduler(model, optimizer, SCHEDULE, STEPS, callbacks=[seen.append])
     assert forms(model) == [LOW, LOW, FULL]
     assert [[change.path for change in changes] for changes in seen] == [["0", "2"]]
     assert (ranks.last_step, ranks.total_steps, ranks.layers) == (0, STEPS, ("0", "2"))
@@ -30,8 +30,8 @@ def test_changes_happen_exactly_at_their_steps_and_are_told() -> None:
     model = net()
     optimizer = sgd(model)
     seen: list[list[Change]] = []
-    ranks = RankScheduler(model, optimizer, SCHEDULE, STEPS)
-    ranks.on_change = seen.append
+    ranks = RankScheduler(model, optimizer, SCHEDULE, STEPS, callbacks=[seen.append])
+    seen.clear()  # of the first plan
     returned: dict[int, list[Change]] = {}
     for step in range(1, STEPS + 1):
         train_step(model, optimizer, step)
@@ -54,7 +54,7 @@ def test_a_model_that_is_at_the_plan_already_does_not_change() -> None:
     seen: list[list[Change]] = []
     schedule = Phases([0, 2], [LOW, LowRank(0.3)])  # .3 of 8 and of 6 is 2 and 1
     with untouched(model, optimizer):
-        ranks = RankScheduler(model, optimizer, schedule, 9, layers="0", on_change=seen.append)
+        ranks = RankScheduler(model, optimizer, schedule, 9, layers="0", callbacks=[seen.append])
         assert [ranks.step() for _ in range(5)] == [[]] * 5
     assert seen == []
 
@@ -63,7 +63,7 @@ def test_stepping_beyond_the_run_keeps_the_last_plan() -> None:
     model = net()
     ranks = RankScheduler(model, sgd(model), Phases([0, 3, 7], [LOW, FULL, LAST]), 5)
     clocks: list[Clock] = []
-    ranks.schedule = lambda clock, readings: clocks.append(clock) or {"0": FULL}
+    ranks.schedule = as_schedule(lambda clock, readings: clocks.append(clock) or {"0": FULL})
     changes = [ranks.step() for _ in range(9)]
     assert [bool(some) for some in changes] == [True] + [False] * 8
     assert [clock.step for clock in clocks] == [1, 2, 3, 4, 4, 4, 4, 4, 4]

@@ -217,12 +217,12 @@ def test_patience_restarts_after_a_change() -> None:
         ranks.step()
 
 
-def test_on_change_hears_of_no_change_that_was_put_off() -> None:
+def test_a_callback_hears_of_no_change_that_was_put_off() -> None:
     model = net()
     poison(model, math.nan)
     seen: list[list[Change]] = []
     with pytest.warns(RuntimeWarning, match="step 0: no change of form now, next try in 1 steps"):
-        ranks = RankScheduler(model, sgd(model), low_rank(2), 9, on_change=seen.append)
+        ranks = RankScheduler(model, sgd(model), low_rank(2), 9, callbacks=[seen.append])
     assert seen == [] and forms(model) == [FULL, FULL, FULL]
     poison(model, 1.0)
     assert seen == [ranks.step()] and forms(model) == [LOW, LOW, FULL]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import hypothesis.strategies as st
@@ -12,10 +13,14 @@ from hypothesis import given, settings
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form, Plan
 from dynarank.schedules import (
-    PRESETS,
+    SCHEDULES,
     Clock,
+    DynamicRank,
+    FullRankThroughout,
+    LowRankThroughout,
     Phase,
     Phases,
+    RankSchedule,
     Readings,
     When,
     dynamic_rank,
@@ -30,18 +35,18 @@ LAYERS = Readings({"a": (8, 6), "b": (4, 3, 3, 3)})
 LOW, FULL, LAST = LowRank(2), FullRank(), Adapted(2)
 
 
-def form_at(schedule: Phases, step: int, total_steps: int) -> Form:
+def form_at(schedule: RankSchedule, step: int, total_steps: int) -> Form:
     plan = schedule(Clock(step, total_steps), LAYERS)
     assert list(plan) == ["a", "b"]
     (form,) = set(plan.values())
     return form
 
 
-# Moments and phases.
+# Times and phases.
 
 
 @pytest.mark.parametrize(
-    ("moment", "total_steps", "step"),
+    ("when", "total_steps", "step"),
     [
         (0.0, 100, 0),
         (0.37, 100, 37),
@@ -59,9 +64,9 @@ def form_at(schedule: Phases, step: int, total_steps: int) -> Form:
     ids=str,
 )
 def test_a_share_is_rounded_to_a_step_and_an_int_is_one(
-    moment: When, total_steps: int, step: int
+    when: When, total_steps: int, step: int
 ) -> None:
-    assert step_of(moment, total_steps) == step
+    assert step_of(when, total_steps) == step
 
 
 def test_the_clocks_progress_is_a_share_of_the_run() -> None:
@@ -227,23 +232,27 @@ def test_a_users_own_function_is_a_schedule_and_sees_the_readings() -> None:
 
 
 def test_full_rank_and_low_rank_never_change() -> None:
-    assert full_rank() == Phases((0.0,), (FULL,))
-    assert low_rank() == Phases((0.0,), (LowRank(0.5),))
-    assert low_rank(3, decomposition="other").forms == (LowRank(3, "other"),)
+    assert timeline(full_rank(), LAYERS, 100) == timeline(Phases((0.0,), (FULL,)), LAYERS, 100)
+    low = Phases((0.0,), (LowRank(0.5),))
+    assert timeline(low_rank(), LAYERS, 100) == timeline(low, LAYERS, 100)
+    assert low_rank(3, decomposition="other").form == LowRank(3, "other")
     assert len(timeline(low_rank(2), LAYERS, 100)) == 1
 
 
 def test_dynamic_rank_is_low_then_full_then_adapted() -> None:
     schedule = dynamic_rank(2, inflate=0.37, deflate=0.80)
-    assert schedule == Phases((0.0, 0.37, 0.80), (LOW, FULL, LAST))
+    phases = Phases((0.0, 0.37, 0.80), (LOW, FULL, LAST))
+    assert timeline(schedule, LAYERS, 100) == timeline(phases, LAYERS, 100)
     options = {"decomposition": "other", "alpha": 3.0, "execution": "two-branch"}
     schedule = dynamic_rank(4, inflate=10, deflate=20, **options)  # type: ignore[arg-type]
-    assert schedule.starts == (0.0, 10, 20)
-    assert schedule.forms == (LowRank(4, "other"), FULL, Adapted(4, "other", 3.0, "two-branch"))
+    assert [form_at(schedule, step, 30) for step in (9, 10, 19, 20)] == [
+        LowRank(4, "other"), FULL, FULL, Adapted(4, "other", 3.0, "two-branch"),
+    ]  # fmt: skip
 
 
 def test_dynamic_rank_can_end_low_rank() -> None:
-    assert dynamic_rank(2, inflate=0.3, deflate=0.8, to="low-rank").forms == (LOW, FULL, LOW)
+    schedule = dynamic_rank(2, inflate=0.3, deflate=0.8, to="low-rank")
+    assert [form_at(schedule, step, 10) for step in (0, 3, 8)] == [LOW, FULL, LOW]
 
 
 @pytest.mark.parametrize("to", ["lowrank", "full-rank", ""])
@@ -252,9 +261,11 @@ def test_dynamic_rank_has_two_endings(to: str) -> None:
         dynamic_rank(2, to=to)  # type: ignore[arg-type]
 
 
-def test_dynamic_rank_refuses_moments_out_of_order_and_impossible_ranks() -> None:
+def test_dynamic_rank_refuses_transition_points_out_of_order_and_impossible_ranks() -> None:
     with pytest.raises(ValueError, match=r"got 0\.8 then 0\.3"):
         dynamic_rank(2, inflate=0.8, deflate=0.3)
+    with pytest.raises(ValueError, match="length is for a full-rank phase that is found"):
+        dynamic_rank(2, inflate=0.3, deflate=0.8, length=0.4)
     with pytest.raises(ValueError, match="at least 1"):
         dynamic_rank(0)
     with pytest.raises(ValueError, match="alpha"):
@@ -263,15 +274,16 @@ def test_dynamic_rank_refuses_moments_out_of_order_and_impossible_ranks() -> Non
 
 def test_presets_take_the_options_of_dynamic_rank() -> None:
     options = {"rank": 3, "inflate": 0.1, "deflate": 0.2, "decomposition": "other", "alpha": 2.0}
-    low = LowRank(3, "other")
-    names = ("full-rank", "low-rank", "dynamic-rank", "dynamic-rank-low")
+    names = ("full-rank", "low-rank", "dynamic-rank", "dynamic-rank-low", "aligned")
     made = {name: get_preset(name)(**options) for name in names}
-    starts = (0.0, 0.1, 0.2)
+    ours = {"decomposition": "other", "alpha": 2.0}
+    found = DynamicRank(3, **ours)  # type: ignore[arg-type]
     assert made == {
-        "full-rank": Phases((0.0,), (FULL,)),
-        "low-rank": Phases((0.0,), (low,)),
-        "dynamic-rank": Phases(starts, (low, FULL, Adapted(3, "other", 2.0))),
-        "dynamic-rank-low": Phases(starts, (low, FULL, low)),
+        "full-rank": FullRankThroughout(),
+        "low-rank": LowRankThroughout(3, decomposition="other"),
+        "dynamic-rank": replace(found, inflate=0.1, deflate=0.2),
+        "dynamic-rank-low": replace(found, inflate=0.1, deflate=0.2, to="low-rank"),
+        "aligned": found,
     }
     assert get_preset("low-rank")() == low_rank()
     assert get_preset("dynamic-rank")() == dynamic_rank()
@@ -280,7 +292,7 @@ def test_presets_take_the_options_of_dynamic_rank() -> None:
 def test_an_unknown_preset_is_refused_and_the_known_are_listed() -> None:
     with pytest.raises(ValueError, match="unknown schedule 'dynamic_rank'") as error:
         get_preset("dynamic_rank")
-    assert all(name in str(error.value) for name in PRESETS)
+    assert all(name in str(error.value) for name in SCHEDULES)
 
 
 @settings(deadline=None, max_examples=40)

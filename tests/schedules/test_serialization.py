@@ -12,20 +12,24 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
-from schedules.library.test_closed_loop import SCHEDULES
-from schedules.test_replay import DECISIONS, FORMS
+from schedules.library.test_closed_loop import SCHEDULES as LOOPS
+from schedules.test_recorded import DECISIONS, FORMS
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form, Plan, Rank
 from dynarank.schedules import (
-    PRESETS,
-    Budget,
+    SCHEDULES,
     Clock,
     Decision,
+    DynamicRank,
+    FittedCost,
+    FittedMemory,
+    Mapped,
     Phases,
+    RankSchedule,
     Readings,
     Replay,
-    Schedule,
+    as_schedule,
     dynamic_rank,
     full_rank,
     get_preset,
@@ -61,14 +65,14 @@ REPLAYS = st.builds(Replay, st.sampled_from(FORMS), DECISIONS.map(tuple))
 
 
 @settings(deadline=None, max_examples=200)
-@given(PHASES | ROTATING | REPLAYS | SCHEDULES)
-def test_a_schedule_is_the_same_after_json(schedule: Schedule) -> None:
+@given(PHASES | ROTATING | REPLAYS | LOOPS)
+def test_a_schedule_is_the_same_after_json(schedule: RankSchedule) -> None:
     again = through_json(schedule)
     assert again == schedule and type(again) is type(schedule)
     assert schedule_to_data(again) == schedule_to_data(schedule)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_preset_can_be_written_down(name: str) -> None:
     schedule = get_preset(name)(rank=3, decomposition="svd")
     assert through_json(schedule) == schedule
@@ -79,17 +83,31 @@ def test_every_preset_can_be_written_down(name: str) -> None:
     [
         dynamic_rank(),
         dynamic_rank(0.25, inflate=0.2, to="low-rank"),
-        dynamic_rank(budget=0.62),
-        dynamic_rank(budget=Budget(memory=10**9)),
+        FittedCost(DynamicRank(0.25, to="low-rank"), (1.0, 2.5, 1.25), 1e12, 300),
+        FittedMemory(rotating(0.25, share=0.125), 10**9),
     ],
     ids=str,
 )
-def test_schedules_that_find_their_moments_are_the_same_after_json(schedule: Schedule) -> None:
+def test_schedules_that_find_their_times_are_the_same_after_json(
+    schedule: RankSchedule,
+) -> None:
     assert through_json(schedule) == schedule
 
 
 def test_what_it_looks_like() -> None:
-    assert schedule_to_data(dynamic_rank(Rank(0.5, "min"), inflate=10, deflate=0.8)) == {
+    half = Rank(0.5, "min")
+    assert schedule_to_data(dynamic_rank(8, inflate=10, deflate=0.8)) == {
+        "class": "DynamicRank",
+        "rank": 8,
+        "inflate": 10,
+        "deflate": 0.8,
+        "to": "adapted",
+        "length": None,
+        "decomposition": "svd",
+        "alpha": 16.0,
+        "execution": "auto",
+    }
+    assert schedule_to_data(Phases((0.0, 10, 0.8), (LowRank(half), FullRank(), Adapted(half)))) == {
         "class": "Phases",
         "starts": [0.0, 10, 0.8],
         "forms": [
@@ -115,10 +133,10 @@ def test_what_it_looks_like() -> None:
 
 
 @dataclass(frozen=True)
-class Nested:
+class Nested(RankSchedule):
     """All that a schedule's field may be."""
 
-    inner: Schedule
+    inner: RankSchedule
     rank: Rank
     plan: Plan
     numbers: tuple[float | None, ...]
@@ -160,7 +178,7 @@ def own(clock: Clock, readings: Readings) -> Plan:
 
 
 @dataclass(frozen=True)
-class Own:
+class Own(RankSchedule):
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
         return {}
 
@@ -176,6 +194,8 @@ IMPOSTOR = type("Phases", (Own,), {})()
     ("schedule", "what"),
     [
         (own, "own cannot be written as data: only schedules of dynarank.schedules"),
+        (as_schedule(own), "own cannot be written as data"),
+        (Mapped(full_rank(), dict), "cannot be written"),
         (lambda clock, readings: {}, "<lambda> cannot"),
         (partial(own), "functools.partial"),
         (Own(), r"Own\(\) cannot"),
@@ -206,7 +226,7 @@ def test_a_users_function_within_a_schedule_is_refused(nested: type[Nested]) -> 
         ({}, "unknown schedule None"),
         ({"class": ["Phases"]}, "unknown schedule"),
         ({"class": "Phases", "starts": [0.0]}, "unknown or missing: forms"),
-        ({**schedule_to_data(low_rank()), "x": 1}, "fields starts, forms; unknown or missing: x"),
+        ({**schedule_to_data(low_rank()), "x": 1}, "rank, decomposition; unknown or missing: x"),
         ({"class": "Phases", "starts": [0.5], "forms": [{"form": "full-rank"}]}, "starts at 0"),
         ({"class": "Phases", "starts": [0.0], "forms": [{"form": "half"}]}, "unknown form 'half'"),
         ({"form": "full-rank"}, "a schedule's data names its class"),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from laws import DECOMPOSITIONS, DTYPES, LAYERS, SHARED, LayerCase, assert_close, randomize
+from covering import over
+from laws import DTYPES, LAYER_AND_DECOMPOSITION, LayerCase, assert_close, randomize
 from torch import Tensor, nn
 
 import dynarank as dr
@@ -13,10 +14,7 @@ from dynarank.surgery.sites import Site, survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's
 F64 = torch.float64
-PAIRS = [(case, "svd") for case in LAYERS] + [
-    (case, name) for name in DECOMPOSITIONS[1:] for case in SHARED
-]
-over_pairs = pytest.mark.parametrize(("case", "decomposition"), PAIRS, ids=str)
+over_pairs = pytest.mark.parametrize(("case", "decomposition"), LAYER_AND_DECOMPOSITION, ids=str)
 
 
 def small(
@@ -57,8 +55,7 @@ def train(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, steps: 
         optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@over_pairs
+@over({"case, decomposition": LAYER_AND_DECOMPOSITION, "dtype": DTYPES})
 def test_growing_keeps_the_function(
     case: LayerCase, decomposition: str, dtype: torch.dtype
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import over
 from laws import (
     DTYPES,
     LAYER_AND_DECOMPOSITION,
@@ -57,8 +58,7 @@ def restarted(model: nn.Module, number: int) -> Adapted:
     return Adapted(form.rank, form.decomposition, form.alpha, restart=number)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("case", "decomposition"), LAYER_AND_DECOMPOSITION, ids=str)
+@over({"case, decomposition": LAYER_AND_DECOMPOSITION, "dtype": DTYPES})
 def test_a_restart_keeps_the_function(
     case: LayerCase, decomposition: str, dtype: torch.dtype
 ) -> None:
@@ -69,7 +69,7 @@ def test_a_restart_keeps_the_function(
     assert change.error <= LOSSLESS[dtype]
     assert_close(model(x), expected)
     base = next(p for n, p in only(model).parameters().items() if only(model).spec.is_base(n))
-    assert_close(only(model).spec.turn(base.detach()), weight)
+    assert_close(only(model).spec.to_canonical(base.detach()), weight)
     assert not base.requires_grad
     *first, last = only(model).factors()
     assert not last.any() and all(f.any() for f in first)

@@ -24,11 +24,11 @@ from dynarank.records import (
 )
 from dynarank.surgery.selection import select
 from dynarank.train.data import ImageData, limit, load_digits_data
-from dynarank.train.health import evenly
 from dynarank.train.images import ImageTask
 from dynarank.train.listener import Progress
 from dynarank.train.loop import DivergedError, Machine, Trainer
 from dynarank.train.models import MODELS
+from dynarank.train.rank_metrics import evenly
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 from dynarank.train.tasks import sketch
@@ -247,7 +247,7 @@ def test_its_parameters_are_exact_by_phase() -> None:
     assert cost.mean_trainable == pytest.approx(27_767_236, abs=0.5)
 
 
-def test_moments_that_a_recipe_leaves_open_follow_its_learning_rate(
+def test_transition_points_that_a_recipe_leaves_open_follow_its_learning_rate(
     digits: ImageData, tmp_path: Path
 ) -> None:
     free = {"inflate": None, "deflate": None}
@@ -272,7 +272,7 @@ def test_low_rank_saves_more_than_half_of_the_flops_on_fashion_mnist(name: str) 
 def test_as_published_keeps_the_published_codes_faults() -> None:
     recipe = load_recipe("cifar10-resnet20").published()
     assert (recipe.shuffle, recipe.weight_decay, recipe.moments) == ("once", 0, "reset")
-    assert recipe.schedule("dynamic-rank").forms[2].execution == "two-branch"  # type: ignore[union-attr]
+    assert recipe.schedule("dynamic-rank").execution == "two-branch"  # type: ignore[attr-defined]
     one = trainer(recipe, "low-rank", images(128), seed=0, epochs=3)
     stage = one.model.stages[0]  # type: ignore[index]
     assert torch.equal(stage[0].conv1.down, stage[1].conv2.down)

@@ -63,9 +63,9 @@ def test_as_transformers_tokenizes(tmp_path: Path) -> None:
 
 def test_a_vocabulary_of_the_texts_themselves() -> None:
     texts = ["the film is good", "the film is bad", "an unseen word"] * 3
-    trained = [WordPiece.from_texts(texts, 12, size=60) for _ in range(2)]
+    trained = [WordPiece.from_texts(texts, 12, size=60) for _ in range(20)]
+    assert all(one._tokenizer.get_vocab() == trained[0]._tokenizer.get_vocab() for one in trained)
     tokens = [one.encode(sentences(["the film is good"]))[0] for one in trained]
-    assert tokens[0].tolist() == tokens[1].tolist()
     assert trained[0].size <= 60 and tokens[0].max() < 60
     assert tokens[0][0, 0] == 2 and tokens[0].count_nonzero() == 6  # whole words and two marks
     assert trained[0]._tokenizer.token_to_id("[PAD]") == 0

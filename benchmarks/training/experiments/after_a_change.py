@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dynarank import RankScheduler
+from dynarank import BatchNormRecalibration, LRRewarmup, RankScheduler
 from dynarank.forms import FullRank
 from dynarank.schedules import dynamic_rank
 from dynarank.train.host import commit, hardware
@@ -62,10 +62,10 @@ def run(recipe: Recipe, task: Task, epochs: int, seed: int, to: str, rewarmup: i
         epoch = task.epoch(0)
         return [next(epoch)[0] for _ in range(batches)]
 
+    callbacks = [LRRewarmup(rewarmup), *([BatchNormRecalibration(images)] if recalibrate else [])]
     ranks = RankScheduler(
         model, optimizer, dynamic_rank(recipe.rank, to=to), total, layers=recipe.layers,
-        lr_scheduler=forecast_rates(recipe), rewarm=rewarmup,
-        renew=images if recalibrate else None,
+        lr_scheduler=forecast_rates(recipe), callbacks=callbacks,
     )  # fmt: skip
     tested: dict[str, tuple[float, float]] = {}
 

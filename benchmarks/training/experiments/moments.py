@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank.schedules import Phases
-from dynarank.surgery.sites import find_sites
+from dynarank.surgery.selection import find_sites
 from dynarank.train.data import load_digits_data
 from dynarank.train.models import DigitsNet
 
@@ -65,8 +65,9 @@ class Run:
             phases,
             3 * self.phase,
             layers=layers,
-            moments=moments,
-            calibration_steps=LENGTH,
+            moments=dr.GradientWindow(self.model, self.optimizer, length=LENGTH)
+            if moments == "calibrated"
+            else moments,
         )
 
     def batch(self) -> tuple[Tensor, Tensor]:

@@ -196,7 +196,7 @@ def _options(
 
 def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None) -> list[float]:
     """The share that each form keeps of the outputs' energy, or of the weight's."""
-    if forms[0].decomposition != "svd":
+    if not site.spec.decomposition(forms[0]).truncates_optimally:
         weight = precise(site.effective())
         return [_kept_by_split(site, weight, form) for form in forms]
     energies = spectrum(site, calibration).square().sum(0)

@@ -26,9 +26,9 @@ from dynarank.cli.options import (
 )
 from dynarank.cli.show import console, right_aligned
 from dynarank.records import Metric, Run, SummaryRecord
-from dynarank.report.comparison import compare_scores
+from dynarank.report.comparison import compare_scores, require_scipy
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text, spread_text
-from dynarank.schedules import get_preset
+from dynarank.schedules.catalog import get_preset
 from dynarank.train.grid import Job, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
 
@@ -65,6 +65,7 @@ def compare(
     names = list(dict.fromkeys(name.strip() for name in schedules.split(",")))
     for name in names:
         get_preset(name)
+    require_scipy()
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
     runner = JobRunner(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)

@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from dynarank.schedules import PRESETS
+from dynarank.schedules.catalog import SCHEDULES
 
 __all__ = [
     "BudgetOption",
@@ -36,7 +36,7 @@ BudgetOption: TypeAlias = Annotated[
 ]
 ScheduleOption: TypeAlias = Annotated[
     str | None,
-    typer.Option(help=f"Comma-separated schedules: {', '.join(PRESETS)}. Default: the recipe's."),
+    typer.Option(help=f"Comma-separated schedules: {', '.join(SCHEDULES)}. Default: the recipe's."),
 ]
 DataOption: TypeAlias = Annotated[
     str | None,

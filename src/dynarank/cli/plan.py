@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dynarank.allocation.fit_schedule import fit
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
 from dynarank.cli.show import console, right_aligned
@@ -19,13 +18,15 @@ from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
 from dynarank.report.formats import bytes_text, count, ratio
-from dynarank.schedules import Budgeted, Phase, is_stateful
+from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import OPTIMIZER_SLOTS
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
-from dynarank.train.tasks import Sketch, sketch
+from dynarank.train.schedules import make_schedule
+from dynarank.train.task import Sketch
+from dynarank.train.tasks import sketch
 
 __all__ = ["plan"]
 
@@ -91,21 +92,16 @@ _FINE, _STEPS = 1000, 10_000
 def _cost(
     recipe: Recipe, name: str, use: ModelUse, layers: list[str], drawn: Sketch
 ) -> ScheduleCost:
-    schedule, forecast = recipe.schedule(name), forecast_rates(recipe)
-    if isinstance(schedule, Budgeted):
-        steps = recipe.epochs * max(1, _STEPS // recipe.epochs)
-        fitted = fit(
-            schedule, drawn.model, [], drawn.sample, steps, forecast=forecast, layers=recipe.layers
-        )
-        schedule = fitted.schedule(forecast)
-    scale = max(1, _STEPS // recipe.epochs) if is_stateful(schedule) else _FINE
+    coarse = max(1, _STEPS // recipe.epochs)
+    schedule = make_schedule(recipe, name, drawn.model, drawn.sample, recipe.epochs * coarse)
+    scale = coarse if schedule.stateful else _FINE
     return cost_schedule(
         use,
         schedule,
         layers,
         recipe.epochs * scale,
         optimizer_slots=OPTIMIZER_SLOTS[recipe.optimizer],
-        forecast=forecast,
+        forecast=forecast_rates(recipe),
     )
 
 
@@ -116,7 +112,7 @@ def _span(recipe: Recipe, cost: ScheduleCost, phase: Phase) -> str:
 
 
 def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
-    return getattr(recipe.schedule(name), "spectra_every", None) is not None
+    return bool(recipe.schedule(name).requires)
 
 
 def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> dict[str, Any]:

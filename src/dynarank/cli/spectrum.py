@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,6 @@ import typer
 from rich.console import Console
 
 from dynarank.cli.show import console
-from dynarank.cli.spectrum_rows import COLUMNS, PAIR_COLUMNS, pair_cells, single_cells
 from dynarank.cli.streaming import StreamedTable
 from dynarank.forms import resolve_rank
 from dynarank.monitors.file_spectra import (
@@ -33,6 +33,15 @@ from dynarank.report.spectra_pair import spectrum_pair_figure
 __all__ = ["spectrum"]
 
 _FORMATS = (".png", ".svg", ".pdf")
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_MEASURES = {
+    "effective": ("effective_rank", ".1f"),
+    "stable": ("stable_rank", ".1f"),
+    "99%": ("energy_rank", ".0f"),
+    "lambda": ("lambda", ".3f"),
+}
+_COLUMNS = ["full", "effective", "of full", "stable", "99%", "lambda", "singular values"]
+_PAIR_COLUMNS = [heading for measure in _MEASURES for heading in (f"{measure} A", "B", "B - A")]
 
 
 def spectrum(
@@ -111,17 +120,17 @@ def _rows(models: list[_Model], terminal: Console, title: str | None) -> Iterato
     shapes = [
         _shape(model.weights[n].shape) for n in names for model in models if n in model.weights
     ]
-    columns = COLUMNS if len(models) == 1 else PAIR_COLUMNS
+    columns = _COLUMNS if len(models) == 1 else _PAIR_COLUMNS
     with StreamedTable(terminal, title, columns, names, shapes) as table:
         for name in names:
             table.working_on(name)
             found = [model.row(name) for model in models]
             if len(found) == 1:
                 assert found[0] is not None
-                row, cells = found[0], single_cells(found[0])
+                row, cells = found[0], _single_cells(found[0])
             else:
                 row = {"layer": name, "first": found[0], "second": found[1]}
-                cells = pair_cells(found[0], found[1])
+                cells = _pair_cells(found[0], found[1])
             table.add(name, _shapes(found), cells)
             yield row
 
@@ -142,6 +151,46 @@ def _row(weight: WeightSpectrum, rank: float) -> dict[str, Any]:
         "lambda_rank": at,
         "singular_values": values.tolist(),
     }
+
+
+def _single_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of one weight; the last is a sparkline of its singular values."""
+    if not row["finite"]:
+        return ["", "not finite", "", "", "", "", ""]
+    return [
+        str(row["full_rank"]),
+        f"{row['effective_rank']:.1f}",
+        f"{row['effective_rank'] / max(row['full_rank'], 1):.0%}",
+        f"{row['stable_rank']:.1f}",
+        str(row["energy_rank"]),
+        f"{row['lambda']:.3f}",
+        _sparkline(row["singular_values"]),
+    ]
+
+
+def _pair_cells(first: dict[str, Any] | None, second: dict[str, Any] | None) -> list[str]:
+    """Each metric of the first, of the second, and the difference; a dash for a missing layer."""
+    cells: list[str] = []
+    for name, pattern in _MEASURES.values():
+        a, b = (_value(row, name) for row in (first, second))
+        cells += [
+            "-" if first is None else f"{a:{pattern}}",
+            "-" if second is None else f"{b:{pattern}}",
+            "" if math.isnan(b - a) else f"{b - a:+{pattern}}",
+        ]
+    return cells
+
+
+def _value(row: dict[str, Any] | None, name: str) -> float:
+    return float(row[name]) if row is not None and row["finite"] else math.nan
+
+
+def _sparkline(values: list[float], width: int = 16) -> str:
+    """The decay s_i / s1 at ``width`` points, as block characters."""
+    if not values or not values[0] > 0:
+        return ""
+    places = [values[i * len(values) // width] / values[0] for i in range(min(width, len(values)))]
+    return "".join(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)] for share in places)
 
 
 def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:

@@ -27,7 +27,7 @@ from dynarank.cli.options import (
 from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import Metric, SummaryRecord
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
-from dynarank.schedules import get_preset
+from dynarank.schedules.catalog import get_preset
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule

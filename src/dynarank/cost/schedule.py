@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from dynarank.cost.flops import Flops, ModelUse
 from dynarank.forms import Adapted, FullRank
-from dynarank.schedules import Phase, Readings, Schedule, timeline
+from dynarank.schedules.base import Readings, Schedule
+from dynarank.schedules.timelines import Phase, timeline
 
 __all__ = ["PhaseCost", "ScheduleCost", "cost_schedule"]
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from dynarank.cost.flops import LayerUse, ModelUse
 from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, WeightSpec
-from dynarank.schedules import Mapped, Schedule
+from dynarank.schedules.base import Mapped, Schedule, as_schedule
 from dynarank.surgery.verbs import apply_plan
 
 __all__ = [
@@ -200,7 +200,7 @@ def where_faster(schedule: Schedule, timings: Timings) -> Mapped:
     def faster(plan: Plan) -> Plan:
         return {path: timings.choose(path, form) for path, form in plan.items()}
 
-    return Mapped(schedule, faster)
+    return Mapped(as_schedule(schedule), faster)
 
 
 def default_cache() -> Path:

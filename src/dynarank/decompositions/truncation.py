@@ -1,7 +1,7 @@
-"""Truncation that minds the data: keep the directions in which a weight's outputs have energy.
+"""Activation-aware truncation: keep the directions in which a weight's outputs have energy.
 
-Legend: W (n, m) the matricized weight, x what it meets, y = W x, r the rank; E over calibration
-data, C = E[x x']; P_r the projection on the r leading eigenvectors of E[y y'] = W C W'.
+Legend: W (n, m) the matricized weight, x its input, y = W x, r the rank; E over calibration data,
+C = E[x x']; P_r the projection on the r leading eigenvectors of E[y y'] = W C W'.
 
 The rank-r weight whose outputs are nearest to W's,
 
@@ -29,16 +29,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import (
-    Decomposition,
-    Factors,
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors
+from dynarank.decompositions.numerics.linalg import (
     LinAlgError,
     UnfitWeightError,
+    leading_directions,
     precise,
 )
-from dynarank.decompositions.grouped import Grouped
-from dynarank.decompositions.numerics.linalg import leading_directions
-from dynarank.decompositions.svd import SVD
 
 __all__ = ["ActivationStats", "output_energies", "project", "split_activation_aware"]
 
@@ -79,7 +77,7 @@ class ActivationStats:
 def split_activation_aware(
     decomposition: Decomposition, weight: Tensor, rank: int, activity: ActivationStats | None
 ) -> tuple[Factors, Tensor | None]:
-    """``split`` of ``P_r W`` where W's outputs are known and the decomposition is the SVD.
+    """``split`` of ``P_r W`` where W's outputs are known and the decomposition truncates optimally.
 
     Any other decomposition splits W itself: its best fit to data is no projection.
 
@@ -96,9 +94,8 @@ def split_activation_aware(
         ValueError: the activity is of another weight.
         UnfitWeightError: the weight cannot be decomposed.
     """
-    inner = decomposition.inner if isinstance(decomposition, Grouped) else decomposition
     shift = None
-    if activity is not None and isinstance(inner, SVD):
+    if activity is not None and decomposition.truncates_optimally:
         weight, shift = project(weight, rank, activity)
     return decomposition.split(weight, rank), shift
 

@@ -12,9 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, Geometry, pull_back, refactor_joined
-from dynarank.decompositions.numerics.bases import equal_norms, leading_basis, unit_scale
-from dynarank.decompositions.numerics.multilinear import chain_energies, lift_squares
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors, Geometry
+from dynarank.decompositions.numerics.multilinear import (
+    chain_energies,
+    equal_norms,
+    leading_basis,
+    unit_scale,
+)
 
 __all__ = ["Tucker", "join_chain", "join_chain_flops"]
 
@@ -24,7 +29,7 @@ GAIN = 1e-4
 SWEEPS = 50
 
 
-class Tucker:
+class Tucker(Decomposition):
     """``W[o, i, k] = sum_ab up[o, b] core[b, a, k] down[a, i]``; the core slides as W does.
 
     ``down`` (r_in, in, 1, ...), ``core`` (r_out, r_in, *kernel), ``up`` (out, r_out, 1, ...) with
@@ -77,10 +82,6 @@ class Tucker:
         shaped = [f.reshape(shape) for f, shape in zip(factors, shapes, strict=True)]
         return equal_norms(shaped, scale)
 
-    def refactor(self, factors: Factors, rank: int) -> Factors:
-        """By way of the weight."""
-        return refactor_joined(self, factors, rank)
-
     def join(self, factors: Factors) -> Tensor:
         """``up @ core[k] @ down`` for every kernel position k."""
         down, core, up = factors
@@ -98,10 +99,6 @@ class Tucker:
         """The core slides as the weight does; the others are pointwise."""
         pointwise = Geometry.pointwise(len(geometry.stride))
         return pointwise, geometry, pointwise
-
-    def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
-        """By automatic differentiation."""
-        return pull_back(self, factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
         """The least M with ``pull(M) = C``: its parts in three orthogonal spaces, in closed form.
@@ -124,9 +121,9 @@ class Tucker:
         lifted += swapped.view(q.shape[0], *lifted.shape[::2]).transpose(0, 1)
         return lifted.reshape(up.shape[0], down.shape[1], *factors[1].shape[2:])
 
-    def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
-        """An outer product over outputs, inputs and kernel positions."""
-        return lift_squares(chain_energies(factors), squares)
+    def energies(self, factors: Factors) -> Factors:
+        """Exactly, from Gram matrices of channels."""
+        return chain_energies(factors)
 
 
 def join_chain(down: Tensor, core: Tensor, up: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dynarank.decompositions import Decomposition, Factors, Grouped
+from dynarank.decompositions import Decomposition, Factors
 from dynarank.forms import Adapted, FullRank
 from dynarank.surgery.live_sites import LiveSites
 from dynarank.surgery.selection import LayerFilter
@@ -50,10 +50,9 @@ def frobenius_gradients(decomposition: Decomposition, factors: Factors) -> Facto
 
     For an SVD pair ``(U'U) D`` and ``U (D D')``: 2 r^2 (m + n) multiplications, W never formed.
     """
-    if decomposition.name != "svd":
+    if not decomposition.is_pair:
         return decomposition.pull(factors, decomposition.join(factors))
-    groups = decomposition.groups if isinstance(decomposition, Grouped) else 1
-    down, up = (f.flatten(1).unflatten(0, (groups, -1)) for f in factors)
+    down, up = (f.flatten(1).unflatten(0, (decomposition.groups, -1)) for f in factors)
     pulled = (up.mT @ up) @ down, up @ (down @ down.mT)
     return tuple(g.reshape(f.shape) for g, f in zip(pulled, factors, strict=True))
 
@@ -79,8 +78,8 @@ def srip_gradient(tall: Tensor, iterations: int = 10) -> Tensor:
 
 def tall_matrices(decomposition: Decomposition, factors: Factors) -> tuple[Tensor, Tensor]:
     """The first factor transposed (groups, m, r) and the last (groups, n, r), as matrices."""
-    groups = decomposition.groups if isinstance(decomposition, Grouped) else 1
-    first, last = (f.flatten(1).unflatten(0, (groups, -1)) for f in (factors[0], factors[-1]))
+    ends, groups = (factors[0], factors[-1]), decomposition.groups
+    first, last = (f.flatten(1).unflatten(0, (groups, -1)) for f in ends)
     return first.mT, last
 
 
@@ -206,7 +205,7 @@ class FrobeniusDecay(Regularizer):
         if isinstance(form, Adapted):
             pulled = tuple(g * form.scale**2 for g in pulled)
             if self._adapted == "weight":
-                base = site.spec.turn(_wide(site.spec.base(form, site.parameters())))
+                base = site.spec.to_canonical(_wide(site.spec.base(form, site.parameters())))
                 extra = decomposition.pull(wide, base * form.scale)
                 pulled = tuple(g + e for g, e in zip(pulled, extra, strict=True))
         return list(zip(factors, pulled, strict=True))

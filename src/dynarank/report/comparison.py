@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev, variance
+from typing import Any
 
+from dynarank.extras import import_extra
 from dynarank.records import Metric
 from dynarank.report.formats import difference_text, joined, number, plural, score_text, spread_text
-from dynarank.report.student import t_interval_factor, two_sided_p
 
-__all__ = ["Pair", "compare_pairs", "compare_scores"]
+__all__ = ["Pair", "compare_pairs", "compare_scores", "require_scipy"]
 
 _MOST_PAIRS = 6  # a sentence of more would not be read
 
@@ -40,6 +42,15 @@ class Pair:
     significant: bool
 
 
+def require_scipy() -> Any:
+    """Import ``scipy.stats``. Call it before training the runs to be compared.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return import_extra("scipy.stats", "report", "a comparison of schedules")
+
+
 def compare_pairs(groups: Mapping[str, Sequence[float]], error: float = 0.05) -> list[Pair]:
     """Compare every pair by Welch's t-test, with Holm's correction at family-wise ``error``.
 
@@ -47,11 +58,15 @@ def compare_pairs(groups: Mapping[str, Sequence[float]], error: float = 0.05) ->
     the i-th smallest p of m is compared with ``error / (m - i + 1)``, up to the first that fails;
     its level is that of all that follow. Intervals are at each pair's level, so that an interval
     excludes zero exactly if its pair is significant. Skipped: groups with fewer than two scores or
-    with a score that is not finite, and pairs in which neither group has any spread.
+    with a score that is not finite, and pairs in which neither group has any spread. The t-test is
+    scipy's, which does not have Holm's procedure.
 
     Args:
         groups: scores by name, one score a run.
         error: the chance of calling any equal groups different, over all pairs, in (0, 1).
+
+    Raises:
+        ImportError: scipy is not installed.
 
     Example:
         >>> (pair,) = compare_pairs({"a": [0.1, 0.2, 0.3], "b": [0.9, 0.8, 0.7]})
@@ -65,22 +80,21 @@ def compare_pairs(groups: Mapping[str, Sequence[float]], error: float = 0.05) ->
     """
     usable = {name: scores for name, scores in groups.items() if _usable(scores)}
     tested = [
-        (*_welch(usable[a], usable[b]), a, b)
+        (_welch(usable[a], usable[b]), a, b)
         for a, b in combinations(usable, 2)
         if variance(usable[a]) + variance(usable[b]) > 0
     ]
-    tested.sort(key=lambda test: test[0])
+    tested.sort(key=lambda test: test[0].pvalue)
     pairs, significant, corrected, level = list[Pair](), True, 0.0, error
-    for done, (p, difference, spread, freedom, a, b) in enumerate(tested):
+    for done, (test, a, b) in enumerate(tested):
         left = len(tested) - done
         if significant:  # from the first failure on, the level stays
             level = error / left
-            significant = p <= level
-        corrected = min(1.0, max(corrected, left * p))
-        reach = spread * t_interval_factor(level, freedom)
-        pairs.append(
-            Pair(a, b, difference, difference - reach, difference + reach, corrected, significant)
-        )
+            significant = bool(test.pvalue <= level)
+        corrected = min(1.0, max(corrected, left * float(test.pvalue)))
+        low, high = map(float, test.confidence_interval(1 - level))
+        difference = fmean(usable[a]) - fmean(usable[b])
+        pairs.append(Pair(a, b, difference, low, high, corrected, significant))
     return pairs
 
 
@@ -119,13 +133,10 @@ def _usable(scores: Sequence[float]) -> bool:
     return len(scores) > 1 and all(map(math.isfinite, scores))
 
 
-def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, float]:
-    """The uncorrected p, the difference, its standard error and its degrees of freedom."""
-    parts = [(variance(scores) / len(scores), len(scores) - 1) for scores in (a, b)]
-    total = math.fsum(part for part, _ in parts)
-    freedom = 1 / math.fsum((part / total) ** 2 / below for part, below in parts)
-    difference, spread = fmean(a) - fmean(b), math.sqrt(total)
-    return two_sided_p(difference / spread, freedom), difference, spread, freedom
+def _welch(a: Sequence[float], b: Sequence[float]) -> Any:
+    with warnings.catch_warnings():  # about groups whose scores are all equal
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return require_scipy().ttest_ind(a, b, equal_var=False)
 
 
 def _figures(name: str, scores: Sequence[float], metric: Metric) -> str:

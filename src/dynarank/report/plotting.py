@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import wraps
-from importlib import import_module
 from io import StringIO
 from typing import TYPE_CHECKING, ParamSpec
 
+from dynarank.extras import import_extra
 from dynarank.records import Metric
 from dynarank.report.theme import INK, NEUTRAL, SERIES, depth_hexes, themed
 
@@ -65,18 +65,13 @@ _P = ParamSpec("_P")
 
 
 def require_matplotlib() -> None:
-    """Import matplotlib, or raise an error that names the extra to install.
+    """Import matplotlib, before anything is computed for a figure.
 
     Raises:
-        ImportError: matplotlib is not installed.
+        ImportError: it is not installed.
 
     """
-    try:
-        import_module("matplotlib.figure")
-    except ImportError as error:
-        raise ImportError(
-            "figures need matplotlib, which is not installed: pip install 'dynarank[report]'"
-        ) from error
+    import_extra("matplotlib.figure", "report", "a figure")
 
 
 @contextmanager

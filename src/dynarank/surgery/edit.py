@@ -75,7 +75,7 @@ class Edit:
                 self._undo.append((module, state))
                 _make_ranked(module)
             _replace(own_parameters(site.module), self.old, self.new)
-            _set_form(site.module, site.spec.name, self.before, self.after)
+            _make_ranked(site.module).set_form(site.spec.name, self.after)
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             self._bias = bias, bias.detach().clone()
@@ -147,30 +147,11 @@ def _replace(
             placed = True
 
 
-def _make_ranked(module: nn.Module) -> None:
+def _make_ranked(module: nn.Module) -> RankedLayer:
     """Make the module a ranked one, every weight full-rank; nothing if it is one."""
-    if isinstance(module, RankedLayer):
-        return
     ranked = ranked_class(type(module))
     assert ranked is not None
-    module.__class__ = ranked
-    assert isinstance(module, RankedLayer)
-    module.__dict__["forms"] = {s.name: FullRank() for s in ranked.specs(module)}
-    module.__dict__["last_factored_forms"] = {}
-    module.enter()
-
-
-def _set_form(module: nn.Module, name: str, before: Form, after: Form) -> None:
-    """Note the weight's new form in its module."""
-    assert isinstance(module, RankedLayer)
-    module.__dict__["forms"] = {**module.forms, name: after}
-    last_factored_forms = [form for form in (before, after) if isinstance(form, LowRank | Adapted)]
-    if last_factored_forms:
-        module.__dict__["last_factored_forms"] = {
-            **module.last_factored_forms,
-            name: last_factored_forms[-1],
-        }
-    module.enter()
+    return ranked.from_plain(module)
 
 
 def _tensors(
@@ -185,7 +166,7 @@ def _tensors(
     ``weight`` is canonical, in fp64.
     """
     spec, names = site.spec, site.spec.parameter_names(after)
-    full = spec.turn(weight)
+    full = spec.from_canonical(weight)
     if isinstance(after, FullRank):
         return {names[0]: full}, None
     rank, decomposition = after.resolved_rank, spec.decomposition(after)
@@ -222,7 +203,9 @@ def _glorot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def _effective(spec: WeightSpec, form: Form, parameters: dict[str, Parameter]) -> Tensor:
     """The canonical weight that the parameters stand for, in fp64."""
-    return spec.turn(spec.effective(form, {name: precise(p) for name, p in parameters.items()}))
+    return spec.to_canonical(
+        spec.effective(form, {name: precise(p) for name, p in parameters.items()})
+    )
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:

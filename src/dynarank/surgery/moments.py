@@ -113,26 +113,26 @@ class Side:
     def pull(self, moment: Tensor) -> Factors:
         """J: a moment of the parameters from one of W."""
         if self.decomposition is None:
-            return (self.spec.turn(moment),)
+            return (self.spec.from_canonical(moment),)
         return self.decomposition.pull(self.parameters, self.scale * moment)
 
     def lift(self, moments: Factors) -> Tensor:
         """J+: the least moment of W that pulls to these."""
         if self.decomposition is None:
-            return self.spec.turn(moments[0])
+            return self.spec.to_canonical(moments[0])
         return self.decomposition.lift(self.parameters, moments) / self.scale
 
     def pull_squares(self, square: Tensor) -> Factors:
         """Variances of the parameters from those of W, its entries independent."""
         if self.decomposition is None:
-            return (self.spec.turn(square),)
+            return (self.spec.from_canonical(square),)
         squares = tuple(p.square() for p in self.parameters)
         return self.decomposition.pull(squares, self.scale**2 * square)
 
     def lift_squares(self, squares: Factors) -> Tensor:
         """An estimate of W's variances from its parameters'."""
         if self.decomposition is None:
-            return self.spec.turn(squares[0])
+            return self.spec.to_canonical(squares[0])
         return self.decomposition.lift_squares(self.parameters, squares) / self.scale**2
 
 

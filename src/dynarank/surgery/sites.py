@@ -99,7 +99,7 @@ class Site:
     def effective(self) -> Tensor:
         """The effective weight, canonical."""
         assert self.form is not None
-        return self.spec.turn(self.spec.effective(self.form, self.parameters()))
+        return self.spec.to_canonical(self.spec.effective(self.form, self.parameters()))
 
 
 def survey(model: nn.Module) -> list[Site]:
@@ -161,15 +161,15 @@ def _sites(path: str, module: nn.Module) -> list[Site]:
     if ranked is None:
         return [Site(path, module, None, None, f"{kind.__name__} layers are not handled")]
     forms = module.forms if isinstance(module, RankedLayer) else {}
-    flaw = ranked.unsupported_reason(module)
+    unsupported = ranked.unsupported_reason(module)
     return [
         Site(
             path if spec.name == "weight" else f"{path}.{spec.name}".lstrip("."),
             module,
             spec,
-            None if flaw else forms.get(spec.name, FullRank()),
-            flaw,
-            bool(flaw),
+            None if unsupported else forms.get(spec.name, FullRank()),
+            unsupported,
+            bool(unsupported),
         )
         for spec in ranked.specs(module)
     ]

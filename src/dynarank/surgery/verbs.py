@@ -232,7 +232,7 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
     apply_plan(model, plan, optimizer=optimizer, moments=moments)
     for module in model.modules():
         if isinstance(module, RankedLayer):
-            module.leave()
+            module.to_plain()
     return model
 
 

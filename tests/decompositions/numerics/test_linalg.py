@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from laws import TOLERANCE, assert_close
 from torch import Tensor
 
-from dynarank.decompositions import SVD, Grouped, UnfitWeightError
-from dynarank.decompositions.base import refactor_joined
+from dynarank.decompositions import Decomposition, UnfitWeightError
+from dynarank.decompositions.grouped import Grouped
 from dynarank.decompositions.numerics import linalg as la
 from dynarank.decompositions.numerics.subspace import follow, subspace_iteration
+from dynarank.decompositions.svd import SVD
 
 OPTIMAL = 1.002  # the truncation error allowed, over the least possible
 svd = SVD()
@@ -350,7 +351,7 @@ def test_refactor_is_split_of_join(
     rank = data.draw(st.integers(1, min(n, m)))
     factors = (normal(old, m, seed=seed, dtype=dtype), normal(n, old, seed=seed + 1, dtype=dtype))
     down, up = svd.refactor(factors, rank)
-    expected = refactor_joined(svd, tuple(f.double() for f in factors), rank)
+    expected = Decomposition.refactor(svd, tuple(f.double() for f in factors), rank)
     joined, least = svd.join(factors).double(), svd.join(expected)
     assert down.shape == (rank, m) and up.shape == (n, rank) and up.dtype == dtype
     error = (joined - up.double() @ down.double()).norm() - (joined - least).norm()

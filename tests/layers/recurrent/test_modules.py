@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import over
 from laws import assert_close, randomize
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
@@ -52,8 +53,8 @@ CELLS: dict[str, Any] = {
     "rnn-cell": lambda: nn.RNNCell(IN, HIDDEN, nonlinearity="relu"),
 }
 FEW = ["lstm-deep", "lstm-projected", "gru", "rnn-relu"]
+KINDS = ["batched", "states", "packed", "packed-states", "unbatched"]
 over_few = pytest.mark.parametrize("net", FEW)
-over_nets = pytest.mark.parametrize("net", NETS)
 over_forms = pytest.mark.parametrize("form", FORMS, ids=str)
 over_auto = pytest.mark.parametrize("form", AUTO, ids=str)
 
@@ -117,9 +118,7 @@ def gradients(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[list[Tenso
 # Law 2: a form computes with its effective weight.
 
 
-@over_nets
-@over_forms
-@pytest.mark.parametrize("kind", ["batched", "states", "packed", "packed-states", "unbatched"])
+@over({"net": NETS, "form": FORMS, "kind": KINDS})
 def test_the_plain_layer_with_the_effective_weights(net: str, form: Form, kind: str) -> None:
     """Values, last states, and the gradients of input, states, biases and factors."""
     module = build(net, form)
@@ -145,10 +144,7 @@ def test_the_plain_layer_with_the_effective_weights(net: str, form: Form, kind: 
             assert_close(module.get_parameter(name).grad, p.grad)
 
 
-@pytest.mark.parametrize("net", CELLS)
-@over_forms
-@pytest.mark.parametrize("given", [True, False], ids=["states", "none"])
-@pytest.mark.parametrize("batch", [(3,), ()], ids=["batched", "unbatched"])
+@over({"net": CELLS, "form": FORMS, "given": [True, False], "batch": [(3,), ()]})
 def test_cells(net: str, form: Form, given: bool, batch: tuple[int, ...]) -> None:
     module = build(net, form)
     plain = plain_of(module)
@@ -230,9 +226,7 @@ def test_mirror_reverses_each_sequence() -> None:
 # Law 3 and 4: changes of form.
 
 
-@over_few
-@over_auto
-@pytest.mark.parametrize("verb", ["inflate", "deflate", "merge"])
+@over({"net": FEW, "form": AUTO, "verb": ["inflate", "deflate", "merge"]})
 def test_the_function_is_unchanged(net: str, form: Form, verb: str) -> None:
     module = build(net, form).eval()
     arguments = inputs(module, "states")
@@ -422,9 +416,7 @@ def test_the_loop_runs_where_it_saves_enough() -> None:
         for name, (call,) in calls.items():
             moved = type(call)(*call.__dict__.values())
             object.__setattr__(moved, "device", device)
-            taken[name, hidden, device] = module.way(
-                module.spec(name), module.forms[name], moved
-            ).name
+            taken[name, hidden, device] = module.execution(module.resolved(name), moved).name
     assert taken == {
         ("weight_ih_l0", 16, "cpu"): "factored",
         ("weight_hh_l0", 16, "cpu"): "joined",

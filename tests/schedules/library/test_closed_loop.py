@@ -24,11 +24,10 @@ from dynarank.schedules import (
     Readings,
     closed_loop,
     get_preset,
-    is_stateful,
     step_of,
     timeline,
 )
-from dynarank.schedules.library.evidence import Evidence, Thresholds
+from dynarank.schedules.library.closed_loop import Evidence, Thresholds
 from dynarank.schedules.readings import SpectralReading
 
 LOW, FULL, LAST = LowRank(8), FullRank(), LowRank(8)
@@ -231,7 +230,7 @@ def test_a_weight_of_zeros_is_left_alone() -> None:
 
 def test_without_spectra_nothing_happens_and_the_timeline_says_so() -> None:
     schedule = closed_loop(8)
-    assert is_stateful(schedule)
+    assert schedule.stateful and schedule.requires == {"spectra"}
     (phase,) = timeline(schedule, Readings(LAYERS), 50)
     assert phase.plan == {"a": LOW, "b": LOW}
     answer = schedule.update(schedule.start(), Clock(3, 50), Readings(LAYERS))

@@ -135,7 +135,9 @@ def test_it_switches_when_the_published_rule_does(
 
 
 def test_the_defaults_are_the_published_ones() -> None:
-    assert cuttlefish(7) == Cuttlefish(7, 15, 11, 0.1, (2.5, 5.0), "svd")
+    assert cuttlefish(7) == Cuttlefish(
+        7, window=15, recent=11, threshold=0.1, relaxed=(2.5, 5.0), decomposition="svd"
+    )
     assert cuttlefish().spectra_every == 1 / 300
 
 
@@ -178,9 +180,10 @@ def test_slopes_by_hand() -> None:
 
 
 def test_the_preset_uses_what_it_knows() -> None:
-    assert get_preset("cuttlefish")(rank=0.5, decomposition="tucker") == cuttlefish(
-        decomposition="tucker"
-    )
+    made = get_preset("cuttlefish")
+    assert made(rank=0.5, decomposition="tucker") == cuttlefish(decomposition="tucker")
+    assert made(epoch=0.125) == cuttlefish(0.125)  # a reading an epoch
+    assert made(epoch=0.125, spectra_every=7) == cuttlefish(7)
 
 
 @pytest.mark.parametrize(

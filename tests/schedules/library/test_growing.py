@@ -36,6 +36,12 @@ def follow(
     return answers
 
 
+def grown(first: int, buffer: int, most: float, **options: Any) -> Growing:
+    """Read at every step, growing from the second on, never ended, unless a test is about it."""
+    settings = {"spectra_every": 1, "warmup": 0, "stop": None} | options
+    return Growing(most, first=first, buffer=buffer, **settings)
+
+
 def ranks(answers: list[Answer]) -> list[object]:
     return [answer.plan["a"].rank for answer in answers]  # type: ignore[union-attr]
 
@@ -67,7 +73,7 @@ def test_a_trace_by_hand() -> None:
     6    9 9 9 9 9              ended                        3     3
     ==== ===================== ============================ ===== ====
     """
-    schedule = Growing(1, 1, 2, 6, 0.9, warmup=1, stop=6)
+    schedule = grown(1, 2, 6, warmup=1, stop=6)
     spectra = [
         [4.0, 2, 1],
         [4.0, 2, 1],
@@ -91,18 +97,18 @@ def test_a_trace_by_hand() -> None:
 
 def test_where_the_whole_buffer_is_not_enough_it_grows_by_the_buffer_less_one() -> None:
     """Five equal values, buffer 3: modes 1 -> 3 -> 4, below most - buffer = 5; rank 4, 6, 7."""
-    answers = follow(Growing(1, 1, 3, 8, 0.9), [None, [4.0] * 8, [4.0] * 5, [4.0] * 5])
+    answers = follow(grown(1, 3, 8), [None, [4.0] * 8, [4.0] * 5, [4.0] * 5])
     assert ranks(answers) == [4, 4, 6, 7]  # equal values have no variance: nothing to explain
 
 
 def test_modes_that_explain_enough_stay() -> None:
-    answers = follow(Growing(1, 2, 2, 8, 0.9), [None, [4.0, 0.1], [4.0, 0.2, 0.1]])
+    answers = follow(grown(2, 2, 8), [None, [4.0, 0.1], [4.0, 0.2, 0.1]])
     assert ranks(answers) == [4, 4, 4]
     assert not any(answer.decisions for answer in answers)
 
 
 def test_no_room_no_growth_and_no_rank_above_the_most() -> None:
-    answers = follow(Growing(1, 2, 100, 0.5, 0.9), [[4.0, 3, 2, 1]] * 3)
+    answers = follow(grown(2, 100, 0.5), [[4.0, 3, 2, 1]] * 3)
     assert ranks(answers) == [4, 4, 4]
 
 
@@ -117,21 +123,21 @@ def test_each_layer_has_its_own_limits() -> None:
 
 
 def test_a_reading_that_is_not_finite_or_of_another_layer_is_left_out() -> None:
-    schedule = Growing(1, 1, 2, 6)
+    schedule = grown(1, 2, 6)
     for spectra in ({"a": reading([math.nan])}, {"b": reading([4.0, 2.0, 1.0])}):
         answer = schedule.update(schedule.start(), Clock(3, 9), Readings(SHAPES, spectra=spectra))
         assert answer.state == {"modes": {"a": 1}, "cut": False}
 
 
 def test_a_reading_without_its_values_is_refused() -> None:
-    schedule, short = Growing(1, 1, 2, 6), SpectralReading(1.0, 1.0, 1, 0.5, 1, 8, values=(1.0,))
+    schedule, short = grown(1, 2, 6), SpectralReading(1.0, 1.0, 1, 0.5, 1, 8, values=(1.0,))
     with pytest.raises(ValueError, match="all 8 singular values, the reading has 1"):
         schedule.update(schedule.start(), Clock(3, 9), Readings(SHAPES, spectra={"a": short}))
 
 
 def test_the_state_given_stays_as_it_is() -> None:
     state: dict[str, Any] = {"modes": {"a": 1}, "cut": False}
-    Growing(1, 1, 2, 6).update(
+    grown(1, 2, 6).update(
         state, Clock(3, 9), Readings(SHAPES, spectra={"a": reading([4.0, 2.0, 1.0])})
     )
     assert state == {"modes": {"a": 1}, "cut": False}
@@ -139,7 +145,7 @@ def test_the_state_given_stays_as_it_is() -> None:
 
 def test_the_preset_grows_to_the_rank_it_is_given() -> None:
     assert get_preset("growing")(rank=0.25, alpha=16.0, inflate=0.1) == growing(0.25)
-    assert growing().most == Rank(0.5, of="min")
+    assert growing().rank == Rank(0.5, of="min")
     shape = {"a": (768, 3072)}
     plan = growing().update(growing().start(), Clock(0, 9), Readings(shape)).plan
     assert plan == {"a": LowRank(102)}  # 2 + 100 of 768, as InRank has of GPT-2

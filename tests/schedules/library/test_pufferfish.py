@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from dynarank import FullRank, LowRank, Rank
-from dynarank.schedules import Clock, Hybrid, Readings, get_preset, pufferfish, timeline
+from dynarank.schedules import Clock, Pufferfish, Readings, get_preset, pufferfish, timeline
 
 FULL = FullRank()
 # A ResNet-18 for CIFAR without its shortcuts: the stem, 16 convolutions and the classifier.
@@ -32,17 +32,17 @@ def test_resnet_18_on_cifar_10_by_hand() -> None:
 
 
 def test_the_layers_kept_are_counted_among_those_scheduled() -> None:
-    schedule = Hybrid(3, LowRank(2), first=1, last=1)
+    schedule = Pufferfish(2, switch=3, first=1, last=1)
     layers = Readings(dict.fromkeys("abcd", (8, 8)))
     assert schedule(Clock(2, 9), layers) == dict.fromkeys("abcd", FULL)
     low = LowRank(2)
     assert schedule(Clock(3, 9), layers) == {"a": FULL, "b": low, "c": low, "d": FULL}
-    half = Hybrid(3, low, first=0.5, last=0.24)  # 2 of 4, and less than one
+    half = Pufferfish(2, switch=3, first=0.5, last=0.24)  # 2 of 4, and less than one
     assert half(Clock(3, 9), layers) == {"a": FULL, "b": FULL, "c": low, "d": low}
     few = Readings(dict.fromkeys("ab", (8, 8)))
     with pytest.raises(ValueError, match="of 2 layers the first 1 and the last 1 stay full-rank"):
         schedule(Clock(8, 9), few)
-    none = Hybrid(3, low)
+    none = Pufferfish(2, switch=3, first=0, last=0)
     assert set(none(Clock(3, 9), few).values()) == {low}
 
 

@@ -112,7 +112,7 @@ def test_every_layer_gets_its_time_and_never_more_than_a_share_is_full(
 ) -> None:
     begin = data.draw(st.floats(0, 0.5) | st.integers(0, total_steps // 2), label="begin")
     end = data.draw(st.floats(0.6, 1.0) | st.integers(total_steps // 2 + 1, total_steps + 5))
-    schedule = Rotating(LOW, LAST, share, turns, begin, end)
+    schedule = rotating(1, share=share, turns=turns, begin=begin, end=end, to="adapted")
     run = plans(schedule, sizes, total_steps)
     first = step_of(begin, total_steps)
     last = min(step_of(end, total_steps), total_steps)
@@ -252,7 +252,7 @@ def test_impossible_rotations_are_refused(options: dict[str, Any], message: str)
         rotating(**options)
 
 
-def test_mixed_moments_out_of_order_in_a_run_are_refused() -> None:
+def test_mixed_times_out_of_order_in_a_run_are_refused() -> None:
     schedule = rotating(begin=60, end=0.5)
     assert schedule(Clock(0, 1000), Readings({"a": (4, 4)})) == {"a": LowRank(0.5)}
     with pytest.raises(ValueError, match="are the steps 60 and 50 in a run of 100"):

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, LinAlgError
-from dynarank.decompositions.numerics.bases import leading_basis
+from dynarank.decompositions.geometry import Factors
+from dynarank.decompositions.numerics.linalg import LinAlgError
+from dynarank.decompositions.numerics.multilinear import leading_basis
 
 __all__ = ["fit", "slice_start", "sum_of_products"]
 

@@ -10,13 +10,13 @@ import math
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import precise
 from dynarank.decompositions.numerics.linalg import (
     RESOLVED,
     as_stored,
     gram,
     leading_directions,
     orthonormal,
+    precise,
 )
 
 __all__ = ["follow", "subspace_iteration"]

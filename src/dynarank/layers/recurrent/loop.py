@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynarank.decompositions import Factors, Geometry, apply
+from dynarank.decompositions import Factors, Geometry
+from dynarank.decompositions.geometry import apply
 
 __all__ = [
     "CELLS",

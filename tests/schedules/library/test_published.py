@@ -4,7 +4,7 @@ import pytest
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.schedules import Clock, Readings, get_preset, published, timeline
-from dynarank.schedules.published import PUBLISHED_ALPHAS
+from dynarank.schedules.library.published import PUBLISHED_ALPHAS
 
 LAYERS = Readings({"a": (16, 16)})
 
@@ -28,7 +28,7 @@ def test_the_epochs_of_cifar_100() -> None:
 )
 def test_the_scales_of_the_published_resnet_20(decomposition: str, rank: int, scale: float) -> None:
     """SVD 16 / 8, Tucker 1 / 16, what is called CP there 64 / 32; ours of the true CP 16 / 8."""
-    last = published(rank, decomposition=decomposition).forms[-1]
+    last = published(rank, decomposition=decomposition).last
     assert isinstance(last, Adapted)
     assert last.scale == scale
     assert decomposition == "cp" or last.alpha == PUBLISHED_ALPHAS[decomposition]
@@ -36,5 +36,5 @@ def test_the_scales_of_the_published_resnet_20(decomposition: str, rank: int, sc
 
 def test_the_preset_does_not_take_another_alpha() -> None:
     made = get_preset("published")(rank=4, alpha=3.0, execution="merged", inflate=0.1, deflate=0.2)
-    plan = made(Clock(9, 10), LAYERS)  # type: ignore[operator]
+    plan = made(Clock(9, 10), LAYERS)
     assert plan == {"a": Adapted(4, alpha=16.0, execution="two-branch")}

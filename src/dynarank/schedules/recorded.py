@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dynarank.forms import Form, FullRank, Plan
-from dynarank.schedules.base import Clock, Decision, Readings, StatefulSchedule, step_of
+from dynarank.schedules.base import Clock, Decision, RankSchedule, Readings, step_of
 from dynarank.schedules.readings import SpectralReading
-from dynarank.schedules.serialization import serializable
 
 __all__ = [
     "Replay",
@@ -22,10 +21,9 @@ __all__ = [
 ]
 
 
-@serializable
 @dataclass(frozen=True)
-class Replay:
-    """``before`` for every layer, then what was decided of it, each from its step on.
+class Replay(RankSchedule):
+    """Recorded decisions repeated: ``before`` for every layer, then each decision from its step on.
 
     Args:
         before: the form of a layer before its first decision.
@@ -130,7 +128,7 @@ def _reading(data: Mapping[str, Any]) -> SpectralReading:
 
 
 def decide_again(
-    schedule: StatefulSchedule,
+    schedule: RankSchedule,
     layers: Mapping[str, tuple[int, ...]],
     total_steps: int,
     spectra: Mapping[int, Mapping[str, SpectralReading]],
@@ -151,8 +149,8 @@ def decide_again(
             schedule said, at once.
 
     Example:
-        >>> from dynarank.schedules import closed_loop
-        >>> schedule = closed_loop(2, patience=1, warmup=0.0)
+        >>> from dynarank.schedules.library.closed_loop import ClosedLoop
+        >>> schedule = ClosedLoop(2, patience=1, warmup=0.0)
         >>> spectra = {step: {"a": SpectralReading(rank, 2.0, 3, 1.0, rank=9, full_rank=9)}
         ...            for step, rank in ((1, 8.0), (2, 4.0))}
         >>> [(d.step, d.reason) for d in decide_again(schedule, {"a": (9, 9)}, 10, spectra)]

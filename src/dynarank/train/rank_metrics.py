@@ -1,4 +1,4 @@
-"""Writes down the rank health of a run's weights: spectra each epoch, pictures now and then."""
+"""Records of the rank metrics of a run: spectra every epoch, pictures of the weights less often."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dynarank.schedules.readings import SpectralReading
 from dynarank.surgery.selection import select
 from dynarank.train.loop import Trainer
 
-__all__ = ["HealthRecorder", "evenly"]
+__all__ = ["RankMetricsRecorder", "evenly"]
 
 VALUES = 64  # singular values kept of a layer
-PICTURES = 10  # moments at which weights are pictured, the start and the end among them
-PICTURED = 12  # layers that are
+PICTURES = 10  # epochs after which weights are pictured, including the start and the end
+PICTURED = 12  # layers pictured
 
 _T = TypeVar("_T")
 
 
-class HealthRecorder:
-    """Reads a trainer's weights and never changes them.
+class RankMetricsRecorder:
+    """Records spectra and pictures of a trainer's weights, which it only reads.
 
     Args:
         trainer: the run.
@@ -36,19 +36,19 @@ class HealthRecorder:
             trainer.model, rank=recipe.rank, layers=recipe.layers, updates=True, values=VALUES
         )
         self._pictured = evenly(trainer.ranks.layers, PICTURED)
-        self._moments = frozenset(evenly(range(trainer.epochs + 1), PICTURES))
+        self._picture_epochs = frozenset(evenly(range(trainer.epochs + 1), PICTURES))
 
     def read(self, epoch: int) -> None:
-        """The weights when so many epochs are done."""
+        """Record the weights after this many epochs."""
         self._write(self.monitor.read())
-        if epoch in self._moments:
+        if epoch in self._picture_epochs:
             sites = select(self.trainer.model, lambda module, path: path in self._pictured)
             pictures = {site.path: _short(heatmap(site.effective())) for site in sites}
             done, step = self.trainer.epochs_done, self.trainer.done
             self.write(HeatmapRecord(epoch=done, step=step, layers=pictures))
 
-    def given(self, readings: Mapping[str, SpectralReading]) -> None:
-        """What the schedule has been given to decide by, before any change that it made of it."""
+    def decided_by(self, readings: Mapping[str, SpectralReading]) -> None:
+        """Record the readings that the schedule decides by, before it changes anything."""
         if readings:
             self._write(readings)
 
@@ -59,12 +59,12 @@ class HealthRecorder:
 
 
 def _short(picture: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """A picture with as many digits as can be seen: a third of the bytes."""
+    """A picture with three digits, as many as can be seen: a third of the bytes."""
     return tuple(tuple(float(f"{value:.3g}") for value in row) for row in picture)
 
 
 def evenly(items: Sequence[_T], most: int) -> list[_T]:
-    """At most ``most`` (2 or more) of the items, evenly from the first to the last.
+    """At most ``most`` (2 or more) of the items, evenly spaced, including the first and the last.
 
     Example:
         >>> evenly("abcdefg", 3)
