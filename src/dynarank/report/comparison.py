@@ -10,7 +10,7 @@ from itertools import combinations
 from statistics import fmean, stdev, variance
 from typing import Any
 
-from dynarank.extras import import_extra
+from dynarank.sinks.extras import import_extra
 from dynarank.records import Metric
 from dynarank.report.formats import difference_text, joined, number, plural, score_text, spread_text
 
