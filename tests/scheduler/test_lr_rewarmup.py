@@ -12,12 +12,12 @@ from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.schedules import dynamic_rank
 
 
-def rates(rewarm: int) -> tuple[list[float], list[float]]:
+def rates(rewarmup: int) -> tuple[list[float], list[float]]:
     """The rates that the optimizer used, and those that its groups held between its steps."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     used: list[float] = []
-    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(rewarm)])
+    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(rewarmup)])
     optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
     scheduler = CosineAnnealingLR(optimizer, 12)
     held: list[float] = []
@@ -104,7 +104,7 @@ def test_batch_norms_are_recalibrated_after_a_truncation_only() -> None:
     assert torch.allclose(norm.running_var, inputs.var(0), atol=1e-6)
 
 
-def test_renewing_leaves_weights_modes_and_randomness() -> None:
+def test_recalibration_leaves_weights_modes_and_randomness() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
     model[1].train()
     random, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]

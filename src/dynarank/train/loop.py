@@ -154,13 +154,13 @@ class Trainer:
         self.ledger = Ledger(self.use, self.plan)
 
     def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
-        """What the schedule or the recipe wants done after a change."""
-        rewarm = self.recipe.rewarm if schedule.rewarm is None else schedule.rewarm
-        recalibration = [BatchNormRecalibration(self._inputs)] if self.recipe.renew else []
-        return [LRRewarmup(rewarm), *recalibration]
+        """The callbacks that the schedule or the recipe asks for."""
+        rewarmup = self.recipe.rewarmup if schedule.rewarmup is None else schedule.rewarmup
+        recalibration = [BatchNormRecalibration(self._inputs)] if self.recipe.recalibrate else []
+        return [LRRewarmup(rewarmup), *recalibration]
 
     def _inputs(self) -> Iterator[Any]:
-        """Inputs of some batches, for batch norms: a task with any yields (inputs, ...)."""
+        """Inputs of some batches for recalibration; tasks with BatchNorm yield (inputs, ...)."""
         count = -(-_RECALIBRATE // self.recipe.batch_size)
         return (batch[0] for batch in islice(self.task.epoch(0), count))
 

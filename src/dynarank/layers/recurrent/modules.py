@@ -91,7 +91,7 @@ class _Recurrent(RankedLayer):
         return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
 
     def form_changed(self) -> None:
-        """List the parameters anew."""
+        """Refresh the module's list of parameters."""
         super().form_changed()
         self._init_flat_weights()
 

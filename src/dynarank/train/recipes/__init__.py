@@ -23,19 +23,19 @@ LearningRateSchedule: TypeAlias = Literal[
 
 
 class RecipeError(ValueError):
-    """A recipe that is not known, or cannot be run as asked."""
+    """An unknown recipe, or one that cannot be run as requested."""
 
 
 class Recipe(BaseModel):
-    """Everything that defines a run but the schedule, the seed and the machine.
+    """Everything that defines a run except the schedule, the seed and the machine.
 
     ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. A run of another length
     keeps them at the same share of it, to the step: it is the same experiment, scaled down. Where
     ``inflate`` or ``deflate`` is not given, the schedule finds it from the learning rate.
 
-    ``budget``, a share of full-rank training's FLOPs, has dynamic rank find its rank, ending and
-    transition points, see :func:`dynarank.train.schedules.make_schedule`. ``rewarm`` is a number of
-    optimizer steps after each change of form; ``renew`` recalibrates batch norms after a
+    ``budget`` is a share of the full-rank training FLOPs, to which dynamic rank is fitted, see
+    :func:`dynarank.train.schedules.make_schedule`. ``rewarmup`` is the number of LR re-warm-up
+    steps after each change of form; ``recalibrate`` turns on BatchNorm recalibration after a
     truncation.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
@@ -80,8 +80,8 @@ class Recipe(BaseModel):
     execution: AdaptedExecution = "auto"
     budget: float | None = Field(default=None, gt=0)
     moments: Literal["project", "calibrated", "reset", "prune"] = "project"
-    rewarm: int = Field(default=0, ge=0)
-    renew: bool = True
+    rewarmup: int = Field(default=0, ge=0)
+    recalibrate: bool = True
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
