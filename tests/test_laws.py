@@ -102,9 +102,8 @@ def test_a_form_computes_with_its_effective_weight(
     assert isinstance(layer, RankedLayer) or isinstance(form, FullRank)
     plain, _ = build(case, dtype)
     with torch.no_grad():
-        plain[0].weight.copy_(layer.weight)
-        if plain[0].bias is not None:
-            plain[0].bias.copy_(layer.bias)
+        for name, p in plain[0].named_parameters():
+            p.copy_(getattr(layer, name))
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     actual, expected = model(one), plain(two)
     assert_close(actual, expected)

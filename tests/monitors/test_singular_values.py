@@ -14,9 +14,7 @@ from dynarank import UnfitWeightError
 from dynarank.monitors.singular_values import (
     effective_rank,
     energy_rank,
-    largest_singular_value,
     product_singular_values,
-    quick_stable_rank,
     singular_values,
     spectral_ratio,
     stable_rank,
@@ -175,14 +173,12 @@ def test_where_one_method_fails_the_next_is_taken(
 def test_no_scale_over_or_underflows(scale: float) -> None:
     tensor = torch.diag(torch.tensor([2.0, 1.0, 0.5])) * scale
     assert (singular_values(tensor) / scale).tolist() == pytest.approx([2, 1, 0.5], rel=1e-4)
-    assert largest_singular_value(tensor)[0] == pytest.approx(2 * scale, rel=1e-4)
-    assert quick_stable_rank(tensor)[0] == pytest.approx(1.3125, rel=1e-4)
     down, up = torch.eye(3) * math.sqrt(scale), tensor / math.sqrt(scale)
     values = product_singular_values(down, up) / scale
     assert values.tolist() == pytest.approx([2, 1, 0.5], rel=1e-4)
 
 
-# In product form and by products.
+# In product form.
 
 
 @settings(deadline=None, max_examples=60)
@@ -200,48 +196,6 @@ def test_a_products_singular_values_come_from_its_factors(
 def test_a_product_of_rank_r_has_zeros_after_r_values() -> None:
     values = product_singular_values(weight((2, 9)).bfloat16(), weight((7, 2)).bfloat16())
     assert values.shape == (7,) and values[1] > 0 and not values[2:].any()
-
-
-@pytest.mark.parametrize("measure", [largest_singular_value, quick_stable_rank])
-def test_a_weight_without_a_largest_value(
-    measure: Callable[[Tensor], tuple[float, Tensor]],
-) -> None:
-    assert measure(torch.zeros(3, 4))[0] == 0.0
-    assert measure(torch.zeros(0, 4))[0] == 0.0
-    with pytest.raises(UnfitWeightError):
-        measure(torch.tensor([[1.0, math.nan]]))
-    with pytest.raises(ValueError, match="two or more dimensions"):
-        measure(torch.ones(3))
-
-
-@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("shape", [(300, 300), (200, 40, 3, 3), (500, 100)], ids=str)
-def test_the_quick_stable_rank_is_within_half_a_percent(
-    power: float, shape: tuple[int, ...]
-) -> None:
-    n, m = sorted((shape[0], math.prod(shape[1:])))
-    matrix = with_spectrum(torch.arange(1, n + 1).double() ** -power, m)
-    if power == 0:
-        matrix = weight((n, m), dtype=torch.float32)  # a spectrum with an edge
-    tensor = (matrix if shape[0] == n else matrix.T).reshape(shape)
-    exact = torch.linalg.svdvals(matrix.double())
-    state = torch.get_rng_state()
-    cold, vector = quick_stable_rank(tensor)
-    assert cold == pytest.approx(stable_rank(exact), rel=5e-3)
-    assert quick_stable_rank(tensor)[0] == cold
-    assert torch.equal(torch.get_rng_state(), state)
-    moved = tensor * (1 + 0.01 * weight(shape, 5, torch.float32))
-    exact = torch.linalg.svdvals(moved.double().flatten(1))
-    assert quick_stable_rank(moved, vector)[0] == pytest.approx(stable_rank(exact), rel=5e-3)
-
-
-def test_a_vector_that_is_no_start_is_ignored() -> None:
-    tensor = weight((5, 8))
-    s1, vector = largest_singular_value(tensor)
-    assert s1 == pytest.approx(torch.linalg.svdvals(tensor)[0].item(), rel=1e-6)
-    assert torch.linalg.vector_norm(tensor.T @ vector).item() == pytest.approx(s1, rel=1e-3)
-    for bad in (torch.zeros(5), torch.ones(8), torch.full((5,), math.nan)):
-        assert largest_singular_value(tensor, bad)[0] == s1
 
 
 # Measures, on spectra computed by hand.

@@ -62,12 +62,18 @@ def test_they_are_called_in_the_order_of_the_list() -> None:
     assert log == [("b", "close"), ("a", "close")]  # the last first
 
 
-def test_an_exception_before_a_change_leaves_the_model_and_is_asked_again() -> None:
+def about_to_change() -> tuple[Any, RankScheduler, Told, list[Any]]:
+    """A net that inflates at the next step, and the first of its two callbacks."""
     log: list[Any] = []
     model = net()
     one, two = Told("a", log), Told("b", log)
     ranks = RankScheduler(model, sgd(model), Phases([0, 1], [LOW, FULL]), 9, callbacks=[one, two])
     log.clear()
+    return model, ranks, one, log
+
+
+def test_an_exception_before_a_change_leaves_the_model_and_is_asked_again() -> None:
+    model, ranks, one, log = about_to_change()
     one.raises = "before"
     with pytest.raises(RuntimeError, match="a before"):
         ranks.step()
@@ -77,11 +83,7 @@ def test_an_exception_before_a_change_leaves_the_model_and_is_asked_again() -> N
 
 
 def test_an_exception_after_a_change_leaves_it_made() -> None:
-    log: list[Any] = []
-    model = net()
-    one, two = Told("a", log), Told("b", log)
-    ranks = RankScheduler(model, sgd(model), Phases([0, 1], [LOW, FULL]), 9, callbacks=[one, two])
-    log.clear()
+    model, ranks, one, log = about_to_change()
     one.raises = "after"
     with pytest.raises(RuntimeError, match="a after"):
         ranks.step()

@@ -8,8 +8,9 @@ import torch
 
 from dynarank.train import cifar_files
 from dynarank.train.cifar_files import CIFAR10
-from dynarank.train.data import DataError, ImageData, load_cifar10, load_cifar100
+from dynarank.train.data import ImageData, load_cifar10, load_cifar100
 from dynarank.train.image_files import read_files
+from dynarank.train.sources import DataError
 
 RECORDS = 20
 TRAIN = 5 * RECORDS

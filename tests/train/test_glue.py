@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynarank.train.data import DataError
 from dynarank.train.glue import MEASURES, make_task, sketch
 from dynarank.train.glue_files import GLUE
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe
 from dynarank.train.sentence_task import ClassificationTask, RegressionTask
+from dynarank.train.sources import DataError
 from dynarank.train.wordpiece import SPECIAL
 
 CPU = torch.device("cpu")

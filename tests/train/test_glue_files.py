@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dynarank.train.data import DataError
 from dynarank.train.glue_files import GLUE, read_glue, read_glue_hub
+from dynarank.train.sources import DataError
 
 # As the published files begin, with their marks; sentences are made up.
 FILES = {

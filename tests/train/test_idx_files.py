@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from dynarank.train.data import load_fashion_mnist
 from dynarank.train.idx_files import read_idx
-from dynarank.train.image_files import DataError
+from dynarank.train.sources import DataError
 
 TRAIN, TEST = 40, 20
 FILES = [

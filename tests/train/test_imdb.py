@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynarank.train.data import DataError
 from dynarank.train.imdb import make_task, sketch
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe
 from dynarank.train.sentence_task import ClassificationTask
+from dynarank.train.sources import DataError
 
 CPU = torch.device("cpu")
 

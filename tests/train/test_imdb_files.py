@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from dynarank.train.data import DataError
 from dynarank.train.imdb_files import read_imdb, read_imdb_hub
+from dynarank.train.sources import DataError
 
 FILES = {
     "train/neg/10_2.txt": "awful",

@@ -9,7 +9,8 @@ import pytest
 from torch import Tensor
 
 from dynarank.train import text_files
-from dynarank.train.text_files import DataError, TextData, load_text, standard_library
+from dynarank.train.sources import DataError
+from dynarank.train.text_files import TextData, load_text, standard_library
 
 
 def text(part: Tensor) -> bytes:

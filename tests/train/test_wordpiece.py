@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dynarank.train.data import DataError
 from dynarank.train.sentences import Sentences
+from dynarank.train.sources import DataError
 from dynarank.train.wordpiece import SPECIAL, WordPiece, find_vocabulary
 
 PIECES = [*SPECIAL, "the", "film", "is", "un", "##want", "##ed", "good", ".", ","]

@@ -57,8 +57,8 @@ def plan_within(
         multiple_of: ranks are multiples of it; of any size in weights that have fewer directions.
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight that is
             not a table of rows.
-        decomposition: the decomposition's name; of another than ``"svd"`` the share kept is
-            measured by splitting the weight at every rank.
+        decomposition: the decomposition's name; of one that does not truncate optimally, the share
+            kept is measured by splitting the weight at every rank.
         timings: seconds of a training step by path and form; None: measured here, on the model's
             device.
 

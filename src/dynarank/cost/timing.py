@@ -33,11 +33,10 @@ from dynarank.surgery.verbs import apply_plan
 
 __all__ = [
     "Cache",
-    "Setting",
     "Timings",
     "candidates",
+    "cpu_model",
     "default_cache",
-    "layer_seconds",
     "layer_timer",
     "measure",
     "where_faster",
@@ -227,7 +226,7 @@ class Setting:
 
     def key(self) -> str:
         """What a timing depends on besides the weight, its calls and its form."""
-        cpu = f"{_cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
+        cpu = f"{cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
         parts = (
             name,
@@ -239,8 +238,8 @@ class Setting:
         return "|".join(map(str, parts))
 
 
-def _cpu_model() -> str:
-    """The processor's name, where the system tells it."""
+def cpu_model() -> str:
+    """The name of the CPU, or of its architecture where the system does not give one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

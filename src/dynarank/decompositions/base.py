@@ -31,7 +31,8 @@ class Decomposition(ABC):
     Laws: ``join(split(W, limit(shape))) == W``, and ``apply(x, factors, stages) == layer(x,
     join(factors))``. A new decomposition needs a name and five methods: ``limit``, ``shapes``,
     ``split``, ``join`` and ``stages`` (and ``factor_names`` if there are not two factors). The
-    others follow from these; write one where there is a faster formula.
+    others follow from these; write one where there is a faster formula. See
+    ``examples/05_own_decomposition.py``.
     """
 
     name: str

@@ -76,7 +76,7 @@ class CP(Decomposition):
 
         The best rank-r sum need not exist: components can grow without bound while they cancel. A
         sweep that is not finite, does not lower the error or has a component of more than 1e3 times
-        W's norm is undone; if the next one is so too, the best one before is the result. Of a
+        W's norm is undone; if the next one is too, the best one before is the result. Of a
         component of size (almost) zero one vector is, and can still learn.
 
         Always the same result for the same weight; the global random state is not touched.
@@ -118,10 +118,6 @@ class CP(Decomposition):
     def join_flops(self, shape: Sequence[int], rank: int) -> int:
         """One product, of ``up``; the others are elementwise and are not counted."""
         return 2 * math.prod(shape) * rank
-
-    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
-        """``join`` once more, and a product for each of its operands; of a Linear these alone."""
-        return (3 if len(shape) > 2 else 2) * self.join_flops(shape, rank)
 
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """Each kernel slides depthwise by the geometry along its axis; the others are pointwise."""

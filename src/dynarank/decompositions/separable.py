@@ -22,7 +22,7 @@ from dynarank.decompositions.numerics.multilinear import (
     unit_scale,
 )
 from dynarank.decompositions.svd import SVD
-from dynarank.decompositions.tucker import join_chain, join_chain_flops
+from dynarank.decompositions.tucker import join_chain
 
 __all__ = ["AXES", "Separable"]
 
@@ -103,21 +103,6 @@ class Separable(Decomposition):
         for kernel in kernels[1:]:
             core = torch.einsum("cb...,ba...->ca...", kernel, core)
         return join_chain(down, core, up)
-
-    def join_flops(self, shape: Sequence[int], rank: int) -> int:
-        """The kernels one after another, then the channels."""
-        bonds, kernel = _bonds(shape, rank), shape[2:]
-        if not kernel:
-            return self._pair.join_flops(shape, rank)
-        positions = [math.prod(kernel[: j + 1]) for j in range(len(kernel))]
-        chained = [
-            2 * bonds[j + 1] * bonds[j] * bonds[0] * positions[j] for j in range(1, len(kernel))
-        ]
-        return sum(chained) + join_chain_flops(shape, bonds[-1], bonds[0])
-
-    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
-        """``join`` once more, and a product for each of its operands; of a Linear these alone."""
-        return (3 if len(shape) > 2 else 2) * self.join_flops(shape, rank)
 
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """Each kernel slides by the geometry along its axis; ``down`` and ``up`` are pointwise."""

@@ -62,12 +62,12 @@ class SVD(Decomposition):
         Args:
             weight: (out, in, *kernel).
             rank: r.
-            start: factors of a weight nearby, of rank r or more: a step or two of subspace
-                iteration from them instead of a decomposition from nothing, where that is as good.
+            start: factors of a similar weight, of rank r or more: a step or two of subspace
+                iteration from them replace the full decomposition where that is as good.
         """
         if weight.shape[0] > weight[0].numel():  # the transposed problem: it is wide
-            turned = None if start is None else (start[1].flatten(1).T, start[0].flatten(1).T)
-            left, right = _split_wide(weight.detach().flatten(1).T, rank, turned)
+            transposed = None if start is None else (start[1].flatten(1).T, start[0].flatten(1).T)
+            left, right = _split_wide(weight.detach().flatten(1).T, rank, transposed)
             down, up = left.T, right.T
         else:
             matrices = None if start is None else (start[0].flatten(1), start[1].flatten(1))

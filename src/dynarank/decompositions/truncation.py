@@ -5,7 +5,7 @@ C = E[x x']; P_r the projection on the r leading eigenvectors of E[y y'] = W C W
 
 The rank-r weight whose outputs are nearest to W's,
 
-    min E ||y - W_r x||^2   is met by   W_r = P_r W,   and is   sum_{i>r} eigenvalue_i(E[y y']):
+    W_r = P_r W   attains   min E ||y - W_r x||^2 = sum_{i>r} eigenvalue_i(E[y y']):
 
 principal components of the outputs. It is the truncated SVD of W L carried back by L^-1 with
 C = L L', as Wang et al. ("SVD-LLM", arXiv 2403.07378) and others compute it, but nothing is ever
@@ -125,8 +125,8 @@ def project(weight: Tensor, rank: int, activity: ActivationStats) -> tuple[Tenso
     matrices = [(_facing(unit, activity), second) for unit, second in _units(weight, activity)]
     bases = [_basis(matrix, rank, activity.side, second) for matrix, second in matrices]
     done = [b @ (b.T @ matrix) for b, (matrix, _) in zip(bases, matrices, strict=True)]
-    turned = [matrix.T if activity.side == "row" else matrix for matrix in done]
-    projected = torch.cat(turned).reshape(weight.shape).to(weight.dtype)
+    transposed = [matrix.T if activity.side == "row" else matrix for matrix in done]
+    projected = torch.cat(transposed).reshape(weight.shape).to(weight.dtype)
     if activity.mean is None:
         return projected, None
     means = [precise(mean).to(weight.device) for mean in activity.mean]

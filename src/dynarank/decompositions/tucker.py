@@ -21,7 +21,7 @@ from dynarank.decompositions.numerics.multilinear import (
     unit_scale,
 )
 
-__all__ = ["Tucker", "join_chain", "join_chain_flops"]
+__all__ = ["Tucker", "join_chain"]
 
 # A sweep that lowers the squared error by less than this fraction of it is the last one. Of a
 # smaller fraction nothing remains in the error's first four digits.
@@ -87,14 +87,6 @@ class Tucker(Decomposition):
         down, core, up = factors
         return join_chain(down, core, up)
 
-    def join_flops(self, shape: Sequence[int], rank: int) -> int:
-        """The core times one side, then times the other."""
-        return join_chain_flops(shape, min(rank, shape[0]), min(rank, shape[1]))
-
-    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
-        """``join`` once more, and a product for each of its operands."""
-        return 3 * self.join_flops(shape, rank)
-
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """The core slides as the weight does; the others are pointwise."""
         pointwise = Geometry.pointwise(len(geometry.stride))
@@ -134,14 +126,6 @@ def join_chain(down: Tensor, core: Tensor, up: Tensor) -> Tensor:
         return torch.einsum("oa...,ai->oi...", wide, inner).contiguous()
     wide = torch.einsum("ba...,ai->bi...", core, inner)
     return (outer @ wide.flatten(1)).reshape(outer.shape[0], *wide.shape[1:])
-
-
-def join_chain_flops(shape: Sequence[int], r_out: int, r_in: int) -> int:
-    """FLOPs of :func:`join_chain` for a weight (out, in, *kernel)."""
-    out, ins, positions = shape[0], shape[1], math.prod(shape[2:])
-    if out * r_in <= r_out * ins:
-        return 2 * positions * out * r_in * (r_out + ins)
-    return 2 * positions * r_out * ins * (r_in + out)
 
 
 def _flat(factors: Factors) -> Factors:

@@ -37,11 +37,9 @@ __all__ = [
     "FrobeniusDecay",
     "Regularizer",
     "SoftOrthogonality",
-    "frobenius_gradients",
     "orthogonality_gradient",
     "srip_gradient",
     "tall_matrices",
-    "through_norms",
 ]
 
 

@@ -28,6 +28,8 @@ __all__ = [
 class _RankedConv(RankedLayer):
     """What convolutions have in common."""
 
+    weight = effective("weight")
+
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
         """One weight, (out, in / groups, *kernel)."""
@@ -85,42 +87,36 @@ class RankedConv1d(_RankedConv, nn.Conv1d):  # pyright: ignore[reportIncompatibl
     """A one-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv1d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConv2d(_RankedConv, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A two-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv2d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConv3d(_RankedConv, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A three-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv3d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConvTranspose1d(_RankedTransposed, nn.ConvTranspose1d):  # pyright: ignore
     """A one-dimensional transposed convolution in one of the three forms."""
 
     plain = nn.ConvTranspose1d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConvTranspose2d(_RankedTransposed, nn.ConvTranspose2d):  # pyright: ignore
     """A two-dimensional transposed convolution in one of the three forms."""
 
     plain = nn.ConvTranspose2d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConvTranspose3d(_RankedTransposed, nn.ConvTranspose3d):  # pyright: ignore
     """A three-dimensional transposed convolution in one of the three forms."""
 
     plain = nn.ConvTranspose3d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 def _geometry(conv: Any) -> Geometry:

@@ -39,7 +39,7 @@ class RankedLayer(nn.Module):
 
     To add a layer, derive from this class and the plain one, set ``plain``, write ``specs`` and
     ``forward`` (and ``calls``, if it is not one multiplication of the first argument), and pass
-    both classes to :func:`dynarank.register_layer`.
+    both classes to :func:`dynarank.register_layer`. See ``examples/06_own_layer.py``.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -119,7 +119,8 @@ class RankedLayer(nn.Module):
         self._executions = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in _RESOLVED}
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in _RESOLVED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

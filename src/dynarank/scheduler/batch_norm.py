@@ -17,7 +17,7 @@ __all__ = ["BatchNormRecalibration", "recalibrate_batch_norms"]
 
 
 class BatchNormRecalibration(Callback):
-    """Recomputes the running statistics of BatchNorm layers after a truncation in mid-run.
+    """Recalibrates BatchNorm after weights have been truncated in mid-run.
 
     Args:
         batches: called for the batches, as :func:`recalibrate_batch_norms` takes them.

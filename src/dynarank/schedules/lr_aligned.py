@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
 
-from dynarank.forms import Adapted, AdaptedExecution, FullRank, LowRank, Plan, RankLike
+from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
 from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When, step_of
-from dynarank.schedules.options import Ending, check_when, check_within, ending
+from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
 from dynarank.schedules.phases import Phases
 
 __all__ = ["DynamicRank", "decisive_decay", "full_rank_window"]
@@ -82,6 +82,8 @@ class DynamicRank(RankSchedule):
     alpha: float = 16.0
     execution: AdaptedExecution = "auto"
 
+    low, last = cached_property(low_form), cached_property(last_form)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", self.last.rank)
         for name in ("inflate", "deflate"):
@@ -95,16 +97,6 @@ class DynamicRank(RankSchedule):
                 f"given; leave out one of inflate={self.inflate!r}, deflate={self.deflate!r} and "
                 f"length={self.length!r}"
             )
-
-    @cached_property
-    def low(self) -> LowRank:
-        """The form before the full-rank phase."""
-        return LowRank(self.rank, self.decomposition)
-
-    @cached_property
-    def last(self) -> LowRank | Adapted:
-        """The form after it."""
-        return ending(self.to, self.rank, self.decomposition, self.alpha, self.execution)
 
     @cached_property
     def _given(self) -> Phases | None:

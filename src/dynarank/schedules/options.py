@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import operator
 from functools import lru_cache
-from typing import Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
 from dynarank.decompositions import get_decomposition
-from dynarank.forms import Adapted, AdaptedExecution, LowRank, RankLike, resolve_rank
+from dynarank.forms import Adapted, LowRank, RankLike, resolve_rank
 from dynarank.schedules.base import When
 
-__all__ = ["Ending", "check_when", "check_within", "ending", "rank_within"]
+__all__ = ["Ending", "check_when", "check_within", "last_form", "low_form", "rank_within"]
 
 Ending: TypeAlias = Literal["adapted", "low-rank"]
 """What a layer deflates to: a frozen weight with a zero-output adapter, or truncated factors."""
@@ -37,23 +37,28 @@ def check_when(name: str, when: When) -> When:
     return when
 
 
-def ending(
-    to: Ending, rank: RankLike, decomposition: str, alpha: float, execution: AdaptedExecution
-) -> LowRank | Adapted:
-    """The form that layers deflate to.
+def low_form(schedule: Any) -> LowRank:
+    """The low-rank form of a schedule with the fields ``rank`` and ``decomposition``."""
+    return LowRank(schedule.rank, schedule.decomposition)
+
+
+def last_form(schedule: Any) -> LowRank | Adapted:
+    """The form that layers deflate to, of a schedule with ``to`` and an adapter's fields too.
 
     Raises:
         ValueError: an unknown ending, or an impossible rank.
 
     Example:
-        >>> ending("low-rank", 8, "svd", 16.0, "auto")
+        >>> from dynarank.schedules.lr_aligned import DynamicRank
+        >>> last_form(DynamicRank(8, to="low-rank"))
         LowRank(rank=8, decomposition='svd')
     """
-    if to not in ("adapted", "low-rank"):
-        raise ValueError(f'a layer deflates to "adapted" or "low-rank", got {to!r}')
-    if to == "low-rank":
-        return LowRank(rank, decomposition)
-    return Adapted(rank, decomposition, alpha, execution)
+    if schedule.to not in ("adapted", "low-rank"):
+        raise ValueError(f'a layer deflates to "adapted" or "low-rank", got {schedule.to!r}')
+    if schedule.to == "low-rank":
+        return low_form(schedule)
+    rank, alpha = schedule.rank, schedule.alpha
+    return Adapted(rank, schedule.decomposition, alpha, schedule.execution)
 
 
 def check_within(name: str, value: float, interval: str) -> None:

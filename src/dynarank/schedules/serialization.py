@@ -1,7 +1,7 @@
 """Schedules as plain data, for JSON: what a run's configuration and a checkpoint keep of them.
 
 Every schedule of ours is a frozen dataclass, and so is what it is made of: it is written as its
-class's name and its fields, and built again from them, with all checks. A user's own function is
+class's name and its fields, and constructed from them, checks included. A user's own function is
 code, not data, and is refused.
 """
 
@@ -147,5 +147,5 @@ def _unknown(value: object) -> str:
     what = getattr(value, "__qualname__", None) if inspect.isroutine(value) else None
     return (
         f"{what or repr(value)} cannot be written as data: only schedules of dynarank.schedules "
-        f"can ({_names()}); keep your own function in code and pass it again"
+        f"can ({_names()}); keep a function of your own in code and pass it again"
     )

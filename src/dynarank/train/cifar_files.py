@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dynarank.train.image_files import DataError, ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.image_files import ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.sources import DataError
 
 __all__ = ["CIFAR10", "CIFAR100"]
 

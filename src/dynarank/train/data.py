@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from dynarank.extras import import_extra
 from dynarank.train.cifar_files import CIFAR10, CIFAR100
 from dynarank.train.idx_files import FASHION_MNIST
-from dynarank.train.image_files import DataError, ImageFiles, RawImages, read_files, read_hub
+from dynarank.train.image_files import ImageFiles, RawImages, read_files, read_hub
+from dynarank.train.sources import DataError
 
 __all__ = [
-    "DataError",
     "ImageData",
     "limit",
     "limit_test",

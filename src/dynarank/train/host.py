@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
+
+from dynarank.cost.timing import cpu_model
 
 __all__ = ["commit", "hardware"]
 
@@ -15,11 +16,8 @@ def hardware(device: torch.device) -> str:
     """The name of the device; for a CPU also the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     threads = torch.get_num_threads()
-    return f"{next(named, platform.machine())}, {threads} thread{'s' if threads != 1 else ''}"
+    return f"{cpu_model()}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def commit() -> str | None:

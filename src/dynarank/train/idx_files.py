@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dynarank.train.image_files import DataError, ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.image_files import ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.sources import DataError
 
 __all__ = ["FASHION_MNIST", "read_idx"]
 

@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from dynarank.train.sources import DataError, hub_splits
 
 __all__ = [
-    "DataError",
     "ImageFiles",
     "RawImages",
     "checked_labels",

@@ -154,13 +154,15 @@ class Trainer:
         self.ledger = Ledger(self.use, self.plan)
 
     def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
-        """The callbacks that the schedule or the recipe asks for."""
+        """What the schedule or the recipe wants done after a change."""
         rewarmup = self.recipe.rewarmup if schedule.rewarmup is None else schedule.rewarmup
-        recalibration = [BatchNormRecalibration(self._inputs)] if self.recipe.recalibrate else []
-        return [LRRewarmup(rewarmup), *recalibration]
+        callbacks: list[Callback] = [LRRewarmup(rewarmup)]
+        if self.recipe.recalibrate_batch_norms:
+            callbacks.append(BatchNormRecalibration(self._inputs))
+        return callbacks
 
     def _inputs(self) -> Iterator[Any]:
-        """Inputs of some batches for recalibration; tasks with BatchNorm yield (inputs, ...)."""
+        """Inputs of some batches, for BatchNorm: a task with any yields (inputs, ...)."""
         count = -(-_RECALIBRATE // self.recipe.batch_size)
         return (batch[0] for batch in islice(self.task.epoch(0), count))
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynarank.train.data import DataError
+from dynarank.train.sources import DataError
 
 __all__ = ["PATTERNS", "TextData", "load_text", "standard_library"]
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dynarank.extras import import_extra
-from dynarank.train.data import DataError
 from dynarank.train.sentences import Sentences
+from dynarank.train.sources import DataError
 
 __all__ = ["WordPiece", "find_vocabulary"]
 

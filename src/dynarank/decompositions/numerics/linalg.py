@@ -50,9 +50,9 @@ def precise(tensor: Tensor) -> Tensor:
 
 
 def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix in fp32 or fp64, and 2^k such that their product with it has entries near 1.
+    """The matrix in fp32 or fp64, scaled to entries near 1, and the scale 2^k taken out of it.
 
-    Where squaring is safe, 2^k is 1 and nothing is copied; else the matrix comes scaled.
+    Where squaring is safe as it is, 2^k is 1 and nothing is copied.
 
     Raises:
         UnfitWeightError: a value is not finite.
@@ -148,7 +148,7 @@ _Method = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _ladder(dtype: torch.dtype) -> Iterator[tuple[_Method, float]]:
-    """The methods to try and the least s_r / s1 for which each is believed."""
+    """The methods to try and the least s_r / s1 for which each is trusted."""
     if dtype == torch.float32:
         yield _by_gram, RESOLVED[torch.float32]
         # Finer than this fp32 weights have no values: they are their rounding.

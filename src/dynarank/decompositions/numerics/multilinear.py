@@ -161,10 +161,9 @@ def lift_squares(join: _Join, energies: Factors, squares: Factors) -> Tensor:
     E[M_j^2]``, so that its square over its energy ``sum_j J_je^2`` is a mean of E[M * M] over the
     entries of W that depend on e. Each entry of W is given the mean of these ratios over the
     factor's entries it depends on: the factor's *profile* over W. The estimate is the profiles'
-    product, each over its mean, times the geometric mean of these. Exact where E[M * M] is
-    constant, and, for ``up @ down``, where the profiles over outputs and inputs tell all (the
-    assumption of Adafactor). Entries without energy are left out; a profile of which nothing is
-    known is flat.
+    product, each over its mean, times the geometric mean of these. Exact where E[M * M] is constant
+    and, for ``up @ down``, where it has rank one (Adafactor's assumption). Entries without energy
+    are left out; a profile of which nothing is known is flat.
 
     Args:
         join: whose terms are products of factors' entries, with no minus.

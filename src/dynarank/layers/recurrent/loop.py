@@ -116,7 +116,7 @@ def run_kernel(
     hx = states if mode == "LSTM" else states[0]
     options = (bias, layers, dropout, training, both)
     with warnings.catch_warnings():
-        if x.is_cuda:  # recomputed weights cannot share one contiguous chunk of memory
+        if x.is_cuda:  # weights that are recomputed each time cannot lie in one piece of memory
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
         if sizes is None:
             y, *last = _KERNELS[mode](x, hx, list(weights), *options, False)

@@ -6,7 +6,7 @@ input matrix, ``hh`` a recurrent one, ``hr`` one that projects h (``proj_size``)
 ========  ==============================  ==========================================================
 matrix    joined, merged                  factored, two-branch
 ========  ==============================  ==========================================================
-``ih``    formed once per forward pass,   all factors but the last meet the whole input at once; the
+``ih``    formed once per forward pass,   all factors but the last are applied at once; the
           then torch's fused kernel       last is the fused kernel's input matrix. Two branches:
                                           ``[base, scale * up] @ [x, down x]``, again one kernel
 ``hh``    likewise                        applied at each step, in a loop in Python
@@ -91,7 +91,7 @@ class _Recurrent(RankedLayer):
         return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
 
     def form_changed(self) -> None:
-        """Refresh the module's list of parameters."""
+        """Rebuild torch's list of the parameters."""
         super().form_changed()
         self._init_flat_weights()
 
@@ -145,9 +145,9 @@ class _Recurrent(RankedLayer):
         states = self._first_states(x, sizes, hx, order)
         net.check_forward_args(x, states if net.mode == "LSTM" else states[0], sizes)
         executions = self._chosen(input, hx)
-        turned = net.batch_first and not packed
-        y, states = self._run(x.transpose(0, 1) if turned else x, sizes, states, executions)
-        y = y.transpose(0, 1) if turned else y
+        swapped = net.batch_first and not packed
+        y, states = self._run(x.transpose(0, 1) if swapped else x, sizes, states, executions)
+        y = y.transpose(0, 1) if swapped else y
         states = tuple(s if back is None else s.index_select(1, back) for s in states)
         return (
             PackedSequence(y, sizes, order, back) if packed else y,
@@ -220,9 +220,9 @@ class _Recurrent(RankedLayer):
             biases,
             self._branches(out[0], executions.get(out[0], "")) if out else (),
         )
-        turn = _turner(sizes, x.device) if reverse else _same
-        y, ended = run_direction(one, turn(x), sizes, states, self.training)
-        return turn(y), ended
+        reverse_time = _time_reversal(sizes, x.device) if reverse else _same
+        y, ended = run_direction(one, reverse_time(x), sizes, states, self.training)
+        return reverse_time(y), ended
 
     def _input_side(self, name: str, x: Tensor, execution: str) -> tuple[Tensor, Tensor]:
         """What the kernel gets as its input and as its input matrix."""
@@ -286,7 +286,7 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _turner(sizes: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _time_reversal(sizes: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Reverses each sequence in time, and back."""
     if sizes is None:
         return lambda x: x.flip(0)

@@ -20,7 +20,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike, form_name
+from dynarank.forms import AdaptedExecution, Form, FullRank, LowRank, RankLike, form_name
 from dynarank.schedules.base import (
     Answer,
     Clock,
@@ -31,7 +31,7 @@ from dynarank.schedules.base import (
     When,
     step_of,
 )
-from dynarank.schedules.options import Ending, check_when, check_within, ending
+from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
 from dynarank.schedules.readings import SpectralReading
 
 __all__ = ["ClosedLoop", "Evidence", "Thresholds"]
@@ -196,6 +196,8 @@ class ClosedLoop(RankSchedule):
     alpha: float = 16.0
     execution: AdaptedExecution = "auto"
 
+    low, last = cached_property(low_form), cached_property(last_form)
+
     requires = frozenset({"spectra"})
 
     def __post_init__(self) -> None:
@@ -214,16 +216,6 @@ class ClosedLoop(RankSchedule):
                 object.__setattr__(self, name, check_when(name, when))
         if self.spectra_every is None or not self.spectra_every > 0:
             raise ValueError(f"spectra_every is above 0, got {self.spectra_every!r}")
-
-    @cached_property
-    def low(self) -> LowRank:
-        """The form at first."""
-        return LowRank(self.rank, self.decomposition)
-
-    @cached_property
-    def last(self) -> LowRank | Adapted:
-        """The form that a full-rank layer deflates to."""
-        return ending(self.to, self.rank, self.decomposition, self.alpha, self.execution)
 
     def start(self) -> State:
         """Nothing is known of any layer."""

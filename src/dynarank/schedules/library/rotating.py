@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
 
-from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, Plan, RankLike
+from dynarank.forms import AdaptedExecution, Form, FullRank, Plan, RankLike
 from dynarank.schedules.base import Clock, RankSchedule, Readings, When, step_of
-from dynarank.schedules.options import Ending, check_when, check_within, ending
+from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
 
 __all__ = ["Rotating", "consecutive_groups"]
 
@@ -63,6 +63,8 @@ class Rotating(RankSchedule):
     alpha: float = 16.0
     execution: AdaptedExecution = "auto"
 
+    low, last = cached_property(low_form), cached_property(last_form)
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", self.last.rank)
         check_within("share", self.share, "(0, 1]")
@@ -72,16 +74,6 @@ class Rotating(RankSchedule):
         object.__setattr__(self, "end", check_when("end", self.end))
         if type(self.begin) is type(self.end) and not self.begin < self.end:
             raise ValueError(f"begin comes before end, got {self.begin!r} and {self.end!r}")
-
-    @cached_property
-    def low(self) -> LowRank:
-        """The form before a layer's first turn."""
-        return LowRank(self.rank, self.decomposition)
-
-    @cached_property
-    def last(self) -> LowRank | Adapted:
-        """The form after each of its turns."""
-        return ending(self.to, self.rank, self.decomposition, self.alpha, self.execution)
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
         """One group full-rank, those before it ``last``, those after it ``low`` or ``last``.

@@ -23,11 +23,11 @@ LearningRateSchedule: TypeAlias = Literal[
 
 
 class RecipeError(ValueError):
-    """An unknown recipe, or one that cannot be run as requested."""
+    """A recipe that is not known, or cannot be run as asked."""
 
 
 class Recipe(BaseModel):
-    """Everything that defines a run except the schedule, the seed and the machine.
+    """Everything that defines a run but the schedule, the seed and the machine.
 
     ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. A run of another length
     keeps them at the same share of it, to the step: it is the same experiment, scaled down. Where
@@ -35,8 +35,8 @@ class Recipe(BaseModel):
 
     ``budget`` is a share of the full-rank training FLOPs, to which dynamic rank is fitted, see
     :func:`dynarank.train.schedules.make_schedule`. ``rewarmup`` is the number of LR re-warm-up
-    steps after each change of form; ``recalibrate`` turns on BatchNorm recalibration after a
-    truncation.
+    steps after each change of form; ``recalibrate_batch_norms`` turns on BatchNorm recalibration
+    after truncations.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
     :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
@@ -81,7 +81,7 @@ class Recipe(BaseModel):
     budget: float | None = Field(default=None, gt=0)
     moments: Literal["project", "calibrated", "reset", "prune"] = "project"
     rewarmup: int = Field(default=0, ge=0)
-    recalibrate: bool = True
+    recalibrate_batch_norms: bool = True
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
