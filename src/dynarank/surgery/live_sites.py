@@ -1,4 +1,4 @@
-"""The sites of a model as they are now, looked up anew only when a form has changed."""
+"""The current sites of a model, surveyed again only after a form has changed."""
 
 from __future__ import annotations
 

@@ -155,8 +155,8 @@ class Trainer:
 
     def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
         """What the schedule or the recipe wants done after a change."""
-        rewarm = self.recipe.rewarm if schedule.rewarm is None else schedule.rewarm
-        callbacks: list[Callback] = [LRRewarmup(rewarm)]
+        rewarmup = self.recipe.rewarmup if schedule.rewarmup is None else schedule.rewarmup
+        callbacks: list[Callback] = [LRRewarmup(rewarmup)]
         if self.recipe.recalibrate_batch_norms:
             callbacks.append(BatchNormRecalibration(self._inputs))
         return callbacks
