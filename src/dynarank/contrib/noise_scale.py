@@ -23,7 +23,6 @@ from dynarank.contrib.noise_estimate import (
 )
 from dynarank.layers.running import preserve_state
 from dynarank.monitors.cadence import Cadence
-from dynarank.monitors.gradient_window import trained
 from dynarank.schedules.readings import NoiseReading
 from dynarank.surgery.sites import survey
 
@@ -208,4 +207,4 @@ class NoiseMonitor:
     def _layers(self) -> dict[Parameter, str]:
         """The layer of each parameter that is part of a layer's weight and not its frozen base."""
         sites = [site for site in survey(self._model) if site.form is not None]
-        return {p: site.path for site in sites for p in trained(site)}
+        return {p: site.path for site in sites for p in site.trained()}

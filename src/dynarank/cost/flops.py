@@ -100,7 +100,7 @@ def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[
 
 
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
-    """Run one training step on a copy of the model without memory (meta tensors), and record how each weight is used.
+    """Run one training step on a meta copy of the model and record how each weight is used.
 
     Fused attention is counted too, which FlopCounterMode leaves out when it runs on a CPU.
 
@@ -218,7 +218,7 @@ def _record_calls(
     paths: dict[nn.Module, dict[str, str]] = {}
     parents, devices = readers(meta_copy), dict[nn.Module, str]()
     for site in sites:
-        for one in (site, *site.tied):
+        for one in site.places:
             module, name = meta_copy.get_submodule(one.module_path), one.spec.name
             if module in parents:  # it is not called, its parent knows
                 module, name = parents[module], f"{one.module_path.rpartition('.')[2]}.{name}"

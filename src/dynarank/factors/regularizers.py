@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dynarank.decompositions import Decomposition, Factors
+from dynarank.factors.live_sites import LiveSites
 from dynarank.factors.penalties import (
     frobenius_gradients,
     orthogonality_gradient,
@@ -35,7 +36,6 @@ from dynarank.factors.penalties import (
     through_norms,
 )
 from dynarank.forms import Adapted, FullRank
-from dynarank.surgery.live_sites import LiveSites
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import Site
 

@@ -38,7 +38,8 @@ from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
 from dynarank.surgery.selection import LayerFilter, find_sites
-from dynarank.surgery.verbs import apply_plan, truncates
+from dynarank.surgery.sites import survey
+from dynarank.surgery.verbs import apply_plan, change_forms, differences, truncates
 
 __all__ = ["RankScheduler"]
 
@@ -172,7 +173,7 @@ class RankScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
-        sites = find_sites(self.model, {**self._layers, **(self._plan or {})})
+        sites = find_sites(self.model, survey(self.model), {**self._layers, **(self._plan or {})})
         last_factored_forms = {path: site.last_factored_form for path, site in sites.items()}
         return {
             "last_step": self.last_step,
@@ -224,7 +225,7 @@ class RankScheduler:
         try:
             apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
         except UnfitWeightError:
-            for site in find_sites(self.model, plan).values():
+            for site in find_sites(self.model, survey(self.model), plan).values():
                 for parameter in site.parameters().values():
                     parameter.data.nan_to_num_(0, 0, 0)
             apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
@@ -239,7 +240,8 @@ class RankScheduler:
         every = self.schedule.spectra_every if is_stateful(self.schedule) else None
         if every is None or self.last_step % max(1, step_of(every, self.total_steps)):
             return readings
-        sites = find_sites(self.model, self._layers)  # not the plan's: a change may be put off
+        # The layers' own forms, not the plan's: a change may be put off.
+        sites = find_sites(self.model, survey(self.model), self._layers)
         forms = {path: site.form for path, site in sites.items() if site.form is not None}
         return replace(readings, forms=forms, spectra=self._monitor.read())
 
@@ -257,14 +259,14 @@ class RankScheduler:
     def _apply(self, plan: Plan) -> list[Change]:
         if plan == self._plan:  # the usual step: no traversal of the model
             return []
-        lossy = (self.calibrate or self.renew) and truncates(self.model, plan)
+        wanted = differences(self.model, plan)
+        lossy = truncates(wanted)
         try:
-            changes = apply_plan(
-                self.model,
-                plan,
-                optimizer=self.optimizer,
-                moments=self.moments if self.gradients is None else self.gradients,
-                calibration=self.calibrate() if self.calibrate and lossy else None,
+            changes = change_forms(
+                wanted,
+                self.optimizer,
+                self.moments if self.gradients is None else self.gradients,
+                self.calibrate() if self.calibrate and lossy else None,
             )
         except UnfitWeightError as error:
             self._put_off(error)

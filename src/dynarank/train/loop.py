@@ -21,7 +21,7 @@ from dynarank.forms import Change, FullRank, form_name
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.schedules import Budgeted, Readings, Schedule, timeline
 from dynarank.surgery.selection import select
-from dynarank.surgery.sites import current_plan
+from dynarank.surgery.sites import current_plan, survey
 from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
@@ -126,7 +126,7 @@ class Trainer:
         recipe = self.recipe
         self.optimizer = make_optimizer(recipe, self.model)
         self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, self.total_steps)
-        layers = [site.path for site in select(self.model, recipe.layers)]
+        layers = [site.path for site in select(survey(self.model), recipe.layers)]
         self.use = trace(self.model, self.task.sample())
         if self.machine.measure:
             if isinstance(schedule, Budgeted):
