@@ -2,14 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints-dev.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+# What a change of forms, decompositions, linear and convolutional layers, surgery or the scheduler
+# can break, as far as a minute goes.
+CORE := tests/test_forms.py tests/test_covering.py tests/test_laws.py tests/test_layout.py \
+        tests/decompositions tests/layers/test_execution.py tests/layers/test_running.py \
+        tests/surgery tests/scheduler \
+        $(addprefix src/dynarank/,forms.py decompositions layers surgery scheduler)
 
-.PHONY: demo test check clean
+.PHONY: demo test test-core test-laws-full check clean
 
 demo: .venv/.demo  ## train the embedded default under three schedules
 	$(BIN)/dynarank train digits
 
 test: .venv/.dev  ## all tests, one thread per process
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+	$(PYTEST)
+
+test-core: .venv/.dev  ## the core, in under a minute
+	$(PYTEST) $(CORE)
+
+test-laws-full: .venv/.dev  ## each law over its whole product, not only a covering set
+	$(PYTEST) --all-laws -m product tests
 
 check: .venv/.dev  ## style and types
 	$(BIN)/ruff check .

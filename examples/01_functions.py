@@ -1,6 +1,6 @@
-"""The verbs by hand: low rank, full rank, adapted and plain again, on real digits.
+"""Changing forms by hand: low-rank, full-rank, adapted and plain again, on real digits.
 
-Each change of form prints what it did to the model's output and to its parameters. Needs
+Each change prints its effect on the model's output and its number of trainable parameters. Needs
 scikit-learn (``pip install 'dynarank[demo]'``); runs in a few seconds on a CPU.
 """
 
@@ -49,7 +49,7 @@ def main(steps: int) -> None:
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         moved = ((model(x) - before).norm() / before.norm()).item()
         loss = train(model, optimizer, x, y, steps)
-        print(f"{verb:<24} {trainable:>7,} trainable, output moved by {moved:.1e}, loss {loss:.4f}")
+        print(f"{verb:<24} {trainable:>7,} trainable, output change {moved:.1e}, loss {loss:.4f}")
 
     report("full-rank", model(x).detach())
     changes = (

@@ -1,6 +1,6 @@
-"""Dynamic rank in a training loop of one's own: one extra line, ``ranks.step()``.
+"""Dynamic rank in a plain training loop: one extra line, ``ranks.step()``.
 
-A small convolutional network on real digits, low-rank, full-rank across the learning rate's decay,
+A small convolutional network on real digits: low-rank, full-rank through the learning rate's decay,
 then low-rank again. Needs scikit-learn (``pip install 'dynarank[demo]'``).
 """
 
@@ -39,7 +39,7 @@ def network() -> nn.Sequential:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, loader: DataLoader) -> float:
-    """Return the share of test images that are classified rightly."""
+    """Return the share of test images that are classified correctly."""
     model.eval()
     hits = [(model(x).argmax(1) == y).float().mean().item() for x, y in loader]
     model.train()
@@ -47,7 +47,7 @@ def accuracy(model: nn.Module, loader: DataLoader) -> float:
 
 
 def main(epochs: int) -> None:
-    """Train, and print every change of form as it happens."""
+    """Train, and print every change of form."""
     torch.manual_seed(0)
     train, test = loaders(64)
     model = dr.factorize(network(), rank=0.25, layers=["3", "6"])

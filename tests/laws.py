@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import hypothesis.strategies as st
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form
+from dynarank.surgery.sites import survey
 
 # Largest relative difference allowed, ||a - b|| / ||b||, for what is equal in exact arithmetic.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -147,3 +150,58 @@ def randomize(module: nn.Module, seed: int = 1) -> None:
     with torch.no_grad():
         for p in module.parameters():
             p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.float64) / 3)
+
+
+def fitting(model: nn.Module, form: Form) -> Form:
+    """The form at the most this rank that the layer allows."""
+    (site,) = survey(model)
+    if isinstance(form, FullRank):
+        return form
+    limit = site.spec.decomposition(form).limit(site.shape)
+    return replace(form, rank=min(int(form.rank), limit))  # type: ignore[arg-type]
+
+
+# Over random sequences of changes, with an optimizer.
+
+any_form = st.one_of(
+    st.just(FullRank()),
+    st.builds(LowRank, st.integers(1, 5), st.sampled_from(DECOMPOSITIONS)),
+    st.builds(
+        Adapted,
+        st.integers(1, 5),
+        st.sampled_from(DECOMPOSITIONS),
+        alpha=st.sampled_from([1.0, 16.0]),
+        execution=st.sampled_from(["auto", "merged", "two-branch"]),
+        restart=st.integers(0, 2),
+    ),
+)
+OPTIMIZERS = {
+    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+    "adam": lambda groups: torch.optim.Adam(groups, lr=1e-3),
+    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, amsgrad=True),
+}
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Law 5: every trainable parameter once, none foreign, states that fit."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert len(held) == len({id(p) for p in held})
+    assert {id(p) for p in held} == {id(p) for p in trainable}
+    assert {id(p) for p in optimizer.state} <= {id(p) for p in held}
+    for p, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and key != "step":
+                assert value.shape == p.shape and value.dtype == p.dtype
+                assert torch.isfinite(value).all()
+    copied = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(copied)
+
+
+def check_moments(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Law 6's bound, for parameters that a change has just made."""
+    for p in parameters:
+        state = optimizer.state.get(p, {})
+        for key in ("exp_avg_sq", "max_exp_avg_sq"):
+            if key in state:
+                assert (state[key] * (1 + 1e-9) >= state["exp_avg"].square()).all()

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import copy
 import gc
+import itertools
 import weakref
-from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from covering import coordinates, covering, over, product
 from hypothesis import given, settings
 from laws import (
     ALL_FORMS,
     CASES,
-    DECOMPOSITIONS,
     DTYPES,
     LAYER_AND_DECOMPOSITION,
     LAYERS,
+    OPTIMIZERS,
     SHARED,
     WEIGHTS,
     LayerCase,
+    any_form,
     assert_close,
+    check_moments,
+    check_optimizer,
+    fitting,
     randomize,
 )
 from torch import Tensor, nn
@@ -35,13 +39,6 @@ from dynarank.layers import RankedLayer
 from dynarank.surgery.sites import survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's
-over_layers = pytest.mark.parametrize("case", LAYERS, ids=str)
-over_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-over_cases = pytest.mark.parametrize(("case", "form"), CASES, ids=str)
-over_weights = pytest.mark.parametrize(("case", "form"), WEIGHTS, ids=str)
-over_decompositions = pytest.mark.parametrize(
-    ("case", "decomposition"), LAYER_AND_DECOMPOSITION, ids=str
-)
 
 
 def build(case: LayerCase, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -57,20 +54,10 @@ def in_form(case: LayerCase, dtype: torch.dtype, form: Form) -> tuple[nn.Module,
     return model, x
 
 
-def fitting(model: nn.Module, form: Form) -> Form:
-    """The form at the most this rank that the layer allows."""
-    (site,) = survey(model)
-    if isinstance(form, FullRank):
-        return form
-    limit = site.spec.decomposition(form).limit(site.shape)
-    return replace(form, rank=min(int(form.rank), limit))  # type: ignore[arg-type]
-
-
 # Law 1: join(split(W, full rank)) == W, and the truncation's error is optimal.
 
 
-@over_dtypes
-@over_decompositions
+@over({"case, decomposition": LAYER_AND_DECOMPOSITION, "dtype": DTYPES})
 def test_split_at_the_limit_loses_nothing(
     case: LayerCase, dtype: torch.dtype, decomposition: str
 ) -> None:
@@ -83,9 +70,7 @@ def test_split_at_the_limit_loses_nothing(
     assert_close(method.join(factors).to(dtype), weight)
 
 
-@over_layers
-@over_dtypes
-@pytest.mark.parametrize("rank", [1, 3])
+@over({"case": LAYERS, "dtype": DTYPES, "rank": [1, 3]})
 def test_svd_truncation_is_optimal(case: LayerCase, dtype: torch.dtype, rank: int) -> None:
     (site,) = survey(case.make().to(dtype))
     weight, groups = site.effective().detach(), site.spec.geometry.groups
@@ -108,8 +93,7 @@ def tail(weight: Tensor, groups: int, rank: int) -> float:
 # Law 2: apply(x, factors) == layer(x, join(factors)), in values and in gradients.
 
 
-@over_dtypes
-@over_cases
+@over({"case, form": CASES, "dtype": DTYPES})
 def test_a_form_computes_with_its_effective_weight(
     case: LayerCase, dtype: torch.dtype, form: Form
 ) -> None:
@@ -118,9 +102,8 @@ def test_a_form_computes_with_its_effective_weight(
     assert isinstance(layer, RankedLayer) or isinstance(form, FullRank)
     plain, _ = build(case, dtype)
     with torch.no_grad():
-        plain[0].weight.copy_(layer.weight)
-        if plain[0].bias is not None:
-            plain[0].bias.copy_(layer.bias)
+        for name, p in plain[0].named_parameters():
+            p.copy_(getattr(layer, name))
     one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
     actual, expected = model(one), plain(two)
     assert_close(actual, expected)
@@ -131,7 +114,7 @@ def test_a_form_computes_with_its_effective_weight(
     assert_close(one.grad, two.grad)
 
 
-@pytest.mark.parametrize(("case", "form"), [pair for pair in CASES if pair[0] in SHARED], ids=str)
+@over({"case, form": [(case, form) for case, form in CASES if case in SHARED]})
 def test_gradients_against_finite_differences(case: LayerCase, form: Form) -> None:
     model, x = in_form(case, torch.float64, form)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -146,9 +129,7 @@ def test_gradients_against_finite_differences(case: LayerCase, form: Form) -> No
 # Law 3: inflate, deflate to adapted and merge keep the function; low-rank changes it as announced.
 
 
-@over_dtypes
-@over_weights
-@pytest.mark.parametrize("verb", ["inflate", "deflate", "merge"])
+@over({"case, form": WEIGHTS, "dtype": DTYPES, "verb": ["inflate", "deflate", "merge"]})
 def test_the_function_is_unchanged(
     case: LayerCase, dtype: torch.dtype, form: Form, verb: str
 ) -> None:
@@ -165,9 +146,7 @@ def test_the_function_is_unchanged(
     assert_close(model(x), expected)
 
 
-@over_layers
-@over_dtypes
-@pytest.mark.parametrize("before", [FullRank(), LowRank(3), Adapted(3)], ids=str)
+@over({"case": LAYERS, "dtype": DTYPES, "before": [FullRank(), LowRank(3), Adapted(3)]})
 def test_a_truncation_changes_the_weight_by_its_announced_error(
     case: LayerCase, dtype: torch.dtype, before: Form
 ) -> None:
@@ -279,8 +258,7 @@ def test_a_frozen_layer_stays_frozen(form: Form, held: bool) -> None:
 # Law 7: predicted parameters and FLOPs are exact, for every form of every layer.
 
 
-@over_cases
-@pytest.mark.parametrize("first", [True, False], ids=["first", "inner"])
+@over({"case, form": CASES, "first": [True, False]})
 def test_cost_is_exact(case: LayerCase, form: Form, first: bool) -> None:
     """An inner layer's input needs a gradient, a first layer's does not."""
     model, x = build(case, torch.float32)
@@ -307,49 +285,7 @@ def test_cost_does_not_depend_on_the_form_it_was_traced_in(now: Form, form: Form
 
 # All laws at once, over random sequences of changes, with an optimizer.
 
-any_form = st.one_of(
-    st.just(FullRank()),
-    st.builds(LowRank, st.integers(1, 5), st.sampled_from(DECOMPOSITIONS)),
-    st.builds(
-        Adapted,
-        st.integers(1, 5),
-        st.sampled_from(DECOMPOSITIONS),
-        alpha=st.sampled_from([1.0, 16.0]),
-        execution=st.sampled_from(["auto", "merged", "two-branch"]),
-        restart=st.integers(0, 2),
-    ),
-)
 any_plan = st.dictionaries(st.sampled_from(PATHS), any_form, min_size=1)
-OPTIMIZERS = {
-    "sgd": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
-    "adam": lambda groups: torch.optim.Adam(groups, lr=1e-3),
-    "adamw": lambda groups: torch.optim.AdamW(groups, lr=1e-3, amsgrad=True),
-}
-
-
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Law 5: every trainable parameter once, none foreign, states that fit."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    assert len(held) == len({id(p) for p in held})
-    assert {id(p) for p in held} == {id(p) for p in trainable}
-    assert {id(p) for p in optimizer.state} <= {id(p) for p in held}
-    for p, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and key != "step":
-                assert value.shape == p.shape and value.dtype == p.dtype
-                assert torch.isfinite(value).all()
-    copied = copy.deepcopy(optimizer.state_dict())
-    optimizer.load_state_dict(copied)
-
-
-def check_moments(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Law 6's bound, for parameters that a change has just made."""
-    for p in parameters:
-        state = optimizer.state.get(p, {})
-        for key in ("exp_avg_sq", "max_exp_avg_sq"):
-            if key in state:
-                assert (state[key] * (1 + 1e-9) >= state["exp_avg"].square()).all()
 
 
 def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
@@ -407,3 +343,26 @@ def test_any_sequence_of_changes(
     ]
     assert after == options
     step(model, x, optimizer)
+
+
+# What runs by default leaves no pair of values out.
+
+AXES = {
+    name: mark.args[0]
+    for name, law in globals().copy().items()
+    for mark in getattr(law, "pytestmark", [])
+    if name.startswith("test_") and mark.name == "product"
+}
+
+
+@pytest.mark.parametrize("law", AXES)
+def test_every_pair_of_a_laws_values_is_covered(law: str) -> None:
+    """Of every layer with every decomposition, dtype and form, and so on, by each law."""
+    names, rows = product(AXES[law])
+    few = covering(names, rows)
+    assert len(few) < len(rows)
+    whole, kept = ([coordinates(names, row) for row in some] for some in (rows, few))
+    for a, b in itertools.combinations(whole[-1], 2):
+        assert {(row.get(a), row.get(b)) for row in kept} == {
+            (row.get(a), row.get(b)) for row in whole
+        }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,8 @@ from pathlib import Path
 import dynarank
 
 SRC = Path(dynarank.__file__).parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 
 # One folder (or module) a line, lowest first: each may import those above it in this list.
 ORDER = [
@@ -27,6 +30,7 @@ ORDER = [
     "scheduler",
     "allocation",
     "contrib",
+    "extras",
     "records",
     "sinks",
     "report",
@@ -43,9 +47,9 @@ FORBIDDEN = {
     "report": {"dynarank.layers", "dynarank.surgery"},
 }
 # These import no third-party package but torch.
-ONLY_TORCH = ORDER[: ORDER.index("records")]
-# Files for a library that the user has imported already.
-ADAPTERS = {"hf_conv1d.py"}
+ONLY_TORCH = ORDER[: ORDER.index("extras")]
+# One file a library: for its layers, where the user has imported it already; for its file format.
+ADAPTERS = {"hf_conv1d.py", "weight_files.py"}
 # By name, looked up in the public registries: nothing above them asks for one by name.
 AT_THE_TOP = 8
 
@@ -154,6 +158,23 @@ def test_the_top_of_the_package_is_small() -> None:
     assert all(hasattr(dynarank, name) for name in dynarank.__all__)
 
 
+def test_tests_lie_where_what_they_test_lies() -> None:
+    """In a folder of the same name; a test named after a module, beside that module."""
+    modules = {(path.parent.relative_to(SRC), path.stem) for path in python_files()}
+    for path in sorted(TESTS.rglob("test_*.py")):
+        folder, name = path.parent.relative_to(TESTS), path.stem.removeprefix("test_")
+        assert (SRC / folder).is_dir(), f"{path}: no folder {folder} in the package"
+        homes = {home for home, module in modules if module == name}
+        assert not homes or folder in homes, f"{path}: {name} lies in {homes}"
+
+
+def test_files_that_documents_name_are_there() -> None:
+    named = re.compile(r"(?:tests|src|docs|examples)/[\w/.-]+\.(?:py|md)")
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *SRC.rglob("*.py")]:
+        for name in named.findall(page.read_text(encoding="utf-8")):
+            assert (ROOT / name).is_file(), f"{page}: {name}"
+
+
 def _python(code: str) -> str:
     environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     done = subprocess.run(
@@ -176,7 +197,7 @@ print([m for m in ("matplotlib", "sklearn", "datasets", "pydantic", "typer", "ri
 
 
 def test_importing_adds_little_to_torch() -> None:
-    """Under 20% on top of torch, each in a process of its own; the least of five pairs."""
+    """Under 20% on top of torch, each in a process of its own; once in up to five pairs."""
     code = """
 import time
 a = time.perf_counter()
@@ -186,5 +207,4 @@ import dynarank
 print((time.perf_counter() - b) / (b - a))
 """
     _python(code)  # fill the bytecode caches
-    ratios = [float(_python(code)) for _ in range(5)]
-    assert min(ratios) < 0.2, ratios
+    assert any(float(_python(code)) < 0.2 for _ in range(5))

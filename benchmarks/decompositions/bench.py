@@ -1,14 +1,14 @@
-"""Decomposing all of WRN-28-10 and of GPT-2 small: ours against a loop over torch.linalg.svd.
+"""Speed of decomposing WRN-28-10 and GPT-2 small, compared with a loop over torch.linalg.svd.
 
     python benchmarks/decompositions/bench.py --out benchmarks/decompositions/results/2026-11-24
 
 One process for each number of threads. Each matrix, as (out, in * positions), is decomposed at rank
-min(n, m) / 4 by ``torch.linalg.svd(W, full_matrices=False)``, by ``SVD().split`` from nothing
-(cold) and from the factors of W before it moved by 1% (warm), in turns; the time of a model is the
-sum of its matrices' medians (of CPU time for one thread, else of wall time). The error is
-||W - up down|| over the least possible, in fp64. Spectra: as initialized, and i^-0.5 and i^-1 as
-after training. Then the share of the training time that a spectral monitor takes at its default
-interval, on a 3072-1024-1024-10 MLP with batches of 128.
+min(n, m) / 4 by ``torch.linalg.svd(W, full_matrices=False)``, by ``SVD().split`` without a start
+(cold) and from the factors of W before it changed by 1% (warm), interleaved; the time of a model is
+the sum of its matrices' medians (of CPU time for one thread, else of wall time). The error is
+||W - up down|| over the smallest possible, in fp64. Spectra: as initialized, and i^-0.5 and i^-1 as
+after training. Also measured: the share of training time that a spectral monitor takes at its
+default interval, on a 3072-1024-1024-10 MLP with batches of 128.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank import SpectralMonitor
-from dynarank.decompositions import SVD
+from dynarank.decompositions.svd import SVD
 
 Shape = tuple[int, int]
 WRN_28_10: dict[Shape, int] = {
@@ -80,7 +80,7 @@ def measure(shape: Shape, power: float, repeats: int) -> dict[str, float]:
     for name in ("cold", "warm"):
         ways[name]()
     times: dict[str, list[float]] = {name: [] for name in ways}
-    # One thread by its CPU time, which other processes on the machine disturb less.
+    # CPU time for one thread: other processes on the machine disturb it less.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     for _ in range(repeats):
         for name, way in ways.items():

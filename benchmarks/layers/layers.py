@@ -1,8 +1,8 @@
-"""One layer at a time: full-rank, factored and adapted, beside the roofline and beside others.
+"""Speed of single layers: full-rank, factored and adapted, with the roofline and other libraries.
 
     python benchmarks/layers/layers.py --out benchmarks/layers/results/2026-11-24-cpu/layers.json
 
-Forward and backward pass, one thread, fp32, candidates in turn, medians of process time.
+Forward and backward pass, one thread, fp32, candidates interleaved, medians of process time.
 """
 
 from __future__ import annotations

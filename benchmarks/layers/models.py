@@ -1,9 +1,10 @@
-"""Whole models in their low-rank phase against full rank and against two plain layers in a row.
+"""Speed of whole models at low rank, compared with full rank and two plain layers in sequence.
 
     python benchmarks/layers/models.py --out benchmarks/layers/results/2026-11-24-cpu/models.json
 
-A whole training step with the optimizer, one thread, fp32, candidates in turn, medians of process
-time. Ranks are a quarter of min(out, in) for transformers, of the output channels for convolutions.
+A whole training step with the optimizer, one thread, fp32, candidates interleaved, medians of
+process time. Ranks are a quarter of min(out, in) for transformers, of the output channels for
+convolutions.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ CASES = {
 
 
 def two_layers(model: nn.Module, case: Case) -> nn.Module:
-    """The model with two plain layers in a row wherever ours is low-rank."""
+    """The model with two plain layers in sequence in place of each low-rank layer."""
     low = dr.factorize(copy.deepcopy(model), case.rank, layers=case.layers)
     for site in dr.survey(low):
         if factors := site.factors():
@@ -87,7 +88,7 @@ def two_layers(model: nn.Module, case: Case) -> nn.Module:
 
 
 def measured(model: nn.Module, case: Case, batch: tuple[Tensor, Tensor]) -> nn.Module:
-    """Ours with the layers left full-rank that were measured to be slower low-rank."""
+    """The low-rank model, with layers kept full-rank that were measured to be slower low-rank."""
     from dynarank.cost.timing import measure
 
     plan = dict(dr.current_plan(dr.factorize(copy.deepcopy(model), case.rank, layers=case.layers)))

@@ -1,4 +1,4 @@
-"""The same layer as others build it: PEFT's LoRA, tensorly-torch, and two plain layers in a row."""
+"""The same layer in other libraries: PEFT's LoRA, tensorly-torch, and two plain layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Pair", "lora", "pair", "tensorly_layer"]
 
 
 class Pair(nn.Module):
-    """Two plain layers in a row, as Composer's Factorize leaves them behind."""
+    """Two plain layers in sequence, as Composer's Factorize produces them."""
 
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""What a layer should cost: the slower of arithmetic and memory, product by product.
+"""The roofline of a layer: the slower of arithmetic and memory, product by product.
 
 seconds = sum over products of max(FLOPs / peak, bytes / bandwidth), peak and bandwidth measured on
-the machine at hand by one large product and one large copy.
+the current machine by one large product and one large copy.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dynarank.decompositions import Geometry, output_shape
+from dynarank.decompositions import Geometry
+from dynarank.decompositions.geometry import output_shape
 from dynarank.layers.execution import map_flops
 
 __all__ = ["Roofline", "machine_roofline"]

@@ -1,4 +1,4 @@
-"""Ratios that can be trusted on a shared machine: candidates in turn, medians, process time."""
+"""Timing on a shared machine: interleaved candidates, medians, process time."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["conditions", "interleaved", "keep_memory", "layer_step", "spread", "
 
 
 def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, ``rounds`` times in turn after one to warm up.
+    """Time each step ``rounds`` times, interleaved, after one warm-up round.
 
-    Process time: what the threads of this process computed, whatever else the machine did. The
-    order turns from round to round, for what ran before leaves its memory and caches behind.
+    Process time counts only the threads of this process. The order rotates from round to round,
+    since the previous candidate affects memory and caches.
     """
     found: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -39,10 +39,10 @@ def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[
 
 
 def keep_memory() -> None:
-    """Start this program anew with an allocator that keeps freed memory, as jemalloc would.
+    """Restart this program with an allocator that keeps freed memory, as jemalloc does.
 
-    Else every large tensor is mapped and cleared by the system each time, which costs as much for
-    a product of few FLOPs as for one of many.
+    Otherwise the system maps and clears every large tensor each time, which costs as much for a
+    product of few FLOPs as for one of many.
     """
     wanted = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
     if not wanted.items() <= os.environ.items():

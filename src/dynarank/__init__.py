@@ -12,24 +12,32 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 
 from dynarank import schedules
 from dynarank.allocation import rules
+from dynarank.allocation.fit_schedule import fit_schedule
 from dynarank.allocation.within_budget import plan_within
-from dynarank.decompositions import UnfitWeightError
+from dynarank.decompositions import UnfitWeightError, register_decomposition
 from dynarank.factors import regularizers
 from dynarank.factors.init import initialize_factors
 from dynarank.factors.learning_rates import FactorLearningRates
 from dynarank.forms import Adapted, FullRank, LowRank, Rank
+from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral import SpectralMonitor
+from dynarank.scheduler.batch_norm import BatchNormRecalibration
+from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.scheduler.rank_scheduler import RankScheduler
+from dynarank.scheduler.truncation import ActivationAwareTruncation
 from dynarank.surgery.sites import current_plan, survey
 from dynarank.surgery.verbs import apply_plan, deflate, factorize, inflate, merge
 
 __all__ = [
+    "ActivationAwareTruncation",
     "Adapted",
+    "BatchNormRecalibration",
     "FactorLearningRates",
     "FullRank",
     "GradientWindow",
+    "LRRewarmup",
     "LowRank",
     "Rank",
     "RankScheduler",
@@ -40,10 +48,13 @@ __all__ = [
     "current_plan",
     "deflate",
     "factorize",
+    "fit_schedule",
     "inflate",
     "initialize_factors",
     "merge",
     "plan_within",
+    "register_decomposition",
+    "register_layer",
     "regularizers",
     "rules",
     "schedules",

@@ -1,4 +1,4 @@
-"""What a run writes down: one JSON object per line, typed, appended as it happens.
+"""Run records: typed JSON lines, appended to ``records.jsonl`` while a run trains.
 
 A run folder holds ``config.json`` (the recipe as it ran), ``records.jsonl`` (this module),
 ``model.safetensors`` (the final weights, merged) and ``report.html``. A folder of runs, one per
@@ -41,7 +41,7 @@ class _Line(BaseModel):
 
 
 class Metric(_Line):
-    """What a run is judged by: its name, which way is better, and whether it is shown in per cent.
+    """The metric of a run: its name, whether higher is better, whether it is shown in percent.
 
     Example:
         >>> Metric(name="perplexity", higher_is_better=False, percent=False).name
@@ -54,7 +54,7 @@ class Metric(_Line):
 
 
 class RunRecord(_Line):
-    """The first line: what is run, on what."""
+    """The first record of a run: what was trained, on which device, with which versions."""
 
     kind: Literal["run"] = "run"
     recipe: str
@@ -72,12 +72,12 @@ class RunRecord(_Line):
 
 
 class PhaseRecord(_Line):
-    """The cost of a step between two changes of plan. FLOPs are of one training step of one batch.
+    """The cost of a training step in one phase, between two changes of the plan.
 
-    ``predicted_flops`` comes from the cost model; ``counted_flops`` is what FlopCounterMode saw
-    the phase's first step execute (None where it was not counted). ``memory_bytes`` is the phase's
-    peak: on CUDA the allocator's, on a CPU the tensors alive at the end of a forward pass
-    (parameters, gradients, optimizer state, saved activations).
+    ``predicted_flops`` comes from the cost model; ``counted_flops`` is what FlopCounterMode counted
+    in the phase's first step (None if not counted). ``memory_bytes`` is the phase's peak: on CUDA
+    the allocator's, on a CPU the tensors alive at the end of a forward pass (parameters, gradients,
+    optimizer state, saved activations).
     """
 
     kind: Literal["phase"] = "phase"
@@ -93,7 +93,7 @@ class PhaseRecord(_Line):
 
 
 class ChangeRecord(_Line):
-    """One layer changed form; ``error`` is the relative Frobenius error of its weight."""
+    """A layer's change of form; ``error`` is the relative Frobenius error of its weight."""
 
     kind: Literal["change"] = "change"
     epoch: float
@@ -105,7 +105,7 @@ class ChangeRecord(_Line):
 
 
 class DecisionRecord(_Line):
-    """A schedule decided that a layer is to have another form: why, and by which readings."""
+    """A schedule's decision to change a layer's form: the reason, and the readings it used."""
 
     kind: Literal["decision"] = "decision"
     epoch: float
@@ -117,9 +117,9 @@ class DecisionRecord(_Line):
 
 
 class EpochRecord(_Line):
-    """Training and test figures at the end of an epoch; seconds are of training alone.
+    """Training and test results at the end of an epoch; ``seconds`` is training time alone.
 
-    A score is in the run's metric; ``scores`` holds the others that are usual for the task.
+    Scores are in the run's metric; ``scores`` holds other metrics customary for the task.
     """
 
     kind: Literal["epoch"] = "epoch"
@@ -137,11 +137,11 @@ class EpochRecord(_Line):
 
 
 class LayerSpectrum(_Line):
-    """Rank health of one layer's effective weight; ``spectral_ratio`` is lambda at ``rank``.
+    """Rank metrics of one layer's effective weight; ``spectral_ratio`` is lambda at ``rank``.
 
-    ``update_rank`` is the effective rank of what training has added to the weight, None where that
-    was not read; ``values`` are singular values, largest first, at most 64 of them, thinned out
-    evenly from the first to the last; empty where they were not kept.
+    ``update_rank`` is the effective rank of the change that training has made to the weight, None
+    if not measured; ``values`` are singular values, largest first, at most 64, evenly spaced from
+    the first to the last; empty if not kept.
     """
 
     effective_rank: float
@@ -155,7 +155,7 @@ class LayerSpectrum(_Line):
 
 
 class SpectrumRecord(_Line):
-    """The rank health of every watched layer at one moment."""
+    """The rank metrics of every monitored layer at one step."""
 
     kind: Literal["spectrum"] = "spectrum"
     epoch: float
@@ -164,9 +164,9 @@ class SpectrumRecord(_Line):
 
 
 class HeatmapRecord(_Line):
-    """Pictures of weights at one moment: by layer, rows of mean absolute values of blocks.
+    """Heat-maps of weights at one step: for each layer, rows of mean absolute values of blocks.
 
-    The weight as a matrix, out x (in * kernel positions), is cut into at most 32 x 32 blocks.
+    The weight as a matrix, out x (in * kernel positions), is divided into at most 32 x 32 blocks.
     """
 
     kind: Literal["heatmap"] = "heatmap"
@@ -186,10 +186,10 @@ class NoiseRecord(_Line):
 
 
 class SummaryRecord(_Line):
-    """The last line: the figures of the table.
+    """The last record of a run: final scores and total cost.
 
-    Means are over steps; ``relative_flops`` is the whole run's training FLOPs over those of the
-    same run at full rank.
+    Means are over steps; ``relative_flops`` is the training FLOPs of the whole run over those of
+    the same run at full rank.
     """
 
     kind: Literal["summary"] = "summary"
@@ -222,7 +222,7 @@ _R = TypeVar("_R", bound=_Line)
 
 
 class RecordWriter:
-    """Appends records to a run's ``records.jsonl``, flushed line by line."""
+    """Writes records to a run's ``records.jsonl``, flushed line by line."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / "records.jsonl").open("w", encoding="utf-8")
@@ -238,7 +238,7 @@ class RecordWriter:
 
 
 class Run:
-    """A run read back: its folder, its configuration and its records by kind."""
+    """A run read from its folder: configuration and records."""
 
     def __init__(self, folder: Path, config: dict[str, Any], records: list[Record]) -> None:
         self.folder = folder
@@ -251,34 +251,38 @@ class Run:
 
     @property
     def header(self) -> RunRecord:
-        """What was run."""
+        """The run record."""
         return self.all(RunRecord)[0]
 
     @property
     def summary(self) -> SummaryRecord | None:
-        """The figures of the table; None while the run is unfinished."""
+        """The summary record; None while the run is unfinished."""
         return next(iter(self.all(SummaryRecord)), None)
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """The run folders at or below ``folder``, oldest first by their first record."""
+    """Find the run folders at or below ``folder``, oldest first.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
     if not folder.exists():
         raise FileNotFoundError(f"no run folder at {folder}")
     found = sorted(path.parent for path in folder.rglob("records.jsonl"))
     if not found:
         raise FileNotFoundError(
-            f"{folder} holds no run: no records.jsonl in it or below; "
-            "a run folder is what `dynarank train` writes"
+            f"{folder} holds no run: there is no records.jsonl in it or below; "
+            "pass a run folder written by `dynarank train`"
         )
     return sorted(found, key=lambda run: read_run(run).header.started)
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run folder; a last line cut short by an interrupted run is left out.
+    """Read one run folder; a last line truncated by an interrupted run is ignored.
 
     Raises:
-        FileNotFoundError: no records.jsonl there.
-        ValueError: a line is not a record of a known kind, or the first is not a run record.
+        FileNotFoundError: there is no records.jsonl.
+        ValueError: a line is not a known record, or the first is not a run record.
     """
     path = folder / "records.jsonl"
     *lines, tail = path.read_bytes().split(b"\n")  # a whole line ends with a newline

@@ -66,7 +66,7 @@ def test_train_json_and_report_and_spectrum(
     }  # fmt: skip
 
     assert call(monkeypatch, *words) == 2
-    assert "one holds a run already" in capsys.readouterr().err
+    assert "one already holds a run" in capsys.readouterr().err
 
     assert call(monkeypatch, "report", "one", "--out", "page.html", "--json") == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["schedule"] == "dynamic-rank-low"
@@ -78,7 +78,7 @@ def test_train_json_and_report_and_spectrum(
     assert (here / "model-spectrum.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_plan_shows_layers_phases_and_says_aloud_what_the_adapter_costs(
+def test_plan_shows_layers_and_phases_and_warns_of_what_the_adapter_costs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "plan", "cifar10-resnet20", "--as-published") == 0
@@ -152,12 +152,12 @@ def test_spectrum_of_two_side_by_side(
         save_file(weights, here / name / "model.safetensors")
     assert call(monkeypatch, "spectrum", "one", "two") == 0
     title, heading, *rows, picture = capsys.readouterr().out.splitlines()
-    assert title == "Rank health: A = one, B = two" and heading.count("B - A") == 4
+    assert title == "Rank metrics: A = one, B = two" and heading.count("B - A") == 4
     cells = {row.split()[0]: row.split()[2:] for row in rows}
     assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0 0.667 0.500 -0.167".split()
     assert cells["gone"] == "3.0 - 3.0 - 3 - 0.333 -".split()
     assert cells["new"] == ["-", "nan"] * 4
-    assert picture == "Picture: one-two-spectrum.png"
+    assert picture == "Figure: one-two-spectrum.png"
     assert (here / "one-two-spectrum.png").read_bytes().startswith(b"\x89PNG")
 
     assert call(monkeypatch, "spectrum", "one", "two", "--json", "--no-plot") == 0
@@ -174,7 +174,7 @@ def test_spectrum_shows_each_row_when_it_is_ready(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
 ) -> None:
     """A shard that is cut while the command is at work: the rows before it have been shown."""
-    from dynarank.monitors.tensor_file import TensorFile
+    from dynarank.monitors.weight_files import TensorFile
 
     save_file({"a": torch.eye(4), "b": torch.eye(4)}, "m.safetensors")
     shown: list[str] = []
@@ -198,7 +198,10 @@ REFUSED = {
     "plan": (["plan", "cifar"], "unknown recipe 'cifar'"),
     "data": (["train", "cifar10-resnet20"], r"--data|DYNARANK_DATA"),
     "folder": (["train", "cifar10-resnet20", "--data", "nowhere"], "nowhere"),
-    "log": (["train", "digits", "--log", "paper"], "unknown log 'paper'; known: tensorboard"),
+    "log": (
+        ["train", "digits", "--log", "paper"],
+        "unknown logging backend 'paper'; known: tensorboard",
+    ),
     "device": (["train", "digits", "--device", "warp"], "device 'warp' cannot be used"),
     "precision": (["train", "digits", "--precision", "int3"], "got 'int3'"),
     "limit": (["train", "digits", "--train-limit", "10"], "do not fill one batch of 64"),
@@ -206,8 +209,8 @@ REFUSED = {
     "published": (["train", "digits", "--as-published"], "no published experiment"),
     "report": (["report", "nowhere"], "no run folder at nowhere"),
     "file": (["spectrum", "nowhere.safetensors"], "no file nowhere.safetensors"),
-    "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank is a share"),
-    "plot": (["spectrum", "whole.safetensors", "--plot", "x.doc"], "--plot wants a file"),
+    "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank must be a share"),
+    "plot": (["spectrum", "whole.safetensors", "--plot", "x.doc"], "--plot must be a file"),
     "runs": (["spectrum", "runs-of-two"], "several runs, name one or two of"),
     "second": (["spectrum", "whole.safetensors", "broken.safetensors"], "not a whole safetensors"),
     "broken": (["spectrum", "broken.safetensors"], "not a whole safetensors file"),

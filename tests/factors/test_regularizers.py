@@ -10,13 +10,14 @@ from laws import assert_close, randomize
 from torch import Tensor, nn
 
 import dynarank as dr
-from dynarank.factors.penalties import orthogonality_gradient, srip_gradient, tall_matrices
 from dynarank.factors.regularizers import (
     SRIP,
-    DoubleSoftOrthogonality,
     FrobeniusDecay,
     Regularizer,
     SoftOrthogonality,
+    orthogonality_gradient,
+    srip_gradient,
+    tall_matrices,
 )
 from dynarank.surgery.sites import survey
 
@@ -103,7 +104,6 @@ def test_the_adapter_alone_can_be_decayed() -> None:
     ("cls", "formula", "options"),
     [
         (SoftOrthogonality, soft, {}),
-        (DoubleSoftOrthogonality, double, {}),
         (SRIP, srip, {"iterations": 3000}),
     ],
 )
@@ -145,7 +145,7 @@ def test_orthonormal_factors_get_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize("cls", [FrobeniusDecay, SoftOrthogonality, DoubleSoftOrthogonality, SRIP])
+@pytest.mark.parametrize("cls", [FrobeniusDecay, SoftOrthogonality, SRIP])
 def test_bf16_nan_frozen_and_random_state(cls: type[Regularizer]) -> None:
     model = model_in("linear", dr.LowRank(3), torch.bfloat16)
     exact = model_in("linear", dr.LowRank(3))

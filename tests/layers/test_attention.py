@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from laws import ALL_FORMS, assert_close, randomize
+from covering import over
+from laws import ALL_FORMS, DTYPES, assert_close, randomize
+from plain_twin import compare, plain_twin
 from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.cost.flops import count_flops, trace
 from dynarank.forms import Form
-from dynarank.layers import RankedLayer
 from dynarank.layers.attention import RankedMultiheadAttention
 from dynarank.surgery.sites import survey
 
@@ -152,46 +153,6 @@ def in_form(case: Case, form: Form, dtype: torch.dtype = torch.float64) -> Model
     return model
 
 
-def plain_twin(model: nn.Module) -> nn.Module:
-    """A plain model with the same effective weights, written down without the library's verbs."""
-    twin = copy.deepcopy(model)
-    for module, own in zip(model.modules(), twin.modules(), strict=True):
-        if not isinstance(module, RankedLayer):
-            continue
-        effective = {name: module.effective_weight(name).detach() for name in module.forms}
-        own.__class__ = module.plain
-        for name in [n for n, _ in own.named_parameters(recurse=False)]:
-            if any(name.startswith(e) or "weight" in effective for e in effective):
-                own._parameters.pop(name) if "bias" not in name else None
-        for name, weight in effective.items():
-            own._parameters[name] = nn.Parameter(weight.clone())
-    assert not any(isinstance(m, RankedLayer) for m in twin.modules())
-    return twin
-
-
-def compare(model: nn.Module, plain: nn.Module, inputs: tuple[Tensor, ...], **named: Any) -> None:
-    """Outputs, the inputs' gradients and those of the parameters that both have."""
-    results = []
-    for one in (model, plain):
-        own = tuple(x.clone().requires_grad_() for x in inputs)
-        torch.manual_seed(5)
-        outputs = [y for y in as_tuple(one(*own, **named)) if y is not None]
-        seeds = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y) for y in outputs]
-        torch.autograd.backward(outputs, seeds)
-        results.append((outputs, [x.grad for x in own]))
-    (mine, my_grads), (theirs, their_grads) = results
-    for a, b in zip([*mine, *my_grads], [*theirs, *their_grads], strict=True):
-        assert_close(a, b)
-    expected = dict(plain.named_parameters())
-    for name, p in model.named_parameters():
-        if name in expected and p.requires_grad:
-            assert_close(p.grad, expected[name].grad)
-
-
-def as_tuple(output: Any) -> tuple[Any, ...]:
-    return output if isinstance(output, tuple) else (output,)
-
-
 # Law 2: a form computes with its effective weight.
 
 
@@ -295,10 +256,7 @@ def test_wrong_arguments_are_refused_as_by_the_plain_layer() -> None:
 # Laws 3 and 4.
 
 
-@over_few
-@over_forms
-@pytest.mark.parametrize("verb", ["inflate", "deflate", "merge"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@over({"case": FEW, "form": ALL_FORMS, "verb": ["inflate", "deflate", "merge"], "dtype": DTYPES})
 def test_the_function_is_unchanged(case: Case, form: Form, verb: str, dtype: torch.dtype) -> None:
     model = in_form(case, form, dtype)
     expected = model(*case.inputs(dtype), **case.named(dtype))[0]
@@ -415,7 +373,7 @@ def test_bf16_autocast(case: Case, form: Form) -> None:
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_printing_and_starting_anew() -> None:
+def test_printing_and_resetting() -> None:
     for form in (LowRank(3), Adapted(3)):
         model = in_form(CASES[0], form)
         assert "in_proj_weight=" in repr(model) and type(form).__name__ in repr(model)
@@ -456,9 +414,9 @@ def test_cost_is_exact(case: Case, form: Form) -> None:
     use = trace(Wrapped(model, sample), case.inputs(torch.float32))
     plan = {f"model.{path}": form for path in dr.current_plan(model)}
     dr.apply_plan(model, {path.removeprefix("model."): f for path, f in plan.items()})
-    ghost = copy.deepcopy(Wrapped(model, sample)).to("meta")
+    meta = copy.deepcopy(Wrapped(model, sample)).to("meta")
     inputs = tuple(x.to("meta") for x in case.inputs(torch.float32))
-    assert count_flops(ghost, inputs) == use.flops(plan)
+    assert count_flops(meta, inputs) == use.flops(plan)
     assert use.rest.forward > 0
 
 
@@ -482,9 +440,13 @@ class Wrapped(nn.Module):
         return self.model(*inputs, **self.call.on(inputs[0].device))
 
 
-@pytest.mark.parametrize("now", [FullRank(), LowRank(2), Adapted(4)], ids=str)
-@pytest.mark.parametrize("frozen", ["", "in_proj", "out_proj", "in_proj bias"])
-@pytest.mark.parametrize("first", [True, False], ids=["first", "inner"])
+@over(
+    {
+        "now": [FullRank(), LowRank(2), Adapted(4)],
+        "frozen": ["", "in_proj", "out_proj", "in_proj bias"],
+        "first": [True, False],
+    }
+)
 def test_cost_does_not_depend_on_the_form_it_was_traced_in(
     now: Form, frozen: str, first: bool
 ) -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from laws import ALL_FORMS, LAYERS, LayerCase, assert_close, randomize
-from test_laws import fitting
+from laws import ALL_FORMS, LAYERS, LayerCase, assert_close, fitting, randomize
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -125,7 +124,7 @@ def test_one_compilation_for_each_change_and_none_else() -> None:
 @torch._dynamo.config.patch(recompile_limit=3)
 def test_beyond_the_limit_an_error_or_eager() -> None:
     """Torch compiles a frame ``recompile_limit`` times; afterwards it runs eagerly, or raises if it
-    was asked for whole graphs. ``torch.compiler.reset()`` starts anew."""
+    was asked for whole graphs. ``torch.compiler.reset()`` starts again."""
     model, x = mlp(), torch.randn(8, 16)
     whole, loose = Compiled(model), CompileCounterWithBackend("eager")
     for form in (FullRank(), LowRank(4), Adapted(4)):

@@ -70,15 +70,15 @@ def test_the_merged_weight_is_kept_only_where_joining_is_dear() -> None:
 @pytest.mark.parametrize("rows", [8, 64, 512, 4096])
 @pytest.mark.parametrize("rank", [4, 16, 32, 64])
 @pytest.mark.parametrize("form", [LowRank, Adapted])
-def test_auto_is_never_dearer_than_any_way(rows: int, rank: int, form: type) -> None:
+def test_auto_never_costs_more_than_another_execution(rows: int, rank: int, form: type) -> None:
     spec, call = WeightSpec("weight", (64, 96)), Call((rows, 96), Geometry(), True, True)
     chosen = choose_execution(spec, form(rank), call)
     every = executions(spec, form(rank), call)
     assert len(every) > 1
-    assert chosen.flops.training == min(way.flops.training for way in every)
+    assert chosen.flops.training == min(one.flops.training for one in every)
 
 
-def test_the_formulas_of_the_card() -> None:
+def test_the_formulas_of_the_method_page() -> None:
     n, m, r, rows = 64, 96, 8, 4096
     spec, call = WeightSpec("weight", (n, m)), Call((rows, m), Geometry(), True, True)
     whole, k = 6 * rows * n * m, r * (m + n) / (m * n)

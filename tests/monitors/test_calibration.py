@@ -57,13 +57,13 @@ def test_the_output_error_is_the_energy_cut_off_and_below_the_plain_one(case: La
     energies = output_energies(site.effective().detach(), activity)
     for rank in {1, 2, energies.shape[1]}:
         rank = min(rank, energies.shape[1])
-        whitened = error(model, truncated(model, rank, calibration), x)
+        aware = error(model, truncated(model, rank, calibration), x)
         plain = error(model, truncated(model, rank, None), x)
         cut = energies[:, rank:].sum().item() * activity.count
         whole = energies.sum().item() * activity.count
-        assert whitened == pytest.approx(cut, abs=1e-10 * whole)
-        assert whitened <= plain + 1e-10 * whole
-    assert whitened <= 1e-10 * whole or rank < energies.shape[1]
+        assert aware == pytest.approx(cut, abs=1e-10 * whole)
+        assert aware <= plain + 1e-10 * whole
+    assert aware <= 1e-10 * whole or rank < energies.shape[1]
 
 
 @settings(max_examples=40, deadline=None)
@@ -96,7 +96,7 @@ def test_no_other_map_of_that_rank_does_better(
         assert (y - x @ other.T).square().sum() >= least - 1e-9 * whole
 
 
-def test_it_is_what_whitening_by_a_cholesky_factor_gives() -> None:
+def test_it_equals_input_whitening_by_a_cholesky_factor() -> None:
     """(W L)_r L^-1 with C = L L', as published, where C allows it."""
     torch.manual_seed(0)
     weight, x = torch.randn(7, 5, dtype=torch.float64), uneven((50, 5), torch.float64)
@@ -162,7 +162,7 @@ def _fail() -> None:
 
 
 class Mixed(nn.Module):
-    """Dropout, batch norm, a layer used twice, one used never, attention, a lookup."""
+    """Dropout, BatchNorm, a layer used twice, one used never, attention, a lookup."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,8 +213,8 @@ def test_an_embedding_keeps_what_its_frequent_rows_need() -> None:
     torch.manual_seed(0)
     model, ids = nn.Sequential(nn.Embedding(12, 6)).double(), torch.tensor([0, 0, 0, 0, 1, 1, 7])
     calibration = dr.calibrate(model, [ids])
-    whitened = dr.factorize(copy.deepcopy(model), 3, layers="0", calibration=calibration)
-    assert error(model, whitened, ids) < 1e-20
+    aware = dr.factorize(copy.deepcopy(model), 3, layers="0", calibration=calibration)
+    assert error(model, aware, ids) < 1e-20
 
 
 def test_weights_inside_a_module_are_listed() -> None:
@@ -227,16 +227,16 @@ def test_weights_inside_a_module_are_listed() -> None:
 
 
 def test_other_decompositions_split_the_weight_itself() -> None:
-    from dynarank.decompositions import DECOMPOSITIONS, SVD
+    from dynarank.decompositions.svd import SVD
     from dynarank.decompositions.truncation import split_activation_aware
 
-    class Other:
-        split = staticmethod(SVD().split)
+    class Other(SVD):
+        truncates_optimally = False
 
     weight = torch.randn(5, 6)
     activity = ActivationStats("input", torch.diag(torch.arange(6.0))[None], 1)
-    plain = DECOMPOSITIONS["svd"].split(weight, 2)
-    other, _ = split_activation_aware(Other(), weight, 2, activity)  # type: ignore[arg-type]
+    plain = SVD().split(weight, 2)
+    other, _ = split_activation_aware(Other(), weight, 2, activity)
     assert all(torch.equal(a, b) for a, b in zip(other, plain, strict=True))
     assert not torch.equal(split_activation_aware(SVD(), weight, 2, activity)[0][0], plain[0])
 
@@ -277,15 +277,17 @@ def test_the_scheduler_calibrates_only_before_weights_become_low_rank() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     x, asked = uneven((64, 16), torch.float32), []
 
-    def calibrate() -> Calibration:
+    def batches() -> list[torch.Tensor]:
         asked.append(ranks.last_step)
-        return dr.calibrate(model, [x])
+        return [x]
 
     def schedule(clock: Clock, readings: Readings) -> dict[str, dr.LowRank | FullRank]:
         return {"0": FullRank() if clock.step < 2 else LowRank(4)}
 
     twin = copy.deepcopy(model)
-    ranks = dr.RankScheduler(model, optimizer, schedule, 4, calibrate=calibrate)
+    ranks = dr.RankScheduler(
+        model, optimizer, schedule, 4, callbacks=[dr.ActivationAwareTruncation(batches)]
+    )
     for _ in range(4):
         optimizer.step()
         ranks.step()

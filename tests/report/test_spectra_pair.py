@@ -32,7 +32,7 @@ def test_of_many_layers_those_that_differ_most_have_bars() -> None:
 
 
 def test_what_is_no_pair_is_an_error() -> None:
-    with pytest.raises(ValueError, match="a pair of models is two"):
+    with pytest.raises(ValueError, match="expected two models"):
         spectrum_pair_figure({"one": ONE})
     with pytest.raises(ValueError, match="no layer to draw"):
         spectrum_pair_figure({"one": {}, "two": {}})

@@ -17,14 +17,14 @@ from torch.optim import lr_scheduler as lrs
 
 from dynarank import Adapted, FullRank, LowRank, RankScheduler
 from dynarank.forms import form_name
-from dynarank.schedules import Clock, LRAligned, Readings, dynamic_rank, timeline
+from dynarank.schedules import Clock, Readings, dynamic_rank, timeline
 from dynarank.schedules.lr_aligned import decisive_decay, full_rank_window
 
 LOW, LAST = LowRank(2), Adapted(2)
 LAYERS = {"a": (8, 8)}
 
 
-def moments(total: int, lr: Callable[[Optimizer], Any] | None, every: int = 1, **options: Any):
+def transitions(total: int, lr: Callable[[Optimizer], Any] | None, every: int = 1, **options: Any):
     """The share of the run at which a real run inflates and deflates."""
     model = net()
     optimizer = SGD(model.parameters(), lr=0.01, momentum=0.9)
@@ -54,10 +54,10 @@ def epochs(milestones: list[int]) -> Callable[[Optimizer], Any]:
     ("total", "decays", "published"),
     [(150, [100, 130], (55, 120)), (200, [150, 180], (80, 170))],
 )
-def test_it_lands_within_a_twentieth_of_the_published_moments(
+def test_it_lands_within_a_twentieth_of_the_published_transition_points(
     total: int, decays: list[int], published: tuple[int, int], every: int, given: bool
 ) -> None:
-    found = moments(total * every, epochs(decays), every, given=given)
+    found = transitions(total * every, epochs(decays), every, given=given)
     assert found == pytest.approx([m / total for m in published], abs=0.05)
 
 
@@ -86,20 +86,20 @@ SCHEDULERS: dict[str, tuple[Callable[[Optimizer], Any], float]] = {
 @pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
 def test_the_window_spans_the_decay_of_every_scheduler(name: str) -> None:
     lr, decay = SCHEDULERS[name]
-    inflate, deflate = moments(100, lr)
+    inflate, deflate = transitions(100, lr)
     assert inflate < decay < deflate
     assert (inflate, deflate) == pytest.approx(full_rank_window(decay), abs=0.02)
 
 
 def test_a_plateau_is_followed_as_it_comes() -> None:
     """The metric never gets better: the rate falls a tenfold after every 31 steps."""
-    inflate, deflate = moments(100, lambda o: lrs.ReduceLROnPlateau(o, patience=30))
+    inflate, deflate = transitions(100, lambda o: lrs.ReduceLROnPlateau(o, patience=30))
     assert inflate == pytest.approx(0.33, abs=0.02)  # with the decay, which is early
     assert deflate == pytest.approx(0.33 + 0.4 * 0.67, abs=0.02)
 
 
-def test_without_any_decay_the_usual_moments_hold() -> None:
-    assert moments(100, None) == pytest.approx((0.36, 0.9), abs=0.011)
+def test_without_any_decay_the_usual_transition_points_hold() -> None:
+    assert transitions(100, None) == pytest.approx((0.36, 0.9), abs=0.011)
 
 
 def test_a_forecast_touches_nothing_of_the_users() -> None:
@@ -138,7 +138,7 @@ def test_a_scheduler_that_cannot_be_copied_is_followed() -> None:
 
 def test_a_rate_that_rises_again_takes_the_decay_back() -> None:
     """One dip at 20 of 100, the real decay at 60."""
-    schedule = LRAligned(LOW, LAST)
+    schedule = dynamic_rank(2)
     state, forms = schedule.start(), []
     for step in range(100):
         rate = 0.01 if 20 <= step < 25 or step >= 60 else 1.0
@@ -147,7 +147,7 @@ def test_a_rate_that_rises_again_takes_the_decay_back() -> None:
     assert forms.index(FullRank()) == 20 and forms.index(LAST) == 76
 
 
-def test_given_moments_stay_and_the_other_is_found() -> None:
+def test_given_transition_points_stay_and_the_other_is_found() -> None:
     rates = (1.0,) * 60 + (0.1,) * 40
     for options, starts in [
         ({"inflate": 0.1}, [0, 10, 76]),
@@ -163,7 +163,7 @@ def test_given_moments_stay_and_the_other_is_found() -> None:
 @settings(deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0, 1))
 def test_any_forecast_gives_three_phases_in_order(rates: list[float], length: float) -> None:
-    schedule = LRAligned(LOW, LAST, length=length)
+    schedule = dynamic_rank(2, length=length)
     decay = decisive_decay(tuple(rates))
     assert decay is None or 0 < decay <= 1
     begin, end = full_rank_window(decay, length)
@@ -177,7 +177,7 @@ def test_any_forecast_gives_three_phases_in_order(rates: list[float], length: fl
 @settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1), min_size=20, max_size=60), st.integers(0, 19))
 def test_the_state_survives_json_and_is_never_changed(rates: list[float], cut: int) -> None:
-    schedule = LRAligned(LOW, LAST)
+    schedule = dynamic_rank(2)
     state = schedule.start()
     for step, rate in enumerate(rates):
         clock, readings = Clock(step, len(rates)), Readings(LAYERS, rate)
@@ -229,14 +229,14 @@ def test_a_run_resumed_anywhere_changes_at_the_same_steps(every: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"length": 1.5}, "takes a share of the run, got 1.5"),
+        ({"length": 1.5}, r"a share of the run, lies in \[0, 1\], got 1.5"),
         ({"inflate": -1}, "got -1"),
-        ({"inflate": 0.5, "deflate": 0.4}, "inflate comes before deflate"),
+        ({"inflate": 0.5, "deflate": 0.4}, "one after another, got 0.5 then 0.4"),
     ],
 )
 def test_impossible_windows_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        LRAligned(LOW, LAST, **options)
+        dynamic_rank(2, **options)
 
 
 def test_impossible_rates_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Sinks: one scheme of names, hosts by their own true interface, and failures that end no run."""
+"""Logging backends: the same names in each, written by their real APIs; failures stop no run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dynarank.records import (
     SummaryRecord,
     read_run,
 )
-from dynarank.sinks import HOSTS, open_sinks
+from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.sinks.scalars import event_of, scalars_of
 
 HEADER = RunRecord(
@@ -114,7 +114,7 @@ def test_the_scheme_of_names() -> None:
 def test_events_are_words() -> None:
     events = [event for record in RECORDS if (event := event_of(record))]
     assert events == [
-        ("decisions", "a.b: to be FullRank(): saturated (effective 5.5)"),
+        ("decisions", "a.b: to FullRank(): saturated (effective 5.5)"),
         (
             "changes",
             "a.b: LowRank(rank=8, decomposition='svd') -> FullRank(), relative error 1.0e-07",
@@ -179,14 +179,14 @@ def test_mlflow_reads_it_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, w
 
 
 class Failing:
-    """A host that fails at its third record, and when closed."""
+    """A backend that fails at its third record, and when closed."""
 
     def __init__(self, folder: Path, header: RunRecord) -> None:
         self.written: list[Record] = []
 
     def write(self, record: Record) -> None:
         if len(self.written) > 1:
-            raise ConnectionError("the host is gone")
+            raise ConnectionError("the backend is gone")
         self.written.append(record)
 
     def close(self) -> None:
@@ -194,53 +194,55 @@ class Failing:
 
 
 @pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Makes a host known, as "failing"."""
+def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Registers a backend, as "failing"."""
 
     def make_known(opens: Any) -> None:
-        monkeypatch.setitem(HOSTS, "failing", opens)
-        monkeypatch.setattr("dynarank.sinks.import_host", lambda name, module: None)
+        monkeypatch.setitem(BACKENDS, "failing", opens)
+        monkeypatch.setattr("dynarank.sinks.import_backend", lambda name, module: None)
 
     return make_known
 
 
 def test_a_failing_sink_is_warned_of_once_and_the_others_go_on(
-    tmp_path: Path, host: Callable[[Any], None]
+    tmp_path: Path, backend: Callable[[Any], None]
 ) -> None:
-    host(Failing)
-    with pytest.warns(RuntimeWarning, match="'failing' failed .* the host is gone") as caught:
+    backend(Failing)
+    with pytest.warns(RuntimeWarning, match="'failing' failed .* the backend is gone") as caught:
         write_all(["failing"], tmp_path)
     assert len(caught) == 1
     assert read_run(tmp_path).records == RECORDS
 
 
 def test_a_sink_that_fails_only_at_its_end_is_warned_of(
-    tmp_path: Path, host: Callable[[Any], None]
+    tmp_path: Path, backend: Callable[[Any], None]
 ) -> None:
-    host(Failing)
+    backend(Failing)
     with pytest.warns(RuntimeWarning, match="still gone"):
         write_all(["failing"], tmp_path, RECORDS[:2])
 
 
-@pytest.mark.parametrize("name", HOSTS)
-def test_a_host_that_is_not_installed_is_an_error_that_names_the_extra(
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_backend_that_is_not_installed_is_an_error_that_names_the_extra(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(module: str) -> Any:
         raise ImportError(module)
 
     monkeypatch.setattr("dynarank.sinks.base.import_module", nothing)
-    with pytest.raises(ImportError, match=rf"needs {name}: pip install 'dynarank\[{name}\]'"):
+    with pytest.raises(
+        ImportError, match=rf"'{name}' is not installed: pip install 'dynarank\[{name}\]'"
+    ):
         open_sinks([name], tmp_path)
 
 
-def test_a_host_that_cannot_be_opened_is_warned_of(
-    tmp_path: Path, host: Callable[[Any], None]
+def test_a_backend_that_cannot_be_opened_is_warned_of(
+    tmp_path: Path, backend: Callable[[Any], None]
 ) -> None:
     def refuse(folder: Path, header: RunRecord) -> Any:
         raise RuntimeError("no account")
 
-    host(refuse)
+    backend(refuse)
     with pytest.warns(RuntimeWarning, match="no account") as caught:
         write_all(["failing"], tmp_path)
     assert len(caught) == 1

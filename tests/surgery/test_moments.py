@@ -9,9 +9,9 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from covering import over
 from hypothesis import given, settings
-from laws import ALL_FORMS, DECOMPOSITIONS, LAYERS, LayerCase, assert_close, randomize
-from test_laws import fitting
+from laws import ALL_FORMS, DECOMPOSITIONS, LAYERS, LayerCase, assert_close, fitting, randomize
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam
 
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 NAMES = ["linear", "linear-tall", "conv-tall", "conv-grouped", "conv-depthwise", "transposed-2d"]
 FEW = [case for case in LAYERS if case.name in (*NAMES, "gpt2-conv1d")]
 FORMS = [f for d in DECOMPOSITIONS for f in (LowRank(3, d), Adapted(3, d, alpha=6.0))]
-over_layers = pytest.mark.parametrize("case", FEW, ids=str)
 over_forms = pytest.mark.parametrize("form", FORMS, ids=str)
 
 
@@ -61,9 +60,7 @@ def linear_step(optimizer: Optimizer, parameters: list[nn.Parameter], gradient: 
 # The first moment.
 
 
-@over_layers
-@over_forms
-@pytest.mark.parametrize("kind", [SGD, Adam])
+@over({"case": FEW, "form": FORMS, "kind": [SGD, Adam]})
 def test_to_factors_is_the_vjp_of_the_weight(case: LayerCase, form: Form, kind: Any) -> None:
     """M_f == J(M), in every orientation of the weight."""
     model, one = build(case)
@@ -72,15 +69,14 @@ def test_to_factors_is_the_vjp_of_the_weight(case: LayerCase, form: Form, kind: 
     for _ in range(3):
         linear_step(optimizer, [weight], [torch.randn_like(weight)])
     key = "momentum_buffer" if kind is SGD else "exp_avg"
-    moment = one.spec.turn(optimizer.state[weight][key])
+    moment = one.spec.to_canonical(optimizer.state[weight][key])
     dr.apply_plan(model, {one.path: fitting(model, form)}, optimizer=optimizer)
     for p, expected in zip(held(model), pulled(model, moment), strict=True):
         actual = optimizer.state[p].get(key, torch.zeros_like(p))
         assert_close(actual, expected)
 
 
-@over_layers
-@over_forms
+@over({"case": FEW, "form": FORMS})
 def test_from_factors_what_they_knew_survives(case: LayerCase, form: Form) -> None:
     """J(J+(J(G))) == J(G), and the lifted moment is no larger than G."""
     model, one = build(case)
@@ -92,7 +88,7 @@ def test_from_factors_what_they_knew_survives(case: LayerCase, form: Form) -> No
     optimizer = SGD(held(model), 0.0, momentum=0.9)
     linear_step(optimizer, held(model), pulled(model, gradient))
     dr.inflate(model, optimizer=optimizer)
-    lifted = one.spec.turn(optimizer.state[held(model)[0]]["momentum_buffer"])
+    lifted = one.spec.to_canonical(optimizer.state[held(model)[0]]["momentum_buffer"])
     for actual, expected in zip(old.pull(lifted), old.pull(gradient), strict=True):
         assert_close(actual, expected, 1e-9)
     assert lifted.norm() <= gradient.norm() * (1 + 1e-9)
@@ -119,7 +115,7 @@ def decayed(kind: Callable[..., Optimizer], steps: int, form: Form) -> tuple[Ten
         model[0].up.copy_(1e-4 * torch.randn(12, 4, dtype=F64))
     optimizer = kind(held(model))
     gradient = torch.randn(12, 16, dtype=F64)
-    gradient = site(model).spec.turn(gradient)
+    gradient = site(model).spec.to_canonical(gradient)
     for _ in range(steps):
         linear_step(optimizer, held(model), pulled(model, gradient))
     dr.inflate(model, optimizer=optimizer)
@@ -310,7 +306,7 @@ def test_calibrated_is_the_mean_square_of_each_gradient_taken_through(form: Form
         linear_step(optimizer, [weight], [g])
     known = hats(optimizer, weight)[1].sum() / torch.stack(kept[-8:]).square().mean(0).sum()
     dr.apply_plan(model, {"0": fitting(model, form)}, optimizer=optimizer, moments=gradients)
-    parts = [pulled(model, one.spec.turn(g)) for g in kept[-8:]]
+    parts = [pulled(model, one.spec.to_canonical(g)) for g in kept[-8:]]
     for i, p in enumerate(held(model)):
         if not optimizer.state.get(p):
             assert not any(part[i].any() for part in parts)

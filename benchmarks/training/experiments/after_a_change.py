@@ -1,13 +1,12 @@
-"""What helps right after a change of form: warming the learning rate up again, and renewing the
-running statistics of batch norms.
+"""Do LR re-warm-up and BatchNorm recalibration help right after a change of form?
 
-Each arm is a whole run of a recipe with the same seeds; its schedule is dynamic rank aligned with
-the learning rate. Tested right before and right after the deflation, 20 and 50 steps later, and at
-the end.
+Each arm is a whole run of a recipe with the same seeds, under dynamic rank aligned with the
+learning rate. Tested right before and right after the deflation, 20 and 50 steps later, and at the
+end.
 
-- ``adapted`` and ``low-rank``: the ending;
-- ``rewarm N``: the learning rate rises from 1/N to 1 over the N steps after each change;
-- ``renew``: after the truncation the batch norms' statistics are those of 512 training images.
+- ``adapted`` and ``low-rank``: the form after the deflation;
+- ``re-warm-up N``: the learning rate rises from 1/N to 1 over the N steps after each change;
+- ``recalibration``: after the truncation, running statistics are recomputed on 512 training images.
 
 python benchmarks/training/experiments/after_a_change.py digits --epochs 15 \
     --seeds 0 1 2 3 4 --out FILE
@@ -26,7 +25,7 @@ from typing import Any
 
 import torch
 
-from dynarank import RankScheduler
+from dynarank import BatchNormRecalibration, LRRewarmup, RankScheduler
 from dynarank.forms import FullRank
 from dynarank.schedules import dynamic_rank
 from dynarank.train.host import commit, hardware
@@ -38,19 +37,21 @@ from dynarank.train.tasks import make_task
 
 ARMS: dict[str, dict[str, Any]] = {
     "adapted": {"to": "adapted"},
-    "adapted, rewarm 20": {"to": "adapted", "rewarm": 20},
+    "adapted, re-warm-up 20": {"to": "adapted", "rewarmup": 20},
     "low-rank": {"to": "low-rank"},
-    "low-rank, rewarm 20": {"to": "low-rank", "rewarm": 20},
-    "low-rank, renew": {"to": "low-rank", "renew": True},
-    "low-rank, renew, rewarm 20": {"to": "low-rank", "renew": True, "rewarm": 20},
-}
+    "low-rank, re-warm-up 20": {"to": "low-rank", "rewarmup": 20},
+    "low-rank, recalibration": {"to": "low-rank", "recalibrate": True},
+    "low-rank, recalibration, re-warm-up 20": {
+        "to": "low-rank", "recalibrate": True, "rewarmup": 20,
+    },
+}  # fmt: skip
 AFTER = (0, 20, 50)
 IMAGES = 512
 
 
-def run(recipe: Recipe, task: Task, epochs: int, seed: int, to: str, rewarm: int = 0,
-        renew: bool = False) -> dict[str, Any]:  # fmt: skip
-    """One run; losses and scores of the test set by steps since the deflation, and at the end."""
+def run(recipe: Recipe, task: Task, epochs: int, seed: int, to: str, rewarmup: int = 0,
+        recalibrate: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Train once; test losses and scores by steps since the deflation, and at the end."""
     torch.manual_seed(seed)
     model, total = task.model(), epochs * task.steps_per_epoch
     optimizer = make_optimizer(recipe, model)
@@ -61,9 +62,10 @@ def run(recipe: Recipe, task: Task, epochs: int, seed: int, to: str, rewarm: int
         epoch = task.epoch(0)
         return [next(epoch)[0] for _ in range(batches)]
 
+    callbacks = [LRRewarmup(rewarmup), *([BatchNormRecalibration(images)] if recalibrate else [])]
     ranks = RankScheduler(
         model, optimizer, dynamic_rank(recipe.rank, to=to), total, layers=recipe.layers,
-        lr_scheduler=forecast_rates(recipe), rewarm=rewarm, renew=images if renew else None,
+        lr_scheduler=forecast_rates(recipe), callbacks=callbacks,
     )  # fmt: skip
     tested: dict[str, tuple[float, float]] = {}
 
@@ -98,7 +100,7 @@ def run(recipe: Recipe, task: Task, epochs: int, seed: int, to: str, rewarm: int
 
 
 def main() -> None:
-    """Run every arm of every seed, the arms in turn, and write one JSON file."""
+    """Run every arm for every seed and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe")
     parser.add_argument("--data")

@@ -1,9 +1,9 @@
-"""The momentum that inflating an adapter hands to SGD, with and without the share of decay.
+"""The momentum after inflating an adapter under SGD, with and without separating weight decay.
 
     python benchmarks/training/experiments/decay_share.py
 
-The true momentum is that of the merged model's gradients on the same batches (kept for 60 steps,
-beside the run). See Note [Weight decay] in ``dynarank.surgery.moments``.
+The true momentum is computed from the merged model's gradients on the same batches (kept for 60
+steps alongside the run). See Note [Weight decay] in ``dynarank.surgery.moments``.
 """
 
 from __future__ import annotations

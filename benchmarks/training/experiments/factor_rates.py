@@ -2,7 +2,7 @@
 
 A perceptron 64-256-256-10 on the digits of scikit-learn (1,347 images to train on, 450 to test) is
 trained full-rank for 200 steps of 64 images, its first two layers are deflated to low-rank
-(truncated SVD, moments carried along), and training goes on for 200 steps under each rule, all from
+(truncated SVD, moments carried over), and trained for 200 more steps under each rule, all from
 the same state and over the same images. Recorded 20, 100 and 200 steps after: cross-entropy on all
 training and all test images, and test accuracy; mean and sample standard deviation over seeds.
 

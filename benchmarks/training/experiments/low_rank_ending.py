@@ -1,11 +1,11 @@
-"""How much a calibrated low-rank ending is worth: plain, whitened, and whitened with ranks chosen.
+"""What does activation-aware truncation gain over plain truncation, with uniform or chosen ranks?
 
 A network is trained at full rank to five sixths of its recipe (10 of 12 epochs of CIFAR-10, 25 of
 30 of the digits); then each arm deflates a copy of it to low-rank, is tested, trains a little more,
-and is tested again. Arms of one share have the same budget of FLOPs, that of the uniform ranks:
+and is tested again. Arms with the same share have the same FLOP budget, that of the uniform ranks:
 
 - plain: the truncated SVD of each weight, uniform ranks;
-- whitened: the outputs' principal directions over 512 training images, uniform ranks;
+- activation-aware: the outputs' principal directions on 512 training images, uniform ranks;
 - budgeted: the same, with the ranks of ``plan_within(flops=...)``;
 - budgeted-plain: ranks of ``plan_within`` without a calibration, plain truncation.
 
@@ -39,7 +39,7 @@ from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe, load_recipe
 
 SHARES = (1 / 8, 1 / 4, 1 / 2)
-ARMS = ("plain", "whitened", "budgeted", "budgeted-plain")
+ARMS = ("plain", "activation-aware", "budgeted", "budgeted-plain")
 CALIBRATION_IMAGES = 512
 
 
@@ -91,7 +91,7 @@ def run(arm: str, share: float, trainer: Trainer, further: int, epoch: int) -> d
     use = trace(model, data.train_images[: recipe.batch_size])
     changes = dr.apply_plan(
         model, plan, optimizer=trainer.optimizer,
-        calibration=calibration if arm in ("whitened", "budgeted") else None,
+        calibration=calibration if arm in ("activation-aware", "budgeted") else None,
     )  # fmt: skip
     after = tested(trainer)
     model.train()
@@ -132,7 +132,7 @@ def trained(recipe: Recipe, data: ImageData, seed: int, epochs: int, before: int
 
 
 def main() -> None:
-    """Run every arm of every seed and write one JSON file."""
+    """Run every arm for every seed and write one JSON file."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=["digits", "cifar10-resnet20"])
     parser.add_argument("--data", help="the folder of CIFAR-10")

@@ -1,8 +1,8 @@
-"""The loss right after a deflation of networks without batch norm: plain against calibrated.
+"""Plain against activation-aware truncation of networks without BatchNorm: the loss right after.
 
-Two small networks on the digits, trained 12 epochs at full rank; their inner layers are then cut to
-a rank at once. An MLP of 64-64-64-10 and a convolutional network of 8, 16 and 32 channels, biases
-everywhere, ReLU. Calibrated on 512 training images; nothing is trained afterwards.
+Two small networks on the digits, trained for 12 epochs at full rank; their inner layers are then
+truncated to a rank at once. An MLP of 64-64-64-10 and a convolutional network of 8, 16 and 32
+channels, with biases and ReLU. Calibrated on 512 training images, without training afterwards.
 
 python benchmarks/training/experiments/low_rank_ending_without_norm.py --seeds 0 1 2 --out FILE
 """

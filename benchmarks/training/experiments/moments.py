@@ -1,4 +1,4 @@
-"""Which policy for the optimizer's moments: paired runs on scikit-learn's digits.
+"""Policies for the optimizer's moments compared: paired runs on scikit-learn's digits.
 
     python benchmarks/training/experiments/moments.py run --task mlp --seeds 8
     python benchmarks/training/experiments/moments.py errors --seeds 8
@@ -7,7 +7,7 @@
 A run's initial weights and batches depend on the seed alone, so runs of one seed are pairs. ``run``
 records the loss on the whole training set at the change and 5, 20 and all but one of the phase's
 steps later; ``errors`` compares second moments right after a change with those of 400 fresh batches
-at the same weights. Records are kept one a line, beside this file; ``table`` prints the summary.
+at the same weights. Records are written one per line next to this file; ``table`` prints a summary.
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ class Run:
             phases,
             3 * self.phase,
             layers=layers,
-            moments=moments,
-            calibration_steps=LENGTH,
+            moments=dr.GradientWindow(self.model, self.optimizer, length=LENGTH)
+            if moments == "calibrated"
+            else moments,
         )
 
     def batch(self) -> tuple[Tensor, Tensor]:

@@ -16,70 +16,65 @@ from torch.optim import Optimizer
 from dynarank.cost.dry_run import dry_run
 from dynarank.forms import Form, FullRank, Plan
 from dynarank.scheduler.targets import scheduled_layers
-from dynarank.schedules import LRAligned, Readings, Schedule, low_rank, rotating, timeline
-from dynarank.schedules.budget import Budgeted
+from dynarank.schedules.base import RankSchedule, Readings
+from dynarank.schedules.fitted import FittedMemory
+from dynarank.schedules.library.rotating import Rotating
+from dynarank.schedules.lr_aligned import DynamicRank
+from dynarank.schedules.throughout import LowRankThroughout
+from dynarank.schedules.timelines import timeline
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import survey
 
-__all__ = ["Settled", "fit_memory"]
+__all__ = ["TargetRun", "fit_memory"]
 
 SHARES = (1 / 2, 1 / 4, 1 / 8)
 """Shares of the network to be full-rank at a time, the largest that fits is taken."""
 
 
 @dataclass(frozen=True)
-class Settled:
-    """A schedule that fits, whatever the learning rate does.
+class TargetRun:
+    """The run that a schedule is fitted to: model, optimizers, a batch, its length and layers."""
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    batch: Any
+    total_steps: int
+    layers: LayerFilter = None
+    loss: Callable[[Any], Tensor] | None = None
+
+    def shapes_of(self, schedule: RankSchedule) -> dict[str, tuple[int, ...]]:
+        """The layers that the schedule is for, and their weights' shapes."""
+        sites = scheduled_layers(self.model, schedule, self.total_steps, self.layers)
+        return {site.path: site.shape for site in sites}
+
+
+def fit_memory(choices: Sequence[DynamicRank], amount: float, run: TargetRun) -> FittedMemory:
+    """The schedule with the most full rank whose steps, measured on copies, fit the budget.
 
     Args:
-        chosen: the schedule.
-        peak_bytes: the largest peak of its phases, as rehearsed.
-    """
-
-    chosen: Schedule
-    peak_bytes: int
-
-    def schedule(self, forecast: tuple[float, ...]) -> Schedule:
-        """The schedule."""
-        return self.chosen
-
-
-def fit_memory(
-    wish: Budgeted,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    sample: Any,
-    total_steps: int,
-    *,
-    layers: LayerFilter = None,
-    loss: Callable[[Any], Tensor] | None = None,
-) -> Settled:
-    """The schedule with the most full rank whose steps, rehearsed on copies, fit the budget.
-
-    Args: as :func:`dynarank.allocation.fit_schedule.fit` takes them.
+        choices: dynamic rank at the ranks and endings that may be chosen, higher ranks first.
+        amount: the peak allowed: an int in bytes, a float as a share of the peak at full rank.
+        run: what it is fitted to.
 
     Raises:
         ValueError: nothing fits; the message names the least peak there is.
     """
 
     def peak(plan: Plan) -> int:
-        return dry_run(model, optimizers, [plan], sample, loss, rounds=0)[0].peak_bytes
+        batch, loss = run.batch, run.loss
+        return dry_run(run.model, run.optimizers, [plan], batch, loss, rounds=0)[0].peak_bytes
 
-    able = [site.path for site in survey(model) if site.form is not None]
-    full = peak(dict.fromkeys(able, FullRank()))
-    amount = wish.budget.amount
+    able = [site.path for site in survey(run.model) if site.form is not None]
+    least = full = peak(dict.fromkeys(able, FullRank()))
     allowed = amount * full if isinstance(amount, float) else amount
-    least = full
-    for schedule in _candidates(wish):
-        paths = scheduled_layers(model, schedule, total_steps, layers)
-        shapes = {site.path: site.shape for site in paths}
+    for schedule in _candidates(choices):
         found = 0
-        for plan in _plans(schedule, shapes, total_steps):
+        for plan in _plans(schedule, run):
             found = max(found, peak(plan))
             if found > allowed:
                 break
         else:
-            return Settled(schedule, found)
+            return FittedMemory(schedule, found)
         least = min(least, found)
     shown = f"{amount:g} of the peak at full rank" if isinstance(amount, float) else "bytes"
     raise ValueError(
@@ -88,23 +83,18 @@ def fit_memory(
     )
 
 
-def _candidates(wish: Budgeted) -> Iterator[Schedule]:
+def _candidates(choices: Sequence[DynamicRank]) -> Iterator[RankSchedule]:
     """Schedules to try: full rank all at once, then shares of it, then none; higher ranks first."""
-    forms = list(wish.candidates())
-    ranks = list(dict.fromkeys(low for low, _ in forms))
-    for low, last in forms:
-        yield LRAligned(low, last)
+    yield from choices
+    low = list(dict.fromkeys(choice.low for choice in choices))
     for share in SHARES:
-        for low in ranks:
-            yield rotating(low.rank, share=share, decomposition=low.decomposition)
-    yield from (low_rank(low.rank, decomposition=low.decomposition) for low in ranks)
+        yield from (Rotating(one.rank, share=share, decomposition=one.decomposition) for one in low)
+    yield from (LowRankThroughout(one.rank, decomposition=one.decomposition) for one in low)
 
 
-def _plans(
-    schedule: Schedule, shapes: dict[str, tuple[int, ...]], total_steps: int
-) -> Iterator[Plan]:
+def _plans(schedule: RankSchedule, run: TargetRun) -> Iterator[Plan]:
     """Each plan of the schedule once."""
-    phases = timeline(schedule, Readings(shapes), total_steps)
+    phases = timeline(schedule, Readings(run.shapes_of(schedule)), run.total_steps)
     distinct: dict[frozenset[tuple[str, Form]], Plan] = {
         frozenset(phase.plan.items()): phase.plan for phase in phases
     }

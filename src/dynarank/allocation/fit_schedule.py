@@ -1,200 +1,174 @@
-"""A schedule within a budget: the window's length, the rank and the ending that keep to it.
+"""A dynamic-rank schedule within a budget: rank, ending and length that keep to it.
 
 Of every rank and ending the full-rank phase is made as long as the budget allows. The highest rank
 is taken whose phase is three quarters of the usual length or longer, of its two endings rather the
-one that keeps the function; where no phase is so long, the longest.
+one that keeps the function; where no phase is so long, the longest. For a budget of memory see
+:mod:`dynarank.allocation.fit_memory`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from dynarank.allocation.fit_memory import Settled, fit_memory
+from dynarank.allocation.fit_memory import TargetRun, fit_memory
 from dynarank.cost.dry_run import dry_run
-from dynarank.cost.flops import ModelUse, trace
-from dynarank.forms import Form, FullRank, LowRank, Plan
-from dynarank.scheduler.targets import scheduled_layers
-from dynarank.schedules import LRAligned
-from dynarank.schedules.base import step_of
-from dynarank.schedules.budget import Budget, Budgeted
-from dynarank.schedules.lr_aligned import decisive_decay, full_rank_window
+from dynarank.cost.flops import trace
+from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
+from dynarank.scheduler.lr_forecast import Forecast
+from dynarank.schedules.base import RankSchedule
+from dynarank.schedules.fitted import TOLERANCE, FittedCost
+from dynarank.schedules.lr_aligned import DynamicRank
+from dynarank.schedules.options import Ending
+from dynarank.surgery.optimizer_state import Optimizers, as_list
 from dynarank.surgery.selection import LayerFilter
 
-__all__ = ["Fitted", "fit"]
+__all__ = ["RANKS", "fit_schedule"]
+
+RANKS = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
+"""Ranks to choose from, as shares of the output channels: the paper's and smaller ones."""
 
 LONG_ENOUGH = 0.75  # of the usual length; below it a lower rank buys more full rank
-TOLERANCE = 0.01  # a budget is met within 1% of it
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A choice of forms with its costs a step, in the budget's unit.
-
-    Args:
-        low: the form before the full-rank phase.
-        last: the form after it.
-        costs: of a step in each of the three phases.
-        allowed: what the whole run may cost.
-        total_steps: of the run.
-    """
-
-    low: LowRank
-    last: Form
-    costs: tuple[float, float, float]
-    allowed: float
-    total_steps: int
-
-    def schedule(self, forecast: tuple[float, ...]) -> LRAligned:
-        """The schedule whose cost comes nearest to what is allowed."""
-        return self._schedule(self._full_steps(forecast))
-
-    def total(self, forecast: tuple[float, ...], full_steps: int | None = None) -> float:
-        """What the run costs; None: with the schedule that fits."""
-        steps = self._full_steps(forecast) if full_steps is None else full_steps
-        begin, end = full_rank_window(decisive_decay(forecast), steps / self.total_steps)
-        first, last = (step_of(moment, self.total_steps) for moment in (begin, end))
-        lengths = first, last - first, self.total_steps - last
-        return sum(cost * n for cost, n in zip(self.costs, lengths, strict=True))
-
-    def relative_length(self, forecast: tuple[float, ...]) -> float:
-        """The length of the full-rank phase over the usual one."""
-        begin, end = full_rank_window(decisive_decay(forecast))
-        return self._full_steps(forecast) / self.total_steps / (end - begin)
-
-    def fits(self, forecast: tuple[float, ...]) -> bool:
-        """Whether the budget is met."""
-        return abs(self.total(forecast) - self.allowed) <= TOLERANCE * self.allowed
-
-    def _schedule(self, full_steps: int) -> LRAligned:
-        return LRAligned(self.low, self.last, length=full_steps / self.total_steps)
-
-    def _full_steps(self, forecast: tuple[float, ...]) -> int:
-        """Full-rank steps by bisection: the cost grows with them but for rounding."""
-        low, high = 0, self.total_steps
-        while high - low > 1:
-            middle = (low + high) // 2
-            inside = self.total(forecast, middle) <= self.allowed
-            low, high = (middle, high) if inside else (low, middle)
-        near = {max(low - 1, 0), low, high, min(high + 1, self.total_steps)}
-        return min(near, key=lambda n: abs(self.total(forecast, n) - self.allowed))
-
-
-def fit(
-    wish: Budgeted,
+def fit_schedule(
     model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    sample: Any,
+    batch: Any,
     total_steps: int,
     *,
-    forecast: tuple[float, ...] = (),
+    flops: float | None = None,
+    seconds: float | None = None,
+    memory: int | float | None = None,
+    optimizer: Optimizers = None,
+    lr_scheduler: Any | Sequence[float] | None = None,
+    rank: RankLike | None = None,
+    to: Ending | None = None,
+    decomposition: str = "svd",
+    alpha: float = 16.0,
+    execution: AdaptedExecution = "auto",
     layers: LayerFilter = None,
     loss: Callable[[Any], Tensor] | None = None,
-) -> Fitted | Settled:
-    """Choose rank, ending and length such that the run keeps to the budget.
+) -> RankSchedule:
+    """Dynamic rank that keeps to a budget: of FLOPs, of seconds or of memory, one of the three.
+
+    The model is measured, not changed. Where the learning rate can be foreseen only in mid-run, the
+    schedule finds its transition points again then, within the same budget.
 
     Args:
-        wish: the budget and what may be chosen.
-        model: the model, full-rank or ranked; it is not changed.
-        optimizers: its optimizers, for budgets of seconds and memory.
-        sample: a batch.
-        total_steps: steps of the run.
-        forecast: the learning rate over the run, if known.
-        layers: which layers, as :class:`dynarank.RankScheduler` takes them.
-        loss: from the model's output to a scalar.
+        model: the model, full-rank or ranked.
+        batch: a batch of the run, as :func:`dynarank.cost.trace` takes it.
+        total_steps: optimizer steps of the run.
+        flops: training FLOPs of the whole run, as a share of those at full rank.
+        seconds: of all training steps, measured on this machine now; data loading and evaluation
+            come on top.
+        memory: the peak of a training step: an int in bytes, a float as a share of the peak at full
+            rank.
+        optimizer: the model's optimizer, or several, for seconds and memory.
+        lr_scheduler: as :class:`dynarank.RankScheduler` takes it; give it to both.
+        rank: the rank; None: chosen from ``RANKS``.
+        to: the ending, ``"adapted"`` or ``"low-rank"``; None: chosen.
+        decomposition: the decomposition's name.
+        alpha: the adapter's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
+        layers: which layers, as :class:`dynarank.RankScheduler` takes them; give them to both.
+        loss: from the model's output to a scalar; None: the sum of all its tensors.
+
+    Returns:
+        An ordinary schedule, which can be written as data.
 
     Raises:
-        ValueError: no batch; a budget that no choice meets, with the nearest that one does.
+        ValueError: no budget or several; one that no choice meets, with the nearest that one does.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+        >>> schedule = fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, layers="*")
+        >>> schedule.schedule.rank, schedule.schedule.to
+        (0.125, 'low-rank')
     """
-    if sample is None:
-        raise ValueError(
-            f"a budget of {wish.budget.kind} was asked for without a batch to reckon it from; "
-            "give RankScheduler(sample=batch)"
-        )
-    if wish.budget.kind == "memory":
-        return fit_memory(wish, model, optimizers, sample, total_steps, layers=layers, loss=loss)
-    found = list(_choices(wish, model, optimizers, sample, total_steps, layers, loss))
+    kind, amount = _budget(flops=flops, seconds=seconds, memory=memory)
+    options: dict[str, Any] = dict(decomposition=decomposition, alpha=alpha, execution=execution)
+    choices = [
+        DynamicRank(one, to=ending, **options)
+        for one in (RANKS if rank is None else (rank,))
+        for ending in (("adapted", "low-rank") if to is None else (to,))
+    ]
+    run = TargetRun(model, as_list(optimizer), batch, total_steps, layers, loss)
+    if kind == "memory":
+        return fit_memory(choices, amount, run)
+    price, allowed = _flops(run, amount) if kind == "flops" else _seconds(run, choices, amount)
+    found = [_costed(choice, price, allowed, run) for choice in choices]
+    forecast = Forecast(lr_scheduler, total_steps).rates
     able = [one for one in found if one.fits(forecast)]
     if not able:
-        raise ValueError(_refusal(wish.budget, found, forecast))
+        raise ValueError(_refusal(kind, amount, found, forecast))
+    return _best(able, forecast)
+
+
+def _budget(**given: float | None) -> tuple[str, float]:
+    """The one kind that is given, and how much."""
+    found = {kind: amount for kind, amount in given.items() if amount is not None}
+    if len(found) != 1:
+        raise ValueError(f"a budget is one of {', '.join(given)}, got {', '.join(found) or 'none'}")
+    kind, amount = found.popitem()
+    if isinstance(amount, bool) or not 0 < amount < math.inf:
+        raise ValueError(f"a budget of {kind} is positive and finite, got {amount!r}")
+    return kind, amount
+
+
+_Price: TypeAlias = Callable[[Plan], float]
+
+
+def _costed(choice: DynamicRank, price: _Price, allowed: float, run: TargetRun) -> FittedCost:
+    one, two, three = map(price, _phase_plans(choice, run))
+    return FittedCost(choice, (one, two, three), allowed, run.total_steps)
+
+
+def _best(able: Sequence[FittedCost], forecast: tuple[float, ...]) -> FittedCost:
+    """The first choice with a long enough full-rank phase, or the one with the longest."""
     lengths = [one.relative_length(forecast) for one in able]
     longest = lengths.index(max(lengths))
     first = next((i for i, length in enumerate(lengths) if length >= LONG_ENOUGH), longest)
     return able[first]
 
 
-def _choices(
-    wish: Budgeted,
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    sample: Any,
-    total_steps: int,
-    layers: LayerFilter,
-    loss: Callable[[Any], Tensor] | None,
-) -> list[Fitted]:
-    candidates = list(wish.candidates())
-    plans = [
-        _phase_plans(model, LRAligned(low, last), low, last, total_steps, layers)
-        for low, last in candidates
-    ]
-    use = trace(model, sample, loss)
-    if wish.budget.kind == "flops":
-        price = _flops_price(use)
-        allowed = wish.budget.amount * price(dict.fromkeys(use.layers, FullRank())) * total_steps
-    else:
-        price = _seconds_price(model, optimizers, plans, sample, loss)
-        allowed = wish.budget.amount
-    return [
-        Fitted(low, last, (price(one), price(two), price(three)), allowed, total_steps)
-        for (low, last), (one, two, three) in zip(candidates, plans, strict=True)
-    ]
+def _phase_plans(choice: DynamicRank, run: TargetRun) -> Iterator[Plan]:
+    paths = run.shapes_of(choice)
+    return (dict.fromkeys(paths, form) for form in (choice.low, FullRank(), choice.last))
 
 
-def _phase_plans(
-    model: nn.Module,
-    schedule: LRAligned,
-    low: LowRank,
-    last: Form,
-    total_steps: int,
-    layers: LayerFilter,
-) -> tuple[Plan, Plan, Plan]:
-    paths = [site.path for site in scheduled_layers(model, schedule, total_steps, layers)]
-    one, two, three = (dict.fromkeys(paths, form) for form in (low, FullRank(), last))
-    return one, two, three
+def _flops(run: TargetRun, share: float) -> tuple[_Price, float]:
+    """The FLOPs of a step of a plan, and the budget in FLOPs."""
+    use = trace(run.model, run.batch, run.loss)
+    full = use.flops(dict.fromkeys(use.layers, FullRank())).training
+    return (lambda plan: use.flops(plan).training), share * full * run.total_steps
 
 
-def _flops_price(use: ModelUse) -> Callable[[Plan], float]:
-    return lambda plan: use.flops(plan).training
+def _seconds(
+    run: TargetRun, choices: Sequence[DynamicRank], seconds: float
+) -> tuple[_Price, float]:
+    """The seconds of a step of a plan, each plan measured once, and the budget."""
+    plans = [plan for choice in choices for plan in _phase_plans(choice, run)]
+    distinct = {frozenset(plan.items()): plan for plan in plans}
+    measured = dry_run(run.model, run.optimizers, list(distinct.values()), run.batch, run.loss)
+    known = {key: one.seconds for key, one in zip(distinct, measured, strict=True)}
+    return (lambda plan: known[frozenset(plan.items())]), seconds
 
 
-def _seconds_price(
-    model: nn.Module,
-    optimizers: Sequence[Optimizer],
-    plans: Sequence[tuple[Plan, ...]],
-    sample: Any,
-    loss: Callable[[Any], Tensor] | None,
-) -> Callable[[Plan], float]:
-    """Seconds of a step, each plan rehearsed once."""
-    known: dict[frozenset[tuple[str, Form]], float] = {}
-    distinct = {frozenset(plan.items()): plan for three in plans for plan in three}
-    measured = dry_run(model, optimizers, list(distinct.values()), sample, loss)
-    known.update({k: one.seconds for k, one in zip(distinct, measured, strict=True)})
-    return lambda plan: known[frozenset(plan.items())]
-
-
-def _refusal(budget: Budget, found: Sequence[Fitted], forecast: tuple[float, ...]) -> str:
+def _refusal(
+    kind: str, amount: float, found: Sequence[FittedCost], forecast: tuple[float, ...]
+) -> str:
     """What was asked for, and the nearest there is."""
     nearest = min(found, key=lambda one: abs(one.total(forecast) - one.allowed))
-    possible = nearest.total(forecast) / nearest.allowed * budget.amount
-    shown = f"{possible:.3g}" if budget.kind == "seconds" else f"{possible:.4f}"
-    unit = {"flops": " of the FLOPs of full rank", "seconds": " seconds"}[budget.kind]
-    length = nearest.schedule(forecast).length or 0.0
+    possible = nearest.total(forecast) / nearest.allowed * amount
+    shown = f"{possible:.3g}" if kind == "seconds" else f"{possible:.4f}"
+    unit = {"flops": " of the FLOPs of full rank", "seconds": " seconds"}[kind]
+    length = nearest.within(forecast).length or 0.0
     return (
-        f"a budget of {budget.amount:g}{unit} cannot be met within {TOLERANCE:.0%}; the nearest "
-        f"possible is {shown}, with {nearest.low} and full rank for {length:.0%} of "
+        f"a budget of {amount:g}{unit} cannot be met within {TOLERANCE:.0%}; the nearest possible "
+        f"is {shown}, with {nearest.schedule.low} and full rank for {length:.0%} of "
         f"{nearest.total_steps} steps"
     )

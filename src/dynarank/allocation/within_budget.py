@@ -57,8 +57,8 @@ def plan_within(
         multiple_of: ranks are multiples of it; of any size in weights that have fewer directions.
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight that is
             not a table of rows.
-        decomposition: the decomposition's name; of another than ``"svd"`` the share kept is
-            measured by splitting the weight at every rank.
+        decomposition: the decomposition's name; of one that does not truncate optimally, the share
+            kept is measured by splitting the weight at every rank.
         timings: seconds of a training step by path and form; None: measured here, on the model's
             device.
 
@@ -196,7 +196,7 @@ def _options(
 
 def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None) -> list[float]:
     """The share that each form keeps of the outputs' energy, or of the weight's."""
-    if forms[0].decomposition != "svd":
+    if not site.spec.decomposition(forms[0]).truncates_optimally:
         weight = precise(site.effective())
         return [_kept_by_split(site, weight, form) for form in forms]
     energies = spectrum(site, calibration).square().sum(0)

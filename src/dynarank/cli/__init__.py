@@ -1,6 +1,6 @@
 """The command line: thin commands over the library.
 
-Exit codes: 0 done, 1 a run failed, 2 what was asked cannot be done, 130 interrupted.
+Exit codes: 0 done, 1 a run failed, 2 invalid request, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="dynarank",
     help="Dynamic-rank training: low-rank where that is enough, full-rank while it matters.",
-    epilog="Exit codes: 0 done, 1 a run failed, 2 what was asked cannot be done, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 a run failed, 2 invalid request, 130 interrupted.",
+    rich_markup_mode="markdown",  # paragraphs are wrapped to the terminal's width
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -32,7 +33,7 @@ for command in (train, plan, compare, sweep, spectrum, report):
 
 
 def main() -> None:
-    """Run the command line; errors of the user's become one line and an exit code."""
+    """Run the command line; user errors become one line on stderr and an exit code."""
     try:
         app()
     except (ValueError, OSError, ImportError) as error:

@@ -11,8 +11,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dynarank.cli.job_runner import JobRunner, write_page
 from dynarank.cli.machine import choose_machine
-from dynarank.cli.many import Many, write_page
 from dynarank.cli.options import (
     BudgetOption,
     DataOption,
@@ -26,9 +26,9 @@ from dynarank.cli.options import (
 )
 from dynarank.cli.show import console, right_aligned
 from dynarank.records import Metric, Run, SummaryRecord
-from dynarank.report.comparison import compare_scores
+from dynarank.report.comparison import compare_scores, require_scipy
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text, spread_text
-from dynarank.schedules import get_preset
+from dynarank.schedules.catalog import get_preset
 from dynarank.train.grid import Job, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
 
@@ -38,10 +38,9 @@ __all__ = ["compare"]
 def compare(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
     schedules: Annotated[
-        str, typer.Option(help="Schedules, separated by commas; `dynarank train --help` lists "
-                          "them.")
+        str, typer.Option(help="Comma-separated schedules; `dynarank train --help` lists them.")
     ] = "full-rank,low-rank,dynamic-rank",
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ... each.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 3,
     data: DataOption = None,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
@@ -56,44 +55,45 @@ def compare(
     precision: PrecisionOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Train a RECIPE under several schedules and seeds, and say what can be told apart.
+    """Train RECIPE under several schedules and seeds, and test which differences are significant.
 
-    Can be interrupted and repeated: a finished run is never made again, and more seeds or schedules
-    are added to those there are. Every seed gives all schedules the same initial weights and data
-    order. Mean and standard deviation are over seeds.
+    Can be interrupted and rerun: finished runs are kept, and more seeds or schedules are added to
+    them. For each seed all schedules share initial weights and data order. Mean and standard
+    deviation are over seeds.
     """
     chosen = load_recipe(recipe).with_factors(rank, decomposition).with_budget(budget)
     names = list(dict.fromkeys(name.strip() for name in schedules.split(",")))
     for name in names:
         get_preset(name)
+    require_scipy()
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
-    many = Many(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
+    runner = JobRunner(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
     folder = out or Path("runs") / f"compare-{recipe}"
-    many.claim(folder, chosen)
+    runner.open_folder(folder, chosen)
     jobs = [
         Job(folder / f"seed{seed}" / name, chosen, name, seed)
         for seed in range(seeds)
         for name in names
     ]
-    done = list(run_jobs(jobs, many.run))
+    done = list(run_jobs(jobs, runner.run))
     if not done:
-        raise RecipeError(f"no run in {folder} came to its end")
+        raise RecipeError(f"no run in {folder} finished")
     grouped = {n: [run for job, run in done if job.schedule == n] for n in names}
-    _tell(
+    _print_result(
         terminal,
-        f"{chosen.name}, {many.epochs} epochs",
+        f"{chosen.name}, {runner.epochs} epochs",
         {name: runs for name, runs in grouped.items() if runs},
         folder,
         as_json,
     )
-    many.finish()
+    runner.finish()
 
 
-def _tell(
+def _print_result(
     terminal: Console, title: str, grouped: Mapping[str, Sequence[Run]], folder: Path, as_json: bool
 ) -> None:
-    """The figures of each schedule, and what can be told apart."""
+    """Print the scores and costs of each schedule, and which differences are significant."""
     metric = next(iter(grouped.values()))[0].header.metric
     sentences = compare_scores({n: _scores(runs) for n, runs in grouped.items()}, metric)
     page = write_page(folder, terminal)
@@ -129,7 +129,7 @@ _COSTS: dict[str, tuple[Callable[[SummaryRecord], float], Callable[[float], str]
 
 
 def _figures(runs: Sequence[Run]) -> dict[str, Any]:
-    """One schedule's figures as plain data: n, mean and spread of the score, mean costs."""
+    """One schedule's results as plain data: n, mean and spread of the score, mean costs."""
     scores = _scores(runs)
     costs = {
         name.replace(" ", "_"): fmean(value(_summary(run)) for run in runs)

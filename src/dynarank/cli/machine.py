@@ -1,4 +1,4 @@
-"""Where and how a command computes, from its options."""
+"""The device and precision of a command, from its options."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def choose_machine(
     measure: bool = False,
     noise: bool = False,
 ) -> Machine:
-    """The machine that ``--device``, ``--precision`` and ``--compile`` mean.
+    """The machine that ``--device``, ``--precision`` and ``--compile`` ask for.
 
     Raises:
-        RecipeError: a device that cannot be used, an unknown precision.
+        RecipeError: an unusable device or an unknown precision.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:

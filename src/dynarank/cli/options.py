@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Options shared by several commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
-from dynarank.schedules import PRESETS
+from dynarank.schedules.catalog import SCHEDULES
 
 __all__ = [
     "BudgetOption",
@@ -22,28 +22,26 @@ __all__ = [
 ]
 
 RankOption: TypeAlias = Annotated[
-    float | None, typer.Option(help="Instead of the recipe's: 16, or 0.25 of the outputs.")
+    float | None, typer.Option(help="Override the recipe's rank: 16, or 0.25 of the outputs.")
 ]
 DecompositionOption: TypeAlias = Annotated[
-    str | None, typer.Option(help="Instead of the recipe's: svd, tucker, cp or separable.")
+    str | None, typer.Option(help="Override the recipe's: svd, tucker, cp or separable.")
 ]
 BudgetOption: TypeAlias = Annotated[
     float | None,
     typer.Option(
-        help="Dynamic rank within this share of full-rank's training FLOPs, such as 0.62: rank, "
-        "ending and moments are found."
+        help="Fit dynamic rank to this share of full-rank training FLOPs, such as 0.62: finds "
+        "rank, final form and transition points."
     ),
 ]
 ScheduleOption: TypeAlias = Annotated[
     str | None,
-    typer.Option(
-        help=f"Schedules, separated by commas: {', '.join(PRESETS)}. Default: the recipe's."
-    ),
+    typer.Option(help=f"Comma-separated schedules: {', '.join(SCHEDULES)}. Default: the recipe's."),
 ]
 DataOption: TypeAlias = Annotated[
     str | None,
     typer.Option(
-        help="Folder (or .npz) of the data set; 'hub' fetches it by name; default: "
+        help="Folder (or .npz) of the data set; 'hub' downloads it by name; default: "
         "$DYNARANK_DATA. digits and text-gpt need none."
     ),
 ]
@@ -51,10 +49,10 @@ EpochsOption: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
 ]
 TrainLimitOption: TypeAlias = Annotated[
-    int | None, typer.Option(min=1, help="Train on so many examples only, class-balanced.")
+    int | None, typer.Option(min=1, help="Train on at most this many examples, class-balanced.")
 ]
 TestLimitOption: TypeAlias = Annotated[
-    int | None, typer.Option(min=1, help="Test on so many examples only.")
+    int | None, typer.Option(min=1, help="Test on at most this many examples.")
 ]
 DeviceOption: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 PrecisionOption: TypeAlias = Annotated[

@@ -1,4 +1,4 @@
-"""``dynarank plan``: what a recipe costs under a schedule, before anything trains."""
+"""``dynarank plan``: what a recipe costs under a schedule, without training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from torch import nn
 
-from dynarank.allocation.fit_schedule import fit
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
 from dynarank.cli.show import console, right_aligned
@@ -19,13 +18,15 @@ from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
 from dynarank.report.formats import bytes_text, count, ratio
-from dynarank.schedules import Budgeted, Phase, is_stateful
+from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import OPTIMIZER_SLOTS
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
-from dynarank.train.tasks import Sketch, sketch
+from dynarank.train.schedules import make_schedule
+from dynarank.train.task import Sketch
+from dynarank.train.tasks import sketch
 
 __all__ = ["plan"]
 
@@ -34,10 +35,10 @@ def plan(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
     schedule: Annotated[
         str,
-        typer.Option(help="full-rank, low-rank, dynamic-rank or dynamic-rank-low."),
+        typer.Option(help="A schedule; `dynarank train --help` lists them."),
     ] = "dynamic-rank",
     as_published: Annotated[
-        bool, typer.Option("--as-published", help="Plan what the published code runs.")
+        bool, typer.Option("--as-published", help="Plan exactly what the published code runs.")
     ] = False,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
@@ -53,7 +54,7 @@ def plan(
 
     FLOPs are of matrix products and convolutions in forward and backward pass (1 multiply-add = 2),
     relative to full-rank training. Nothing is trained and no data is read. With --measure, each
-    layer's forms are timed on this machine, and it is said which layers had better stay full-rank.
+    layer's forms are timed on this machine, to find layers that run faster at full rank.
     """
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
@@ -74,8 +75,8 @@ def plan(
     _show_phases(terminal, chosen, cost)
     if _waits_for_spectra(chosen, schedule):
         terminal.print(
-            f"[bold yellow]{schedule} decides by the layers' spectra while they train:[/] this is "
-            "what holds until its first decision, not what the run will cost."
+            f"[bold yellow]{schedule} decides by the layers' spectra during training:[/] the "
+            "numbers above hold until its first decision, they are not the cost of the whole run."
         )
     if timings:
         show_timings(terminal, use, timings, machine)
@@ -83,40 +84,35 @@ def plan(
         terminal.print(line)
 
 
-# How many steps an epoch has is the data's affair: phases are planned to a thousandth of an epoch,
-# or, where the schedule has a state and must be asked step by step, to a 10,000th of the run.
+# Steps per epoch depend on the data, which is not read: phases are planned in thousandths of an
+# epoch or, for a stateful schedule, which must be queried step by step, in 10,000ths of the run.
 _FINE, _STEPS = 1000, 10_000
 
 
 def _cost(
     recipe: Recipe, name: str, use: ModelUse, layers: list[str], drawn: Sketch
 ) -> ScheduleCost:
-    schedule, forecast = recipe.schedule(name), forecast_rates(recipe)
-    if isinstance(schedule, Budgeted):
-        steps = recipe.epochs * max(1, _STEPS // recipe.epochs)
-        fitted = fit(
-            schedule, drawn.model, [], drawn.sample, steps, forecast=forecast, layers=recipe.layers
-        )
-        schedule = fitted.schedule(forecast)
-    scale = max(1, _STEPS // recipe.epochs) if is_stateful(schedule) else _FINE
+    coarse = max(1, _STEPS // recipe.epochs)
+    schedule = make_schedule(recipe, name, drawn.model, drawn.sample, recipe.epochs * coarse)
+    scale = coarse if schedule.stateful else _FINE
     return cost_schedule(
         use,
         schedule,
         layers,
         recipe.epochs * scale,
         optimizer_slots=OPTIMIZER_SLOTS[recipe.optimizer],
-        forecast=forecast,
+        forecast=forecast_rates(recipe),
     )
 
 
 def _span(recipe: Recipe, cost: ScheduleCost, phase: Phase) -> str:
-    """From which epoch to which."""
+    """The phase's first and last epoch."""
     scale = cost.steps / recipe.epochs
     return f"{phase.start / scale:g} to {phase.stop / scale:g}"
 
 
 def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
-    return getattr(recipe.schedule(name), "spectra_every", None) is not None
+    return bool(recipe.schedule(name).requires)
 
 
 def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> dict[str, Any]:
@@ -149,7 +145,7 @@ def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
         "relative_forward_flops": cost.relative_forward,
         "relative_training_flops": cost.relative_training,
         "state_bytes": cost.state_bytes,
-        "dearer_than_full_rank": cost.relative_training > 1,
+        "costs_more_than_full_rank": cost.relative_training > 1,
         "layers": layers,
     }
 
@@ -199,12 +195,12 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     terminal.print(table)
     terminal.print(
         "Trainable and all: parameters. Forward and training: FLOPs relative to full-rank. State: "
-        "parameters, gradients and the optimizer's state in fp32; activations come on top.\n"
+        "parameters, gradients and optimizer state in fp32, without activations.\n"
     )
 
 
 def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:
-    """What the phase costs if its adapters run as branches of their own."""
+    """What the phase costs with two-branch adapters."""
     forms = one.phase.plan.items()
     plan = {
         path: replace(form, execution="two-branch") if isinstance(form, Adapted) else form
@@ -219,15 +215,15 @@ def _remarks(
     lines = [
         f"[bold yellow]The adapted phase costs more than full-rank training: "
         f"{one.relative_training:.3f}x a step ({_two_branch(use, one, cost):.3f}x as two branches, "
-        f"as published).[/] The frozen weight is still multiplied forward and backward, and the "
-        f"adapter (rank {recipe.rank} of the outputs) comes on top. `--schedule dynamic-rank-low` "
-        f"deflates to true factors instead."
+        f"as published).[/] The frozen weight still takes part in forward and backward, and the "
+        f"adapter (rank {recipe.rank} of the outputs) is added to it. `--schedule "
+        f"dynamic-rank-low` deflates to low-rank instead."
         for one in cost.phases
-        if one.adapted_is_dearer
+        if one.adapted_costs_more
     ]
     left = [
         f"{site.path} ({site.obstacle or 'not among the recipe layers'})"
         for site in survey(model)
         if site.path not in layers
     ]
-    return [*lines, f"Left as they are: {', '.join(left)}."] if left else lines
+    return [*lines, f"Not factorized: {', '.join(left)}."] if left else lines

@@ -1,4 +1,4 @@
-"""``dynarank report``: the HTML page of a run, and its figures as files."""
+"""``dynarank report``: the HTML report of runs, and its figures as files."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ __all__ = ["report"]
 
 def report(
     run: Annotated[Path, typer.Argument(help="A run folder, or a folder of runs to compare.")],
-    out: Annotated[Path | None, typer.Option(help="Where to; default: RUN/report.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output file; default: RUN/report.html.")] = None,
     figures: Annotated[
         Path | None, typer.Option(help="Also write each figure to a file in this folder.")
     ] = None,
     formats: Annotated[
-        str, typer.Option("--format", help="Of those files: png, svg, pdf or several.")
+        str, typer.Option("--format", help="Formats of those files: png, svg, pdf.")
     ] = "png,svg",
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the page's path and the runs' figures as JSON.")
+        bool, typer.Option("--json", help="Print the paths and the runs' summaries as JSON.")
     ] = False,
 ) -> None:
-    """Write one self-contained HTML page about a RUN, or about several side by side.
+    """Write one self-contained HTML page about RUN, or about several runs side by side.
 
     Scores and losses with the phases shaded; the form, lambda and effective rank of every layer
-    over time; one layer's singular values and weights moved through time by a slider; costs, and
-    what can be told apart at this number of runs. It needs no network and can be sent as one file.
+    over time; one layer's singular values and weights with a time slider; costs, and which
+    differences are significant. The page needs no network and is a single file.
     """
     asked = [name.strip().lower() for name in formats.split(",") if name.strip()]
     written = write_figures(run, figures, asked) if figures is not None else []

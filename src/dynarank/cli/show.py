@@ -1,4 +1,4 @@
-"""How figures look in the terminal, and the live progress of a run."""
+"""Terminal output: the console, tables, and the live progress of a run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ __all__ = ["ProgressListener", "console", "progress_text", "right_aligned"]
 
 
 def console(*, quiet_stdout: bool = False) -> Console:
-    """A console on stdout, or on stderr where stdout is for JSON; 120 columns if not a terminal."""
+    """A console on stdout, or on stderr when stdout is for JSON; 120 columns if not a terminal."""
     out = Console(stderr=quiet_stdout, highlight=False)
     return out if out.is_terminal else Console(stderr=quiet_stdout, highlight=False, width=120)
 
 
 def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
-    """A table whose first columns are words and whose others are figures."""
+    """A table with columns of text first, then columns of numbers, aligned right."""
     table = Table(
         title=title,
         title_justify="left",
@@ -50,10 +50,10 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
 
 
 class ProgressListener:
-    """Shows one run: a bar in a terminal, a line an epoch elsewhere.
+    """Shows the progress of one run: a bar in a terminal, one line per epoch elsewhere.
 
-    The bar tells the epoch, the phase, the share of layers that are full-rank, the training FLOPs
-    so far against those of full rank, and the time left.
+    The bar shows the epoch, the phase, the share of layers that are full-rank, the training FLOPs
+    so far relative to full rank, and the remaining time.
     """
 
     def __init__(self, out: Console, schedule: str, epochs: int, metric: Metric) -> None:
@@ -86,7 +86,7 @@ class ProgressListener:
         sys.stdout.flush()
 
     def step(self, progress: Progress) -> None:
-        """Move the bar."""
+        """Update the bar."""
         self._flops = progress.relative_flops_so_far
         if self._out.is_terminal:
             where = progress_text(progress, self._epochs)
@@ -95,17 +95,17 @@ class ProgressListener:
             )
 
     def changed(self, epochs_done: float, changes: list[Change]) -> None:
-        """Say which forms changed, and by how much the weights did."""
+        """Print which forms changed, and the largest relative change of a weight."""
         kinds = Counter((form_name(c.before), form_name(c.after)) for c in changes)
         error = max(change.error for change in changes)
         for (before, after), count in kinds.items():
             self._out.print(
                 f"{self._schedule}: epoch {epochs_done:.2f}: {count} layers {before} -> {after}, "
-                f"largest relative change of a weight {error:.1e}"
+                f"largest relative weight change {error:.1e}"
             )
 
     def epoch(self, record: EpochRecord) -> None:
-        """The epoch's scores; in a terminal they stay above the bar."""
+        """Print the epoch's scores; in a terminal they stay above the bar."""
         score = score_text(record.test_score, self._metric, 2)
         self._out.print(
             f"{self._schedule}: epoch {record.epoch:.0f}/{self._epochs}  "
@@ -115,7 +115,7 @@ class ProgressListener:
 
 
 def progress_text(progress: Progress, epochs: int) -> str:
-    """Where a run is, in few words.
+    """The progress of a run in one line.
 
     Example:
         >>> progress_text(Progress(4.25, 17, 40, "mixed", 0.5, 0.71, 0.1), 10)

@@ -1,8 +1,9 @@
-"""``dynarank spectrum``: the rank health of any checkpoint, or of two side by side."""
+"""``dynarank spectrum``: rank metrics of any checkpoint, or of two side by side."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,6 @@ import typer
 from rich.console import Console
 
 from dynarank.cli.show import console
-from dynarank.cli.spectrum_rows import COLUMNS, PAIR_COLUMNS, pair_cells, single_cells
 from dynarank.cli.streaming import StreamedTable
 from dynarank.forms import resolve_rank
 from dynarank.monitors.file_spectra import (
@@ -33,46 +33,53 @@ from dynarank.report.spectra_pair import spectrum_pair_figure
 __all__ = ["spectrum"]
 
 _FORMATS = (".png", ".svg", ".pdf")
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_MEASURES = {
+    "effective": ("effective_rank", ".1f"),
+    "stable": ("stable_rank", ".1f"),
+    "99%": ("energy_rank", ".0f"),
+    "lambda": ("lambda", ".3f"),
+}
+_COLUMNS = ["full", "effective", "of full", "stable", "99%", "lambda", "singular values"]
+_PAIR_COLUMNS = [heading for measure in _MEASURES for heading in (f"{measure} A", "B", "B - A")]
 
 
 def spectrum(
     file: Annotated[
         Path,
-        typer.Argument(
-            help="Any model's weights: a .safetensors file, a sharded Hugging Face folder, a run."
-        ),
+        typer.Argument(help="A .safetensors file, a sharded Hugging Face folder, or a run folder."),
     ],
     other: Annotated[
         Path | None,
-        typer.Argument(help="A second one, to see beside the first, layers matched by name."),
+        typer.Argument(help="A second checkpoint to compare with, layers matched by name."),
     ] = None,
     rank: Annotated[
         float,
-        typer.Option(help="Where lambda is taken: a share of the outputs up to 1, else a rank."),
+        typer.Option(help="The rank of lambda: up to 1 a share of the outputs, else a number."),
     ] = 0.5,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Picture file (.png, .svg, .pdf); default: STEM-spectrum.png."),
+        typer.Option(help="Figure file (.png, .svg, .pdf); default: STEM-spectrum.png."),
     ] = None,
-    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no picture.")] = False,
+    no_plot: Annotated[bool, typer.Option("--no-plot", help="Write no figure.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON, singular values included.")
     ] = False,
 ) -> None:
-    """Rank health of every weight in FILE: a table and a picture.
+    """Rank metrics of every weight in FILE: a table and a figure.
 
-    One weight is in memory at a time, and rows come as they are ready.
+    One weight is in memory at a time, and each row is printed as soon as it is ready.
 
-    Effective rank is exp of the entropy of s / sum s, stable rank sum s^2 / s1^2, energy rank the
-    directions that hold 99% of sum s^2, lambda the first r singular values' share of sum s. Each
-    is of the weight as a matrix, out x (in * kernel positions). The factors of a low-rank layer
-    count as their product.
+    From the singular values s of each weight as a matrix, out x (in * kernel positions): effective
+    rank is exp of the entropy of s / sum s; stable rank is sum s^2 / s1^2; 99% is the energy rank,
+    the fewest singular values with 99% of sum s^2; lambda is the share of sum s in the first r.
+    The factors of a low-rank layer are multiplied first.
     """
     if not 0 < rank < float("inf"):
-        raise ValueError(f"--rank is a share up to 1 or a number of directions, got {rank}")
+        raise ValueError(f"--rank must be a share up to 1 or a number above 1, got {rank}")
     if plot is not None and (not plot.parent.is_dir() or plot.suffix not in _FORMATS):
         raise ValueError(
-            f"--plot wants a file in a folder there is, ending in {_FORMATS}; got {plot}"
+            f"--plot must be a file in an existing folder, ending in {_FORMATS}; got {plot}"
         )
     paths = [file] if other is None else [file, other]
     models = [_Model(path, rank) for path in paths]
@@ -85,11 +92,11 @@ def spectrum(
         print(json.dumps({**key, "layers": rows}, indent=2))
     if not no_plot:
         stem = "-".join(dict.fromkeys(_stem(path) for path in paths))
-        _picture(terminal, plot or Path(f"{stem}-spectrum.png"), models)
+        _save_figure(terminal, plot or Path(f"{stem}-spectrum.png"), models)
 
 
 class _Model:
-    """One of the command's models: its weights by name, and the spectra read so far."""
+    """A checkpoint: its weights by name, and the spectra read so far."""
 
     def __init__(self, path: Path, rank: float) -> None:
         self.files: WeightFiles = open_weights(path)
@@ -98,7 +105,7 @@ class _Model:
         self.values: dict[str, list[float]] = {}
 
     def row(self, name: str) -> dict[str, Any] | None:
-        """The figures of a weight; None if it is not here."""
+        """The rank metrics of a weight; None if the checkpoint lacks it."""
         if name not in self.weights:
             return None
         spectrum = read_spectrum(self.files, self.weights[name])
@@ -108,22 +115,22 @@ class _Model:
 
 
 def _rows(models: list[_Model], terminal: Console, title: str | None) -> Iterator[dict[str, Any]]:
-    """A row for each weight, shown when it is ready if there is a title."""
+    """Yield a row for each weight; printed as it comes if there is a title."""
     names = list(dict.fromkeys(name for model in models for name in model.weights))
     shapes = [
         _shape(model.weights[n].shape) for n in names for model in models if n in model.weights
     ]
-    columns = COLUMNS if len(models) == 1 else PAIR_COLUMNS
+    columns = _COLUMNS if len(models) == 1 else _PAIR_COLUMNS
     with StreamedTable(terminal, title, columns, names, shapes) as table:
         for name in names:
             table.working_on(name)
             found = [model.row(name) for model in models]
             if len(found) == 1:
                 assert found[0] is not None
-                row, cells = found[0], single_cells(found[0])
+                row, cells = found[0], _single_cells(found[0])
             else:
                 row = {"layer": name, "first": found[0], "second": found[1]}
-                cells = pair_cells(found[0], found[1])
+                cells = _pair_cells(found[0], found[1])
             table.add(name, _shapes(found), cells)
             yield row
 
@@ -146,8 +153,48 @@ def _row(weight: WeightSpectrum, rank: float) -> dict[str, Any]:
     }
 
 
+def _single_cells(row: dict[str, Any]) -> list[str]:
+    """The cells of one weight; the last is a sparkline of its singular values."""
+    if not row["finite"]:
+        return ["", "not finite", "", "", "", "", ""]
+    return [
+        str(row["full_rank"]),
+        f"{row['effective_rank']:.1f}",
+        f"{row['effective_rank'] / max(row['full_rank'], 1):.0%}",
+        f"{row['stable_rank']:.1f}",
+        str(row["energy_rank"]),
+        f"{row['lambda']:.3f}",
+        _sparkline(row["singular_values"]),
+    ]
+
+
+def _pair_cells(first: dict[str, Any] | None, second: dict[str, Any] | None) -> list[str]:
+    """Each metric of the first, of the second, and the difference; a dash for a missing layer."""
+    cells: list[str] = []
+    for name, pattern in _MEASURES.values():
+        a, b = (_value(row, name) for row in (first, second))
+        cells += [
+            "-" if first is None else f"{a:{pattern}}",
+            "-" if second is None else f"{b:{pattern}}",
+            "" if math.isnan(b - a) else f"{b - a:+{pattern}}",
+        ]
+    return cells
+
+
+def _value(row: dict[str, Any] | None, name: str) -> float:
+    return float(row[name]) if row is not None and row["finite"] else math.nan
+
+
+def _sparkline(values: list[float], width: int = 16) -> str:
+    """The decay s_i / s1 at ``width`` points, as block characters."""
+    if not values or not values[0] > 0:
+        return ""
+    places = [values[i * len(values) // width] / values[0] for i in range(min(width, len(values)))]
+    return "".join(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)] for share in places)
+
+
 def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:
-    """A share means what it means everywhere; a number is cut at each layer's limit."""
+    """The rank of lambda: a share by the usual rule; a number is capped at the layer's limit."""
     return resolve_rank(rank, shape) if rank <= 1 else min(int(rank), limit)
 
 
@@ -162,17 +209,17 @@ def _shapes(found: list[dict[str, Any] | None]) -> str:
 
 def _title(paths: list[Path]) -> str:
     if len(paths) == 1:
-        return f"Rank health of {paths[0].name or paths[0]}"
-    return f"Rank health: A = {paths[0]}, B = {paths[1]}"
+        return f"Rank metrics of {paths[0].name or paths[0]}"
+    return f"Rank metrics: A = {paths[0]}, B = {paths[1]}"
 
 
 def _stem(path: Path) -> str:
-    """A name for the picture: the file's, or, where that is everybody's, its folder's."""
+    """The stem of the figure's file name: that of the file, or the folder's name."""
     path = path.resolve()
     return path.name if path.is_dir() else path.name.split(".", 1)[0]
 
 
-def _picture(terminal: Console, place: Path, models: list[_Model]) -> None:
+def _save_figure(terminal: Console, place: Path, models: list[_Model]) -> None:
     if not any(model.values for model in models):
         return
     try:
@@ -181,6 +228,6 @@ def _picture(terminal: Console, place: Path, models: list[_Model]) -> None:
         else:
             figure = spectrum_pair_figure({model.label: model.values for model in models})
         figure.savefig(place)
-        terminal.print(f"Picture: {place}", soft_wrap=True, markup=False)
+        terminal.print(f"Figure: {place}", soft_wrap=True, markup=False)
     except ImportError as error:
-        terminal.print(f"No picture: {error}", markup=False)
+        terminal.print(f"No figure: {error}", markup=False)

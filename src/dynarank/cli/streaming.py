@@ -1,4 +1,4 @@
-"""A table whose rows are printed as they come, with a bar below them in a terminal."""
+"""A table that prints each row as it is added, with a progress bar in a terminal."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from rich.text import Text
 
 __all__ = ["StreamedTable"]
 
-_CELL = 6  # the least width of a figure
-_NAME = 24  # the least width that a long name is cut to
+_CELL = 6  # the minimum width of a number
+_NAME = 24  # the minimum width to which long names are shortened
 
 
 class StreamedTable:
-    """Prints rows of a name, a shape and cells; widths are known before the first.
+    """Prints rows of a name, a shape and cells as they come, with fixed column widths.
 
-    In a terminal that is too narrow, names lose their middle; elsewhere lines are as long as need
-    be, so that what is written to a file is whole.
+    In a narrow terminal long names are shortened in the middle. Output to a file or pipe is never
+    shortened.
 
     Args:
-        out: where to.
-        title: printed first; None: no table, only the bar.
-        columns: the cells' headings; cells are set right.
-        names: all the names, in order: as many rows will come.
-        shapes: all the shapes.
+        out: the console to print on.
+        title: printed first; None: no table, only the progress bar.
+        columns: the headings of the cells, which are aligned right.
+        names: all names in order, one per row.
+        shapes: all shapes.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class StreamedTable:
         self._progress.stop()
 
     def working_on(self, name: str) -> None:
-        """Show in the bar what is being read."""
+        """Show in the progress bar what is being read."""
         self._progress.update(self._task, note=name)
 
     def add(self, name: str, shape: str, cells: Sequence[str]) -> None:
-        """Print a row, and move the bar."""
+        """Print a row, and advance the progress bar."""
         if self._title is not None:
             self._line(name, shape, cells)
         self._progress.advance(self._task)
@@ -91,7 +91,7 @@ class StreamedTable:
 
 
 def _cut(name: str, width: int) -> str:
-    """The name with its middle left out if it is too long."""
+    """Shorten a name in the middle if it is too long."""
     if len(name) <= width:
         return name
     head = (width - 1) // 3

@@ -1,4 +1,4 @@
-"""``dynarank sweep``: a grid of moments of inflation and deflation."""
+"""``dynarank sweep``: a grid over the epochs of inflation and deflation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dynarank.cli.job_runner import JobRunner
 from dynarank.cli.machine import choose_machine
-from dynarank.cli.many import Many
 from dynarank.cli.options import (
     DataOption,
     DecompositionOption,
@@ -37,13 +37,13 @@ Cell = tuple[float, float]
 def sweep(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
     inflate: Annotated[
-        str, typer.Option(help="Epochs of inflation, of the recipe's own length: 20,40,60 or "
-                          "FROM:TO:STEP, the end included.")
+        str, typer.Option(help="Inflation epochs, on the recipe's own scale: 20,40,60 or "
+                          "FROM:TO:STEP, end included.")
     ],
-    deflate: Annotated[str, typer.Option(help="Epochs of deflation, likewise.")],
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds: 0, 1, ... each.")] = 1,
+    deflate: Annotated[str, typer.Option(help="Deflation epochs, in the same format.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
     schedule: Annotated[
-        str, typer.Option(help="dynamic-rank, or dynamic-rank-low, which deflates to true factors.")
+        str, typer.Option(help="dynamic-rank, or dynamic-rank-low (deflates to low-rank).")
     ] = "dynamic-rank",
     data: DataOption = None,
     rank: RankOption = None,
@@ -58,23 +58,23 @@ def sweep(
     precision: PrecisionOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Train a RECIPE over a grid of INFLATE and DEFLATE epochs, and draw the heat-map.
+    """Train RECIPE over a grid of inflation and deflation epochs, and draw a heat-map.
 
-    Cells whose inflation does not come before their deflation are left out. Can be interrupted and
-    repeated: a finished run is never made again, and a finer grid adds to a coarse one.
+    Cells that would deflate before they inflate are skipped. Can be interrupted and rerun: finished
+    runs are kept, so that a finer grid adds to a coarse one.
     """
     if schedule not in ("dynamic-rank", "dynamic-rank-low"):
         raise RecipeError(
-            f"a sweep moves inflation and deflation: the schedule is dynamic-rank or "
-            f"dynamic-rank-low, got {schedule!r}"
+            f"a sweep varies the inflation and deflation epochs: --schedule must be dynamic-rank "
+            f"or dynamic-rank-low, got {schedule!r}"
         )
     chosen = load_recipe(recipe).with_factors(rank, decomposition)
     cells = grid(parse_epochs(inflate), parse_epochs(deflate), chosen.epochs)
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
-    many = Many(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
+    runner = JobRunner(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
     folder = out or Path("runs") / f"sweep-{recipe}"
-    many.claim(folder, chosen, schedule=schedule)
+    runner.open_folder(folder, chosen, schedule=schedule)
     jobs = [
         (Job(_place(folder, cell, seed), _at(chosen, cell), schedule, seed), cell)
         for seed in range(seeds)
@@ -83,15 +83,15 @@ def sweep(
     at = {job.folder: cell for job, cell in jobs}
     scores: dict[Cell, list[float]] = {cell: [] for cell in cells}
     metric = Metric()
-    for job, run in run_jobs([job for job, _ in jobs], many.run):
+    for job, run in run_jobs([job for job, _ in jobs], runner.run):
         assert run.summary is not None
         metric = run.header.metric
         scores[at[job.folder]].append(run.summary.test_score)
-    _tell(terminal, chosen.name, scores, metric, folder, as_json)
-    many.finish()
+    _print_result(terminal, chosen.name, scores, metric, folder, as_json)
+    runner.finish()
 
 
-def _tell(
+def _print_result(
     terminal: Console,
     name: str,
     scores: dict[Cell, list[float]],
@@ -99,7 +99,7 @@ def _tell(
     folder: Path,
     as_json: bool,
 ) -> None:
-    """The grid as a picture, and as a table or JSON."""
+    """Draw the heat-map, and print the grid as a table or as JSON."""
     pictures = _draw(folder, scores, metric, name, terminal)
     if as_json:
         rows = [{"inflate": i, "deflate": d, "scores": s} for (i, d), s in scores.items()]
@@ -112,10 +112,10 @@ def _tell(
 
 
 def parse_epochs(text: str) -> list[float]:
-    """``20,40,60`` or ``20:60:20`` as numbers.
+    """Parse ``20,40,60`` or ``20:60:20``.
 
     Raises:
-        RecipeError: neither.
+        RecipeError: the text is in neither format.
 
     Example:
         >>> parse_epochs("20:60:20"), parse_epochs("5,7.5")
@@ -130,12 +130,13 @@ def parse_epochs(text: str) -> list[float]:
         return sorted({float(part) for part in text.split(",")})
     except ValueError:
         raise RecipeError(
-            f"epochs are given as 20,40,60 or as FROM:TO:STEP with a positive step, got {text!r}"
+            f"epochs must be a list like 20,40,60 or FROM:TO:STEP with a positive step, "
+            f"got {text!r}"
         ) from None
 
 
 def grid(inflate: list[float], deflate: list[float], epochs: int) -> list[Cell]:
-    """The cells that are schedules.
+    """The (inflate, deflate) cells with ``0 < inflate < deflate < epochs``.
 
     Raises:
         RecipeError: there is none.
@@ -143,14 +144,15 @@ def grid(inflate: list[float], deflate: list[float], epochs: int) -> list[Cell]:
     cells = [(i, d) for i in inflate for d in deflate if 0 < i < d < epochs]
     if not cells:
         raise RecipeError(
-            f"0 < inflate < deflate < {epochs} holds for no pair of {inflate} and {deflate}"
+            f"no pair of --inflate {inflate} and --deflate {deflate} satisfies "
+            f"0 < inflate < deflate < {epochs}"
         )
     return cells
 
 
 def _at(recipe: Recipe, cell: Cell) -> Recipe:
-    moments = {"inflate": cell[0], "deflate": cell[1]}
-    return Recipe.model_validate({**recipe.model_dump(), **moments})
+    points = {"inflate": cell[0], "deflate": cell[1]}
+    return Recipe.model_validate({**recipe.model_dump(), **points})
 
 
 def _place(folder: Path, cell: Cell, seed: int) -> Path:
@@ -163,7 +165,7 @@ def _draw(
     try:
         figure = sweep_figure(scores, metric, f"{name}: mean test {metric.name}")
     except ImportError as error:
-        terminal.print(f"No picture: {error}")
+        terminal.print(f"No figure: {error}")
         return []
     pictures = [folder / f"sweep.{suffix}" for suffix in ("png", "svg")]
     for place in pictures:

@@ -1,4 +1,4 @@
-"""The part of ``dynarank plan`` that runs something: each layer's forms, timed."""
+"""``dynarank plan --measure``: each layer's forms, timed on this machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["show_timings", "time_layers", "timings_data"]
 def time_layers(
     terminal: Console, use: ModelUse, plans: Iterable[Plan], machine: Machine
 ) -> Timings:
-    """Time every form of the plans, with a bar in a terminal."""
+    """Time every form in the plans, with a progress bar in a terminal."""
     plans = list(plans)
     paths = dict.fromkeys(path for plan in plans for path in plan)
     with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
@@ -38,8 +38,8 @@ def time_layers(
 
 
 def show_timings(terminal: Console, use: ModelUse, timings: Timings, machine: Machine) -> None:
-    """Each layer: milliseconds at full rank and in the fastest execution of each form."""
-    title = f"Measured, {machine.device}, {machine.precision}: ms a training step of the layer"
+    """Print each layer's milliseconds at full rank and in the fastest execution of each form."""
+    title = f"Measured, {machine.device}, {machine.precision}: ms per training step of the layer"
     table = right_aligned(title, ["layer", "weight"], ["full-rank", "low-rank", "adapted", "runs"])
     for path in timings.seconds:
         shape = "x".join(map(str, use.layers[path].shape))
@@ -47,13 +47,13 @@ def show_timings(terminal: Console, use: ModelUse, timings: Timings, machine: Ma
         table.add_row(path, shape, _ms(timings.full_rank(path)), *cells, verdict(timings, path))
     terminal.print(table)
     terminal.print(
-        f"A low-rank layer that is not {timings.margin:.0%} faster than full-rank stays full-rank. "
-        f"Answers are kept in {default_cache()}.\n"
+        f"A layer stays full-rank unless low-rank is {timings.margin:.0%} faster. "
+        f"Timings are cached in {default_cache()}.\n"
     )
 
 
 def verdict(timings: Timings, path: str) -> str:
-    """What the layer does in its low-rank phase, and why if it stays full-rank."""
+    """Whether the layer is faster in its low-rank phase, or stays full-rank."""
     low = [form for form in timings.seconds[path] if isinstance(form, LowRank)]
     if not low:
         return "no low-rank phase"
@@ -65,7 +65,7 @@ def verdict(timings: Timings, path: str) -> str:
 
 
 def timings_data(timings: Timings) -> list[dict[str, Any]]:
-    """The same as plain data."""
+    """The timings as plain data."""
     return [
         {
             "layer": path,

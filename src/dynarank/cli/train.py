@@ -1,4 +1,4 @@
-"""``dynarank train``: a recipe under one or several schedules."""
+"""``dynarank train``: train a recipe under one or several schedules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dynarank.cli.job_runner import write_page
 from dynarank.cli.machine import choose_machine
-from dynarank.cli.many import write_page
 from dynarank.cli.options import (
     BudgetOption,
     DataOption,
@@ -27,8 +27,8 @@ from dynarank.cli.options import (
 from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import Metric, SummaryRecord
 from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
-from dynarank.schedules import get_preset
-from dynarank.sinks import HOSTS, open_sinks
+from dynarank.schedules.catalog import get_preset
+from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 from dynarank.train.tasks import make_task
@@ -40,7 +40,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
     data: DataOption = None,
     schedule: ScheduleOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order, augmentation.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data and order.")] = 0,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
     budget: BudgetOption = None,
@@ -48,40 +48,40 @@ def train(
     train_limit: TrainLimitOption = None,
     test_limit: TestLimitOption = None,
     as_published: Annotated[
-        bool, typer.Option("--as-published", help="Keep the published code's faults.")
+        bool, typer.Option("--as-published", help="Reproduce the published code, bugs included.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.")] = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Time the layers first; low rank only where faster.")
+        bool, typer.Option("--measure", help="Time the layers first; low-rank only where faster.")
     ] = False,
     noise: Annotated[
-        bool, typer.Option("--noise", help="Read the gradient noise scale too (experimental): four "
-                           "more steps an epoch.")
+        bool, typer.Option("--noise", help="Also measure the gradient noise scale (experimental): "
+                           "four more steps per epoch.")
     ] = False,
     log: Annotated[
         str | None,
-        typer.Option(help=f"Hosts that get the records too, by commas: {', '.join(HOSTS)}."),
+        typer.Option(help=f"Comma-separated logging backends: {', '.join(BACKENDS)}."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
-    """Train a RECIPE under its schedules and compare them.
+    """Train RECIPE under one or several schedules.
 
-    Each schedule gets the same seed, initial weights and data order. The run folder holds, for each
-    schedule, config.json, records.jsonl and model.safetensors, and one report.html over all.
+    All schedules share the seed, initial weights and data order. The run folder holds config.json,
+    records.jsonl and model.safetensors for each schedule, and one report.html for all.
     """
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
     chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
     schedules = _schedules(schedule, chosen)
-    hosts = [name.strip() for name in log.split(",")] if log else []
+    backends = [name.strip() for name in log.split(",")] if log else []
     machine = choose_machine(device, precision, compile, measure, noise)
     folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
     if any(folder.rglob("records.jsonl")):
-        raise RecipeError(f"{folder} holds a run already; name another folder with --out")
-    open_sinks(hosts, folder)  # an unknown host is refused before anything is read
+        raise RecipeError(f"{folder} already holds a run; pass another folder with --out")
+    open_sinks(backends, folder)  # fail on an unknown backend before reading any data
     task = make_task(
         chosen, data, seed=seed, device=machine.device, train_limit=train_limit,
         test_limit=test_limit,
@@ -94,7 +94,7 @@ def train(
         with ProgressListener(terminal, name, length, task.metric) as listener:
             return run_schedule(
                 chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine,
-                sinks=open_sinks(hosts, place),
+                sinks=open_sinks(backends, place),
             )  # fmt: skip
 
     summaries = {name: run(name) for name in schedules}

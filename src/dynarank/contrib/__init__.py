@@ -1,1 +1,1 @@
-"""What few need: experimental readings."""
+"""Experimental monitors."""

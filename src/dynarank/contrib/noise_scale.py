@@ -1,62 +1,87 @@
-"""The gradient noise scale: how many samples a batch needs before its gradient is more than noise.
+"""The gradient noise scale: the batch size at which gradient and noise are equally large.
 
-Experimental: the estimate is coarse, and no schedule of this library decides by it.
+Experimental: the estimate is coarse, and no schedule of this library uses it.
+
+Legend: g_i the mean gradient of shard i of N, each of b samples; g their mean, that of B = N b
+samples; Sigma the covariance of one sample's gradient, G the true gradient. S estimates tr(Sigma)
+and Q estimates |G|^2, without bias (McCandlish et al., arXiv 1812.06162, 2018, appendix A.1)::
+
+    S = (|g_b|^2 - |g_B|^2) / (1/b - 1/B)         = b / (N - 1) * sum_i |g_i - g|^2
+    Q = (B |g_B|^2 - b |g_b|^2) / (B - b)         = |g|^2 - S / B
+
+The right-hand sides, with |g_b|^2 the mean over the shards, avoid differences of large numbers.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.contrib.noise_estimate import (
-    Average,
-    Estimate,
-    from_norms,
-    from_shards,
-    noise_scale,
-    squared_norm,
-)
 from dynarank.layers.running import preserve_state
 from dynarank.monitors.cadence import Cadence
-from dynarank.schedules.readings import NoiseReading
 from dynarank.surgery.sites import survey
 
-__all__ = ["NoiseMonitor"]
+__all__ = [
+    "Average",
+    "Estimate",
+    "NoiseMonitor",
+    "NoiseReading",
+    "from_norms",
+    "from_shards",
+    "noise_scale",
+    "squared_norm",
+]
 
 _Part = TypeVar("_Part")
-_REST = ""  # what is no layer's weight: biases, normalizations
+_REST = ""  # parameters that are no layer's weight: biases, normalizations
 _Layout: TypeAlias = tuple[tuple[int, ...], ...]  # the shapes of a layer's trained parameters
 
 
-class NoiseMonitor:
-    """Reads the gradient noise scale, tr(Sigma) / |G|^2, in samples: per layer and of the model.
+@dataclass(frozen=True)
+class NoiseReading:
+    """One reading of the gradient noise scale, tr(covariance) / |gradient|^2, in samples.
 
-    Sigma is the covariance of one sample's gradient and G the true gradient. Unbiased estimates of
-    numerator and denominator (``noise_estimate``) are averaged over readings, each on
-    its own, and only then divided; the model's are the sums of its parts'. A layer's noise is that
-    of the parameters which train in its form, weight or factors, so that a change of form starts
-    its averages anew.
-
-    Gradients come from one of three places:
-
-    - :meth:`measure` and :meth:`step` compute them, on two or more parts of a batch, at the cost of
-      one more forward and backward pass of it. ``.grad``, buffers and random state stay as they
-      are; two copies of the trainable parameters' size are alive meanwhile.
-    - :meth:`feed` takes gradients that one has already, of data-parallel shards or micro-batches.
-    - :meth:`norms` and :meth:`feed_norms` do with squared norms of ``.grad``: after the first
-      micro-batch and after the last, or before and after the shards' mean.
+    It is infinite while noise drowns the gradient.
 
     Args:
-        model: the model; inside its data-parallel wrapper, if it has one.
-        every: steps from one reading of ``step`` to the next; None: as ``share`` allows.
-        share: the most that readings of ``step`` may take of the time since the first step.
-        decay: of the averages, from one reading to the next.
-        clock: gives the time in seconds.
+        noise_scale: of the whole model.
+        layers: of each layer's weight.
+    """
+
+    noise_scale: float
+    layers: Mapping[str, float]
+
+
+class NoiseMonitor:
+    """Measures the gradient noise scale, tr(Sigma) / |G|^2, in samples: per layer and in total.
+
+    Sigma is the covariance of one sample's gradient and G the true gradient. Unbiased estimates of
+    numerator and denominator (:class:`Estimate`) are averaged over readings separately, and only
+    then divided; the model's are the sums over its parts. A layer's noise is that of the parameters
+    that train in its form, weight or factors, so a change of form restarts its averages.
+
+    Gradients come from one of three sources:
+
+    - :meth:`measure` and :meth:`step` compute them on two or more parts of a batch, at the cost of
+      one more forward and backward pass. ``.grad``, buffers and random state do not change; it
+      takes temporary memory for two copies of the trainable parameters.
+    - :meth:`feed` takes existing gradients, of data-parallel shards or micro-batches.
+    - :meth:`norms` and :meth:`feed_norms` only need squared norms of ``.grad``: after the first
+      micro-batch and after the last, or before and after averaging shards.
+
+    Args:
+        model: the model; the module inside a data-parallel wrapper, if there is one.
+        every: steps between readings of ``step``; None: as often as ``share`` allows.
+        share: the largest share of the time since the first step that readings may take.
+        decay: of the averages, per reading.
+        clock: returns the time in seconds.
 
     Raises:
         ValueError: ``every`` is below 1, ``share`` not in (0, 1], or ``decay`` not in [0, 1).
@@ -92,26 +117,26 @@ class NoiseMonitor:
     def step(
         self, loss: Callable[[_Part], Tensor], parts: Callable[[], Iterable[_Part]], samples: int
     ) -> NoiseReading | None:
-        """Count a step of the optimizer; :meth:`measure` if that is due after it, else None.
+        """Count an optimizer step, and :meth:`measure` if a reading is due; otherwise None.
 
         Args:
-            loss: gives the mean loss of a part.
-            parts: gives the parts of a batch: asked only when they are needed.
+            loss: returns the mean loss of a part.
+            parts: returns the parts of a batch; called only for a reading.
             samples: in each part.
         """
-        # Two halves cost about one step, and one step has passed when a guess is asked for.
+        # Two halves cost about one step, so the time of the first step is the first guess.
         guess = self._pace.elapsed
         return self._pace.step(lambda: self.measure(loss, parts(), samples), guess)
 
     def measure(
         self, loss: Callable[[_Part], Tensor], parts: Iterable[_Part], samples: int
     ) -> NoiseReading:
-        """Compute the gradient of each part and read the noise scale; nothing else changes.
+        """Compute the gradient of each part and the noise scale; nothing else changes.
 
-        Forward hooks run, and what they or a module write elsewhere than in buffers is not undone.
+        Forward hooks run, and what they or a module write outside of buffers is not undone.
 
         Args:
-            loss: gives the mean loss of a part, as in training.
+            loss: returns the mean loss of a part, as in training.
             parts: two or more parts of a batch, of equal size.
             samples: in each part.
 
@@ -129,15 +154,15 @@ class NoiseMonitor:
             return self._read(parameters, from_shards(gradients(), samples))
 
     def feed(self, shards: Iterable[Mapping[str, Tensor]], samples: int) -> NoiseReading:
-        """Read the noise scale from gradients that one has.
+        """Compute the noise scale from existing gradients.
 
         Args:
-            shards: of each shard, the gradient of its mean loss, by the parameters' names; they may
-                come one at a time.
+            shards: for each shard the gradients of its mean loss, by parameter name; may be a
+                generator.
             samples: in each shard.
 
         Raises:
-            ValueError: fewer than two shards, or a name that the model does not have.
+            ValueError: fewer than two shards, or an unknown parameter name.
         """
         named = dict(self._model.named_parameters())
 
@@ -150,9 +175,9 @@ class NoiseMonitor:
         return self._read(list(named.values()), from_shards(gradients(), samples))
 
     def norms(self, scale: float = 1.0) -> dict[str, float]:
-        """Squared norms of ``scale * .grad`` by layer; under ``""`` what is no layer's weight.
+        """Squared norms of ``scale * .grad`` by layer; ``""`` is everything else.
 
-        ``scale`` makes a mean of an accumulated sum.
+        ``scale`` turns an accumulated sum into a mean.
         """
         found: dict[str, float] = {}
         layers = self._layers()
@@ -165,20 +190,20 @@ class NoiseMonitor:
     def feed_norms(
         self, small: Mapping[str, float], large: Mapping[str, float], samples: tuple[int, int]
     ) -> NoiseReading:
-        """Read the noise scale from squared norms of gradients, as :meth:`norms` gives them.
+        """Compute the noise scale from squared gradient norms, as returned by :meth:`norms`.
 
         Args:
-            small: of a smaller batch's mean gradient; of several such, the mean of their norms.
-            large: of a larger batch's, which may contain the smaller.
-            samples: in the smaller and in the larger.
+            small: of a smaller batch's mean gradient; for several batches, the mean of the norms.
+            large: of a larger batch's mean gradient, which may contain the smaller batch.
+            samples: the sizes of the smaller and the larger batch.
 
         Raises:
             ValueError: the larger batch is not larger, or the layers differ.
         """
         if not 0 < samples[0] < samples[1]:
-            raise ValueError(f"the second batch must be the larger, got {samples} samples")
+            raise ValueError(f"the second batch must be larger, got {samples} samples")
         if differing := sorted(small.keys() ^ large.keys()):
-            raise ValueError(f"norms of {differing[0]!r} were given of one batch only")
+            raise ValueError(f"norms of {differing[0]!r} were given for one batch only")
         return self._average({p: from_norms(small[p], large[p], samples) for p in small})
 
     def _read(self, parameters: Sequence[Parameter], estimates: list[Estimate]) -> NoiseReading:
@@ -205,6 +230,134 @@ class NoiseMonitor:
         return NoiseReading(noise_scale(averages.values()), layers)
 
     def _layers(self) -> dict[Parameter, str]:
-        """The layer of each parameter that is part of a layer's weight and not its frozen base."""
+        """The layer of each trained parameter of a layer's weight (not of a frozen base)."""
         sites = [site for site in survey(self._model) if site.form is not None]
         return {p: site.path for site in sites for p in site.trained()}
+
+
+class Estimate(NamedTuple):
+    """S, the noise tr(Sigma) of one sample's gradient, and Q, the signal |G|^2."""
+
+    noise: float
+    signal: float
+
+    def plus(self, other: Estimate) -> Estimate:
+        """The estimate for two parts of a parameter vector together."""
+        return Estimate(self.noise + other.noise, self.signal + other.signal)
+
+
+def from_norms(small: float, large: float, samples: tuple[int, int]) -> Estimate:
+    """Compute S and Q from the squared norms of the mean gradients of b and B samples.
+
+    Example:
+        >>> from_norms(3.0, 2.0, (8, 16))
+        Estimate(noise=16.0, signal=1.0)
+    """
+    b, large_b = samples
+    noise = (small - large) / (1 / b - 1 / large_b)
+    return Estimate(noise, (large_b * large - b * small) / (large_b - b))
+
+
+@torch.no_grad()
+def from_shards(shards: Iterable[Sequence[Tensor | None]], samples: int) -> list[Estimate]:
+    """Compute S and Q of each tensor from the gradients of N shards of ``samples`` each.
+
+    The shards are consumed one at a time with a running mean (Welford 1962). None counts as a zero
+    gradient.
+
+    Raises:
+        ValueError: fewer than two shards, or shards without samples.
+
+    Example:
+        >>> from_shards([[torch.tensor([3.0])], [torch.tensor([1.0])]], samples=1)
+        [Estimate(noise=2.0, signal=3.0)]
+    """
+    if samples < 1:
+        raise ValueError(f"a shard must have at least 1 sample, got samples={samples}")
+    means: list[_Mean] = []
+    count = 0
+    for count, gradients in enumerate(shards, start=1):
+        means = means or [_Mean() for _ in gradients]
+        for mean, gradient in zip(means, gradients, strict=True):
+            mean.add(gradient, count)
+    if count < 2:
+        raise ValueError(f"the noise scale needs two or more shards of a batch, got {count}")
+    return [mean.estimate(count, samples) for mean in means]
+
+
+class _Mean:
+    """A running mean, and the sum of squared deviations from it."""
+
+    def __init__(self) -> None:
+        self._value: Tensor | None = None
+        self._deviation: Tensor | float = 0.0
+
+    def add(self, gradient: Tensor | None, count: int) -> None:
+        if gradient is None and self._value is None:
+            return
+        value = torch.zeros_like(self._value) if gradient is None else _plain(gradient)  # type: ignore[arg-type]
+        before = torch.zeros_like(value) if self._value is None else self._value
+        change = value - before
+        self._value = before + change / count
+        share = (count - 1) / count
+        self._deviation = self._deviation + share * torch.linalg.vector_norm(change).square()
+
+    def estimate(self, count: int, samples: int) -> Estimate:
+        if self._value is None:
+            return Estimate(0.0, 0.0)
+        noise = samples / (count - 1) * float(self._deviation)
+        return Estimate(noise, squared_norm(self._value) - noise / (count * samples))
+
+
+def squared_norm(gradient: Tensor) -> float:
+    """|g|^2."""
+    return float(torch.linalg.vector_norm(_plain(gradient)).square())
+
+
+def _plain(gradient: Tensor) -> Tensor:
+    dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+    return dense.to(torch.promote_types(dense.dtype, torch.float32))
+
+
+class Average:
+    """A bias-corrected exponential moving average of estimates.
+
+    Example:
+        >>> average = Average(0.9)
+        >>> average.add(Estimate(4.0, 2.0))
+        >>> average.value
+        Estimate(noise=4.0, signal=2.0)
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._sum = Estimate(0.0, 0.0)
+        self._weight = 0.0
+
+    def add(self, estimate: Estimate) -> None:
+        """Add one estimate."""
+        keep, new = self._decay, 1 - self._decay
+        self._sum = Estimate(
+            *(keep * a + new * b for a, b in zip(self._sum, estimate, strict=True))
+        )
+        self._weight = keep * self._weight + new
+
+    @property
+    def value(self) -> Estimate:
+        """The average."""
+        return Estimate(self._sum.noise / self._weight, self._sum.signal / self._weight)
+
+
+def noise_scale(estimates: Iterable[Estimate]) -> float:
+    """``sum S / sum Q``, in samples; infinite while noise drowns the signal.
+
+    Example:
+        >>> noise_scale([Estimate(4.0, 2.0), Estimate(2.0, 1.0)])
+        2.0
+    """
+    total = Estimate(0.0, 0.0)
+    for estimate in estimates:
+        total = total.plus(estimate)
+    if total.signal > 0:
+        return max(total.noise, 0.0) / total.signal
+    return math.inf if total.noise > 0 else math.nan

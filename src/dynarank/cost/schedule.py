@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from dynarank.cost.flops import Flops, ModelUse
 from dynarank.forms import Adapted, FullRank
-from dynarank.schedules import Phase, Readings, Schedule, timeline
+from dynarank.schedules.base import Readings, Schedule
+from dynarank.schedules.timelines import Phase, timeline
 
 __all__ = ["PhaseCost", "ScheduleCost", "cost_schedule"]
 
@@ -35,8 +36,8 @@ class PhaseCost:
     state_bytes: int
 
     @property
-    def adapted_is_dearer(self) -> bool:
-        """Whether adapted layers make a step of this phase cost more than a full-rank one."""
+    def adapted_costs_more(self) -> bool:
+        """Whether a step of this phase with adapted layers costs more than a full-rank step."""
         adapted = any(isinstance(form, Adapted) for form in self.phase.plan.values())
         return adapted and self.relative_training > 1
 

@@ -1,61 +1,26 @@
-"""How a weight becomes factors and back: one decomposition a file, found by name."""
+"""How is a weight factored? As a chain of smaller weights, by a decomposition known by its name.
 
-from __future__ import annotations
+``base`` says what a decomposition is, ``svd`` is the one to read first, and
+``register_decomposition`` adds one. Pure tensor functions: they know no modules or optimizers.
+"""
 
-from dynarank.decompositions.base import (
-    Decomposition,
-    Factors,
-    Geometry,
-    LinAlgError,
-    UnfitWeightError,
-    apply,
-    linear_map,
-    output_shape,
-    precise,
-    pull_back,
-    refactor_joined,
-    swap_channels,
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors, Geometry
+from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError, precise
+from dynarank.decompositions.registry import (
+    decomposition_names,
+    get_decomposition,
+    register_decomposition,
 )
-from dynarank.decompositions.cp import CP
-from dynarank.decompositions.grouped import Grouped
-from dynarank.decompositions.separable import Separable
-from dynarank.decompositions.svd import SVD
-from dynarank.decompositions.tucker import Tucker
 
 __all__ = [
-    "CP",
-    "DECOMPOSITIONS",
-    "SVD",
     "Decomposition",
     "Factors",
     "Geometry",
-    "Grouped",
     "LinAlgError",
-    "Separable",
-    "Tucker",
     "UnfitWeightError",
-    "apply",
+    "decomposition_names",
     "get_decomposition",
-    "linear_map",
-    "output_shape",
     "precise",
-    "pull_back",
-    "refactor_joined",
-    "swap_channels",
+    "register_decomposition",
 ]
-
-DECOMPOSITIONS: dict[str, Decomposition] = {
-    decomposition.name: decomposition for decomposition in [SVD(), Tucker(), CP(), Separable()]
-}
-
-
-def get_decomposition(name: str, groups: int = 1) -> Decomposition:
-    """The decomposition of this name, of each group of a grouped weight.
-
-    Raises:
-        ValueError: there is none; the message lists those there are.
-    """
-    if name not in DECOMPOSITIONS:
-        raise ValueError(f"unknown decomposition {name!r}; known: {', '.join(DECOMPOSITIONS)}")
-    decomposition = DECOMPOSITIONS[name]
-    return decomposition if groups == 1 else Grouped(decomposition, groups)

@@ -1,230 +1,141 @@
-"""What a decomposition is, and how a chain of factors is applied. Pure tensor functions.
+"""What a decomposition is: a weight as a chain of smaller weights. Pure tensor functions.
 
 Legend: ``W`` a weight (out, in, *kernel); n = out, m = in * kernel positions, r the rank.
 
-A decomposition writes W as a chain of smaller weights, each a linear map or a convolution of its
-own. It says which shapes they have (``shapes``), how W becomes factors (``split``) and back
-(``join``), and how each factor slides when W does (``stages``). Applying the chain, differentiating
-it and costing it follow from these and are written once, here, in ``products``, ``transport`` and
-``cost``.
-
-Whatever module it comes from, a weight is (out, in, *kernel) here: one of a transposed convolution
-too. Groups are the business of :class:`dynarank.decompositions.grouped.Grouped`: a decomposition
-sees one group's weight.
+Each factor is a linear map or a convolution of its own, and ``join`` multiplies them: it is linear
+in each factor. Groups are the business of :class:`dynarank.decompositions.grouped.Grouped`: a
+decomposition sees one group's weight.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeAlias
+from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import (
+    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
+)
 
-__all__ = [
-    "Decomposition",
-    "Factors",
-    "Geometry",
-    "LinAlgError",
-    "UnfitWeightError",
-    "apply",
-    "linear_map",
-    "output_shape",
-    "precise",
-    "pull_back",
-    "refactor_joined",
-    "swap_channels",
-]
+from dynarank.decompositions.geometry import Factors, Geometry
+from dynarank.decompositions.numerics.multilinear import equal_norms, lift, lift_squares
 
-Factors: TypeAlias = tuple[Tensor, ...]
-LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+__all__ = ["Decomposition"]
 
 
-class UnfitWeightError(ValueError):
-    """A weight whose values do not allow the change: not finite, or its decomposition fails."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How a kernel slides over its input, an entry for each spatial dimension; none if linear.
-
-    Args:
-        stride: as ``nn.Conv2d``'s.
-        padding: zeros on both sides; other paddings are done before the kernel slides.
-        dilation: as ``nn.Conv2d``'s.
-        output_padding: as ``nn.ConvTranspose2d``'s; empty if not transposed.
-        groups: as ``nn.Conv2d``'s.
-        transposed: whether the convolution is a transposed one.
-    """
-
-    stride: tuple[int, ...] = ()
-    padding: tuple[int, ...] = ()
-    dilation: tuple[int, ...] = ()
-    output_padding: tuple[int, ...] = ()
-    groups: int = 1
-    transposed: bool = False
-
-    @staticmethod
-    def pointwise(dims: int, groups: int = 1) -> Geometry:
-        """The geometry of a kernel of size 1 in ``dims`` spatial dimensions."""
-        if groups == 1 and dims < len(_POINTWISE):
-            return _POINTWISE[dims]
-        return Geometry((1,) * dims, (0,) * dims, (1,) * dims, groups=groups)
-
-    def along(self, axis: int) -> Geometry:
-        """This geometry in one spatial dimension, that of a kernel of size 1 in the others.
-
-        A kernel that is a product of one-dimensional ones slides by its geometry exactly if each
-        of them slides by the geometry along its own axis.
-        """
-
-        def only(values: tuple[int, ...], other: int) -> tuple[int, ...]:
-            return tuple(v if i == axis else other for i, v in enumerate(values))
-
-        return replace(
-            self,
-            stride=only(self.stride, 1),
-            padding=only(self.padding, 0),
-            dilation=only(self.dilation, 1),
-            output_padding=only(self.output_padding, 0),
-        )
-
-
-_POINTWISE = tuple(Geometry((1,) * dims, (0,) * dims, (1,) * dims) for dims in range(4))
-
-
-class Decomposition(Protocol):
+class Decomposition(ABC):
     """W (out, in, *kernel) as a chain of factors.
 
-    Law: ``join(split(W, limit(shape))) == W``, and ``apply(x, factors, stages) == layer(x,
-    join(factors))``. All but ``split`` and the lifts are differentiable.
+    Laws: ``join(split(W, limit(shape))) == W``, and ``apply(x, factors, stages) == layer(x,
+    join(factors))``. A new decomposition needs a name and five methods: ``limit``, ``shapes``,
+    ``split``, ``join`` and ``stages`` (and ``factor_names`` if there are not two factors). The
+    others follow from these; write one where there is a faster formula. See
+    ``examples/05_own_decomposition.py``.
     """
 
     name: str
+    groups: int = 1
+    is_pair: bool = False
+    """Whether W, as an (n, m) matrix, is ``up @ down``; of a grouped weight, each group's."""
+    truncates_optimally: bool = False
+    """Whether ``split`` leaves the least error there is, ``sqrt(sum_{i>r} s_i^2)``."""
 
     def factor_names(self, dims: int) -> tuple[str, ...]:
-        """The factors' names for a weight with ``dims`` kernel dimensions, as the input meets them.
+        """The factors' names for a weight with ``dims`` kernel dimensions, from input to output.
 
-        The first is ``down`` and the last ``up``, so that one can tell factors from other weights.
+        The first is ``down`` and the last ``up``, which tells factors from other weights.
         """
-        ...
+        return "down", "up"
 
+    @abstractmethod
     def limit(self, shape: Sequence[int]) -> int:
-        """The least rank at which every weight of this shape is met exactly; none above it."""
-        ...
+        """The smallest rank at which every weight of this shape is exact; none above is allowed."""
 
+    @abstractmethod
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
         """The factors' shapes; each is a weight (out, in / its stage's groups, *kernel)."""
-        ...
 
+    @abstractmethod
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """Good factors of this rank, balanced; ``weight`` finite, in fp32 or fp64.
+        """Good factors of this rank, balanced; ``weight`` in fp32 or fp64.
 
         Raises:
-            UnfitWeightError: it cannot be decomposed.
+            UnfitWeightError: it is not finite or cannot be decomposed.
         """
-        ...
+
+    @abstractmethod
+    def join(self, factors: Factors) -> Tensor:
+        """The weight that the factors stand for; differentiable, and linear in each factor."""
+
+    @abstractmethod
+    def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
+        """How each factor slides where the weight slides by ``geometry`` (of one group)."""
 
     def refactor(self, factors: Factors, rank: int) -> Factors:
-        """``split(join(factors), rank)``, without forming the weight where that can be avoided.
+        """``split(join(factors), rank)``.
 
         Raises:
             UnfitWeightError: a factor is not finite, or no method converges.
         """
-        ...
+        return self.split(self.join(factors).detach(), rank)
 
-    def join(self, factors: Factors) -> Tensor:
-        """The weight that the factors stand for."""
-        ...
+    def balanced(self, factors: Factors) -> Factors:
+        """Factors with the same join, of equal Frobenius norm.
 
-    def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
-        """How each factor slides where the weight slides by ``geometry`` (of one group)."""
-        ...
+        As they are if one is zero, for no scale brings that one up.
+        """
+        return equal_norms(factors)
+
+    def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
+        """The vjp of ``join``: dL/df from dL/dW. By automatic differentiation."""
+        pull = torch.func.vjp(lambda *f: self.join(f), *factors)[1]
+        return pull(cotangent)
 
     def join_flops(self, shape: Sequence[int], rank: int) -> int:
-        """FLOPs of ``join``, exactly as FlopCounterMode counts them."""
-        ...
+        """FLOPs of ``join``, as FlopCounterMode counts them: counted on the meta device."""
+        return _counted(self, "join", tuple(shape), rank)
 
     def pull_flops(self, shape: Sequence[int], rank: int) -> int:
         """FLOPs of ``pull``, likewise."""
-        ...
-
-    def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
-        """The vjp of ``join``: dL/df from dL/dW."""
-        ...
+        return _counted(self, "pull", tuple(shape), rank)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
-        """The least M whose ``pull`` at ``factors`` is ``cotangents``."""
-        ...
+        """The least M whose ``pull`` at ``factors`` is ``cotangents``. By conjugate gradients."""
+        return lift(self.join, factors, cotangents)
+
+    def energies(self, factors: Factors) -> Factors:
+        """``||dW/df_e||^2`` of each entry e of each factor f, in shapes that broadcast to theirs.
+
+        The pull of ones at the squared factors: exact where an entry of W depends on e by a single
+        product of other entries; where it is a sum of such products, their cross terms are left
+        out, which is right on average over the other entries' signs.
+        """
+        squares = tuple(factor.square() for factor in factors)
+        return self.pull(squares, torch.ones_like(self.join(squares)))
 
     def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
-        """An estimate of E[M * M] from the factors' E[pull(M) * pull(M)]."""
-        ...
+        """An estimate of E[M * M] from the factors' ``E[pull(M) * pull(M)]``."""
+        return lift_squares(self.join, self.energies(factors), squares)
 
 
-def pull_back(decomposition: Decomposition, factors: Factors, cotangent: Tensor) -> Factors:
-    """``pull`` by automatic differentiation, for a decomposition without a formula of its own."""
-    pull = torch.func.vjp(lambda *f: decomposition.join(f), *factors)[1]
-    return pull(cotangent)
+def _counted(decomposition: Decomposition, method: str, shape: tuple[int, ...], rank: int) -> int:
+    return _count(decomposition, method, shape, rank)
 
 
-def refactor_joined(decomposition: Decomposition, factors: Factors, rank: int) -> Factors:
-    """``refactor`` through the weight, for a decomposition without a shorter way."""
-    return decomposition.split(decomposition.join(factors).detach(), rank)
+# What torch.compiler.assume_constant_result sets, whose own import loads all of torch.compile.
+_counted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def swap_channels(weight: Tensor, groups: int) -> Tensor:
-    """(out, in / groups, *kernel) as (in, out / groups, *kernel), and back; a view if it can be.
+@cache
+def _count(decomposition: Decomposition, method: str, shape: tuple[int, ...], rank: int) -> int:
+    from torch.utils.flop_counter import FlopCounterMode  # slow to import
 
-    This is how transposed convolutions keep a weight.
-    """
-    grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # (groups, in, out, *kernel)
-    return grouped.flatten(0, 1)
-
-
-def linear_map(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-    """One stage: ``weight`` (out, in) or (out, in / groups, *kernel) applied to ``x``."""
-    if weight.ndim == 2:
-        return F.linear(x, weight, bias)
-    g, dims = geometry, weight.ndim - 2
-    if g.transposed:
-        stored = swap_channels(weight, g.groups)
-        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        return convolve(
-            x, stored, bias, g.stride, g.padding, g.output_padding, g.groups, g.dilation
-        )
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    return convolve(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-
-
-def apply(
-    x: Tensor, factors: Factors, stages: Sequence[Geometry], bias: Tensor | None = None
-) -> Tensor:
-    """The chain: each factor applied to what the one before it gave, the bias last."""
-    for factor, geometry in zip(factors[:-1], stages[:-1], strict=True):
-        x = linear_map(x, factor, geometry)
-    return linear_map(x, factors[-1], stages[-1], bias)
-
-
-def output_shape(
-    shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry
-) -> tuple[int, ...]:
-    """The shape of ``linear_map``'s result for an input of ``shape``."""
-    if len(weight_shape) == 2:
-        return (*shape[:-1], weight_shape[0])
-    g, kernel, dims = geometry, weight_shape[2:], len(weight_shape) - 2
-    spans = [d * (k - 1) for d, k in zip(g.dilation, kernel, strict=True)]
-    sizes = list(zip(shape[-dims:], g.padding, spans, g.stride, strict=True))
-    if g.transposed:
-        extra = zip(sizes, g.output_padding, strict=True)
-        spatial = [(s - 1) * stride - 2 * p + span + o + 1 for (s, p, span, stride), o in extra]
-    else:
-        spatial = [(s + 2 * p - span - 1) // stride + 1 for s, p, span, stride in sizes]
-    return (*shape[: -dims - 1], weight_shape[0], *spatial)
-
-
-def precise(tensor: Tensor) -> Tensor:
-    """The tensor detached and in fp64 (fp32 where the device has no fp64), to compute in."""
-    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    with _disable_current_modes(), FlopCounterMode(display=False) as counter:  # not in another one
+        factors = tuple(torch.empty(s, device="meta") for s in decomposition.shapes(shape, rank))
+        if method == "join":
+            decomposition.join(factors)
+        else:
+            decomposition.pull(factors, torch.empty(shape, device="meta"))
+    return counter.get_total_flops()

@@ -13,17 +13,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import (
-    Factors,
-    Geometry,
-    LinAlgError,
-    UnfitWeightError,
-    pull_back,
-    refactor_joined,
-)
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors, Geometry
 from dynarank.decompositions.numerics.als import fit
-from dynarank.decompositions.numerics.bases import unit_scale
-from dynarank.decompositions.numerics.multilinear import lift, lift_squares
+from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError
+from dynarank.decompositions.numerics.multilinear import unit_scale
 from dynarank.decompositions.separable import AXES
 from dynarank.decompositions.svd import SVD
 
@@ -35,7 +29,7 @@ __all__ = ["CP"]
 MANY = 2**20
 
 
-class CP:
+class CP(Decomposition):
     """``W[o, i, k] = sum_c up[o, c] width[c, k_d] ... height[c, k_1] down[c, i]``.
 
     ``down`` (r, in, 1, ...), for each axis a depthwise kernel (r, 1, ..., k_j, ...) that slides by
@@ -82,7 +76,7 @@ class CP:
 
         The best rank-r sum need not exist: components can grow without bound while they cancel. A
         sweep that is not finite, does not lower the error or has a component of more than 1e3 times
-        W's norm is undone; if the next one is so too, the best one before is the result. Of a
+        W's norm is undone; if the next one is too, the best one before is the result. Of a
         component of size (almost) zero one vector is, and can still learn.
 
         Always the same result for the same weight; the global random state is not touched.
@@ -111,7 +105,7 @@ class CP:
         """By way of the weight; for a larger rank the same components and new ones of size zero."""
         if len(factors) > 2 and rank > factors[0].shape[0]:
             return _extended(factors, rank)
-        return refactor_joined(self, factors, rank)
+        return super().refactor(factors, rank)
 
     def join(self, factors: Factors) -> Tensor:
         """``up @`` the products of ``down`` and the kernels."""
@@ -125,10 +119,6 @@ class CP:
         """One product, of ``up``; the others are elementwise and are not counted."""
         return 2 * math.prod(shape) * rank
 
-    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
-        """``join`` once more, and a product for each of its operands."""
-        return (3 if len(shape) > 2 else 2) * self.join_flops(shape, rank)
-
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """Each kernel slides depthwise by the geometry along its axis; the others are pointwise."""
         dims = len(geometry.stride)
@@ -137,22 +127,12 @@ class CP:
         return pointwise, *depthwise, pointwise
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
-        """By automatic differentiation."""
-        if len(factors) == 2:
-            return self._pair.pull(factors, cotangent)
-        return pull_back(self, factors, cotangent)
+        """By automatic differentiation; a Linear's in closed form."""
+        return (self._pair if len(factors) == 2 else super()).pull(factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
-        """The pseudo-inverse of ``pull``, by conjugate gradients."""
-        if len(factors) == 2:
-            return self._pair.lift(factors, cotangents)
-        return lift(self.join, factors, cotangents)
-
-    def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
-        """An outer product over outputs, inputs and the positions along each axis."""
-        if len(factors) == 2:
-            return self._pair.lift_squares(factors, squares)
-        return lift_squares(_energies(factors), squares)
+        """By conjugate gradients; a Linear's in closed form."""
+        return (self._pair if len(factors) == 2 else super()).lift(factors, cotangents)
 
 
 def _extended(factors: Factors, rank: int) -> Factors:
@@ -191,15 +171,3 @@ def _even_sizes(factors: Factors, scale: float) -> Factors:
     wanted.scatter_(0, norms.argmin(0, keepdim=True), least[None])
     scales = torch.where(norms > 0, wanted / norms, 0.0) * scale ** (1 / modes)
     return tuple(factor * each for factor, each in zip(factors, scales, strict=True))
-
-
-def _energies(factors: Factors) -> Factors:
-    """``||dW/df_e||^2`` for each entry: the product of its component's other vectors' squares."""
-    down, *kernels, up = factors
-    squares = [down.flatten(1).square().sum(1), *(k.flatten(1).square().sum(1) for k in kernels)]
-    squares.append(up.flatten(1).square().sum(0))
-    ones = (1,) * (down.ndim - 2)
-    others = [torch.stack(squares[:i] + squares[i + 1 :]).prod(0) for i in range(len(squares))]
-    return *(energy.reshape(-1, 1, *ones) for energy in others[:-1]), others[-1].reshape(
-        1, -1, *ones
-    )

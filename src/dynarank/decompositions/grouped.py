@@ -8,12 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Decomposition, Factors, Geometry
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors, Geometry
 
 __all__ = ["Grouped"]
 
 
-class Grouped:
+class Grouped(Decomposition):
     """``groups`` weights decomposed one by one; the rank is that of each group.
 
     A weight (out, in / groups, *kernel) is ``groups`` weights (out / groups, in / groups, *kernel)
@@ -25,8 +26,9 @@ class Grouped:
     """
 
     def __init__(self, inner: Decomposition, groups: int) -> None:
-        self.name = inner.name
-        self.inner, self.groups = inner, groups
+        self.name, self.inner, self.groups = inner.name, inner, groups
+        self.is_pair = inner.is_pair
+        self.truncates_optimally = inner.truncates_optimally
 
     def factor_names(self, dims: int) -> tuple[str, ...]:
         """Those of one group."""
@@ -48,6 +50,10 @@ class Grouped:
     def refactor(self, factors: Factors, rank: int) -> Factors:
         """Each group's, side by side."""
         return self._stack([self.inner.refactor(f, rank) for f in self._groups_of(factors)])
+
+    def balanced(self, factors: Factors) -> Factors:
+        """Each group's, side by side."""
+        return self._stack([self.inner.balanced(f) for f in self._groups_of(factors)])
 
     def join(self, factors: Factors) -> Tensor:
         """Each group's weight, side by side."""
@@ -75,6 +81,10 @@ class Grouped:
         """Each group's, side by side."""
         pairs = zip(self._groups_of(factors), self._groups_of(cotangents), strict=True)
         return torch.cat([self.inner.lift(f, c) for f, c in pairs])
+
+    def energies(self, factors: Factors) -> Factors:
+        """Each group's, side by side."""
+        return self._stack([self.inner.energies(f) for f in self._groups_of(factors)])
 
     def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
         """Each group's, side by side."""

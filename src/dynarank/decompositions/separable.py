@@ -13,11 +13,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, Geometry, pull_back, refactor_joined
-from dynarank.decompositions.numerics.bases import equal_norms, leading_basis, unit_scale
-from dynarank.decompositions.numerics.multilinear import chain_energies, lift, lift_squares
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors, Geometry
+from dynarank.decompositions.numerics.multilinear import (
+    chain_energies,
+    equal_norms,
+    leading_basis,
+    unit_scale,
+)
 from dynarank.decompositions.svd import SVD
-from dynarank.decompositions.tucker import join_chain, join_chain_flops
+from dynarank.decompositions.tucker import join_chain
 
 __all__ = ["AXES", "Separable"]
 
@@ -27,7 +32,7 @@ GAIN = 1e-3
 SWEEPS = 10
 
 
-class Separable:
+class Separable(Decomposition):
     """``W[o, i, k] = up[o, :] width[k_d] ... height[k_1] down[:, i]``, a tensor train.
 
     ``down`` (r_0, in, 1, ...), for each axis j a dense kernel (r_j, r_j-1, ..., k_j, ...) that
@@ -89,10 +94,6 @@ class Separable:
         shaped = [f.reshape(shape) for f, shape in zip(factors, shapes, strict=True)]
         return equal_norms(shaped, scale)
 
-    def refactor(self, factors: Factors, rank: int) -> Factors:
-        """By way of the weight."""
-        return refactor_joined(self, factors, rank)
-
     def join(self, factors: Factors) -> Tensor:
         """The one-dimensional kernels joined, then the channels."""
         down, *kernels, up = factors
@@ -103,22 +104,6 @@ class Separable:
             core = torch.einsum("cb...,ba...->ca...", kernel, core)
         return join_chain(down, core, up)
 
-    def join_flops(self, shape: Sequence[int], rank: int) -> int:
-        """The kernels one after another, then the channels."""
-        bonds, kernel = _bonds(shape, rank), shape[2:]
-        if not kernel:
-            return self._pair.join_flops(shape, rank)
-        positions = [math.prod(kernel[: j + 1]) for j in range(len(kernel))]
-        chained = [
-            2 * bonds[j + 1] * bonds[j] * bonds[0] * positions[j] for j in range(1, len(kernel))
-        ]
-        return sum(chained) + join_chain_flops(shape, bonds[-1], bonds[0])
-
-    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
-        """``join`` once more, and a product for each of its operands."""
-        factor = 3 if len(shape) > 2 else 2
-        return factor * self.join_flops(shape, rank)
-
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """Each kernel slides by the geometry along its axis; ``down`` and ``up`` are pointwise."""
         dims = len(geometry.stride)
@@ -126,22 +111,16 @@ class Separable:
         return pointwise, *(geometry.along(axis) for axis in range(dims)), pointwise
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
-        """By automatic differentiation."""
-        if len(factors) == 2:
-            return self._pair.pull(factors, cotangent)
-        return pull_back(self, factors, cotangent)
+        """By automatic differentiation; a Linear's in closed form."""
+        return (self._pair if len(factors) == 2 else super()).pull(factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
-        """The pseudo-inverse of ``pull``, by conjugate gradients."""
-        if len(factors) == 2:
-            return self._pair.lift(factors, cotangents)
-        return lift(self.join, factors, cotangents)
+        """By conjugate gradients; a Linear's in closed form."""
+        return (self._pair if len(factors) == 2 else super()).lift(factors, cotangents)
 
-    def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
-        """An outer product over outputs, inputs and the positions along each axis."""
-        if len(factors) == 2:
-            return self._pair.lift_squares(factors, squares)
-        return lift_squares(chain_energies(factors), squares)
+    def energies(self, factors: Factors) -> Factors:
+        """Exactly, from Gram matrices of channels."""
+        return chain_energies(factors)
 
 
 def _bonds(shape: Sequence[int], rank: int) -> list[int]:

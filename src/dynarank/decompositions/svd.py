@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, Geometry
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors, Geometry
 from dynarank.decompositions.numerics.linalg import (
     as_unit,
     balance,
@@ -23,7 +24,7 @@ from dynarank.decompositions.numerics.subspace import follow
 __all__ = ["SVD"]
 
 
-class SVD:
+class SVD(Decomposition):
     """``W = up @ down`` with ``down`` (r, in, *kernel) and ``up`` (out, r, 1, ...).
 
     The truncation of rank r has the least possible Frobenius error, sqrt(sum_{i>r} s_i^2)
@@ -32,10 +33,8 @@ class SVD:
     """
 
     name = "svd"
-
-    def factor_names(self, dims: int) -> tuple[str, ...]:
-        """``down`` and ``up``."""
-        return "down", "up"
+    is_pair = True
+    truncates_optimally = True
 
     def limit(self, shape: Sequence[int]) -> int:
         """min(n, m)."""
@@ -63,12 +62,12 @@ class SVD:
         Args:
             weight: (out, in, *kernel).
             rank: r.
-            start: factors of a weight nearby, of rank r or more: a step or two of subspace
-                iteration from them instead of a decomposition from nothing, where that is as good.
+            start: factors of a similar weight, of rank r or more: a step or two of subspace
+                iteration from them replace the full decomposition where that is as good.
         """
         if weight.shape[0] > weight[0].numel():  # the transposed problem: it is wide
-            turned = None if start is None else (start[1].flatten(1).T, start[0].flatten(1).T)
-            left, right = _split_wide(weight.detach().flatten(1).T, rank, turned)
+            transposed = None if start is None else (start[1].flatten(1).T, start[0].flatten(1).T)
+            left, right = _split_wide(weight.detach().flatten(1).T, rank, transposed)
             down, up = left.T, right.T
         else:
             matrices = None if start is None else (start[0].flatten(1), start[1].flatten(1))
@@ -84,6 +83,22 @@ class SVD:
     def _shaped(self, down: Tensor, up: Tensor, shape: Sequence[int]) -> Factors:
         shapes = self.shapes(shape, down.shape[0])
         return down.reshape(shapes[0]), up.reshape(shapes[1])
+
+    def balanced(self, factors: Factors) -> Factors:
+        """``U'U == D D' == diag(s)``, by two QR and one r x r SVD.
+
+        A direction in which the product is zero keeps a live ``up`` and a ``down`` of about zero:
+        with both at zero it would never receive a gradient.
+        """
+        down, up = (factor.flatten(1) for factor in factors)
+        left, left_core = torch.linalg.qr(up)  # (n, r), (r, r)
+        right, right_core = torch.linalg.qr(down.T)  # (m, r), (r, r)
+        a, values, b = torch.linalg.svd(left_core @ right_core.T)
+        live = values > torch.finfo(values.dtype).eps * max(len(up), down.shape[1]) * values[0]
+        floor = values[live].min() if live.any() else torch.ones_like(values[0])
+        root = torch.where(live, values, floor).sqrt()
+        new_up, new_down = left @ (a * root), (values / root)[:, None] * b @ right.T
+        return new_down.reshape(factors[0].shape), new_up.reshape(factors[1].shape)
 
     def join(self, factors: Factors) -> Tensor:
         """``up @ down``, in the weight's shape."""

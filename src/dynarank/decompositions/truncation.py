@@ -1,11 +1,11 @@
-"""Truncation that minds the data: keep the directions in which a weight's outputs have energy.
+"""Activation-aware truncation: keep the directions in which a weight's outputs have energy.
 
-Legend: W (n, m) the matricized weight, x what it meets, y = W x, r the rank; E over calibration
-data, C = E[x x']; P_r the projection on the r leading eigenvectors of E[y y'] = W C W'.
+Legend: W (n, m) the matricized weight, x its input, y = W x, r the rank; E over calibration data,
+C = E[x x']; P_r the projection on the r leading eigenvectors of E[y y'] = W C W'.
 
 The rank-r weight whose outputs are nearest to W's,
 
-    min E ||y - W_r x||^2   is met by   W_r = P_r W,   and is   sum_{i>r} eigenvalue_i(E[y y']):
+    W_r = P_r W   attains   min E ||y - W_r x||^2 = sum_{i>r} eigenvalue_i(E[y y']):
 
 principal components of the outputs. It is the truncated SVD of W L carried back by L^-1 with
 C = L L', as Wang et al. ("SVD-LLM", arXiv 2403.07378) and others compute it, but nothing is ever
@@ -29,16 +29,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import (
-    Decomposition,
-    Factors,
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors
+from dynarank.decompositions.numerics.linalg import (
     LinAlgError,
     UnfitWeightError,
+    leading_directions,
     precise,
 )
-from dynarank.decompositions.grouped import Grouped
-from dynarank.decompositions.numerics.linalg import leading_directions
-from dynarank.decompositions.svd import SVD
 
 __all__ = ["ActivationStats", "output_energies", "project", "split_activation_aware"]
 
@@ -79,7 +77,7 @@ class ActivationStats:
 def split_activation_aware(
     decomposition: Decomposition, weight: Tensor, rank: int, activity: ActivationStats | None
 ) -> tuple[Factors, Tensor | None]:
-    """``split`` of ``P_r W`` where W's outputs are known and the decomposition is the SVD.
+    """``split`` of ``P_r W`` where W's outputs are known and the decomposition truncates optimally.
 
     Any other decomposition splits W itself: its best fit to data is no projection.
 
@@ -96,9 +94,8 @@ def split_activation_aware(
         ValueError: the activity is of another weight.
         UnfitWeightError: the weight cannot be decomposed.
     """
-    inner = decomposition.inner if isinstance(decomposition, Grouped) else decomposition
     shift = None
-    if activity is not None and isinstance(inner, SVD):
+    if activity is not None and decomposition.truncates_optimally:
         weight, shift = project(weight, rank, activity)
     return decomposition.split(weight, rank), shift
 
@@ -128,8 +125,8 @@ def project(weight: Tensor, rank: int, activity: ActivationStats) -> tuple[Tenso
     matrices = [(_facing(unit, activity), second) for unit, second in _units(weight, activity)]
     bases = [_basis(matrix, rank, activity.side, second) for matrix, second in matrices]
     done = [b @ (b.T @ matrix) for b, (matrix, _) in zip(bases, matrices, strict=True)]
-    turned = [matrix.T if activity.side == "row" else matrix for matrix in done]
-    projected = torch.cat(turned).reshape(weight.shape).to(weight.dtype)
+    transposed = [matrix.T if activity.side == "row" else matrix for matrix in done]
+    projected = torch.cat(transposed).reshape(weight.shape).to(weight.dtype)
     if activity.mean is None:
         return projected, None
     means = [precise(mean).to(weight.device) for mean in activity.mean]

@@ -12,11 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, Geometry, pull_back, refactor_joined
-from dynarank.decompositions.numerics.bases import equal_norms, leading_basis, unit_scale
-from dynarank.decompositions.numerics.multilinear import chain_energies, lift_squares
+from dynarank.decompositions.base import Decomposition
+from dynarank.decompositions.geometry import Factors, Geometry
+from dynarank.decompositions.numerics.multilinear import (
+    chain_energies,
+    equal_norms,
+    leading_basis,
+    unit_scale,
+)
 
-__all__ = ["Tucker", "join_chain", "join_chain_flops"]
+__all__ = ["Tucker", "join_chain"]
 
 # A sweep that lowers the squared error by less than this fraction of it is the last one. Of a
 # smaller fraction nothing remains in the error's first four digits.
@@ -24,7 +29,7 @@ GAIN = 1e-4
 SWEEPS = 50
 
 
-class Tucker:
+class Tucker(Decomposition):
     """``W[o, i, k] = sum_ab up[o, b] core[b, a, k] down[a, i]``; the core slides as W does.
 
     ``down`` (r_in, in, 1, ...), ``core`` (r_out, r_in, *kernel), ``up`` (out, r_out, 1, ...) with
@@ -77,31 +82,15 @@ class Tucker:
         shaped = [f.reshape(shape) for f, shape in zip(factors, shapes, strict=True)]
         return equal_norms(shaped, scale)
 
-    def refactor(self, factors: Factors, rank: int) -> Factors:
-        """By way of the weight."""
-        return refactor_joined(self, factors, rank)
-
     def join(self, factors: Factors) -> Tensor:
         """``up @ core[k] @ down`` for every kernel position k."""
         down, core, up = factors
         return join_chain(down, core, up)
 
-    def join_flops(self, shape: Sequence[int], rank: int) -> int:
-        """The core times one side, then times the other."""
-        return join_chain_flops(shape, min(rank, shape[0]), min(rank, shape[1]))
-
-    def pull_flops(self, shape: Sequence[int], rank: int) -> int:
-        """``join`` once more, and a product for each of its operands."""
-        return 3 * self.join_flops(shape, rank)
-
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """The core slides as the weight does; the others are pointwise."""
         pointwise = Geometry.pointwise(len(geometry.stride))
         return pointwise, geometry, pointwise
-
-    def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
-        """By automatic differentiation."""
-        return pull_back(self, factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
         """The least M with ``pull(M) = C``: its parts in three orthogonal spaces, in closed form.
@@ -124,9 +113,9 @@ class Tucker:
         lifted += swapped.view(q.shape[0], *lifted.shape[::2]).transpose(0, 1)
         return lifted.reshape(up.shape[0], down.shape[1], *factors[1].shape[2:])
 
-    def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
-        """An outer product over outputs, inputs and kernel positions."""
-        return lift_squares(chain_energies(factors), squares)
+    def energies(self, factors: Factors) -> Factors:
+        """Exactly, from Gram matrices of channels."""
+        return chain_energies(factors)
 
 
 def join_chain(down: Tensor, core: Tensor, up: Tensor) -> Tensor:
@@ -137,14 +126,6 @@ def join_chain(down: Tensor, core: Tensor, up: Tensor) -> Tensor:
         return torch.einsum("oa...,ai->oi...", wide, inner).contiguous()
     wide = torch.einsum("ba...,ai->bi...", core, inner)
     return (outer @ wide.flatten(1)).reshape(outer.shape[0], *wide.shape[1:])
-
-
-def join_chain_flops(shape: Sequence[int], r_out: int, r_in: int) -> int:
-    """FLOPs of :func:`join_chain` for a weight (out, in, *kernel)."""
-    out, ins, positions = shape[0], shape[1], math.prod(shape[2:])
-    if out * r_in <= r_out * ins:
-        return 2 * positions * out * r_in * (r_out + ins)
-    return 2 * positions * r_out * ins * (r_in + out)
 
 
 def _flat(factors: Factors) -> Factors:

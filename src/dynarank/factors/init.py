@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.decompositions import Decomposition, Factors, Grouped, precise
+from dynarank.decompositions import Decomposition, Factors, precise
+from dynarank.decompositions.numerics.multilinear import equal_norms
 from dynarank.forms import Adapted, FullRank, LowRank
 from dynarank.layers import RankedLayer
 from dynarank.surgery.selection import LayerFilter, select
@@ -27,7 +28,6 @@ from dynarank.surgery.sites import Site, survey
 
 __all__ = [
     "balance",
-    "balanced",
     "factors_of_variance",
     "initialize_factors",
     "plain_draw",
@@ -46,7 +46,7 @@ def initialize_factors(
     layers: LayerFilter = None,
     reset: Callable[[nn.Module], object] | None = None,
 ) -> list[str]:
-    """Draw the factors of low-rank weights anew, in place, as the full layer would be drawn.
+    """Redraw the factors of low-rank weights in place, matching the full layer's initialization.
 
     ``"variance"``: Gaussian factors of equal norm, with ``mean(join(f)^2)`` that of the full
     layer's draw; for an SVD pair ``E[U'U] = E[D D']``. ``"spectrum"``: the best rank-r part of one
@@ -95,7 +95,8 @@ def initialize_factors(
 def balance(model: nn.Module, *, layers: LayerFilter = None) -> list[str]:
     """Balance the factors of every low-rank and adapted weight, in place; the function stays.
 
-    ``join(balanced(f)) == join(f)``. Training lets the factors drift apart. An optimizer's state is
+    ``join(balanced(f)) == join(f)``: an SVD pair gets ``U'U == D D' == diag(s)``, other chains
+    factors of equal Frobenius norm. Training lets the factors drift apart. An optimizer's state is
     left as it is, so it is best done where that is reset or small.
 
     Args:
@@ -114,22 +115,9 @@ def balance(model: nn.Module, *, layers: LayerFilter = None) -> list[str]:
     for site in sites:
         if isinstance(site.form, LowRank | Adapted):
             exact = tuple(precise(f) for f in site.factors())
-            _write(site, balanced(site.spec.decomposition(site.form), exact))
+            _write(site, site.spec.decomposition(site.form).balanced(exact))
             done.append(site.path)
     return done
-
-
-def balanced(decomposition: Decomposition, factors: Factors) -> Factors:
-    """Balanced factors with the same join.
-
-    An SVD pair: ``U'U == D D' == diag(s)``, by two QR and one r x r SVD. Other chains: factors of
-    equal Frobenius norm; nothing if one is zero, for no scale brings that one up.
-    """
-    if isinstance(decomposition, Grouped):
-        chunks = [f.chunk(decomposition.groups) for f in factors]
-        parts = [balanced(decomposition.inner, f) for f in zip(*chunks, strict=True)]
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
-    return _balanced_pair(*factors) if decomposition.name == "svd" else _equal_norms(factors)
 
 
 def factors_of_variance(
@@ -150,7 +138,7 @@ def factors_of_variance(
     """
     shapes = decomposition.shapes(shape, rank)
     draws = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
-    factors = _equal_norms(tuple(draws))
+    factors = equal_norms(tuple(draws))
     ratio = variance / decomposition.join(factors).square().mean().item()
     return tuple(f * ratio ** (0.5 / len(factors)) for f in factors)
 
@@ -184,7 +172,7 @@ def plain_draw(
                 torch.set_rng_state(state)
             reset(shell)
             state = torch.get_rng_state()
-        yield site.spec.turn(_own(shell)[site.spec.name].detach()).clone()
+        yield site.spec.to_canonical(_own(shell)[site.spec.name].detach()).clone()
 
 
 def _own_reset(module: nn.Module) -> None:
@@ -220,14 +208,10 @@ def _low_rank(model: nn.Module, layers: LayerFilter) -> list[Site]:
 def _plain_shell(site: Site) -> nn.Module:
     """A plain module like the site's, with parameters of its own, on the CPU in fp64."""
     assert isinstance(site.module, RankedLayer)
-    plain = site.module.plain
-    shell = plain.__new__(plain)
-    shell.__dict__.update(site.module.__dict__)
-    for name in ("forms", "last_factored_forms", "_specs", "_ways"):
-        shell.__dict__.pop(name, None)
+    shell = site.module.plain_like()
     own: dict[str, Any] = {}
     for spec in type(site.module).specs(site.module):
-        stored = spec.turn(torch.empty(spec.shape, dtype=torch.float64))
+        stored = spec.from_canonical(torch.empty(spec.shape, dtype=torch.float64))
         own[spec.name] = Parameter(stored.contiguous())
     factors = {
         name
@@ -249,26 +233,3 @@ def _own(module: nn.Module) -> dict[str, Any]:
 def _write(site: Site, factors: Factors) -> None:
     for old, new in zip(site.factors(), factors, strict=True):
         old.copy_(new)
-
-
-def _equal_norms(factors: Factors) -> Factors:
-    norms = [f.norm() for f in factors]
-    if not all(norm > 0 for norm in norms):
-        return factors
-    mean = torch.stack(norms).log().mean().exp()
-    return tuple(f * (mean / norm) for f, norm in zip(factors, norms, strict=True))
-
-
-def _balanced_pair(down: Tensor, up: Tensor) -> Factors:
-    """A direction in which the product is zero keeps a live ``up`` and a ``down`` of about zero.
-
-    With both at zero it would never receive a gradient.
-    """
-    left, left_core = torch.linalg.qr(up.flatten(1))  # (n, r), (r, r)
-    right, right_core = torch.linalg.qr(down.flatten(1).T)  # (m, r), (r, r)
-    a, values, b = torch.linalg.svd(left_core @ right_core.T)
-    live = values > torch.finfo(values.dtype).eps * max(up.shape[0], down[0].numel()) * values[0]
-    floor = values[live].min() if live.any() else torch.ones_like(values[0])
-    root = torch.where(live, values, floor).sqrt()
-    new_up, new_down = left @ (a * root), (values / root)[:, None] * b @ right.T
-    return new_down.reshape(down.shape), new_up.reshape(up.shape)

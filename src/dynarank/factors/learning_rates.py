@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from dynarank.decompositions import Factors, Grouped
+from dynarank.decompositions import Factors
 from dynarank.factors.live_sites import LiveSites
 from dynarank.forms import LowRank
 from dynarank.surgery.selection import LayerFilter
@@ -118,7 +118,7 @@ class FactorLearningRates:
         self._scales = [
             (s, min(self._rule(s), self._cap))
             for s in sites
-            if isinstance(s.form, LowRank) and s.form.decomposition == "svd"
+            if isinstance(s.form, LowRank) and s.spec.decomposition(s.form).is_pair
         ]
         self._seen, self._age = sites, 0
 
@@ -209,9 +209,7 @@ def _rule(rule: FactorRule | float, optimizer: Optimizer) -> Callable[[Site], fl
 
 
 def _groups(site: Site) -> int:
-    assert isinstance(site.form, LowRank)
-    decomposition = site.spec.decomposition(site.form)
-    return decomposition.groups if isinstance(decomposition, Grouped) else 1
+    return site.spec.geometry.groups
 
 
 def _directions(site: Site) -> int:

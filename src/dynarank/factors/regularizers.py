@@ -1,16 +1,16 @@
 """Penalties on factors, as gradients added before the optimizer's step.
 
 Legend: ``W`` (n, m) a matricized weight, D = down (r, m), U = up (n, r), W = U D; F a factor as a
-tall matrix: U itself, or D'. c the coefficient, I an identity.
+tall matrix (..., m, r): U itself, or D'. c the coefficient, I an identity.
 
-Each penalty is a pure function of the factors (``penalties``), proven against automatic
-differentiation of its formula, and a class that adds it to the gradients of a model's present
-factors, whatever its forms have become since.
+Each penalty is a function from factors to gradients in closed form, tested against automatic
+differentiation, and a class that adds them to the gradients of a model's current factors, whatever
+form the layers have changed to since.
 
-What is not finite in a penalty's gradient is not added, and a parameter without a gradient gets
+Non-finite entries of a penalty's gradient are not added, and a parameter without a gradient gets
 none: a penalty never spoils a finite gradient and never hides a bad one. The gradients are computed
-in fp32 at least. As any gradient they go through the optimizer: under AdamW this is not a decoupled
-decay, and weight decay of the optimizer's own comes on top.
+in fp32 or wider. They go through the optimizer like any gradient: under AdamW this is not a
+decoupled decay, and the optimizer's own weight decay comes on top.
 """
 
 from __future__ import annotations
@@ -28,31 +28,78 @@ from torch.utils.hooks import RemovableHandle
 
 from dynarank.decompositions import Decomposition, Factors
 from dynarank.factors.live_sites import LiveSites
-from dynarank.factors.penalties import (
-    frobenius_gradients,
-    orthogonality_gradient,
-    srip_gradient,
-    tall_matrices,
-    through_norms,
-)
 from dynarank.forms import Adapted, FullRank
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import Site
 
 __all__ = [
     "SRIP",
-    "DoubleSoftOrthogonality",
     "FrobeniusDecay",
     "Regularizer",
     "SoftOrthogonality",
+    "orthogonality_gradient",
+    "srip_gradient",
+    "tall_matrices",
 ]
+
+
+def frobenius_gradients(decomposition: Decomposition, factors: Factors) -> Factors:
+    """The gradients of ``1/2 ||join(factors)||_F^2``: ``pull(factors, join(factors))``.
+
+    For an SVD pair ``(U'U) D`` and ``U (D D')``: 2 r^2 (m + n) multiplications, W never formed.
+    """
+    if not decomposition.is_pair:
+        return decomposition.pull(factors, decomposition.join(factors))
+    down, up = (f.flatten(1).unflatten(0, (decomposition.groups, -1)) for f in factors)
+    pulled = (up.mT @ up) @ down, up @ (down @ down.mT)
+    return tuple(g.reshape(f.shape) for g, f in zip(pulled, factors, strict=True))
+
+
+def orthogonality_gradient(tall: Tensor) -> Tensor:
+    """``4 F (F'F - I)``, the gradient of ``||F'F - I||_F^2``; F (..., m, r)."""
+    return 4 * tall @ _excess(tall)
+
+
+def srip_gradient(tall: Tensor, iterations: int = 10) -> Tensor:
+    """``2 sign(mu) F v v'`` with the top eigenpair (mu, v) of ``F'F - I``; F (..., m, r)."""
+    excess = _excess(tall)  # (..., r, r)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(tall.shape[-1], 1, generator=generator, dtype=torch.float64)
+    vector = start.to(tall).expand(*tall.shape[:-2], -1, -1)
+    tiny = torch.finfo(tall.dtype).tiny
+    for _ in range(iterations):
+        vector = excess @ vector
+        vector = vector / vector.norm(dim=-2, keepdim=True).clamp(min=tiny)
+    value = vector.mT @ excess @ vector  # (..., 1, 1)
+    return 2 * value.sign() * (tall @ vector) @ vector.mT
+
+
+def tall_matrices(decomposition: Decomposition, factors: Factors) -> tuple[Tensor, Tensor]:
+    """The first factor transposed (groups, m, r) and the last (groups, n, r), as matrices."""
+    ends, groups = (factors[0], factors[-1]), decomposition.groups
+    first, last = (f.flatten(1).unflatten(0, (groups, -1)) for f in ends)
+    return first.mT, last
+
+
+def through_norms(rule: Callable[[Tensor], Tensor], tall: Tensor) -> Tensor:
+    """The gradient by F where ``rule`` is that by N = F with columns of norm 1; 0 where F is 0."""
+    norms = tall.norm(dim=-2, keepdim=True)
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    unit = tall * inverse
+    gradient = rule(unit)
+    return (gradient - unit * (unit * gradient).sum(-2, keepdim=True)) * inverse
+
+
+def _excess(tall: Tensor) -> Tensor:
+    gram = tall.mT @ tall
+    return gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
 
 
 class Regularizer:
     """A penalty on the factors of a model. ``add_gradients`` comes between backward and step.
 
     Args:
-        model: the model; its present factors are looked up at each call.
+        model: the model; its current factors are looked up at each call.
         coefficient: c >= 0, finite.
         layers: which weights, a filter or glob patterns; None: every weight that is handled.
 
@@ -93,7 +140,7 @@ class Regularizer:
         where a fused optimizer unscales them itself, the penalty is scaled alike.
 
         Raises:
-            ValueError: (at a step) the step has a closure, which computes the gradients anew.
+            ValueError: (at a step) the step has a closure, which recomputes the gradients.
         """
         return optimizer.register_step_pre_hook(self._before_step)  # pyright: ignore
 
@@ -156,7 +203,7 @@ class FrobeniusDecay(Regularizer):
         if isinstance(form, Adapted):
             pulled = tuple(g * form.scale**2 for g in pulled)
             if self._adapted == "weight":
-                base = site.spec.turn(_wide(site.spec.base(form, site.parameters())))
+                base = site.spec.to_canonical(_wide(site.spec.base(form, site.parameters())))
                 extra = decomposition.pull(wide, base * form.scale)
                 pulled = tuple(g + e for g, e in zip(pulled, extra, strict=True))
         return list(zip(factors, pulled, strict=True))
@@ -203,18 +250,6 @@ class SoftOrthogonality(Regularizer):
             return []
         rule = partial(through_norms, self.gradient) if self._normalized else self.gradient
         return _end_gradients(site.spec.decomposition(site.form), site.factors(), rule)
-
-
-class DoubleSoftOrthogonality(SoftOrthogonality):
-    """``R = ||F'F - I||_F^2 + ||FF' - I||_F^2``; else as :class:`SoftOrthogonality`.
-
-    For a tall F the two terms differ by the constant m - r: the gradient is exactly twice that of
-    soft orthogonality, so this is the same penalty with double the coefficient.
-    """
-
-    def gradient(self, tall: Tensor) -> Tensor:
-        """``8 F (F'F - I)``."""
-        return 2 * orthogonality_gradient(tall)
 
 
 class SRIP(SoftOrthogonality):

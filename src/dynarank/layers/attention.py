@@ -3,8 +3,8 @@
 Legend: N batch, L and S the lengths of query and key, d the embedding, H heads of D = d / H.
 
 With every weight full-rank it is torch's own forward pass. Otherwise torch's would read each
-effective weight several times, joining it anew each time, so the projections are made here, each
-the way its form says, and then torch's attention products are followed.
+effective weight several times, joining it again each time, so the projections are computed here,
+each as its form says, followed by torch's attention products.
 
 The fast paths of ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder`` (evaluation, no
 gradients) do not call this module at all: they read the effective weights, each joined twice, and
@@ -39,8 +39,8 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
 
     The joint weight of the in-projections, ``in_proj_weight`` (3d, d), is one weight; with ``kdim``
     or ``vdim`` there are ``q_proj_weight`` (d, d), ``k_proj_weight`` (d, kdim) and
-    ``v_proj_weight`` (d, vdim). ``out_proj`` is a layer of its own. Different inputs meet rows of
-    the joint weight, and share its first factor.
+    ``v_proj_weight`` (d, vdim). ``out_proj`` is a layer of its own. Different inputs are multiplied
+    by rows of the joint weight, and share its first factor.
 
     A share of the joint weight's *outputs* is a share of 3d, and no rank above d is of use:
     ``Rank(share, of="min")`` means a share of d there and in every other projection.
@@ -140,9 +140,9 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         projected: list[Tensor] = []
         for part in _parts(self, query, key, value):
             own = None if bias is None else bias[slice(*part.outputs)]
-            spec = self.spec(part.name)
-            spec = spec if part.rows is None else spec.rows(*part.rows)
-            y = self.multiply(spec, part.input, _LINEAR, own)
+            weight = self.resolved(part.name)
+            weight = weight if part.rows is None else weight.rows(*part.rows)
+            y = self.multiply(weight, part.input, own)
             projected += y.split(self.embed_dim, -1)
         return projected
 
@@ -180,7 +180,7 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
 
 @dataclass(frozen=True)
 class _Part:
-    """An input, the weight it meets (some rows of it) and the outputs that makes, of all 3d."""
+    """An input, the weight (or rows of it) that multiplies it, and which outputs these are."""
 
     name: str
     input: Tensor
@@ -189,7 +189,7 @@ class _Part:
 
 
 def _parts(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[_Part]:
-    """Neighbors that are one tensor meet the joint weight together."""
+    """Query, key and value; adjacent ones that are the same tensor are multiplied together."""
     found: list[_Part] = []
     for i, (letter, x) in enumerate(zip("qkv", (query, key, value), strict=True)):
         start, stop = i * m.embed_dim, (i + 1) * m.embed_dim
@@ -203,7 +203,7 @@ def _parts(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) 
 
 
 def _trains(module: nn.Module, name: str = "") -> bool:
-    """Whether the weight does that the parameters whose names begin so make up."""
+    """Whether the weight whose parameters' names begin with ``name`` trains."""
     own = module.named_parameters(recurse=False)
     return any(p.requires_grad for n, p in own if n.startswith(name) and not n.endswith("bias"))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dynarank.decompositions import Geometry
 from dynarank.forms import FullRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.ranked import RankedLayer, effective, one_call
 from dynarank.layers.weight import WeightSpec
 
 __all__ = [
@@ -28,6 +28,8 @@ __all__ = [
 class _RankedConv(RankedLayer):
     """What convolutions have in common."""
 
+    weight = effective("weight")
+
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
         """One weight, (out, in / groups, *kernel)."""
@@ -38,14 +40,11 @@ class _RankedConv(RankedLayer):
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
         """The padded input under the kernel."""
-        x, geometry = cls.meet(module, inputs)
-        own = module.named_parameters(recurse=False)
-        trains = any(p.requires_grad for n, p in own if n != "bias")
-        return {"weight": [Call(tuple(x.shape), geometry, x.requires_grad, trains)]}
+        return {"weight": [one_call(module, *cls.padded(module, inputs))]}
 
     @classmethod
-    def meet(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
-        """The input as the kernel meets it, and how the kernel slides over that."""
+    def padded(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
+        """The input, padded unless the kernel pads it with zeros itself, and the geometry."""
         conv, x = cast(Any, module), cast(Tensor, inputs["input"])
         geometry = _geometry(conv)
         if conv.padding_mode != "zeros" or (conv.padding == "same" and not _symmetric(conv)):
@@ -58,16 +57,16 @@ class _RankedConv(RankedLayer):
         """The convolution with the effective weight."""
         if isinstance(self.form, FullRank):
             return cast(Tensor, self.plain.forward(self, input))
-        x, geometry = type(self).meet(self, {"input": input})
-        return self.multiply(self.spec(), x, geometry, cast(Any, self).bias)
+        x, geometry = type(self).padded(self, {"input": input})
+        return self.multiply(self.resolved(), x, cast(Any, self).bias, geometry)
 
 
 class _RankedTransposed(_RankedConv):
     """What transposed convolutions have in common."""
 
     @classmethod
-    def meet(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
-        """The input, and the geometry that gives the wanted output size."""
+    def padded(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
+        """The input, and the geometry that gives the requested output size."""
         conv, x = cast(Any, module), cast(Tensor, inputs["input"])
         g = _geometry(conv)
         size = inputs.get("output_size")
@@ -80,50 +79,44 @@ class _RankedTransposed(_RankedConv):
         """The transposed convolution with the effective weight."""
         if isinstance(self.form, FullRank):
             return cast(Tensor, self.plain.forward(self, input, output_size))
-        x, geometry = type(self).meet(self, {"input": input, "output_size": output_size})
-        return self.multiply(self.spec(), x, geometry, cast(Any, self).bias)
+        x, geometry = type(self).padded(self, {"input": input, "output_size": output_size})
+        return self.multiply(self.resolved(), x, cast(Any, self).bias, geometry)
 
 
 class RankedConv1d(_RankedConv, nn.Conv1d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A one-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv1d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConv2d(_RankedConv, nn.Conv2d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A two-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv2d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConv3d(_RankedConv, nn.Conv3d):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A three-dimensional convolution in one of the three forms."""
 
     plain = nn.Conv3d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConvTranspose1d(_RankedTransposed, nn.ConvTranspose1d):  # pyright: ignore
     """A one-dimensional transposed convolution in one of the three forms."""
 
     plain = nn.ConvTranspose1d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConvTranspose2d(_RankedTransposed, nn.ConvTranspose2d):  # pyright: ignore
     """A two-dimensional transposed convolution in one of the three forms."""
 
     plain = nn.ConvTranspose2d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 class RankedConvTranspose3d(_RankedTransposed, nn.ConvTranspose3d):  # pyright: ignore
     """A three-dimensional transposed convolution in one of the three forms."""
 
     plain = nn.ConvTranspose3d
-    weight = effective("weight")  # type: ignore[assignment]
 
 
 def _geometry(conv: Any) -> Geometry:

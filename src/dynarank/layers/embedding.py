@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynarank.decompositions import Factors
+from dynarank.decompositions import Factors, Geometry
 from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
-from dynarank.layers.linear import linear_call
-from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.ranked import RankedLayer, effective, one_call
 from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedEmbedding"]
@@ -55,16 +55,16 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
 
     def forward(self, input: Tensor) -> Tensor:
         """Rows of the effective weight."""
-        spec, form = self.spec(), self.form
+        form, weight = self.form, self.resolved()
         if isinstance(form, FullRank):
             return super().forward(input)
-        way = self.way(spec, form, _call(self, input))
-        if way.name in ("joined", "merged"):
+        if self.execution(weight, _call(self, input)).name in ("joined", "merged"):
             return F.embedding(input, self.weight, self.padding_idx)
-        rows = _rows(input, spec.factors(form, cast(dict[str, Tensor], self._parameters)), self)
+        parameters = cast(dict[str, Tensor], self._parameters)
+        rows = _rows(input, weight.factors(parameters), self)
         if isinstance(form, LowRank):
             return rows
-        return F.embedding(input, cast(Tensor, self._parameters["base"])) + form.scale * rows
+        return F.embedding(input, weight.base(parameters)) + form.scale * rows
 
 
 def _rows(indices: Tensor, factors: Factors, table: nn.Embedding) -> Tensor:
@@ -76,5 +76,5 @@ def _rows(indices: Tensor, factors: Factors, table: nn.Embedding) -> Tensor:
 
 
 def _call(module: nn.Module, indices: Tensor) -> Call:
-    trains = torch.is_grad_enabled() and linear_call(module, indices).trains
-    return Call(tuple(indices.shape), linear_call(module, indices).geometry, False, trains)
+    call = one_call(module, indices, Geometry())
+    return replace(call, input_grad=False, trains=torch.is_grad_enabled() and call.trains)

@@ -1,4 +1,4 @@
-"""How a form multiplies, and what each way costs: the cheaper one runs.
+"""How a form is executed, and what each execution costs: the cheapest one runs.
 
 Legend: 1 multiply-accumulate = 2 FLOPs; W (n, m) as a matrix, N rows, r the rank; J = the FLOPs of
 ``join`` (2mnr for an SVD), k = r(m + n) / (mn).
@@ -23,7 +23,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dynarank.decompositions import Geometry, output_shape
+from dynarank.decompositions import Geometry
+from dynarank.decompositions.geometry import output_shape
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.weight import WeightSpec
 
@@ -53,7 +54,7 @@ class Call:
     """One use of a weight in a forward pass.
 
     Args:
-        shape: of the input as the weight meets it, padded.
+        shape: of the input that the weight is applied to, padded.
         geometry: how the weight slides over that.
         input_grad: whether the input needs a gradient.
         trains: whether the weight does.
@@ -69,13 +70,13 @@ class Call:
     device: str = "cpu"
 
     def own_executions(self, spec: WeightSpec, form: Form) -> list[Execution] | None:
-        """The ways to compute it, where they are not those of a multiplication."""
+        """The executions, where they are not those of a multiplication."""
         return None
 
 
 @dataclass(frozen=True)
 class Execution:
-    """One way to compute a form.
+    """How a form is computed, and what that costs.
 
     Args:
         name: ``"full-rank"``, ``"factored"``, ``"joined"``, ``"merged"`` or ``"two-branch"``.
@@ -100,8 +101,9 @@ class Execution:
 
 
 def choose_execution(spec: WeightSpec, form: Form, call: Call) -> Execution:
-    """The way the form asks for; for ``"auto"`` that of the fewest FLOPs, forward alone if nothing
-    needs a gradient. The form's rank must be resolved.
+    """The execution that the form asks for; for ``"auto"``, the one of the fewest FLOPs.
+
+    FLOPs of the forward pass alone if nothing needs a gradient. The form's rank must be resolved.
 
     Example:
         >>> from dynarank.decompositions import Geometry
@@ -118,7 +120,7 @@ def choose_execution(spec: WeightSpec, form: Form, call: Call) -> Execution:
 
 
 def executions(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
-    """Every way the form allows to compute ``call``."""
+    """Every execution of ``call`` that the form allows."""
     if call.rows is not None:
         return executions(spec.rows(*call.rows), form, replace(call, rows=None))
     if (own := call.own_executions(spec, form)) is not None:
@@ -130,7 +132,7 @@ def executions(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
         return [Execution("full-rank", Flops(whole, whole * (1 + call.input_grad + call.trains)))]
     makers = _LOW_RANK if isinstance(form, LowRank) else _ADAPTED
     chosen = makers if form.execution == "auto" else {form.execution: makers[form.execution]}
-    return [way for make in chosen.values() for way in make(spec, form, call)]
+    return [one for make in chosen.values() for one in make(spec, form, call)]
 
 
 def map_flops(input_shape: Sequence[int], weight: Sequence[int], geometry: Geometry) -> int:
@@ -213,10 +215,10 @@ def _lookups(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
     each = 2 * math.prod(call.shape) * sum(sizes), _join_flops(spec, form)
     names = ("factored", "joined") if isinstance(form, LowRank) else ("two-branch", "merged")
     found = [
-        Execution(name, Flops(one, one * (1 + 2 * call.trains)))
-        for name, one in zip(names, each, strict=True)
+        Execution(name, Flops(flops, flops * (1 + 2 * call.trains)))
+        for name, flops in zip(names, each, strict=True)
     ]
-    return [way for way in found if form.execution in ("auto", way.name)]
+    return [one for one in found if form.execution in ("auto", one.name)]
 
 
 _Makers = dict[str, Callable[[WeightSpec, Any, Call], list[Execution]]]

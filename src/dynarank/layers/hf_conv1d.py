@@ -1,20 +1,16 @@
-"""The ``Conv1D`` of transformers' GPT-2 and its kin in the three forms: a linear layer that keeps
-its weight as (in, out).
+"""The ``Conv1D`` of transformers (GPT-2) in the three forms: a linear layer, W stored (in, out).
 
 Import this only where transformers is imported already.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dynarank.forms import FullRank
-from dynarank.layers.execution import Call
-from dynarank.layers.linear import linear_call
 from dynarank.layers.ranked import RankedLayer, effective
 from dynarank.layers.weight import WeightSpec
 
@@ -30,18 +26,12 @@ class RankedConv1D(RankedLayer, Conv1D):
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
-        """One weight, kept as (in, out)."""
+        """One weight, stored as (in, out)."""
         layer = cast(Any, module)
         return (WeightSpec("weight", (layer.nf, layer.nx), swapped=True),)
-
-    @classmethod
-    def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """The input times the weight."""
-        return {"weight": [linear_call(module, cast(Tensor, inputs["x"]))]}
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W + bias`` with the effective weight."""
         if isinstance(self.form, FullRank):
             return super().forward(x)
-        spec = self.spec()
-        return self.multiply(spec, x, spec.geometry, cast(Any, self).bias)
+        return self.multiply(self.resolved(), x, cast(Any, self).bias)

@@ -2,11 +2,11 @@
 
 Legend: ``x`` the input, ``dy`` the gradient of the output, N rows, W (n, m), r the rank.
 
-Autograd on ``linear_map(x, base + scale * join(factors))`` gives the right gradients by way of
-``G = dy' x``, the gradient of the whole weight (2Nmn FLOPs) that is then projected on the factors.
-The chain rule has a second way that never forms G: the factors' gradients are those of the chain
-``x -> factors -> dy`` (4Nr(m + n) for an SVD). :class:`MergedProduct` takes either; it saves the
-input and, if asked, the merged weight, and nothing else that grows with the batch.
+Autograd on ``linear_map(x, base + scale * join(factors))`` first forms ``G = dy' x``, the gradient
+of the whole weight (2Nmn FLOPs), and projects it on the factors. The factors' gradients can also be
+computed without G: they are those of the chain ``x -> factors -> dy`` (4Nr(m + n) for an SVD).
+:class:`MergedProduct` does either; it saves the input and, if asked, the merged weight, and nothing
+else that grows with the batch.
 
 The same for any decomposition, and for convolutions, where merging in weight space replaces whole
 feature maps by one small sum (Cherniuk et al., RunLoRA, arXiv 2312.03415, for linear layers).
@@ -23,13 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dynarank.decompositions.base import (
-    Decomposition,
-    Factors,
-    Geometry,
-    linear_map,
-    swap_channels,
-)
+from dynarank.decompositions import Decomposition, Factors, Geometry
+from dynarank.decompositions.geometry import linear_map, swap_channels
 
 __all__ = ["MergedProduct", "Merging", "input_gradient", "merged_product", "weight_gradient"]
 
@@ -43,8 +38,8 @@ class Merging:
         scale: of the adapter.
         geometry: how the weight slides.
         stages: how the factors slide.
-        thin: gradients of the factors by the chain (True) or by way of the whole gradient.
-        keep: keep the merged weight for the backward pass; else it is joined again there.
+        thin: gradients of the factors by the chain (True) or from the whole gradient.
+        keep: keep the merged weight for the backward pass; else it is formed again there.
     """
 
     decomposition: Decomposition
@@ -72,7 +67,7 @@ def merged_product(
         base: (out, in / groups, *kernel), canonical.
         factors: in one dtype with ``x``.
         bias: (out,) or None.
-        how: the way.
+        how: how it is computed.
 
     Not differentiable twice: use two branches for that.
     """
@@ -105,7 +100,7 @@ class MergedProduct(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The input's gradient by the merged weight, the factors' by the cheaper way."""
+        """The input's gradient by the merged weight, the factors' as ``how`` says."""
         (dy,) = grads
         x, weight, base, *parts = ctx.saved_tensors
         how, factors = ctx.how, tuple(parts)

@@ -9,24 +9,25 @@ ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.L
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from dynarank.decompositions import Geometry, apply, linear_map, precise
+from dynarank.decompositions import Geometry, precise
+from dynarank.decompositions.geometry import apply, linear_map
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.execution import Call, Execution, choose_execution
 from dynarank.layers.merged import Merging, merged_product
-from dynarank.layers.weight import WeightSpec
+from dynarank.layers.weight import ResolvedWeight, WeightSpec
 
-__all__ = ["RankedLayer", "effective", "own_parameters"]
-
+__all__ = ["RankedLayer", "effective", "one_call", "own_parameters"]
 
 _REMEMBERED = 256  # shapes of inputs
-_FULL_RANK = FullRank()
+_RESOLVED = ("_weights", "_executions")  # what follows from the forms
+_OWN = ("forms", "last_factored_forms", *_RESOLVED)
 
 
 class RankedLayer(nn.Module):
@@ -35,15 +36,17 @@ class RankedLayer(nn.Module):
     Its parameters, and so its ``state_dict`` keys, are those of the plain layer, except that a
     weight that is low-rank is replaced by its factors (``down``, ``up``), and one that is adapted
     by ``base`` and its factors. The effective weight can be read under its own name in every form.
+
+    To add a layer, derive from this class and the plain one, set ``plain``, write ``specs`` and
+    ``forward`` (and ``calls``, if it is not one multiplication of the first argument), and pass
+    both classes to :func:`dynarank.register_layer`. See ``examples/06_own_layer.py``.
     """
 
     plain: ClassVar[type[nn.Module]]
     forms: dict[str, Form]  # by the weight's name
-    last_factored_forms: dict[
-        str, LowRank | Adapted
-    ]  # the last form with factors, for deflate without a rank
-    _specs: dict[str, WeightSpec]
-    _ways: dict[object, Execution]  # those taken so far
+    last_factored_forms: dict[str, LowRank | Adapted]  # for deflate without a rank
+    _weights: dict[str, ResolvedWeight]
+    _executions: dict[object, Execution]  # chosen so far
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
@@ -59,114 +62,158 @@ class RankedLayer(nn.Module):
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
         """How a forward pass with these arguments, by name, uses each weight.
 
-        The weights of a child that :meth:`reads` lists too, under ``child.name``.
+        Also the weights of ``fused_children``, under ``child.name``. By default the first argument
+        is multiplied by the only weight.
         """
-        raise NotImplementedError
+        (spec,), x = cls.specs(module), cast(Tensor, next(iter(inputs.values())))
+        return {spec.name: [one_call(module, x, spec.geometry)]}
 
     @classmethod
     def fused_children(cls, module: nn.Module) -> tuple[nn.Module, ...]:
-        """Children whose weights the plain forward pass reads, rather than calling the child.
+        """Children whose weights the plain forward pass uses itself, without calling the child.
 
         The module becomes ranked with them, and calls them then.
         """
         return ()
 
-    def enter(self) -> None:
-        """Called when the module has become ranked, and after each change of form."""
-        self.__dict__["_specs"] = {spec.name: spec for spec in type(self).specs(self)}
-        self.__dict__["_ways"] = {}
+    @classmethod
+    def from_plain(cls, module: nn.Module) -> RankedLayer:
+        """Make a module of the plain class one of this class, in place, every weight full-rank.
 
-    def leave(self) -> None:
-        """Called before the module becomes plain again; every weight is full-rank then."""
-        for name in ("forms", "last_factored_forms", "_specs", "_ways"):
+        A module that is ranked already stays as it is.
+        """
+        if not isinstance(module, RankedLayer):
+            module.__class__ = cls
+            assert isinstance(module, RankedLayer)
+            module.forms = {spec.name: FullRank() for spec in cls.specs(module)}
+            module.last_factored_forms = {}
+            module.form_changed()
+        return module
+
+    def to_plain(self) -> nn.Module:
+        """Make it a module of the plain class again, in place; every weight must be full-rank."""
+        assert all(isinstance(form, FullRank) for form in self.forms.values()), self.forms
+        for name in _OWN:
             del self.__dict__[name]
         self.__class__ = self.plain  # type: ignore[assignment]
+        return self
+
+    def plain_like(self) -> nn.Module:
+        """A module of the plain class with the same attributes, its parameters' table included."""
+        shell = self.plain.__new__(self.plain)
+        shell.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN})
+        return shell
+
+    def set_form(self, name: str, form: Form) -> None:
+        """Note that a weight has this form; its parameters have been replaced already."""
+        for factored in (self.forms[name], form):
+            if not isinstance(factored, FullRank):
+                self.last_factored_forms = {**self.last_factored_forms, name: factored}
+        self.forms = {**self.forms, name: form}
+        self.form_changed()
+
+    def form_changed(self) -> None:
+        """Look up what follows from the forms; called when one has changed."""
+        specs = type(self).specs(self)
+        self._weights = {spec.name: spec.resolved(self.forms[spec.name]) for spec in specs}
+        self._executions = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in _RESOLVED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.form_changed()
 
     @property
     def form(self) -> Form:
         """The form of the layer's only weight."""
         return self.forms["weight"]
 
-    def spec(self, name: str = "weight") -> WeightSpec:
-        """The weight of this name."""
-        return self._specs[name]
+    def resolved(self, name: str = "weight") -> ResolvedWeight:
+        """The weight of this name in its form."""
+        return self._weights[name]
 
     def effective_weight(self, name: str = "weight") -> Tensor:
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
-        form = self.forms.get(name, _FULL_RANK)
         parameters = cast(dict[str, Tensor], self._parameters)
-        return (
-            parameters[name]
-            if isinstance(form, FullRank)
-            else self.spec(name).effective(form, parameters)
-        )
+        weight = self._weights.get(name)
+        return parameters[name] if weight is None else weight.effective(parameters)
 
     def multiply(
-        self, spec: WeightSpec, x: Tensor, geometry: Geometry, bias: Tensor | None
+        self,
+        weight: ResolvedWeight,
+        x: Tensor,
+        bias: Tensor | None = None,
+        geometry: Geometry | None = None,
     ) -> Tensor:
-        """``x`` times the effective weight plus bias, the way the form says.
+        """``x`` times the effective weight plus bias, executed as the form says.
 
         Args:
-            spec: the weight.
+            weight: one of the layer's, from :meth:`resolved`.
             x: (..., in) or (batch, in, *positions), padded already if the layer pads by a mode.
-            geometry: how the weight slides over ``x``.
             bias: (out,) or None.
+            geometry: how the weight slides over ``x``; None: as its spec says.
         """
-        form = self.forms.get(spec.name, _FULL_RANK)
+        form, spec = weight.form, weight.spec
+        geometry = spec.geometry if geometry is None else geometry
         parameters = cast(dict[str, Tensor], self._parameters)
         if isinstance(form, FullRank):
-            return linear_map(x, spec.turn(spec.base(form, parameters)), geometry, bias)
-        way = self._way(spec, form, x, geometry)
-        if isinstance(form, LowRank) and way.name == "factored":
-            return _chain(spec, form, parameters, x, geometry, bias)
-        if isinstance(form, Adapted) and way.name == "two-branch":
-            whole = linear_map(x, spec.turn(spec.base(form, parameters)), geometry, bias)
-            return whole + _chain(spec, form, parameters, x, geometry, None)
+            return linear_map(x, spec.to_canonical(weight.base(parameters)), geometry, bias)
+        execution = self._execution(weight, x, geometry)
+        if execution.name == "factored":
+            return _chain(weight, parameters, x, geometry, bias)
+        if execution.name == "two-branch":
+            base = spec.to_canonical(weight.base(parameters))
+            whole = linear_map(x, base, geometry, bias)
+            return whole + _chain(weight, parameters, x, geometry, None)
         if isinstance(form, Adapted):
-            return _merged(spec, form, parameters, x, geometry, bias, way)
-        return linear_map(x, spec.turn(spec.effective(form, parameters)), geometry, bias)
+            return _merged(weight, parameters, x, geometry, bias, execution)
+        return linear_map(x, weight.joined(parameters), geometry, bias)
 
-    def _way(self, spec: WeightSpec, form: Form, x: Tensor, geometry: Geometry) -> Execution:
+    def _execution(self, weight: ResolvedWeight, x: Tensor, geometry: Geometry) -> Execution:
         grad = torch.is_grad_enabled()
-        last = self._parameters[spec.parameter_names(form)[-1]]
+        last = self._parameters[weight.names[-1]]
         trains = grad and last is not None and last.requires_grad
         input_grad = grad and x.requires_grad
+        key = None
         if not torch.compiler.is_compiling():  # the usual case, before anything is built
-            known = self._ways.get((spec.name, spec.shape, x.shape, input_grad, trains))
-            if known is not None:
+            key = (weight.spec.name, weight.spec.shape, x.shape, input_grad, trains)
+            if (known := self._executions.get(key)) is not None:
                 return known
-        call = Call(tuple(x.shape), geometry, input_grad, trains)
-        return self.way(spec, form, call, (spec.name, spec.shape, x.shape, input_grad, trains))
+        return self.execution(weight, Call(tuple(x.shape), geometry, input_grad, trains), key)
 
-    def way(self, spec: WeightSpec, form: Form, call: Call, key: object = None) -> Execution:
-        """The way to compute ``call``, remembered by the key, or else by the call itself."""
+    def execution(self, weight: ResolvedWeight, call: Call, key: object = None) -> Execution:
+        """How ``call`` is computed; remembered by the key, or else by the weight and the call."""
         if torch.compiler.is_compiling():
-            return choose_execution(spec, form, call)
-        key = key or (spec.name, spec.shape, call)
-        if key not in self._ways:
-            if len(self._ways) >= _REMEMBERED:
-                self._ways.clear()
-            self._ways[key] = choose_execution(spec, form, call)
-        return self._ways[key]
+            return choose_execution(weight.spec, weight.form, call)
+        key = key or (weight.spec.name, weight.spec.shape, call)
+        if key not in self._executions:
+            if len(self._executions) >= _REMEMBERED:
+                self._executions.clear()
+            self._executions[key] = choose_execution(weight.spec, weight.form, call)
+        return self._executions[key]
 
     @torch.no_grad()
-    def set_weight_(self, name: str, weight: Tensor) -> None:
+    def set_weight_(self, name: str, value: Tensor) -> None:
         """Give a weight this value in the form it has: truncated if low-rank, the base if adapted.
 
         Args:
             name: the weight's.
-            weight: the way the module keeps it.
+            value: as the module stores it.
         """
-        form, spec = self.forms[name], self.spec(name)
-        parameters = cast(dict[str, Tensor], self._parameters)
-        if isinstance(form, LowRank):
-            split = spec.decomposition(form).split(spec.turn(precise(weight)), form.resolved_rank)
-            for factor, value in zip(spec.factors(form, parameters), split, strict=True):
-                factor.copy_(value)
+        weight, parameters = self._weights[name], cast(dict[str, Tensor], self._parameters)
+        if isinstance(weight.form, LowRank):
+            assert weight.decomposition is not None
+            canonical, rank = weight.spec.to_canonical(precise(value)), weight.form.resolved_rank
+            split = weight.decomposition.split(canonical, rank)
+            for factor, new in zip(weight.factors(parameters), split, strict=True):
+                factor.copy_(new)
             return
-        spec.base(form, parameters).copy_(weight)
-        if isinstance(form, Adapted):
-            spec.factors(form, parameters)[-1].zero_()
+        weight.base(parameters).copy_(value)
+        if isinstance(weight.form, Adapted):
+            weight.factors(parameters)[-1].zero_()
 
     def extra_repr(self) -> str:
         """The plain layer's, and the forms."""
@@ -191,16 +238,23 @@ def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
     return module._parameters  # pyright: ignore[reportPrivateUsage]
 
 
+def one_call(module: nn.Module, x: Tensor, geometry: Geometry) -> Call:
+    """One multiplication of ``x`` by the only weight of a module."""
+    own = own_parameters(module).items()
+    trains = any(p is not None and p.requires_grad and name != "bias" for name, p in own)
+    return Call(tuple(x.shape), geometry, x.requires_grad, trains)
+
+
 def _chain(
-    spec: WeightSpec,
-    form: LowRank | Adapted,
+    weight: ResolvedWeight,
     parameters: Mapping[str, Tensor],
     x: Tensor,
     geometry: Geometry,
     bias: Tensor | None,
 ) -> Tensor:
     """The factors one after another; an adapter's are scaled."""
-    factors, stages = spec.factors(form, parameters), spec.stages(form, geometry)
+    form, factors, stages = weight.form, weight.factors(parameters), weight.stages(geometry)
+    assert not isinstance(form, FullRank)
     if isinstance(form, Adapted):
         *first, last = factors
         factors = (*first, last * form.scale)  # cheaper than scaling the output
@@ -210,30 +264,26 @@ def _chain(
 
 
 def _merged(
-    spec: WeightSpec,
-    form: Adapted,
+    weight: ResolvedWeight,
     parameters: Mapping[str, Tensor],
     x: Tensor,
     geometry: Geometry,
     bias: Tensor | None,
-    way: Execution,
+    execution: Execution,
 ) -> Tensor:
     """One product; under autocast in its dtype, as every product there."""
-    factors = spec.factors(form, parameters)
+    form, spec, factors = weight.form, weight.spec, weight.factors(parameters)
+    assert isinstance(form, Adapted) and weight.decomposition is not None
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         x, factors = x.to(dtype), tuple(f.to(dtype) for f in factors)
         bias = None if bias is None else bias.to(dtype)
     unbatched = spec.dims > 0 and x.ndim == spec.dims + 1
+    stages = weight.stages(geometry)
     how = Merging(
-        spec.decomposition(form),
-        form.scale,
-        geometry,
-        spec.stages(form, geometry),
-        way.thin,
-        way.keep,
+        weight.decomposition, form.scale, geometry, stages, execution.thin, execution.keep
     )
-    base = spec.turn(spec.base(form, parameters))
+    base = spec.to_canonical(weight.base(parameters))
     y = merged_product(x.unsqueeze(0) if unbatched else x, base, factors, bias, how)
     return y.squeeze(0) if unbatched else y

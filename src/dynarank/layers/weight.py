@@ -1,8 +1,8 @@
-"""One weight of a module: its name, shape, how it slides and how the module keeps it.
+"""One weight of a module: its name, shape and geometry, and the parameters it has in each form.
 
 A module may have several (a recurrent layer has two for each of its layers and directions), so what
 changes form is a weight, not a module. Forms, factors and geometry all speak of the canonical
-weight (out, in / groups, *kernel); the module may keep its weight another way round.
+weight (out, in / groups, *kernel); the module may store its weight transposed.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition
-from dynarank.decompositions.base import swap_channels
+from dynarank.decompositions.geometry import swap_channels
 from dynarank.forms import Adapted, Form, FullRank, LowRank, resolve_rank
 
-__all__ = ["WeightSpec"]
+__all__ = ["ResolvedWeight", "WeightSpec"]
 
 _LINEAR = Geometry()
 
@@ -29,7 +29,7 @@ class WeightSpec:
         name: the parameter's name in the plain module.
         shape: (out, in / groups, *kernel).
         geometry: how it slides.
-        swapped: whether the module keeps it as (in, out / groups, *kernel).
+        swapped: whether the module stores it as (in, out / groups, *kernel).
         lookup: whether the module looks up rows of it (an embedding) instead of multiplying by it.
     """
 
@@ -38,6 +38,11 @@ class WeightSpec:
     geometry: Geometry = _LINEAR
     swapped: bool = False
     lookup: bool = False
+
+    @property
+    def span(self) -> slice | None:
+        """Which rows of the parameters it is; None: all."""
+        return None
 
     @property
     def dims(self) -> int:
@@ -49,8 +54,12 @@ class WeightSpec:
         """The shape of one group's weight: what a rank refers to."""
         return self.shape[0] // self.geometry.groups, *self.shape[1:]
 
-    def turn(self, weight: Tensor) -> Tensor:
-        """From the way the module keeps it to the canonical way, and back (the same operation)."""
+    def to_canonical(self, stored: Tensor) -> Tensor:
+        """The weight as (out, in / groups, *kernel), from how the module stores it."""
+        return swap_channels(stored, self.geometry.groups) if self.swapped else stored
+
+    def from_canonical(self, weight: Tensor) -> Tensor:
+        """The weight as the module stores it, from (out, in / groups, *kernel)."""
         return swap_channels(weight, self.geometry.groups) if self.swapped else weight
 
     def decomposition(self, form: LowRank | Adapted) -> Decomposition:
@@ -91,23 +100,25 @@ class WeightSpec:
         """Whether a parameter of this name is the frozen weight of the adapted form."""
         return name == ("base" if self.name == "weight" else f"{self.name}_base")
 
-    def factors(self, form: LowRank | Adapted, parameters: Mapping[str, Tensor]) -> Factors:
-        """The factors among a module's parameters, in the order the input meets them."""
+    def resolved(self, form: Form) -> ResolvedWeight:
+        """The weight in this form, its decomposition and its parameters' names looked up once."""
         names = self.parameter_names(form)
-        return tuple(parameters[n] for n in (names[1:] if isinstance(form, Adapted) else names))
+        if isinstance(form, FullRank):
+            return ResolvedWeight(self, form, names, None, ())
+        stages = self.stages(form, self.geometry)
+        return ResolvedWeight(self, form, names, self.decomposition(form), stages)
+
+    def factors(self, form: LowRank | Adapted, parameters: Mapping[str, Tensor]) -> Factors:
+        """The factors among a module's parameters, from input to output."""
+        return self.resolved(form).factors(parameters)
 
     def base(self, form: FullRank | Adapted, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The base among a module's parameters, the way the module keeps its weight."""
-        return parameters[self.parameter_names(form)[0]]
+        """The base among a module's parameters, as the module stores it."""
+        return self.resolved(form).base(parameters)
 
     def effective(self, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``base + scale * join(factors)``, the way the module keeps its weight."""
-        if isinstance(form, FullRank):
-            return self.base(form, parameters)
-        joined = self.turn(self.decomposition(form).join(self.factors(form, parameters)))
-        if isinstance(form, LowRank):
-            return joined
-        return self.base(form, parameters) + form.scale * joined
+        """``base + scale * join(factors)``, as the module stores it."""
+        return self.resolved(form).effective(parameters)
 
     def rows(self, start: int, stop: int) -> WeightSpec:
         """The part of a linear weight that makes the outputs from ``start`` to ``stop``."""
@@ -126,7 +137,7 @@ class _Rows(WeightSpec):
     whole: int = 0  # rows
 
     @property
-    def span(self) -> slice:
+    def span(self) -> slice | None:
         return slice(self.start, self.start + self.shape[0])
 
     def factor_shapes(self, form: LowRank | Adapted) -> tuple[tuple[int, ...], ...]:
@@ -134,9 +145,58 @@ class _Rows(WeightSpec):
         *first, last = super(_Rows, whole).factor_shapes(form)
         return *first, (self.shape[0], *last[1:])
 
-    def factors(self, form: LowRank | Adapted, parameters: Mapping[str, Tensor]) -> Factors:
-        *first, last = super().factors(form, parameters)
-        return *first, last[self.span]
 
-    def base(self, form: FullRank | Adapted, parameters: Mapping[str, Tensor]) -> Tensor:
-        return super().base(form, parameters)[self.span]
+@dataclass(frozen=True)
+class ResolvedWeight:
+    """A weight in one form: what a forward pass would otherwise look up each time.
+
+    Args:
+        spec: the weight.
+        form: its form, the rank a number of directions.
+        names: of its parameters, base first.
+        decomposition: of its factors; None if it is full-rank.
+        own_stages: how the factors slide where the weight slides by its own geometry.
+    """
+
+    spec: WeightSpec
+    form: Form
+    names: tuple[str, ...]
+    decomposition: Decomposition | None
+    own_stages: tuple[Geometry, ...]
+
+    def factors(self, parameters: Mapping[str, Tensor]) -> Factors:
+        """The factors among a module's parameters, from input to output."""
+        names = self.names[1:] if isinstance(self.form, Adapted) else self.names
+        found = tuple([parameters[name] for name in names])
+        span = self.spec.span
+        return found if span is None else (*found[:-1], found[-1][span])
+
+    def base(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """The base among a module's parameters, as the module stores it."""
+        base, span = parameters[self.names[0]], self.spec.span
+        return base if span is None else base[span]
+
+    def joined(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``join(factors)``, canonical."""
+        assert self.decomposition is not None, self.form
+        return self.decomposition.join(self.factors(parameters))
+
+    def effective(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """``base + scale * join(factors)``, as the module stores it."""
+        if isinstance(self.form, FullRank):
+            return self.base(parameters)
+        joined = self.spec.from_canonical(self.joined(parameters))
+        if isinstance(self.form, LowRank):
+            return joined
+        return self.base(parameters) + self.form.scale * joined
+
+    def stages(self, geometry: Geometry) -> tuple[Geometry, ...]:
+        """How the factors slide where the weight slides by ``geometry``."""
+        if geometry is self.spec.geometry or geometry == self.spec.geometry:
+            return self.own_stages
+        assert not isinstance(self.form, FullRank), self.form
+        return self.spec.stages(self.form, geometry)
+
+    def rows(self, start: int, stop: int) -> ResolvedWeight:
+        """The part of a linear weight that makes the outputs from ``start`` to ``stop``."""
+        return replace(self, spec=self.spec.rows(start, stop))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dynarank.decompositions import SVD, Factors, precise
+from dynarank.decompositions import Factors, precise
 from dynarank.forms import Form, FullRank, LowRank, same_weight
 from dynarank.layers import WeightSpec
 from dynarank.monitors.singular_values import product_singular_values, singular_values
@@ -57,18 +57,18 @@ class LayerWeight:
 
     def factors(self) -> Factors | None:
         """``down`` and ``up``, as matrices, if the weight is their product; else None."""
-        if not isinstance(self.form, LowRank):
+        if not isinstance(self.form, LowRank) or self.spec.geometry.groups != 1:
             return None
-        if not isinstance(self.spec.decomposition(self.form), SVD):
+        if not self.spec.decomposition(self.form).is_pair:
             return None
         return tuple(f.detach().flatten(1) for f in self.spec.factors(self.form, self.parameters))
 
     def effective(self) -> Tensor:
         """The weight, canonical; joined in fp64, where rounding cannot raise a low rank."""
         if isinstance(self.form, FullRank):
-            return self.spec.turn(self.spec.base(self.form, self.parameters)).detach()
+            return self.spec.to_canonical(self.spec.base(self.form, self.parameters)).detach()
         precisely = {name: precise(p) for name, p in self.parameters.items()}
-        return self.spec.turn(self.spec.effective(self.form, precisely))
+        return self.spec.to_canonical(self.spec.effective(self.form, precisely))
 
 
 def layer_values(weight: LayerWeight) -> Tensor:

@@ -11,10 +11,9 @@ from pathlib import Path
 from torch import Tensor
 
 from dynarank.decompositions import (
-    DECOMPOSITIONS,
-    SVD,
     Decomposition,
     UnfitWeightError,
+    decomposition_names,
     get_decomposition,
     precise,
 )
@@ -105,7 +104,7 @@ def _values(files: WeightFiles, weight: StoredWeight) -> Tensor:
     parts = tuple(files.homes[name].read(name) for name in weight.tensors)
     if weight.decomposition is None:
         return singular_values(parts[0], exact=True)
-    if isinstance(weight.decomposition, SVD):
+    if weight.decomposition.is_pair and weight.decomposition.groups == 1:
         return product_singular_values(*(part.flatten(1) for part in parts))
     return singular_values(weight.decomposition.join(tuple(map(precise, parts))), exact=True)
 
@@ -118,7 +117,8 @@ def _chain(files: WeightFiles, down: str) -> StoredWeight | None:
     stem, dims = match[1] or "", len(files.stored(down).shape) - 2
     if not 0 <= dims <= 3:
         return None
-    chains = sorted(DECOMPOSITIONS.values(), key=lambda d: -len(d.factor_names(dims)))
+    known = map(get_decomposition, decomposition_names())
+    chains = sorted(known, key=lambda d: -len(d.factor_names(dims)))
     for decomposition in chains:  # the longest first: a shorter one may fit a part of it
         names = tuple(f"{stem}{factor}" for factor in decomposition.factor_names(dims))
         if all(name in files.homes and files.stored(name).dtype for name in names):

@@ -14,20 +14,16 @@ A weight of zeros has effective, stable and energy rank 0 and lambda 1.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from dynarank.decompositions import LinAlgError, UnfitWeightError, precise
-from dynarank.decompositions.numerics.linalg import as_stored, as_unit, gram
+from dynarank.decompositions.numerics.linalg import as_unit, gram
 
 __all__ = [
     "effective_rank",
     "energy_rank",
-    "largest_singular_value",
     "product_singular_values",
-    "quick_stable_rank",
     "singular_values",
     "spectral_ratio",
     "stable_rank",
@@ -136,93 +132,6 @@ def product_singular_values(down: Tensor, up: Tensor) -> Tensor:
         raise UnfitWeightError(f"the SVD of a product of shape {shape} failed: {error}") from error
     scaled = values * precise(down_scale) * precise(up_scale)
     return torch.cat([scaled, scaled.new_zeros(count - len(values))])
-
-
-def largest_singular_value(
-    weight: Tensor, start: Tensor | None = None, *, steps: int = 30
-) -> tuple[float, Tensor]:
-    """s1 and a singular vector for it, by products with the weight alone.
-
-    Power iteration that keeps all its vectors (Lanczos): s1 is found in the span of v, W W' v, ...,
-    and the residual of its vector says when to stop. On a 1024 x 3072 weight s1 is off by 4e-4 in
-    20 products if the spectrum is flat, where plain power iteration is off by 1e-2.
-
-    Args:
-        weight: (out, in, *kernel).
-        start: the vector that the last call gave; then a few products are enough. None: the same
-            random vector each time, of a generator of its own.
-        steps: the most products with W and W'.
-
-    Returns:
-        s1, and its singular vector on the weight's shorter side.
-
-    Raises:
-        ValueError: fewer than two dimensions.
-        UnfitWeightError: a value is not finite.
-
-    Source: Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix", 1965.
-
-    Example:
-        >>> s1, vector = largest_singular_value(torch.diag(torch.tensor([1.0, 3.0])))
-        >>> round(s1, 4)
-        3.0
-    """
-    matrix, scale = _short_and_wide(weight)
-    vector = _starting_vector(matrix, start)
-    if not matrix.any():
-        return 0.0, vector
-    basis = [vector]
-    diagonal: list[float] = []
-    beside: list[float] = []
-    while True:
-        image = matrix @ (matrix.T @ basis[-1])
-        diagonal.append(float(image @ basis[-1]))
-        for _ in range(2):  # twice is enough to keep the vectors orthogonal
-            image = image - torch.stack(basis, 1) @ (torch.stack(basis) @ image)
-        rest = float(torch.linalg.vector_norm(image))
-        square, weights = _tridiagonal_top(diagonal, beside)
-        done = rest * abs(float(weights[-1])) <= 5e-3 * square
-        if done or len(basis) >= min(steps, len(matrix)) or rest <= 1e-6 * square:
-            found = torch.stack(basis, 1) @ weights.to(matrix)
-            return math.sqrt(square) * float(scale), found / torch.linalg.vector_norm(found)
-        beside.append(rest)
-        basis.append(image / rest)
-
-
-def _starting_vector(matrix: Tensor, start: Tensor | None) -> Tensor:
-    fits = start is not None and start.shape == matrix.shape[:1] and bool(start.any())
-    if not fits or start is None or not torch.isfinite(start).all():
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(matrix.shape[0], generator=generator)
-    start = start.to(matrix)
-    return start / torch.linalg.vector_norm(start)
-
-
-def _tridiagonal_top(diagonal: list[float], beside: list[float]) -> tuple[float, Tensor]:
-    """The largest eigenvalue of a symmetric tridiagonal matrix, and its vector."""
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    if beside:
-        matrix = matrix + torch.diag(torch.tensor(beside, dtype=torch.float64), -1)
-    squares, vectors = torch.linalg.eigh(matrix)  # reads the lower triangle
-    return max(float(squares[-1]), 0.0), vectors[:, -1]
-
-
-def quick_stable_rank(weight: Tensor, start: Tensor | None = None) -> tuple[float, Tensor]:
-    """The stable rank and the vector to start from next time, by products with the weight alone.
-
-    ``||W||_F^2 / s1^2`` with :func:`largest_singular_value`, within 0.5%: about a tenth of the cost
-    of the singular values from 1024 x 1024 up, less from a warm start.
-
-    Example:
-        >>> round(quick_stable_rank(torch.diag(torch.tensor([2.0, 1.0])))[0], 4)
-        1.25
-    """
-    matrix, _ = _short_and_wide(weight)
-    largest, vector = largest_singular_value(matrix, start)
-    if not largest > 0:
-        return 0.0, vector
-    rows = torch.linalg.vector_norm(as_stored(matrix), dim=1)
-    return float(precise(rows / largest).square().sum()), vector
 
 
 def effective_rank(values: Tensor) -> float:

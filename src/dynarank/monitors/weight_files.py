@@ -1,4 +1,8 @@
-"""The file or files that hold a model's weights: which they are, and whether they are all there."""
+"""The safetensors file or files of a model, checked when opened and read one tensor at a time.
+
+Files are read with ``pread``, not mapped: pages of a mapped file count as resident memory once they
+are read, and the process is killed when a file is cut short while it is mapped.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +12,97 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from dynarank.monitors.tensor_file import StoredTensor, TensorFile
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
-__all__ = ["WeightFiles", "open_weights"]
+__all__ = ["StoredTensor", "TensorFile", "WeightFiles", "open_weights"]
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file says of a tensor before it is read.
+
+    Args:
+        shape: its shape.
+        dtype: its dtype; None if it is not a floating-point one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+
+
+class TensorFile:
+    """One safetensors file: its tensors by name, in the order in which they are stored.
+
+    Args:
+        path: the file. Its header is read and checked against the file's size at once.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is not a whole safetensors file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(f"no file {path}")
+        self.path = path
+        try:
+            self._file = safe_open(path, "pt", backend="pread")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+        self.tensors = {name: self._stored(name) for name in self._file.offset_keys()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of this name; 8-bit floats come in fp32.
+
+        Raises:
+            ValueError: the file has become shorter since it was opened.
+        """
+        try:
+            tensor: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from error
+        return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+
+    def _stored(self, name: str) -> StoredTensor:
+        header = self._file.get_slice(name)
+        return StoredTensor(tuple(header.get_shape()), _FLOATS.get(header.get_dtype()))
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """A model's tensors, by name, and the file that each is in."""
+    """A model's tensors by name, each with the file that holds it."""
 
     path: Path
     homes: dict[str, TensorFile]
 
     def stored(self, name: str) -> StoredTensor:
-        """What is known of a tensor without reading it."""
+        """A tensor's shape and dtype, without reading it."""
         return self.homes[name].tensors[name]
 
 
 def open_weights(path: Path) -> WeightFiles:
-    """The weights at a path; every header is read and checked, no tensor.
+    """Open the weights at a path: every header is read and checked, no tensor.
 
     Args:
         path: a .safetensors file; the index of a sharded model; or a folder with either, such as
-            Hugging Face's or that of a run.
+            Hugging Face's or a run's.
 
     Raises:
         FileNotFoundError: nothing there, a folder without weights, or a shard is missing.
-        ValueError: a folder of several runs, a file that is not whole, an index that is damaged or
-            does not fit its shards.
+        ValueError: a folder of several runs, a truncated or corrupt file, an index that is damaged
+            or does not fit its shards.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")

@@ -1,34 +1,36 @@
-"""Which schedules can be told apart at this number of runs and which cannot, in sentences."""
+"""Which schedules differ significantly at this number of runs, and which do not, in sentences."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import fmean, stdev, variance
+from typing import Any
 
+from dynarank.extras import import_extra
 from dynarank.records import Metric
 from dynarank.report.formats import difference_text, joined, number, plural, score_text, spread_text
-from dynarank.report.student import t_interval_factor, two_sided_p
 
-__all__ = ["Pair", "compare_pairs", "compare_scores"]
+__all__ = ["Pair", "compare_pairs", "compare_scores", "require_scipy"]
 
 _MOST_PAIRS = 6  # a sentence of more would not be read
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two groups beside each other.
+    """The comparison of two groups of scores.
 
     Args:
-        first: the name of the one.
-        second: the name of the other.
-        difference: mean of the first less mean of the second.
-        low: the lower end of the difference's interval.
+        first: the name of the first group.
+        second: the name of the second group.
+        difference: mean of the first minus mean of the second.
+        low: the lower end of the confidence interval of the difference.
         high: its upper end.
-        p: two-sided, by Welch's t, corrected after Holm for the number of pairs.
-        apart: whether the two can be told apart.
+        p: two-sided p-value of Welch's t-test, with Holm's correction for the number of pairs.
+        significant: whether the two differ significantly.
     """
 
     first: str
@@ -37,25 +39,39 @@ class Pair:
     low: float
     high: float
     p: float
-    apart: bool
+    significant: bool
+
+
+def require_scipy() -> Any:
+    """Import ``scipy.stats``. Call it before training the runs to be compared.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    return import_extra("scipy.stats", "report", "a comparison of schedules")
 
 
 def compare_pairs(groups: Mapping[str, Sequence[float]], error: float = 0.05) -> list[Pair]:
-    """Judge every pair by Welch's t, the chance of any false difference held at ``error``.
+    """Compare every pair by Welch's t-test, with Holm's correction at family-wise ``error``.
 
-    ``t = (a - b) / sqrt(va / na + vb / nb)`` with Welch's degrees of freedom. After Holm, the i-th
-    smallest p of m is held against ``error / (m - i + 1)``, up to the first that fails; its level
-    is that of all that follow. Intervals are at each pair's level, so that one excludes zero
-    exactly where its pair can be told apart. Groups of fewer than two scores, with a score that is
-    not finite, or without any spread beside another without, are in no pair.
+    ``t = (a - b) / sqrt(va / na + vb / nb)`` with Welch's degrees of freedom. By Holm's procedure
+    the i-th smallest p of m is compared with ``error / (m - i + 1)``, up to the first that fails;
+    its level is that of all that follow. Intervals are at each pair's level, so that an interval
+    excludes zero exactly if its pair is significant. Skipped: groups with fewer than two scores or
+    with a score that is not finite, and pairs in which neither group has any spread. The t-test is
+    scipy's, which does not have Holm's procedure.
 
     Args:
         groups: scores by name, one score a run.
-        error: the chance of calling equal groups different, over all pairs, in (0, 1).
+        error: the chance of calling any equal groups different, over all pairs, in (0, 1).
+
+    Raises:
+        ImportError: scipy is not installed.
 
     Example:
-        >>> [pair.apart for pair in compare_pairs({"a": [0.1, 0.2, 0.3], "b": [0.9, 0.8, 0.7]})]
-        [True]
+        >>> (pair,) = compare_pairs({"a": [0.1, 0.2, 0.3], "b": [0.9, 0.8, 0.7]})
+        >>> pair.significant
+        True
 
     Reference:
         Welch, The generalization of "Student's" problem when several different population variances
@@ -64,27 +80,26 @@ def compare_pairs(groups: Mapping[str, Sequence[float]], error: float = 0.05) ->
     """
     usable = {name: scores for name, scores in groups.items() if _usable(scores)}
     tested = [
-        (*_welch(usable[a], usable[b]), a, b)
+        (_welch(usable[a], usable[b]), a, b)
         for a, b in combinations(usable, 2)
         if variance(usable[a]) + variance(usable[b]) > 0
     ]
-    tested.sort(key=lambda test: test[0])
-    pairs, apart, corrected, level = list[Pair](), True, 0.0, error
-    for done, (p, difference, spread, freedom, a, b) in enumerate(tested):
+    tested.sort(key=lambda test: test[0].pvalue)
+    pairs, significant, corrected, level = list[Pair](), True, 0.0, error
+    for done, (test, a, b) in enumerate(tested):
         left = len(tested) - done
-        if apart:  # from the first failure on the level stays
+        if significant:  # from the first failure on, the level stays
             level = error / left
-            apart = p <= level
-        corrected = min(1.0, max(corrected, left * p))
-        reach = spread * t_interval_factor(level, freedom)
-        pairs.append(
-            Pair(a, b, difference, difference - reach, difference + reach, corrected, apart)
-        )
+            significant = bool(test.pvalue <= level)
+        corrected = min(1.0, max(corrected, left * float(test.pvalue)))
+        low, high = map(float, test.confidence_interval(1 - level))
+        difference = fmean(usable[a]) - fmean(usable[b])
+        pairs.append(Pair(a, b, difference, low, high, corrected, significant))
     return pairs
 
 
 def compare_scores(groups: Mapping[str, Sequence[float]], metric: Metric) -> list[str]:
-    r"""Say in plain sentences what was reached, what can be told apart at this n, and what cannot.
+    r"""Report scores, significant differences and indistinguishable pairs in plain sentences.
 
     Args:
         groups: test scores by schedule, one score a finished run.
@@ -93,7 +108,7 @@ def compare_scores(groups: Mapping[str, Sequence[float]], metric: Metric) -> lis
     Example:
         >>> print(*compare_scores({"a": [0.5], "b": [0.7]}, Metric()), sep="\n")
         Test accuracy: a 50.00% (n = 1), b 70.00% (n = 1).
-        a and b cannot be told from the others at n = 1: another seed may move a score by as much.
+        a and b cannot be compared at n = 1: another seed may change a score by as much.
     """
     groups = {name: scores for name, scores in groups.items() if len(scores) > 0}
     if not groups:
@@ -103,13 +118,13 @@ def compare_scores(groups: Mapping[str, Sequence[float]], metric: Metric) -> lis
     single = [name for name, scores in groups.items() if len(scores) == 1 and name not in broken]
     if broken:
         verb = "have" if len(broken) > 1 else "has"
-        said.append(f"{joined(broken)} {verb} runs whose score is not finite: compared with none.")
+        said.append(f"{joined(broken)} {verb} runs whose score is not finite: not compared.")
     if len(groups) == 1:
         return said
     if single:
         said.append(
-            f"{joined(single)} cannot be told from the others at n = 1: "
-            "another seed may move a score by as much."
+            f"{joined(single)} cannot be compared at n = 1: "
+            "another seed may change a score by as much."
         )
     return [*said, *_spreadless(groups, metric), *_judged(groups, metric)]
 
@@ -118,13 +133,10 @@ def _usable(scores: Sequence[float]) -> bool:
     return len(scores) > 1 and all(map(math.isfinite, scores))
 
 
-def _welch(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, float, float]:
-    """The uncorrected p, the difference, its standard error and its degrees of freedom."""
-    parts = [(variance(scores) / len(scores), len(scores) - 1) for scores in (a, b)]
-    total = math.fsum(part for part, _ in parts)
-    freedom = 1 / math.fsum((part / total) ** 2 / below for part, below in parts)
-    difference, spread = fmean(a) - fmean(b), math.sqrt(total)
-    return two_sided_p(difference / spread, freedom), difference, spread, freedom
+def _welch(a: Sequence[float], b: Sequence[float]) -> Any:
+    with warnings.catch_warnings():  # about groups whose scores are all equal
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return require_scipy().ttest_ind(a, b, equal_var=False)
 
 
 def _figures(name: str, scores: Sequence[float], metric: Metric) -> str:
@@ -136,13 +148,13 @@ def _figures(name: str, scores: Sequence[float], metric: Metric) -> str:
 
 
 def _spreadless(groups: Mapping[str, Sequence[float]], metric: Metric) -> list[str]:
-    """Groups whose runs all gave one score say nothing of how much another run would differ."""
+    """Say which groups have no spread; they give no estimate of how much runs differ."""
     flat = [n for n, s in groups.items() if _usable(s) and variance(s) == 0]
     if len(flat) < 2:
         return []
     return [
         f"{joined(flat)} show no spread at all, each the same {metric.name} in every run: "
-        "what another run would give cannot be told from that."
+        "that is no estimate of how much another run would differ."
     ]
 
 
@@ -150,21 +162,21 @@ def _judged(groups: Mapping[str, Sequence[float]], metric: Metric) -> list[str]:
     pairs = compare_pairs(groups)
     if not pairs:
         return []
-    apart = [pair for pair in pairs if pair.apart]
-    alike = [pair for pair in pairs if not pair.apart]
-    said = _apart_texts(apart, metric)
-    if alike:
-        said.append(_alike_text(alike, groups, metric, nothing_else=not apart))
+    significant = [pair for pair in pairs if pair.significant]
+    others = [pair for pair in pairs if not pair.significant]
+    said = _significant_texts(significant, metric)
+    if others:
+        said.append(_indistinguishable_text(others, groups, metric, all_pairs=not significant))
     said.append(
-        f"Judged by Welch's t over {plural(len(pairs), 'pair')}, with Holm's correction: the "
-        "chance of calling any two equal schedules different is 5%. Intervals are at each "
-        "pair's level, p is corrected."
+        f"Welch's t-test over {plural(len(pairs), 'pair')} with Holm's correction: the chance of "
+        "calling any two equal schedules different is 5%. Confidence intervals are at each "
+        "pair's level; p is corrected."
     )
     return said
 
 
-def _apart_texts(pairs: Sequence[Pair], metric: Metric) -> list[str]:
-    """A sentence for each schedule that is better than others, largest differences first."""
+def _significant_texts(pairs: Sequence[Pair], metric: Metric) -> list[str]:
+    """One sentence for each schedule that beats others, largest differences first."""
     found: dict[str, list[str]] = {}
     for pair in sorted(pairs, key=lambda pair: -abs(pair.difference)):
         first_wins = (pair.difference > 0) == metric.higher_is_better
@@ -177,11 +189,11 @@ def _apart_texts(pairs: Sequence[Pair], metric: Metric) -> list[str]:
     return [f"{better} is better {joined(told)}." for better, told in found.items()]
 
 
-def _alike_text(
+def _indistinguishable_text(
     pairs: Sequence[Pair],
     groups: Mapping[str, Sequence[float]],
     metric: Metric,
-    nothing_else: bool,
+    all_pairs: bool,
 ) -> str:
     names = list(dict.fromkeys(name for pair in pairs for name in (pair.first, pair.second)))
     sizes = sorted({len(groups[name]) for name in names})
@@ -192,9 +204,9 @@ def _alike_text(
         for pair in pairs[:_MOST_PAIRS]
     ]
     if len(pairs) > _MOST_PAIRS:
-        told.append(f"{len(pairs) - _MOST_PAIRS} pairs more")
-    begin = "Nothing can be told apart" if nothing_else else "These cannot be told apart"
-    return f"{begin} at {size}: {'; '.join(told)}."
+        told.append(f"{len(pairs) - _MOST_PAIRS} more pairs")
+    begin = "All schedules are s" if all_pairs else "S"
+    return f"{begin}tatistically indistinguishable at {size}: {'; '.join(told)}."
 
 
 def _interval(low: float, high: float, metric: Metric) -> str:

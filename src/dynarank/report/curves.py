@@ -1,4 +1,4 @@
-"""The figure of learning curves: test score and losses against epochs, phases shaded."""
+"""Learning curves: test score and losses against epochs, with the phases shaded."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import EpochRecord, PhaseRecord, Run
-from dynarank.report.drawing import new_figure, palette, plain_tick, score_axis, styled
-from dynarank.report.keys import Key, counted, legend_below, line, phase_keys
-from dynarank.report.marks import Mark, change_marks, mark_labels, mark_lines, shade, strip
-from dynarank.report.moments import by_schedule, first_of_each, last_epoch
+from dynarank.report.annotations import (
+    ChangeMarker,
+    change_markers,
+    draw_markers,
+    draw_phase_strips,
+    label_markers,
+    shade_phases,
+)
+from dynarank.report.grouping import by_schedule, first_of_each
+from dynarank.report.legends import LegendEntry, label_with_count, legend_below, line, phase_entries
+from dynarank.report.plotting import new_figure, palette, plain_tick, score_axis, styled
 from dynarank.report.theme import NEUTRAL
+from dynarank.report.transition_points import last_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,15 +36,15 @@ _MOST_LABELED = 8
 
 @styled
 def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
-    """Test score, and training and test loss, against epochs: one color a schedule.
+    """Draw test score, and training and test loss, against epochs: one color per schedule.
 
-    A schedule of several runs is drawn as their mean, with each run behind it. Dashed vertical
-    lines mark changes of form. The phases of one schedule are shaded, the deeper the more layers
-    are full-rank; those of several lie below the curves, a strip each.
+    A schedule with several runs is drawn as their mean, with thin lines for each run. Dashed
+    vertical lines mark transition points. With one schedule its phases are shaded, darker the more
+    layers are full-rank; with several, each has a strip below the curves.
 
     Args:
-        runs: of one metric.
-        columns: the panels beside each other (2) or one above the other (1).
+        runs: all with the same metric.
+        columns: panels side by side (2) or one above the other (1).
     """
     grouped = by_schedule(runs)
     colors = palette(list(grouped))
@@ -54,12 +62,12 @@ def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
     _maybe_log(loss)
     _dress(score, f"Test {metric.name}", runs, colors)
     _dress(loss, "Loss", runs, colors)
-    legend_below(figure, _keys(grouped, colors, strips))
+    legend_below(figure, _legend_entries(grouped, colors, strips))
     return figure
 
 
 def _strips(grouped: dict[str, list[Run]], colors: dict[str, str]) -> list[tuple[Run, str]]:
-    """One strip a schedule where several have phases; of one alone the plot itself is shaded."""
+    """One strip per schedule when there are several; a single schedule shades the plot instead."""
     chosen = [group[0] for group in grouped.values()]
     phased = [run for run in chosen if run.all(PhaseRecord)]
     return [(run, colors[run.header.schedule]) for run in phased] if len(chosen) > 1 else []
@@ -75,13 +83,13 @@ def _panels(figure: Figure, columns: int, strips: Sequence[tuple[Run, str]]) -> 
 def _panel(
     figure: Figure, grid: GridSpec, index: int, columns: int, strips: Sequence[tuple[Run, str]]
 ) -> Axes:
-    """One panel of curves, with the strips of phases below it."""
+    """One panel of curves, with the phase strips below it."""
     row, column = divmod(index, columns)
     row *= 2 if strips else 1
     axes = figure.add_subplot(grid[row, column])
     if strips:
         below = figure.add_subplot(grid[row + 1, column], sharex=axes)
-        strip(below, strips)
+        draw_phase_strips(below, strips)
         below.set_xlabel("share of layers that are full-rank", fontsize=8)
     return axes
 
@@ -89,7 +97,7 @@ def _panel(
 def _draw(
     axes: Axes, group: Sequence[Run], value: _Value, color: str, style: Literal["-", ":"]
 ) -> None:
-    """One run's curve; of several their mean, and each run thinly behind."""
+    """One run's curve; for several runs, their mean and a thin line each."""
     curves = [_curve(run, value) for run in group]
     for curve in curves if len(curves) > 1 and style == "-" else []:
         axes.plot(*_axes_of(curve), color=color, linewidth=0.6, alpha=0.4)
@@ -107,7 +115,7 @@ def _draw(
 
 
 def _curve(run: Run, value: _Value) -> dict[float, float]:
-    """Values by epoch; nan, which leaves a gap, where one is not finite."""
+    """Values by epoch; nan, which leaves a gap, where a value is not finite."""
     found = {epoch.epoch: value(epoch) for epoch in run.all(EpochRecord)}
     return {
         epoch: score if math.isfinite(score) else math.nan
@@ -121,7 +129,7 @@ def _axes_of(curve: dict[float, float]) -> tuple[list[float], list[float]]:
 
 
 def _mean(curves: Sequence[dict[float, float]]) -> dict[float, float]:
-    """The mean at the epochs that all runs reached; it ends where one of them is not finite."""
+    """The mean at the epochs that all runs reached; nan where one of them is not finite."""
     common = [epoch for epoch in curves[0] if all(epoch in curve for curve in curves)]
     return {epoch: fmean(curve[epoch] for curve in curves) for epoch in common}
 
@@ -141,31 +149,37 @@ def _maybe_log(axes: Axes) -> None:
 
 def _dress(axes: Axes, title: str, runs: Sequence[Run], colors: dict[str, str]) -> None:
     end = max((last_epoch(run) for run in runs), default=0) or 1
-    marks = _readable(change_marks(first_of_each(runs), colors), len(colors) > 1)
+    markers = _readable(change_markers(first_of_each(runs), colors), len(colors) > 1)
     if len(colors) == 1:
-        shade(axes, runs[0])
+        shade_phases(axes, runs[0])
     axes.set_xlim(0, end)
     axes.set_xlabel("epoch")
-    mark_lines(axes, marks)
-    axes.set_title(title, pad=6 + mark_labels(axes, marks, end, _PANEL))
+    draw_markers(axes, markers)
+    axes.set_title(title, pad=6 + label_markers(axes, markers, end, _PANEL))
 
 
-def _readable(marks: list[Mark], several: bool) -> list[Mark]:
-    """Take labels off where they would pile up; of several schedules, leave unlabeled marks out.
+def _readable(markers: list[ChangeMarker], several: bool) -> list[ChangeMarker]:
+    """Drop labels where they would pile up and, with several schedules, unlabeled markers.
 
-    A schedule that changes often would cover the others' curves; its strip below tells.
+    A schedule that changes often would cover the others' curves; its strip shows it instead.
     """
-    labeled = [mark for mark in marks if mark.label]
+    labeled = [marker for marker in markers if marker.label]
     if several:
-        marks = labeled
+        markers = labeled
     if len(labeled) <= _MOST_LABELED:
-        return marks
-    return [Mark(mark.epoch, "", mark.color) for mark in marks]
+        return markers
+    return [ChangeMarker(marker.epoch, "", marker.color) for marker in markers]
 
 
-def _keys(
+def _legend_entries(
     grouped: dict[str, list[Run]], colors: dict[str, str], strips: Sequence[tuple[Run, str]]
-) -> list[Key]:
-    keys = [(line(color), counted(name, grouped[name])) for name, color in colors.items()]
-    keys += [(line(NEUTRAL), "test"), (line(NEUTRAL, ":"), "training")]
-    return keys if strips else [*keys, *phase_keys([run for g in grouped.values() for run in g])]
+) -> list[LegendEntry]:
+    entries = [
+        (line(color), label_with_count(name, grouped[name])) for name, color in colors.items()
+    ]
+    entries += [(line(NEUTRAL), "test"), (line(NEUTRAL, ":"), "training")]
+    return (
+        entries
+        if strips
+        else [*entries, *phase_entries([run for g in grouped.values() for run in g])]
+    )

@@ -1,4 +1,4 @@
-"""The table of what a closed-loop schedule decided, and by which readings."""
+"""The table of a schedule's decisions, with their reasons and readings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MOST_ROWS = 80
 
 
 def decisions_table(runs: Sequence[Run]) -> Html:
-    """Each moment's decisions by form and reason: which layers, and the readings of each.
+    """List the decisions of each step by form and reason: which layers, and their readings.
 
-    Layers of one moment that are to have the same form for the same reason share a row.
+    Layers that get the same form for the same reason at the same step share a row.
     """
     columns = ("schedule", "epoch", "decision", "reason", "readings")
     rows = [row for run in runs for row in _rows(run)]
@@ -43,7 +43,7 @@ def _rows(run: Run) -> Iterator[Sequence[str]]:
         shown = details(
             f"{plural(len(decisions), 'layer')} → {form}", element("ul", *listed, class_="paths")
         )
-        yield run.header.schedule, at, shown, _wrapped(reason), _wrapped("by layer, at the left")
+        yield run.header.schedule, at, shown, _wrapped(reason), _wrapped("per layer, on the left")
 
 
 def _form_text(decision: DecisionRecord) -> str:
@@ -57,5 +57,5 @@ def _readings(decision: DecisionRecord) -> str:
 
 
 def _wrapped(text: str) -> Html:
-    """Text that may break over lines, as the other cells must not."""
+    """A cell whose text may wrap; other cells do not."""
     return element("span", text, class_="wrapped")

@@ -1,4 +1,4 @@
-"""What the page carries inside itself: style, scripts, data, and the policy that bars all else."""
+"""Embedded parts of the page: style, scripts, data, and the content security policy."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ __all__ = ["data_block", "packaged", "policy", "script", "style"]
 
 
 def packaged(name: str) -> str:
-    """The text of a file beside this one."""
+    """Read a data file of this package."""
     return files("dynarank.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def style() -> str:
-    """The page's style sheet, the colors of both themes in front."""
+    """The page's style sheet, preceded by the colors of both themes."""
     return f"{css_variables()}\n{packaged('page.css')}"
 
 
 def script(name: str) -> Html:
-    """A script of the package as an element."""
+    """A ``<script>`` element with a script of this package."""
     return Html(f"<script>{packaged(name)}</script>")
 
 
 def policy(scripts: Sequence[str]) -> str:
-    """The content security policy: nothing from anywhere, and no script but these, by their hash.
+    """The content security policy: no network, and only these scripts, allowed by hash.
 
     Example:
         >>> policy([])
@@ -43,7 +43,7 @@ def policy(scripts: Sequence[str]) -> str:
 
 
 def data_block(name: str, data: Any) -> Html:
-    """Data for a script: JSON in which no text can end the element."""
+    """A JSON ``<script>`` element, escaped so that no text can close it."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")

@@ -1,4 +1,4 @@
-"""Every figure of a report by its name: for papers as files, for the page as SVG."""
+"""All figures of a report by name, and writing them to image files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from dynarank.records import (
     find_runs,
     read_run,
 )
-from dynarank.report.bands import bands_figure
+from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure
-from dynarank.report.drawing import require_matplotlib
-from dynarank.report.evolution import evolution_figure, spectrum_names
+from dynarank.report.grouping import comparable, first_of_each
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
-from dynarank.report.moments import comparable, first_of_each
 from dynarank.report.noise import noise_figure
-from dynarank.report.planes import planes_figure
-from dynarank.report.ranks import ranks_figure
+from dynarank.report.plotting import require_matplotlib
+from dynarank.report.rank_metrics import rank_metrics_figure
+from dynarank.report.rank_timeline import rank_timeline_figure
+from dynarank.report.spectra_over_time import spectra_over_time_figure, spectrum_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "MOST_SCHEDULES", "figures_of", "write_figures"]
 
 FORMATS = ("png", "svg", "pdf")
-MOST_SCHEDULES = 6  # side by side, in the figures that have a panel a schedule
+MOST_SCHEDULES = 6  # side by side, in figures with one panel per schedule
 
 
 def write_figures(folder: Path, target: Path, formats: Sequence[str] = FORMATS[:2]) -> list[Path]:
@@ -41,11 +41,11 @@ def write_figures(folder: Path, target: Path, formats: Sequence[str] = FORMATS[:
 
     Args:
         folder: a run folder, or a folder of them.
-        target: where to; made if missing.
-        formats: of ``png``, ``svg`` and ``pdf``.
+        target: the folder to write to; created if missing.
+        formats: any of ``png``, ``svg`` and ``pdf``.
 
     Raises:
-        ValueError: a format is none of these, or the runs have different metrics.
+        ValueError: an unknown format, or runs with different metrics.
         FileNotFoundError: there is no run at or below ``folder``.
         ImportError: matplotlib is not installed; the message names the extra that brings it.
     """
@@ -67,30 +67,30 @@ def write_figures(folder: Path, target: Path, formats: Sequence[str] = FORMATS[:
 
 
 def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, Callable[[], Figure]]]:
-    """The figures that the runs have something for: a name and what draws it."""
+    """The figures for which the runs have data: each a name and a function that draws it."""
     chosen = first_of_each(runs)[:MOST_SCHEDULES]
     watched = [run for run in chosen if run.all(SpectrumRecord)]
     banded = [run for run in chosen if layer_names(run)]
     if any(run.all(EpochRecord) for run in runs):
         yield "curves", lambda: curves_figure(runs)
     if any(run.summary is not None for run in runs):
-        yield "planes", lambda: planes_figure(runs)
+        yield "cost-quality", lambda: cost_quality_figure(runs)
     if watched:
-        yield "ranks", lambda: ranks_figure(watched)
+        yield "rank-metrics", lambda: rank_metrics_figure(watched)
     noisy = [run for run in chosen if run.all(NoiseRecord)]
     if noisy:
         yield "noise", lambda: noise_figure(noisy)
     if banded:
-        yield "bands", lambda: bands_figure(banded)
+        yield "rank-timeline", lambda: rank_timeline_figure(banded)
     for run in chosen:
         if spectrum_names(run):
-            yield f"spectra-{_slug(run)}", lambda run=run: evolution_figure(run)
+            yield f"spectra-{_slug(run)}", lambda run=run: spectra_over_time_figure(run)
         if run.all(HeatmapRecord):
             yield f"heatmaps-{_slug(run)}", lambda run=run: heatmaps_figure(run)
 
 
 def _slug(run: Run) -> str:
-    """A schedule's name fit for a file's."""
+    """A schedule's name as part of a file name."""
     return re.sub(r"[^\w.-]+", "-", run.header.schedule).strip("-.") or "run"
 
 

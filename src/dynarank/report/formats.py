@@ -1,4 +1,4 @@
-"""How numbers are written in a report: 272,762; 56.9%; 0.567x; 12.3 MiB; 1 min 32 s."""
+"""Number formatting in reports: 272,762; 56.9%; 0.567x; 12.3 MiB; 1 min 32 s."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """Write a share between 0 and 1 in per cent: ``56.9%``."""
+    """Write a share between 0 and 1 as a percentage: ``56.9%``."""
     return f"{value:.{digits}%}" if math.isfinite(value) else NOT_FINITE
 
 

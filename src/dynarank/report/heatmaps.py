@@ -1,4 +1,4 @@
-"""The figure of weights as pictures: layers down, moments across."""
+"""Heat-maps of weights: one row per layer, one column per epoch."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import HeatmapRecord, Run
-from dynarank.report.drawing import new_figure, shown, styled
 from dynarank.report.formats import number
+from dynarank.report.plotting import display_name, new_figure, styled
 from dynarank.report.thinning import evenly
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["heatmaps_figure", "picture_names"]
+__all__ = ["heatmap_names", "heatmaps_figure"]
 
 Rows = tuple[tuple[float, ...], ...]
 
 
 @styled
-def heatmaps_figure(run: Run, layers: int = 4, moments: int = 5) -> Figure:
-    """Mean absolute weights of blocks, each layer on one scale of its own over all moments.
+def heatmaps_figure(run: Run, layers: int = 4, readings: int = 5) -> Figure:
+    """Draw the mean absolute weights of blocks, each layer on its own color scale.
 
     Args:
         run: with heat-map records.
-        layers: how many at most, evenly chosen in depth.
-        moments: how many at most, evenly chosen in time.
+        layers: at most this many, evenly spaced in depth.
+        readings: at most this many, evenly spaced in time.
 
     Raises:
         ValueError: the run has no heat-map.
     """
-    records = evenly(run.all(HeatmapRecord), moments)
-    names = evenly(picture_names(run), layers)
+    records = evenly(run.all(HeatmapRecord), readings)
+    names = evenly(heatmap_names(run), layers)
     if not names:
         raise ValueError(f"{run.header.schedule} has no heat-map records to draw")
     figure = new_figure(max(4.6, 1.9 * len(records) + 0.4), 1.75 * len(names) + 0.5)
@@ -45,14 +45,15 @@ def heatmaps_figure(run: Run, layers: int = 4, moments: int = 5) -> Figure:
             _picture(axes, picture, top)
             if name == names[0]:
                 axes.set_title(f"epoch {number(record.epoch)}")
-        row[0].set_ylabel(shown(name, 22), fontsize=8)
+        row[0].set_ylabel(display_name(name, 22), fontsize=8)
     figure.suptitle(
-        f"{shown(run.header.schedule)}: mean |w| of blocks, outputs down, inputs across", fontsize=9
+        f"{display_name(run.header.schedule)}: mean |w| of blocks, outputs down, inputs across",
+        fontsize=9,
     )
     return figure
 
 
-def picture_names(run: Run) -> list[str]:
+def heatmap_names(run: Run) -> list[str]:
     """The layers that have a heat-map, in order."""
     return list(dict.fromkeys(name for r in run.all(HeatmapRecord) for name in r.layers))
 

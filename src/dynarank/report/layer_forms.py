@@ -1,4 +1,4 @@
-"""Which form and rank each layer had when: what bands are drawn from."""
+"""The form and rank of each layer over time, reconstructed from a run's records."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dynarank.records import ChangeRecord, PhaseRecord, Run, SpectrumRecord
-from dynarank.report.moments import last_epoch
+from dynarank.report.transition_points import last_epoch
 
 __all__ = ["FormSpan", "layer_forms", "layer_names"]
 
 
 @dataclass(frozen=True)
 class FormSpan:
-    """A stretch of training in which one layer kept its form.
+    """A span of training during which one layer kept its form.
 
     Args:
         start: its first epoch.
@@ -32,7 +32,7 @@ class FormSpan:
 
 
 def layer_names(run: Run) -> list[str]:
-    """The layers that are watched or that change, in the order of the network."""
+    """The layers that are monitored or change form, in the order of the network."""
     names = dict.fromkeys(name for r in run.all(SpectrumRecord) for name in r.layers)
     return list(names | dict.fromkeys(change.path for change in run.all(ChangeRecord)))
 
@@ -40,8 +40,8 @@ def layer_names(run: Run) -> list[str]:
 def layer_forms(run: Run) -> dict[str, list[FormSpan]]:
     """Each layer's forms over time, in the order of the network.
 
-    Records tell changes, not the form of a layer that never changes: that is taken to be the one
-    that most layers have at the start, of those that are not full-rank if there are any.
+    Records list changes, but not the form of a layer that never changes. It is assumed to be the
+    one that most layers have at the start, ignoring full-rank layers if there are others.
     """
     changes: dict[str, list[ChangeRecord]] = {}
     for change in run.all(ChangeRecord):
@@ -62,7 +62,7 @@ def layer_forms(run: Run) -> dict[str, list[FormSpan]]:
 def _spans(
     forms: Sequence[tuple[float, Mapping[str, Any]]], end: float, full: int | None
 ) -> list[FormSpan]:
-    """One span a form; the same form again (a restart) goes on with the one before."""
+    """One span per form; the same form again (a restart) extends the span before it."""
     found: list[FormSpan] = []
     for (start, data), stop in zip(forms, [*(at for at, _ in forms[1:]), end], strict=True):
         form, rank = str(data.get("form", "unknown")), _rank(data)

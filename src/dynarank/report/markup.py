@@ -1,4 +1,4 @@
-"""Small pieces of HTML. Text from records is escaped on its way in; only ``Html`` passes as is."""
+"""HTML elements as strings: text is escaped, ``Html`` is passed through."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ __all__ = ["Html", "details", "element", "safe", "table"]
 
 
 class Html(str):
-    """A piece of finished HTML, as against text."""
+    """A string that is HTML already and is not escaped again."""
 
     __slots__ = ()
 
 
 def safe(content: str) -> Html:
-    """Make content ready for a page: escape it, unless it is ``Html`` already."""
+    """Escape content, unless it is ``Html`` already."""
     return content if isinstance(content, Html) else Html(html.escape(content))
 
 
 def element(tag: str, *content: str, **attributes: str) -> Html:
-    """Write one element with its content; ``class_`` stands for ``class``."""
+    """Build an element with its content; ``class_`` stands for ``class``."""
     written = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
         for name, value in attributes.items()
@@ -29,19 +29,19 @@ def element(tag: str, *content: str, **attributes: str) -> Html:
 
 
 def details(summary: str, *content: str) -> Html:
-    """Write a block that opens when its summary is clicked."""
+    """Build a ``<details>`` block that opens when its summary is clicked."""
     return element("details", element("summary", summary), *content)
 
 
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[str]], text: Sequence[int] = (0,)
 ) -> Html:
-    """Write a table in a container of its own that scrolls when the page is narrow.
+    """Build a table in a container that scrolls when the page is narrow.
 
     Args:
         columns: the headings.
-        rows: cells, as many as headings.
-        text: the columns which hold text and stand left; all others hold numbers and stand right.
+        rows: one cell per heading.
+        text: the columns of text, aligned left; all others are numbers, aligned right.
 
     """
     kinds = ["text" if index in text else "number" for index in range(len(columns))]

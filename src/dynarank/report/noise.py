@@ -1,4 +1,4 @@
-"""The figure of the gradient noise scale against epochs, beside the batch it was trained with."""
+"""The gradient noise scale against epochs, with the batch size for comparison."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import NoiseRecord, Run
-from dynarank.report.drawing import new_figure, palette, plain_tick, styled
-from dynarank.report.keys import legend_below, line
-from dynarank.report.moments import by_schedule
+from dynarank.report.grouping import by_schedule
+from dynarank.report.legends import legend_below, line
+from dynarank.report.plotting import new_figure, palette, plain_tick, styled
 from dynarank.report.theme import NEUTRAL
 
 if TYPE_CHECKING:
@@ -20,12 +20,12 @@ __all__ = ["noise_figure"]
 
 @styled
 def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
-    """The noise scale of each run, in samples, on a logarithmic axis; the batch size dashed.
+    """Plot each run's noise scale in samples, on a log axis; the batch size is dashed.
 
-    Readings that are not finite, where the gradient was lost in its noise, are left out.
+    Readings that are not finite, where noise drowned the gradient, are left out.
 
     Args:
-        runs: those with readings.
+        runs: those with noise readings.
         narrow: for a phone.
     """
     from matplotlib.ticker import FuncFormatter
@@ -48,6 +48,6 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
     axes.set(xlabel="epoch", ylabel="samples", title="Gradient noise scale")
-    keys = [(line(color), name) for name, color in colors.items()]
-    legend_below(figure, [*keys, (line(NEUTRAL, "--"), "batch size")] if batches else keys)
+    entries = [(line(color), name) for name, color in colors.items()]
+    legend_below(figure, [*entries, (line(NEUTRAL, "--"), "batch size")] if batches else entries)
     return figure

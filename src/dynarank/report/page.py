@@ -1,4 +1,4 @@
-"""One self-contained HTML page from run records: no network; style, scripts and figures inline."""
+"""The report page: one self-contained HTML file with style, scripts and figures inline."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from pathlib import Path
 from string import Template
 
 from dynarank.records import EpochRecord, Run, find_runs, read_run
-from dynarank.report.drawing import require_matplotlib
 from dynarank.report.embed import packaged, policy, script, style
 from dynarank.report.formats import joined, number, plural
+from dynarank.report.grouping import by_schedule, comparable
 from dynarank.report.markup import element, safe
-from dynarank.report.moments import by_schedule, comparable, last_epoch
+from dynarank.report.plotting import require_matplotlib
 from dynarank.report.sections import sections
+from dynarank.report.transition_points import last_epoch
 
 __all__ = ["build_page", "write_report"]
 
-_SCRIPTS = ("theme.js", "scrub.js")
+_SCRIPTS = ("theme.js", "layer_viewer.js")
 
 
 def write_report(folder: Path, output: Path | None = None) -> Path:
-    """Write the report of the runs at or below ``folder``; returns where it is.
+    """Write the report of the runs at or below ``folder`` and return its path.
 
     Args:
-        folder: a run folder, or a folder of them: a comparison.
-        output: the file to write; ``report.html`` in ``folder`` when left out.
+        folder: a run folder, or a folder of run folders (a comparison).
+        output: the file to write; by default ``report.html`` in ``folder``.
 
     Raises:
         FileNotFoundError: there is no run at or below ``folder``.
@@ -42,7 +43,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
 
 
 def build_page(runs: Sequence[Run]) -> str:
-    """Build the page as text: the same runs give the same bytes.
+    """Build the page as text; the same runs give the same bytes.
 
     Raises:
         ValueError: there is no run, or the runs are judged by different metrics.
@@ -67,15 +68,15 @@ def _distinct(items: Sequence[str]) -> list[str]:
 
 
 def _date(runs: Sequence[Run]) -> str:
-    """Say when the runs started: a day, or the first and the last."""
+    """The day the runs started, or the first and last day."""
     days: list[str] = []
     for started in sorted(run.header.started for run in runs):
         try:
-            moment = datetime.fromisoformat(started)
+            day = datetime.fromisoformat(started)
         except ValueError:
             days.append(started)
         else:
-            days.append(f"{moment.day} {moment:%B %Y}")
+            days.append(f"{day.day} {day:%B %Y}")
     days = _distinct(days)
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
 
@@ -98,7 +99,7 @@ def _sentence(runs: Sequence[Run]) -> str:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """Say what a reader must know first: unfinished or diverged runs, too few seeds."""
+    """Warnings shown at the top: unfinished and diverged runs."""
     notes: list[str] = []
     unfinished = [run for run in runs if run.summary is None]
     if unfinished:

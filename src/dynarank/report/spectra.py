@@ -1,4 +1,4 @@
-"""The figure of rank health: the singular values of layers and the ranks they amount to."""
+"""The rank metrics of one checkpoint: singular values, effective and stable rank per layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dynarank.monitors.singular_values import effective_rank, stable_rank
-from dynarank.report.drawing import depth_colormap, new_figure, plain_tick, shown, styled
+from dynarank.report.plotting import depth_colormap, display_name, new_figure, plain_tick, styled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,10 +27,10 @@ _EFFECTIVE, _STABLE = "#0072B2", "#E69F00"
 def spectrum_figure(
     spectra: Mapping[str, Sequence[float]], title: str | None = None, limit: int = 40
 ) -> Figure:
-    """Rank health of each layer, from its singular values (sorted, largest first).
+    """Plot the rank metrics of each layer from its singular values (sorted, largest first).
 
-    Left: ``s_i / s_1`` against ``i / n``, a line a layer. Right: effective and stable rank as
-    shares of the full rank ``n``, for at most ``limit`` layers, those of the lowest effective rank.
+    Left: ``s_i / s_1`` against ``i / n``, one line per layer. Right: effective and stable rank as
+    shares of the full rank ``n``, for the ``limit`` layers with the lowest effective rank.
 
     Raises:
         ValueError: there is no layer, or a layer has no singular value.
@@ -49,7 +49,7 @@ def spectrum_figure(
     _rank_bars(bars, {name: spectra[name] for name in kept}, len(spectra))
     figure.legend(*bars.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     if title:
-        figure.suptitle(shown(title, 80), fontsize=11)
+        figure.suptitle(display_name(title, 80), fontsize=11)
     return figure
 
 
@@ -62,18 +62,18 @@ def _check(spectra: Mapping[str, Sequence[float]]) -> None:
 
 
 def sound(values: Sequence[float]) -> bool:
-    """Tell whether a spectrum can be drawn: finite and not all zero."""
+    """Whether a spectrum can be drawn: finite and not all zero."""
     return all(map(math.isfinite, values)) and max(values) > 0
 
 
 def rank_share(values: Sequence[float], rank: Callable[[Tensor], float]) -> float:
-    """Divide a rank by the full rank; a spectrum that cannot be drawn gets nothing."""
+    """A rank metric as a share of the full rank; 0 for a spectrum that cannot be drawn."""
     exact = torch.tensor(values, dtype=torch.float64)
     return rank(exact) / len(values) if sound(values) else 0.0
 
 
 def _lowest(spectra: Mapping[str, Sequence[float]], limit: int) -> list[str]:
-    """Choose the ``limit`` layers of the lowest effective rank, in the order they came."""
+    """The ``limit`` layers with the lowest effective rank, in their original order."""
     ranked = sorted(spectra, key=lambda name: rank_share(spectra[name], effective_rank))
     kept = set(ranked[:limit])
     return [name for name in spectra if name in kept]
@@ -91,7 +91,9 @@ def _spectrum_lines(figure: Figure, axes: Axes, spectra: Mapping[str, Sequence[f
         heights = [value / values[0] for value in values] if sound(values) else []
         color = scale(index / max(len(spectra) - 1, 1))
         width = 1.6 if few else max(0.5, 1.3 - len(spectra) / 100)
-        axes.plot(shares[: len(heights)], heights, color=color, linewidth=width, label=shown(name))
+        axes.plot(
+            shares[: len(heights)], heights, color=color, linewidth=width, label=display_name(name)
+        )
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(_FLOOR, 1.25), xlabel="i / n", ylabel="singular value sᵢ / s₁")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
@@ -118,7 +120,7 @@ def _rank_bars(axes: Axes, spectra: Mapping[str, Sequence[float]], total: int) -
     for row, values in zip(rows, spectra.values(), strict=True):
         if not sound(values):
             axes.text(0.01, row, "zero or not finite", va="center", fontsize=8, color="#a40e26")
-    axes.set_yticks(list(rows), [shown(name, 34) for name in spectra], fontsize=8)
+    axes.set_yticks(list(rows), [display_name(name, 34) for name in spectra], fontsize=8)
     axes.set(xlim=(0, 1), ylim=(len(spectra) - 0.4, -0.6), xlabel="share of full rank")
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.grid(visible=False, axis="y")

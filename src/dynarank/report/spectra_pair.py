@@ -1,4 +1,4 @@
-"""The figure of two models' rank health, one over the other."""
+"""The rank metrics of two checkpoints in one figure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.monitors.singular_values import effective_rank
-from dynarank.report.drawing import depth_colormap, new_figure, plain_tick, shown, styled
+from dynarank.report.plotting import depth_colormap, display_name, new_figure, plain_tick, styled
 from dynarank.report.spectra import rank_share, sound
 
 if TYPE_CHECKING:
@@ -24,21 +24,21 @@ _LINES = ("-", "--")
 def spectrum_pair_figure(
     models: Mapping[str, Mapping[str, Sequence[float]]], limit: int = 40
 ) -> Figure:
-    """Rank health of two models' layers, from their singular values (sorted, largest first).
+    """Plot the rank metrics of two models from their singular values (sorted, largest first).
 
-    Left: ``s_i / s_1`` against ``i / n``, the first model's layers solid, the second's dashed,
-    equal layers in equal colors. Right: their effective ranks as shares of the full rank, for at
-    most ``limit`` layers: those that differ most, then those that one model lacks.
+    Left: ``s_i / s_1`` against ``i / n``, the first model's layers solid, the second's dashed, the
+    same layer in the same color. Right: effective ranks as shares of the full rank, for at most
+    ``limit`` layers: those that differ most, then those that only one model has.
 
     Args:
-        models: by the two models' names, the singular values of each layer.
+        models: the singular values of each layer, by model name; two models.
         limit: how many layers have bars.
 
     Raises:
         ValueError: there are not two models, or no layer at all.
     """
     if len(models) != 2:
-        raise ValueError(f"a pair of models is two of different names, got {list(models)}")
+        raise ValueError(f"expected two models with different names, got {list(models)}")
     names = list(dict.fromkeys(name for spectra in models.values() for name in spectra))
     if not names:
         raise ValueError("there is no layer to draw: neither model has one")
@@ -98,8 +98,8 @@ def _bars(
     for place, (label, color) in enumerate(zip(models, _COLORS, strict=True)):
         shares = [_effective(models[label], name) or 0.0 for name in names]
         rows = [row - 0.19 + 0.38 * place for row in range(len(names))]
-        axes.barh(rows, shares, 0.36, color=color, label=shown(label, 60))
-    axes.set_yticks(range(len(names)), [shown(name, 34) for name in names], fontsize=8)
+        axes.barh(rows, shares, 0.36, color=color, label=display_name(label, 60))
+    axes.set_yticks(range(len(names)), [display_name(name, 34) for name in names], fontsize=8)
     axes.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), xlabel="share of full rank")
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.grid(visible=False, axis="y")

@@ -1,4 +1,4 @@
-"""The grid of a sweep as a heat-map: mean test score over inflation and deflation epochs."""
+"""The heat-map of a sweep: mean test score over inflation and deflation epochs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from dynarank.records import Metric
-from dynarank.report.drawing import (
+from dynarank.report.formats import number, score_text
+from dynarank.report.plotting import (
     INK,
     NEUTRAL,
     depth_colormap,
+    display_name,
     new_figure,
     percent_tick,
     plain_tick,
-    shown,
     styled,
 )
-from dynarank.report.formats import number, score_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,16 +45,16 @@ def best_cell(scores: Mapping[Cell, Sequence[float]], metric: Metric) -> Cell | 
 def sweep_figure(
     scores: Mapping[Cell, Sequence[float]], metric: Metric | None = None, title: str | None = None
 ) -> Figure:
-    """Mean test score over the epoch of inflation (across) and of deflation (upwards).
+    """Draw the mean test score over the inflation epoch (x) and the deflation epoch (y).
 
-    A cell whose inflation does not come before its deflation is no schedule and stays empty; one
-    that has not run is hatched. Each cell tells its mean, and n where it is the mean of several
-    runs; the best is framed.
+    A cell that would deflate before it inflates is not a schedule and stays empty; one that has
+    not run is hatched. Each cell shows its mean, and n if it is over several runs; the best cell
+    is framed.
 
     Args:
-        scores: the test scores of the runs of each (inflate, deflate), epochs.
+        scores: the test scores of the runs of each (inflate, deflate), in epochs.
         metric: what the scores are, and which way is better.
-        title: above the picture.
+        title: of the figure.
 
     Raises:
         ValueError: there is no cell.
@@ -72,7 +72,7 @@ def sweep_figure(
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(shown(title, 80) if title else f"Mean test {metric.name}")
+    axes.set_title(display_name(title, 80) if title else f"Mean test {metric.name}")
     return figure
 
 
@@ -123,7 +123,7 @@ def _goodness(share: float, metric: Metric) -> float:
 def _cell(
     axes: Axes, at: tuple[int, int], values: Sequence[float], metric: Metric, light: bool
 ) -> None:
-    """Write a cell's mean, or hatch it where nothing has run."""
+    """Write a cell's mean, or hatch it if nothing has run."""
     from matplotlib.patches import Rectangle
 
     if not values:

@@ -1,4 +1,4 @@
-"""The tables of a report: cost, phases, changes of form, rank health by layer."""
+"""The tables of a report: cost, phases, changes of form, rank metrics by layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from dynarank.records import (
     SpectrumRecord,
     SummaryRecord,
 )
-from dynarank.report.drawing import palette
 from dynarank.report.formats import (
     bytes_text,
     count,
@@ -29,9 +28,16 @@ from dynarank.report.formats import (
     seconds_text,
     spread_text,
 )
+from dynarank.report.grouping import by_schedule
 from dynarank.report.markup import Html, details, element, table
-from dynarank.report.moments import When, by_schedule, change_kind, last_epoch, moments
+from dynarank.report.plotting import palette
 from dynarank.report.theme import themed_color
+from dynarank.report.transition_points import (
+    TransitionPoint,
+    change_kind,
+    last_epoch,
+    transition_points,
+)
 
 __all__ = ["changes_table", "cost_table", "layers_table", "phases_table"]
 
@@ -40,7 +46,7 @@ _NONE = "–"
 
 
 def cost_table(runs: Sequence[Run]) -> Html:
-    """Tell what each schedule reached and what it cost; means over its finished runs."""
+    """Build the table of each schedule's score and cost, as means over its finished runs."""
     columns = (
         "schedule",
         f"test {runs[0].header.metric.name}",
@@ -107,14 +113,14 @@ def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
 
 
 def phases_table(runs: Sequence[Run]) -> Html:
-    """Tell the cost of a training step in each phase, run by run."""
+    """Build the table of what a training step costs in each phase, run by run."""
     columns = (
         "schedule",
         "epochs",
         "forms",
         "trainable",
         "parameters",
-        "FLOPs a step, predicted",
+        "FLOPs per step, predicted",
         "counted",
         "relative",
         "memory",
@@ -142,21 +148,21 @@ def _phase_rows(run: Run) -> Iterator[Sequence[str]]:
 
 
 def changes_table(runs: Sequence[Run]) -> Html:
-    """Tell changes of form by moment: which layers, from what to what, with what error."""
-    found = [(run, moment) for run in runs for moment in moments(run)]
+    """Build the table of transition points: which layers, from what to what, with what error."""
+    found = [(run, point) for run in runs for point in transition_points(run)]
     if not found:
         return element("p", "No layer changed form.")
-    columns = ("schedule", "moment", "kind", "change", "largest weight error")
-    rows = [row for run, moment in found[:MOST_ROWS] for row in _change_rows(run, moment)]
-    return Html(table(columns, rows, text=(0, 1, 2, 3)) + _cut(len(found), "moment"))
+    columns = ("schedule", "time", "kind", "change", "largest weight error")
+    rows = [row for run, point in found[:MOST_ROWS] for row in _change_rows(run, point)]
+    return Html(table(columns, rows, text=(0, 1, 2, 3)) + _cut(len(found), "transition point"))
 
 
-def _change_rows(run: Run, moment: When) -> Iterator[Sequence[str]]:
+def _change_rows(run: Run, point: TransitionPoint) -> Iterator[Sequence[str]]:
     grouped: dict[tuple[str, str, str], list[ChangeRecord]] = {}
-    for change in moment.changes:
+    for change in point.changes:
         key = (change_kind(change), _form_text(change.before), _form_text(change.after))
         grouped.setdefault(key, []).append(change)
-    at = "start" if moment.step == 0 else f"epoch {number(moment.epoch)}"
+    at = "start" if point.step == 0 else f"epoch {number(point.epoch)}"
     for (kind, before, after), changes in grouped.items():
         title = f"{plural(len(changes), 'layer')} {before} → {after}"
         paths = [element("li", _path_text(change)) for change in changes]
@@ -176,7 +182,7 @@ def _path_text(change: ChangeRecord) -> str:
 
 
 def _largest(changes: Sequence[ChangeRecord]) -> float:
-    """Find the largest error; nan where any is nan, as ``max`` alone would not tell."""
+    """The largest error; nan if any is nan (``max`` alone could miss it)."""
     errors = [change.error for change in changes]
     return math.nan if any(map(math.isnan, errors)) else max(errors)
 
@@ -187,7 +193,7 @@ def _cut(rows: int, noun: str) -> Html:
 
 
 def layers_table(runs: Sequence[Run]) -> Html:
-    """Tell each watched layer's rank health at the last reading, schedule beside schedule."""
+    """Build the table of rank metrics by layer at the last reading, schedules side by side."""
     last = [records[-1] for run in runs if (records := run.all(SpectrumRecord))]
     watched = [run for run in runs if run.all(SpectrumRecord)]
     names = dict.fromkeys(name for record in last for name in record.layers)

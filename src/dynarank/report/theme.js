@@ -1,8 +1,8 @@
 "use strict";
-// The theme: as the system has it, dark, light, in turn; kept for the next visit where that is allowed.
+// The theme button cycles through system, dark and light; the choice is stored if storage is allowed.
 (() => {
   const button = document.getElementById("theme");
-  const words = { "": "Theme: as the system", dark: "Theme: dark", light: "Theme: light" };
+  const words = { "": "Theme: system", dark: "Theme: dark", light: "Theme: light" };
   const order = ["", "dark", "light"];
   let theme = "";
   const stored = (value) => {

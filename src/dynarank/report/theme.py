@@ -1,7 +1,7 @@
-"""The colors of the page, light and dark, and figures that follow them.
+"""The light and dark theme of the page and its figures.
 
-A figure is drawn in the light colors. Inside a page each of them becomes a CSS variable with the
-drawn color behind it, so that one SVG serves both; as a file of its own it stays as drawn.
+A figure is drawn in the light colors. Inlined in a page, each color becomes a CSS variable with
+the drawn color as its fallback, so that one SVG serves both themes; a figure file stays as drawn.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = [
 
 INK = "#24292f"
 NEUTRAL = "#6e7781"
-# Okabe and Ito's colors, without the yellow that white paper swallows.
+# Okabe and Ito's colors, without the yellow, which is hard to see on white.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 _SERIES_DARK = ("#3a9be0", "#f0763a", "#1fbf93", "#e09ac2", "#f0b429", "#8fd0f7", "#f0f3f6")
-# Viridis as far as the yellow that white paper swallows; on dark paper without its darkest violet.
+# Viridis without the yellow end on white, and without the darkest violet on a dark page.
 DEPTH = 48
 _LIGHT_END, _DARK_START = 0.88, 0.24
 _PAGE = {  # name: light, dark
@@ -50,7 +50,7 @@ _FIGURE = {  # colors that figures are drawn in, besides series and depth
 
 @cache
 def depth_hexes(dark: bool = False) -> tuple[str, ...]:
-    """The steps of the scale of depth, first to last."""
+    """The colors of the depth scale, first layer to last."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -60,7 +60,7 @@ def depth_hexes(dark: bool = False) -> tuple[str, ...]:
 
 
 def css_variables() -> str:
-    """The variables of both themes: light, dark where the reader's system is, and as chosen."""
+    """The CSS variables of both themes: by the system's preference and by explicit choice."""
     pairs = {
         **_PAGE,
         **{f"s{i}": pair for i, pair in enumerate(zip(SERIES, _SERIES_DARK, strict=True))},
@@ -85,7 +85,7 @@ def _variables() -> dict[str, str]:
 
 
 def themed(svg: str) -> str:
-    """Make the colors in a figure's style attributes follow the page's theme.
+    """Replace the colors in a figure's style attributes by the theme's variables.
 
     Example:
         >>> themed('<path style="stroke: #24292f"/>')
@@ -95,7 +95,7 @@ def themed(svg: str) -> str:
 
 
 def themed_color(color: str) -> str:
-    """A background of a drawn color, as a style attribute, that follows the theme."""
+    """A style attribute: a background color that follows the theme."""
     return f"background:{variable(color)}"
 
 
@@ -104,6 +104,6 @@ def _themed_style(style: str) -> str:
 
 
 def variable(color: str) -> str:
-    """A drawn color as the CSS variable that stands for it; any other as it is."""
+    """The CSS variable of a drawn color; other colors are returned as they are."""
     name = _variables().get(color)
     return color if name is None else f"var(--{name},{color})"

@@ -1,4 +1,4 @@
-"""Fewer of many, evenly: what keeps figures readable and the page small."""
+"""Even subsampling, to keep figures readable and the page small."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _T = TypeVar("_T")
 
 
 def evenly(items: Sequence[_T], most: int) -> list[_T]:
-    """At most ``most`` of the items at even distances, the first and the last among them.
+    """At most ``most`` of the items, evenly spaced, including the first and the last.
 
     Example:
         >>> evenly([0, 1, 2, 3, 4, 5, 6], 3)
@@ -26,20 +26,20 @@ def evenly(items: Sequence[_T], most: int) -> list[_T]:
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
-def within(budget: int, layers: int, moments: int, size: int, least: int = 4) -> tuple[int, int]:
-    """How many layers and moments of ``size`` numbers each fit the budget.
+def within(budget: int, layers: int, readings: int, size: int, least: int = 4) -> tuple[int, int]:
+    """How many layers and readings of ``size`` numbers each fit the budget.
 
-    Moments are given up first, down to ``least``; then layers.
+    Readings are dropped first, down to ``least``; then layers.
 
     Example:
-        >>> within(240_000, layers=300, moments=41, size=64)
+        >>> within(240_000, layers=300, readings=41, size=64)
         (300, 12)
     """
     fitting = budget // max(layers * size, 1)
-    kept = min(moments, max(fitting, least))
+    kept = min(readings, max(fitting, least))
     return min(layers, max(budget // max(kept * size, 1), 1)), kept
 
 
 def kept_text(kept: int, total: int, noun: str) -> str:
-    """Say what a picture leaves out: ``12 of 41 readings``; nothing where it leaves out none."""
+    """Say how much is shown: ``12 of 41 readings``; empty if all of it is."""
     return f"{kept:,} of {plural(total, noun)}" if kept < total else ""

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from dynarank.forms import Change, LowRank, same_weight
 from dynarank.layers.running import call_model, preserve_state
+from dynarank.scheduler.callbacks import Callback, Ranks
 
-__all__ = ["recalibrate_batch_norms"]
+__all__ = ["BatchNormRecalibration", "recalibrate_batch_norms"]
+
+
+class BatchNormRecalibration(Callback):
+    """Recalibrates BatchNorm after weights have been truncated in mid-run.
+
+    Args:
+        batches: called for the batches, as :func:`recalibrate_batch_norms` takes them.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Any]]) -> None:
+        self.batches = batches
+
+    def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
+        """Recalibrate if a weight was truncated; the first plan is of an untrained model."""
+        truncated = (
+            isinstance(change.after, LowRank) and not same_weight(change.before, change.after)
+            for change in changes
+        )
+        if ranks.last_step and any(truncated):
+            recalibrate_batch_norms(ranks.model, self.batches())
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The learning rate's future, from a copy of the user's scheduler run ahead of time.
+"""The learning rate's forecast, from a copy of the user's scheduler that is run ahead.
 
 Nothing of the user's is touched: the scheduler is copied with a stand-in for its optimizer, which
 has the groups' numbers and no parameters of the model's.
@@ -23,10 +23,10 @@ POINTS = 1001
 
 
 class Forecast:
-    """What is known of a run's learning rate: nothing, all at once, or more as it goes.
+    """What is known of a run's learning rate: nothing, all of it, or more as the run goes on.
 
-    How many optimizer steps lie between two steps of the scheduler nobody says: it is watched. A
-    scheduler that is stepped once an epoch is therefore understood at the end of the first.
+    How many optimizer steps lie between two steps of the LR scheduler is not given anywhere, so it
+    is watched: a scheduler that is stepped once an epoch is understood at the end of the first.
 
     Args:
         source: a learning-rate scheduler; the rates of the run themselves, at equal distances; or
@@ -57,23 +57,21 @@ class Forecast:
         self._every: float | None = None
         self._rises = 0
 
-    def watch(self, step: int) -> bool:
-        """Look at the scheduler after an optimizer step; whether the forecast has changed.
+    def watch(self, step: int) -> None:
+        """Look at the scheduler after an optimizer step, and forecast again if it says more.
 
         Its first rise is seen before or after the step it belongs to, by the order of the user's
         calls; from the first to the second the distance is exact.
         """
         count = _count(self._scheduler)
         if self._copy is None or count is None or count <= self._seen[1] or self._rises == 2:
-            return False
+            return
         since = step - self._seen[0] if self._rises else max(1, step - 1)
         every = since / (count - self._seen[1])
         self._seen, self._rises = (step, count), self._rises + 1
-        if every == self._every:
-            return False
-        self._every = every
-        self.rates = foresee(self._copy, self.total_steps, every)
-        return True
+        if every != self._every:
+            self._every = every
+            self.rates = foresee(self._copy, self.total_steps, every)
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain data."""
@@ -85,14 +83,14 @@ class Forecast:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Know what was known."""
+        """The inverse of :meth:`state_dict`."""
         self.rates = tuple(state["rates"])
         self._seen = (int(state["seen"][0]), int(state["seen"][1]))
         self._every, self._rises = state["every"], int(state["rises"])
 
 
 def foresee(lr_scheduler: Any, total_steps: int, every: float = 1) -> tuple[float, ...]:
-    """The first group's learning rate at ``POINTS`` moments of the run, from its first step on.
+    """The first group's learning rate at ``POINTS`` steps, evenly over the run from its first.
 
     Args:
         lr_scheduler: any of torch's or a subclass of one, as it is before the run; not touched.
@@ -108,8 +106,8 @@ def foresee(lr_scheduler: Any, total_steps: int, every: float = 1) -> tuple[floa
         >>> rates[499], rates[501]
         (1.0, 0.1)
     """
-    ghost = _detached(lr_scheduler)
-    if ghost is None:
+    ahead = _detached(lr_scheduler)
+    if ahead is None:
         return ()
     count = max(1, round(total_steps / every))
     rates: list[float] = []
@@ -117,8 +115,8 @@ def foresee(lr_scheduler: Any, total_steps: int, every: float = 1) -> tuple[floa
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for _ in range(count):
-                rates.append(float(ghost.optimizer.param_groups[0]["lr"]))
-                ghost.step()
+                rates.append(float(ahead.optimizer.param_groups[0]["lr"]))
+                ahead.step()
     except Exception as error:  # a scheduler that wants a metric, or ends before the run does
         if not rates:
             return _unforeseen(lr_scheduler, error)

@@ -1,4 +1,4 @@
-"""The learning rate warmed up again after a change of form.
+"""LR re-warm-up: the learning rate warmed up again after a change of form.
 
 The rate that the user's scheduler has set is scaled only while the optimizer steps, and put back
 as it was: schedulers that compute a rate from the last one never see the scaled one.
@@ -6,19 +6,21 @@ as it was: schedulers that compute a rate from the last one never see the scaled
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
+from dynarank.forms import Change
+from dynarank.scheduler.callbacks import Callback, Ranks
+
 __all__ = ["LRRewarmup"]
 
 
-class LRRewarmup:
-    """Scales the learning rate by 1/n, 2/n, ..., 1 in the n steps after a change.
+class LRRewarmup(Callback):
+    """Scales the learning rate by 1/n, 2/n, ..., 1 in the n steps after a change in mid-run.
 
     Args:
-        optimizers: whose rates to scale.
         steps: n; 0 or 1 scales nothing.
 
     Raises:
@@ -28,29 +30,59 @@ class LRRewarmup:
         >>> import torch
         >>> weight = torch.nn.Parameter(torch.zeros(()))
         >>> optimizer = torch.optim.SGD([weight], lr=1.0)
-        >>> rewarm = LRRewarmup([optimizer], steps=4)
-        >>> rewarm.restart()
+        >>> rewarmup = LRRewarmup(steps=4)
+        >>> rewarmup.attach([optimizer])
+        >>> rewarmup.restart()
         >>> weight.grad = torch.tensor(-1.0)
-        >>> optimizer.step(), rewarm.advance(), optimizer.step()
-        (None, None, None)
+        >>> optimizer.step()
         >>> weight.item(), optimizer.param_groups[0]["lr"]
-        (0.75, 1.0)
+        (0.25, 1.0)
 
     Reference:
         Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv 2307.05695, 2023
         warm up after each restart.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], steps: int) -> None:
+    def __init__(self, steps: int) -> None:
         if steps < 0:
             raise ValueError(f"the rate is warmed up over a number of steps >= 0, got {steps}")
         self.steps = steps
         self.done = steps  # of a warm-up: all, as long as there was no change
         self._rates: dict[int, list[Any]] = {}
-        if steps > 1:
-            for optimizer in optimizers:
-                optimizer.register_step_pre_hook(self._scale)
-                optimizer.register_step_post_hook(self._restore)
+        self._hooks: list[Any] = []
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Scale the rates of these optimizers' steps from now on."""
+        for optimizer in optimizers if self.steps > 1 else ():
+            self._hooks.append(optimizer.register_step_pre_hook(self._scale))
+            self._hooks.append(optimizer.register_step_post_hook(self._restore))
+
+    def on_start(self, ranks: Ranks) -> None:
+        """Attach to the scheduler's optimizers."""
+        self.attach(ranks.optimizer)
+
+    def after_step(self, ranks: Ranks) -> None:
+        """Count the step."""
+        self.done = min(self.done + 1, self.steps)
+
+    def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
+        """Begin to warm up with the next step, unless training has not begun."""
+        if ranks.last_step:
+            self.restart()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps of a warm-up are done."""
+        return {"done": self.done}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a warm-up."""
+        self.done = int(state["done"])
+
+    def close(self) -> None:
+        """Leave the optimizers alone."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     @property
     def factor(self) -> float:
@@ -60,10 +92,6 @@ class LRRewarmup:
     def restart(self) -> None:
         """Begin to warm up with the next step."""
         self.done = 0
-
-    def advance(self) -> None:
-        """Count a step."""
-        self.done = min(self.done + 1, self.steps)
 
     def _scale(self, optimizer: Optimizer, *_: object) -> None:
         if id(optimizer) in self._rates:  # the last step raised before it could be put back

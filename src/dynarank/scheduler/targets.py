@@ -1,15 +1,18 @@
-"""Before a run: which layers a schedule is for, and whether its plans can be."""
+"""Before a run: which layers a schedule is for, and whether its plans are possible."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch import nn
 
 from dynarank.forms import FullRank, LowRank
-from dynarank.schedules import Phase, Readings, Schedule, timeline
+from dynarank.schedules.base import Readings, Schedule
+from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.selection import LayerFilter, find_sites, select
 from dynarank.surgery.sites import Site, survey
 
-__all__ = ["check_phase", "scheduled_layers"]
+__all__ = ["check_phases", "scheduled_layers"]
 
 
 def scheduled_layers(
@@ -32,17 +35,19 @@ def scheduled_layers(
     return select(sites, lambda module, path: path in paths)
 
 
-def check_phase(phase: Phase, model: nn.Module) -> None:
+def check_phases(phases: Iterable[Phase], model: nn.Module) -> None:
     """Raise for a plan that no weights could make possible.
 
     Raises:
         ValueError: an unknown layer or decomposition, a rank above the layer's limit.
     """
-    for path, site in find_sites(model, survey(model), phase.plan).items():
-        form = phase.plan[path]
-        if isinstance(form, FullRank):
-            continue
-        try:
-            site.spec.resolve(form)
-        except ValueError as error:
-            raise ValueError(f"from step {phase.start}, layer {path!r}: {error}") from None
+    sites = survey(model)
+    for phase in phases:
+        for path, site in find_sites(model, sites, phase.plan).items():
+            form = phase.plan[path]
+            if isinstance(form, FullRank):
+                continue
+            try:
+                site.spec.resolve(form)
+            except ValueError as error:
+                raise ValueError(f"from step {phase.start}, layer {path!r}: {error}") from None

@@ -1,84 +1,82 @@
-"""Rank schedules: functions of clock and readings that give a plan."""
+"""Rank schedules: functions of clock and readings that give a plan.
 
-from __future__ import annotations
+Each schedule is a class; the names in lower case are the same classes, as one writes them:
+``dr.schedules.dynamic_rank(0.5, inflate=0.37, deflate=0.80)``. A module is imported when a name of
+it is first asked for.
+"""
 
-from dynarank.schedules.base import (
-    Answer,
-    Clock,
-    Decision,
-    Mapped,
-    Phase,
-    RankSchedule,
-    Readings,
-    Schedule,
-    State,
-    StatefulSchedule,
-    When,
-    ask,
-    is_stateful,
-    start,
-    step_of,
-    timeline,
-)
-from dynarank.schedules.budget import Budget, Budgeted
-from dynarank.schedules.library.closed_loop import ClosedLoop, closed_loop
-from dynarank.schedules.library.cuttlefish import Cuttlefish, cuttlefish
-from dynarank.schedules.library.growing import Growing, growing
-from dynarank.schedules.library.lora import lora
-from dynarank.schedules.library.pufferfish import Hybrid, pufferfish
-from dynarank.schedules.library.relora import Restarts, relora
-from dynarank.schedules.library.rotating import Rotating, rotating
-from dynarank.schedules.lr_aligned import LRAligned
-from dynarank.schedules.phases import Phases
-from dynarank.schedules.presets import PRESETS, dynamic_rank, full_rank, get_preset, low_rank
-from dynarank.schedules.published import published
-from dynarank.schedules.replay import Replay, decide_again, replay, spectra_from_records
-from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
+from importlib import import_module
+from typing import Any
 
-__all__ = [
-    "PRESETS",
-    "Answer",
-    "Budget",
-    "Budgeted",
-    "Clock",
-    "ClosedLoop",
-    "Cuttlefish",
-    "Decision",
-    "Growing",
-    "Hybrid",
-    "LRAligned",
-    "Mapped",
-    "Phase",
-    "Phases",
-    "RankSchedule",
-    "Readings",
-    "Replay",
-    "Restarts",
-    "Rotating",
-    "Schedule",
-    "State",
-    "StatefulSchedule",
-    "When",
-    "ask",
-    "closed_loop",
-    "cuttlefish",
-    "decide_again",
-    "dynamic_rank",
-    "full_rank",
-    "get_preset",
-    "growing",
-    "is_stateful",
-    "lora",
-    "low_rank",
-    "published",
-    "pufferfish",
-    "relora",
-    "replay",
-    "rotating",
-    "schedule_from_data",
-    "schedule_to_data",
-    "spectra_from_records",
-    "start",
-    "step_of",
-    "timeline",
-]
+CLASSES = {
+    "ClosedLoop": "library.closed_loop",
+    "Cuttlefish": "library.cuttlefish",
+    "DynamicRank": "lr_aligned",
+    "FittedCost": "fitted",
+    "FittedMemory": "fitted",
+    "FullRankThroughout": "throughout",
+    "Growing": "library.growing",
+    "LoRA": "library.lora",
+    "LowRankThroughout": "throughout",
+    "Phases": "phases",
+    "Published": "library.published",
+    "Pufferfish": "library.pufferfish",
+    "ReLoRA": "library.relora",
+    "Replay": "recorded",
+    "Rotating": "library.rotating",
+}
+"""The schedules that can be written as data, each with its module."""
+
+_ALIASES = {
+    "closed_loop": "ClosedLoop",
+    "cuttlefish": "Cuttlefish",
+    "dynamic_rank": "DynamicRank",
+    "full_rank": "FullRankThroughout",
+    "growing": "Growing",
+    "lora": "LoRA",
+    "low_rank": "LowRankThroughout",
+    "published": "Published",
+    "pufferfish": "Pufferfish",
+    "relora": "ReLoRA",
+    "rotating": "Rotating",
+}
+
+_OTHERS = {
+    "Answer": "base",
+    "Clock": "base",
+    "Decision": "base",
+    "FunctionSchedule": "base",
+    "Mapped": "base",
+    "Phase": "timelines",
+    "RankSchedule": "base",
+    "Readings": "base",
+    "SCHEDULES": "catalog",
+    "Schedule": "base",
+    "State": "base",
+    "When": "base",
+    "as_schedule": "base",
+    "decide_again": "recorded",
+    "get_preset": "catalog",
+    "replay": "recorded",
+    "schedule_from_data": "serialization",
+    "schedule_to_data": "serialization",
+    "serializable": "serialization",
+    "spectra_from_records": "recorded",
+    "step_of": "base",
+    "timeline": "timelines",
+}
+
+__all__ = [*CLASSES, *_ALIASES, *_OTHERS]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """The schedule or function of this name, its module imported now."""
+    original = _ALIASES.get(name, name)
+    module = CLASSES.get(original) or _OTHERS.get(original)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{module}"), original)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

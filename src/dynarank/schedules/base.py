@@ -1,16 +1,17 @@
-"""A rank schedule is a function ``(clock, readings) -> plan``: it knows time, never a model.
+"""What a rank schedule is: a function ``(clock, readings) -> plan`` that knows time, never a model.
 
-Because a plan says what should be, not what to do, most schedules need no memory of what they said
-before, and resuming a run is asking again. One that decides by what it has seen is a pure function
-too, ``(state, clock, readings) -> (plan, state)``: its state is plain data, kept elsewhere.
+A plan says what should be, not what to do, so most schedules need no memory of what they said
+before, and resuming a run is asking again. A schedule that decides by what it has seen is a pure
+function too, ``(state, clock, readings) -> (plan, state)``; its state is plain data that the rank
+scheduler keeps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, cast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
 from dynarank.forms import Form, Plan, form_from_data, form_to_data
 from dynarank.schedules.readings import SpectralReading
@@ -19,19 +20,16 @@ __all__ = [
     "Answer",
     "Clock",
     "Decision",
+    "FunctionSchedule",
     "Mapped",
-    "Phase",
     "RankSchedule",
     "Readings",
     "Schedule",
     "State",
-    "StatefulSchedule",
     "When",
-    "ask",
-    "is_stateful",
-    "start",
+    "as_schedule",
     "step_of",
-    "timeline",
+    "take_over",
 ]
 
 When: TypeAlias = int | float
@@ -40,14 +38,10 @@ When: TypeAlias = int | float
 State: TypeAlias = Mapping[str, Any]
 """What a schedule remembers: plain data, as JSON has it; never changed in place."""
 
-# Plans are compared at this many moments of a run, and a change between two of them is then found
-# to the step: a phase shorter than a 4096th of the run could be missed.
-_MOMENTS = 4096
-
 
 @dataclass(frozen=True)
 class Clock:
-    """A moment of a run: ``step`` optimizer steps are done, of ``total_steps``."""
+    """The time in a run: ``step`` optimizer steps are done, of ``total_steps``."""
 
     step: int
     total_steps: int
@@ -68,7 +62,7 @@ class Readings:
         forecast: the learning rate over the whole run, at equal distances from its first step to
             its last, where that can be foreseen; else empty.
         forms: the form that each layer has.
-        spectra: rank health by layer, at the steps at which it was read; else empty.
+        spectra: the rank metrics of each layer, at the steps at which it was read; else empty.
     """
 
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -76,21 +70,6 @@ class Readings:
     forecast: tuple[float, ...] = ()
     forms: Mapping[str, Form] = field(default_factory=dict[str, Form])
     spectra: Mapping[str, SpectralReading] = field(default_factory=dict[str, SpectralReading])
-
-
-class RankSchedule(Protocol):
-    """The plan for a moment: any function of this signature is a schedule.
-
-    Example:
-        >>> from dynarank.forms import FullRank, LowRank
-        >>> def warm(clock, readings):
-        ...     form = FullRank() if clock.progress < 0.2 else LowRank(0.25)
-        ...     return {path: form for path in readings.layers}
-    """
-
-    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The form of each layer at this moment."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -123,63 +102,166 @@ class Decision:
 
 
 class Answer(NamedTuple):
-    """A schedule's plan for a moment, the state it goes on with, and what it has just decided."""
+    """A schedule's plan, the state it goes on with, and what it has just decided."""
 
     plan: Plan
     state: State
     decisions: tuple[Decision, ...] = ()
 
 
-class StatefulSchedule(Protocol):
-    """A schedule that remembers: a pure function of state, clock and readings.
+_REQUIREMENTS = frozenset({"spectra", "singular_values"})
 
-    It is asked once for every step, in order. ``spectra_every`` says how often the rank health of
-    the layers is read for it, a share of the run or a number of steps; None: never. One with a true
-    ``needs_values`` gets every singular value.
+
+class RankSchedule:
+    """The base class of rank schedules: which form each layer has at each step of a run.
+
+    A schedule without memory implements ``__call__(clock, readings)``, the plan. One that remembers
+    implements :meth:`start` and :meth:`update` instead; it is asked once for every step, in order.
+    A plain function ``(clock, readings) -> plan`` is a schedule too, see :func:`as_schedule`.
+
+    Attributes:
+        requires: what it must be given beside the learning rate and the forms: ``"spectra"``, the
+            rank metrics of the layers, and ``"singular_values"``, every singular value in them.
+        spectra_every: how often the spectra are read, a share of the run (float) or steps (int).
+        moments: the policy for the optimizer's moments it is meant for; None: whichever.
+        rewarm: the steps over which the learning rate should come back after a change, see
+            :class:`~dynarank.scheduler.lr_rewarmup.LRRewarmup`; None: as the user likes.
+        fitted: whether it was fitted to a model on a machine. A checkpoint then holds the schedule
+            itself, and a resumed run goes on with that one.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> from dynarank.forms import FullRank, LowRank
+        >>> from dynarank.schedules.timelines import timeline
+        >>> @dataclass(frozen=True)
+        ... class WarmStart(RankSchedule):
+        ...     rank: int = 8
+        ...     until: float = 0.2
+        ...     def __call__(self, clock, readings):
+        ...         form = FullRank() if clock.progress < self.until else LowRank(self.rank)
+        ...         return {path: form for path in readings.layers}
+        >>> [p.start for p in timeline(WarmStart(), Readings({"a": (64, 64)}), 100)]
+        [0, 20]
     """
 
-    @property
-    def spectra_every(self) -> When | None:
-        """How often to read spectra."""
-        ...
+    requires: frozenset[str] = frozenset()
+    spectra_every: When | None = None
+    moments: Literal["project", "calibrated", "reset", "prune"] | None = None
+    rewarm: int | None = None
+    fitted: bool = False
+
+    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+        """The form of each layer at this step."""
+        name = type(self).__name__
+        raise NotImplementedError(
+            f"{name} keeps a state: ask update(state, clock, readings)"
+            if self.stateful
+            else f"{name} is no schedule yet: it implements neither __call__ nor start and update"
+        )
 
     def start(self) -> State:
         """The state before the first step."""
-        ...
+        return {}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The plan for this moment and the next state; ``state`` itself stays as it is."""
-        ...
+        """The plan for this step and the next state; ``state`` itself stays as it is."""
+        return Answer(self(clock, readings), state)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether the plan depends on the steps before, so that every step must be asked for."""
+        return type(self).update is not RankSchedule.update
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """The schedule with those of a recipe's options that it has fields for.
+
+        Args:
+            options: any of ``rank``, ``inflate``, ``deflate``, ``to``, ``decomposition``,
+                ``alpha``, ``execution``, the schedule's own fields, and ``epoch``, one epoch as a
+                share of the run. Those that the class has no field for are left out.
+
+        Example:
+            >>> from dynarank.schedules.library.lora import LoRA
+            >>> LoRA.from_options({"rank": 4, "inflate": 0.3}).rank
+            4
+        """
+        names = {f.name for f in fields(cast(Any, cls)) if f.init}
+        return cls(**{name: value for name, value in options.items() if name in names})
 
 
-Schedule: TypeAlias = RankSchedule | StatefulSchedule
-
-
-def is_stateful(schedule: Schedule) -> TypeGuard[StatefulSchedule]:
-    """Whether the schedule keeps a state."""
-    return hasattr(schedule, "update")
-
-
-def start(schedule: Schedule) -> State:
-    """The state that a schedule begins with; nothing for one without."""
-    return schedule.start() if is_stateful(schedule) else {}
-
-
-def ask(schedule: Schedule, state: State, clock: Clock, readings: Readings) -> Answer:
-    """What the schedule, with a state or without, says at this moment.
-
-    Example:
-        >>> from dynarank.schedules import full_rank
-        >>> ask(full_rank(), {}, Clock(0, 10), Readings({"a": (8, 8)})).plan
-        {'a': FullRank()}
-    """
-    if is_stateful(schedule):
-        return schedule.update(state, clock, readings)
-    return Answer(cast(RankSchedule, schedule)(clock, readings), state)
+ScheduleFunction: TypeAlias = Callable[[Clock, Readings], Plan]
+Schedule: TypeAlias = RankSchedule | ScheduleFunction
+"""What is accepted as a schedule: a :class:`RankSchedule`, or a function to be made one."""
 
 
 @dataclass(frozen=True)
-class Mapped:
+class FunctionSchedule(RankSchedule):
+    """A plain function ``(clock, readings) -> plan`` as a schedule."""
+
+    function: ScheduleFunction
+
+    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+        """What the function says."""
+        return self.function(clock, readings)
+
+
+def as_schedule(schedule: Schedule) -> RankSchedule:
+    """The schedule itself, checked, or a user's function made one.
+
+    Raises:
+        ValueError: it is neither; or it requires spectra without saying how often, or the reverse.
+
+    Example:
+        >>> as_schedule(lambda clock, readings: {}).update({}, Clock(0, 1), Readings())
+        Answer(plan={}, state={}, decisions=())
+    """
+    if isinstance(schedule, RankSchedule):
+        return _checked(schedule)
+    if not callable(schedule) or isinstance(schedule, type):
+        raise ValueError(_no_schedule(schedule))
+    try:
+        inspect.signature(schedule).bind(None, None)
+    except TypeError:
+        raise ValueError(_no_schedule(schedule)) from None
+    except ValueError:  # written in C: nobody knows its arguments
+        pass
+    return FunctionSchedule(schedule)
+
+
+def _checked(schedule: RankSchedule) -> RankSchedule:
+    name = type(schedule).__name__
+    if unknown := schedule.requires - _REQUIREMENTS:
+        raise ValueError(
+            f"{name} requires {', '.join(sorted(unknown))}; a schedule may require "
+            f"{', '.join(sorted(_REQUIREMENTS))}"
+        )
+    if bool(schedule.requires) != (schedule.spectra_every is not None):
+        raise ValueError(
+            f"{name} requires {set(schedule.requires) or 'nothing'} and has "
+            f"spectra_every={schedule.spectra_every!r}; a schedule that reads spectra has both "
+            'requires = frozenset({"spectra"}) and a spectra_every, any other has neither'
+        )
+    return schedule
+
+
+def _no_schedule(value: object) -> str:
+    """What to do instead."""
+    rule = "a schedule is a RankSchedule or a function (clock, readings) -> plan"
+    name = getattr(value, "__name__", type(value).__name__)
+    if isinstance(value, str):
+        return f"{rule}, got the name {value!r}; dynarank.schedules.get_preset has them by name"
+    if isinstance(value, Mapping):
+        return f"{rule}, got a plan; give lambda clock, readings: plan, or use apply_plan"
+    if hasattr(value, "update") and not isinstance(value, type):
+        return f"{rule}; {name} has start and update: derive it from RankSchedule"
+    if callable(value):
+        return f"{rule}; {name} takes other arguments: did you mean {name}(...)?"
+    return f"{rule}, got {value!r}"
+
+
+@dataclass(frozen=True)
+class Mapped(RankSchedule):
     """A schedule whose plans another function has the last word on.
 
     Example:
@@ -188,113 +270,28 @@ class Mapped:
         Answer(plan={}, state={}, decisions=())
     """
 
-    schedule: Schedule
+    schedule: RankSchedule
     function: Callable[[Plan], Plan]
 
-    @property
-    def spectra_every(self) -> When | None:
-        """As the schedule has it."""
-        return self.schedule.spectra_every if is_stateful(self.schedule) else None
-
-    @property
-    def needs_values(self) -> bool:
-        """As the schedule has it."""
-        return getattr(self.schedule, "needs_values", False)
+    def __post_init__(self) -> None:
+        take_over(self, self.schedule)
 
     def start(self) -> State:
         """As the schedule has it."""
-        return start(self.schedule)
+        return self.schedule.start()
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The schedule's answer, its plan mapped."""
-        answer = ask(self.schedule, state, clock, readings)
+        answer = self.schedule.update(state, clock, readings)
         return answer._replace(plan=self.function(answer.plan))
 
 
-def step_of(moment: When, total_steps: int) -> int:
-    """The step that a moment means in a run of ``total_steps``: shares are rounded."""
-    return round(moment * total_steps) if isinstance(moment, float) else moment
+def take_over(outer: RankSchedule, inner: RankSchedule) -> None:
+    """Have a schedule that wraps another require and recommend what that one does."""
+    for name in ("requires", "spectra_every", "moments", "rewarm"):
+        object.__setattr__(outer, name, getattr(inner, name))  # the wrapper is a frozen dataclass
 
 
-@dataclass(frozen=True)
-class Phase:
-    """The steps ``start <= step < stop`` during which one plan holds."""
-
-    start: int
-    stop: int
-    plan: Plan
-
-    @property
-    def steps(self) -> int:
-        """How many steps the phase lasts."""
-        return self.stop - self.start
-
-
-def timeline(schedule: Schedule, readings: Readings, total_steps: int) -> list[Phase]:
-    """The phases a schedule will go through if the readings stay as they are.
-
-    Where a forecast of the learning rate is known, its schedule is told of it as time goes on. A
-    schedule that waits for spectra gets none, and so does nothing.
-
-    Example:
-        >>> from dynarank.schedules import dynamic_rank
-        >>> schedule = dynamic_rank(0.5, inflate=0.4, deflate=0.8)
-        >>> [p.start for p in timeline(schedule, Readings({"a": (8, 8)}), 100)]
-        [0, 40, 80]
-    """
-    if not isinstance(total_steps, int) or total_steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"total_steps is a whole number of at least 1, got {total_steps!r}")
-    if is_stateful(schedule):
-        plans = dict(_stateful_plans(schedule, readings, total_steps))
-    else:
-        plans = dict(_plans(cast(RankSchedule, schedule), readings, total_steps))
-    stops = [*list(plans)[1:], total_steps]
-    return [Phase(at, stop, plan) for (at, plan), stop in zip(plans.items(), stops, strict=True)]
-
-
-def _plans(
-    schedule: RankSchedule, readings: Readings, total_steps: int
-) -> Iterator[tuple[int, Plan]]:
-    """The first step of each plan, found by bisection."""
-
-    def plan(step: int) -> Plan:
-        return dict(schedule(Clock(step, total_steps), readings))
-
-    yield 0, plan(0)
-    stride = max(1, total_steps // _MOMENTS)
-    moments = sorted({*range(0, total_steps, stride), total_steps - 1})
-    for low, high in pairwise(moments):
-        while plan(low) != plan(high):
-            low = _first_difference(plan, low, high)
-            yield low, plan(low)
-
-
-def _stateful_plans(
-    schedule: StatefulSchedule, readings: Readings, total_steps: int
-) -> Iterator[tuple[int, Plan]]:
-    """The first step of each plan, from one step to the next, for a state depends on all before."""
-    state, last = schedule.start(), None
-    for step in range(total_steps):
-        clock = Clock(step, total_steps)
-        seen = replace(readings, learning_rate=_rate_at(readings, clock))
-        plan, state, _ = schedule.update(state, clock, seen)
-        if plan != last:
-            last = dict(plan)
-            yield step, last
-
-
-def _rate_at(readings: Readings, clock: Clock) -> float | None:
-    rates = readings.forecast
-    return rates[int(clock.progress * len(rates))] if rates else readings.learning_rate
-
-
-def _first_difference(plan: _PlanAt, low: int, high: int) -> int:
-    before = plan(low)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if plan(middle) == before else (low, middle)
-    return high
-
-
-class _PlanAt(Protocol):
-    def __call__(self, step: int, /) -> Plan: ...
+def step_of(when: When, total_steps: int) -> int:
+    """The step that a time means in a run of ``total_steps``: shares are rounded."""
+    return round(when * total_steps) if isinstance(when, float) else when

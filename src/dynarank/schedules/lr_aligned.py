@@ -1,10 +1,10 @@
-"""Dynamic rank that finds its own moments: the full-rank phase spans the learning rate's decay.
+"""Dynamic rank: low-rank, full-rank across the learning rate's decay, deflated after it.
 
-At a high learning rate the noise of the gradients is high, at a low one it is low. Full rank is to
-be there when the one regime turns into the other: at the *decisive decay*, the last moment at
-which the learning rate falls below the geometric mean of its peak and of where it ends (of a tenth
-of the peak, where it ends lower). With the decay at a share d of the run, the full-rank phase
-takes the last 46% of the time before it and the first 40% of the time after it::
+At a high learning rate the noise of the gradients is high, at a low one it is low. Layers are to be
+full-rank when the one regime turns into the other: at the *decisive decay*, the last time that the
+learning rate falls below the geometric mean of its peak and of where it ends (of a tenth of the
+peak, where it ends lower). With the decay at a share d of the run, the full-rank phase takes the
+last 46% of the time before it and the first 40% of the time after it::
 
     inflate = d - 0.46 d        deflate = d + 0.40 (1 - d)
 
@@ -16,83 +16,114 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, lru_cache
 
-from dynarank.forms import Form, FullRank, LowRank
-from dynarank.schedules.base import Answer, Clock, Readings, State, When, step_of
-from dynarank.schedules.serialization import serializable
+from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
+from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When, step_of
+from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
+from dynarank.schedules.phases import Phases
 
-__all__ = ["LRAligned", "decisive_decay", "full_rank_window"]
+__all__ = ["DynamicRank", "decisive_decay", "full_rank_window"]
 
 BEFORE, AFTER = 0.46, 0.40  # shares of the time before and after the decay, see above
-USUAL_DECAY = (
-    2 / 3
-)  # where one is expected while nothing is known, as in the paper's first experiment
+USUAL_DECAY = 2 / 3  # where one is expected while nothing is known: the paper's first experiment
 LATEST = 0.9  # without any decay to wait for, full rank ends here
 _STEADY = 0.9  # a learning rate that never falls below this share of its peak has no decay
 _TENTH = 0.1
 
 
-@serializable
 @dataclass(frozen=True)
-class LRAligned:
-    """``low`` before, full-rank around, ``last`` after the learning rate's decisive decay.
+class DynamicRank(RankSchedule):
+    """Low-rank, full-rank from ``inflate`` on, deflated from ``deflate`` on.
 
-    Where the learning rate's future is known (``readings.forecast``), the window is computed from
-    it. Where it is not, it is followed as it happens: full rank begins at the usual moment or with
+    Inflate while the learning rate is still high (high-noise regime), stay full-rank across its
+    decisive decay, deflate in the low-noise regime. A transition point that is not given is found.
+    Where the learning rate's future is known (``readings.forecast``), it is computed from that.
+    Where it is not, the rate is followed as it comes: full rank begins at 36% of the run or with
     the decay, whichever is earlier, and ends when 40% of the time after the decay has passed, or,
-    without any decay, at 90% of the run. A learning rate that rises again takes the decay back.
+    without any decay, at 90% of the run. A learning rate that rises again cancels the decay.
 
     Args:
-        low: the form before.
-        last: the form after.
-        length: of the full-rank phase, as a share of the run; None: as the rule above says. A
-            longer or shorter one keeps the shares of it before and after the decay.
-        inflate: a fixed moment for the beginning; None: found.
-        deflate: a fixed moment for the end; None: found.
+        rank: of the low-rank phase, and of the deflated one.
+        inflate: when to inflate, a share of the run (float) or a step (int); None: found.
+        deflate: when to deflate, likewise.
+        to: ``"adapted"``, the paper's: freeze W, add a zero-output adapter; the function is
+            unchanged. ``"low-rank"``: truncate; the cost really falls.
+        length: of a full-rank phase that is found, as a share of the run; None: as the rule above
+            says. A longer or shorter one keeps the shares of it before and after the decay.
+        decomposition: the decomposition's name.
+        alpha: the adapter's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
     Raises:
-        ValueError: a length outside [0, 1], moments that do not increase.
+        ValueError: transition points outside the run, that do not increase, or both given beside
+            ``length``; an unknown ending; an impossible rank.
 
     Example:
-        >>> schedule = LRAligned(LowRank(8), LowRank(8))
+        >>> from dynarank.schedules.timelines import timeline
         >>> rates = tuple(0.1 if i < 500 else 0.01 for i in range(1001))
-        >>> clock, readings = Clock(50, 100), Readings({"a": (16, 16)}, forecast=rates)
-        >>> schedule.update(schedule.start(), clock, readings).plan
-        {'a': FullRank()}
+        >>> readings = Readings({"a": (64, 64)}, forecast=rates)
+        >>> [phase.start for phase in timeline(DynamicRank(8), readings, 100)]
+        [0, 27, 70]
 
     Reference:
-        The alignment is that of Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and
-        Efficient Neural Network Training", arXiv 2508.08625, 2025, set there by hand.
+        Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
+        Training", arXiv 2508.08625, 2025. Its CIFAR-10 epochs, set by hand, are 55 and 120 of 150.
     """
 
-    low: LowRank
-    last: Form
-    length: float | None = None
+    rank: RankLike = 0.5
+    _: KW_ONLY
     inflate: When | None = None
     deflate: When | None = None
+    to: Ending = "adapted"
+    length: float | None = None
+    decomposition: str = "svd"
+    alpha: float = 16.0
+    execution: AdaptedExecution = "auto"
 
-    spectra_every = None
+    low, last = cached_property(low_form), cached_property(last_form)
 
     def __post_init__(self) -> None:
-        if self.length is not None and not 0 <= self.length <= 1:
-            raise ValueError(f"a full-rank phase takes a share of the run, got {self.length!r}")
-        for moment in (self.inflate, self.deflate):
-            if moment is not None and (moment < 0 or (isinstance(moment, float) and moment > 1)):
-                raise ValueError(
-                    f"a moment is a step (int >= 0) or a share of the run in [0, 1], got {moment!r}"
-                )
-        if type(self.inflate) is type(self.deflate) and self.inflate and self.deflate:
-            if not self.inflate < self.deflate:
-                raise ValueError(f"inflate comes before deflate: {self.inflate}, {self.deflate}")
+        object.__setattr__(self, "rank", self.last.rank)
+        for name in ("inflate", "deflate"):
+            if (when := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_when(name, when))
+        if self.length is not None:
+            check_within("length, a share of the run,", self.length, "[0, 1]")
+        if self._given is not None and self.length is not None:
+            raise ValueError(
+                "length is for a full-rank phase that is found, but inflate and deflate are both "
+                f"given; leave out one of inflate={self.inflate!r}, deflate={self.deflate!r} and "
+                f"length={self.length!r}"
+            )
+
+    @cached_property
+    def _given(self) -> Phases | None:
+        """The phases where both transition points are given: nothing is to be found then."""
+        if self.inflate is None or self.deflate is None:
+            return None
+        return Phases((0.0, self.inflate, self.deflate), (self.low, FullRank(), self.last))
+
+    @property
+    def stateful(self) -> bool:
+        """Whether a transition point is found from the learning rates seen so far."""
+        return self._given is None
+
+    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+        """The form of the present phase, where both transition points are given."""
+        if self._given is None:
+            return super().__call__(clock, readings)
+        return self._given(clock, readings)
 
     def start(self) -> State:
         """Nothing seen yet. ``began`` and ``decayed`` are steps."""
-        return {"phase": 0, "peak": 0.0, "began": None, "decayed": None}
+        return {"phase": 0, "peak": 0.0, "began": None, "decayed": None} if self.stateful else {}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The phase for this moment; phases never go backwards."""
+        """The form of the present phase, for every layer; phases never go backwards."""
+        if self._given is not None:
+            return Answer(self._given(clock, readings), state)
         seen = _follow(state, clock, readings.learning_rate)
         begin, end = self._window(seen, clock, readings.forecast)
         phase = max(seen["phase"], (clock.step >= begin) + (clock.step >= end))

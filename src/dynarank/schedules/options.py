@@ -1,21 +1,23 @@
-"""What several schedules take alike: moments of the run, and what layers deflate to."""
+"""What several schedules take alike: times, ranks, and what layers deflate to."""
 
 from __future__ import annotations
 
 import operator
-from typing import Literal, SupportsIndex, TypeAlias
+from functools import lru_cache
+from typing import Any, Literal, SupportsIndex, TypeAlias
 
-from dynarank.forms import Adapted, AdaptedExecution, LowRank, RankLike
+from dynarank.decompositions import get_decomposition
+from dynarank.forms import Adapted, LowRank, RankLike, resolve_rank
 from dynarank.schedules.base import When
 
-__all__ = ["Ending", "check_when", "check_within", "ending"]
+__all__ = ["Ending", "check_when", "check_within", "last_form", "low_form", "rank_within"]
 
 Ending: TypeAlias = Literal["adapted", "low-rank"]
 """What a layer deflates to: a frozen weight with a zero-output adapter, or truncated factors."""
 
 
-def check_when(name: str, moment: When) -> When:
-    """The moment, with other libraries' numbers made Python's.
+def check_when(name: str, when: When) -> When:
+    """The time, checked, with other libraries' numbers made Python's.
 
     Raises:
         ValueError: a step below 0, or a share outside [0, 1].
@@ -24,34 +26,39 @@ def check_when(name: str, moment: When) -> When:
         >>> check_when("begin", 0.5)
         0.5
     """
-    if isinstance(moment, SupportsIndex) and not isinstance(moment, bool):
-        moment = operator.index(moment)
+    if isinstance(when, SupportsIndex) and not isinstance(when, bool):
+        when = operator.index(when)
     else:
-        moment = float(moment)
-    if moment < 0 or (isinstance(moment, float) and not moment <= 1):
+        when = float(when)
+    if when < 0 or (isinstance(when, float) and not when <= 1):
         raise ValueError(
-            f"{name} is a step (int >= 0) or a share of the run (float in [0, 1]), got {moment!r}"
+            f"{name} is a step (int >= 0) or a share of the run (float in [0, 1]), got {when!r}"
         )
-    return moment
+    return when
 
 
-def ending(
-    to: Ending, rank: RankLike, decomposition: str, alpha: float, execution: AdaptedExecution
-) -> LowRank | Adapted:
-    """The form that layers deflate to.
+def low_form(schedule: Any) -> LowRank:
+    """The low-rank form of a schedule with the fields ``rank`` and ``decomposition``."""
+    return LowRank(schedule.rank, schedule.decomposition)
+
+
+def last_form(schedule: Any) -> LowRank | Adapted:
+    """The form that layers deflate to, of a schedule with ``to`` and an adapter's fields too.
 
     Raises:
         ValueError: an unknown ending, or an impossible rank.
 
     Example:
-        >>> ending("low-rank", 8, "svd", 16.0, "auto")
+        >>> from dynarank.schedules.lr_aligned import DynamicRank
+        >>> last_form(DynamicRank(8, to="low-rank"))
         LowRank(rank=8, decomposition='svd')
     """
-    if to not in ("adapted", "low-rank"):
-        raise ValueError(f'a layer deflates to "adapted" or "low-rank", got {to!r}')
-    if to == "low-rank":
-        return LowRank(rank, decomposition)
-    return Adapted(rank, decomposition, alpha, execution)
+    if schedule.to not in ("adapted", "low-rank"):
+        raise ValueError(f'a layer deflates to "adapted" or "low-rank", got {schedule.to!r}')
+    if schedule.to == "low-rank":
+        return low_form(schedule)
+    rank, alpha = schedule.rank, schedule.alpha
+    return Adapted(rank, schedule.decomposition, alpha, schedule.execution)
 
 
 def check_within(name: str, value: float, interval: str) -> None:
@@ -68,3 +75,15 @@ def check_within(name: str, value: float, interval: str) -> None:
     above = value > high or (value == high and interval[-1] == ")")
     if below or above or value != value:
         raise ValueError(f"{name} lies in {interval}, got {value!r}")
+
+
+@lru_cache(4096, typed=True)  # asked for every layer at every step; 1 and 1.0 are two ranks
+def rank_within(rank: RankLike, shape: tuple[int, ...], decomposition: str) -> int:
+    """The number of directions that ``rank`` means; an int above the layer's limit means the limit.
+
+    Example:
+        >>> rank_within(100, (16, 8, 3, 3), "svd"), rank_within(0.5, (16, 8, 3, 3), "svd")
+        (16, 8)
+    """
+    limit = get_decomposition(decomposition).limit(shape)
+    return min(rank, limit) if isinstance(rank, int) else resolve_rank(rank, shape, limit)

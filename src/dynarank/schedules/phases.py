@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import SupportsIndex
 
 from dynarank.forms import Form, Plan
-from dynarank.schedules.base import Clock, Readings, When, step_of
-from dynarank.schedules.serialization import serializable
+from dynarank.schedules.base import Clock, RankSchedule, Readings, When, step_of
+from dynarank.schedules.options import check_when
 
 __all__ = ["Phases"]
 
 
-@serializable
 @dataclass(frozen=True)
-class Phases:
-    """``forms[i]`` for every layer from moment ``starts[i]`` on.
+class Phases(RankSchedule):
+    """One form after another for every layer: ``forms[i]`` from ``starts[i]`` on.
 
     Args:
-        starts: when each form begins, increasing, the first at 0.
+        starts: the transition points, increasing, the first at 0.
         forms: the forms, one for each start.
 
     Raises:
@@ -43,15 +40,9 @@ class Phases:
                 f"phases need a start for each form, got {len(self.starts)} starts and "
                 f"{len(self.forms)} forms"
             )
-        starts = tuple(_plain(start) for start in self.starts)
+        starts = tuple(check_when("a phase's start", start) for start in self.starts)
         object.__setattr__(self, "starts", starts)
         object.__setattr__(self, "forms", tuple(self.forms))
-        for start in starts:
-            if start < 0 or (isinstance(start, float) and not start <= 1):
-                raise ValueError(
-                    f"a phase starts at a step (int >= 0) or at a share of the run (float in "
-                    f"[0, 1]), got {start!r}"
-                )
         if starts[0] != 0:
             raise ValueError(f"the first phase starts at 0, got {starts[0]!r}")
         for one, two in pairwise(starts):
@@ -72,8 +63,3 @@ class Phases:
             )
         begun = sum(step <= clock.step for step in steps)
         return dict.fromkeys(readings.layers, self.forms[begun - 1])
-
-
-def _plain(moment: When) -> When:
-    """The moment with other libraries' numbers made Python's."""
-    return operator.index(moment) if isinstance(moment, SupportsIndex) else float(moment)

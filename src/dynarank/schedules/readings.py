@@ -1,28 +1,27 @@
-"""What was read of a run: plain data, for whoever decides by it or writes it down."""
+"""Readings of a run, as plain data: schedules decide by them, recorders write them down."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-__all__ = ["NoiseReading", "SpectralReading"]
+__all__ = ["SpectralReading"]
 
 
 @dataclass(frozen=True)
 class SpectralReading:
-    """Rank health of one layer's effective weight, of singular values s1 >= s2 >= ...
+    """Rank metrics of one layer's effective weight, of singular values s1 >= s2 >= ...
 
     Args:
         effective_rank: exp of the entropy of ``s / sum s``.
         stable_rank: ``sum s^2 / s1^2``.
-        energy_rank: the fewest directions that hold 99% of ``sum s^2``.
-        spectral_ratio: lambda at ``rank``: the first ``rank`` values' share of ``sum s``.
-        rank: the rank lambda is taken at, the layer's low rank.
+        energy_rank: the smallest number of directions with 99% of ``sum s^2``.
+        spectral_ratio: lambda at ``rank``: the share of ``sum s`` in the first ``rank`` values.
+        rank: the rank at which lambda is taken: the layer's low rank.
         full_rank: the largest rank the weight could have.
-        update_rank: the effective rank of what training has added, ``W - W_0``; None where the
-            start is not kept.
-        values: the singular values, largest first, where they were asked for.
+        update_rank: the effective rank of the accumulated update ``W - W_0``; None if the initial
+            weight is not kept.
+        values: the singular values, largest first, if they were asked for.
     """
 
     effective_rank: float
@@ -36,21 +35,6 @@ class SpectralReading:
 
     @property
     def finite(self) -> bool:
-        """Whether every figure is finite: no decision may rest on one that is not."""
+        """Whether every number is finite; a schedule must not decide by one that is not."""
         numbers = (getattr(self, f.name) for f in fields(self) if f.name != "values")
         return all(math.isfinite(n) for n in (*numbers, *self.values) if n is not None)
-
-
-@dataclass(frozen=True)
-class NoiseReading:
-    """The gradient noise scale, tr(covariance) / |gradient|^2, in samples. Experimental.
-
-    It is infinite while the gradient is lost in its noise.
-
-    Args:
-        noise_scale: of the whole model.
-        layers: of each layer's weight.
-    """
-
-    noise_scale: float
-    layers: Mapping[str, float]

@@ -1,8 +1,8 @@
 """Schedules as plain data, for JSON: what a run's configuration and a checkpoint keep of them.
 
 Every schedule of ours is a frozen dataclass, and so is what it is made of: it is written as its
-name and its fields, and made anew from them, checks included. A user's own function is code, not
-data, and is refused.
+class's name and its fields, and constructed from them, checks included. A user's own function is
+code, not data, and is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import dynarank.schedules as schedules
 from dynarank.forms import (
     Adapted,
     FullRank,
@@ -20,32 +21,43 @@ from dynarank.forms import (
     form_from_data,
     form_to_data,
 )
-from dynarank.schedules.base import Decision, Schedule
-
-if TYPE_CHECKING:
-    from dynarank.schedules.budget import Budgeted
+from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule
 
 __all__ = ["schedule_from_data", "schedule_to_data", "serializable"]
 
 _T = TypeVar("_T")
 
+# What schedules are made of, and users' own schedules; ours are found in the folder's list.
 _CLASSES: dict[str, type[Any]] = {"Decision": Decision, "Rank": Rank}
-_PARTS = ("Decision", "Rank", "Budget")  # what schedules are made of, and no schedules
+_PARTS = ("Decision", "Rank")  # no schedules
 _CLASS, _MAP = "class", "map"  # the keys that mark a dataclass and a mapping
 
 
 def serializable(cls: type[_T]) -> type[_T]:
-    """Have a frozen dataclass of ours known by its name, to :func:`schedule_from_data` too.
+    """Make a frozen dataclass of your own known by its name, so that it can be written as data.
 
-    Its fields may hold numbers, strings, None, forms, ranks, decisions, other such classes, and
-    sequences and mappings (by strings) of these. A sequence comes back as a tuple.
+    The schedules of :mod:`dynarank.schedules` are known already. Fields may hold numbers, strings,
+    None, forms, ranks, decisions, other such classes, and sequences and mappings (by strings) of
+    these. A sequence comes back as a tuple.
     """
     assert is_dataclass(cls), f"{cls.__name__} is not a dataclass"
+    assert cls.__name__ not in schedules.CLASSES, f"there is a schedule named {cls.__name__}"
     assert _CLASSES.setdefault(cls.__name__, cls) is cls, f"two classes named {cls.__name__}"
     return cls
 
 
-def schedule_to_data(schedule: Schedule | Budgeted) -> dict[str, Any]:
+def _class_named(name: object) -> type[Any] | None:
+    """The class of this name, imported if it is one of ours; None: unknown."""
+    if not isinstance(name, str):
+        return None
+    return getattr(schedules, name) if name in schedules.CLASSES else _CLASSES.get(name)
+
+
+def _names() -> str:
+    return ", ".join(sorted({*schedules.CLASSES, *_CLASSES}))
+
+
+def schedule_to_data(schedule: RankSchedule) -> dict[str, Any]:
     """The schedule as plain data.
 
     Raises:
@@ -53,17 +65,17 @@ def schedule_to_data(schedule: Schedule | Budgeted) -> dict[str, Any]:
             user's own function.
 
     Example:
-        >>> from dynarank.schedules import full_rank
-        >>> schedule_to_data(full_rank())
-        {'class': 'Phases', 'starts': [0.0], 'forms': [{'form': 'full-rank'}]}
+        >>> from dynarank.schedules import low_rank
+        >>> schedule_to_data(low_rank(8))
+        {'class': 'LowRankThroughout', 'rank': 8, 'decomposition': 'svd'}
     """
     name = type(schedule).__name__
-    if _CLASSES.get(name) is not type(schedule) or name in _PARTS:
+    if _class_named(name) is not type(schedule) or name in _PARTS:
         raise ValueError(_unknown(schedule))
     return _to_data(schedule)
 
 
-def schedule_from_data(data: Mapping[str, Any]) -> Schedule | Budgeted:
+def schedule_from_data(data: Mapping[str, Any]) -> RankSchedule:
     """The inverse of :func:`schedule_to_data`.
 
     Raises:
@@ -87,7 +99,7 @@ def _to_data(value: Any) -> Any:
         return int(value) if isinstance(value, int) else float(value)
     if isinstance(value, FullRank | LowRank | Adapted):
         return form_to_data(value)
-    if _CLASSES.get(type(value).__name__) is type(value):
+    if _class_named(type(value).__name__) is type(value):
         held = {f.name: _to_data(getattr(value, f.name)) for f in fields(value) if f.init}
         return {_CLASS: type(value).__name__, **held}
     if isinstance(value, Mapping):
@@ -118,22 +130,22 @@ def _from_data(data: Any) -> Any:
 def _made(data: Mapping[str, Any]) -> Any:
     values = {key: _from_data(value) for key, value in data.items() if key != _CLASS}
     name = data.get(_CLASS)
-    if not isinstance(name, str) or name not in _CLASSES:
-        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(sorted(_CLASSES))}")
-    wanted = [f for f in fields(_CLASSES[name]) if f.init]
+    if (cls := _class_named(name)) is None:
+        raise ValueError(f"unknown schedule {name!r}; known: {_names()}")
+    wanted = [f for f in fields(cls) if f.init]
     needed = {f.name for f in wanted if f.default is MISSING and f.default_factory is MISSING}
     if (wrong := values.keys() - {f.name for f in wanted}) or (wrong := needed - values.keys()):
         raise ValueError(
             f"the data of {name} has the fields {', '.join(f.name for f in wanted)}; unknown or "
             f"missing: {', '.join(sorted(wrong))}"
         )
-    return _CLASSES[name](**values)
+    return cls(**values)
 
 
 def _unknown(value: object) -> str:
+    value = value.function if isinstance(value, FunctionSchedule) else value
     what = getattr(value, "__qualname__", None) if inspect.isroutine(value) else None
     return (
         f"{what or repr(value)} cannot be written as data: only schedules of dynarank.schedules "
-        f"can ({', '.join(sorted(_CLASSES))}); keep a function of your own in code and pass it "
-        "anew"
+        f"can ({_names()}); keep a function of your own in code and pass it again"
     )

@@ -1,4 +1,4 @@
-"""Where records go beside the run's ``records.jsonl``: hosts that one asks for."""
+"""Logging backends: where records go in addition to the run's ``records.jsonl``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynarank.records import RunRecord
-from dynarank.sinks.base import Opening, Sink, Sparing, import_host
+from dynarank.sinks.base import FailSafeSink, LazySink, Sink, import_backend
 from dynarank.sinks.mlflow import MlflowSink
 from dynarank.sinks.tensorboard import TensorBoardSink
 from dynarank.sinks.wandb import WandbSink
 
-__all__ = ["HOSTS", "Sink", "open_sinks"]
+__all__ = ["BACKENDS", "Sink", "open_sinks"]
 
-HOSTS: dict[str, Callable[[Path, RunRecord], Sink]] = {
+BACKENDS: dict[str, Callable[[Path, RunRecord], Sink]] = {
     "tensorboard": TensorBoardSink,
     "wandb": WandbSink,
     "mlflow": MlflowSink,
@@ -22,29 +22,30 @@ HOSTS: dict[str, Callable[[Path, RunRecord], Sink]] = {
 
 
 def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
-    """A sink for each host; each opens when the run's header comes as its first record.
+    """Make a sink for each logging backend; it opens when the run record is written.
 
-    That a host is installed is looked at now. What fails later, opening it too, ends no run: it is
-    warned of once, and that host gets nothing more.
+    Whether a backend is installed is checked now. A failure later, on opening or writing, does not
+    stop the run: there is one warning, and that backend gets no more records.
 
     Args:
-        names: of :data:`HOSTS`, each at most once.
-        folder: the run's.
+        names: names from :data:`BACKENDS`, each at most once.
+        folder: the run folder.
 
     Raises:
         ValueError: an unknown or repeated name.
-        ImportError: a host that is not installed; the message names the extra.
+        ImportError: a backend that is not installed; the message names the extra.
 
     Example:
         >>> open_sinks([], Path("runs/one"))
         []
     """
     if len(set(names)) < len(names):
-        raise ValueError(f"a log is named twice: {', '.join(names)}")
+        raise ValueError(f"a logging backend is named twice: {', '.join(names)}")
     for name in names:
-        if name not in HOSTS:
-            near = difflib.get_close_matches(name, HOSTS, n=1)
+        if name not in BACKENDS:
+            near = difflib.get_close_matches(name, BACKENDS, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"unknown log {name!r}; known: {', '.join(HOSTS)}{hint}")
-        import_host(name, name)
-    return [Sparing(Opening(HOSTS[name], folder), name) for name in names]
+            known = ", ".join(BACKENDS)
+            raise ValueError(f"unknown logging backend {name!r}; known: {known}{hint}")
+        import_backend(name, name)
+    return [FailSafeSink(LazySink(BACKENDS[name], folder), name) for name in names]

@@ -1,4 +1,4 @@
-"""A sink: where a run's records go. Two methods; the rest of the package is adapters."""
+"""The interface of logging backends, and what makes them safe to use in a run."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from typing import Any, Protocol
 
 from dynarank.records import Record, RunRecord
 
-__all__ = ["Opening", "Sink", "Sparing", "import_host"]
+__all__ = ["FailSafeSink", "LazySink", "Sink", "import_backend"]
 
 
 class Sink(Protocol):
-    """Takes the records of a run, in order. :class:`dynarank.records.RecordWriter` is one."""
+    """Receives the records of a run, in order. :class:`dynarank.records.RecordWriter` is one."""
 
     def write(self, record: Record, /) -> None:
-        """Take in one record."""
+        """Write one record."""
         ...
 
     def close(self) -> None:
-        """Finish; nothing is written afterwards."""
+        """Close the sink; nothing is written afterwards."""
         ...
 
 
-class Sparing:
-    """Spares the run its sink's failures: it warns at the first and writes nothing more there.
+class FailSafeSink:
+    """Wraps a sink so that its failures never stop the run: one warning, then no more writes.
 
     Args:
-        sink: the sink.
-        name: what to call it in the warning.
+        sink: the sink to wrap.
+        name: its name in the warning.
 
     Example:
         >>> class Full:
@@ -38,7 +38,7 @@ class Sparing:
         ...     def close(self): pass
         >>> import warnings
         >>> from dynarank.records import NoiseRecord
-        >>> sink = Sparing(Full(), "disk")
+        >>> sink = FailSafeSink(Full(), "disk")
         >>> with warnings.catch_warnings(record=True) as caught:
         ...     warnings.simplefilter("always")
         ...     for step in range(3):
@@ -51,7 +51,7 @@ class Sparing:
         self._sink, self._name, self._failed = sink, name, False
 
     def write(self, record: Record, /) -> None:
-        """Take in one record, unless the sink has failed before."""
+        """Write one record, unless the sink has failed before."""
         if self._failed:
             return
         try:
@@ -70,32 +70,32 @@ class Sparing:
     def _fail(self, error: Exception) -> None:
         self._failed = True
         warnings.warn(
-            f"the log {self._name!r} failed and gets nothing more; the run goes on, and "
-            f"records.jsonl has everything: {error}",
+            f"the logging backend {self._name!r} failed and gets no more records; the run "
+            f"continues, and records.jsonl has everything: {error}",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
-class Opening:
-    """Opens a host when the run's header, its first record, comes: the run is named by it there.
+class LazySink:
+    """Opens a backend when the run record comes, which is the first and names the run.
 
     Args:
-        host: opens the sink of a run.
-        folder: the run's.
+        backend: opens the sink of a run.
+        folder: the run folder.
 
     Example:
-        >>> Opening(lambda folder, header: None, Path("run")).close()
+        >>> LazySink(lambda folder, header: None, Path("run")).close()
     """
 
-    def __init__(self, host: Callable[[Path, RunRecord], Sink], folder: Path) -> None:
-        self._host, self._folder = host, folder
+    def __init__(self, backend: Callable[[Path, RunRecord], Sink], folder: Path) -> None:
+        self._backend, self._folder = backend, folder
         self._sink: Sink | None = None
 
     def write(self, record: Record, /) -> None:
-        """Open the sink by the header; hand on what comes after."""
+        """Open the sink with the run record; pass on all later records."""
         if isinstance(record, RunRecord):
-            self._sink = self._host(self._folder, record)
+            self._sink = self._backend(self._folder, record)
         elif self._sink is not None:
             self._sink.write(record)
 
@@ -105,8 +105,8 @@ class Opening:
             self._sink.close()
 
 
-def import_host(name: str, module: str) -> Any:
-    """A host's module, imported only now.
+def import_backend(name: str, module: str) -> Any:
+    """Import a backend's module.
 
     Raises:
         ImportError: it is not installed; the message names the extra.
@@ -115,5 +115,5 @@ def import_host(name: str, module: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"the log {name!r} needs {name}: pip install 'dynarank[{name}]'"
+            f"the logging backend {name!r} is not installed: pip install 'dynarank[{name}]'"
         ) from error

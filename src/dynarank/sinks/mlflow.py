@@ -1,4 +1,4 @@
-"""MLflow: one of its runs for each of ours, where its tracking URI points."""
+"""Logging to MLflow: one MLflow run per run, at the configured tracking URI."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ import time
 from pathlib import Path
 
 from dynarank.records import Record, RunRecord, SummaryRecord
-from dynarank.sinks.base import import_host
+from dynarank.sinks.base import import_backend
 from dynarank.sinks.scalars import event_of, scalars_of
 
 __all__ = ["MlflowSink"]
 
-_BATCH = 1000  # the most that MLflow takes at once
-_BARRED = re.compile(r"[^\w./ :-]")  # what MLflow refuses in a metric's name
+_BATCH = 1000  # the most metrics that MLflow accepts at once
+_FORBIDDEN = re.compile(r"[^\w./ :-]")  # characters that MLflow refuses in a metric's name
 
 
 class MlflowSink:
-    """Logs figures by optimizer step, and events as the text ``events.txt`` at the end.
+    """Logs scalars by optimizer step, and events as the text ``events.txt`` at the end.
 
-    ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` are obeyed; a run that ends without its
-    summary is marked as failed.
+    ``MLFLOW_TRACKING_URI`` and ``MLFLOW_EXPERIMENT_NAME`` are respected; a run that ends without
+    a summary is marked as failed.
 
     Args:
-        folder: the run's; a tag there.
-        header: what is run; its parameters there.
+        folder: the run folder; logged as a tag.
+        header: the run record; logged as parameters.
 
     Raises:
         ImportError: mlflow is not installed.
     """
 
     def __init__(self, folder: Path, header: RunRecord) -> None:
-        host, entities = import_host("mlflow", "mlflow"), import_host("mlflow", "mlflow.entities")
-        self._client, self._metric = host.MlflowClient(), entities.Metric
+        mlflow = import_backend("mlflow", "mlflow")
+        entities = import_backend("mlflow", "mlflow.entities")
+        self._client, self._metric = mlflow.MlflowClient(), entities.Metric
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "dynarank"
         found = self._client.get_experiment_by_name(name)
         experiment = found.experiment_id if found else self._client.create_experiment(name)
@@ -46,12 +47,12 @@ class MlflowSink:
         self._step, self._whole = 0, False
 
     def write(self, record: Record, /) -> None:
-        """Take in one record."""
-        self._step = getattr(record, "step", self._step)  # the summary has none: the last
+        """Log one record."""
+        self._step = getattr(record, "step", self._step)  # the summary has no step of its own
         self._whole = self._whole or isinstance(record, SummaryRecord)
         now = int(time.time() * 1000)
         metrics = [
-            self._metric(_BARRED.sub("_", name), value, now, self._step)
+            self._metric(_FORBIDDEN.sub("_", name), value, now, self._step)
             for name, value in scalars_of(record).items()
         ]
         for start in range(0, len(metrics), _BATCH):

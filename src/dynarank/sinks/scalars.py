@@ -1,15 +1,15 @@
-"""One scheme of names for all hosts: what a record says in numbers, and what in words.
+"""Records as scalars and events, under the same names in every logging backend.
 
 ====================================  =========================================================
-name                                  of
+name                                  value
 ====================================  =========================================================
-``train/loss``, ``train/score``       the epoch's training data; ``train/learning_rate``
-``test/loss``, ``test/score``         the test data; other metrics as ``test/<metric>``
+``train/loss``, ``train/score``       on the epoch's training data; also ``train/learning_rate``
+``test/loss``, ``test/score``         on the test data; other metrics as ``test/<metric>``
 ``rank/<layer>/effective``            also ``stable``, ``energy``, ``update``, ``lambda``, ``low``
-``forms/<form>``                      how many layers have it
+``forms/<form>``                      the number of layers with this form
 ``cost/relative_flops``               of a training step, full rank = 1; also ``memory_bytes``, ...
-``noise/model``                       the gradient noise scale; ``noise/layers/<layer>``
-``summary/<figure>``                  the last line's figures
+``noise/model``                       the gradient noise scale; also ``noise/layers/<layer>``
+``summary/<name>``                    the fields of the summary record
 ====================================  =========================================================
 """
 
@@ -34,7 +34,7 @@ __all__ = ["event_of", "scalars_of"]
 
 
 def scalars_of(record: Record) -> dict[str, float]:
-    """The figures of a record by name; none of a record that is words or pictures.
+    """The numbers in a record, by name; empty for records of text or heat-maps.
 
     Example:
         >>> from dynarank.records import NoiseRecord
@@ -92,7 +92,7 @@ def _spectrum(spectrum: LayerSpectrum) -> dict[str, float | None]:
 
 
 def event_of(record: Record) -> tuple[str, str] | None:
-    """What happened, in words, under ``changes`` or ``decisions``; None of other records.
+    """A change or decision as a tag (``changes`` or ``decisions``) and text; None otherwise.
 
     Example:
         >>> from dynarank.records import ChangeRecord
@@ -106,5 +106,5 @@ def event_of(record: Record) -> tuple[str, str] | None:
     if isinstance(record, DecisionRecord):
         figures = ", ".join(f"{name} {value:.4g}" for name, value in record.readings.items())
         form, because = form_from_data(record.form), f"{record.reason} ({figures})"
-        return "decisions", f"{record.path}: to be {form}: {because if figures else record.reason}"
+        return "decisions", f"{record.path}: to {form}: {because if figures else record.reason}"
     return None

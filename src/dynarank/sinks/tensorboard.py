@@ -1,41 +1,41 @@
-"""TensorBoard: event files in the run's folder."""
+"""Logging to TensorBoard: event files in the run folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from dynarank.records import Record, RunRecord
-from dynarank.sinks.base import import_host
+from dynarank.sinks.base import import_backend
 from dynarank.sinks.scalars import event_of, scalars_of
 
 __all__ = ["TensorBoardSink"]
 
 
 class TensorBoardSink:
-    """Writes figures as scalars and events as text, by optimizer step, under ``tensorboard/``.
+    """Logs scalars and text events by optimizer step, under ``tensorboard/`` in the run folder.
 
     Args:
-        folder: the run's.
-        header: what is run.
+        folder: the run folder.
+        header: the run record.
 
     Raises:
         ImportError: tensorboard is not installed.
     """
 
     def __init__(self, folder: Path, header: RunRecord) -> None:
-        host = import_host("tensorboard", "torch.utils.tensorboard")
-        self._writer = host.SummaryWriter(str(folder / "tensorboard"))
+        tensorboard = import_backend("tensorboard", "torch.utils.tensorboard")
+        self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"))
         self._writer.add_text("run", f"```\n{header.model_dump_json(indent=2)}\n```")
         self._step = 0
 
     def write(self, record: Record, /) -> None:
-        """Take in one record."""
-        self._step = getattr(record, "step", self._step)  # the summary has none: the last
+        """Log one record."""
+        self._step = getattr(record, "step", self._step)  # the summary has no step of its own
         for name, value in scalars_of(record).items():
             self._writer.add_scalar(name, value, self._step)
         if event := event_of(record):
             self._writer.add_text(*event, self._step)
 
     def close(self) -> None:
-        """Write out what is left."""
+        """Flush and close the event file."""
         self._writer.close()

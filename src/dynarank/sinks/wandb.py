@@ -1,4 +1,4 @@
-"""Weights & Biases: one of its runs for each of ours. Mode and account are its own affair."""
+"""Logging to Weights & Biases: one W&B run per run; mode and account come from its own settings."""
 
 from __future__ import annotations
 
@@ -6,28 +6,28 @@ import os
 from pathlib import Path
 
 from dynarank.records import Record, RunRecord, SummaryRecord
-from dynarank.sinks.base import import_host
+from dynarank.sinks.base import import_backend
 from dynarank.sinks.scalars import event_of, scalars_of
 
 __all__ = ["WandbSink"]
 
 
 class WandbSink:
-    """Logs figures by optimizer step, and events as a table at the end.
+    """Logs scalars by optimizer step, and events as a table at the end.
 
-    ``WANDB_MODE``, ``WANDB_PROJECT`` and the like are obeyed; a run that ends without its summary
+    ``WANDB_MODE``, ``WANDB_PROJECT`` and the like are respected; a run that ends without a summary
     is marked as failed.
 
     Args:
-        folder: the run's.
-        header: what is run; its configuration there.
+        folder: the run folder.
+        header: the run record; logged as the configuration.
 
     Raises:
         ImportError: wandb is not installed.
     """
 
     def __init__(self, folder: Path, header: RunRecord) -> None:
-        self._host = import_host("wandb", "wandb")
+        self._host = import_backend("wandb", "wandb")
         self._run = self._host.init(
             project=None if _project_is_set() else "dynarank",
             name=f"{header.recipe} {header.schedule} seed {header.seed}",
@@ -41,8 +41,8 @@ class WandbSink:
         self._step, self._whole = 0, False
 
     def write(self, record: Record, /) -> None:
-        """Take in one record."""
-        self._step = getattr(record, "step", self._step)  # the summary has none: the last
+        """Log one record."""
+        self._step = getattr(record, "step", self._step)  # the summary has no step of its own
         self._whole = self._whole or isinstance(record, SummaryRecord)
         if scalars := scalars_of(record):
             self._run.log(scalars, step=self._step)

@@ -54,7 +54,7 @@ class Edit:
                 module.__dict__["_parameters"] = dict(own_parameters(module))
                 _make_ranked(module)
             _replace(own_parameters(site.module), self.old, self.new)
-            _set_form(site.module, site.spec.name, self.change.before, self.change.after)
+            _make_ranked(site.module).set_form(site.spec.name, self.change.after)
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
@@ -114,30 +114,11 @@ def _replace(
             placed = True
 
 
-def _make_ranked(module: nn.Module) -> None:
+def _make_ranked(module: nn.Module) -> RankedLayer:
     """Make the module a ranked one, every weight full-rank; nothing if it is one."""
-    if isinstance(module, RankedLayer):
-        return
     ranked = ranked_class(type(module))
     assert ranked is not None
-    module.__class__ = ranked
-    assert isinstance(module, RankedLayer)
-    module.__dict__["forms"] = {s.name: FullRank() for s in ranked.specs(module)}
-    module.__dict__["last_factored_forms"] = {}
-    module.enter()
-
-
-def _set_form(module: nn.Module, name: str, before: Form, after: Form) -> None:
-    """Note the weight's new form in its module."""
-    assert isinstance(module, RankedLayer)
-    module.__dict__["forms"] = {**module.forms, name: after}
-    last_factored_forms = [form for form in (before, after) if isinstance(form, LowRank | Adapted)]
-    if last_factored_forms:
-        module.__dict__["last_factored_forms"] = {
-            **module.last_factored_forms,
-            name: last_factored_forms[-1],
-        }
-    module.enter()
+    return ranked.from_plain(module)
 
 
 def _values(
@@ -149,7 +130,7 @@ def _values(
     """
     old, before, spec = next(iter(site.parameters().values())), site.form, site.spec
     if isinstance(after, FullRank):
-        return (spec.turn(weight),), None
+        return (spec.from_canonical(weight),), None
     rank, decomposition = after.resolved_rank, spec.decomposition(after)
     if isinstance(after, LowRank):
         same = isinstance(before, LowRank) and before.decomposition == after.decomposition
@@ -157,7 +138,7 @@ def _values(
             return decomposition.refactor(site.factors(), rank), None
         return split_activation_aware(decomposition, weight.to(old.dtype), rank, activity)
     # The base of what was full-rank is the old weight's own memory.
-    base = old.detach() if isinstance(before, FullRank) else spec.turn(weight)
+    base = old.detach() if isinstance(before, FullRank) else spec.from_canonical(weight)
     label = f"{site.path}#{after.restart}" if after.restart else site.path
     return (base, *_zero_adapter(label, decomposition.shapes(spec.shape, rank))), None
 
@@ -181,7 +162,9 @@ def _glorot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 def _effective(spec: WeightSpec, form: Form, parameters: dict[str, Parameter]) -> Tensor:
     """The canonical weight that the parameters stand for, in fp64."""
-    return spec.turn(spec.effective(form, {name: precise(p) for name, p in parameters.items()}))
+    return spec.to_canonical(
+        spec.effective(form, {name: precise(p) for name, p in parameters.items()})
+    )
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:

@@ -105,10 +105,10 @@ class Side:
         if isinstance(form, FullRank):
 
             def lift(_: Factors, moments: Factors) -> Tensor:
-                return spec.turn(moments[0])
+                return spec.to_canonical(moments[0])
 
             whole = tuple(parameters.values())
-            return Side(whole, 1.0, lambda _, moment: (spec.turn(moment),), lift, lift)
+            return Side(whole, 1.0, lambda _, moment: (spec.from_canonical(moment),), lift, lift)
         scale = form.scale if isinstance(form, Adapted) else 1.0
         d, factors = spec.decomposition(form), spec.factors(form, parameters)
         return Side(factors, scale, d.pull, d.lift, d.lift_squares)

@@ -96,7 +96,7 @@ class Site:
     def effective(self) -> Tensor:
         """The effective weight, canonical."""
         assert self.form is not None
-        return self.spec.turn(self.spec.effective(self.form, self.parameters()))
+        return self.spec.to_canonical(self.spec.effective(self.form, self.parameters()))
 
 
 def survey(model: nn.Module) -> list[Site]:

@@ -216,7 +216,7 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
     change_forms(differences(model, plan, sites), optimizer, moments)
     for module in model.modules():
         if isinstance(module, RankedLayer):
-            module.leave()
+            module.to_plain()
     return model
 
 

@@ -1,1 +1,1 @@
-"""."""
+"""Recipes, tasks and the training loop behind `dynarank train`."""

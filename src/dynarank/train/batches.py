@@ -1,7 +1,7 @@
-"""Mini-batches of tensors that are already on the device, in an order that depends on nothing else.
+"""Mini-batches of tensors that are already on the device, in a reproducible order.
 
 An epoch's order and augmentation are a pure function of ``(seed, epoch)``: the same for every rank
-schedule, on every device, whatever else draws random numbers; a run can resume at any step.
+schedule and device, whatever else draws random numbers; a run can resume at any step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shuffle = Literal["epoch", "once"]
 
 @dataclass(frozen=True, eq=False)
 class _Draws:
-    """An epoch's random choices, by position in the epoch, on the images' device."""
+    """The random choices of an epoch, by position in the epoch, on the images' device."""
 
     order: torch.Tensor  # (N,)
     offsets: torch.Tensor | None  # (N, 2)
@@ -33,7 +33,7 @@ class _Draws:
 
 
 class Batches:
-    """A training set cut into mini-batches; the images left over at the end are dropped.
+    """A training set split into mini-batches; the incomplete last batch is dropped.
 
     Args:
         images: ``(N, C, H, W)``, on the device that trains.
@@ -101,7 +101,7 @@ class Batches:
         return (self._batch(draws, step) for step in range(start, len(self)))
 
     def _draws(self, epoch: int) -> _Draws:
-        """Drawn on the CPU, so that all devices see the same; moved once an epoch."""
+        """Drawn on the CPU, so that all devices get the same; moved once per epoch."""
         count, device = len(self.images), self.images.device
         ordering = epoch_generator(self.seed, _ORDER, 0 if self.shuffle == "once" else epoch)
         order = torch.randperm(count, generator=ordering).to(device)
@@ -124,7 +124,7 @@ class Batches:
 def crop_and_flip(
     images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor, *, pad: int = PAD
 ) -> torch.Tensor:
-    """Crop each image out of itself padded with zeros, then mirror some left to right.
+    """Random crop with zero padding, then random horizontal flip.
 
     ``out[n, c, i, j] = padded[n, c, i + y_n, (W - 1 - j if flips[n] else j) + x_n]``
 

@@ -1,4 +1,4 @@
-"""A small bidirectional transformer that judges a sentence, or a pair of sentences."""
+"""A small BERT: a bidirectional transformer that classifies a sentence or a pair of sentences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PADDING = 0
 
 
 class BERT(nn.Module):
-    """Reads all tokens at once; what it makes of them is pooled.
+    """A bidirectional transformer encoder with pooling and an output layer.
 
     ``head(tanh(pool(pooled norm(blocks(norm0(embedding[token] + position + segment))))))``
 
@@ -91,7 +91,7 @@ class BERT(nn.Module):
         return self.head(F.dropout(pooled, self.dropout, self.training))
 
     def _pooled(self, x: Tensor, real: Tensor) -> Tensor:
-        """One vector of each sequence ``(B, T, d)``; ``real`` is False at padding."""
+        """One vector per sequence ``(B, T, d)``; ``real`` is False at padding."""
         if self.pooling == "first":
             return x[:, 0]
         return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)

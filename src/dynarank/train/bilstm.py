@@ -1,4 +1,4 @@
-"""A recurrent network that reads a text in both directions."""
+"""A bidirectional LSTM classifier of texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PADDING = 0
 
 
 class BiLSTM(nn.Module):
-    """Embeds words, reads them forwards and backwards, and judges by mean and maximum.
+    """Word embeddings, a bidirectional LSTM, and an output layer on mean and maximum.
 
     ``head([mean_t h_t, max_t h_t])``, h the states of both directions, t over the words
 
@@ -75,7 +75,7 @@ class BiLSTM(nn.Module):
 
 
 def _init_(model: BiLSTM) -> None:
-    """Embeddings of standard deviation .1; forget gates begin open (Jozefowicz et al., 2015)."""
+    """Embeddings with standard deviation .1; forget gates start open (Jozefowicz et al., 2015)."""
     nn.init.normal_(model.embedding.weight, std=0.1)
     with torch.no_grad():
         model.embedding.weight[_PADDING].zero_()

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 in their binary versions: records of one or two labels and the pixels.
+"""A reader for the binary versions of CIFAR-10 and CIFAR-100: labels followed by pixels.
 
 Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dynarank.train.image_files import DataError, ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.image_files import ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.sources import DataError
 
 __all__ = ["CIFAR10", "CIFAR100"]
 
@@ -26,7 +27,7 @@ _BATCHES = tuple(f"data_batch_{i}.bin" for i in range(1, 6))
 
 @dataclass(frozen=True)
 class _Binary:
-    """A binary version.
+    """The layout of a binary version.
 
     Args:
         name: of the data set.

@@ -6,23 +6,22 @@ deviation over the training set, as in the published code of the method.
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from dynarank.extras import import_extra
 from dynarank.train.cifar_files import CIFAR10, CIFAR100
 from dynarank.train.idx_files import FASHION_MNIST
-from dynarank.train.image_files import DataError, ImageFiles, RawImages, read_files, read_hub
+from dynarank.train.image_files import ImageFiles, RawImages, read_files, read_hub
+from dynarank.train.sources import DataError
 
 __all__ = [
-    "DataError",
     "ImageData",
     "limit",
     "limit_test",
@@ -57,14 +56,8 @@ def load_digits_data() -> ImageData:
         ImportError: if scikit-learn is not installed.
 
     """
-    try:
-        datasets: Any = importlib.import_module("sklearn.datasets")
-        selection: Any = importlib.import_module("sklearn.model_selection")
-    except ImportError as error:
-        raise ImportError(
-            "the digits data set was asked for, which comes with scikit-learn: "
-            "pip install 'dynarank[demo]'"
-        ) from error
+    datasets = import_extra("sklearn.datasets", "demo", "the digits data set")
+    selection = import_extra("sklearn.model_selection", "demo", "the digits data set")
     digits = datasets.load_digits()
     images: NDArray[np.uint8] = digits.images.astype(np.uint8)[:, None]  # whole numbers, 0 to 16
     labels: NDArray[np.int64] = digits.target.astype(np.int64)

@@ -1,4 +1,4 @@
-"""Random choices of an epoch that depend on nothing but seed, purpose and epoch."""
+"""Random generators of an epoch that depend only on seed, purpose and epoch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["epoch_generator"]
 
 
 def epoch_generator(seed: int, stream: int, epoch: int) -> torch.Generator:
-    """A generator on the CPU, the same on every device and whatever else draws random numbers.
+    """A CPU generator, independent of the device and of other random draws.
 
     Args:
         seed: of the run, not negative.

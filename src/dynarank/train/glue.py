@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dynarank.train.data import DataError
 from dynarank.train.glue_files import GLUE, read_glue, read_glue_hub
 from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.registry import build_model
 from dynarank.train.sentence_task import (
     ACCURACY,
     F1,
@@ -26,7 +26,8 @@ from dynarank.train.sentence_task import (
     RegressionTask,
 )
 from dynarank.train.sentences import SentenceData, Sentences, limit_sentences
-from dynarank.train.tasks import Sketch, build_model
+from dynarank.train.sources import DataError
+from dynarank.train.task import Sketch
 from dynarank.train.wordpiece import WordPiece, find_vocabulary
 
 __all__ = ["MEASURES", "GlueOptions", "make_task", "sketch"]

@@ -1,6 +1,6 @@
-"""Five tasks of GLUE as their users have them: its own .tsv files, or the Hugging Face hub.
+"""Readers for five GLUE tasks: the official .tsv files, or the Hugging Face hub.
 
-GLUE's test labels are not public: as everywhere, its ``dev`` part is what is tested on.
+GLUE's test labels are not public: as usual, the ``dev`` split is used for testing.
 
 =======  =======  =======================================  ======================
 task     folder   one line                                 judged by
@@ -36,7 +36,7 @@ HUB_NAME = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """Where a task's files hold what; fields are counted from 0.
+    """The columns of a task's files, counted from 0.
 
     Args:
         folder: the name of its folder.
@@ -96,7 +96,7 @@ def read_glue(name: str, place: Path) -> SentenceData:
 
 
 def read_glue_hub(name: str) -> SentenceData:
-    """Read a task through ``datasets``, which downloads it or has it in its cache.
+    """Read a task through ``datasets``, from the hub or its cache.
 
     Raises:
         ImportError: if the ``data`` extra is not installed.
@@ -118,7 +118,7 @@ def _from_hub(task: GlueTask, split: Any) -> Sentences:
 
 
 def _read(task: GlueTask, path: Path) -> Sentences:
-    """One file. Quotation marks are part of the text, and only line feeds end a line."""
+    """Read one file. Quotation marks are part of the text; only line feeds end a line."""
     try:
         text = path.read_bytes().decode("utf-8-sig")  # MRPC's begin with a byte order mark
     except (OSError, UnicodeDecodeError) as error:

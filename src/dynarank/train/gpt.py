@@ -1,4 +1,4 @@
-"""A language model that reads from left to right."""
+"""A small GPT: an autoregressive transformer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["GPT"]
 
 
 class GPT(nn.Module):
-    """Predicts each next token from those before it.
+    """An autoregressive transformer that predicts the next token.
 
     ``head(norm(blocks(embedding[token] + position)))``
 
@@ -54,7 +54,7 @@ class GPT(nn.Module):
         transformer_init_(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``(B, T, vocabulary)`` of the tokens that follow ``tokens``, ``(B, T)``.
+        """Logits ``(B, T, vocabulary)`` of the tokens following ``tokens``, ``(B, T)``.
 
         Raises:
             ValueError: if the sequences are longer than the context.

@@ -1,8 +1,8 @@
-"""Many runs in one folder, each made once: a comparison or a sweep that can be interrupted.
+"""Many runs in one folder, each trained once: a comparison or a sweep that can be interrupted.
 
-A run is finished when its records end with a summary; it is then read, not repeated. One that was
-cut off begins again. What all runs have in common is written beside them, and a folder whose runs
-were made otherwise is not gone on with.
+A run is finished when its records end with a summary; it is then read, not repeated. A run that
+was interrupted starts over. The settings that all runs share are stored next to them, and a folder
+whose runs have other settings is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from dynarank.records import Run, read_run
 from dynarank.train.recipes import Recipe, RecipeError
 
-__all__ = ["Job", "claim", "finished", "run_jobs"]
+__all__ = ["Job", "finished", "open_folder", "run_jobs"]
 
 _COMMON = "common.json"
 
@@ -27,10 +27,10 @@ class Job:
     """One run of many.
 
     Args:
-        folder: where, below the common one.
-        recipe: what.
+        folder: of the run, inside the common one.
+        recipe: what to train.
         schedule: the schedule's name.
-        seed: of everything.
+        seed: of weights, data order and augmentation.
     """
 
     folder: Path
@@ -39,15 +39,15 @@ class Job:
     seed: int
 
 
-def claim(folder: Path, common: dict[str, Any]) -> None:
-    """Begin a folder of runs, or go on with one that was begun alike.
+def open_folder(folder: Path, common: dict[str, Any]) -> None:
+    """Start a folder of runs, or resume one that was started with the same settings.
 
     Args:
-        folder: made if it is not there.
-        common: what all runs in it share, as JSON has it.
+        folder: created if missing.
+        common: the settings that all its runs share; must be serializable as JSON.
 
     Raises:
-        RecipeError: runs with other settings are there.
+        RecipeError: the folder holds runs with other settings.
     """
     place = folder / _COMMON
     if place.exists():
@@ -55,16 +55,16 @@ def claim(folder: Path, common: dict[str, Any]) -> None:
         wanted = json.loads(json.dumps(common))
         differs = [k for k in {**there, **wanted} if there.get(k) != wanted.get(k)]
         if differs:
-            told = "; ".join(f"{k} {there.get(k)} there, {wanted.get(k)} asked" for k in differs)
+            told = "; ".join(f"{k}: {there.get(k)} there, {wanted.get(k)} now" for k in differs)
             raise RecipeError(
-                f"{folder} holds runs made otherwise ({told}); name another folder with --out"
+                f"{folder} holds runs with other settings ({told}); pass another folder with --out"
             )
     folder.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(common, indent=2) + "\n", encoding="utf-8")
 
 
 def finished(folder: Path) -> Run | None:
-    """The run of a folder if it came to its end, else None."""
+    """The run in a folder if it is finished, else None."""
     if not (folder / "records.jsonl").exists():
         return None
     try:
@@ -75,11 +75,11 @@ def finished(folder: Path) -> Run | None:
 
 
 def run_jobs(jobs: Sequence[Job], run: Callable[[Job], object]) -> Iterator[tuple[Job, Run]]:
-    """Each job with its finished run, made now unless it was made before.
+    """Yield each job with its finished run, training it unless that was done before.
 
     Args:
-        jobs: in the order in which to make them.
-        run: makes one; the remains of one that was cut off are removed first.
+        jobs: in the order in which to run them.
+        run: trains one job; the remains of an interrupted run are removed first.
     """
     for job in jobs:
         if (done := finished(job.folder)) is None:

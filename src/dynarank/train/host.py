@@ -1,28 +1,27 @@
-"""What a run was computed by: the machine and the code."""
+"""The hardware and the commit that a run used."""
 
 from __future__ import annotations
 
-import platform
 import subprocess
 from pathlib import Path
 
 import torch
 
+from dynarank.cost.timing import cpu_model
+
 __all__ = ["commit", "hardware"]
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the processor that computes, and of a CPU its threads."""
+    """The name of the device; for a CPU also the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, platform.machine())}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{cpu_model()}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def commit() -> str | None:
-    """The commit of the checkout this file is tracked in, if it is in one."""
+    """The commit of the checkout that this file is tracked in; None outside of one."""
     here = Path(__file__)
     tracked = _git("ls-files", "--error-unmatch", here.name, cwd=here.parent)
     return (

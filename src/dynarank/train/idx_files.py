@@ -1,4 +1,4 @@
-"""Fashion-MNIST in the idx format of MNIST: a magic number, the sizes, then the bytes.
+"""A reader for Fashion-MNIST in MNIST's idx format: a magic number, the sizes, the bytes.
 
 Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
 Algorithms", arXiv 1708.07747, 2017. All numbers of a header are big-endian, 4 bytes each; the
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dynarank.train.image_files import DataError, ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.image_files import ImageFiles, RawImages, checked_labels, listing
+from dynarank.train.sources import DataError
 
 __all__ = ["FASHION_MNIST", "read_idx"]
 
@@ -27,7 +28,7 @@ _UNSIGNED_BYTES = 0x0800
 
 
 def _names(part: str) -> tuple[str, ...]:
-    """How a part's file may be called: gzip or not, with the dash or the dot."""
+    """The possible file names of a part: gzipped or not, with a dash or a dot."""
     dimensions = 3 if part.endswith("images") else 1
     return tuple(f"{part}{mark}idx{dimensions}-ubyte{end}" for mark in "-." for end in ("", ".gz"))
 
@@ -108,7 +109,7 @@ def _find(folder: Path, part: str) -> Path:
 def _pair(
     paths: list[Path], images: NDArray[np.uint8], labels: NDArray[np.uint8]
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Images ``(N, 1, 28, 28)`` and as many labels."""
+    """Read images ``(N, 1, 28, 28)`` and their labels."""
     if images.ndim != 3 or images.shape[1:] != SHAPE[1:] or not len(images):
         raise DataError(
             f"{paths[0]} must hold images of shape (N, 28, 28) with N >= 1, but holds "

@@ -1,6 +1,6 @@
-"""Sets of images as their users have them: the standard files, one .npz file, or the hub.
+"""Readers for image data sets: the standard files, one .npz file, or the hub.
 
-Every reader returns the raw bytes, checked, or raises; nothing is ever half read.
+Every reader returns the raw bytes, checked, or raises; nothing is read partially.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from dynarank.train.sources import DataError, hub_splits
 
 __all__ = [
-    "DataError",
     "ImageFiles",
     "RawImages",
     "checked_labels",
@@ -50,7 +49,7 @@ class RawImages:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """What a data set is called, and the forms it comes in.
+    """The names and file formats of a data set.
 
     Args:
         name: as people write it.
@@ -100,7 +99,7 @@ def read_files(files: ImageFiles, place: Path) -> RawImages:
 
 
 def read_hub(files: ImageFiles) -> RawImages:
-    """Read a data set through ``datasets``, which downloads it or has it in its cache.
+    """Read a data set through ``datasets``, from the hub or its cache.
 
     Raises:
         ImportError: if the ``data`` extra is not installed.
@@ -115,7 +114,7 @@ def read_hub(files: ImageFiles) -> RawImages:
 
 
 def listing(folder: Path) -> str:
-    """What a folder holds, in words."""
+    """A folder's contents as text for an error message."""
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
     if not names:
         return "it is empty"

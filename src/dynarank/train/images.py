@@ -23,8 +23,8 @@ from dynarank.train.data import (
     load_fashion_mnist,
 )
 from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.task import Evaluation
-from dynarank.train.tasks import Sketch, build_model
+from dynarank.train.registry import build_model
+from dynarank.train.task import Evaluation, Sketch
 
 __all__ = ["IMAGE_SETS", "ImageSet", "ImageTask", "make_task", "sketch"]
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dynarank.train.data import DataError
 from dynarank.train.imdb_files import read_imdb, read_imdb_hub
 from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.registry import build_model
 from dynarank.train.sentence_task import ACCURACY, ClassificationTask, Examples
 from dynarank.train.sentences import SentenceData, Sentences, limit_sentences
-from dynarank.train.tasks import Sketch, build_model
+from dynarank.train.sources import DataError
+from dynarank.train.task import Sketch
 from dynarank.train.words import Words
 
 __all__ = ["ImdbOptions", "make_task", "sketch"]

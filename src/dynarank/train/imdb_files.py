@@ -1,4 +1,4 @@
-"""IMDb reviews as their users have them: the official folders, or the Hugging Face hub.
+"""Readers for IMDb reviews: the official folders, or the Hugging Face hub.
 
 25,000 + 25,000 labeled reviews, half of them positive.
 
@@ -43,7 +43,7 @@ def read_imdb(place: Path) -> SentenceData:
 
 
 def read_imdb_hub() -> SentenceData:
-    """Read the reviews through ``datasets``, which downloads them or has them in its cache.
+    """Read the reviews through ``datasets``, from the hub or its cache.
 
     Raises:
         ImportError: if the ``data`` extra is not installed.

@@ -1,4 +1,4 @@
-"""How the networks' weights begin."""
+"""Weight initialization of the networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["glorot_init_", "published_init_"]
 
 
 def glorot_init_(model: nn.Module) -> None:
-    """Keras's default: kernels uniform (Glorot), each drawn for itself; biases zero."""
+    """Keras's default initialization: independent Glorot-uniform kernels, zero biases."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -21,16 +21,16 @@ def glorot_init_(model: nn.Module) -> None:
 
 
 def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
-    """Draw weights as the method's published ResNet-20 does, which reproduces a fault of it.
+    """Draw weights as the method's published ResNet-20 does, including a bug.
 
-    That code gives every layer one initializer of one seed, which starts anew at each call: all
-    kernels of one shape begin with identical values (among them the factors of low-rank layers).
-    Use it to repeat the published runs, not to train well. Each parameter of two or more
-    dimensions is overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), the fans
-    read from its shape ``(out, in, *kernel)``; others (biases, batch norm) are left alone.
+    That code uses one initializer with one seed for all layers, restarted at each call: all kernels
+    of one shape start with identical values (among them the factors of low-rank layers). Use it to
+    reproduce the published runs, not to train well. Each parameter of two or more dimensions is
+    overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), with the fans read from
+    its shape ``(out, in, *kernel)``; others (biases, BatchNorm) do not change.
 
     Args:
-        parameters: of one model, or several that are to start alike; changed in place.
+        parameters: of one model, or of several that should start equal; changed in place.
         seed: of a private generator; the global one is not touched.
 
     """
@@ -39,7 +39,7 @@ def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
             continue
         window = math.prod(parameter.shape[2:])
         bound = math.sqrt(6 / (window * (parameter.shape[0] + parameter.shape[1])))
-        generator = torch.Generator().manual_seed(seed)  # anew for each: this is the fault
+        generator = torch.Generator().manual_seed(seed)  # restarted for each: the bug
         values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
         with torch.no_grad():
             parameter.copy_(values)

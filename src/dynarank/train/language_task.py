@@ -19,8 +19,8 @@ from dynarank.records import Metric
 from dynarank.train.draws import epoch_generator
 from dynarank.train.metrics import bits_per_byte, perplexity
 from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.task import Evaluation
-from dynarank.train.tasks import Sketch, build_model
+from dynarank.train.registry import build_model
+from dynarank.train.task import Evaluation, Sketch
 from dynarank.train.text_files import TextData, load_text
 
 __all__ = ["LanguageModelTask", "TextOptions", "make_task", "sketch"]

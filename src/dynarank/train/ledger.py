@@ -1,4 +1,4 @@
-"""What a run has cost so far, counted from the forms its layers really had at each step."""
+"""The cost of a run so far, from the forms its layers actually had at each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Ledger"]
 
 
 class Ledger:
-    """Adds up the training FLOPs and trainable parameters of a run, step by step.
+    """Accumulates the training FLOPs and trainable parameters of a run, step by step.
 
     Args:
         use: the trace of one batch.
@@ -38,7 +38,7 @@ class Ledger:
         self.turn(plan)
 
     def turn(self, plan: Plan) -> None:
-        """From now on the layers have the forms of this plan."""
+        """Switch to the forms of this plan for the following steps."""
         self.flops = self._use.flops(plan)
         self.trainable, _ = self._use.parameters(plan)
 
@@ -52,15 +52,15 @@ class Ledger:
 
     @property
     def relative_step(self) -> float:
-        """Training FLOPs of a step in the present forms over those of a full-rank step."""
+        """Training FLOPs of a step in the current forms over those of a full-rank step."""
         return self.flops.training / self._full_rank.training
 
     @property
     def relative_flops(self) -> float:
-        """Training FLOPs so far over those of as many full-rank steps; 0 before the first."""
+        """Training FLOPs so far over those of the same number of full-rank steps; 0 at first."""
         return self.training_flops / (self._full_rank.training * max(1, self.steps))
 
     @property
     def trainable_mean(self) -> float:
-        """Trainable parameters, averaged over the steps so far."""
+        """The number of trainable parameters, averaged over the steps so far."""
         return self._trainable_steps / max(1, self.steps)

@@ -1,4 +1,4 @@
-"""What a run tells whoever shows it, as it goes."""
+"""The interface for showing the progress of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Listener", "Progress"]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is after an optimizer step.
+    """The progress of a run after an optimizer step.
 
     Args:
         epochs_done: fractional epochs.
@@ -35,13 +35,13 @@ class Progress:
 
 
 class Listener(Protocol):
-    """Hears of a run as it goes, to show it."""
+    """Receives the events of a run, to show its progress."""
 
     def step(self, progress: Progress) -> None:
-        """One optimizer step is done."""
+        """Called after each optimizer step."""
 
     def changed(self, epochs_done: float, changes: list[Change]) -> None:
-        """Layers have changed form."""
+        """Called after layers have changed form."""
 
     def epoch(self, record: EpochRecord) -> None:
-        """An epoch is over."""
+        """Called at the end of each epoch."""

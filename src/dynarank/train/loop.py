@@ -18,8 +18,12 @@ from dynarank.cost.memory import probe_memory
 from dynarank.cost.schedule import ScheduleCost, cost_schedule
 from dynarank.cost.timing import default_cache, measure, where_faster
 from dynarank.forms import Change, FullRank, form_name
+from dynarank.scheduler.batch_norm import BatchNormRecalibration
+from dynarank.scheduler.callbacks import Callback
+from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.scheduler.rank_scheduler import RankScheduler
-from dynarank.schedules import Budgeted, Readings, Schedule, timeline
+from dynarank.schedules.base import RankSchedule, Readings
+from dynarank.schedules.timelines import timeline
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import current_plan, survey
 from dynarank.train.init import published_init_
@@ -27,12 +31,13 @@ from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
 from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.schedules import make_schedule
 from dynarank.train.task import Evaluation, Task
 
 __all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
 
 
-_RENEW = 512  # examples from which batch norms take their statistics anew
+_RECALIBRATE = 512  # examples for BatchNorm recalibration
 
 
 class DivergedError(RuntimeError):
@@ -88,7 +93,7 @@ class Trainer:
         schedule: the schedule's name.
         task: the recipe's data, on the machine's device.
         seed: of the initial weights: equal for all schedules.
-        epochs: the run's length; the recipe's moments keep their share of it.
+        epochs: the run's length; the recipe's epochs keep their share of it.
         machine: where and how.
         on_phase: called with the peak memory in bytes after the first step of each phase, its
             gradients still there.
@@ -112,7 +117,7 @@ class Trainer:
         self.epochs, self.total_steps = epochs, epochs * task.steps_per_epoch
         torch.manual_seed(seed)
         self.model = task.model()
-        self._build(recipe.schedule(schedule))
+        self._build(schedule)
         if recipe.init == "published":
             published_init_(self.model.parameters(), seed)
         if machine.compile:
@@ -121,15 +126,18 @@ class Trainer:
         self.train_seconds = 0.0
         self._new_phase = True
 
-    def _build(self, schedule: Schedule | Budgeted) -> None:
+    def _build(self, name: str) -> None:
         """The optimizer, the two schedulers, and the cost of the run as predicted."""
         recipe = self.recipe
         self.optimizer = make_optimizer(recipe, self.model)
         self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, self.total_steps)
         layers = [site.path for site in select(survey(self.model), recipe.layers)]
         self.use = trace(self.model, self.task.sample())
+        schedule = make_schedule(
+            recipe, name, self.model, self.task.sample(), self.total_steps, self.optimizer
+        )
         if self.machine.measure:
-            if isinstance(schedule, Budgeted):
+            if schedule.fitted:
                 raise RecipeError("give a budget, or measure the layers, but not both")
             schedule = self._where_faster(schedule, layers)
         self.ranks = RankScheduler(
@@ -138,21 +146,27 @@ class Trainer:
             schedule,
             self.total_steps,
             layers=recipe.layers,
-            sample=self.task.sample(),
             lr_scheduler=forecast_rates(recipe),
-            moments=getattr(schedule, "moments", recipe.moments),
-            rewarm=getattr(schedule, "rewarm", recipe.rewarm),
-            renew=self._renewing if recipe.renew else None,
+            moments=schedule.moments or recipe.moments,
+            callbacks=self._callbacks(schedule),
         )
         self.plan = current_plan(self.model)
         self.ledger = Ledger(self.use, self.plan)
 
-    def _renewing(self) -> Iterator[Any]:
-        """Inputs of some batches, for batch norms: a task with any yields (inputs, ...)."""
-        count = -(-_RENEW // self.recipe.batch_size)
+    def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
+        """What the schedule or the recipe wants done after a change."""
+        rewarm = self.recipe.rewarm if schedule.rewarm is None else schedule.rewarm
+        callbacks: list[Callback] = [LRRewarmup(rewarm)]
+        if self.recipe.recalibrate_batch_norms:
+            callbacks.append(BatchNormRecalibration(self._inputs))
+        return callbacks
+
+    def _inputs(self) -> Iterator[Any]:
+        """Inputs of some batches, for BatchNorm: a task with any yields (inputs, ...)."""
+        count = -(-_RECALIBRATE // self.recipe.batch_size)
         return (batch[0] for batch in islice(self.task.epoch(0), count))
 
-    def _where_faster(self, schedule: Schedule, layers: list[str]) -> Schedule:
+    def _where_faster(self, schedule: RankSchedule, layers: list[str]) -> RankSchedule:
         """The schedule with low rank only where this machine is faster at it."""
         shapes = {path: self.use.layers[path].spec.unit_shape for path in layers}
         readings = Readings(shapes, forecast=forecast_rates(self.recipe))

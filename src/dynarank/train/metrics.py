@@ -1,16 +1,23 @@
-"""What models of text are judged by: accuracy, F1, correlations, bits per byte.
+"""Metrics of text models: accuracy, F1, correlations, bits per byte.
 
-Legend: p are predictions, y what is true, one an example; TP, FP, FN, TN count the examples that
-are truly or falsely called positive or negative. Where a measure is undefined because one of the
-two sides is constant, it is 0, as in GLUE's own evaluation.
+F1 and Matthews correlation are scikit-learn's, Pearson and Spearman correlation scipy's. A
+correlation that is undefined because the predictions or the labels are constant is 0, as in GLUE's
+own evaluation.
+
+Legend: p the predictions, y the labels, one an example; TP, FP, FN, TN the numbers of true
+positives, false positives, false negatives and true negatives.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
+
+from dynarank.extras import import_extra
 
 __all__ = [
     "accuracy",
@@ -24,7 +31,7 @@ __all__ = [
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of the examples that are right: mean(p = y).
+    """Share of correct predictions: mean(p = y).
 
     Args:
         predicted: classes, ``(N,)``.
@@ -50,14 +57,15 @@ def f1_score(predicted: Tensor, labels: Tensor) -> float:
 
     Raises:
         ValueError: if the two differ in shape, are empty, or hold anything but 0 and 1.
+        ImportError: if scikit-learn is not installed.
 
     Example:
         >>> f1_score(torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 1, 0]))
         0.5
     """
-    true_positive, false_positive, false_negative, _ = _confusion(predicted, labels)
-    wrong = false_positive + false_negative
-    return 2 * true_positive / (2 * true_positive + wrong) if true_positive else 0.0
+    _check_binary(predicted, labels)
+    metrics = _library("sklearn.metrics")
+    return float(metrics.f1_score(_array(labels), _array(predicted), zero_division=0.0))
 
 
 def matthews_correlation(predicted: Tensor, labels: Tensor) -> float:
@@ -71,6 +79,7 @@ def matthews_correlation(predicted: Tensor, labels: Tensor) -> float:
 
     Raises:
         ValueError: if the two differ in shape, are empty, or hold anything but 0 and 1.
+        ImportError: if scikit-learn is not installed.
 
     Example:
         >>> found, labels = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 0, 0, 0])
@@ -81,13 +90,15 @@ def matthews_correlation(predicted: Tensor, labels: Tensor) -> float:
         Matthews, Comparison of the predicted and observed secondary structure of T4 phage
         lysozyme, Biochimica et Biophysica Acta 405, 1975.
     """
-    tp, fp, fn, tn = _confusion(predicted, labels)
-    scale = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / math.sqrt(scale) if scale else 0.0
+    _check_binary(predicted, labels)
+    if _constant(predicted) or _constant(labels):
+        return 0.0
+    metrics = _library("sklearn.metrics")
+    return float(metrics.matthews_corrcoef(_array(labels), _array(predicted)))
 
 
 def pearson_correlation(predicted: Tensor, labels: Tensor) -> float:
-    """Linear correlation: cov(p, y) / sqrt(var p var y), or 0 where either is constant.
+    """Pearson correlation: cov(p, y) / sqrt(var p var y); 0 if either is constant.
 
     Args:
         predicted: ``(N,)``.
@@ -95,21 +106,18 @@ def pearson_correlation(predicted: Tensor, labels: Tensor) -> float:
 
     Raises:
         ValueError: if the two differ in shape, or are empty.
+        ImportError: if scipy is not installed.
 
     Example:
         >>> found, labels = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])
         >>> round(pearson_correlation(found, labels), 6)
         1.0
     """
-    _check(predicted, labels)
-    if _constant(predicted) or _constant(labels):  # rounding would leave noise to be correlated
-        return 0.0
-    x, y = (_unit(side.double() - side.double().mean()) for side in (predicted, labels))
-    return float((x @ y).clamp(-1, 1))
+    return _correlation("pearsonr", predicted, labels)
 
 
 def spearman_correlation(predicted: Tensor, labels: Tensor) -> float:
-    """Pearson correlation of the ranks; equal values share the mean of their ranks.
+    """Spearman correlation: Pearson's of the ranks; equal values share the mean of their ranks.
 
     Args:
         predicted: ``(N,)``.
@@ -117,16 +125,14 @@ def spearman_correlation(predicted: Tensor, labels: Tensor) -> float:
 
     Raises:
         ValueError: if the two differ in shape, or are empty.
+        ImportError: if scipy is not installed.
 
     Example:
         >>> found, labels = torch.tensor([1.0, 2.0, 9.0]), torch.tensor([0.1, 0.2, 0.3])
         >>> round(spearman_correlation(found, labels), 6)
         1.0
     """
-    _check(predicted, labels)
-    if predicted.isnan().any() or labels.isnan().any():  # they have no rank
-        return math.nan
-    return pearson_correlation(_ranks(predicted), _ranks(labels))
+    return _correlation("spearmanr", predicted, labels)
 
 
 def bits_per_byte(loss: float) -> float:
@@ -152,30 +158,32 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def _confusion(predicted: Tensor, labels: Tensor) -> tuple[int, int, int, int]:
-    """TP, FP, FN, TN, as Python's integers: their products do not overflow."""
+def _correlation(name: str, predicted: Tensor, labels: Tensor) -> float:
+    """A correlation of ``scipy.stats``, where it is defined."""
+    _check(predicted, labels)
+    if predicted.isnan().any() or labels.isnan().any():
+        return math.nan
+    if _constant(predicted) or _constant(labels):
+        return 0.0
+    function = getattr(_library("scipy.stats"), name)
+    with np.errstate(invalid="ignore"):  # of infinite predictions the linear one is NaN
+        return float(function(_array(predicted), _array(labels)).statistic)
+
+
+def _library(module: str) -> Any:
+    return import_extra(module, "text", "a GLUE metric")
+
+
+def _array(values: Tensor) -> NDArray[Any]:
+    return values.double().cpu().numpy() if values.is_floating_point() else values.cpu().numpy()
+
+
+def _check_binary(predicted: Tensor, labels: Tensor) -> None:
     _check(predicted, labels)
     for name, side in (("predictions", predicted), ("labels", labels)):
         other = side[(side != 0) & (side != 1)]
         if len(other):
             raise ValueError(f"{name} must be 0 or 1, but one of them is {other[0].item()}")
-    p, y = predicted.bool(), labels.bool()
-    counts = torch.stack([(p & y).sum(), (p & ~y).sum(), (~p & y).sum(), (~p & ~y).sum()])
-    tp, fp, fn, tn = counts.tolist()
-    return tp, fp, fn, tn
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 to N; equal values get the mean of theirs."""
-    _, group, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[group]
-
-
-def _unit(centered: Tensor) -> Tensor:
-    """Divided by the largest entry before the norm, so that no square overflows or vanishes."""
-    scaled = centered / centered.abs().max()
-    return scaled / scaled.norm()
 
 
 def _constant(values: Tensor) -> bool:

@@ -1,6 +1,6 @@
 """The networks that the image recipes train.
 
-In those with convolutions the glob ``*conv*`` selects exactly those that are worth factorizing.
+In convolutional networks the glob ``*conv*`` selects exactly the layers worth factorizing.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class DigitsNet(nn.Module):
 
 
 class MultilayerPerceptron(nn.Module):
-    """Images as vectors through hidden layers of one width; the glob ``hidden*`` selects these.
+    """An MLP on flattened images; the glob ``hidden*`` selects its hidden layers.
 
     Args:
         classes: how many outputs.
@@ -121,8 +121,8 @@ class ResNet20(nn.Module):
 
     Post-activation blocks (He et al., Deep Residual Learning, arXiv 1512.03385), three stages of
     three, 16, 32 and 64 channels. Unlike the original, the first block of EVERY stage has a 1x1
-    convolution and batch norm as its shortcut, also where the shape stays (16 to 16), and the
-    second batch norm of each block starts at zero, so that every block starts as its shortcut.
+    convolution and BatchNorm as its shortcut, even if the shape stays (16 to 16), and the second
+    BatchNorm of each block starts at zero, so that every block starts as its shortcut.
 
     Args:
         classes: how many outputs.
@@ -146,7 +146,7 @@ class ResNet20(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut: relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut x)."""
+    """Two 3x3 convolutions with a shortcut: relu(bn2(conv2(relu(bn1(conv1 x)))) + shortcut x)."""
 
     def __init__(
         self, inputs: int, outputs: int, stride: int, shortcut: nn.Module, norm: _Norm

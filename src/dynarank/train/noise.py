@@ -1,4 +1,4 @@
-"""Writes down the gradient noise scale of a run: once an epoch, from a few batches in halves."""
+"""Records the gradient noise scale of a run: once per epoch, from a few batches in halves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCHES = 4  # an epoch: one alone says little, and each costs a training step
 
 
 class NoiseRecorder:
-    """Reads a trainer's gradients and never changes them. Experimental.
+    """Measures the gradient noise scale of a trainer's model. Experimental.
 
     Args:
         trainer: the run.
@@ -31,7 +31,7 @@ class NoiseRecorder:
         self.monitor = NoiseMonitor(trainer.model, decay=0.5)
 
     def read(self, epoch: int) -> None:
-        """The noise scale when so many epochs are done, on batches of the next."""
+        """Measure the noise scale after this many epochs, on batches of the next."""
         trainer = self.trainer
         trainer.model.train()
         reading = None
@@ -54,7 +54,7 @@ class NoiseRecorder:
 
 
 def halves(batch: Any, samples: int) -> Iterator[Any]:
-    """A batch's first and second half: every tensor in it is cut along its first dimension.
+    """The first and second half of a batch; every tensor is split along its first dimension.
 
     Example:
         >>> import torch

@@ -17,7 +17,7 @@ OPTIMIZER_SLOTS = {"sgd": 1, "adamw": 2}
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """SGD with momentum, or AdamW; weight decay for weights and factors, for no vectors.
+    """SGD with momentum, or AdamW; weight decay on weights and factors, not on vectors.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -32,7 +32,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weights (and, later, their factors) decay; normalizations and biases do not."""
+    """Parameter groups: weights (later their factors) decay; normalizations and biases do not."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     return [

@@ -1,4 +1,4 @@
-"""How the learning rate of a recipe runs, by ``torch.optim.lr_scheduler``, step by step."""
+"""The learning-rate schedule of a recipe, with ``torch.optim.lr_scheduler``, per step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["forecast_rates", "make_lr_scheduler"]
 
 
 def make_lr_scheduler(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> LRScheduler:
-    """The recipe's learning-rate scheduler, to be stepped once after each optimizer step.
+    """Make the recipe's learning-rate scheduler, to be stepped after each optimizer step.
 
     With the share s of the run, the peak p and the end e = ``final_rate`` * p, and after a linear
     warm-up over the share w (from p / (w * steps) to p)::
@@ -61,7 +61,7 @@ def make_lr_scheduler(recipe: Recipe, optimizer: Optimizer, total_steps: int) ->
 
 
 def _after_warmup(recipe: Recipe, optimizer: Optimizer, total_steps: int, warm: int) -> LRScheduler:
-    """What follows the warm-up; of ``wsd`` its stable part."""
+    """The schedule after warm-up; for ``wsd``, its stable part."""
     steps = max(1, total_steps - warm)
     if recipe.lr_schedule == "multistep":
         milestones = [round(recipe.share(at) * total_steps) - warm for at in recipe.decay_at]
@@ -75,7 +75,7 @@ def _after_warmup(recipe: Recipe, optimizer: Optimizer, total_steps: int, warm: 
 
 
 def forecast_rates(recipe: Recipe) -> tuple[float, ...]:
-    """The learning rate over a recipe's run, at equal distances from its first step to its last.
+    """The learning rate over a recipe's run, at equidistant steps from the first to the last.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe

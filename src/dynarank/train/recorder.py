@@ -23,11 +23,11 @@ from dynarank.records import (
     RunRecord,
     SummaryRecord,
 )
-from dynarank.train.health import HealthRecorder
 from dynarank.train.host import commit, hardware
 from dynarank.train.listener import Listener, Progress
 from dynarank.train.loop import EpochResult, Machine, Trainer
 from dynarank.train.noise import NoiseRecorder
+from dynarank.train.rank_metrics import RankMetricsRecorder
 from dynarank.train.recipes import Recipe
 from dynarank.train.task import Task
 
@@ -69,7 +69,7 @@ class Recorder:
     ) -> None:
         self.trainer, self.write, self.listener = trainer, write, listener
         trainer.on_phase, trainer.on_step = self._phase, self._step
-        self.health = HealthRecorder(trainer, write)
+        self.rank_metrics = RankMetricsRecorder(trainer, write)
         self.noise = NoiseRecorder(trainer, write) if trainer.machine.noise else None
         self.memory_bytes = 0
         self._decisions = 0
@@ -78,7 +78,7 @@ class Recorder:
     def begin(self) -> None:
         """The weights as they start."""
         self._decided()
-        self.health.read(0)
+        self.rank_metrics.read(0)
 
     def epoch(self, result: EpochResult) -> None:
         """The figures of an epoch, and the weights after it."""
@@ -94,7 +94,7 @@ class Recorder:
         )
         self.write(record)
         self.listener.epoch(record)
-        self.health.read(len(self._results))
+        self.rank_metrics.read(len(self._results))
         if self.noise is not None:
             self.noise.read(len(self._results))
 
@@ -147,7 +147,7 @@ class Recorder:
 
     def _decided(self) -> None:
         """What the schedule has been given and has decided since the last step."""
-        self.health.given(self.trainer.ranks.spectra)
+        self.rank_metrics.decided_by(self.trainer.ranks.spectra)
         decisions = self.trainer.ranks.decisions
         for decision in decisions[self._decisions :]:
             self.write(

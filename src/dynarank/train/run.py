@@ -1,4 +1,4 @@
-"""One run from start to end, written to its folder as it goes."""
+"""One complete run, written to its folder."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Judging sentences that are tokens already: by a class, or by a score.
+"""Tasks on tokenized sentences: classification and regression.
 
-Legend: N examples, B of them a batch.
+Legend: N examples, batches of B.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _TEST_BATCH = 256
 
 @dataclass(frozen=True)
 class Measure:
-    """What examples are judged by: a metric, and how it is computed of predictions and labels."""
+    """A metric, and how it is computed from predictions and labels."""
 
     metric: Metric
     function: Callable[[Tensor, Tensor], float]
@@ -60,7 +60,7 @@ SPEARMAN = Measure(Metric(name="Spearman correlation", percent=False), spearman_
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """One split on the device.
+    """The examples of one split, on the device.
 
     Args:
         inputs: the arguments of the model's forward pass, ``(N, length)`` each.
@@ -71,11 +71,11 @@ class Examples:
     labels: Tensor
 
     def rows(self, chosen: Tensor | slice) -> Examples:
-        """Some of them."""
+        """A selection of examples."""
         return Examples(tuple(part[chosen] for part in self.inputs), self.labels[chosen])
 
     def to(self, device: torch.device) -> Examples:
-        """All of them, on a device."""
+        """All examples, on a device."""
         return Examples(tuple(part.to(device) for part in self.inputs), self.labels.to(device))
 
 
@@ -84,7 +84,7 @@ Batch = Examples
 
 
 class _SentenceTask:
-    """What the two kinds have in common: batches, and the round over the test set.
+    """Base class of both tasks: batches, and evaluation on the test set.
 
     Args:
         recipe: its batch size, shuffling and label smoothing.
@@ -131,7 +131,7 @@ class _SentenceTask:
         return self.train.rows(slice(self.recipe.batch_size)).inputs
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The examples in a random order, batch by batch; the rest that fills none is left out."""
+        """Batches of the examples in random order; an incomplete last batch is dropped."""
         size, which = self.recipe.batch_size, 0 if self.recipe.shuffle == "once" else epoch
         generator = epoch_generator(self.seed, _ORDER, which)
         order = torch.randperm(self.train_size, generator=generator).to(self.train.labels.device)
@@ -160,7 +160,7 @@ class _SentenceTask:
 
 
 class ClassificationTask(_SentenceTask):
-    """Sentences with a class: cross-entropy; the likeliest class is the prediction.
+    """Classification: cross-entropy; the most likely class is the prediction.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -187,7 +187,7 @@ class ClassificationTask(_SentenceTask):
 
 
 class RegressionTask(_SentenceTask):
-    """Sentences with a score: mean squared error; the one output is the prediction.
+    """Regression: mean squared error; the single output is the prediction.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -199,7 +199,7 @@ class RegressionTask(_SentenceTask):
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
-        """Mean squared error; a correlation is no mean over batches."""
+        """Mean squared error; no score, since a correlation is not a mean over batches."""
         return self._loss(model(*batch.inputs), batch.labels, 0.0), None
 
     def _loss(self, output: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

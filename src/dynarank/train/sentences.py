@@ -1,4 +1,4 @@
-"""Labeled sentences, or pairs of sentences, before they are tokens."""
+"""Labeled sentences, or pairs of sentences, before tokenization."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ORDER_SEED = 0  # the order in which `limit_sentences` takes examples: part of 
 
 @dataclass(frozen=True, eq=False)
 class Sentences:
-    """Examples of one split.
+    """The examples of one split.
 
     Args:
         first: one text an example.
@@ -40,11 +40,11 @@ class Sentences:
         return len(self.labels)
 
     def texts(self) -> list[str]:
-        """All texts, the second ones after the first ones."""
+        """All first texts, followed by all second texts."""
         return [*self.first, *(self.second or ())]
 
     def take(self, rows: NDArray[np.int64]) -> Sentences:
-        """These examples, in this order."""
+        """The examples at these positions, in this order."""
         chosen: list[int] = rows.tolist()
         second = self.second
         return Sentences(
@@ -56,14 +56,14 @@ class Sentences:
 
 @dataclass(frozen=True, eq=False)
 class SentenceData:
-    """A data set: what to train on and what to test on."""
+    """A data set: training and test examples."""
 
     train: Sentences
     test: Sentences
 
 
 def limit_sentences(sentences: Sentences, limit: int | None, *, what: str) -> Sentences:
-    """Keep ``limit`` examples: classes balanced as far as there are examples, scores at random.
+    """Keep ``limit`` examples: classes as balanced as possible, scores at random.
 
     They are the first of a fixed order which deals the classes out in turn, so that a smaller
     limit's examples are among a larger one's.
@@ -92,7 +92,7 @@ def limit_sentences(sentences: Sentences, limit: int | None, *, what: str) -> Se
 
 
 def _dealt_order(labels: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.int64]:
-    """Shuffle, always alike; then take each class's first, each class's second, ..."""
+    """Shuffle deterministically; then take each class's first, each class's second, ..."""
     order = np.random.default_rng(_ORDER_SEED).permutation(len(labels))
     if labels.dtype.kind == "f":
         return order

@@ -5,10 +5,11 @@ The hub is read through ``datasets``, which downloads a set or has it in its cac
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
+
+from dynarank.extras import import_extra
 
 __all__ = ["DataError", "hub_splits"]
 
@@ -30,13 +31,7 @@ def hub_splits(what: str, files: str, *name: str) -> Generator[Any]:
         ImportError: if the ``data`` extra is not installed.
         DataError: if the data set cannot be had, or is not as it should be.
     """
-    try:
-        datasets: Any = importlib.import_module("datasets")
-    except ImportError as error:
-        raise ImportError(
-            f"{what} was asked for from the hub, which needs the `datasets` package: "
-            "pip install 'dynarank[data]'"
-        ) from error
+    datasets = import_extra("datasets", "data", f"{what} from the hub")
     try:
         yield datasets.load_dataset(*name)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

@@ -1,7 +1,7 @@
-"""What a recipe trains on: data, model, loss and score behind one small interface.
+"""The interface between the training loop and a recipe's data, model, loss and metrics.
 
-The loop knows no images and no text: it asks a task for batches, hands each to ``loss``, and asks
-for the scores of the test set at the end of an epoch.
+The loop is independent of images and text: it asks a task for batches, passes each to ``loss``, and
+asks for the scores of the test set at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dynarank.records import Metric
 
-__all__ = ["Evaluation", "Task"]
+__all__ = ["Evaluation", "Sketch", "Task"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,16 @@ class Task(Protocol):
     ) -> Evaluation:
         """The scores of the test set; the model is in evaluation mode and no gradient is kept."""
         ...
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """A recipe's network and one training batch on the meta device: shapes without data.
+
+    Args:
+        model: the network.
+        sample: a batch's arguments of the forward pass, as ``dynarank.cost.trace`` takes them.
+    """
+
+    model: nn.Module
+    sample: Any

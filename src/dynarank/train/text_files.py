@@ -1,8 +1,8 @@
-"""The bytes of a folder of text, split by file; by default the Python standard library's sources.
+"""A corpus from a folder of text, split by file; by default the standard library's sources.
 
-A corpus is a function of the files alone: sorted by a hash of their paths, each content once, cut
-at a size. The standard library differs from one Python version to the next: ``TextData.sha256``
-says which bytes a run has seen.
+A corpus depends only on the files: sorted by a hash of their paths, without duplicates, truncated
+to a size. The standard library differs between Python versions: ``TextData.sha256`` identifies the
+bytes that a run was trained on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynarank.train.data import DataError
+from dynarank.train.sources import DataError
 
 __all__ = ["PATTERNS", "TextData", "load_text", "standard_library"]
 
@@ -112,7 +112,7 @@ def _state(root: Path) -> str:
 
 
 def _files(root: Path, patterns: Sequence[str], beside: set[str]) -> list[Path]:
-    """Files by a hash of their paths: an order that mixes folders, and that depends on no other."""
+    """Files sorted by a hash of their paths, which mixes folders independently of other files."""
     named = ((path.relative_to(root), path) for path in root.rglob("*"))
     kept = [
         (relative.as_posix(), path)
@@ -126,7 +126,7 @@ def _files(root: Path, patterns: Sequence[str], beside: set[str]) -> list[Path]:
 
 
 def _read(files: Iterable[Path], max_bytes: int) -> list[bytes]:
-    """The files' bytes, each content once, until there are enough."""
+    """The files' bytes, without duplicates, until there are enough."""
     seen: set[bytes] = set()
     texts: list[bytes] = []
     room = max_bytes
@@ -147,7 +147,7 @@ def _read(files: Iterable[Path], max_bytes: int) -> list[bytes]:
 
 
 def _split(texts: Sequence[bytes], held_out: float) -> tuple[bytes, bytes]:
-    """Hold out whole files, as they come, while they fit; else the end of each file."""
+    """Hold out whole files in order while they fit; otherwise the end of each file."""
     wanted = held_out * sum(map(len, texts))
     room, train, test = wanted, list[bytes](), list[bytes]()
     for text in texts:

@@ -1,4 +1,4 @@
-"""The networks that the recipes of text train, by name."""
+"""The networks of the text recipes, by name."""
 
 from __future__ import annotations
 

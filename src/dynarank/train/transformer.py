@@ -1,4 +1,4 @@
-"""The block that the models of text are made of.
+"""The transformer block of the text models.
 
 Legend: B sequences, T tokens, d the width, h heads; shapes in comments.
 """
@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The tokens ``(B, T, d)``, changed.
+        """Tokens ``(B, T, d)`` to the same shape.
 
         Args:
             x: ``(B, T, d)``.

@@ -1,4 +1,4 @@
-"""Wide residual networks as the method's published code has them.
+"""Wide residual networks as in the method's published code.
 
 Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv 1605.07146), but post-activation: each
 block is relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut x). Depth is 6 n + 4 with n blocks
@@ -68,7 +68,7 @@ class WideResNet(nn.Module):
 
 
 class _WideBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut; ``entry`` names the first of them."""
+    """Two 3x3 convolutions with a shortcut; ``entry`` names the first of them."""
 
     def __init__(
         self, inputs: int, outputs: int, dropout: float, stride: int = 1, entry: str = "conv1"

@@ -1,12 +1,11 @@
-"""WordPiece, BERT's tokens: from a vocabulary file, or one trained on the training sentences.
+"""BERT's WordPiece tokens, by a vocabulary from a file or trained on the training sentences.
 
 A pair of sentences becomes ``[CLS] first [SEP] second [SEP]``, a single one ``[CLS] first [SEP]``.
-Text is in lower case, without accents, as in BERT's uncased vocabulary.
+Text is lower-cased and stripped of accents, as for BERT's uncased vocabulary.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynarank.train.data import DataError
+from dynarank.extras import import_extra
 from dynarank.train.sentences import Sentences
+from dynarank.train.sources import DataError
 
 __all__ = ["WordPiece", "find_vocabulary"]
 
@@ -27,12 +27,12 @@ _SEEN = 2  # times a piece must occur to be learned
 
 
 class WordPiece:
-    """Turns sentences into token numbers of one length.
+    """Tokenizes sentences, or pairs of them, to a fixed length.
 
     Args:
         tokenizer: a ``tokenizers.Tokenizer``; use :meth:`from_file` or :meth:`from_texts`.
-        length: of each sequence: longer ones lose tokens, of the longer sentence first; shorter
-            ones are padded with 0.
+        length: tokens a sequence: longer ones are truncated, the longer sentence of a pair first;
+            shorter ones are padded with 0.
         source: where the vocabulary is from.
     """
 
@@ -73,26 +73,31 @@ class WordPiece:
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], length: int, *, size: int) -> WordPiece:
-        """Train a vocabulary on texts: every piece in it occurs at least twice in them.
+        """Train a vocabulary on texts, the same for the same texts.
+
+        Every piece of more than one character occurs at least twice in them.
 
         Args:
             texts: the training sentences.
             length: of each sequence.
-            size: at most as many pieces.
+            size: the most pieces.
 
         Raises:
             ImportError: if ``tokenizers`` is not installed.
         """
         parts = _tokenizers()
         tokenizer = _pipeline(parts, parts.models.WordPiece(unk_token="[UNK]"))
+        # Left alone, the trainer numbers inner characters in an order that differs from run to run,
+        # and by it chooses among pieces of equal frequency. Listed beforehand, their order is kept.
         trainer = parts.trainers.WordPieceTrainer(
             vocab_size=size,
             min_frequency=_SEEN,
-            special_tokens=list(SPECIAL),
+            special_tokens=[*SPECIAL, *_inner_characters(tokenizer, texts)],
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer, length, "trained on the training sentences")
+        model = parts.models.WordPiece(tokenizer.get_vocab(), unk_token="[UNK]")
+        return cls(_pipeline(parts, model), length, "trained on the training sentences")
 
     @property
     def size(self) -> int:
@@ -100,7 +105,7 @@ class WordPiece:
         return self._tokenizer.get_vocab_size()
 
     def encode(self, sentences: Sentences) -> tuple[Tensor, Tensor]:
-        """Tokens and segments, int64 ``(N, length)`` each; a second sentence is segment 1."""
+        """Token and segment ids, int64 ``(N, length)`` each; a second sentence is segment 1."""
         second = sentences.second
         texts = list(
             sentences.first if second is None else zip(sentences.first, second, strict=True)
@@ -117,13 +122,7 @@ def find_vocabulary(place: Path) -> Path | None:
 
 
 def _tokenizers() -> Any:
-    try:
-        return importlib.import_module("tokenizers")
-    except ImportError as error:
-        raise ImportError(
-            "sentences were to be cut into WordPiece tokens, which needs the `tokenizers` package: "
-            "pip install 'dynarank[text]'"
-        ) from error
+    return import_extra("tokenizers", "text", "a WordPiece tokenizer")
 
 
 def _pipeline(parts: Any, model: Any) -> Any:
@@ -131,6 +130,14 @@ def _pipeline(parts: Any, model: Any) -> Any:
     tokenizer.normalizer = parts.normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = parts.pre_tokenizers.BertPreTokenizer()
     return tokenizer
+
+
+def _inner_characters(tokenizer: Any, texts: Sequence[str]) -> list[str]:
+    """``##x`` for every character x that is not the first of a word."""
+    normalize, split = tokenizer.normalizer.normalize_str, tokenizer.pre_tokenizer.pre_tokenize_str
+    parts = {part for text in texts for part in normalize(text).split()}
+    words = (word for part in parts for word, _ in split(part))
+    return sorted({f"##{character}" for word in words for character in word[1:]})
 
 
 def _check_pieces(path: Path, pieces: Sequence[str], size: int) -> None:

@@ -1,4 +1,4 @@
-"""A vocabulary of whole words: the most frequent ones of the training texts."""
+"""A word vocabulary: the most frequent words of the training texts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)?|[!?]")
 
 
 def split_words(text: str) -> list[str]:
-    """Words in lower case, with inner apostrophes; ``!`` and ``?`` count, HTML line breaks do not.
+    """Split text into lower-case words, ``!`` and ``?``; HTML line breaks are removed.
 
     Example:
         >>> split_words("It's great!<br />See it.")
@@ -27,7 +27,7 @@ def split_words(text: str) -> list[str]:
 
 
 class Words:
-    """Numbers words: 0 is padding, 1 an unknown word, then from the most frequent on.
+    """Maps words to numbers: 0 padding, 1 unknown, then by decreasing frequency.
 
     Args:
         texts: to count words in; among equally frequent ones the alphabet decides.

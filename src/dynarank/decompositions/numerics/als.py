@@ -12,8 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, LinAlgError
-from dynarank.decompositions.numerics.bases import leading_basis
+from dynarank.decompositions.geometry import Factors
+from dynarank.decompositions.numerics.linalg import LinAlgError
+from dynarank.decompositions.numerics.multilinear import leading_basis
 
 __all__ = ["fit", "slice_start", "sum_of_products"]
 
@@ -70,17 +71,17 @@ def sum_of_products(factors: Sequence[Tensor]) -> Tensor:
 def slice_start(tensor: Tensor, rank: int, fine: bool) -> Factors:
     """The largest singular triplets of W's slices: matrices of the two largest modes.
 
-    The other modes are first turned to their singular vectors (HOSVD), so that few slices hold
+    The other modes are first rotated to their singular vectors (HOSVD), so that few slices hold
     most of W. No choice of components whose other vectors are these is better; at rank (entries /
     largest dimension) they are all there and the sum is exact.
     """
     large, small, *others = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
-    turned, bases = tensor.permute(large, small, *others), list[Tensor]()
+    rotated, bases = tensor.permute(large, small, *others), list[Tensor]()
     for mode in range(2, tensor.ndim):
-        unfolded = turned.movedim(mode, 0).flatten(1)
+        unfolded = rotated.movedim(mode, 0).flatten(1)
         bases.append(leading_basis(unfolded, len(unfolded), fine))
-        turned = (turned.movedim(mode, -1) @ bases[-1]).movedim(-1, mode)
-    slices = turned.flatten(2).movedim(2, 0)  # (slices, large, small)
+        rotated = (rotated.movedim(mode, -1) @ bases[-1]).movedim(-1, mode)
+    slices = rotated.flatten(2).movedim(2, 0)  # (slices, large, small)
     right = _right_vectors(slices, fine)  # (slices, small, triplets)
     left = slices @ right
     count = left.shape[2]
@@ -90,7 +91,7 @@ def slice_start(tensor: Tensor, rank: int, fine: bool) -> Factors:
         large: left[which, :, triplet].T,
         small: right[which, :, triplet].T,
     }
-    places = torch.unravel_index(which, turned.shape[2:])
+    places = torch.unravel_index(which, rotated.shape[2:])
     for mode, basis, place in zip(others, bases, places, strict=True):
         factors[mode] = basis[:, place]
     return tuple(factors[mode] for mode in range(tensor.ndim))

@@ -6,8 +6,8 @@ The left singular vectors of W are the eigenvectors of its Gram matrix ``W W'``,
 is; and a matrix that is a product of thin factors is decomposed in them.
 
 A Gram matrix has the squares of the values, so that its rounding hides those below sqrt(eps) s1.
-Each function looks at the smallest value it was asked for and goes on to the next rung if rounding
-reached it: Gram matrix in fp32, in fp64, SVD in fp64.
+Each function looks at the smallest value it was asked for and, if rounding reached it, goes on to
+the next method: Gram matrix in fp32, in fp64, SVD in fp64.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import LinAlgError, UnfitWeightError, precise
-
 __all__ = [
     "RESOLVED",
+    "LinAlgError",
+    "UnfitWeightError",
     "as_stored",
     "as_unit",
     "balance",
@@ -28,18 +28,31 @@ __all__ = [
     "gram",
     "leading_directions",
     "orthonormal",
+    "precise",
     "recompress",
 ]
+
+LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+
 
 # The least s_r / s1 that a Gram matrix in this precision gives to a few percent, and whose
 # directions leave a truncation within 0.2% of the optimum: sqrt(eps) times about six.
 RESOLVED = {torch.float32: 2e-3, torch.float64: 1e-7}
 
 
-def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix in fp32 or fp64, and 2^k such that their product with it has entries near 1.
+class UnfitWeightError(ValueError):
+    """A weight whose values do not allow the change: not finite, or its decomposition fails."""
 
-    Where squaring is safe, 2^k is 1 and nothing is copied; else the matrix comes scaled.
+
+def precise(tensor: Tensor) -> Tensor:
+    """The tensor detached and in fp64 (fp32 where the device has no fp64), to compute in."""
+    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix in fp32 or fp64, scaled to entries near 1, and the scale 2^k taken out of it.
+
+    Where squaring is safe as it is, 2^k is 1 and nothing is copied.
 
     Raises:
         UnfitWeightError: a value is not finite.
@@ -135,7 +148,7 @@ _Method = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _ladder(dtype: torch.dtype) -> Iterator[tuple[_Method, float]]:
-    """The methods to try and the least s_r / s1 for which each is believed."""
+    """The methods to try and the least s_r / s1 for which each is trusted."""
     if dtype == torch.float32:
         yield _by_gram, RESOLVED[torch.float32]
         # Finer than this fp32 weights have no values: they are their rounding.

@@ -1,19 +1,32 @@
-"""From what factors knew of a gradient back to the weight's: for any multilinear ``join``.
+"""Multilinear algebra: what decompositions with more than two factors are made of.
 
-Legend: J the derivative of ``join`` at the factors f, from changes of factors to changes of W;
+Legend: A (n, m) a matrix; Q (n, r) with orthonormal columns; W = join(f) a weight, linear in each
+of its factors f; J the derivative of ``join`` at f, from changes of the factors to changes of W;
 ``pull`` is its transpose J'; c cotangents of the factors, M one of the weight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import Factors, precise
+from dynarank.decompositions.geometry import Factors
+from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError, precise
 
-__all__ = ["chain_energies", "lift", "lift_squares"]
+__all__ = [
+    "chain_energies",
+    "equal_norms",
+    "leading_basis",
+    "lift",
+    "lift_squares",
+    "unit_scale",
+]
+
+_Join: TypeAlias = Callable[[Factors], Tensor]
 
 # What is left of the normal equations, relative to their right-hand side, and the most steps.
 RESIDUAL = {torch.float64: 1e-14}
@@ -26,7 +39,63 @@ FEW_STEPS = 25
 ROUGHLY = 1e-3
 
 
-def lift(join: Callable[[Factors], Tensor], factors: Factors, cotangents: Factors) -> Tensor:
+def leading_basis(matrix: Tensor, rank: int, fine: bool = False) -> Tensor:
+    """Q whose span holds the most of A: its first r left singular vectors, r <= min(n, m).
+
+    From the smaller Gram matrix, which resolves directions down to 1e-8 of the largest (in fp64)
+    and costs a fraction of an SVD.
+
+    Args:
+        matrix: (n, m), in the precision to compute in.
+        rank: r.
+        fine: by an SVD, where smaller directions than 1e-8 count.
+
+    Raises:
+        UnfitWeightError: the eigenvalues do not converge.
+    """
+    try:
+        if fine:
+            return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
+        if matrix.shape[0] <= matrix.shape[1]:
+            return torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
+        right = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
+        return torch.linalg.qr(matrix @ right)[0]
+    except LinAlgError as error:
+        shape = tuple(matrix.shape)
+        raise UnfitWeightError(
+            f"the singular vectors of an unfolding of shape {shape} failed: {error}"
+        ) from error
+
+
+def unit_scale(weight: Tensor) -> tuple[Tensor, float]:
+    """The weight over its largest entry, in fp64, and that entry (1 if all are zero).
+
+    Raises:
+        UnfitWeightError: it is not finite.
+    """
+    scale = precise(weight).abs().max().item()
+    if not math.isfinite(scale):
+        raise UnfitWeightError(
+            f"a weight of shape {tuple(weight.shape)} has entries that are not finite"
+        )
+    scale = scale or 1.0
+    return precise(weight) / scale, scale
+
+
+def equal_norms(factors: Sequence[Tensor], scale: float = 1.0) -> Factors:
+    """The factors of ``scale`` times the same weight, all of one Frobenius norm.
+
+    Where one is zero the weight is too and nothing need change: the others stay as they are, so
+    that the zero one can learn.
+    """
+    norms = [factor.norm().item() for factor in factors]
+    if not all(norms):
+        return tuple(factors)
+    size = math.exp((math.log(scale) + sum(map(math.log, norms))) / len(norms))
+    return tuple(factor * (size / norm) for factor, norm in zip(factors, norms, strict=True))
+
+
+def lift(join: _Join, factors: Factors, cotangents: Factors) -> Tensor:
     """The least M for which ``J' M`` is nearest to c: ``M = (J')+ c``.
 
     By conjugate gradients on ``J J' M = J c`` from zero, in fp64, without forming J (Hestenes and
@@ -57,7 +126,7 @@ def lift(join: Callable[[Factors], Tensor], factors: Factors, cotangents: Factor
     return lifted.to(cotangents[0].dtype)
 
 
-def _push(join: Callable[[Factors], Tensor], factors: Factors, changes: Factors) -> Tensor:
+def _push(join: _Join, factors: Factors, changes: Factors) -> Tensor:
     """``J changes``: the join of each change with the other factors, summed (Leibniz)."""
     terms = [join((*factors[:i], d, *factors[i + 1 :])) for i, d in enumerate(changes)]
     return sum(terms[1:], start=terms[0])
@@ -85,32 +154,33 @@ def _eye(slices: Tensor, side: int) -> Tensor:
     return torch.eye(slices.shape[side], dtype=slices.dtype, device=slices.device)
 
 
-def lift_squares(energies: Factors, squares: Factors) -> Tensor:
-    """An outer product of means over outputs, inputs and kernel positions, ``v = s x_o y_i z_k``.
+def lift_squares(join: _Join, energies: Factors, squares: Factors) -> Tensor:
+    """An estimate of E[M * M]: the product of what each factor says of it.
 
     If the entries of M are uncorrelated, a factor's entry e has ``E[(J' M)_e^2] = sum_j J_je^2
-    E[M_j^2]``, so that its square over its energy ``sum_j J_je^2`` is a mean of E[M * M]. The last
-    factor gives the profile over outputs, the first that over inputs, those between over kernel
-    positions; s is the geometric mean of the profiles' means. Exact where E[M * M] is constant.
-    Entries without energy are left out; a profile of which nothing is known is flat.
+    E[M_j^2]``, so that its square over its energy ``sum_j J_je^2`` is a mean of E[M * M] over the
+    entries of W that depend on e. Each entry of W is given the mean of these ratios over the
+    factor's entries it depends on: the factor's *profile* over W. The estimate is the profiles'
+    product, each over its mean, times the geometric mean of these. Exact where E[M * M] is constant
+    and, for ``up @ down``, where it has rank one (Adafactor's assumption). Entries without energy
+    are left out; a profile of which nothing is known is flat.
 
     Args:
+        join: whose terms are products of factors' entries, with no minus.
         energies: each entry's energy, in a shape that broadcasts to its factor's.
-        squares: E[(J' M)^2] in the factors' shapes; the first factor and the last pointwise.
+        squares: E[(J' M)^2] in the factors' shapes.
     """
-    over = [(0,)] + [(0, 1)] * (len(squares) - 2) + [(1,)]
-    profiles = [_profile(*each) for each in zip(squares, energies, over, strict=True)]
-    known = [profile for profile in profiles if profile.any()]
-    lifted = torch.ones_like(sum(profiles[1:], start=profiles[0]))
-    if not known:
-        return torch.zeros_like(lifted)
-    for profile in known:
-        lifted = lifted * (profile / profile.mean())
-    return lifted * torch.stack([p.mean().log() for p in known]).mean().exp()
-
-
-def _profile(squares: Tensor, energy: Tensor, over: tuple[int, ...]) -> Tensor:
-    """Mean of ``squares / energy`` over channels, without those of no energy; 0 if none has any."""
-    live = (energy > torch.finfo(energy.dtype).eps * energy.max()).expand_as(squares)
-    ratios = torch.where(live, squares / torch.where(live, energy, 1.0), 0.0)
-    return ratios.sum(over, keepdim=True) / live.sum(over, keepdim=True).clamp(min=1)
+    ones = tuple(torch.ones_like(square) for square in squares)
+    flat = torch.ones_like(join(ones))
+    lifted, means = flat, list[Tensor]()
+    for i, (square, energy) in enumerate(zip(squares, energies, strict=True)):
+        live = (energy > torch.finfo(energy.dtype).eps * energy.max()).expand_as(square)
+        ratios = torch.where(live, square / torch.where(live, energy, 1.0), 0.0)
+        total, count = (
+            join((*ones[:i], each, *ones[i + 1 :])) for each in (ratios, live.to(square.dtype))
+        )
+        profile = torch.where(count > 0, total / count, 0.0)
+        if profile.any():
+            means.append(profile.mean())
+            lifted = lifted * (profile / means[-1])
+    return lifted * torch.stack(means).log().mean().exp() if means else 0 * flat

@@ -1,4 +1,4 @@
-"""Singular directions of a matrix from those of a matrix nearby: a few products, no new start.
+"""Singular directions of a matrix from those of a similar matrix, in a few products.
 
 Legend: W (n, m) a matrix, V (k, m) rows near its leading right singular vectors, r <= k the rank.
 """
@@ -10,13 +10,13 @@ import math
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.base import precise
 from dynarank.decompositions.numerics.linalg import (
     RESOLVED,
     as_stored,
     gram,
     leading_directions,
     orthonormal,
+    precise,
 )
 
 __all__ = ["follow", "subspace_iteration"]
@@ -53,7 +53,7 @@ def subspace_iteration(
 
 
 def follow(matrix: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Subspace iteration from rows of a matrix nearby, two steps at most; None if that is far.
+    """Subspace iteration from the rows of a similar matrix; None if two steps are not enough.
 
     A step is enough if :func:`_excess` says that the truncation error is within 0.2% of the least.
 

@@ -48,11 +48,11 @@ class _Cell(RankedLayer):
                 Call(
                     (*x.shape[:-1], columns),
                     Geometry(),
-                    met is not None and met.requires_grad,
+                    given is not None and given.requires_grad,
                     any(p.requires_grad for n, p in own.items() if n.startswith(name)),
                 )
             ]
-            for name, met, columns in (
+            for name, given, columns in (
                 ("weight_ih", x, x.shape[-1]),
                 ("weight_hh", state, cast(Any, module).hidden_size),
             )
@@ -65,8 +65,8 @@ class _Cell(RankedLayer):
             return cast(Any, super()).forward(input, hx)
         mode = _mode(cell)
         states = self._states(input, hx, mode)
-        into = self.multiply(self.spec("weight_ih"), input, Geometry(), cell.bias_ih)
-        back = self.multiply(self.spec("weight_hh"), states[0], Geometry(), cell.bias_hh)
+        into = self.multiply(self.resolved("weight_ih"), input, cell.bias_ih)
+        back = self.multiply(self.resolved("weight_hh"), states[0], cell.bias_hh)
         after = CELLS[mode](into, back, states)
         return after if mode == "LSTM" else after[0]
 

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dynarank.decompositions import Factors, Geometry, apply
+from dynarank.decompositions import Factors, Geometry
+from dynarank.decompositions.geometry import apply
 
 __all__ = [
     "CELLS",
@@ -115,7 +116,7 @@ def run_kernel(
     hx = states if mode == "LSTM" else states[0]
     options = (bias, layers, dropout, training, both)
     with warnings.catch_warnings():
-        if x.is_cuda:  # weights that are computed anew each time cannot lie in one piece of memory
+        if x.is_cuda:  # weights that are recomputed each time cannot lie in one piece of memory
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
         if sizes is None:
             y, *last = _KERNELS[mode](x, hx, list(weights), *options, False)

@@ -6,7 +6,7 @@ input matrix, ``hh`` a recurrent one, ``hr`` one that projects h (``proj_size``)
 ========  ==============================  ==========================================================
 matrix    joined, merged                  factored, two-branch
 ========  ==============================  ==========================================================
-``ih``    formed once per forward pass,   all factors but the last meet the whole input at once; the
+``ih``    formed once per forward pass,   all factors but the last are applied at once; the
           then torch's fused kernel       last is the fused kernel's input matrix. Two branches:
                                           ``[base, scale * up] @ [x, down x]``, again one kernel
 ``hh``    likewise                        applied at each step, in a loop in Python
@@ -90,15 +90,16 @@ class _Recurrent(RankedLayer):
         }
         return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
 
-    def enter(self) -> None:
-        """Forget the parameters that were."""
-        super().enter()
+    def form_changed(self) -> None:
+        """Rebuild torch's list of the parameters."""
+        super().form_changed()
         self._init_flat_weights()
 
-    def leave(self) -> None:
+    def to_plain(self) -> nn.Module:
         """The plain module lists its parameters itself."""
-        super().leave()
+        super().to_plain()
         cast(Any, self)._init_flat_weights()
+        return self
 
     def _init_flat_weights(self) -> None:
         net, own = cast(Any, self), self._parameters
@@ -143,10 +144,10 @@ class _Recurrent(RankedLayer):
         x, sizes, order, back = input if packed else (input, None, None, None)
         states = self._first_states(x, sizes, hx, order)
         net.check_forward_args(x, states if net.mode == "LSTM" else states[0], sizes)
-        ways = self._taken(input, hx)
-        turned = net.batch_first and not packed
-        y, states = self._run(x.transpose(0, 1) if turned else x, sizes, states, ways)
-        y = y.transpose(0, 1) if turned else y
+        executions = self._chosen(input, hx)
+        swapped = net.batch_first and not packed
+        y, states = self._run(x.transpose(0, 1) if swapped else x, sizes, states, executions)
+        y = y.transpose(0, 1) if swapped else y
         states = tuple(s if back is None else s.index_select(1, back) for s in states)
         return (
             PackedSequence(y, sizes, order, back) if packed else y,
@@ -165,22 +166,22 @@ class _Recurrent(RankedLayer):
             shapes.append(net.get_expected_cell_size(x, sizes))
         return tuple(x.new_zeros(shape) for shape in shapes)
 
-    def _taken(self, input: Any, hx: Any) -> dict[str, str]:
-        """The name of the way each weight that is not full-rank is computed."""
+    def _chosen(self, input: Any, hx: Any) -> dict[str, str]:
+        """The name of the execution of each weight that is not full-rank."""
         calls = type(self).calls(self, {"input": input, "hx": hx})
         return {
-            name: self.way(self.spec(name), form, calls[name][0]).name
+            name: self.execution(self.resolved(name), calls[name][0]).name
             for name, form in self.forms.items()
             if not isinstance(form, FullRank)
         }
 
     def _run(
-        self, x: Tensor, sizes: Tensor | None, states: States, ways: Mapping[str, str]
+        self, x: Tensor, sizes: Tensor | None, states: States, executions: Mapping[str, str]
     ) -> tuple[Tensor, States]:
         """The layers one after another, or all in one kernel; time is the first dimension."""
         net = cast(Any, self)
         directions = 1 + net.bidirectional
-        if not any(way in _APART for way in ways.values()):
+        if not any(execution in _APART for execution in executions.values()):
             flat = [self._whole(name) for name in net._flat_weights_names]
             return run_kernel(
                 net.mode, x, sizes, states, flat, net.bias, self.training,
@@ -193,7 +194,7 @@ class _Recurrent(RankedLayer):
             outputs: list[Tensor] = []
             for i in range(layer * directions, (layer + 1) * directions):
                 names, own = net._all_weights[i], tuple(s[i] for s in states)
-                y, ended = self._direction(names, x, sizes, own, ways, i > layer * directions)
+                y, ended = self._direction(names, x, sizes, own, executions, i > layer * directions)
                 outputs.append(y)
                 last.append(ended)
             x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
@@ -205,44 +206,44 @@ class _Recurrent(RankedLayer):
         x: Tensor,
         sizes: Tensor | None,
         states: States,
-        ways: Mapping[str, str],
+        executions: Mapping[str, str],
         reverse: bool,
     ) -> tuple[Tensor, States]:
         ih, hh = names[:2]
         biases = tuple(getattr(self, name) for name in names if name.startswith("bias"))
         out = tuple(name for name in names if name.startswith("weight_hr"))
-        x, into = self._input_side(ih, x, ways.get(ih, ""))
+        x, into = self._input_side(ih, x, executions.get(ih, ""))
         one = Direction(
             cast(Any, self).mode,
             into,
-            self._branches(hh, ways.get(hh, "")),
+            self._branches(hh, executions.get(hh, "")),
             biases,
-            self._branches(out[0], ways.get(out[0], "")) if out else (),
+            self._branches(out[0], executions.get(out[0], "")) if out else (),
         )
-        turn = _turner(sizes, x.device) if reverse else _same
-        y, ended = run_direction(one, turn(x), sizes, states, self.training)
-        return turn(y), ended
+        reverse_time = _time_reversal(sizes, x.device) if reverse else _same
+        y, ended = run_direction(one, reverse_time(x), sizes, states, self.training)
+        return reverse_time(y), ended
 
-    def _input_side(self, name: str, x: Tensor, way: str) -> tuple[Tensor, Tensor]:
+    def _input_side(self, name: str, x: Tensor, execution: str) -> tuple[Tensor, Tensor]:
         """What the kernel gets as its input and as its input matrix."""
-        if way not in _APART:
+        if execution not in _APART:
             return x, self._whole(name)
-        *branches, (*first, last) = self._branches(name, way)
+        *branches, (*first, last) = self._branches(name, execution)
         inner = chain(x, tuple(first)).to(x.dtype)  # autocast's dtype is not the kernel's input's
         if not branches:
             return inner, last
         return torch.cat((x, inner), -1), torch.cat((branches[0][0], last), 1)
 
-    def _branches(self, name: str, way: str) -> tuple[Factors, ...]:
-        if way not in _APART:
+    def _branches(self, name: str, execution: str) -> tuple[Factors, ...]:
+        if execution not in _APART:
             return ((self._whole(name),),)
         form, parameters = self.forms[name], cast(dict[str, Tensor], self._parameters)
         assert not isinstance(form, FullRank)
-        factors = self.spec(name).factors(form, parameters)
+        factors = self.resolved(name).factors(parameters)
         if isinstance(form, LowRank):
             return (factors,)
         *first, last = factors
-        return (self.spec(name).base(form, parameters),), (*first, last * form.scale)
+        return (self.resolved(name).base(parameters),), (*first, last * form.scale)
 
     def _whole(self, name: str) -> Tensor:
         """The parameter or effective weight, in the parameters' dtype also under autocast."""
@@ -285,7 +286,7 @@ def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _turner(sizes: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+def _time_reversal(sizes: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
     """Reverses each sequence in time, and back."""
     if sizes is None:
         return lambda x: x.flip(0)

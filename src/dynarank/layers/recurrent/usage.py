@@ -33,7 +33,7 @@ _NEVER = 10**15
 
 @dataclass(frozen=True)
 class SequenceCall(Call):
-    """A matrix of a recurrent layer met by the rows of a sequence.
+    """The rows of a sequence times a matrix of a recurrent layer.
 
     Args:
         idle: rows of the input that need no gradient although the others do.
@@ -49,13 +49,13 @@ class SequenceCall(Call):
         if isinstance(form, FullRank):
             return [Execution("full-rank", whole)]
         join = spec.decomposition(form).join_flops(spec.shape, form.resolved_rank)
-        one = whole + Flops(join, join * (1 + 2 * self.trains))
+        formed = whole + Flops(join, join * (1 + 2 * self.trains))
         names = ("factored", "joined") if isinstance(form, LowRank) else ("two-branch", "merged")
         found = [
             Execution(names[0], self._apart(spec, form), overhead=self._overhead()),
-            Execution(names[1], one, keep=True),
+            Execution(names[1], formed, keep=True),
         ]
-        return [way for way in found if form.execution in ("auto", way.name)]
+        return [one for one in found if form.execution in ("auto", one.name)]
 
     def _apart(self, spec: WeightSpec, form: LowRank | Adapted) -> Flops:
         """The factors one after another, beside the base if there is one."""

@@ -1,12 +1,12 @@
 """The closed loop: each layer changes rank by what is read of its own weight.
 
-Legend, for one layer (``evidence`` has the smoothing): e and t are its
-effective and stable rank, e* the largest e since its last change, r its low rank, c the number of
-its changes, h = hysteresis^(c // 2).
+Legend, for one layer: e and t are its effective and stable rank, smoothed over the readings since
+the layer's last change, ``x <- a x + (1 - a) reading``; e* is the largest e since then; r is its
+low rank, c the number of its changes, and h = hysteresis^(c // 2).
 
 - inflate if ``e < (1 - fall h) e*``: it loses directions;
 - inflate if ``e > (1 - (1 - saturation) / h) r``, if low-rank: it uses all directions it has;
-- deflate if ``|t - t_before| < (settled / h) t_before``: it has found its shape.
+- deflate if ``|t - t_before| < (settled / h) t_before``: its stable rank has settled.
 
 Each must hold at ``patience`` readings in a row. A layer that has come back needs ``hysteresis``
 times the evidence to go the same way again, so that it does not go to and fro, and ``most_changes``
@@ -16,16 +16,104 @@ bounds it in any case.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
-from dynarank.forms import Adapted, AdaptedExecution, Form, FullRank, LowRank, RankLike, form_name
-from dynarank.schedules.base import Answer, Clock, Decision, Readings, State, When, step_of
-from dynarank.schedules.library.evidence import Evidence, Thresholds
-from dynarank.schedules.options import Ending, check_when, check_within, ending
-from dynarank.schedules.serialization import serializable
+from dynarank.forms import AdaptedExecution, Form, FullRank, LowRank, RankLike, form_name
+from dynarank.schedules.base import (
+    Answer,
+    Clock,
+    Decision,
+    RankSchedule,
+    Readings,
+    State,
+    When,
+    step_of,
+)
+from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
+from dynarank.schedules.readings import SpectralReading
 
-__all__ = ["ClosedLoop", "closed_loop"]
+__all__ = ["ClosedLoop", "Evidence", "Thresholds"]
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """When a reading counts as evidence for a change.
+
+    Args:
+        fall: the effective rank has fallen if ``e < (1 - fall) e*``.
+        saturation: it saturates the low rank if ``e > saturation r``.
+        settled: the stable rank has settled if ``|t - t_before| < settled t_before``.
+
+    Example:
+        >>> Thresholds(0.25, 0.5, 0.5).stricter(2.0)
+        Thresholds(fall=0.5, saturation=0.75, settled=0.25)
+    """
+
+    fall: float
+    saturation: float
+    settled: float
+
+    def stricter(self, times: float) -> Thresholds:
+        """Thresholds that take so many times the evidence; a fall of 1 or more is never reached."""
+        saturation = 1 - (1 - self.saturation) / times
+        return Thresholds(self.fall * times, saturation, self.settled / times)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a layer since its last change.
+
+    Args:
+        effective_rank: e; None before the first reading.
+        stable_rank: t.
+        stable_rank_before: t one reading earlier.
+        best: e*.
+        fallen: for how many readings in a row e has been low enough.
+        saturated: for how many it has been high enough.
+        settled: for how many t has stood still.
+    """
+
+    effective_rank: float | None = None
+    stable_rank: float | None = None
+    stable_rank_before: float | None = None
+    best: float | None = None
+    fallen: int = 0
+    saturated: int = 0
+    settled: int = 0
+
+    def with_reading(
+        self, reading: SpectralReading, thresholds: Thresholds, smoothing: float
+    ) -> Evidence:
+        """What is known with one more reading, which must be finite.
+
+        Example:
+            >>> reading = SpectralReading(7.9, 4.0, 8, 1.0, rank=8, full_rank=64)
+            >>> Evidence().with_reading(reading, Thresholds(0.1, 0.95, 0.002), 0.5).saturated
+            1
+        """
+        assert reading.finite
+        e = _smoothed(self.effective_rank, reading.effective_rank, smoothing)
+        t = _smoothed(self.stable_rank, reading.stable_rank, smoothing)
+        best = e if self.best is None else max(self.best, e)
+        before = self.stable_rank
+        still = before is not None and abs(t - before) < thresholds.settled * before
+        return Evidence(
+            e,
+            t,
+            before,
+            best,
+            self.fallen + 1 if e < (1 - thresholds.fall) * best else 0,
+            self.saturated + 1 if e > thresholds.saturation * reading.rank else 0,
+            self.settled + 1 if still else 0,
+        )
+
+
+def _smoothed(before: float | None, now: float, smoothing: float) -> float:
+    if before is None:
+        return now
+    return before + (1 - smoothing) * (now - before)  # so that what stands still stays exactly
 
 
 @dataclass(frozen=True)
@@ -46,34 +134,52 @@ class _Layer:
     evidence: Evidence = field(default_factory=Evidence)
 
 
-@serializable
 @dataclass(frozen=True)
-class ClosedLoop:
-    """Inflates and deflates each layer by its own readings; :func:`closed_loop` explains how.
+class ClosedLoop(RankSchedule):
+    """Low-rank; a layer inflates when its rank falls or does not suffice, deflates when settled.
 
     Args:
-        low: the form at first.
-        last: the form that a full-rank layer deflates to.
-        fall: see :func:`closed_loop`, as for all that follow.
-        saturation: likewise.
-        settled: likewise.
-        smoothing: likewise.
-        patience: likewise.
-        warmup: likewise.
-        cooldown: likewise.
-        hysteresis: likewise.
-        most_changes: likewise.
-        last_inflation: likewise.
-        spectra_every: likewise.
+        rank: of the low-rank layers and of the adapters.
+        fall: inflate when the effective rank is this share below its best since the last change.
+        saturation: inflate a low-rank layer when its effective rank is above this share of its
+            rank. That of random factors is nearly the rank, and falls as the layer learns, so that
+            before the end of ``warmup`` this would say nothing. Keep ``saturation > 1 - fall``, or
+            every layer meets one of the two rules.
+        settled: deflate when the smoothed stable rank moves by less than this share of itself from
+            one reading to the next. It belongs to ``spectra_every``: readings twice as far apart
+            differ by up to twice as much.
+        smoothing: a, the weight of what was before in ``x <- a x + (1 - a) reading``, in [0, 1).
+        patience: for how many readings in a row a rule must hold.
+        warmup: until when no layer changes, a share of the run (float) or a step (int).
+        cooldown: how long a layer stays as it is after a change, likewise.
+        hysteresis: how many times the evidence a layer needs to go the same way once more, at
+            least 1.
+        most_changes: the most changes of one layer; 2: inflate once, deflate once.
+        last_inflation: from when on no layer inflates; None: never.
+        spectra_every: how often the spectra are read, a share of the run or a number of steps.
+        to: what layers deflate to: ``"adapted"``: freeze W, add a zero-output adapter; the function
+            is unchanged. ``"low-rank"``: truncate; the cost really falls.
+        decomposition: the decomposition's name.
+        alpha: the adapter's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
+
+    Raises:
+        ValueError: a threshold outside its range, a time outside the run, an unknown ending, an
+            impossible rank.
 
     Example:
-        >>> schedule = ClosedLoop(LowRank(8), LowRank(8))
+        >>> schedule = ClosedLoop(8, most_changes=4, to="low-rank")
         >>> schedule.update(schedule.start(), Clock(0, 100), Readings({"a": (64, 64)})).plan
         {'a': LowRank(rank=8, decomposition='svd')}
+
+    Reference:
+        Roy and Vetterli, "The effective rank", 2007, for the measure. That a plateau of the stable
+        rank says when full-rank training may end is the rule of Wang et al., "Cuttlefish",
+        arXiv 2305.02538, 2023, for the whole network at once; the loop per layer is ours.
     """
 
-    low: LowRank
-    last: LowRank | Adapted
+    rank: RankLike = 0.5
+    _: KW_ONLY
     fall: float = 0.1
     saturation: float = 0.95
     settled: float = 0.002
@@ -84,9 +190,18 @@ class ClosedLoop:
     hysteresis: float = 2.0
     most_changes: int = 2
     last_inflation: When | None = 0.8
-    spectra_every: When = 0.01
+    spectra_every: When | None = 0.01
+    to: Ending = "adapted"
+    decomposition: str = "svd"
+    alpha: float = 16.0
+    execution: AdaptedExecution = "auto"
+
+    low, last = cached_property(low_form), cached_property(last_form)
+
+    requires = frozenset({"spectra"})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", self.last.rank)
         check_within("fall", self.fall, "(0, 1)")
         check_within("saturation", self.saturation, "(0, 1)")
         check_within("settled", self.settled, "(0, 1)")
@@ -97,9 +212,9 @@ class ClosedLoop:
             if not isinstance(count, int) or count < least:
                 raise ValueError(f"{name} is a whole number of at least {least}, got {count!r}")
         for name in ("warmup", "cooldown", "last_inflation", "spectra_every"):
-            if (moment := getattr(self, name)) is not None:
-                object.__setattr__(self, name, check_when(name, moment))
-        if not self.spectra_every > 0:
+            if (when := getattr(self, name)) is not None:
+                object.__setattr__(self, name, check_when(name, when))
+        if self.spectra_every is None or not self.spectra_every > 0:
             raise ValueError(f"spectra_every is above 0, got {self.spectra_every!r}")
 
     def start(self) -> State:
@@ -208,79 +323,3 @@ _Found = tuple[str, dict[str, float]]
 def _recalled(kept: Mapping[str, Any]) -> _Layer:
     values: dict[str, Any] = {**kept, "evidence": Evidence(**kept.get("evidence", {}))}
     return _Layer(**values)
-
-
-def closed_loop(
-    rank: RankLike = 0.5,
-    *,
-    fall: float = 0.1,
-    saturation: float = 0.95,
-    settled: float = 0.002,
-    smoothing: float = 0.5,
-    patience: int = 3,
-    warmup: When = 0.1,
-    cooldown: When = 0.1,
-    hysteresis: float = 2.0,
-    most_changes: int = 2,
-    last_inflation: When | None = 0.8,
-    spectra_every: When = 0.01,
-    to: Ending = "adapted",
-    decomposition: str = "svd",
-    alpha: float = 16.0,
-    execution: AdaptedExecution = "auto",
-) -> ClosedLoop:
-    """Low-rank; a layer inflates when its rank falls or does not suffice, deflates when settled.
-
-    Args:
-        rank: of the low-rank layers and of the adapters.
-        fall: inflate when the effective rank is this share below its best since the last change.
-        saturation: inflate a low-rank layer when its effective rank is above this share of its
-            rank. That of random factors is nearly the rank, and falls as the layer learns, so that
-            before the end of ``warmup`` this would say nothing. Keep
-            ``saturation > 1 - fall``, or every layer meets one of the two rules.
-        settled: deflate when the smoothed stable rank moves by less than this share of itself from
-            one reading to the next. It belongs to ``spectra_every``: readings twice as far apart
-            differ by up to twice as much.
-        smoothing: a, the weight of what was before in ``x <- a x + (1 - a) reading``, in [0, 1).
-        patience: for how many readings in a row a rule must hold.
-        warmup: until when no layer changes, a share of the run (float) or a step (int).
-        cooldown: how long a layer stays as it is after a change, likewise.
-        hysteresis: how many times the evidence a layer needs to go the same way once more, at
-            least 1.
-        most_changes: the most changes of one layer; 2: inflate once, deflate once.
-        last_inflation: from when on no layer inflates; None: never.
-        spectra_every: how often the spectra are read, a share of the run or a number of steps.
-        to: what layers deflate to: ``"adapted"``: freeze W, add a zero-output adapter; the function
-            is unchanged. ``"low-rank"``: truncate; the cost really falls.
-        decomposition: the decomposition's name.
-        alpha: the adapter's scale is ``alpha / rank``.
-        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
-
-    Raises:
-        ValueError: a threshold outside its range, a moment outside the run, an unknown ending, an
-            impossible rank.
-
-    Example:
-        >>> closed_loop(0.25, most_changes=4, to="low-rank").last
-        LowRank(rank=0.25, decomposition='svd')
-
-    Reference:
-        Roy and Vetterli, "The effective rank", 2007, for the measure. That a plateau of the stable
-        rank says when full-rank training may end is the rule of Wang et al., "Cuttlefish",
-        arXiv 2305.02538, 2023, for the whole network at once; the loop per layer is ours.
-    """
-    return ClosedLoop(
-        LowRank(rank, decomposition),
-        ending(to, rank, decomposition, alpha, execution),
-        fall,
-        saturation,
-        settled,
-        smoothing,
-        patience,
-        warmup,
-        cooldown,
-        hysteresis,
-        most_changes,
-        last_inflation,
-        spectra_every,
-    )

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Self
 
+from dynarank.decompositions import get_decomposition
 from dynarank.forms import Form, FullRank, LowRank, Plan
-from dynarank.schedules.base import Answer, Clock, Decision, Readings, State, When
-from dynarank.schedules.serialization import serializable
-from dynarank.schedules.sizes import is_cheaper, rank_within
+from dynarank.schedules.base import Answer, Clock, Decision, RankSchedule, Readings, State, When
+from dynarank.schedules.options import rank_within
 
-__all__ = ["Cuttlefish", "cuttlefish", "mean_slope"]
+__all__ = ["Cuttlefish", "mean_slope"]
 
 
-@serializable
 @dataclass(frozen=True)
-class Cuttlefish:
-    """Full-rank until every layer's stable rank has settled, then low-rank.
+class Cuttlefish(RankSchedule):
+    """Full-rank until every layer's stable rank has settled, then low-rank at ranks found from it.
 
     With the whole stable ranks t_0, t_1, ... of a layer, one a reading, and their exponential
     moving average ``a_i = a_(i-1) + 2 / (window + 1) (t_i - a_(i-1))``, a layer has settled once
@@ -28,7 +28,7 @@ class Cuttlefish:
 
     Args:
         spectra_every: from one reading to the next, a share of the run (float) or steps (int): an
-            epoch in the published code.
+            epoch in the published code; the default is that of a run of 300 epochs.
         window: of the average, and before how many readings nothing is decided.
         recent: over how many readings the slope is taken.
         threshold: in directions a reading.
@@ -37,19 +37,31 @@ class Cuttlefish:
 
     Raises:
         ValueError: a number out of range.
+
+    Example:
+        >>> schedule = Cuttlefish(390)
+        >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (8, 8)})).plan
+        {'a': FullRank()}
+
+    Reference:
+        Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
+        2023; the rule in its details from its code.
     """
 
-    spectra_every: When
+    spectra_every: When | None = 1 / 300
+    _: KW_ONLY
     window: int = 15
     recent: int = 11
     threshold: float = 0.1
     relaxed: tuple[float, float] = (2.5, 5.0)
     decomposition: str = "svd"
 
+    requires = frozenset({"spectra"})
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "relaxed", tuple(self.relaxed))
-        share = isinstance(self.spectra_every, float)
-        if not self.spectra_every > 0 or (share and self.spectra_every > 1):
+        every = self.spectra_every
+        if every is None or not every > 0 or (isinstance(every, float) and every > 1):
             raise ValueError(
                 "readings are steps (int >= 1) or a share of the run (float in (0, 1]) apart, got "
                 f"spectra_every={self.spectra_every!r}"
@@ -60,12 +72,18 @@ class Cuttlefish:
                 f"got {self.window!r}, {self.recent!r}, {self.threshold!r} and {self.relaxed!r}"
             )
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """One reading an epoch, as in the published code, unless the options say otherwise."""
+        every = {"spectra_every": options["epoch"]} if "epoch" in options else {}
+        return super().from_options({**every, **options})
+
     def start(self) -> State:
         """No reading yet."""
         return {"count": 0, "first": {}, "smooth": {}, "settled": []}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The plan for this moment; a reading moves the state on if it has every layer, finite."""
+        """The plan for this step; a reading moves the state on if it has every layer, finite."""
         full: Plan = dict.fromkeys(readings.layers, FullRank())
         if "ranks" in state:
             return Answer({path: self._form(state["ranks"].get(path, 0)) for path in full}, state)
@@ -112,7 +130,7 @@ class Cuttlefish:
             )
             scaled = -(-now[path] * largest // first)  # rounded up, without a detour by floats
             rank = rank_within(min(scaled, largest), shape, self.decomposition)
-            cheaper = is_cheaper(shape, rank, self.decomposition)
+            cheaper = _is_cheaper(shape, rank, self.decomposition)
             ranks[path] = rank if cheaper else 0
             figures = {"stable_rank": now[path], "stable_rank_at_start": first, "rank": rank}
             reason = "every layer's stable rank has settled"
@@ -125,37 +143,6 @@ class Cuttlefish:
 
     def _form(self, rank: int) -> Form:
         return LowRank(rank, self.decomposition) if rank else FullRank()
-
-
-def cuttlefish(
-    spectra_every: When = 1 / 300,
-    *,
-    window: int = 15,
-    threshold: float = 0.1,
-    decomposition: str = "svd",
-) -> Cuttlefish:
-    """Full-rank until the stable ranks have settled, then low-rank at ranks found from them.
-
-    Args:
-        spectra_every: an epoch, as a share of the run (float) or in steps (int); the default is
-            that of a run of 300 epochs.
-        window: in readings, see :class:`Cuttlefish`.
-        threshold: in directions a reading.
-        decomposition: the decomposition's name.
-
-    Raises:
-        ValueError: as :class:`Cuttlefish`.
-
-    Example:
-        >>> schedule = cuttlefish(390)
-        >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (8, 8)})).plan
-        {'a': FullRank()}
-
-    Reference:
-        Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
-        2023; the rule in its details from its code.
-    """
-    return Cuttlefish(spectra_every, window, threshold=threshold, decomposition=decomposition)
 
 
 def mean_slope(values: Sequence[float]) -> float:
@@ -183,3 +170,9 @@ def _whole_ranks(readings: Readings) -> dict[str, int] | None:
 
 def _as_floats(figures: Mapping[str, int]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
+
+
+def _is_cheaper(shape: tuple[int, ...], rank: int, decomposition: str) -> bool:
+    """Whether the factors have fewer entries than the weight, and so cost fewer FLOPs."""
+    factors = get_decomposition(decomposition).shapes(shape, rank)
+    return sum(math.prod(factor) for factor in factors) < math.prod(shape)

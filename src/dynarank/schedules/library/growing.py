@@ -3,64 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
-from typing import ClassVar
 
 from dynarank.forms import LowRank, Plan, Rank, RankLike
-from dynarank.schedules.base import Answer, Clock, Decision, Readings, State, When, step_of
-from dynarank.schedules.serialization import serializable
-from dynarank.schedules.sizes import rank_within
+from dynarank.schedules.base import (
+    Answer,
+    Clock,
+    Decision,
+    RankSchedule,
+    Readings,
+    State,
+    When,
+    step_of,
+)
+from dynarank.schedules.options import rank_within
 
-__all__ = ["Growing", "explained", "growing"]
+__all__ = ["Growing", "explained"]
+
+_HALF = Rank(0.5, of="min")
+_BUFFER = Rank(100 / 768, of="min")  # 100 directions of GPT-2's 768
 
 
-@serializable
 @dataclass(frozen=True)
-class Growing:
-    """Low-rank at ``modes + buffer`` directions, at most ``most``; the modes grow until ``stop``.
+class Growing(RankSchedule):
+    """Low-rank from the first step, its rank growing while its directions explain too little.
 
-    At each reading, ``modes' = min m: explained(s, m) > threshold`` for m from ``modes`` on, and
+    A layer has ``modes + buffer`` directions, at most ``rank``; the modes grow until ``stop``. At
+    each reading, ``modes' = min m: explained(s, m) > threshold`` for m from ``modes`` on, and
     ``modes + buffer - 1`` if none of the buffer's directions is enough; never more than
-    ``most - buffer``. From ``stop`` on the layer has its modes alone.
+    ``rank - buffer``. From ``stop`` on the layer has its modes alone.
 
     Args:
-        spectra_every: from one reading to the next, a share of the run (float) or steps (int).
+        rank: the most it grows to; by default half of the full rank, min(out, in * kernel).
         first: the modes at the beginning.
-        buffer: directions that train without being counted yet.
-        most: the largest rank.
+        buffer: directions that train without being counted yet; by default 100 of 768, as a share
+            of the full rank.
         threshold: the share that the modes are to explain.
-        warmup: nothing grows until this moment has passed.
+        spectra_every: from one reading to the next, a share of the run (float) or steps (int).
+        warmup: nothing grows before this time has passed.
         stop: when growth ends and the buffer is cut off; None: never.
         decomposition: the decomposition's name.
 
     Raises:
         ValueError: a number out of range.
+
+    Example:
+        >>> schedule = Growing(first=2, buffer=4)
+        >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (64, 64)})).plan
+        {'a': LowRank(rank=6, decomposition='svd')}
+
+    Reference:
+        Zhao, Zhang, Chen, Schaefer, Anandkumar, "InRank: Incremental Low-Rank Learning", arXiv
+        2306.11250, 2023; the rule of InRank-Efficient from its code.
     """
 
-    spectra_every: When
-    first: RankLike
-    buffer: RankLike
-    most: RankLike
+    rank: RankLike = _HALF
+    _: KW_ONLY
+    first: RankLike = 2
+    buffer: RankLike = _BUFFER
     threshold: float = 0.9
-    warmup: When = 0
-    stop: When | None = None
+    spectra_every: When | None = 0.01
+    warmup: When = 0.02
+    stop: When | None = 0.5
     decomposition: str = "svd"
-    needs_values: ClassVar[bool] = True  # readings are to hold every singular value
+
+    requires = frozenset({"spectra", "singular_values"})
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
             raise ValueError(f"the threshold lies in (0, 1), got {self.threshold!r}")
         for name in ("spectra_every", "warmup", "stop"):
-            moment: When | None = getattr(self, name)
-            if moment is None:
+            when: When | None = getattr(self, name)
+            if when is None:
                 continue
             least = 0 if name == "warmup" else 1e-12
-            if not moment >= least or (isinstance(moment, float) and moment > 1):
+            if not when >= least or (isinstance(when, float) and when > 1):
                 raise ValueError(
-                    f"{name} is a step (int) or a share of the run (float up to 1), got {moment!r}"
+                    f"{name} is a step (int) or a share of the run (float up to 1), got {when!r}"
                 )
-        for rank in (self.first, self.buffer, self.most):
+        for rank in (self.first, self.buffer, self.rank):
             LowRank(rank, self.decomposition)  # says what is wrong with it
 
     def start(self) -> State:
@@ -68,7 +90,7 @@ class Growing:
         return {"modes": {}, "cut": False}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The plan for this moment, grown where a reading asks for it.
+        """The plan for this step, grown where a reading asks for it.
 
         Raises:
             ValueError: a reading without all its singular values.
@@ -92,7 +114,7 @@ class Growing:
         """A decision for each layer that is to grow."""
         for path, values in _seen(readings).items():
             shape, before = readings.layers[path], modes[path]
-            buffer, most = self._within(self.buffer, shape), self._within(self.most, shape)
+            buffer, most = self._within(self.buffer, shape), self._within(self.rank, shape)
             shares = explained(values)
             choices = range(before, min(before + buffer, most - buffer, len(shares)))
             enough = (m for m in choices if shares[m] > self.threshold)
@@ -112,57 +134,10 @@ class Growing:
         return self._within(self.first, shape)
 
     def _rank(self, shape: tuple[int, ...], modes: int) -> int:
-        return min(modes + self._within(self.buffer, shape), self._within(self.most, shape))
+        return min(modes + self._within(self.buffer, shape), self._within(self.rank, shape))
 
     def _within(self, rank: RankLike, shape: tuple[int, ...]) -> int:
         return rank_within(rank, shape, self.decomposition)
-
-
-def growing(
-    rank: RankLike | None = None,
-    *,
-    first: RankLike = 2,
-    buffer: RankLike | None = None,
-    threshold: float = 0.9,
-    spectra_every: When = 0.01,
-    warmup: When = 0.02,
-    stop: When | None = 0.5,
-    decomposition: str = "svd",
-) -> Growing:
-    """Low-rank from the first step, its rank growing while its directions explain too little.
-
-    Args:
-        rank: the most it grows to; None: half of the full rank, min(out, in * kernel).
-        first: the modes at the beginning.
-        buffer: directions beyond the modes; None: 100 of 768, as a share of the full rank.
-        threshold: the share that the modes are to explain.
-        spectra_every: from one look at the layers to the next, a share of the run or steps.
-        warmup: nothing grows until this moment has passed.
-        stop: when growth ends and the buffer is cut off; None: never.
-        decomposition: the decomposition's name.
-
-    Raises:
-        ValueError: as :class:`Growing`.
-
-    Example:
-        >>> schedule = growing(first=2, buffer=4)
-        >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (64, 64)})).plan
-        {'a': LowRank(rank=6, decomposition='svd')}
-
-    Reference:
-        Zhao, Zhang, Chen, Schaefer, Anandkumar, "InRank: Incremental Low-Rank Learning", arXiv
-        2306.11250, 2023; the rule of InRank-Efficient from its code.
-    """
-    return Growing(
-        spectra_every,
-        first,
-        Rank(100 / 768, of="min") if buffer is None else buffer,
-        Rank(0.5, of="min") if rank is None else rank,
-        threshold,
-        warmup,
-        stop,
-        decomposition,
-    )
 
 
 def explained(values: Sequence[float]) -> list[float]:

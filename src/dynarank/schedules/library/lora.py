@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from dynarank.forms import Adapted, AdaptedExecution, RankLike
-from dynarank.schedules.phases import Phases
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 
-__all__ = ["lora"]
+from dynarank.forms import Adapted, AdaptedExecution, Plan, RankLike
+from dynarank.schedules.base import Clock, RankSchedule, Readings
+
+__all__ = ["LoRA"]
 
 
-def lora(
-    rank: RankLike = 8,
-    *,
-    alpha: float = 8.0,
-    decomposition: str = "svd",
-    execution: AdaptedExecution = "auto",
-) -> Phases:
+@dataclass(frozen=True)
+class LoRA(RankSchedule):
     """Every layer adapted throughout: ``W = W_0 + alpha / rank * up @ down``, W_0 frozen.
 
     Args:
         rank: of the adapters.
-        alpha: the adapter's scale is ``alpha / rank``; the paper takes the first rank that is tried
-            and leaves it there.
+        alpha: the adapter's scale is ``alpha / rank``; the paper sets alpha to the first rank it
+            tries and does not tune it.
         decomposition: the decomposition's name.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
+    Raises:
+        ValueError: an impossible rank or alpha.
+
     Example:
-        >>> lora(4).forms
-        (Adapted(rank=4, decomposition='svd', alpha=8.0),)
+        >>> LoRA(4).form
+        Adapted(rank=4, decomposition='svd', alpha=8.0)
 
     Reference:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, 2021.
     """
-    return Phases((0.0,), (Adapted(rank, decomposition, alpha, execution),))
+
+    rank: RankLike = 8
+    _: KW_ONLY
+    alpha: float = 8.0
+    decomposition: str = "svd"
+    execution: AdaptedExecution = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", self.form.rank)
+
+    @cached_property
+    def form(self) -> Adapted:
+        """The form of every layer."""
+        return Adapted(self.rank, self.decomposition, self.alpha, self.execution)
+
+    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+        """Adapted, every layer."""
+        return dict.fromkeys(readings.layers, self.form)

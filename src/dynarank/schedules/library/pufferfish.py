@@ -2,45 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 
 from dynarank.forms import FullRank, LowRank, Plan, Rank, RankLike
-from dynarank.schedules.base import Clock, Readings, When, step_of
+from dynarank.schedules.base import Clock, RankSchedule, Readings, When, step_of
 from dynarank.schedules.phases import Phases
-from dynarank.schedules.serialization import serializable
 
-__all__ = ["Hybrid", "pufferfish"]
+__all__ = ["Pufferfish"]
+
+_QUARTER = Rank(0.25, of="min")
 
 
-@serializable
 @dataclass(frozen=True)
-class Hybrid:
-    """Full-rank until ``switch``, then ``form`` for all but the first and the last layers.
+class Pufferfish(RankSchedule):
+    """Full-rank until ``switch``, then low-rank at one rank ratio; first and last layers stay full.
 
     Args:
-        switch: when, a share of the run (float) or a step (int).
-        form: what the layers in between become.
+        rank: of the low-rank layers; by default a quarter of the full rank, min(out, in * kernel).
+        switch: when to truncate, a share of the run (float) or a step (int).
         first: how many of the layers under the schedule stay full-rank at the network's beginning,
             a number (int) or a share of them, rounded down (float).
-        last: how many at its end, likewise.
+        last: how many at its end do, likewise: the classifier.
+        decomposition: the decomposition's name.
 
     Raises:
-        ValueError: a moment or a number of layers out of range.
+        ValueError: a transition point, a rank or a number of layers out of range.
 
     Example:
-        >>> hybrid = Hybrid(5, LowRank(4), first=1, last=1)
-        >>> plan = hybrid(Clock(5, 9), Readings(dict.fromkeys("abc", (16, 16))))
-        >>> [path for path, form in plan.items() if form == LowRank(4)]
-        ['b']
+        >>> schedule = Pufferfish(first=1, last=0)
+        >>> schedule(Clock(90, 300), Readings({"stem": (64, 3, 3, 3), "conv": (64, 64, 3, 3)}))
+        {'stem': FullRank(), 'conv': LowRank(rank=Rank(value=0.25, of='min', multiple_of=1), \
+decomposition='svd')}
+
+    Reference:
+        Wang, Agarwal, Papailiopoulos, "Pufferfish: Communication-efficient Models At No Extra
+        Cost", arXiv 2103.03936, 2021. The defaults are those of its ResNet-18 on CIFAR-10.
     """
 
-    switch: When
-    form: LowRank
-    first: int | float = 0
-    last: int | float = 0
+    rank: RankLike = _QUARTER
+    _: KW_ONLY
+    switch: When = 80 / 300
+    first: int | float = 1 / 6
+    last: int | float = 1
+    decomposition: str = "svd"
 
     def __post_init__(self) -> None:
-        Phases((0, self.switch), (FullRank(), self.form))  # says what is wrong with the moment
+        object.__setattr__(self, "rank", self.form.rank)
+        Phases((0, self.switch), (FullRank(), self.form))  # says what is wrong with the switch
         for count in (self.first, self.last):
             if not count >= 0 or (isinstance(count, float) and count > 1):
                 raise ValueError(
@@ -48,8 +57,13 @@ class Hybrid:
                     f"got first={self.first!r}, last={self.last!r}"
                 )
 
+    @cached_property
+    def form(self) -> LowRank:
+        """What the layers in between become."""
+        return LowRank(self.rank, self.decomposition)
+
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The form of every layer at this moment.
+        """The form of every layer at this step.
 
         Raises:
             ValueError: no layer is left between the first and the last ones.
@@ -68,38 +82,3 @@ class Hybrid:
                 "which leaves none to become low-rank; lower first or last"
             )
         return {**plan, **dict.fromkeys(between, self.form)}
-
-
-def pufferfish(
-    rank: RankLike | None = None,
-    *,
-    switch: When = 80 / 300,
-    first: int | float = 1 / 6,
-    last: int | float = 1,
-    decomposition: str = "svd",
-) -> Hybrid:
-    """Full-rank until ``switch``, then low-rank at one rank ratio, first and last layers full.
-
-    Args:
-        rank: of the low-rank layers; None: a quarter of the full rank, min(out, in * kernel).
-        switch: when to truncate, a share of the run (float) or a step (int).
-        first: how many layers at the beginning stay full-rank, a number (int) or a share (float);
-            ``layers=`` of the scheduler may leave out others.
-        last: how many at the end do, likewise: the classifier.
-        decomposition: the decomposition's name.
-
-    Raises:
-        ValueError: as :class:`Hybrid`.
-
-    Example:
-        >>> schedule = pufferfish(first=1, last=0)
-        >>> schedule(Clock(90, 300), Readings({"stem": (64, 3, 3, 3), "conv": (64, 64, 3, 3)}))
-        {'stem': FullRank(), 'conv': LowRank(rank=Rank(value=0.25, of='min', multiple_of=1), \
-decomposition='svd')}
-
-    Reference:
-        Wang, Agarwal, Papailiopoulos, "Pufferfish: Communication-efficient Models At No Extra
-        Cost", arXiv 2103.03936, 2021. The defaults are those of its ResNet-18 on CIFAR-10.
-    """
-    form = LowRank(Rank(0.25, of="min") if rank is None else rank, decomposition)
-    return Hybrid(switch, form, first, last)

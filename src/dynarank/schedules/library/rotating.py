@@ -4,62 +4,69 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, lru_cache
 
-from dynarank.forms import (
-    Adapted,
-    AdaptedExecution,
-    Form,
-    FullRank,
-    LowRank,
-    Plan,
-    RankLike,
-)
-from dynarank.schedules.base import Clock, Readings, When, step_of
-from dynarank.schedules.options import Ending, check_when, check_within, ending
-from dynarank.schedules.serialization import serializable
+from dynarank.forms import AdaptedExecution, Form, FullRank, Plan, RankLike
+from dynarank.schedules.base import Clock, RankSchedule, Readings, When, step_of
+from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
 
-__all__ = ["Rotating", "consecutive_groups", "rotating"]
+__all__ = ["Rotating", "consecutive_groups"]
 
 
-@serializable
 @dataclass(frozen=True)
-class Rotating:
-    """One group of consecutive layers full-rank at a time, from the first group to the last.
+class Rotating(RankSchedule):
+    """Low-rank but for a share of the layers, which are full-rank; the share moves on.
 
-    With G groups and T turns, the steps from ``begin`` to ``end`` are cut into G T equal parts, and
-    in part i group ``i mod G`` is full-rank. A layer is ``low`` before its first part and ``last``
-    after each of its parts. A run too short for all turns makes fewer.
+    The layers form G groups of consecutive ones. The steps from ``begin`` to ``end`` are cut into
+    G * ``turns`` equal parts, and in part i group ``i mod G`` is full-rank. A layer is low-rank
+    before its first part and as ``to`` says after each of its parts. A run too short for all turns
+    makes fewer.
 
     Args:
-        low: the form before a layer's first full-rank time.
-        last: the form after each of its full-rank times.
+        rank: of the low-rank layers and of the adapters.
         share: the most of all weight entries that are full-rank at a time, in (0, 1]; a larger
             layer is a group of its own.
-        turns: how often each layer is full-rank.
+        turns: how often each layer is full-rank; each turn but the first starts from the form that
+            the turn before has ended with.
         begin: when the first group becomes full-rank, a share of the run (float) or a step (int).
-        end: when the last group stops being so, likewise.
+        end: when the last group stops being full-rank, likewise; the steps after it let training
+            recover from the last truncation. At 1.0 the last group is full-rank when the run ends.
+        to: ``"low-rank"``: truncate after each turn, memory and cost stay near the low-rank ones.
+            ``"adapted"``: freeze W and add a zero-output adapter; the function is unchanged, but
+            the frozen weights of all layers that have had a turn stay in memory, and an adapted
+            step costs more than a low-rank one.
+        decomposition: the decomposition's name.
+        alpha: the adapter's scale is ``alpha / rank``.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
     Raises:
-        ValueError: a share outside (0, 1], no turn, moments outside the run or out of order.
+        ValueError: a share outside (0, 1], no turn, times outside the run or out of order, an
+            unknown ending, an impossible rank.
 
     Example:
         >>> layers = {path: (8, 8) for path in "abcd"}
-        >>> schedule = Rotating(LowRank(2), LowRank(2), turns=1, end=1.0)
+        >>> schedule = Rotating(2, turns=1, end=1.0)
         >>> [path for path, form in schedule(Clock(30, 100), Readings(layers)).items()
         ...  if form == FullRank()]
         ['b']
     """
 
-    low: LowRank
-    last: LowRank | Adapted
+    rank: RankLike = 0.5
+    _: KW_ONLY
     share: float = 0.25
     turns: int = 4
     begin: When = 0.0
     end: When = 0.9
+    to: Ending = "low-rank"
+    decomposition: str = "svd"
+    alpha: float = 16.0
+    execution: AdaptedExecution = "auto"
+
+    low, last = cached_property(low_form), cached_property(last_form)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", self.last.rank)
         check_within("share", self.share, "(0, 1]")
         if not isinstance(self.turns, int) or self.turns < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(f"a whole number of turns of at least 1 is needed, got {self.turns!r}")
@@ -153,52 +160,3 @@ def _fill(sizes: Sequence[int], most: int) -> tuple[int, ...]:
 
 def _count(groups: Sequence[int]) -> int:
     return max(groups, default=-1) + 1
-
-
-def rotating(
-    rank: RankLike = 0.5,
-    *,
-    share: float = 0.25,
-    turns: int = 4,
-    begin: When = 0.0,
-    end: When = 0.9,
-    to: Ending = "low-rank",
-    decomposition: str = "svd",
-    alpha: float = 16.0,
-    execution: AdaptedExecution = "auto",
-) -> Rotating:
-    """Low-rank but for a share of the layers, which are full-rank; the share moves on.
-
-    Args:
-        rank: of the low-rank layers and of the adapters.
-        share: the most of all weight entries that are full-rank at a time, in (0, 1]; a larger
-            layer is a group of its own.
-        turns: how often each layer is full-rank; each turn but the first starts from the form that
-            the turn before has ended with.
-        begin: when the first group becomes full-rank, a share of the run (float) or a step (int).
-        end: when the last one stops being so, likewise; what follows is for the last truncation to
-            be made good. At 1.0 the last group is still full-rank when the run ends.
-        to: ``"low-rank"``: truncate after each turn, memory and cost stay near the low-rank ones.
-            ``"adapted"``: freeze W and add a zero-output adapter; the function is unchanged, but
-            the frozen weights of all layers that have had a turn stay in memory, and an adapted
-            step costs more than a low-rank one.
-        decomposition: the decomposition's name.
-        alpha: the adapter's scale is ``alpha / rank``.
-        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
-
-    Raises:
-        ValueError: a share outside (0, 1], no turn, moments out of order, an unknown ending, an
-            impossible rank.
-
-    Example:
-        >>> rotating(0.25, share=0.5).low
-        LowRank(rank=0.25, decomposition='svd')
-    """
-    return Rotating(
-        LowRank(rank, decomposition),
-        ending(to, rank, decomposition, alpha, execution),
-        share,
-        turns,
-        begin,
-        end,
-    )

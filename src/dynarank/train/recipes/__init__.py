@@ -11,8 +11,9 @@ from typing import Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dynarank.forms import AdaptedExecution
-from dynarank.schedules import Budgeted, Schedule, dynamic_rank, get_preset
-from dynarank.train.tasks import DATA, MODELS
+from dynarank.schedules.base import RankSchedule
+from dynarank.schedules.catalog import get_preset
+from dynarank.train.registry import DATA, MODELS
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
 
@@ -29,12 +30,12 @@ class Recipe(BaseModel):
     """Everything that defines a run but the schedule, the seed and the machine.
 
     ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. A run of another length
-    keeps them at the same share of it, to the step: it is the same experiment in small. Where
+    keeps them at the same share of it, to the step: it is the same experiment, scaled down. Where
     ``inflate`` or ``deflate`` is not given, the schedule finds it from the learning rate.
 
     ``budget``, a share of full-rank training's FLOPs, has dynamic rank find its rank, ending and
-    moments. ``rewarm`` is a number of optimizer steps after each change of form;
-    ``renew`` takes the statistics of batch norms anew after a truncation.
+    transition points, see :func:`dynarank.train.schedules.make_schedule`. ``rewarm`` is a number of
+    optimizer steps after each change of form; ``recalibrate_batch_norms`` is about truncations.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
     :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
@@ -79,7 +80,7 @@ class Recipe(BaseModel):
     budget: float | None = Field(default=None, gt=0)
     moments: Literal["project", "calibrated", "reset", "prune"] = "project"
     rewarm: int = Field(default=0, ge=0)
-    renew: bool = True
+    recalibrate_batch_norms: bool = True
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
     @model_validator(mode="after")
@@ -93,7 +94,7 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        given = [moment for moment in (self.inflate, self.deflate) if moment is not None]
+        given = [epoch for epoch in (self.inflate, self.deflate) if epoch is not None]
         if any(one >= two for one, two in pairwise([*given, self.epochs])):
             raise ValueError(
                 f"inflate < deflate < epochs must hold, got {self.inflate}, {self.deflate}, "
@@ -148,26 +149,21 @@ class Recipe(BaseModel):
         """An epoch as a share of the run."""
         return epoch / self.epochs
 
-    def schedule(self, name: str) -> Schedule | Budgeted:
-        """The named schedule, with this recipe's rank and, where it has them, moments of change.
-
-        Within a budget, dynamic rank chooses its rank and moments itself.
+    def schedule(self, name: str) -> RankSchedule:
+        """The named schedule, with what it takes of this recipe's options.
 
         Raises:
             ValueError: an unknown schedule.
         """
-        if self.budget is not None and name.startswith("dynamic-rank"):
-            to = "low-rank" if name == "dynamic-rank-low" else None
-            return dynamic_rank(budget=self.budget, to=to, decomposition=self.decomposition)
-        epoch = {"spectra_every": 1 / self.epochs} if name == "cuttlefish" else {}
+        given = {"inflate": self.inflate, "deflate": self.deflate}
+        points = {name: self.share(epoch) for name, epoch in given.items() if epoch is not None}
         return get_preset(name)(
-            **epoch,
             rank=self.rank,
-            inflate=None if self.inflate is None else self.share(self.inflate),
-            deflate=None if self.deflate is None else self.share(self.deflate),
+            **points,
             decomposition=self.decomposition,
             alpha=self.alpha,
             execution=self.execution,
+            epoch=self.share(1),
         )
 
 

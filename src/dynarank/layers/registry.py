@@ -1,0 +1,105 @@
+"""Ranked classes by plain class: the built-in ones, loaded when first asked for, and your own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from dynarank.layers.ranked import RankedLayer
+
+__all__ = ["ranked_class", "readers", "register_layer"]
+
+_TORCH, _CONVOLUTIONS = "torch.nn.modules", ("Conv", "ConvTranspose")
+# Plain class -> module of dynarank.layers, ranked class. By name, so that nothing is imported.
+_BUILT_IN = {
+    f"{_TORCH}.linear.Linear": ("linear", "RankedLinear"),
+    f"{_TORCH}.linear.NonDynamicallyQuantizableLinear": ("linear", "RankedOutputProjection"),
+    **{
+        f"{_TORCH}.conv.{kind}{dims}d": ("conv", f"Ranked{kind}{dims}d")
+        for kind in _CONVOLUTIONS
+        for dims in (1, 2, 3)
+    },
+    f"{_TORCH}.sparse.Embedding": ("embedding", "RankedEmbedding"),
+    f"{_TORCH}.activation.MultiheadAttention": ("attention", "RankedMultiheadAttention"),
+    **{
+        f"{_TORCH}.rnn.{kind}": ("recurrent.modules", f"Ranked{kind}")
+        for kind in ("LSTM", "GRU", "RNN")
+    },
+    **{
+        f"{_TORCH}.rnn.{kind}Cell": ("recurrent.cells", f"Ranked{kind}Cell")
+        for kind in ("LSTM", "GRU", "RNN")
+    },
+    "transformers.pytorch_utils.Conv1D": ("hf_conv1d", "RankedConv1D"),
+}
+_RANKED: dict[type[nn.Module], type[RankedLayer]] = {}
+
+
+def register_layer(plain: type[nn.Module], ranked: type[RankedLayer]) -> None:
+    """Let modules of a class change form, as ``nn.Linear`` can.
+
+    Args:
+        plain: a module's class; its subclasses are not included.
+        ranked: derives from :class:`RankedLayer` first and from ``plain``, has ``plain`` as an
+            attribute, and defines ``specs``, which names the weights.
+
+    Raises:
+        ValueError: one of the two is not such a class, or ``plain`` has a ranked class already.
+
+    Example:
+        >>> from dynarank.layers.linear import RankedLinear
+        >>> dr.register_layer(nn.Linear, RankedLinear)
+        Traceback (most recent call last):
+        ...
+        ValueError: Linear has a ranked class already, RankedLinear: a second one would not be used
+    """
+    if reason := _unfit(plain, ranked):
+        raise ValueError(reason)
+    if known := ranked_class(plain):
+        raise ValueError(
+            f"{plain.__name__} has a ranked class already, {known.__name__}: "
+            "a second one would not be used"
+        )
+    _RANKED[plain] = ranked
+
+
+def _unfit(plain: Any, ranked: Any) -> str:
+    """Why these are not a plain class and its ranked class; empty if they are."""
+    classes = isinstance(plain, type) and isinstance(ranked, type)
+    if not classes or not issubclass(plain, nn.Module) or not issubclass(ranked, RankedLayer):
+        return (
+            "register_layer takes a module's class and a subclass of RankedLayer, "
+            f"got {plain!r} and {ranked!r}"
+        )
+    name = ranked.__name__
+    if issubclass(plain, RankedLayer):
+        return f"{plain.__name__} is a ranked class itself: give the plain class it stands for"
+    if getattr(ranked, "plain", None) is not plain or not issubclass(ranked, plain):
+        return (
+            f"modules become {name} and plain again: declare it as "
+            f"`class {name}(RankedLayer, {plain.__name__})` with `plain = {plain.__name__}`"
+        )
+    if ranked.__mro__.index(RankedLayer) > ranked.__mro__.index(plain):
+        return f"the bases of {name} are in the wrong order: RankedLayer, then {plain.__name__}"
+    if ranked.specs.__func__ is RankedLayer.specs.__func__:
+        return f"{name} must define specs, which says what its weights are"
+    return ""
+
+
+def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
+    """The ranked class of modules of exactly this class; None if they cannot change form."""
+    if issubclass(kind, RankedLayer):
+        return kind
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind not in _RANKED and name in _BUILT_IN:
+        module, ranked_name = _BUILT_IN[name]
+        ranked = getattr(import_module(f"dynarank.layers.{module}"), ranked_name)
+        _RANKED[ranked.plain] = ranked
+    return _RANKED.get(kind)
+
+
+def readers(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The parent of each module whose weight the parent uses itself (``fused_children``)."""
+    kinds = [(module, ranked_class(type(module))) for module in model.modules()]
+    return {child: m for m, kind in kinds if kind is not None for child in kind.fused_children(m)}

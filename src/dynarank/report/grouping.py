@@ -1,0 +1,46 @@
+"""Grouping runs by schedule, and checking that runs can share a report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dynarank.records import Run
+
+__all__ = ["by_schedule", "comparable", "first_of_each"]
+
+
+def comparable(runs: Sequence[Run]) -> list[Run]:
+    """Check that runs can share a figure, and prefix schedules with their recipe if it varies.
+
+    Raises:
+        ValueError: there is no run, or the runs are judged by different metrics.
+    """
+    if not runs:
+        raise ValueError("a report needs at least one run, got none")
+    metrics = list(dict.fromkeys(run.header.metric.name for run in runs))
+    if len(metrics) > 1:
+        raise ValueError(
+            f"runs judged by different metrics ({', '.join(metrics)}) cannot share a report; "
+            "give the folder of one recipe"
+        )
+    if len({run.header.recipe for run in runs}) == 1:
+        return list(runs)
+    return [_renamed(run, f"{run.header.recipe}: {run.header.schedule}") for run in runs]
+
+
+def _renamed(run: Run, schedule: str) -> Run:
+    header = run.header.model_copy(update={"schedule": schedule})
+    return Run(run.folder, run.config, [header, *run.records[1:]])
+
+
+def by_schedule(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Group runs by schedule, schedules in order of first appearance."""
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        grouped.setdefault(run.header.schedule, []).append(run)
+    return grouped
+
+
+def first_of_each(runs: Sequence[Run]) -> list[Run]:
+    """Choose one run for each schedule: the first."""
+    return [group[0] for group in by_schedule(runs).values()]

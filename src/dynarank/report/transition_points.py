@@ -1,0 +1,79 @@
+"""The transition points of a run, and the phases between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dynarank.records import ChangeRecord, EpochRecord, PhaseRecord, Run, SpectrumRecord
+
+__all__ = [
+    "Span",
+    "TransitionPoint",
+    "change_kind",
+    "last_epoch",
+    "spans",
+    "transition_points",
+]
+
+
+@dataclass(frozen=True)
+class TransitionPoint:
+    """A step at which layers change form, and the changes."""
+
+    epoch: float
+    step: int
+    changes: tuple[ChangeRecord, ...]
+
+    @property
+    def label(self) -> str:
+        """``inflate``, ``deflate``, or ``deflate + inflate`` where both happen at once."""
+        return " + ".join(sorted({change_kind(change) for change in self.changes}))
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of training, and the shares of the layers that are full-rank and adapted in it."""
+
+    start: float
+    end: float
+    full_rank: float
+    adapted: float
+
+
+def change_kind(change: ChangeRecord) -> str:
+    """Classify a change of form: inflate, deflate, restart (of an adapter), adapt or resize."""
+    before, after = change.before.get("form"), change.after.get("form")
+    if before == after:
+        same = {**change.before, "restart": 0} == {**change.after, "restart": 0}
+        return "restart" if same else "resize"
+    if after == "full-rank":
+        return "inflate"
+    return "adapt" if (before, after) == ("low-rank", "adapted") else "deflate"
+
+
+def transition_points(run: Run) -> list[TransitionPoint]:
+    """List the run's transition points in order: its changes of form grouped by step."""
+    grouped: dict[int, list[ChangeRecord]] = {}
+    for change in run.all(ChangeRecord):
+        grouped.setdefault(change.step, []).append(change)
+    return [TransitionPoint(at[0].epoch, step, tuple(at)) for step, at in sorted(grouped.items())]
+
+
+def last_epoch(run: Run) -> float:
+    """The last epoch for which the run recorded anything."""
+    timed = (*run.all(EpochRecord), *run.all(SpectrumRecord), *run.all(PhaseRecord))
+    return max((record.epoch for record in timed), default=0.0)
+
+
+def spans(run: Run) -> list[Span]:
+    """List the run's phases; adjacent ones with the same shares of forms are merged."""
+    phases = [phase for phase in run.all(PhaseRecord) if sum(phase.forms.values())]
+    ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
+    found: list[Span] = []
+    for phase, end in zip(phases, ends, strict=False):
+        total, start = sum(phase.forms.values()), phase.epoch
+        shares = (phase.forms.get("full-rank", 0) / total, phase.forms.get("adapted", 0) / total)
+        if found and (found[-1].full_rank, found[-1].adapted) == shares:
+            start = found.pop().start
+        found.append(Span(start, end, *shares))
+    return [span for span in found if span.end > span.start]

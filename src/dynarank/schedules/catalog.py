@@ -1,0 +1,71 @@
+"""The schedules by the names that the command line and recipes have for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from dynarank.schedules.base import RankSchedule
+from dynarank.schedules.library.closed_loop import ClosedLoop
+from dynarank.schedules.library.cuttlefish import Cuttlefish
+from dynarank.schedules.library.growing import Growing
+from dynarank.schedules.library.lora import LoRA
+from dynarank.schedules.library.published import Published
+from dynarank.schedules.library.pufferfish import Pufferfish
+from dynarank.schedules.library.relora import ReLoRA
+from dynarank.schedules.library.rotating import Rotating
+from dynarank.schedules.lr_aligned import DynamicRank
+from dynarank.schedules.throughout import FullRankThroughout, LowRankThroughout
+
+__all__ = ["SCHEDULES", "Preset", "get_preset"]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named schedule: a class, and the options that its name stands for.
+
+    Args:
+        cls: the schedule's class.
+        fixed: options that are set whatever the recipe says.
+    """
+
+    cls: type[RankSchedule]
+    fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    def __call__(self, **options: Any) -> RankSchedule:
+        """The schedule with those of the options that it has, see ``RankSchedule.from_options``."""
+        return self.cls.from_options({**options, **self.fixed})
+
+
+SCHEDULES: dict[str, Preset] = {
+    "full-rank": Preset(FullRankThroughout),
+    "low-rank": Preset(LowRankThroughout),
+    "dynamic-rank": Preset(DynamicRank, {"to": "adapted"}),
+    "dynamic-rank-low": Preset(DynamicRank, {"to": "low-rank"}),
+    "aligned": Preset(DynamicRank, {"inflate": None, "deflate": None}),
+    "published": Preset(Published),
+    "lora": Preset(LoRA),
+    "relora": Preset(ReLoRA),
+    "pufferfish": Preset(Pufferfish),
+    "cuttlefish": Preset(Cuttlefish),
+    "growing": Preset(Growing),
+    "rotating": Preset(Rotating),
+    "closed-loop": Preset(ClosedLoop),
+}
+"""Every schedule that has a name. A new one is a class and a line here."""
+
+
+def get_preset(name: str) -> Preset:
+    """The schedule of this name, to be called with a recipe's options.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+
+    Example:
+        >>> get_preset("low-rank")(rank=8, alpha=16.0)
+        LowRankThroughout(rank=8, decomposition='svd')
+    """
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    return SCHEDULES[name]

@@ -1,0 +1,112 @@
+"""Schedules fitted to a budget, for a model and a run: what ``dynarank.fit_schedule`` returns.
+
+Of the learning rate a run may know more and more as it goes on; how long full rank can be depends
+on it. So a fitted schedule keeps what was measured, the cost of a step in each phase, and computes
+the transition points as a pure function of the forecast.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, step_of, take_over
+from dynarank.schedules.lr_aligned import DynamicRank, decisive_decay, full_rank_window
+
+__all__ = ["FittedCost", "FittedMemory"]
+
+TOLERANCE = 0.01  # a budget is met within 1% of it
+
+
+@dataclass(frozen=True)
+class FittedCost(RankSchedule):
+    """Dynamic rank whose full-rank phase is as long as a budget of FLOPs or seconds allows.
+
+    Args:
+        schedule: rank, ending and decomposition; its ``length`` is found.
+        costs: of a step in each of the three phases.
+        allowed: what the whole run may cost, in the same unit.
+        total_steps: of the run.
+
+    Example:
+        >>> schedule = FittedCost(DynamicRank(8), (1.0, 2.0, 1.0), allowed=130.0, total_steps=100)
+        >>> schedule.within(()).length, schedule.total(())
+        (0.3, 130.0)
+    """
+
+    schedule: DynamicRank
+    costs: tuple[float, float, float]
+    allowed: float
+    total_steps: int
+
+    fitted = True
+
+    def start(self) -> State:
+        """As dynamic rank has it."""
+        return self.schedule.start()
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """The plan of the schedule that fits, by what is known of the learning rate now."""
+        return self.within(readings.forecast).update(state, clock, readings)
+
+    def within(self, forecast: tuple[float, ...]) -> DynamicRank:
+        """The schedule whose cost comes nearest to what is allowed."""
+        return _within(self, forecast)
+
+    def total(self, forecast: tuple[float, ...], full_steps: int | None = None) -> float:
+        """What the run costs with so many full-rank steps; None: with the schedule that fits."""
+        steps = self.full_steps(forecast) if full_steps is None else full_steps
+        begin, end = full_rank_window(decisive_decay(forecast), steps / self.total_steps)
+        first, last = (step_of(when, self.total_steps) for when in (begin, end))
+        lengths = first, last - first, self.total_steps - last
+        return sum(cost * n for cost, n in zip(self.costs, lengths, strict=True))
+
+    def relative_length(self, forecast: tuple[float, ...]) -> float:
+        """The length of the full-rank phase over the usual one."""
+        begin, end = full_rank_window(decisive_decay(forecast))
+        return self.full_steps(forecast) / self.total_steps / (end - begin)
+
+    def fits(self, forecast: tuple[float, ...]) -> bool:
+        """Whether the budget is met."""
+        return abs(self.total(forecast) - self.allowed) <= TOLERANCE * self.allowed
+
+    def full_steps(self, forecast: tuple[float, ...]) -> int:
+        """Full-rank steps by bisection: the cost grows with them but for rounding."""
+        low, high = 0, self.total_steps
+        while high - low > 1:
+            middle = (low + high) // 2
+            inside = self.total(forecast, middle) <= self.allowed
+            low, high = (middle, high) if inside else (low, middle)
+        near = {max(low - 1, 0), low, high, min(high + 1, self.total_steps)}
+        return min(near, key=lambda n: abs(self.total(forecast, n) - self.allowed))
+
+
+@dataclass(frozen=True)
+class FittedMemory(RankSchedule):
+    """A schedule all of whose training steps keep to a budget of memory.
+
+    Args:
+        schedule: the schedule.
+        peak_bytes: the largest peak of its phases, as measured on copies.
+    """
+
+    schedule: RankSchedule
+    peak_bytes: int
+
+    fitted = True
+
+    def __post_init__(self) -> None:
+        take_over(self, self.schedule)
+
+    def start(self) -> State:
+        """As the schedule has it."""
+        return self.schedule.start()
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """What the schedule says."""
+        return self.schedule.update(state, clock, readings)
+
+
+@lru_cache(maxsize=64)  # asked at every step; a forecast changes twice in a run at most
+def _within(fitted: FittedCost, forecast: tuple[float, ...]) -> DynamicRank:
+    return replace(fitted.schedule, length=fitted.full_steps(forecast) / fitted.total_steps)

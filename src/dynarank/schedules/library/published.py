@@ -1,0 +1,68 @@
+"""Dynamic rank as the published code runs it, in what a schedule decides."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
+
+from dynarank.forms import Adapted, FullRank, LowRank, Plan, RankLike
+from dynarank.schedules.base import Clock, RankSchedule, Readings, When
+from dynarank.schedules.phases import Phases
+
+__all__ = ["PUBLISHED_ALPHAS", "Published"]
+
+# By decomposition; what the published code calls CP is "separable" here.
+PUBLISHED_ALPHAS = {"svd": 16.0, "tucker": 1.0, "separable": 64.0}
+
+
+@dataclass(frozen=True)
+class Published(RankSchedule):
+    """Low-rank, full-rank, then adapted in two branches, each at the published code's values.
+
+    The rest is the rank scheduler's: ``RankScheduler(..., moments="reset")``, because each of the
+    three models in the published code has an optimizer of its own, whose momentum starts at zero.
+
+    Args:
+        rank: half of the output channels, in every layer.
+        inflate: epoch 55 of 150 (CIFAR-10); 80 of 200 (CIFAR-100).
+        deflate: epoch 120 of 150; 170 of 200.
+        decomposition: the decomposition's name; it sets alpha, 16 for one the code does not have.
+
+    Raises:
+        ValueError: transition points that do not increase, or an impossible rank.
+
+    Example:
+        >>> Published(0.5, decomposition="tucker").last
+        Adapted(rank=0.5, decomposition='tucker', alpha=1.0, execution='two-branch')
+
+    Reference:
+        Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
+        Training", arXiv 2508.08625, 2025, and its code.
+    """
+
+    rank: RankLike = 0.5
+    _: KW_ONLY
+    inflate: When = 55 / 150
+    deflate: When = 120 / 150
+    decomposition: str = "svd"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", self.last.rank)
+        _, inflate, deflate = self._phases.starts
+        object.__setattr__(self, "inflate", inflate)
+        object.__setattr__(self, "deflate", deflate)
+
+    @cached_property
+    def last(self) -> Adapted:
+        """The form after deflation."""
+        alpha = PUBLISHED_ALPHAS.get(self.decomposition, 16.0)
+        return Adapted(self.rank, self.decomposition, alpha, "two-branch")
+
+    @cached_property
+    def _phases(self) -> Phases:
+        forms = LowRank(self.rank, self.decomposition), FullRank(), self.last
+        return Phases((0.0, self.inflate, self.deflate), forms)
+
+    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+        """The form of the present phase, for every layer."""
+        return self._phases(clock, readings)

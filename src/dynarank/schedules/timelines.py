@@ -1,0 +1,95 @@
+"""The phases that a schedule goes through, found before the run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+from dynarank.forms import Plan
+from dynarank.schedules.base import Clock, RankSchedule, Readings, Schedule, as_schedule
+
+__all__ = ["Phase", "timeline"]
+
+# Plans are compared at this many steps of a run, and a change between two of them is then found to
+# the step: a phase shorter than a 4096th of the run could be missed.
+_SAMPLES = 4096
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The steps ``start <= step < stop`` during which one plan holds."""
+
+    start: int
+    stop: int
+    plan: Plan
+
+    @property
+    def steps(self) -> int:
+        """How many steps the phase lasts."""
+        return self.stop - self.start
+
+
+def timeline(schedule: Schedule, readings: Readings, total_steps: int) -> list[Phase]:
+    """The phases a schedule will go through if the readings stay as they are.
+
+    Where a forecast of the learning rate is known, its schedule is told of it as time goes on. A
+    schedule that waits for spectra gets none, and so does nothing.
+
+    Example:
+        >>> from dynarank.schedules import dynamic_rank
+        >>> schedule = dynamic_rank(0.5, inflate=0.4, deflate=0.8)
+        >>> [p.start for p in timeline(schedule, Readings({"a": (8, 8)}), 100)]
+        [0, 40, 80]
+    """
+    if not isinstance(total_steps, int) or total_steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"total_steps is a whole number of at least 1, got {total_steps!r}")
+    schedule = as_schedule(schedule)
+    find = _stateful_plans if schedule.stateful else _plans
+    plans = dict(find(schedule, readings, total_steps))
+    stops = [*list(plans)[1:], total_steps]
+    return [Phase(at, stop, plan) for (at, plan), stop in zip(plans.items(), stops, strict=True)]
+
+
+def _plans(
+    schedule: RankSchedule, readings: Readings, total_steps: int
+) -> Iterator[tuple[int, Plan]]:
+    """The first step of each plan, found by bisection."""
+
+    def plan(step: int) -> Plan:
+        return dict(schedule(Clock(step, total_steps), readings))
+
+    yield 0, plan(0)
+    stride = max(1, total_steps // _SAMPLES)
+    samples = sorted({*range(0, total_steps, stride), total_steps - 1})
+    for low, high in pairwise(samples):
+        while plan(low) != plan(high):
+            low = _first_difference(plan, low, high)
+            yield low, plan(low)
+
+
+def _stateful_plans(
+    schedule: RankSchedule, readings: Readings, total_steps: int
+) -> Iterator[tuple[int, Plan]]:
+    """The first step of each plan, from one step to the next, for a state depends on all before."""
+    state, last = schedule.start(), None
+    for step in range(total_steps):
+        clock = Clock(step, total_steps)
+        seen = replace(readings, learning_rate=_rate_at(readings, clock))
+        plan, state, _ = schedule.update(state, clock, seen)
+        if plan != last:
+            last = dict(plan)
+            yield step, last
+
+
+def _rate_at(readings: Readings, clock: Clock) -> float | None:
+    rates = readings.forecast
+    return rates[int(clock.progress * len(rates))] if rates else readings.learning_rate
+
+
+def _first_difference(plan: Callable[[int], Plan], low: int, high: int) -> int:
+    before = plan(low)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if plan(middle) == before else (low, middle)
+    return high

@@ -1,0 +1,65 @@
+"""The data sets and networks that a recipe can name, and the module that makes each.
+
+Modules are imported when they are asked for: a recipe of images needs nothing of text. The module
+of a data set has two functions, called through :mod:`dynarank.train.tasks`:
+
+- ``make_task(recipe, data, *, seed, device, train_limit, test_limit) -> Task``,
+- ``sketch(recipe) -> Sketch``, which needs no data.
+
+The module of a network has a dict ``MODELS`` of functions by these names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, cast
+
+from torch import nn
+
+__all__ = ["DATA", "MODELS", "build_model"]
+
+_GLUE, _TEXT_MODELS = "dynarank.train.glue", "dynarank.train.text_models"
+_IMAGES, _IMAGE_MODELS = "dynarank.train.images", "dynarank.train.models"
+
+DATA: dict[str, str] = {
+    "digits": _IMAGES,
+    "cifar10": _IMAGES,
+    "cifar100": _IMAGES,
+    "fashion-mnist": _IMAGES,
+    "text": "dynarank.train.language_task",
+    "imdb": "dynarank.train.imdb",
+    "sst2": _GLUE,
+    "mrpc": _GLUE,
+    "cola": _GLUE,
+    "rte": _GLUE,
+    "stsb": _GLUE,
+}
+"""The module that makes the task, by the name of the data set."""
+
+MODELS: dict[str, str] = {
+    "digits-net": _IMAGE_MODELS,
+    "mlp": _IMAGE_MODELS,
+    "resnet8": _IMAGE_MODELS,
+    "resnet20": _IMAGE_MODELS,
+    "wrn-16-4": _IMAGE_MODELS,
+    "wrn-28-10": _IMAGE_MODELS,
+    "bert": _TEXT_MODELS,
+    "bilstm": _TEXT_MODELS,
+    "gpt": _TEXT_MODELS,
+}
+"""The module that builds the network, by its name."""
+
+
+def build_model(name: str, **options: Any) -> nn.Module:
+    """Build the network of this name.
+
+    Raises:
+        ValueError: an option that it does not have.
+    """
+    builders = cast("dict[str, Callable[..., nn.Module]]", import_module(MODELS[name]).MODELS)
+    try:
+        return builders[name](**options)
+    except TypeError as error:
+        listed = ", ".join(options)
+        raise ValueError(f"model {name!r} was asked for with {listed}: {error}") from error

@@ -1,0 +1,29 @@
+"""Laws run over a covering set of their products, or over all of them with ``--all-laws``."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+from covering import selected
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-laws", action="store_true", help="run laws over their whole products")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for mark in metafunc.definition.iter_markers("product"):
+        everything = metafunc.config.getoption("--all-laws")
+        names, rows = selected(*mark.args, everything=everything)
+        metafunc.parametrize(names, rows, ids=["-".join(map(_id, row)) for row in rows])
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is loaded by now out of garbage collections, which many tests ask for."""
+    gc.collect()
+    gc.freeze()
+
+
+def _id(value: object) -> str:
+    return getattr(value, "__name__", str(value))

@@ -1,0 +1,160 @@
+"""Gradients kept before a change: the last ones, read only, for the layers that will change."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from small_run import LAST, LOW, STEPS, net, train_step
+from torch import nn
+from torch.optim import AdamW
+
+import dynarank as dr
+from dynarank import FullRank
+from dynarank.monitors.gradient_window import WINDOW
+from dynarank.schedules import Phases
+
+PHASES = Phases((0.0, 5 / 12, 10 / 12), (LOW, FullRank(), LAST))
+
+
+def adamw(model: nn.Module) -> AdamW:
+    return AdamW(model.parameters(), 0.01)
+
+
+def test_the_last_gradients_are_kept_as_the_optimizer_uses_them() -> None:
+    model = net()
+    optimizer = adamw(model)
+    gradients = dr.GradientWindow(model, optimizer, ["0"], length=3)
+    seen = []
+    for step in range(5):
+        train_step(model, optimizer, step)
+        seen.append(model[0].weight.grad.bfloat16())
+    kept = gradients.of([model[0].weight])
+    assert [len(sample) for sample in kept] == [1, 1, 1]
+    assert all(torch.equal(a[0], b) for a, b in zip(kept, seen[-3:], strict=True))
+    assert gradients.nbytes == 3 * 2 * 48
+    assert gradients.of([model[2].weight]) == []
+    gradients.watch([])
+    train_step(model, optimizer, 9)
+    assert gradients.nbytes == 0 and not optimizer._optimizer_step_pre_hooks
+
+
+def test_what_says_nothing_is_left_out() -> None:
+    """No gradient, one not finite, a step that is to be skipped; a scaled one is unscaled."""
+    model = net()
+    optimizer = adamw(model)
+    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    weight = model[0].weight
+    optimizer.step()
+    for value in (1.0, float("nan"), 3.0):
+        weight.grad = torch.full_like(weight, value)
+        gradients._read(optimizer)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(1.0)
+    gradients._read(optimizer)
+    optimizer.found_inf = torch.tensor(0.0)
+    gradients._read(optimizer)
+    assert [sample[0][0, 0].item() for sample in gradients.of([weight])] == [1.0, 3.0, 0.75]
+    with pytest.raises(ValueError, match="at least 1 gradient is kept, got length=0"):
+        dr.GradientWindow(model, optimizer, length=0)
+
+
+def run(length: int | None) -> tuple[list[torch.Tensor], list[set[str]]]:
+    """Projected, or calibrated by the last gradients."""
+    model = net()
+    optimizer = adamw(model)
+    moments = dr.GradientWindow(model, optimizer, length=length) if length else "project"
+    ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=moments)
+    watched, values = [], []
+    for step in range(1, STEPS + 1):
+        train_step(model, optimizer, step)
+        values.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        ranks.step()
+        watched.append(set(ranks.gradients._rings) if ranks.gradients else set())
+    return values, watched
+
+
+def test_the_scheduler_looks_ahead_and_the_run_is_the_same_until_the_change() -> None:
+    """Bitwise up to the first change; afterwards it differs, so the gradients were used."""
+    plain, _ = run(None)
+    kept, watched = run(3)
+    assert all(torch.equal(a, b) for a, b in zip(plain[:5], kept[:5], strict=True))
+    assert not torch.equal(plain[5], kept[5])
+    both = {"0", "2"}
+    assert watched == [set(), both, both, both, set(), set(), both, both, both, set(), set(), set()]
+
+
+def test_calibrated_is_a_window_of_the_default_length_that_the_scheduler_steers() -> None:
+    model = net()
+    optimizer = adamw(model)
+    ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments="calibrated")
+    assert isinstance(ranks.gradients, dr.GradientWindow) and ranks.gradients.length == WINDOW
+    assert set(ranks.gradients._rings) == {"0", "2"} and optimizer._optimizer_step_pre_hooks
+    ranks.close()
+    assert not ranks.gradients._rings and not optimizer._optimizer_step_pre_hooks
+
+
+def test_gathering_does_not_change_a_run() -> None:
+    values = []
+    for gather in (True, False):
+        model = net()
+        optimizer = adamw(model)
+        gradients = dr.GradientWindow(model, optimizer, ["0", "2", "4"]) if gather else None
+        for step in range(6):
+            train_step(model, optimizer, step)
+        values.append([p.detach().clone() for p in model.parameters()])
+        values[-1] += [v for state in optimizer.state.values() for v in state.values()]
+        assert gradients is None or gradients.nbytes > 0
+    assert all(torch.equal(a, b) for a, b in zip(*values, strict=True))
+
+
+def test_gradients_keep_no_parameter_alive_and_are_in_no_state() -> None:
+    model = net()
+    optimizer = adamw(model)
+    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    train_step(model, optimizer, 0)
+    old = weakref.ref(model[0].weight)
+    dr.deflate(model, 2, layers="0", optimizer=optimizer, moments=gradients)
+    gc.collect()
+    assert old() is None
+    train_step(model, optimizer, 1)
+    gradients.watch(["0"])  # the factors now
+    train_step(model, optimizer, 2)
+    assert [len(s) for s in gradients.of([model[0].down, model[0].up])] == [2]
+    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    copied = copy.deepcopy(optimizer)
+    assert not copied._optimizer_step_pre_hooks
+
+
+def test_a_run_resumed_within_the_window_has_fewer_gradients() -> None:
+    model = net()
+    optimizer = adamw(model)
+    window = dr.GradientWindow(model, optimizer, length=3)
+    ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=window)
+    for step in range(1, 4):
+        train_step(model, optimizer, step)
+        ranks.step()
+    again = net()
+    other = adamw(again)
+    window = dr.GradientWindow(again, other, length=3)
+    resumed = dr.RankScheduler(again, other, PHASES, STEPS, moments=window)
+    resumed.load_state_dict(ranks.state_dict())
+    again.load_state_dict(model.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    train_step(again, other, 4)
+    resumed.step()
+    assert "gradients" not in resumed.state_dict()
+    train_step(again, other, 5)
+    assert resumed.gradients is not None
+    assert len(resumed.gradients.of([again[0].down, again[0].up])) <= 2
+    assert resumed.step()
+
+
+def test_an_optimizer_without_second_moments_is_not_read() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    train_step(model, optimizer, 0)
+    assert gradients.nbytes == 0 and not optimizer._optimizer_step_pre_hooks

@@ -1,0 +1,92 @@
+"""The report's numbers and its words for what happened."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from report_runs import write_run
+
+from dynarank.records import ChangeRecord, read_run
+from dynarank.report.formats import (
+    bytes_text,
+    count,
+    error_text,
+    flops_text,
+    joined,
+    percent,
+    plural,
+    ratio,
+    seconds_text,
+)
+from dynarank.report.plotting import display_name, palette
+from dynarank.report.transition_points import Span, change_kind, spans
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (count(272762), "272,762"),
+        (percent(0.569), "56.9%"),
+        (ratio(0.567), "0.567x"),
+        (bytes_text(12.3 * 2**20), "12.3 MiB"),
+        (bytes_text(2**30 - 1), "1.0 GiB"),
+        (bytes_text(512), "512 B"),
+        (flops_text(1.9e9), "1.9 GFLOP"),
+        (seconds_text(0.421), "0.42 s"),
+        (seconds_text(59.6), "1 min 0 s"),
+        (seconds_text(92), "1 min 32 s"),
+        (seconds_text(3599.7), "1 h 0 min"),
+        (seconds_text(7500), "2 h 5 min"),
+        (error_text(1e-7), "1e-7"),
+        (error_text(0), "0"),
+        (error_text(math.nan), "not finite"),
+        (percent(math.inf), "not finite"),
+        (plural(1, "layer"), "1 layer"),
+        (plural(19, "layer"), "19 layers"),
+        (joined(["a", "b", "c"]), "a, b and c"),
+        (joined(["a"]), "a"),
+    ],
+)
+def test_formats(written, expected):
+    assert written == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "kind"),
+    [
+        ({"form": "low-rank", "rank": 8}, {"form": "full-rank"}, "inflate"),
+        ({"form": "adapted", "rank": 8}, {"form": "full-rank"}, "inflate"),
+        ({"form": "full-rank"}, {"form": "adapted", "rank": 8}, "deflate"),
+        ({"form": "full-rank"}, {"form": "low-rank", "rank": 8}, "deflate"),
+        ({"form": "adapted", "rank": 8}, {"form": "adapted", "rank": 8}, "restart"),
+        ({"form": "adapted", "rank": 8}, {"form": "adapted", "rank": 8, "restart": 1}, "restart"),
+        ({"form": "low-rank", "rank": 8}, {"form": "low-rank", "rank": 4}, "resize"),
+        ({"form": "low-rank", "rank": 8}, {"form": "adapted", "rank": 8}, "adapt"),
+    ],
+)
+def test_words_for_changes(before, after, kind):
+    change = ChangeRecord(epoch=1, step=1, path="a", before=before, after=after, error=0)
+    assert change_kind(change) == kind
+
+
+def test_spans_are_the_phases_and_their_shares(tmp_path):
+    found = spans(read_run(write_run(tmp_path)))
+    assert found == [Span(0, 4.4, 0, 0), Span(4.4, 9.6, 1, 0), Span(9.6, 12, 0, 1)]
+
+
+def test_a_rotating_schedule_is_one_long_span_of_a_share(tmp_path):
+    found = spans(read_run(write_run(tmp_path, "rotating", layers=12)))
+    assert found == [Span(0, 0.5, 0, 0), Span(0.5, 12, 1 / 12, 0)]
+
+
+def test_names_are_made_fit_for_a_figure():
+    assert display_name("$x$") == r"\$x\$"
+    assert display_name("_hidden") == " _hidden"
+    assert display_name("a\nb") == "a b"
+    assert len(display_name("x" * 200, 30)) == 30
+
+
+def test_more_schedules_than_colors_stay_distinct():
+    names = [f"schedule {i}" for i in range(12)]
+    assert len(set(palette(names).values())) == 12

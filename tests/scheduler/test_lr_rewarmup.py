@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from small_run import SCHEDULE, net, train_step
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from dynarank import RankScheduler
+from dynarank.scheduler.batch_norm import BatchNormRecalibration, recalibrate_batch_norms
+from dynarank.scheduler.lr_rewarmup import LRRewarmup
+from dynarank.schedules import dynamic_rank
+
+
+def rates(rewarm: int) -> tuple[list[float], list[float]]:
+    """The rates that the optimizer used, and those that its groups held between its steps."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    used: list[float] = []
+    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(rewarm)])
+    optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+    scheduler = CosineAnnealingLR(optimizer, 12)
+    held: list[float] = []
+    for step in range(12):
+        train_step(model, optimizer, step)
+        ranks.step()
+        scheduler.step()
+        held.append(optimizer.param_groups[0]["lr"])
+    return used, held
+
+
+def test_the_rate_is_scaled_after_each_change_and_the_scheduler_never_sees_it() -> None:
+    plain, schedule = rates(0)
+    warmed, seen = rates(3)
+    assert seen == schedule  # recursive schedulers go on as without
+    factors = [a / b for a, b in zip(warmed, plain, strict=True)]
+    thirds = [1 / 3, 2 / 3, 1.0]  # changes come after the 4th and the 8th step
+    assert factors == pytest.approx([1.0] * 4 + [*thirds, 1.0] + [*thirds, 1.0])
+
+
+def test_a_warm_up_goes_on_after_a_resume() -> None:
+    def parts(
+        rewarmup: LRRewarmup,
+    ) -> tuple[nn.Module, torch.optim.Optimizer, RankScheduler]:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[rewarmup])
+        return model, optimizer, ranks
+
+    first, second = LRRewarmup(3), LRRewarmup(3)
+    model, optimizer, ranks = parts(first)
+    for step in range(5):
+        train_step(model, optimizer, step)
+        ranks.step()
+    again = parts(second)[2]
+    again.load_state_dict(ranks.state_dict())
+    assert second.factor == first.factor == 2 / 3
+
+
+def test_a_step_that_raises_leaves_the_rate_as_it_was() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    rewarmup = LRRewarmup(4)
+    rewarmup.attach([optimizer])
+    rewarmup.restart()
+
+    def broken() -> float:
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        optimizer.step(broken)
+    optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_a_negative_warm_up_is_refused() -> None:
+    with pytest.raises(ValueError, match="steps >= 0, got -1"):
+        LRRewarmup(-1)
+
+
+def test_batch_norms_are_recalibrated_after_a_truncation_only() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 6), nn.Dropout(0.5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    asked: list[int] = []
+    batch = torch.randn(64, 6)
+
+    def batches() -> list[torch.Tensor]:
+        asked.append(ranks.last_step)
+        return [batch]
+
+    schedule = dynamic_rank(2, inflate=2, deflate=4, to="low-rank")
+    ranks = RankScheduler(
+        model, optimizer, schedule, 6, callbacks=[BatchNormRecalibration(batches)]
+    )
+    for _ in range(6):
+        model(batch).sum().backward()
+        optimizer.step()
+        ranks.step()
+    assert asked == [4]
+    norm = model[1]
+    inputs = model[0](batch).detach()
+    recalibrate_batch_norms(model, [batch])
+    assert torch.allclose(norm.running_mean, inputs.mean(0), atol=1e-6)
+    assert torch.allclose(norm.running_var, inputs.var(0), atol=1e-6)
+
+
+def test_recalibration_leaves_weights_modes_and_randomness() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).eval()
+    model[1].train()
+    random, weights = torch.get_rng_state(), [p.clone() for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+    recalibrate_batch_norms(model, [(torch.randn(8, 4, generator=torch.Generator()), 1)])
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
+    assert [module.training for module in model.modules()] == modes

@@ -1,0 +1,280 @@
+from __future__ import annotations
+
+import copy
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from small_run import FULL, LOW, SCHEDULE, STEPS, forms, net, sgd, snapshot, train_step
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import dynarank as dr
+from dynarank import Adapted, LowRank, RankScheduler, SpectralMonitor
+from dynarank.forms import Change, Plan, form_from_data
+from dynarank.schedules import Clock, Phases, RankSchedule, Readings, dynamic_rank, low_rank
+
+# A run saved and resumed is the run uninterrupted.
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "sgd": sgd,
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True),
+}
+SCHEDULES: dict[str, RankSchedule] = {
+    "adapted": SCHEDULE,
+    "low-rank": dynamic_rank(2, inflate=4, deflate=8, to="low-rank"),
+    "two-branch": dynamic_rank(0.3, inflate=0.3, deflate=0.5, execution="two-branch"),
+    "many": Phases([0, 2, 4, 6, 9], [FULL, LowRank(3), Adapted(1), LowRank(1), Adapted(2)]),
+}
+
+
+@dataclass
+class Running:
+    model: nn.Module
+    optimizer: Optimizer
+    ranks: RankScheduler
+
+    def steps(self, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            train_step(self.model, self.optimizer, step)
+            self.ranks.step()
+
+    def state(self) -> list[dict[str, object]]:
+        """Structure first, then weights, then optimizer."""
+        holders = (self.ranks, self.model, self.optimizer)
+        return [copy.deepcopy(holder.state_dict()) for holder in holders]
+
+    def load(self, state: list[dict[str, object]]) -> None:
+        self.ranks.load_state_dict(state[0])
+        self.model.load_state_dict(state[1])
+        self.optimizer.load_state_dict(state[2])
+
+
+def running(schedule: RankSchedule, optimizer: str = "sgd", layers: object = None) -> Running:
+    model = net()
+    made = OPTIMIZERS[optimizer](model)
+    return Running(model, made, RankScheduler(model, made, schedule, STEPS, layers=layers))  # type: ignore[arg-type]
+
+
+def assert_same_bits(one: object, two: object) -> None:
+    assert type(one) is type(two)
+    if isinstance(one, Tensor):
+        assert torch.equal(one, two) and one.dtype == two.dtype  # type: ignore[arg-type, attr-defined]
+    elif isinstance(one, dict):
+        assert list(one) == list(two)  # type: ignore[call-overload]
+        for key in one:
+            assert_same_bits(one[key], two[key])  # type: ignore[index]
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)  # type: ignore[arg-type]
+        for a, b in zip(one, two, strict=True):  # type: ignore[call-overload]
+            assert_same_bits(a, b)
+    else:
+        assert one == two
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_run_resumed_at_any_step_is_the_run_uninterrupted_bit_by_bit(
+    name: str, optimizer: str
+) -> None:
+    whole, states = running(SCHEDULES[name], optimizer), []
+    for step in range(STEPS + 1):
+        states.append(whole.state())
+        whole.steps(step, step + 1)
+    for step, state in enumerate(states):
+        resumed = running(SCHEDULES[name], optimizer)
+        with torch.no_grad():
+            for p in resumed.model.parameters():
+                p.add_(1)  # its own weights must not matter
+        resumed.load(state)
+        assert_same_bits(resumed.state(), state)
+        resumed.steps(step, STEPS + 1)
+        assert_same_bits(resumed.state(), whole.state())
+
+
+def test_the_saved_states_differ_from_step_to_step() -> None:
+    run, seen = running(SCHEDULE), set()
+    for step in range(STEPS):
+        seen.add(str(run.state()))
+        run.steps(step, step + 1)
+    assert len(seen) == STEPS
+
+
+def test_a_state_is_the_position_as_plain_data() -> None:
+    run = running(SCHEDULE)
+    run.steps(0, 5)
+    state = run.ranks.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    assert {key: state[key] for key in ("last_step", "total_steps", "patience", "retry_at")} == {
+        "last_step": 5,
+        "total_steps": STEPS,
+        "patience": 0,
+        "retry_at": 0,
+    }
+    assert state["forms"] == {"0": {"form": "full-rank"}, "2": {"form": "full-rank"}}
+    assert form_from_data(state["last_factored_forms"]["0"]) == LowRank(2)
+
+
+@pytest.mark.parametrize("total_steps", [STEPS - 1, STEPS + 1, STEPS * 10])
+def test_a_state_of_a_run_of_another_length_is_refused(total_steps: int) -> None:
+    run = running(SCHEDULE)
+    before = snapshot(run.model, run.optimizer)
+    with pytest.raises(ValueError, match=f"run of {total_steps} steps, this one has {STEPS}"):
+        run.ranks.load_state_dict({"last_step": 9, "total_steps": total_steps})
+    assert snapshot(run.model, run.optimizer) == before
+    assert run.ranks.last_step == 0
+
+
+def test_a_run_can_go_back() -> None:
+    run = running(SCHEDULE)
+    run.steps(0, 3)
+    saved = run.state()
+    run.steps(3, STEPS)
+    end = run.state()
+    run.load(saved)
+    assert forms(run.model) == [LOW, LOW, FULL]
+    assert_same_bits(run.state(), saved)
+    run.steps(3, STEPS)
+    assert_same_bits(run.state(), end)
+
+
+def test_loading_brings_the_model_to_the_saved_forms_whatever_was_done_to_it() -> None:
+    run = running(SCHEDULE)
+    run.steps(0, 3)
+    state = run.ranks.state_dict()
+    dr.inflate(run.model, optimizer=run.optimizer)
+    run.ranks.load_state_dict(state)
+    assert forms(run.model) == [LOW, LOW, FULL]
+
+
+def test_a_monitor_reads_the_same_after_resuming() -> None:
+    """A full-rank layer's lambda is taken at the rank that the layer last had."""
+    schedule = Phases([0, 2, 4], [LowRank(2), LowRank(3), FULL])
+    run, resumed = running(schedule, layers="*"), running(schedule, layers="*")
+    run.steps(0, 6)
+    resumed.load(run.state())
+    assert SpectralMonitor(resumed.model).read() == SpectralMonitor(run.model).read()
+
+
+# Changes that cannot be made now are put off.
+
+
+def poison(model: nn.Module, value: float) -> None:
+    with torch.no_grad():
+        next(model.get_submodule("2").parameters())[0, 0] = value
+
+
+@pytest.mark.parametrize(
+    ("heal_at", "changes_at", "tries"),
+    [(5, 5, [4]), (6, 7, [4, 5]), (7, 7, [4, 5]), (8, 11, [4, 5, 7]), (99, None, [4, 5, 7, 11])],
+)
+def test_a_change_of_a_nan_weight_is_put_off_and_tried_again(
+    heal_at: int, changes_at: int | None, tries: list[int]
+) -> None:
+    """Retries after 1, 2, 4, 8 steps; the model is not touched meanwhile; then all is as asked."""
+    model = net()
+    optimizer = sgd(model)
+    ranks = RankScheduler(model, optimizer, Phases([0, 4], [LOW, FULL]), 20)
+    train_step(model, optimizer, 0)
+    poison(model, math.nan)
+    warned: dict[int, str] = {}
+    for step in range(1, 16):
+        if step == heal_at:
+            poison(model, 0.5)
+        before = snapshot(model, optimizer)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            changes = ranks.step()
+        warned.update((step, str(w.message)) for w in caught)
+        assert all((w.category, w.filename) == (RuntimeWarning, __file__) for w in caught)
+        if step == changes_at:
+            assert [change.path for change in changes] == ["0", "2"]
+        else:
+            assert changes == []
+            assert str(snapshot(model, optimizer)) == str(before)  # nan != nan
+    assert list(warned) == tries
+    for count, step in enumerate(tries):
+        assert f"step {step}: " in warned[step] and f"next try in {2**count} steps" in warned[step]
+        assert "layer '2'" in warned[step] and "NaN" in warned[step]
+    assert forms(model) == ([LOW, LOW, FULL] if changes_at is None else [FULL, FULL, FULL])
+
+
+def test_patience_restarts_after_a_change() -> None:
+    model = net()
+    ranks = RankScheduler(model, sgd(model), Phases([0, 1, 5], [LOW, FULL, LOW]), 20)
+    poison(model, math.inf)
+    for _ in range(2):  # tried at 1 and 2, then at 4
+        with pytest.warns(RuntimeWarning, match="no change of form now"):
+            ranks.step()
+    poison(model, 0.5)
+    assert [bool(ranks.step()) for _ in range(2)] == [False, True]
+    poison(model, math.inf)
+    with pytest.warns(RuntimeWarning, match="next try in 1 steps"):
+        ranks.step()
+
+
+def test_a_callback_hears_of_no_change_that_was_put_off() -> None:
+    model = net()
+    poison(model, math.nan)
+    seen: list[list[Change]] = []
+    with pytest.warns(RuntimeWarning, match="step 0: no change of form now, next try in 1 steps"):
+        ranks = RankScheduler(model, sgd(model), low_rank(2), 9, callbacks=[seen.append])
+    assert seen == [] and forms(model) == [FULL, FULL, FULL]
+    poison(model, 1.0)
+    assert seen == [ranks.step()] and forms(model) == [LOW, LOW, FULL]
+
+
+# Putting off and resuming.
+
+
+def diverged(schedule: RankSchedule, steps: int) -> tuple[Running, list[dict[str, object]]]:
+    """A run whose weight became NaN before a change, and its state at step 2."""
+    run = running(schedule)
+    run.steps(0, 2)
+    saved = run.state()
+    poison(run.model, math.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2, steps):
+            run.ranks.step()
+    return run, saved
+
+
+def test_a_run_that_goes_back_does_not_wait_for_the_old_next_try() -> None:
+    run, saved = diverged(SCHEDULE, 8)  # tried at 4, 5 and 7, next at 11
+    run.load(saved)
+    run.steps(2, 4)
+    assert forms(run.model) == [FULL, FULL, FULL]
+
+
+def test_a_run_that_diverged_after_a_change_can_go_back_before_it() -> None:
+    run = running(SCHEDULE)
+    run.steps(0, 2)
+    saved = run.state()
+    run.steps(2, 6)
+    poison(run.model, math.nan)
+    run.load(saved)
+    assert_same_bits(run.state(), saved)
+
+
+def test_a_state_saved_while_a_change_is_put_off_can_be_loaded() -> None:
+    run, _ = diverged(SCHEDULE, 6)
+    resumed = running(SCHEDULE)
+    resumed.load(run.state())
+    assert forms(resumed.model) == forms(run.model) == [LOW, LOW, FULL]
+
+
+def test_layers_that_only_a_plan_names_resume_too() -> None:
+    def schedule(clock: Clock, readings: Readings) -> Plan:
+        return {"0": LOW, "2": FULL if clock.step < 3 else Adapted(2)}
+
+    run, resumed = running(schedule, layers="0"), running(schedule, layers="0")
+    run.steps(0, 6)
+    resumed.load(run.state())
+    run.steps(6, STEPS)
+    resumed.steps(6, STEPS)
+    assert_same_bits(resumed.state(), run.state())
