@@ -130,7 +130,7 @@ class LowRank(_WithFactors):
         rank: an int, a float (share of the output channels) or a :class:`Rank`.
         decomposition: the name of the decomposition.
         execution: ``"factored"`` multiplies by one factor after the other, ``"joined"`` by their
-            product, formed anew at each forward pass; ``"auto"`` takes the one with fewer FLOPs.
+            product, formed again at each forward pass; ``"auto"`` takes the one with fewer FLOPs.
         recompute: keep no activation between the factors for the backward pass but compute it
             again: less memory, one more thin product.
     """

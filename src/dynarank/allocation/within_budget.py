@@ -1,4 +1,4 @@
-"""Ranks that choose themselves: the most of every weight kept, within a budget."""
+"""Rank plans within a budget of parameters, FLOPs or seconds: the ranks that keep most energy."""
 
 from __future__ import annotations
 

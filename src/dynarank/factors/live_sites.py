@@ -1,4 +1,4 @@
-"""The sites of a model as they are now, looked up anew only when a form has changed."""
+"""The sites of a model as they are now, looked up again only when a form has changed."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class GradientWindow:
 
     @property
     def nbytes(self) -> int:
-        """The bytes the gradients take at the moment."""
+        """The bytes that the kept gradients take."""
         kept = (g for ring in self._rings.values() for sample in ring.samples for g in sample)
         return sum(g.numel() * g.element_size() for g in kept)
 
