@@ -25,7 +25,7 @@ from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.timelines import timeline
 from dynarank.surgery.selection import select
-from dynarank.surgery.sites import current_plan
+from dynarank.surgery.sites import current_plan, survey
 from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
@@ -131,7 +131,7 @@ class Trainer:
         recipe = self.recipe
         self.optimizer = make_optimizer(recipe, self.model)
         self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, self.total_steps)
-        layers = [site.path for site in select(self.model, recipe.layers)]
+        layers = [site.path for site in select(survey(self.model), recipe.layers)]
         self.use = trace(self.model, self.task.sample())
         schedule = make_schedule(
             recipe, name, self.model, self.task.sample(), self.total_steps, self.optimizer
