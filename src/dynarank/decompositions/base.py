@@ -32,7 +32,7 @@ class Decomposition(ABC):
     join(factors))``. A new decomposition needs a name and five methods: ``limit``, ``shapes``,
     ``split``, ``join`` and ``stages`` (and ``factor_names`` if there are not two factors). The
     others follow from these; write one where there is a faster formula. See
-    ``examples/05_own_decomposition.py``.
+    ``examples/05_custom_decomposition.py``.
     """
 
     name: str

@@ -39,7 +39,7 @@ class RankedLayer(nn.Module):
 
     To add a layer, derive from this class and the plain one, set ``plain``, write ``specs`` and
     ``forward`` (and ``calls``, if it is not one multiplication of the first argument), and pass
-    both classes to :func:`dynarank.register_layer`. See ``examples/06_own_layer.py``.
+    both classes to :func:`dynarank.register_layer`. See ``examples/06_custom_layer.py``.
     """
 
     plain: ClassVar[type[nn.Module]]
