@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from laws import (
     ALL_FORMS,
     CASES,
+    DECOMPOSITIONS,
     DTYPES,
     LAYER_AND_DECOMPOSITION,
     LAYERS,
@@ -34,8 +35,10 @@ import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.cost.flops import count_flops, trace
 from dynarank.decompositions import get_decomposition
+from dynarank.decompositions import registry as decompositions
 from dynarank.forms import Form
 from dynarank.layers import RankedLayer
+from dynarank.layers import registry as layers
 from dynarank.surgery.sites import survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's
@@ -345,7 +348,18 @@ def test_any_sequence_of_changes(
     step(model, x, optimizer)
 
 
-# What runs by default leaves no pair of values out.
+# The table has every decomposition; what runs by default leaves no pair of its values out.
+
+
+def test_every_decomposition_and_layer_has_a_row() -> None:
+    """Or tests of its own, where its inputs are more than one tensor of numbers."""
+    assert list(decompositions._BUILT_IN) == DECOMPOSITIONS
+    rows = {type(case.make()).__name__ for case in LAYERS}
+    elsewhere = {"Embedding", "MultiheadAttention", "NonDynamicallyQuantizableLinear"}
+    recurrent = {kind + cell for kind in ("LSTM", "GRU", "RNN") for cell in ("", "Cell")}
+    known = {name.rpartition(".")[2] for name in layers._BUILT_IN}
+    assert known == rows | elsewhere | recurrent
+
 
 AXES = {
     name: mark.args[0]

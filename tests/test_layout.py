@@ -165,6 +165,8 @@ def test_tests_lie_where_what_they_test_lies() -> None:
         assert (SRC / folder).is_dir(), f"{path}: no folder {folder} in the package"
         homes = {home for home, module in modules if module == name}
         assert not homes or folder in homes, f"{path}: {name} lies in {homes}"
+        shared = [one for one in imports(path) if ".test_" in one or one.startswith("test_")]
+        assert not shared, f"{path}: put what it shares with {shared} into a module of tests/"
 
 
 def test_files_that_documents_name_are_there() -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import call
 from safetensors.torch import save_file
 
-from dynarank.cli import main
 from dynarank.train.recipes import load_recipe, recipe_names
 
 
@@ -22,16 +22,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DYNARANK_DATA", raising=False)
     return tmp_path
-
-
-def call(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Run the command line in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["dynarank", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-        raise SystemExit(0)
-    code = stop.value.code
-    return code if isinstance(code, int) else 0
 
 
 def test_train_digits(

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from laws import assert_close
-from scheduler.test_resume import Running, assert_same_bits
-from small_run import STEPS, forms, net, sgd, train_step
+from small_run import STEPS, Running, assert_same_bits, forms, net, sgd, train_step
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 

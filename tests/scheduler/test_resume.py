@@ -1,16 +1,26 @@
 from __future__ import annotations
 
-import copy
 import json
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
-from small_run import FULL, LOW, SCHEDULE, STEPS, forms, net, sgd, snapshot, train_step
-from torch import Tensor, nn
+from small_run import (
+    FULL,
+    LOW,
+    SCHEDULE,
+    STEPS,
+    Running,
+    assert_same_bits,
+    forms,
+    net,
+    sgd,
+    snapshot,
+    train_step,
+)
+from torch import nn
 from torch.optim import Optimizer
 
 import dynarank as dr
@@ -32,48 +42,10 @@ SCHEDULES: dict[str, RankSchedule] = {
 }
 
 
-@dataclass
-class Running:
-    model: nn.Module
-    optimizer: Optimizer
-    ranks: RankScheduler
-
-    def steps(self, start: int, stop: int) -> None:
-        for step in range(start, stop):
-            train_step(self.model, self.optimizer, step)
-            self.ranks.step()
-
-    def state(self) -> list[dict[str, object]]:
-        """Structure first, then weights, then optimizer."""
-        holders = (self.ranks, self.model, self.optimizer)
-        return [copy.deepcopy(holder.state_dict()) for holder in holders]
-
-    def load(self, state: list[dict[str, object]]) -> None:
-        self.ranks.load_state_dict(state[0])
-        self.model.load_state_dict(state[1])
-        self.optimizer.load_state_dict(state[2])
-
-
 def running(schedule: RankSchedule, optimizer: str = "sgd", layers: object = None) -> Running:
     model = net()
     made = OPTIMIZERS[optimizer](model)
     return Running(model, made, RankScheduler(model, made, schedule, STEPS, layers=layers))  # type: ignore[arg-type]
-
-
-def assert_same_bits(one: object, two: object) -> None:
-    assert type(one) is type(two)
-    if isinstance(one, Tensor):
-        assert torch.equal(one, two) and one.dtype == two.dtype  # type: ignore[arg-type, attr-defined]
-    elif isinstance(one, dict):
-        assert list(one) == list(two)  # type: ignore[call-overload]
-        for key in one:
-            assert_same_bits(one[key], two[key])  # type: ignore[index]
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two)  # type: ignore[arg-type]
-        for a, b in zip(one, two, strict=True):  # type: ignore[call-overload]
-            assert_same_bits(a, b)
-    else:
-        assert one == two
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

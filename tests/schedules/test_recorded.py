@@ -8,11 +8,11 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from closed_loops import DECISIONS, LAYERS, SCHEDULES, SPECTRA, answers, reading
 from hypothesis import given, settings
-from schedules.library.test_closed_loop import LAYERS, SCHEDULES, SPECTRA, answers, reading
 
-from dynarank import Adapted, FullRank, LowRank
-from dynarank.forms import Form, Rank
+from dynarank import FullRank, LowRank
+from dynarank.forms import Form
 from dynarank.records import DecisionRecord, LayerSpectrum, SpectrumRecord
 from dynarank.schedules import (
     Clock,
@@ -29,19 +29,6 @@ from dynarank.schedules import (
 from dynarank.schedules.readings import SpectralReading
 
 LOW, FULL = LowRank(8), FullRank()
-FORMS: list[Form] = [FULL, LOW, LowRank(Rank(0.5, "min")), Adapted(0.25, "cp", 3.0)]
-DECISIONS = st.lists(
-    st.builds(
-        Decision,
-        st.integers(0, 59),
-        st.sampled_from(sorted(LAYERS)),
-        st.sampled_from(FORMS),
-        st.text(max_size=5),
-        st.dictionaries(st.text(max_size=3), st.floats(allow_nan=False), max_size=2),
-    ),
-    max_size=8,
-    unique_by=lambda d: (d.step, d.path),
-)
 QUICK = settings(deadline=None, max_examples=60)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from closed_loops import DECISIONS, FORMS
+from closed_loops import SCHEDULES as LOOPS
 from hypothesis import given, settings
-from schedules.library.test_closed_loop import SCHEDULES as LOOPS
-from schedules.test_recorded import DECISIONS, FORMS
 
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form, Plan, Rank

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli.test_cli import call
+from command_line import call
 
 from dynarank.cli.sweep import grid, parse_epochs
 from dynarank.records import read_run

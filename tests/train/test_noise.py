@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from train.test_run import Silent
+from training import Silent
 
 from dynarank.records import NoiseRecord, Run, read_run
 from dynarank.report import write_report

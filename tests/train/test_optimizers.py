@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from train.test_run import images
+from training import images
 
 from dynarank.train.images import ImageTask
 from dynarank.train.loop import Machine, Trainer

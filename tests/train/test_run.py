@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import Silent, images
 
 from dynarank.cost.flops import trace
 from dynarank.cost.schedule import cost_schedule
-from dynarank.forms import Change
 from dynarank.records import (
     ChangeRecord,
     EpochRecord,
@@ -26,7 +26,6 @@ from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.data import ImageData, limit, load_digits_data
 from dynarank.train.images import ImageTask
-from dynarank.train.listener import Progress
 from dynarank.train.loop import DivergedError, Machine, Trainer
 from dynarank.train.models import MODELS
 from dynarank.train.rank_metrics import evenly
@@ -36,12 +35,6 @@ from dynarank.train.tasks import sketch
 
 CPU = Machine(torch.device("cpu"))
 SCHEDULES = ["full-rank", "low-rank", "dynamic-rank", "dynamic-rank-low"]
-
-
-class Silent:
-    def step(self, progress: Progress) -> None: ...
-    def changed(self, epochs_done: float, changes: list[Change]) -> None: ...
-    def epoch(self, record: EpochRecord) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -204,13 +197,6 @@ def test_the_first_experiment_is_the_papers() -> None:
     assert (recipe.momentum, recipe.label_smoothing, recipe.decay_at) == (0.9, 0.1, (100, 130))
     assert (recipe.inflate, recipe.deflate, recipe.rank, recipe.alpha) == (55, 120, 0.5, 16)
     assert recipe.augment and recipe.shuffle == "epoch" and recipe.weight_decay == 1e-4
-
-
-def images(count: int) -> ImageData:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(count, 3, 32, 32, generator=generator)
-    y = torch.arange(count) % 10
-    return ImageData(x, y, x[:10], y[:10], 10)
 
 
 def test_its_parameters_are_exact() -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from training import Silent
 
 from dynarank.cost.flops import trace
 from dynarank.forms import LowRank
 from dynarank.records import EpochRecord, PhaseRecord, RunRecord, read_run
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
-from dynarank.train.listener import Progress
 from dynarank.train.loop import Machine
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
@@ -62,14 +62,6 @@ def small() -> Recipe:
         "learning_rate": 1e-2,
     }
     return Recipe.model_validate({**load_recipe("text-gpt").model_dump(), **changes})
-
-
-class Silent:
-    def step(self, progress: Progress) -> None: ...
-
-    def changed(self, *arguments: object) -> None: ...
-
-    def epoch(self, record: EpochRecord) -> None: ...
 
 
 @pytest.mark.parametrize("schedule", ["full-rank", "dynamic-rank", "dynamic-rank-low"])

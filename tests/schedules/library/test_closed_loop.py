@@ -5,19 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from closed_loops import (
+    LAYERS,
+    READINGS,
+    SCHEDULES,
+    SPECTRA,
+    Spectra,
+    answers,
+    reading,
+)
 from hypothesis import given, settings
 
 from dynarank import Adapted, FullRank, LowRank
-from dynarank.forms import Form
 from dynarank.schedules import (
-    Answer,
     Clock,
     ClosedLoop,
     Decision,
@@ -31,30 +37,6 @@ from dynarank.schedules.library.closed_loop import Evidence, Thresholds
 from dynarank.schedules.readings import SpectralReading
 
 LOW, FULL, LAST = LowRank(8), FullRank(), LowRank(8)
-LAYERS = {"a": (64, 64), "b": (64, 64)}
-Spectra = Mapping[str, SpectralReading]
-
-
-def reading(effective: float, stable: float, rank: int = 10) -> SpectralReading:
-    return SpectralReading(effective, stable, 5, 0.9, rank=rank, full_rank=64)
-
-
-def answers(
-    schedule: ClosedLoop,
-    spectra: Mapping[int, Spectra] | list[Spectra],
-    total_steps: int = 100,
-    forms: Mapping[str, Form] | None = None,
-) -> Iterator[Answer]:
-    """One answer for every step; ``spectra`` by step, or one after another from the first."""
-    given = dict(enumerate(spectra)) if isinstance(spectra, list) else spectra
-    state = schedule.start()
-    for step in range(total_steps):
-        clock = Clock(step, total_steps)
-        answer = schedule.update(
-            state, clock, Readings(LAYERS, forms=forms or {}, spectra=given.get(step, {}))
-        )
-        state = answer.state
-        yield answer
 
 
 def decisions(schedule: ClosedLoop, *args: Any, **named: Any) -> list[Decision]:
@@ -239,28 +221,6 @@ def test_without_spectra_nothing_happens_and_the_timeline_says_so() -> None:
 
 # For any sequence of readings.
 
-NUMBERS = st.floats(0, 64) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0, 1e308, 5e-324])
-READINGS = st.builds(reading, NUMBERS, NUMBERS, st.integers(1, 64))
-CALM = st.builds(reading, st.floats(5, 10), st.floats(3, 3.3))  # many rules are met
-SPECTRA = st.lists(
-    st.dictionaries(st.sampled_from(sorted(LAYERS)), READINGS | CALM | CALM, max_size=2),
-    max_size=60,
-)
-SCHEDULES = st.builds(
-    closed_loop,
-    st.just(8),
-    fall=st.floats(0.01, 0.5),
-    saturation=st.floats(0.5, 0.99),
-    settled=st.floats(0.001, 0.5),
-    smoothing=st.floats(0, 0.9),
-    patience=st.integers(1, 3),
-    warmup=st.integers(0, 10) | st.floats(0, 0.3),
-    cooldown=st.integers(0, 10) | st.floats(0, 0.3),
-    hysteresis=st.floats(1, 3),
-    most_changes=st.integers(0, 6),
-    last_inflation=st.none() | st.floats(0.3, 1.0),
-    to=st.sampled_from(["low-rank", "adapted"]),
-)
 ANY = settings(deadline=None, max_examples=150)
 
 

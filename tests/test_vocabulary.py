@@ -52,7 +52,7 @@ BRITISH = (
 )
 # A file (or folder) and a word that is right there.
 ALLOWED = [
-    ("tests/test_words.py", r".*"),
+    ("tests/test_vocabulary.py", r".*"),
     ("benchmarks/training/results/2026-11-24-low-rank-ending/README.md", r"whitened"),
     ("docs/methods/activation-aware-truncation.md", r"whitening"),  # SVD-LLM's own word
     ("tests/monitors/test_calibration.py", r"whitening"),
