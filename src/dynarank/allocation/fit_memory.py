@@ -44,7 +44,7 @@ class TargetRun:
 
     def shapes_of(self, schedule: RankSchedule) -> dict[str, tuple[int, ...]]:
         """The layers that the schedule is for, and their weights' shapes."""
-        sites = scheduled_layers(self.model, schedule, self.total_steps, self.layers)
+        sites = scheduled_layers(survey(self.model), schedule, self.total_steps, self.layers)
         return {site.path: site.shape for site in sites}
 
 

@@ -46,10 +46,10 @@ class _RankedConv(RankedLayer):
     def padded(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
         """The input, padded unless the kernel pads it with zeros itself, and the geometry."""
         conv, x = cast(Any, module), cast(Tensor, inputs["input"])
-        geometry = _geometry(conv)
-        if conv.padding_mode != "zeros" or (conv.padding == "same" and not _symmetric(conv)):
+        geometry, sides = _geometry(conv), conv._reversed_padding_repeated_twice
+        if conv.padding_mode != "zeros" or (conv.padding == "same" and sides[::2] != sides[1::2]):
             mode = conv.padding_mode if conv.padding_mode != "zeros" else "constant"
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+            x = F.pad(x, sides, mode=mode)
             geometry = replace(geometry, padding=(0,) * len(geometry.stride))
         return x, geometry
 
@@ -120,23 +120,12 @@ class RankedConvTranspose3d(_RankedTransposed, nn.ConvTranspose3d):  # pyright: 
 
 
 def _geometry(conv: Any) -> Geometry:
-    """The convolution's own; of asymmetric padding, none (it is padded beforehand)."""
+    """The convolution's geometry, where its padding is the same on both sides."""
     dims = len(conv.kernel_size)
     padding = conv.padding
     if isinstance(padding, str):
         spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         padding = tuple(s // 2 for s in spans) if padding == "same" else (0,) * dims
     extra = tuple(conv.output_padding) if conv.transposed else ()
-    return Geometry(
-        tuple(conv.stride),
-        tuple(padding),
-        tuple(conv.dilation),
-        extra,
-        conv.groups,
-        conv.transposed,
-    )
-
-
-def _symmetric(conv: Any) -> bool:
-    pairs = conv._reversed_padding_repeated_twice
-    return pairs[::2] == pairs[1::2]
+    stride, padding, dilation = map(tuple, (conv.stride, padding, conv.dilation))
+    return Geometry(stride, padding, dilation, extra, conv.groups, conv.transposed)
