@@ -48,9 +48,6 @@ class SVD(Decomposition):
     def split(self, weight: Tensor, rank: int, start: Factors | None = None) -> Factors:
         """The best rank-r factors of ``weight``, balanced, in its precision (fp32 at least).
 
-        A direction in which W is numerically zero gets one factor of the smallest live size and
-        one of (almost) zero: the product is the same and the zero one can still learn.
-
         Args:
             weight: (out, in, *kernel).
             rank: r.

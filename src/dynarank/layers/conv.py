@@ -26,7 +26,7 @@ __all__ = [
 
 
 class _RankedConv(RankedLayer):
-    """What convolutions have in common."""
+    """The base class of ranked convolutions."""
 
     weight = effective("weight")
 
@@ -39,7 +39,7 @@ class _RankedConv(RankedLayer):
 
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """The padded input under the kernel."""
+        """One multiplication of the padded input by the kernel."""
         return {"weight": [one_call(module, *cls.padded(module, inputs))]}
 
     @classmethod
@@ -48,8 +48,7 @@ class _RankedConv(RankedLayer):
         conv, x = cast(Any, module), cast(Tensor, inputs["input"])
         geometry, sides = _geometry(conv), conv._reversed_padding_repeated_twice
         if conv.padding_mode != "zeros" or (conv.padding == "same" and sides[::2] != sides[1::2]):
-            mode = conv.padding_mode if conv.padding_mode != "zeros" else "constant"
-            x = F.pad(x, sides, mode=mode)
+            x = F.pad(x, sides, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
             geometry = replace(geometry, padding=(0,) * len(geometry.stride))
         return x, geometry
 
@@ -62,7 +61,7 @@ class _RankedConv(RankedLayer):
 
 
 class _RankedTransposed(_RankedConv):
-    """What transposed convolutions have in common."""
+    """The base class of ranked transposed convolutions."""
 
     @classmethod
     def padded(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:

@@ -89,9 +89,10 @@ class Forecast:
 
 
 def _foresee(lr_scheduler: Any, total_steps: int, every: float) -> tuple[float, ...]:
-    """The first group's rate at ``POINTS`` steps of the run; ``every``: steps from rate to rate.
+    """The first group's rate at ``POINTS`` steps of a run, evenly from its first to its last.
 
-    Empty, with a warning, if the scheduler cannot be run without the user's help.
+    ``every`` is the number of optimizer steps from one step of the LR scheduler to the next. Empty,
+    with a warning, if the scheduler cannot be run without the user's help.
     """
     ahead = _detached(lr_scheduler)
     if ahead is None:

@@ -34,9 +34,8 @@ class LRRewarmup(Callback):
         >>> len(ranks.step()), rewarmup.factor
         (1, 0.25)
 
-    Reference:
-        Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv 2307.05695, 2023
-        warm up after each restart.
+    Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv 2307.05695,
+    2023, who warm up after each restart.
     """
 
     def __init__(self, steps: int) -> None:

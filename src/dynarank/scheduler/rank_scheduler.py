@@ -11,22 +11,21 @@ from typing import Any
 from torch import nn
 
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, Plan, form_from_data, form_to_data
+from dynarank.forms import Change, LowRank, Plan, form_from_data, form_to_data
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
 from dynarank.scheduler.callbacks import CallbackLike, named_callbacks
 from dynarank.scheduler.lr_forecast import Forecast
-from dynarank.scheduler.targets import scheduled_layers
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, step_of
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
-from dynarank.surgery.selection import LayerFilter, find_sites
+from dynarank.surgery.selection import LayerFilter, find_sites, select
 from dynarank.surgery.sites import Site, check_unwrapped, survey
 from dynarank.surgery.verbs import apply_plan, change_forms, differences
 
-__all__ = ["RankScheduler"]
+__all__ = ["RankScheduler", "scheduled_layers"]
 
 
 class RankScheduler:
@@ -46,16 +45,14 @@ class RankScheduler:
             None: those that are ranked already, or, if none is, all that get cheaper in every
             low-rank phase of the schedule.
         lr_scheduler: the LR scheduler, of which a copy is run ahead to find when the rate will
-            fall; or the rates of the run at equal distances. None: the rate is followed as it
-            comes.
+            fall; or the rates of the run at equal distances. None: nothing is known ahead.
         moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`. With
             ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of your own length, the last
             gradients before a change are kept of the layers that will change; if there are none,
             because the change could not be foreseen, moments are projected.
-        callbacks: called in this order around changes: a
-            :class:`~dynarank.scheduler.callbacks.Callback`, such as ``LRRewarmup``,
-            ``BatchNormRecalibration`` or ``ActivationAwareTruncation``, or a function, which is
-            called with the list of changes after each change of plan.
+        callbacks: called around changes, in this order: ``LRRewarmup``, ``BatchNormRecalibration``,
+            ``ActivationAwareTruncation``, your own :class:`~dynarank.scheduler.callbacks.Callback`,
+            or a function, which gets the list of changes after each change.
 
     Raises:
         ValueError: no layer to schedule; something that is no schedule or callback; a plan that is
@@ -63,11 +60,10 @@ class RankScheduler:
             cannot be moved. Every phase that can be foreseen is checked before anything changes.
 
     Example:
-        >>> import torch
-        >>> from dynarank.schedules import dynamic_rank
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> ranks = RankScheduler(model, optimizer, dynamic_rank(2), total_steps=10)
+        >>> schedule = dr.schedules.dynamic_rank(rank=2)
+        >>> ranks = RankScheduler(model, optimizer, schedule, total_steps=10)
         >>> for _ in range(5):
         ...     optimizer.step()
         ...     changes = ranks.step()
@@ -124,7 +120,7 @@ class RankScheduler:
         return tuple(self._layers)
 
     def phases(self) -> list[Phase]:
-        """The phases of the whole run, as far as today's readings tell."""
+        """The phases of the whole run, as far as the current readings tell."""
         return timeline(self.schedule, self._readings(), self.total_steps)
 
     def step(self) -> list[Change]:
@@ -151,7 +147,6 @@ class RankScheduler:
         paths = {**self._layers, **(self._plan or {})}
         sites = find_sites(self.model, survey(self.model), paths)
         last = {path: site.last_factored_form for path, site in sites.items()}
-        states = {name: one.state_dict() for name, one in self.callbacks.items()}
         return {
             "last_step": self.last_step,
             "total_steps": self.total_steps,
@@ -160,7 +155,7 @@ class RankScheduler:
             "schedule": dict(self._state),
             "fitted": schedule_to_data(self.schedule) if self.schedule.fitted else None,
             "forecast": self.forecast.state_dict(),
-            "callbacks": {name: state for name, state in states.items() if state},
+            "callbacks": {n: s for n, one in self.callbacks.items() if (s := one.state_dict())},
             "decisions": [decision.to_data() for decision in self.decisions],
             "last_factored_forms": {p: form_to_data(form) for p, form in last.items() if form},
             "forms": {p: form_to_data(site.form) for p, site in sites.items() if site.form},
@@ -188,7 +183,7 @@ class RankScheduler:
             )
         for name, one in state["callbacks"].items():
             self.callbacks[name].load_state_dict(one)
-        for key in ("last_factored_forms", "forms"):  # a deflation returns to the last one's rank
+        for key in ("last_factored_forms", "forms"):  # a deflation without a rank needs both
             self._restore({path: form_from_data(form) for path, form in state[key].items()})
         self.last_step = int(state["last_step"])
         self._patience, self._retry_at = int(state["patience"]), int(state["retry_at"])
@@ -269,3 +264,23 @@ class RankScheduler:
         self._retry_at = self.last_step + self._patience
         said = f"no change of form now, next try in {self._patience} steps"
         warnings.warn(f"step {self.last_step}: {said}: {error}", RuntimeWarning, stacklevel=5)
+
+
+def scheduled_layers(
+    sites: Sequence[Site], schedule: Schedule, total_steps: int, layers: LayerFilter = None
+) -> list[Site]:
+    """Those of a model's sites that a schedule is for: see ``layers`` of :class:`RankScheduler`."""
+    if layers is not None or any(site.last_factored_form is not None for site in sites):
+        return select(sites, layers)
+    able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
+    given: dict[str, set[LowRank]] = {path: set() for path in able}
+    for phase in timeline(schedule, Readings(able), total_steps):
+        for path, form in phase.plan.items():
+            given[path] |= {form} if isinstance(form, LowRank) else set()
+    low = set[LowRank]().union(*given.values())
+    if not low:
+        return select(sites, lambda module, path: path in able)
+    # A layer that is never low-rank itself (an adapter, say) is measured by all low-rank forms.
+    cheaper = {f: {s.path for s in select(sites, None, f.rank, f.decomposition)} for f in low}
+    paths = {path for path, own in given.items() if all(path in cheaper[f] for f in own or low)}
+    return select(sites, lambda module, path: path in paths)

@@ -41,9 +41,9 @@ class ActivationAwareTruncation(Callback):
         self, ranks: Ranks, wanted: Sequence[tuple[Site, Form]]
     ) -> Calibration | None:
         """Run the batches if a weight is going to be truncated."""
-        if not truncates(wanted):
-            return None
-        return calibrate(ranks.model, self.batches(), forward=self.forward)
+        if truncates(wanted):
+            return calibrate(ranks.model, self.batches(), forward=self.forward)
+        return None
 
 
 class BatchNormRecalibration(Callback):
