@@ -129,6 +129,13 @@ def test_a_change_that_is_put_off_is_not_told_after() -> None:
     assert [what for *_, what in log] == ["start", "before", "step", "before", "after"]
 
 
+def test_nothing_is_told_of_a_plan_that_the_model_is_at_already() -> None:
+    log: list[Any] = []
+    model = net()
+    RankScheduler(model, sgd(model), Phases([0], [FULL]), 9, callbacks=[Told("a", log)])
+    assert log == [(0, "a", "start")]
+
+
 @pytest.mark.parametrize("value", [3, None, "print", LRRewarmup])
 def test_what_is_no_callback_is_refused(value: Any) -> None:
     model = net()

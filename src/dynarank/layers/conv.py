@@ -119,7 +119,7 @@ class RankedConvTranspose3d(_RankedTransposed, nn.ConvTranspose3d):  # pyright: 
 
 
 def _geometry(conv: Any) -> Geometry:
-    """The convolution's geometry, where its padding is the same on both sides."""
+    """The convolution's geometry, without asymmetric padding: that is done beforehand."""
     dims = len(conv.kernel_size)
     padding = conv.padding
     if isinstance(padding, str):

@@ -23,10 +23,10 @@ POINTS = 1001
 
 
 class Forecast:
-    """What is known of a run's learning rate: nothing, all of it, or more as the run goes on.
+    """The learning rates of a whole run, as soon as they are known.
 
-    An LR scheduler does not say how many optimizer steps lie between two of its own, so its count
-    is watched: a scheduler that is stepped once an epoch is understood at the end of the first.
+    An LR scheduler does not tell how often it is stepped, so its step count is watched: if that
+    rises once an epoch, the rates are known at the end of the first epoch.
 
     Args:
         source: an LR scheduler; the rates of the run themselves, at equal distances; or None.
@@ -39,7 +39,7 @@ class Forecast:
         >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
         >>> scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [50], 0.1)
         >>> forecast = Forecast(scheduler, total_steps=100)
-        >>> forecast.rates  # nobody knows yet how often it is stepped
+        >>> forecast.rates  # unknown until the scheduler has been stepped
         ()
         >>> optimizer.step(); scheduler.step(); forecast.watch(1)
         >>> forecast.rates[499], forecast.rates[501]
@@ -61,10 +61,10 @@ class Forecast:
         self._rises = 0
 
     def watch(self, step: int) -> None:
-        """Look at the scheduler after an optimizer step, and update the forecast if it can be.
+        """Look at the scheduler after an optimizer step, and update the forecast if it was stepped.
 
-        Its first rise is seen before or after the step it belongs to, by the order of the user's
-        calls; from the first to the second the distance is exact.
+        At the first rise of its count, the interval between its steps is known up to one optimizer
+        step, by the order of the user's calls; at the second it is known exactly.
         """
         count = _count(self._scheduler)
         if self._copy is None or count is None or count <= self._seen[1] or self._rises == 2:
