@@ -63,6 +63,18 @@ def test_the_readme_shows_code_that_runs() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_documents_name_tests_that_exist() -> None:
+    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    for path in pages:
+        if path.parent.name == "how-to":  # these name the files that a reader is to write
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert set(re.findall(r"test_\w+\.py", text)) <= names, path
+        for place in re.findall(r"tests/[\w/]+\.py", text):
+            assert (ROOT / place).exists(), f"{path}: {place}"
+
+
 def test_no_document_holds_a_placeholder_or_a_dead_link() -> None:
     documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
     assert len(documents) >= 6

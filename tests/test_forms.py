@@ -181,8 +181,17 @@ def test_defaults_of_the_forms() -> None:
 
 def test_the_scale_is_alpha_over_the_resolved_rank() -> None:
     assert Adapted(4, alpha=6.0).scale == 1.5
-    with pytest.raises(TypeError):
+    with pytest.raises(ValueError, match=r"a share for a rank.*resolve"):
         _ = Adapted(0.5).scale
+
+
+def test_a_resolved_form_has_a_whole_number_for_a_rank() -> None:
+    form = WeightSpec("weight", (8, 6)).resolve(LowRank(0.5))
+    assert isinstance(form, LowRank) and form.resolved_rank == 4
+    assert LowRank(np.int64(3)).resolved_rank == 3
+    for share in (0.5, Rank(0.5, of="min")):
+        with pytest.raises(ValueError, match=r"LowRank\(rank=.*resolve the form with WeightSpec"):
+            _ = LowRank(share).resolved_rank
 
 
 def test_resolving_a_form_changes_its_rank_alone() -> None:

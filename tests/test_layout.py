@@ -30,7 +30,6 @@ ORDER = [
     "scheduler",
     "allocation",
     "contrib",
-    "extras",
     "records",
     "sinks",
     "report",
@@ -47,7 +46,7 @@ FORBIDDEN = {
     "report": {"dynarank.layers", "dynarank.surgery"},
 }
 # These import no third-party package but torch.
-ONLY_TORCH = ORDER[: ORDER.index("extras")]
+ONLY_TORCH = ORDER[: ORDER.index("records")]
 # One file a library: for its layers, where the user has imported it already; for its file format.
 ADAPTERS = {"hf_conv1d.py", "weight_files.py"}
 # By name, looked up in the public registries: nothing above them asks for one by name.

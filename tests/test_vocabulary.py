@@ -19,7 +19,7 @@ OLD_WORDS = {
     r"(method'?s )?cards?": "method page",
     r"(tell|tells|told|telling)( \w+){0,3} apart": "statistically indistinguishable, or separate",
     r"told from (each|one|the|an)\s?other(s)?": "statistically indistinguishable",
-    r"in small(?= *[,.:;(*]|\s*$)": "scaled-down",
+    r"in small(?=\s?[,:;(*]|\.(\s|$))": "scaled-down",
     r"renew(s|ed|ing|al)?|anew": "recalibrate, or again",
     r"batch[- ]norms?(?!_)": "BatchNorm",
     r"whiten(s|ed|ing)?(?!-)": "activation-aware",

@@ -113,11 +113,7 @@ class _WithFactors:
 
     @property
     def resolved_rank(self) -> int:
-        """The rank of a resolved form, an int, as every form has that a layer has.
-
-        Raises:
-            ValueError: the rank is a share, which depends on a weight's shape.
-        """
+        """The rank of a resolved form, which every layer's own form is: an int, never a share."""
         if isinstance(self.rank, int):
             return self.rank
         raise ValueError(
@@ -134,7 +130,7 @@ class LowRank(_WithFactors):
         rank: an int, a float (share of the output channels) or a :class:`Rank`.
         decomposition: the name of the decomposition.
         execution: ``"factored"`` multiplies by one factor after the other, ``"joined"`` by their
-            product, formed anew at each forward pass; ``"auto"`` takes the one with fewer FLOPs.
+            product, formed in each forward pass; ``"auto"`` takes the one with fewer FLOPs.
         recompute: keep no activation between the factors for the backward pass but compute it
             again: less memory, one more thin product.
     """
@@ -189,14 +185,10 @@ Plan: TypeAlias = Mapping[str, Form]
 
 @dataclass(frozen=True)
 class Change:
-    """What ``apply_plan`` did to one layer.
+    """What ``apply_plan`` did to the layer at ``path``.
 
-    Args:
-        path: the layer's path in the model.
-        before: the form it had.
-        after: the form it has now.
-        error: ``||W_after - W_before|| / ||W_before||`` (Frobenius): rounding for the changes that
-            keep the function, the energy cut off for a truncation.
+    ``error`` is ``||W_after - W_before|| / ||W_before||`` (Frobenius): rounding where the function
+    is kept, the energy cut off where the weight is truncated.
     """
 
     path: str
@@ -217,9 +209,9 @@ def form_to_data(form: Form) -> dict[str, Any]:
     """The form as plain data, for JSON.
 
     Example:
-        >>> form_to_data(LowRank(8))
-        {'form': 'low-rank', 'rank': 8, 'decomposition': 'svd', 'execution': 'auto', 'recompute': False}
-    """  # noqa: E501
+        >>> list(form_to_data(LowRank(8)).items())[:3]
+        [('form', 'low-rank'), ('rank', 8), ('decomposition', 'svd')]
+    """
     data = dict(vars(form))
     if isinstance(rank := data.get("rank"), Rank):
         data["rank"] = dict(vars(rank))
@@ -252,11 +244,11 @@ def _any_execution(form: Form) -> Form:
 
 
 def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None) -> int:
-    """The number of directions ``rank`` means for a weight ``(out, in, *kernel)``.
+    """The number that ``rank`` means for a weight (or one group of it) of this shape.
 
     Args:
         rank: an int, a share or a :class:`Rank`.
-        shape: of the weight (of one group of it).
+        shape: (out, in, *kernel).
         limit: the largest rank allowed; None: min(out, in * kernel positions).
 
     Raises:

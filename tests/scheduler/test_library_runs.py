@@ -35,8 +35,8 @@ over_optimizers = pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
 # Each with what its page says the scheduler is to be given.
 PRESETS: dict[str, tuple[RankSchedule, dict[str, Any]]] = {
     "lora": (lora(2, alpha=2.0), {}),
-    "relora": (relora(2, warm_start=2, every=3, alpha=2.0, rewarm=2), {"moments": "prune"}),
-    "pufferfish": (Pufferfish(2, switch=4, first=1, last=0), {"moments": "reset", "rewarm": 3}),
+    "relora": (relora(2, warm_start=2, every=3, alpha=2.0, rewarmup=2), {"moments": "prune"}),
+    "pufferfish": (Pufferfish(2, switch=4, first=1, last=0), {"moments": "reset", "rewarmup": 3}),
     "cuttlefish": (Cuttlefish(2, window=2, recent=2, threshold=9.0), {"moments": "reset"}),
     "growing": (Growing(6, first=1, buffer=2, spectra_every=2, warmup=1, stop=9), {}),
     "published": (published(2, inflate=4, deflate=8), {"moments": "reset"}),
@@ -47,10 +47,10 @@ def running(name: str, kind: str = "sgd") -> Running:
     schedule, options = PRESETS[name]
     model = net()
     optimizer = OPTIMIZERS[kind](model)
-    rewarm = options.get("rewarm", schedule.rewarm or 0)
+    rewarmup = options.get("rewarmup", schedule.rewarmup or 0)
     moments = options.get("moments", "project")
     ranks = RankScheduler(
-        model, optimizer, schedule, STEPS, moments=moments, callbacks=[LRRewarmup(rewarm)]
+        model, optimizer, schedule, STEPS, moments=moments, callbacks=[LRRewarmup(rewarmup)]
     )
     return Running(model, optimizer, ranks)
 

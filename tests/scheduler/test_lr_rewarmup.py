@@ -10,12 +10,12 @@ from dynarank import RankScheduler
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 
 
-def rates(rewarm: int) -> tuple[list[float], list[float]]:
+def rates(rewarmup: int) -> tuple[list[float], list[float]]:
     """The rates that the optimizer used, and those that its groups held between its steps."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     used: list[float] = []
-    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(rewarm)])
+    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(rewarmup)])
     optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
     scheduler = CosineAnnealingLR(optimizer, 12)
     held: list[float] = []

@@ -165,7 +165,7 @@ def test_requirements_that_cannot_be_met_are_refused(schedule: Reading, message:
 def test_a_wrapper_requires_and_recommends_what_the_schedule_does() -> None:
     for schedule in (growing(), relora(), low_rank()):
         mapped = Mapped(schedule, dict)
-        for name in ("requires", "spectra_every", "moments", "rewarm"):
+        for name in ("requires", "spectra_every", "moments", "rewarmup"):
             assert getattr(mapped, name) == getattr(schedule, name)
 
 

@@ -199,7 +199,7 @@ def backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
     def make_known(opens: Any) -> None:
         monkeypatch.setitem(BACKENDS, "failing", opens)
-        monkeypatch.setattr("dynarank.sinks.import_backend", lambda name, module: None)
+        monkeypatch.setattr("dynarank.sinks.import_extra", lambda module, extra, user: None)
 
     return make_known
 
@@ -229,9 +229,10 @@ def test_a_backend_that_is_not_installed_is_an_error_that_names_the_extra(
     def nothing(module: str) -> Any:
         raise ImportError(module)
 
-    monkeypatch.setattr("dynarank.sinks.base.import_module", nothing)
+    monkeypatch.setattr("importlib.import_module", nothing)
     with pytest.raises(
-        ImportError, match=rf"'{name}' is not installed: pip install 'dynarank\[{name}\]'"
+        ImportError,
+        match=rf"'{name}' needs `{name}`, which is not installed: pip install 'dynarank\[{name}\]'",
     ):
         open_sinks([name], tmp_path)
 

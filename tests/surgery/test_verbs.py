@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank, Rank, UnfitWeightError
 from dynarank.forms import Form
+from dynarank.surgery import sites
+from dynarank.surgery.edit import Edit
+from dynarank.surgery.selection import find_sites
 
 
 def mlp() -> nn.Sequential:
@@ -180,13 +184,13 @@ def test_an_exception_while_committing_is_undone(monkeypatch: pytest.MonkeyPatch
     optimizer = trained(model)
     before = Snapshot(model, optimizer)
     committed: list[str] = []
-    original = dr.surgery.Edit.commit  # type: ignore[attr-defined]
+    original = Edit.commit
 
-    def fail_at_second(self: object) -> None:
-        committed.append(self.path)  # type: ignore[attr-defined]
+    def fail_at_second(self: Edit, undo: ExitStack) -> None:
+        committed.append(self.site.path)
         if len(committed) == 2:
             raise KeyboardInterrupt
-        original(self)
+        original(self, undo)
 
     monkeypatch.setattr("dynarank.surgery.edit.Edit.commit", fail_at_second)
     with pytest.raises(KeyboardInterrupt):
@@ -429,3 +433,58 @@ def test_a_compiled_model_follows_every_change() -> None:
     for plan in (LowRank(2), FullRank(), Adapted(2), Adapted(2, execution="two-branch")):
         dr.apply_plan(model, {"0": plan, "2": plan})
         assert torch.allclose(compiled(x), model(x))
+
+
+# One survey a change.
+
+
+class Surveys:
+    """Counts the surveys of a model: each asks once which parents read their children's weights."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, original = 0, sites.readers
+
+        def counted(model: nn.Module) -> dict[nn.Module, nn.Module]:
+            self.count += 1
+            return original(model)
+
+        monkeypatch.setattr(sites, "readers", counted)
+
+
+CHANGES: dict[str, Callable[[nn.Module, torch.optim.Optimizer], object]] = {
+    "apply_plan": lambda m, o: dr.apply_plan(m, {"0": FullRank(), "2": Adapted(3)}, optimizer=o),
+    "factorize": lambda m, o: dr.factorize(m, 3, optimizer=o),
+    "factorize-map": lambda m, o: dr.factorize(m, {"0": 3, "*": 0.5}, optimizer=o),
+    "inflate": lambda m, o: dr.inflate(m, optimizer=o),
+    "deflate": lambda m, o: dr.deflate(m, optimizer=o),
+    "deflate-low-rank": lambda m, o: dr.deflate(m, 3, to="low-rank", optimizer=o),
+    "merge": lambda m, o: dr.merge(m, optimizer=o),
+}
+
+
+@pytest.mark.parametrize("verb", sorted(CHANGES))
+def test_a_change_surveys_the_model_once(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dr.factorize(mlp(), 2)
+    optimizer = trained(model)
+    before, surveys = dr.current_plan(model), Surveys(monkeypatch)
+    CHANGES[verb](model, optimizer)
+    assert surveys.count == 1
+    assert dr.current_plan(model) != before
+
+
+def test_a_survey_finds_a_shared_module_by_all_its_paths() -> None:
+    shared = nn.GRU(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
+    found = find_sites(model, dr.survey(model), ["b.0.weight_hh_l0", "c", "c.weight"])
+    assert [site.path for site in found.values()] == ["a.weight_hh_l0", "c", "c"]
+    with pytest.raises(ValueError, match=r"'b.0' has several weights: name one of 'a.weight_ih"):
+        find_sites(model, dr.survey(model), ["b.0"])
+
+
+def test_a_mapping_of_statistics_is_a_calibration() -> None:
+    x = torch.randn(32, 16)
+    one, two = mlp(), mlp()
+    known = dr.calibrate(one, [x], layers="0")
+    dr.factorize(one, 2, layers="0", calibration=known)
+    dr.factorize(two, 2, layers="0", calibration={"0": known["0"]})
+    assert torch.equal(one(x), two(x)) and not torch.equal(one(x), dr.factorize(mlp(), 2)(x))

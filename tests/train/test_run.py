@@ -23,6 +23,7 @@ from dynarank.records import (
     read_run,
 )
 from dynarank.surgery.selection import select
+from dynarank.surgery.sites import survey
 from dynarank.train.data import ImageData, limit, load_digits_data
 from dynarank.train.images import ImageTask
 from dynarank.train.loop import DivergedError, Machine, Trainer
@@ -224,7 +225,7 @@ def test_the_second_experiment_is_the_papers() -> None:
 def test_its_parameters_are_exact_by_phase() -> None:
     recipe = load_recipe("cifar100-wrn28-10")
     drawn = sketch(recipe)
-    layers = [site.path for site in select(drawn.model, recipe.layers)]
+    layers = [site.path for site in select(survey(drawn.model), recipe.layers)]
     use = trace(drawn.model, drawn.sample[:1])
     cost = cost_schedule(use, recipe.schedule("dynamic-rank"), layers, 200)
     counts = [(one.phase.start, one.trainable_parameters) for one in cost.phases]
@@ -250,7 +251,7 @@ def test_transition_points_that_a_recipe_leaves_open_follow_its_learning_rate(
 def test_low_rank_saves_more_than_half_of_the_flops_on_fashion_mnist(name: str) -> None:
     recipe = load_recipe(name)
     drawn = sketch(recipe)
-    layers = [site.path for site in select(drawn.model, recipe.layers)]
+    layers = [site.path for site in select(survey(drawn.model), recipe.layers)]
     use = trace(drawn.model, drawn.sample)
     assert cost_schedule(use, recipe.schedule("low-rank"), layers, 10).relative_training < 0.4
 

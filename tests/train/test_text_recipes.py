@@ -13,6 +13,7 @@ from dynarank.cost.flops import trace
 from dynarank.forms import LowRank
 from dynarank.records import EpochRecord, PhaseRecord, RunRecord, read_run
 from dynarank.surgery.selection import select
+from dynarank.surgery.sites import survey
 from dynarank.train.loop import Machine
 from dynarank.train.recipes import Recipe, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
@@ -33,7 +34,7 @@ def test_what_is_ranked_gets_cheaper(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("DYNARANK_DATA", raising=False)
     recipe = load_recipe(name)
     drawn = sketch(recipe)
-    layers = [site.path for site in select(drawn.model, recipe.layers)]
+    layers = [site.path for site in select(survey(drawn.model), recipe.layers)]
     assert len(layers) == (4 if recipe.model == "bilstm" else 16)
     assert all(layer.startswith(PARTS[recipe.model]) for layer in layers)
     sample = drawn.sample if isinstance(drawn.sample, tuple) else (drawn.sample,)

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 import dynarank as dr
 from dynarank.decompositions import precise
 from dynarank.surgery.moments import Averaging, Side
-from dynarank.surgery.sites import Site, find_sites
+from dynarank.surgery.selection import find_sites
+from dynarank.surgery.sites import Site, survey
 from dynarank.train.data import load_digits_data
 from dynarank.train.models import DigitsNet
 
@@ -50,7 +51,7 @@ def measure(steps: int, seed: int) -> list[dict[str, Any]]:
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
-    sites = find_sites(model, PATHS).values()
+    sites = find_sites(model, survey(model), PATHS).values()
     old = {site.path: _lifted(site, optimizer) for site in sites}
     dr.inflate(model, optimizer=optimizer)
     rows_ = []

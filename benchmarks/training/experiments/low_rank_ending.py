@@ -31,6 +31,7 @@ import dynarank as dr
 from dynarank.cost.flops import trace
 from dynarank.forms import Rank
 from dynarank.surgery.selection import select
+from dynarank.surgery.sites import survey
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
 from dynarank.train.host import commit, hardware
 from dynarank.train.images import ImageTask
@@ -61,7 +62,7 @@ def settings(name: str, folder: str | None) -> tuple[Recipe, ImageData, int, int
 def plan_of(arm: str, share: float, model: nn.Module, recipe: Recipe, data: ImageData,
             calibration: Any) -> dict[str, Any]:  # fmt: skip
     """The arm's plan; budgeted ones cost no more than the uniform one of the same share."""
-    paths = [site.path for site in select(model, recipe.layers)]
+    paths = [site.path for site in select(survey(model), recipe.layers)]
     uniform = {path: dr.LowRank(Rank(share)) for path in paths}
     if not arm.startswith("budgeted"):
         return uniform

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import dynarank as dr
 from dynarank.schedules import Phases
 from dynarank.surgery.selection import find_sites
+from dynarank.surgery.sites import survey
 from dynarank.train.data import load_digits_data
 from dynarank.train.models import DigitsNet
 
@@ -129,7 +130,7 @@ def errors(schedule: str, change: int, length: int, seed: int) -> dict[str, Any]
         one.ranks.gradients.length = length
     for _ in range(change * one.phase):
         one.step()
-    sites = find_sites(one.model, one.ranks.layers).values()
+    sites = find_sites(one.model, survey(one.model), one.ranks.layers).values()
     parameters = [p for site in sites for p in site.parameters().values() if p.requires_grad]
     parameters = [p for p in parameters if p in one.optimizer.state]
     truth = [torch.zeros_like(p) for p in parameters]

@@ -55,7 +55,7 @@ def fit_schedule(
     """Dynamic rank that keeps to a budget: of FLOPs, of seconds or of memory, one of the three.
 
     The model is measured, not changed. Where the learning rate can be foreseen only in mid-run, the
-    schedule finds its transition points again then, within the same budget.
+    schedule recomputes its transition points then, within the same budget.
 
     Args:
         model: the model, full-rank or ranked.

@@ -127,13 +127,13 @@ def stable_rank_rule(now: Spectra, start: Spectra, multiple_of: int = 1) -> dict
 def candidates(model: nn.Module, layers: LayerFilter = None) -> list[Site]:
     """The weights meant by ``layers``; None: all that can change form but tables of rows."""
     if layers is not None:
-        return select(model, layers)
+        return select(survey(model), layers)
     return [s for s in survey(model) if s.form is not None and not s.spec.lookup]
 
 
 def spectrum(site: Site, calibration: Calibration | None = None) -> Tensor:
     """One weight's spectrum, see :func:`spectra`."""
-    activity = calibration and calibration.get(site.path)
+    activity = calibration.get(site.path) if calibration else None
     weight = site.effective().detach()
     if activity is None and site.spec.geometry.groups > 1:
         parts = weight.chunk(site.spec.geometry.groups)

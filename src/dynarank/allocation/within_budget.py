@@ -1,4 +1,4 @@
-"""Ranks that choose themselves: the most of every weight kept, within a budget."""
+"""Ranks for a budget: the plan that retains the most energy at a given cost."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def plan(
     chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
     machine = choose_machine(device, precision)
     drawn = sketch(chosen)
-    layers = [site.path for site in select(drawn.model, chosen.layers)]
+    layers = [site.path for site in select(survey(drawn.model), chosen.layers)]
     use = trace(drawn.model, drawn.sample)
     cost = _cost(chosen, schedule, use, layers, drawn)
     terminal = console(quiet_stdout=as_json)

@@ -26,7 +26,6 @@ from torch.nn import Parameter
 
 from dynarank.layers.running import preserve_state
 from dynarank.monitors.cadence import Cadence
-from dynarank.monitors.gradient_window import trained
 from dynarank.surgery.sites import survey
 
 __all__ = [
@@ -233,7 +232,7 @@ class NoiseMonitor:
     def _layers(self) -> dict[Parameter, str]:
         """The layer of each trained parameter of a layer's weight (not of a frozen base)."""
         sites = [site for site in survey(self._model) if site.form is not None]
-        return {p: site.path for site in sites for p in trained(site)}
+        return {p: site.path for site in sites for p in site.trained()}
 
 
 class Estimate(NamedTuple):

@@ -218,7 +218,7 @@ def _record_calls(
     paths: dict[nn.Module, dict[str, str]] = {}
     parents, devices = readers(meta_copy), dict[nn.Module, str]()
     for site in sites:
-        for one in (site, *site.tied):
+        for one in site.places:
             module, name = meta_copy.get_submodule(one.module_path), one.spec.name
             if module in parents:  # it is not called, its parent knows
                 module, name = parents[module], f"{one.module_path.rpartition('.')[2]}.{name}"

@@ -110,7 +110,7 @@ def balance(model: nn.Module, *, layers: LayerFilter = None) -> list[str]:
         >>> balance(dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))
         ['0']
     """
-    sites = survey(model) if layers is None else select(model, layers)
+    sites = survey(model) if layers is None else select(survey(model), layers)
     done: list[str] = []
     for site in sites:
         if isinstance(site.form, LowRank | Adapted):
@@ -194,7 +194,7 @@ def _draw(
 
 
 def _low_rank(model: nn.Module, layers: LayerFilter) -> list[Site]:
-    sites = survey(model) if layers is None else select(model, layers)
+    sites = survey(model) if layers is None else select(survey(model), layers)
     found = [site for site in sites if isinstance(site.form, LowRank)]
     others = [site.path for site in sites if not isinstance(site.form, LowRank)]
     if not found or (layers is not None and others):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from dynarank.decompositions import Factors
+from dynarank.factors.live_sites import LiveSites
 from dynarank.forms import LowRank
-from dynarank.surgery.live_sites import LiveSites
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import Site
 

@@ -27,8 +27,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dynarank.decompositions import Decomposition, Factors
+from dynarank.factors.live_sites import LiveSites
 from dynarank.forms import Adapted, FullRank
-from dynarank.surgery.live_sites import LiveSites
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import Site
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -29,21 +28,19 @@ _CHUNK = 1 << 22  # entries multiplied at once: 16 MiB of fp32, beside the model
 _PRECISE_UP_TO = 1024  # larger second moments are summed in fp32: 8 MiB each in fp64
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The activation statistics of a model's weights.
+class Calibration(dict[str, ActivationStats]):
+    """The activation statistics of a model's weights, by their paths.
 
     Args:
-        activities: by the weights' paths.
+        activities: the statistics.
         missed: the paths without statistics, and why: they are truncated by the weight alone.
     """
 
-    activities: Mapping[str, ActivationStats]
-    missed: Mapping[str, str] = field(default_factory=dict[str, str])
-
-    def get(self, path: str) -> ActivationStats | None:
-        """The statistics of the weight at ``path``, if any."""
-        return self.activities.get(path)
+    def __init__(
+        self, activities: Mapping[str, ActivationStats], missed: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(activities)
+        self.missed = dict(missed or {})
 
 
 def calibrate(
@@ -81,8 +78,8 @@ def calibrate(
         >>> calibration.get("2").second.shape
         torch.Size([1, 2, 2])
     """
-    able = [site for site in survey(model) if site.form is not None]
-    sites = able if layers is None else select(model, layers)
+    every = survey(model)
+    sites = [s for s in every if s.form] if layers is None else select(every, layers)
     missed = {site.path: reason for site in sites if (reason := _beyond_reach(site))}
     meters = {site.path: _Meter(site) for site in sites if site.path not in missed}
     met: list[str] = []
@@ -117,7 +114,7 @@ class _Meter:
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module that uses the weight."""
-        return (one.module for one in (self.site, *self.site.tied))
+        return (one.module for one in self.site.places)
 
     def add(self, vectors: Tensor, bias: Tensor | None) -> None:
         """Add vectors (..., k, *positions), without the bias."""

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dynarank.surgery.selection import find_sites
-from dynarank.surgery.sites import Site
+from dynarank.surgery.sites import survey
 
 __all__ = ["WINDOW", "GradientWindow"]
 
@@ -79,7 +79,7 @@ class GradientWindow:
 
     @property
     def nbytes(self) -> int:
-        """The bytes the gradients take at the moment."""
+        """The memory that the stored gradients currently take, in bytes."""
         kept = (g for ring in self._rings.values() for sample in ring.samples for g in sample)
         return sum(g.numel() * g.element_size() for g in kept)
 
@@ -88,8 +88,8 @@ class GradientWindow:
         wanted = set(paths)
         if wanted == self._rings.keys() and all(ring.alive for ring in self._rings.values()):
             return
-        sites = find_sites(self.model, wanted)
-        rings = {path: _Ring(trained(site), self.length) for path, site in sites.items()}
+        sites = find_sites(self.model, survey(self.model), wanted)
+        rings = {path: _Ring(site.trained(), self.length) for path, site in sites.items()}
         old = self._rings
         self._rings = {
             path: old[path] if path in old and old[path].is_of(ring.parameters()) else ring
@@ -144,8 +144,3 @@ class _Ring:
             return
         grads = grads if scale is None else [g / scale for g in grads]
         self.samples.append(tuple(g.detach().to(torch.bfloat16, copy=True) for g in grads))
-
-
-def trained(site: Site) -> list[Parameter]:
-    """The parameters of a weight that train: all but the base."""
-    return [p for name, p in site.parameters().items() if not site.spec.is_base(name)]

@@ -116,9 +116,10 @@ class SpectralMonitor:
         return readings
 
     def _watched(self) -> list[Site]:
+        sites = survey(self._model)
         if self._layers is not None:
-            return select(self._model, self._layers)
-        able = [s for s in survey(self._model) if s.form is not None and not s.spec.lookup]
+            return select(sites, self._layers)
+        able = [s for s in sites if s.form is not None and not s.spec.lookup]
         ranked = [site for site in able if site.last_factored_form is not None]
         return ranked or able
 

@@ -10,9 +10,9 @@ from itertools import combinations
 from statistics import fmean, stdev, variance
 from typing import Any
 
-from dynarank.extras import import_extra
 from dynarank.records import Metric
 from dynarank.report.formats import difference_text, joined, number, plural, score_text, spread_text
+from dynarank.sinks.extras import import_extra
 
 __all__ = ["Pair", "compare_pairs", "compare_scores", "require_scipy"]
 

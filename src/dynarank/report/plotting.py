@@ -10,9 +10,9 @@ from functools import wraps
 from io import StringIO
 from typing import TYPE_CHECKING, ParamSpec
 
-from dynarank.extras import import_extra
 from dynarank.records import Metric
 from dynarank.report.theme import INK, NEUTRAL, SERIES, depth_hexes, themed
+from dynarank.sinks.extras import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

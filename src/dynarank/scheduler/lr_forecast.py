@@ -58,7 +58,7 @@ class Forecast:
         self._rises = 0
 
     def watch(self, step: int) -> None:
-        """Look at the scheduler after an optimizer step, and forecast again if it says more.
+        """Look at the scheduler after an optimizer step, and update the forecast if it can be.
 
         Its first rise is seen before or after the step it belongs to, by the order of the user's
         calls; from the first to the second the distance is exact.

@@ -30,6 +30,7 @@ from dynarank.schedules.serialization import schedule_from_data, schedule_to_dat
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
 from dynarank.surgery.selection import LayerFilter, find_sites
+from dynarank.surgery.sites import survey
 from dynarank.surgery.verbs import apply_plan
 
 __all__ = ["RankScheduler"]
@@ -200,7 +201,8 @@ class RankScheduler:
         every = self.schedule.spectra_every if self.schedule.requires else None
         if every is None or self.last_step % max(1, step_of(every, self.total_steps)):
             return readings
-        sites = find_sites(self.model, self._layers)  # not the plan's: a change may be put off
+        # The layers' own forms, not the plan's: a change may be put off.
+        sites = find_sites(self.model, survey(self.model), self._layers)
         forms = {path: site.form for path, site in sites.items() if site.form is not None}
         return replace(readings, forms=forms, spectra=self._monitor.read())
 

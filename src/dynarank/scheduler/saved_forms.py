@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import form_from_data, form_to_data
 from dynarank.surgery.selection import find_sites
+from dynarank.surgery.sites import survey
 from dynarank.surgery.verbs import apply_plan
 
 __all__ = ["forms_to_data", "restore_forms"]
@@ -18,7 +19,7 @@ __all__ = ["forms_to_data", "restore_forms"]
 
 def forms_to_data(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     """The form of each layer, and the last one with factors: a deflation returns to its rank."""
-    sites = find_sites(model, paths)
+    sites = find_sites(model, survey(model), paths)
     forms = {path: site.form for path, site in sites.items()}
     last = {path: site.last_factored_form for path, site in sites.items()}
     return {
@@ -39,7 +40,7 @@ def restore_forms(
         try:
             apply_plan(model, plan, optimizer=optimizers, moments="reset")
         except UnfitWeightError:
-            for site in find_sites(model, plan).values():
+            for site in find_sites(model, survey(model), plan).values():
                 for parameter in site.parameters().values():
                     parameter.data.nan_to_num_(0, 0, 0)
             apply_plan(model, plan, optimizer=optimizers, moments="reset")

@@ -19,20 +19,20 @@ def scheduled_layers(
     model: nn.Module, schedule: Schedule, total_steps: int, layers: LayerFilter = None
 ) -> list[Site]:
     """The layers a schedule is for: see ``layers`` of :class:`RankScheduler`."""
-    ranked = any(site.last_factored_form is not None for site in survey(model))
-    if layers is not None or ranked:
-        return select(model, layers)
-    able = {s.path: s.spec.unit_shape for s in survey(model) if s.form is not None}
+    sites = survey(model)
+    if layers is not None or any(site.last_factored_form is not None for site in sites):
+        return select(sites, layers)
+    able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
     given: dict[str, set[LowRank]] = {path: set() for path in able}
     for phase in timeline(schedule, Readings(able), total_steps):
         for path, form in phase.plan.items():
             given[path] |= {form} if isinstance(form, LowRank) else set()
     low = set[LowRank]().union(*given.values())
     if not low:
-        return select(model, lambda module, path: path in able)
-    cheaper = {f: {s.path for s in select(model, None, f.rank, f.decomposition)} for f in low}
+        return select(sites, lambda module, path: path in able)
+    cheaper = {f: {s.path for s in select(sites, None, f.rank, f.decomposition)} for f in low}
     paths = {path for path, own in given.items() if all(path in cheaper[f] for f in own or low)}
-    return select(model, lambda module, path: path in paths)
+    return select(sites, lambda module, path: path in paths)
 
 
 def check_phases(phases: Iterable[Phase], model: nn.Module) -> None:
@@ -41,8 +41,9 @@ def check_phases(phases: Iterable[Phase], model: nn.Module) -> None:
     Raises:
         ValueError: an unknown layer or decomposition, a rank above the layer's limit.
     """
+    sites = survey(model)
     for phase in phases:
-        for path, site in find_sites(model, phase.plan).items():
+        for path, site in find_sites(model, sites, phase.plan).items():
             form = phase.plan[path]
             if isinstance(form, FullRank):
                 continue

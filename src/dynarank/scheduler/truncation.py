@@ -10,7 +10,7 @@ from torch import nn
 from dynarank.forms import Plan
 from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.scheduler.callbacks import Callback, Ranks
-from dynarank.surgery.verbs import truncates
+from dynarank.surgery.verbs import differences, truncates
 
 __all__ = ["ActivationAwareTruncation"]
 
@@ -36,6 +36,6 @@ class ActivationAwareTruncation(Callback):
 
     def before_change(self, ranks: Ranks, plan: Plan) -> Calibration | None:
         """Run the batches if a weight is going to be truncated."""
-        if not truncates(ranks.model, plan):
+        if not truncates(differences(ranks.model, plan)):
             return None
         return calibrate(ranks.model, self.batches(), forward=self.forward)

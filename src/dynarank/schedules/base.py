@@ -124,7 +124,7 @@ class RankSchedule:
             rank metrics of the layers, and ``"singular_values"``, every singular value in them.
         spectra_every: how often the spectra are read, a share of the run (float) or steps (int).
         moments: the policy for the optimizer's moments it is meant for; None: whichever.
-        rewarm: the steps over which the learning rate should come back after a change, see
+        rewarmup: the steps over which the learning rate should come back after a change, see
             :class:`~dynarank.scheduler.lr_rewarmup.LRRewarmup`; None: as the user likes.
         fitted: whether it was fitted to a model on a machine. A checkpoint then holds the schedule
             itself, and a resumed run goes on with that one.
@@ -147,7 +147,7 @@ class RankSchedule:
     requires: frozenset[str] = frozenset()
     spectra_every: When | None = None
     moments: Literal["project", "calibrated", "reset", "prune"] | None = None
-    rewarm: int | None = None
+    rewarmup: int | None = None
     fitted: bool = False
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
@@ -288,7 +288,7 @@ class Mapped(RankSchedule):
 
 def take_over(outer: RankSchedule, inner: RankSchedule) -> None:
     """Have a schedule that wraps another require and recommend what that one does."""
-    for name in ("requires", "spectra_every", "moments", "rewarm"):
+    for name in ("requires", "spectra_every", "moments", "rewarmup"):
         object.__setattr__(outer, name, getattr(inner, name))  # the wrapper is a frozen dataclass
 
 

@@ -1,8 +1,8 @@
 """Schedules fitted to a budget, for a model and a run: what ``dynarank.fit_schedule`` returns.
 
-Of the learning rate a run may know more and more as it goes on; how long full rank can be depends
-on it. So a fitted schedule keeps what was measured, the cost of a step in each phase, and computes
-the transition points as a pure function of the forecast.
+The forecast of the learning rate may improve during a run, and the length of the full-rank phase
+depends on it. So a fitted schedule stores what was measured, the cost of a step in each phase, and
+recomputes the transition points as a pure function of the forecast.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dynarank.records import RunRecord
-from dynarank.sinks.base import FailSafeSink, LazySink, Sink, import_backend
+from dynarank.sinks.base import FailSafeSink, LazySink, Sink
+from dynarank.sinks.extras import import_extra
 from dynarank.sinks.mlflow import MlflowSink
 from dynarank.sinks.tensorboard import TensorBoardSink
 from dynarank.sinks.wandb import WandbSink
@@ -47,5 +48,5 @@ def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             known = ", ".join(BACKENDS)
             raise ValueError(f"unknown logging backend {name!r}; known: {known}{hint}")
-        import_backend(name, name)
+        import_extra(name, name, f"the logging backend {name!r}")
     return [FailSafeSink(LazySink(BACKENDS[name], folder), name) for name in names]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from dynarank.records import Record, RunRecord
 
-__all__ = ["FailSafeSink", "LazySink", "Sink", "import_backend"]
+__all__ = ["FailSafeSink", "LazySink", "Sink"]
 
 
 class Sink(Protocol):
@@ -103,17 +102,3 @@ class LazySink:
         """Close the sink if it was opened."""
         if self._sink is not None:
             self._sink.close()
-
-
-def import_backend(name: str, module: str) -> Any:
-    """Import a backend's module.
-
-    Raises:
-        ImportError: it is not installed; the message names the extra.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"the logging backend {name!r} is not installed: pip install 'dynarank[{name}]'"
-        ) from error

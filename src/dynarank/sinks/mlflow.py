@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from dynarank.records import Record, RunRecord, SummaryRecord
-from dynarank.sinks.base import import_backend
+from dynarank.sinks.extras import import_extra
 from dynarank.sinks.scalars import event_of, scalars_of
 
 __all__ = ["MlflowSink"]
@@ -32,8 +32,8 @@ class MlflowSink:
     """
 
     def __init__(self, folder: Path, header: RunRecord) -> None:
-        mlflow = import_backend("mlflow", "mlflow")
-        entities = import_backend("mlflow", "mlflow.entities")
+        mlflow = import_extra("mlflow", "mlflow", "the logging backend")
+        entities = import_extra("mlflow.entities", "mlflow", "the logging backend")
         self._client, self._metric = mlflow.MlflowClient(), entities.Metric
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "dynarank"
         found = self._client.get_experiment_by_name(name)

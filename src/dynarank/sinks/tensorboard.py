@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dynarank.records import Record, RunRecord
-from dynarank.sinks.base import import_backend
+from dynarank.sinks.extras import import_extra
 from dynarank.sinks.scalars import event_of, scalars_of
 
 __all__ = ["TensorBoardSink"]
@@ -23,7 +23,7 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: Path, header: RunRecord) -> None:
-        tensorboard = import_backend("tensorboard", "torch.utils.tensorboard")
+        tensorboard = import_extra("torch.utils.tensorboard", "tensorboard", "the logging backend")
         self._writer = tensorboard.SummaryWriter(str(folder / "tensorboard"))
         self._writer.add_text("run", f"```\n{header.model_dump_json(indent=2)}\n```")
         self._step = 0

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dynarank.records import Record, RunRecord, SummaryRecord
-from dynarank.sinks.base import import_backend
+from dynarank.sinks.extras import import_extra
 from dynarank.sinks.scalars import event_of, scalars_of
 
 __all__ = ["WandbSink"]
@@ -27,7 +27,7 @@ class WandbSink:
     """
 
     def __init__(self, folder: Path, header: RunRecord) -> None:
-        self._host = import_backend("wandb", "wandb")
+        self._host = import_extra("wandb", "wandb", "the logging backend")
         self._run = self._host.init(
             project=None if _project_is_set() else "dynarank",
             name=f"{header.recipe} {header.schedule} seed {header.seed}",

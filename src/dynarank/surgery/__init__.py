@@ -1,1 +1,1 @@
-"""How does a model change: the verbs, and the one transaction behind them."""
+"""How does a model change? The verbs, and the one transaction behind them."""

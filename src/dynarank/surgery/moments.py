@@ -1,4 +1,4 @@
-"""What a weight's moments become when it changes form.
+"""What a weight's optimizer moments become when it changes form.
 
 Legend: W the effective weight, G its gradient; f the parameters of a form (W itself, or factors),
 J = vjp of ``scale * join`` at f, so that dL/df = J(G); J+ its least-norm right inverse (the
@@ -11,41 +11,40 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
 - **Second moment, projected:** the variance ``v - m * m`` goes on as if entries were independent
   (LDAdam's form, Robert et al., arXiv 2410.16103):
   ``v' = J'_(f*f)(lift_squares(v - m*m)) + m'*m'``. Too low where a row's gradients are correlated.
-- **Second moment, calibrated:** each kept gradient goes on as a first moment does, and is squared
-  then: ``v' = s mean_t (J'(J+(g_t)))^2``, with ``s = sum v / sum mean_t g_t^2``: v remembers some
-  thousand steps, and s keeps what it knew of the gradient's size.
-- **Bound:** always ``v' >= m' * m'``, of the averages as the optimizer keeps them and so of the
-  bias-corrected ones too: the next step is at most the learning rate in every entry, where a
-  transported v that vanishes and an m that does not would be without bound. Adam's own v lies below
-  m * m in its first hundred or so steps, so a change that early makes the next steps smaller.
+- **Second moment, calibrated:** each kept gradient goes on as a first moment does and is squared
+  then: ``v' = s mean_t (J'(J+(g_t)))^2``; ``s = sum v / sum mean_t g_t^2`` keeps the size that v
+  remembers from some thousand steps.
+- **Bound:** always ``v' >= m' * m'``, so that the next step is at most the learning rate in every
+  entry; a v that vanishes under an m that does not would make steps without bound. Adam's own v is
+  below m * m in its first hundred or so steps: a change that early makes the next steps smaller.
 - A parameter that gets nothing (an adapter's ``down``, while ``up`` is zero) starts as a new one.
-- **Pruned:** where only the adapter is another, ReLoRA's way (Lialin et al., arXiv 2307.05695):
-  each factor's averages stay where they are, all but the largest set to zero. See :func:`prune`.
+- **Pruned:** from adapter to adapter, as ReLoRA (Lialin et al., arXiv 2307.05695), :func:`prune`.
 
 Note [Weight decay]
 SGD's and Adam's L2 decay adds ``decay * f`` to the gradient of f. J+ divides by the factors, so
 where they are small (an adapter's ``up`` starts at zero) that share, lifted as if it were a
 gradient, is amplified without bound: the momentum of a small convolutional network came back 20 to
 9,000 times too large (benchmarks/training/experiments/moments). The share is ``c f`` with c at most
-``decay`` times the average's gain; c is the regression of J+(m) on J+(f) within these limits, which
-is sharp exactly where it matters, and needs no count of steps. It goes on as ``c f'``.
+``decay`` times the average's gain: the regression of J+(m) on J+(f) within these limits, which is
+sharp where it matters and needs no count of steps. It goes on as ``c f'``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
-from dynarank.decompositions import Decomposition, Factors, precise
+from dynarank.decompositions import Factors, precise
 from dynarank.forms import Adapted, Form, FullRank
 from dynarank.layers import WeightSpec
 
-__all__ = ["COUNTERS", "FIRST_MOMENTS", "SECOND_MOMENTS", "Averaging", "Side", "carry", "prune"]
+__all__ = ["Averaging", "GradientSamples", "Side", "carry", "prune"]
 
 # Optimizer state by role: SGD's velocity and Adam's averages; steps are copied, not transformed.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -57,17 +56,11 @@ PRUNED = 0.9
 
 @dataclass(frozen=True)
 class Averaging:
-    """How an optimizer averages, by the options of a group.
+    """How an optimizer averages, by the options of a group."""
 
-    Args:
-        betas: Adam's; None: a velocity, which has no bias correction.
-        decay: L2 weight decay, a part of the gradient; 0 if decoupled.
-        gain: the weight of a constant in the (bias-corrected) first moment.
-    """
-
-    betas: tuple[float, float] | None
-    decay: float
-    gain: float
+    betas: tuple[float, float] | None  # Adam's; None: a velocity, which has no bias correction
+    decay: float  # L2 weight decay, a part of the gradient; 0 if decoupled
+    gain: float  # the weight of a constant in the (bias-corrected) first moment
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> Averaging:
@@ -88,52 +81,57 @@ class Averaging:
         return 1 - self.betas[0] ** steps, 1 - self.betas[1] ** steps
 
 
+class GradientSamples(Protocol):
+    """Gradients kept of weights that are about to change, as a :class:`GradientWindow` does."""
+
+    def of(self, parameters: Sequence[Parameter], /) -> Sequence[Factors]:
+        """The kept gradients of a weight made up of these parameters; none if there are none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Side:
-    """A weight in one form, and the ways between moments of W (canonical) and of its parameters."""
+    """A weight in one form, and the maps between moments of W (canonical) and its parameters'."""
 
-    spec: WeightSpec
     parameters: Factors
-    decomposition: Decomposition | None
     scale: float
+    _pull: Callable[[Factors, Tensor], Factors]
+    _lift: Callable[[Factors, Factors], Tensor]
+    _lift_squares: Callable[[Factors, Factors], Tensor]
 
     @staticmethod
     def of(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Side:
         """The side of these parameters, in their dtype."""
         if isinstance(form, FullRank):
-            return Side(spec, tuple(parameters.values()), None, 1.0)
+
+            def lift(_: Factors, moments: Factors) -> Tensor:
+                return spec.to_canonical(moments[0])
+
+            whole = tuple(parameters.values())
+            return Side(whole, 1.0, lambda _, moment: (spec.from_canonical(moment),), lift, lift)
         scale = form.scale if isinstance(form, Adapted) else 1.0
-        return Side(spec, spec.factors(form, parameters), spec.decomposition(form), scale)
+        d, factors = spec.decomposition(form), spec.factors(form, parameters)
+        return Side(factors, scale, d.pull, d.lift, d.lift_squares)
 
     def to(self, dtype: torch.dtype) -> Side:
         """The same, computing in ``dtype``."""
-        parameters = tuple(p.to(dtype) for p in self.parameters)
-        return Side(self.spec, parameters, self.decomposition, self.scale)
+        return replace(self, parameters=tuple(p.to(dtype) for p in self.parameters))
 
     def pull(self, moment: Tensor) -> Factors:
         """J: a moment of the parameters from one of W."""
-        if self.decomposition is None:
-            return (self.spec.from_canonical(moment),)
-        return self.decomposition.pull(self.parameters, self.scale * moment)
+        return self._pull(self.parameters, self.scale * moment)
 
     def lift(self, moments: Factors) -> Tensor:
         """J+: the least moment of W that pulls to these."""
-        if self.decomposition is None:
-            return self.spec.to_canonical(moments[0])
-        return self.decomposition.lift(self.parameters, moments) / self.scale
+        return self._lift(self.parameters, moments) / self.scale
 
     def pull_squares(self, square: Tensor) -> Factors:
         """Variances of the parameters from those of W, its entries independent."""
-        if self.decomposition is None:
-            return (self.spec.from_canonical(square),)
-        squares = tuple(p.square() for p in self.parameters)
-        return self.decomposition.pull(squares, self.scale**2 * square)
+        return self._pull(tuple(p.square() for p in self.parameters), self.scale**2 * square)
 
     def lift_squares(self, squares: Factors) -> Tensor:
         """An estimate of W's variances from its parameters'."""
-        if self.decomposition is None:
-            return self.spec.to_canonical(squares[0])
-        return self.decomposition.lift_squares(self.parameters, squares) / self.scale**2
+        return self._lift_squares(self.parameters, squares) / self.scale**2
 
 
 def carry(
@@ -143,7 +141,7 @@ def carry(
     averaging: Averaging,
     samples: Sequence[Factors] = (),
 ) -> list[dict[str, Any]]:
-    """The states of the new side's parameters from those of the old one's.
+    """The states of the new side's parameters; empty for one that starts as a new one.
 
     Args:
         old: the side before, in the precision to compute in.
@@ -151,9 +149,6 @@ def carry(
         states: for each old parameter; empty if the optimizer has not stepped on it.
         averaging: the optimizer's.
         samples: gradients of the old parameters, to calibrate the second moments by.
-
-    Returns:
-        For each new parameter; empty if it starts as a new one.
     """
     step = max((s["step"] for s in states if s.get("step") is not None), key=float, default=None)
     one, two = averaging.corrections(step)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import logging
 import math
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 from torch import nn
 
-from dynarank.forms import LowRank, RankLike
-from dynarank.surgery.sites import Site, survey
+from dynarank.forms import LowRank, RankLike, resolve_rank
+from dynarank.surgery.sites import Site
 
 __all__ = ["LayerFilter", "RankMap", "find_sites", "rank_for", "select"]
 
@@ -24,35 +24,34 @@ RankMap: TypeAlias = Mapping[str, RankLike]
 
 
 def select(
-    model: nn.Module, layers: LayerFilter, rank: RankLike | RankMap | None = None,
+    sites: Sequence[Site],
+    layers: LayerFilter,
+    rank: RankLike | RankMap | None = None,
     decomposition: str = "svd",
-) -> list[Site]:  # fmt: skip
-    """The sites that a verb means.
+) -> list[Site]:
+    """The sites that a verb means by its arguments, see :func:`dynarank.factorize`.
 
     Args:
-        model: the model.
-        layers: a filter ``(module, path) -> bool``, or glob patterns of paths: exactly those. None:
-            those that ``rank`` names, if it is a map; else the ranked weights, or, in a model that
-            has none yet, those that ``rank`` makes cheaper (fewer factor entries than weight
-            entries; a weight whose rows are looked up costs nothing and is left as it is).
-        rank: the rank the weights are to get, or one for each pattern of paths.
+        sites: those of the model, from :func:`survey`.
+        layers: which; None: those that ``rank`` names, if it is a map; else the ranked ones, or, in
+            a model that has none yet, those with fewer factor entries than weight entries (but
+            for weights whose rows are looked up, which costs nothing).
+        rank: the rank the weights are to get, if any.
         decomposition: of the factors they are to get.
 
     Raises:
         ValueError: nothing matches, or a weight that matches is refused.
     """
-    sites = survey(model)
-    ranks = rank if isinstance(rank, Mapping) else None
-    if layers is None and ranks is not None:
-        layers = list(ranks)
+    if layers is None and isinstance(rank, Mapping):
+        layers = list(rank)
     matching = _by_default(sites) if layers is None else _matching(sites, layers)
     if refused := [site for site in matching if site.refused]:
         reasons = "; ".join(f"layer {site.path!r}: {site.obstacle}" for site in refused)
         raise ValueError(f"{reasons}. Leave it out with layers=..., or undo what is in the way")
     able = [site for site in matching if site.form is not None]
     if layers is None and not _ranked(able):
-        asked = [] if rank is None or isinstance(rank, Mapping) else [LowRank(rank, decomposition)]
-        able = [site for site in able if any(_cheaper(form, site) for form in asked)]
+        asked = None if rank is None or isinstance(rank, Mapping) else LowRank(rank, decomposition)
+        able = [site for site in able if asked and _cheaper(asked, site)]
     if not able:
         raise ValueError(_nothing(layers, rank, sites))
     if left := [site.path for site in sites if site not in able]:
@@ -60,31 +59,25 @@ def select(
     return able
 
 
-def find_sites(model: nn.Module, paths: Iterable[str]) -> dict[str, Site]:
+def find_sites(model: nn.Module, sites: Sequence[Site], paths: Iterable[str]) -> dict[str, Site]:
     """The sites at these paths; a tied weight, or a shared module's, by any of its paths.
 
     Raises:
         ValueError: a path is not in the model, or what is there cannot change form.
     """
-    sites, modules = survey(model), dict(model.named_modules(remove_duplicate=False))
-    by_place = {place: site for site in sites for place in _places(site)}
+    by_path = {path: site for site in sites for one in site.places for path in _paths(one)}
     found: dict[str, Site] = {}
     for path in paths:
-        site = by_place.get(_place(path, modules, by_place))
-        if site is None:
-            raise ValueError(_missing(path, modules, sites))
-        if site.form is None:
-            raise ValueError(f"layer {path!r} cannot change form: {site.obstacle}")
-        found[path] = site
+        if path not in by_path:
+            raise ValueError(_missing(path, model, sites))
+        if by_path[path].form is None:
+            raise ValueError(f"layer {path!r} cannot change form: {by_path[path].obstacle}")
+        found[path] = by_path[path]
     return found
 
 
 def rank_for(rank: RankLike | RankMap, path: str) -> RankLike:
-    """The rank meant for a path: in a map, that of the first pattern that matches.
-
-    Raises:
-        ValueError: the map has no pattern for the path.
-    """
+    """The rank meant for a path: in a map, that of the first pattern that matches."""
     if not isinstance(rank, Mapping):
         return rank
     for pattern, value in rank.items():
@@ -93,78 +86,61 @@ def rank_for(rank: RankLike | RankMap, path: str) -> RankLike:
     raise ValueError(f"rank names no rank for layer {path!r}; it has: {', '.join(rank)}")
 
 
-def _by_default(sites: list[Site]) -> list[Site]:
-    return _ranked(sites) or [site for site in sites if not _looked_up(site)]
+def _by_default(sites: Sequence[Site]) -> list[Site]:
+    multiplied = [site for site in sites if not any(one.spec.lookup for one in site.places)]
+    return _ranked(sites) or multiplied
 
 
-def _ranked(sites: list[Site]) -> list[Site]:
+def _ranked(sites: Sequence[Site]) -> list[Site]:
     return [site for site in sites if site.last_factored_form is not None]
 
 
-def _looked_up(site: Site) -> bool:
-    return any(one.weight is not None and one.weight.lookup for one in (site, *site.tied))
-
-
 def _cheaper(form: LowRank, site: Site) -> bool:
-    spec = site.spec
+    decomposition = site.spec.decomposition(form)  # an unknown one is an error
     try:
-        resolved = spec.resolve(form)
-    except ValueError as error:
-        if "unknown decomposition" in str(error):
-            raise
+        rank = resolve_rank(form.rank, site.spec.unit_shape, decomposition.limit(site.shape))
+    except ValueError:
         return False  # above this weight's limit, so not cheaper than the weight
-    assert isinstance(resolved, LowRank)
-    factors = sum(math.prod(shape) for shape in spec.factor_shapes(resolved))
-    return factors < math.prod(spec.shape)
+    return sum(map(math.prod, decomposition.shapes(site.shape, rank))) < math.prod(site.shape)
 
 
-def _matching(sites: list[Site], layers: _Filter | str | Sequence[str]) -> list[Site]:
-    if callable(layers):
-        return [s for s in sites if any(layers(one.module, one.path) for one in (s, *s.tied))]
+def _matching(sites: Sequence[Site], layers: _Filter | str | Sequence[str]) -> list[Site]:
     patterns = [layers] if isinstance(layers, str) else layers
-    return [
-        site
-        for site in sites
-        if any(fnmatchcase(one.path, p) for one in (site, *site.tied) for p in patterns)
-    ]
+
+    def matches(site: Site) -> bool:
+        if callable(patterns):
+            return patterns(site.module, site.path)
+        return any(fnmatchcase(site.path, pattern) for pattern in patterns)
+
+    return [site for site in sites if any(map(matches, site.places))]
 
 
-def _nothing(layers: LayerFilter, rank: RankLike | RankMap | None, sites: list[Site]) -> str:
+def _nothing(layers: LayerFilter, rank: RankLike | RankMap | None, sites: Sequence[Site]) -> str:
     listed = ", ".join(f"{site.path!r} ({site.obstacle or site.form})" for site in sites[:20])
     if layers is not None:
         asked = "the filter" if callable(layers) else repr(layers)
-        return f"{asked} matches no layer that can change form; the model has: {listed or 'none'}"
-    if rank is None:
-        return (
-            f"the model has no ranked layer yet; name the layers by layers=... (it has: {listed})"
+        why = f"{asked} matches no layer that can change form"
+    elif rank is None:
+        why = "the model has no ranked layer yet; name the layers by layers=..."
+    else:
+        why = (
+            f"rank {rank} makes no layer of the model cheaper (each has a limit of min(m, n) and "
+            "breaks even at mn / (m + n)); lower the rank, or insist with layers='*'"
         )
-    return (
-        f"rank {rank} makes no layer of the model cheaper (each has a limit of min(m, n) and "
-        f"breaks even at mn / (m + n)); lower the rank, or insist with layers='*' "
-        f"(the model has: {listed or 'no weights'})"
-    )
+    return f"{why}; the model has: {listed or 'no weights'}"
 
 
-_Place: TypeAlias = tuple[int, str]
+def _paths(site: Site) -> list[str]:
+    """All that a site is found by: with the weight's name, and without if it is ``weight``."""
+    name = site.spec.name
+    named = [f"{path}.{name}".lstrip(".") for path in site.module_paths]
+    return [*named, *site.module_paths] if name == "weight" else named
 
 
-def _places(site: Site) -> list[_Place]:
-    """Where a site is: each module of it, and the weight's name there."""
-    return [
-        (id(one.module), one.weight.name if one.weight else "weight") for one in (site, *site.tied)
-    ]
-
-
-def _place(path: str, modules: Mapping[str, nn.Module], places: Container[_Place]) -> _Place:
-    parent, _, name = path.rpartition(".")
-    inner = (id(modules.get(parent)), name)
-    return inner if inner in places else (id(modules.get(path)), "weight")
-
-
-def _missing(path: str, modules: Mapping[str, nn.Module], sites: Sequence[Site]) -> str:
-    inside = [site.path for site in sites if site.module is modules.get(path)]
-    if inside:
+def _missing(path: str, model: nn.Module, sites: Sequence[Site]) -> str:
+    if inside := [site.path for site in sites if path in site.module_paths]:
         return f"layer {path!r} has several weights: name one of {', '.join(map(repr, inside))}"
+    modules = [name for name, _ in model.named_modules(remove_duplicate=False)]
     if path in modules:
         return f"layer {path!r} cannot change form: it owns no weight"
     known = [name for name in (*modules, *(site.path for site in sites)) if name]

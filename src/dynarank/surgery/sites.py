@@ -18,27 +18,21 @@ from dynarank.decompositions import Factors
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class, readers
 
-__all__ = [
-    "Site",
-    "check_unwrapped",
-    "current_plan",
-    "survey",
-]
+__all__ = ["Site", "check_unwrapped", "current_plan", "survey"]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
-
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+_UNKNOWN = WeightSpec("weight", ())
 
 
 @dataclass(frozen=True)
 class Site:
-    """A weight of a module.
+    """A weight of a module: where it is, its form, or why it cannot change form.
 
     Args:
-        path: the module's path in the model (the first one, if it is shared by several parents);
-            with the weight's name behind it, unless that is ``weight``.
-        module: the module.
-        weight: what the weight is; None if the module is of a kind that is not handled.
+        module: the module that owns the weight.
+        module_paths: the module's paths in the model, several if it has several parents.
+        spec: what the weight is; without a shape if the module is of a kind that is not handled.
         form: the form it has; None if it cannot change form.
         obstacle: why it cannot; empty if it can.
         refused: True if it is of a kind that could, but is wrapped or tied so that it would be
@@ -47,9 +41,9 @@ class Site:
         reader: the parent, if its forward pass reads the weight instead of calling the module.
     """
 
-    path: str
     module: nn.Module
-    weight: WeightSpec | None
+    module_paths: tuple[str, ...]
+    spec: WeightSpec
     form: Form | None
     obstacle: str = ""
     refused: bool = False
@@ -57,10 +51,15 @@ class Site:
     reader: nn.Module | None = None
 
     @property
-    def spec(self) -> WeightSpec:
-        """The weight, of a site that is handled."""
-        assert self.weight is not None, self.path
-        return self.weight
+    def path(self) -> str:
+        """The module's first path, with the weight's name behind it unless that is ``weight``."""
+        name = self.spec.name
+        return self.module_path if name == "weight" else _join(self.module_path, name)
+
+    @property
+    def module_path(self) -> str:
+        """The module's first path."""
+        return self.module_paths[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,27 +67,25 @@ class Site:
         return self.spec.shape
 
     @property
-    def module_path(self) -> str:
-        """The module's own path."""
-        name = self.weight.name if self.weight else "weight"
-        return self.path if name == "weight" else self.path.removesuffix(name).removesuffix(".")
+    def places(self) -> tuple[Site, ...]:
+        """This site and those tied to it."""
+        return self, *self.tied
 
     @property
     def last_factored_form(self) -> LowRank | Adapted | None:
         """The last form with factors that the weight had, if any."""
-        module = self.module
-        return (
-            module.last_factored_forms.get(self.spec.name)
-            if isinstance(module, RankedLayer)
-            else None
-        )
+        known = self.module.last_factored_forms if isinstance(self.module, RankedLayer) else {}
+        return known.get(self.spec.name)
 
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that make up the weight in its form, by their names in the module."""
         assert self.form is not None
-        own = own_parameters(self.module)
-        found = {name: own[name] for name in self.spec.parameter_names(self.form)}
-        return {name: p for name, p in found.items() if p is not None}
+        own, names = own_parameters(self.module), self.spec.parameter_names(self.form)
+        return {name: p for name in names if (p := own[name]) is not None}
+
+    def trained(self) -> list[Parameter]:
+        """The parameters that train in this form: all but the base of an adapted one."""
+        return [p for name, p in self.parameters().items() if not self.spec.is_base(name)]
 
     def factors(self) -> Factors:
         """The factors, in the order the input meets them; none if full-rank."""
@@ -111,15 +108,20 @@ def survey(model: nn.Module) -> list[Site]:
         >>> [(site.path, site.obstacle) for site in survey(nn.Sequential(nn.Linear(4, 2)))]
         [('0', '')]
     """
-    modules = [(path, m) for path, m in model.named_modules() if not _inside(m)]
+    modules: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if not isinstance(module, ParametrizationList):
+            modules.setdefault(module, []).append(path)
     owners: _Owners = {}
-    for path, module in modules:
-        for name, parameter in _parameters(module):
-            owners.setdefault(_identity(parameter), []).append(f"{path}.{name}".lstrip("."))
-    found = [site for path, m in modules if _owns_weight(m) for site in _sites(path, m)]
-    parents = readers(model)
-    found = [replace(site, reader=parents.get(site.module)) for site in found]
-    return _tie([_checked(site) for site in found], owners)
+    for module, paths in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not is_lazy(parameter):
+                owners.setdefault(_identity(parameter), []).append(_join(paths[0], name))
+    parents, together = readers(model), dict[object, list[Site]]()
+    for module, paths in modules.items():
+        for site in _sites(module, tuple(paths), parents.get(module)):
+            together.setdefault(_tie_key(site), []).append(site)
+    return [one for group in together.values() for one in _tied(group, owners)]
 
 
 def current_plan(model: nn.Module) -> dict[str, Form]:
@@ -147,48 +149,40 @@ def check_unwrapped(model: nn.Module) -> None:
                 )
 
 
+# The paths of the modules' parameters, by the parameters' identity.
 _Owners: TypeAlias = dict[object, list[str]]
 
 
-def _sites(path: str, module: nn.Module) -> list[Site]:
-    """The weights of one module, before they are looked at."""
+def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) -> list[Site]:
+    """The weights of one module."""
     kind = type_before_parametrizations(module)
-    ranked = ranked_class(kind)
-    if any(is_lazy(p) for p in module.parameters(recurse=False)):
-        return [Site(path, module, None, None, "it is lazy: it has no shape before its first use")]
+    ranked, own = ranked_class(kind), list(module.parameters(recurse=False))
     if kind.__module__.startswith(_QUANTIZED):
-        return [Site(path, module, None, None, "its weight is quantized", refused=True)]
+        quantized = Site(module, paths, _UNKNOWN, None, "its weight is quantized", refused=True)
+        return [quantized] if hasattr(module, "weight") else []
+    if any(map(is_lazy, own)):
+        reason = "it is lazy: it has no shape before its first use"
+        return [Site(module, paths, _UNKNOWN, None, reason)]
+    if not any(p.ndim > 1 for p in own) and not (ranked and is_parametrized(module)):
+        return []
     if ranked is None:
-        return [Site(path, module, None, None, f"{kind.__name__} layers are not handled")]
+        return [Site(module, paths, _UNKNOWN, None, f"{kind.__name__} layers are not handled")]
     forms = module.forms if isinstance(module, RankedLayer) else {}
-    unsupported = ranked.unsupported_reason(module)
-    return [
-        Site(
-            path if spec.name == "weight" else f"{path}.{spec.name}".lstrip("."),
-            module,
-            spec,
-            None if unsupported else forms.get(spec.name, FullRank()),
-            unsupported,
-            bool(unsupported),
-        )
-        for spec in ranked.specs(module)
-    ]
+    found: list[Site] = []
+    for spec in ranked.specs(module):
+        form = forms.get(spec.name, FullRank())
+        reason = ranked.unsupported_reason(module) or _obstacle(module, spec, form)
+        form = None if reason else form
+        found.append(Site(module, paths, spec, form, reason, bool(reason), reader=reader))
+    return found
 
 
-def _checked(site: Site) -> Site:
-    """The site, refused if its weight would be handled wrongly."""
-    if site.form is None:
-        return site
-    obstacle = _obstacle(site)
-    return replace(site, form=None, obstacle=obstacle, refused=True) if obstacle else site
-
-
-def _obstacle(site: Site) -> str:
-    own = own_parameters(site.module)
-    assert site.form is not None
-    if is_parametrized(site.module):
+def _obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
+    """Why a weight would be handled wrongly; empty if it would not."""
+    own = own_parameters(module)
+    if is_parametrized(module):
         return "it is wrapped by torch.nn.utils.parametrize, which owns its weight"
-    for name in site.spec.parameter_names(site.form):
+    for name in spec.parameter_names(form):
         p = own.get(name)
         if p is None:
             listed = ", ".join(name for name, p in own.items() if p is not None)
@@ -200,36 +194,25 @@ def _obstacle(site: Site) -> str:
     return ""
 
 
-def _tie(sites: list[Site], owners: _Owners) -> list[Site]:
-    """One site for each set of equal places; refused where a weight is shared in other ways."""
-    together: dict[object, list[Site]] = {}
-    for site in sites:
-        together.setdefault(_tie_key(site), []).append(site)
-    return [one for group in together.values() for one in _tied(group, owners)]
-
-
-def _tied(group: list[Site], owners: _Owners) -> list[Site]:
-    first, *others = group
-    if first.form is None:
-        return group
-    covered = {f"{site.module_path}.{n}".lstrip(".") for site in group for n in site.parameters()}
-    for name, p in first.parameters().items():
-        if foreign := [o for o in owners[_identity(p)] if o not in covered]:
-            obstacle = f"its {name} is tied to {', '.join(foreign)}"
-            return [replace(s, form=None, obstacle=obstacle, refused=True) for s in group]
-    return [replace(first, tied=tuple(others))]
-
-
 def _tie_key(site: Site) -> object:
     """Equal for weights that are the same objects and mean the same wherever they are."""
     if site.form is None:
-        return id(site)
+        return object()
     meaning = replace(site.spec, lookup=False), site.form
     return tuple(id(p) for p in site.parameters().values()), meaning
 
 
-def _parameters(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, p) for name, p in module.named_parameters(recurse=False) if not is_lazy(p)]
+def _tied(group: list[Site], owners: _Owners) -> list[Site]:
+    """One site for all places of a weight; all refused if it is shared in another way too."""
+    first, *others = group
+    if first.form is None:
+        return group
+    covered = {_join(site.module_path, name) for site in group for name in site.parameters()}
+    for name, p in first.parameters().items():
+        if foreign := [owner for owner in owners[_identity(p)] if owner not in covered]:
+            obstacle = f"its {name} is tied to {', '.join(foreign)}"
+            return [replace(s, form=None, obstacle=obstacle, refused=True) for s in group]
+    return [replace(first, tied=tuple(others))]
 
 
 def _identity(parameter: Tensor) -> object:
@@ -242,14 +225,5 @@ def _identity(parameter: Tensor) -> object:
     return ("memory", pointer) if pointer else id(parameter)
 
 
-def _inside(module: nn.Module) -> bool:
-    return isinstance(module, ParametrizationList)
-
-
-def _owns_weight(module: nn.Module) -> bool:
-    kind = type_before_parametrizations(module)
-    if kind.__module__.startswith(_QUANTIZED):
-        return hasattr(module, "weight")
-    wrapped = is_parametrized(module) and ranked_class(kind) is not None
-    own = list(module.parameters(recurse=False))
-    return wrapped or any(is_lazy(parameter) or parameter.ndim > 1 for parameter in own)
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name

@@ -1,8 +1,9 @@
 """The verbs: bring a model to a plan, with its optimizer, all or nothing.
 
-A change of plan is one transaction: find the layers, prepare every new weight beside the model,
-verify it, prepare the optimizer's groups and states, commit by moving references, check. An
-exception anywhere leaves model and optimizer exactly as they were.
+Each surveys the model once, says which weight gets which form (:func:`differences`), and leaves
+the rest to one transaction (:func:`change_forms`): prepare each new weight beside the model, verify
+it, prepare the optimizer's groups and states, commit by moving references, check. An exception
+anywhere leaves model and optimizer exactly as they were.
 
 Call the verbs between ``optimizer.step()`` and the next forward pass: gradients of the layers that
 change are dropped with their parameters.
@@ -10,13 +11,16 @@ change are dropped with their parameters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import (
     Adapted,
     AdaptedExecution,
@@ -29,13 +33,12 @@ from dynarank.forms import (
     same_weight,
 )
 from dynarank.layers import RankedLayer
-from dynarank.monitors.calibration import Calibration
 from dynarank.surgery.edit import Edit, prepare_edit
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, prepare_optimizer_edit
 from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
 from dynarank.surgery.sites import Site, check_unwrapped, survey
 
-__all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge", "truncates"]
+__all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -46,7 +49,7 @@ def apply_plan(
     *,
     optimizer: Optimizers = None,
     moments: Moments = "project",
-    calibration: Calibration | None = None,
+    calibration: Mapping[str, ActivationStats] | None = None,
 ) -> list[Change]:
     """Bring ``model`` to ``plan``, in place; the layers the plan does not name stay as they are.
 
@@ -79,26 +82,7 @@ def apply_plan(
         >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
         ['2']
     """
-    _check_plan(plan)
-    check_unwrapped(model)
-    optimizers = as_list(optimizer)
-    with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits = [
-            prepare_edit(site, after, calibration and calibration.get(site.path))
-            for site, after in _differences(model, plan)
-        ]
-        transport = prepare_optimizer_edit(edits, optimizers, moments)
-    try:
-        for edit in edits:
-            edit.commit()
-        transport.commit()
-        _check(edits, optimizers)
-    except BaseException:
-        transport.undo()
-        for edit in reversed(edits):
-            edit.undo()
-        raise
-    return [edit.change for edit in edits]
+    return change_forms(differences(model, plan), optimizer, moments, calibration)
 
 
 def factorize(
@@ -109,9 +93,9 @@ def factorize(
     decomposition: str = "svd",
     optimizer: Optimizers = None,
     moments: Moments = "project",
-    calibration: Calibration | None = None,
+    calibration: Mapping[str, ActivationStats] | None = None,
 ) -> _Model:
-    """Bring layers to ``LowRank(rank)``: ``W -> join(split(W, rank))``.
+    """Bring layers to ``LowRank(rank)``: ``W -> join(split(W, rank))``; returns the model.
 
     Args:
         model: changed in place.
@@ -124,9 +108,6 @@ def factorize(
         moments: see :func:`apply_plan`.
         calibration: see :func:`apply_plan`.
 
-    Returns:
-        ``model`` itself.
-
     Raises:
         ValueError: as :func:`apply_plan`; or no layer is selected, or one that is cannot be handled
             rightly (parametrized, tied).
@@ -135,9 +116,9 @@ def factorize(
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
         torch.Size([8, 2])
     """
-    sites = select(model, layers, rank, decomposition)
+    sites = select(_sites(model), layers, rank, decomposition)
     plan = {s.path: LowRank(rank_for(rank, s.path), decomposition) for s in sites}
-    apply_plan(model, plan, optimizer=optimizer, moments=moments, calibration=calibration)
+    change_forms(differences(model, plan, sites), optimizer, moments, calibration)
     return model
 
 
@@ -156,8 +137,9 @@ def inflate(
         >>> inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0].weight.shape
         torch.Size([8, 8])
     """
-    plan = {site.path: FullRank() for site in select(model, layers)}
-    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    sites = select(_sites(model), layers)
+    plan = {site.path: FullRank() for site in sites}
+    change_forms(differences(model, plan, sites), optimizer, moments)
     return model
 
 
@@ -172,9 +154,9 @@ def deflate(
     execution: AdaptedExecution = "auto",
     optimizer: Optimizers = None,
     moments: Moments = "project",
-    calibration: Calibration | None = None,
+    calibration: Mapping[str, ActivationStats] | None = None,
 ) -> _Model:
-    """Bring layers down from full rank, by one of two endings.
+    """Bring layers down from full rank, by one of two endings; returns the model.
 
     ``to="adapted"``: freeze W and add a zero-output adapter; the function is unchanged and the cost
     of a step hardly falls. ``to="low-rank"``: truncate; the function changes by the energy cut off
@@ -192,9 +174,6 @@ def deflate(
         moments: see :func:`apply_plan`.
         calibration: see :func:`apply_plan`; of use with ``to="low-rank"`` only.
 
-    Returns:
-        ``model`` itself.
-
     Raises:
         ValueError: as :func:`factorize`; or ``rank`` is None and a layer never had factors.
 
@@ -207,14 +186,19 @@ def deflate(
         raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
 
     def form(site: Site) -> Form:
-        asked = _home_rank(site) if rank is None else rank_for(rank, site.path)
-        name = decomposition or (
-            site.last_factored_form.decomposition if site.last_factored_form else "svd"
-        )
+        last = site.last_factored_form
+        if rank is not None:
+            asked = rank_for(rank, site.path)
+        elif last is not None:
+            asked = last.rank
+        else:
+            raise ValueError(f"layer {site.path!r} never had factors to return to; give rank=")
+        name = decomposition or (last.decomposition if last else "svd")
         return LowRank(asked, name) if to == "low-rank" else Adapted(asked, name, alpha, execution)
 
-    plan = {site.path: form(site) for site in select(model, layers, rank, decomposition or "svd")}
-    apply_plan(model, plan, optimizer=optimizer, moments=moments, calibration=calibration)
+    sites = select(_sites(model), layers, rank, decomposition or "svd")
+    plan = {site.path: form(site) for site in sites}
+    change_forms(differences(model, plan, sites), optimizer, moments, calibration)
     return model
 
 
@@ -227,34 +211,30 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
-    ranked = {s.path: s for s in survey(model) if isinstance(s.module, RankedLayer)}
-    plan = dict.fromkeys(ranked, FullRank())
-    apply_plan(model, plan, optimizer=optimizer, moments=moments)
+    sites = _sites(model)
+    plan = {site.path: FullRank() for site in sites if isinstance(site.module, RankedLayer)}
+    change_forms(differences(model, plan, sites), optimizer, moments)
     for module in model.modules():
         if isinstance(module, RankedLayer):
             module.to_plain()
     return model
 
 
-def truncates(model: nn.Module, plan: Plan) -> bool:
-    """Whether bringing the model to the plan decomposes a weight: what a calibration is for.
+def differences(
+    model: nn.Module, plan: Plan, sites: Sequence[Site] | None = None
+) -> list[tuple[Site, Form]]:
+    """The weights whose form differs from the plan's, and that form, resolved.
 
-    Example:
-        >>> model = nn.Sequential(nn.Linear(8, 8))
-        >>> truncates(model, {"0": LowRank(2)}), truncates(model, {"0": Adapted(2)})
-        (True, False)
+    The sites are those that the plan names, if they are known, else surveyed. Errors are those of
+    :func:`apply_plan`.
     """
-    return any(
-        isinstance(after, LowRank) and site.form is not None and not same_weight(site.form, after)
-        for site, after in _differences(model, plan)
-    )
-
-
-def _differences(model: nn.Module, plan: Plan) -> list[tuple[Site, Form]]:
-    """The weights whose form differs from the plan's, and the form resolved."""
+    for path, form in plan.items():
+        if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
+    sites = _sites(model) if sites is None else sites
     named: dict[int, tuple[str, Form]] = {}
-    differences: list[tuple[Site, Form]] = []
-    for path, site in find_sites(model, plan).items():
+    wanted: list[tuple[Site, Form]] = []
+    for path, site in find_sites(model, sites, plan).items():
         try:
             after = site.spec.resolve(plan[path])
         except ValueError as error:
@@ -263,33 +243,53 @@ def _differences(model: nn.Module, plan: Plan) -> list[tuple[Site, Form]]:
         if form != after:
             raise ValueError(f"{other!r} and {path!r} are one weight with two forms")
         if after != site.form and other == path:
-            differences.append((site, after))
-    return differences
+            wanted.append((site, after))
+    return wanted
 
 
-def _home_rank(site: Site) -> RankLike:
-    if site.last_factored_form is not None:
-        return site.last_factored_form.rank
-    raise ValueError(f"layer {site.path!r} never had factors, so no rank to return to; give rank=")
+def truncates(wanted: Sequence[tuple[Site, Form]]) -> bool:
+    """Whether one of these changes decomposes a weight: what a calibration is for."""
+    return any(
+        isinstance(after, LowRank) and site.form is not None and not same_weight(site.form, after)
+        for site, after in wanted
+    )
 
 
-def _check_plan(plan: Plan) -> None:
-    for path, form in plan.items():
-        if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
+def change_forms(
+    wanted: Sequence[tuple[Site, Form]],
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+    calibration: Mapping[str, ActivationStats] | None = None,
+) -> list[Change]:
+    """Give weights the forms that :func:`differences` found; else as :func:`apply_plan`."""
+    optimizers = as_list(optimizer)
+    with torch.inference_mode(False):  # parameters made in inference mode could never train
+        known = calibration or {}
+        edits = [prepare_edit(site, after, known.get(site.path)) for site, after in wanted]
+        optimizer_edit = prepare_optimizer_edit(edits, optimizers, moments)
+    with ExitStack() as undo:
+        for edit in edits:
+            edit.commit(undo)
+        optimizer_edit.commit(undo)
+        _check(edits, optimizers)
+        undo.pop_all()  # nothing is to be taken back
+    return [edit.change for edit in edits]
+
+
+def _sites(model: nn.Module) -> list[Site]:
+    """The model's weights, if its forms may change at all."""
+    check_unwrapped(model)
+    return survey(model)
 
 
 def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
     """The invariants of a change: each trainable parameter in exactly one group, none left over."""
-    if not optimizers:
-        return
-    held = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
-    for edit in edits:
+    held = Counter(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
+    for edit in edits if optimizers else ():
         for name, p in edit.new.items():
-            count = held.count(id(p))
-            trains = not edit.site.spec.is_base(name)
-            assert count == trains or (count == 0 and not p.requires_grad), edit.path
-        assert not {id(p) for p in edit.old.values()} & set(held), edit.path
+            count, trains = held[id(p)], not edit.site.spec.is_base(name)
+            assert count == trains or (count == 0 and not p.requires_grad), edit.site.path
+        assert not any(held[id(p)] for p in edit.old.values()), edit.site.path
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):

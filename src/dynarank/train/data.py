@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dynarank.extras import import_extra
+from dynarank.sinks.extras import import_extra
 from dynarank.train.cifar_files import CIFAR10, CIFAR100
 from dynarank.train.idx_files import FASHION_MNIST
 from dynarank.train.image_files import ImageFiles, RawImages, read_files, read_hub

@@ -25,7 +25,7 @@ from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.timelines import timeline
 from dynarank.surgery.selection import select
-from dynarank.surgery.sites import current_plan
+from dynarank.surgery.sites import current_plan, survey
 from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
@@ -131,7 +131,7 @@ class Trainer:
         recipe = self.recipe
         self.optimizer = make_optimizer(recipe, self.model)
         self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, self.total_steps)
-        layers = [site.path for site in select(self.model, recipe.layers)]
+        layers = [site.path for site in select(survey(self.model), recipe.layers)]
         self.use = trace(self.model, self.task.sample())
         schedule = make_schedule(
             recipe, name, self.model, self.task.sample(), self.total_steps, self.optimizer
@@ -155,8 +155,8 @@ class Trainer:
 
     def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
         """What the schedule or the recipe wants done after a change."""
-        rewarm = self.recipe.rewarm if schedule.rewarm is None else schedule.rewarm
-        callbacks: list[Callback] = [LRRewarmup(rewarm)]
+        rewarmup = self.recipe.rewarmup if schedule.rewarmup is None else schedule.rewarmup
+        callbacks: list[Callback] = [LRRewarmup(rewarmup)]
         if self.recipe.recalibrate_batch_norms:
             callbacks.append(BatchNormRecalibration(self._inputs))
         return callbacks

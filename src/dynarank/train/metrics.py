@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dynarank.extras import import_extra
+from dynarank.sinks.extras import import_extra
 
 __all__ = [
     "accuracy",

@@ -10,6 +10,7 @@ from dynarank.monitors.spectral import SpectralMonitor
 from dynarank.records import HeatmapRecord, LayerSpectrum, Record, SpectrumRecord
 from dynarank.schedules.readings import SpectralReading
 from dynarank.surgery.selection import select
+from dynarank.surgery.sites import survey
 from dynarank.train.loop import Trainer
 
 __all__ = ["RankMetricsRecorder", "evenly"]
@@ -42,7 +43,7 @@ class RankMetricsRecorder:
         """Record the weights after this many epochs."""
         self._write(self.monitor.read())
         if epoch in self._picture_epochs:
-            sites = select(self.trainer.model, lambda module, path: path in self._pictured)
+            sites = select(survey(self.trainer.model), lambda module, path: path in self._pictured)
             pictures = {site.path: _short(heatmap(site.effective())) for site in sites}
             done, step = self.trainer.epochs_done, self.trainer.done
             self.write(HeatmapRecord(epoch=done, step=step, layers=pictures))

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
-from dynarank.extras import import_extra
+from dynarank.sinks.extras import import_extra
 
 __all__ = ["DataError", "hub_splits"]
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynarank.extras import import_extra
+from dynarank.sinks.extras import import_extra
 from dynarank.train.sentences import Sentences
 from dynarank.train.sources import DataError
 

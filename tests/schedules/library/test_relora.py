@@ -22,7 +22,7 @@ def test_the_published_twenty_thousand_steps_by_hand() -> None:
         *(Adapted(128, alpha=32.0, restart=n) for n in (1, 2)),
     ]
     assert adapter.scale == 0.25
-    assert relora().rewarm == 100
+    assert relora().rewarmup == 100
 
 
 def test_a_trace_in_steps_by_hand() -> None:
@@ -50,8 +50,8 @@ def test_without_a_warm_start_the_first_adapter_begins_at_once() -> None:
 
 
 def test_it_recommends_the_methods_other_two_parts() -> None:
-    assert (relora().moments, relora().rewarm) == ("prune", 100)
-    assert (low_rank().moments, low_rank().rewarm) == (None, None)
+    assert (relora().moments, relora().rewarmup) == ("prune", 100)
+    assert (low_rank().moments, low_rank().rewarmup) == (None, None)
 
 
 def test_the_preset_uses_what_it_knows() -> None:
@@ -67,7 +67,7 @@ def test_the_preset_uses_what_it_knows() -> None:
         ({"every": -0.1}, "every=-0.1"),
         ({"warm_start": 1.5}, r"1\.5"),
         ({"warm_start": -1}, "-1"),
-        ({"rewarm": -1}, "rewarm"),
+        ({"rewarmup": -1}, "rewarmup"),
         ({"alpha": 0.0}, "alpha"),
     ],
 )

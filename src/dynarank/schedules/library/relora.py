@@ -1,4 +1,4 @@
-"""ReLoRA: an adapter that is merged into its weight and restarted, again and again."""
+"""ReLoRA: an adapter that is repeatedly merged into its weight and restarted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ReLoRA(RankSchedule):
 
     From ``warm_start`` on, ``restart = floor((step - warm_start) / every)``. The method's other two
     parts are the rank scheduler's: ``RankScheduler(..., moments=schedule.moments,
-    callbacks=[LRRewarmup(schedule.rewarm)])``.
+    callbacks=[LRRewarmup(schedule.rewarmup)])``.
 
     Args:
         rank: of the adapters.
@@ -26,12 +26,12 @@ class ReLoRA(RankSchedule):
             0 for none.
         every: how long an adapter lasts, likewise.
         alpha: the adapter's scale is ``alpha / rank``.
-        rewarm: over how many steps the learning rate should come back after a restart.
+        rewarmup: over how many steps the learning rate should come back after a restart.
         decomposition: the decomposition's name.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
     Raises:
-        ValueError: a time out of range, ``rewarm`` below 0, an impossible rank.
+        ValueError: a time out of range, ``rewarmup`` below 0, an impossible rank.
 
     Example:
         >>> schedule = ReLoRA(4, warm_start=5000, every=5000)
@@ -48,7 +48,7 @@ class ReLoRA(RankSchedule):
     warm_start: When = 0.25
     every: When = 0.25
     alpha: float = 32.0
-    rewarm: int | None = 100
+    rewarmup: int | None = 100
     decomposition: str = "svd"
     execution: AdaptedExecution = "auto"
 
@@ -63,8 +63,8 @@ class ReLoRA(RankSchedule):
                 "an adapter lasts at least one step (int) or a share of the run (float in (0, 1]), "
                 f"got every={self.every!r}"
             )
-        if self.rewarm is not None and self.rewarm < 0:
-            raise ValueError(f"rewarm is a number of steps, 0 or more, got {self.rewarm!r}")
+        if self.rewarmup is not None and self.rewarmup < 0:
+            raise ValueError(f"rewarmup is a number of steps, 0 or more, got {self.rewarmup!r}")
 
     @cached_property
     def form(self) -> Adapted:

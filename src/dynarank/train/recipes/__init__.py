@@ -33,9 +33,10 @@ class Recipe(BaseModel):
     keeps them at the same share of it, to the step: it is the same experiment, scaled down. Where
     ``inflate`` or ``deflate`` is not given, the schedule finds it from the learning rate.
 
-    ``budget``, a share of full-rank training's FLOPs, has dynamic rank find its rank, ending and
-    transition points, see :func:`dynarank.train.schedules.make_schedule`. ``rewarm`` is a number of
-    optimizer steps after each change of form; ``recalibrate_batch_norms`` is about truncations.
+    ``budget`` is a share of the full-rank training FLOPs, to which dynamic rank is fitted, see
+    :func:`dynarank.train.schedules.make_schedule`. ``rewarmup`` is the number of LR re-warm-up
+    steps after each change of form; ``recalibrate_batch_norms`` turns on BatchNorm recalibration
+    after truncations.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
     :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
@@ -79,7 +80,7 @@ class Recipe(BaseModel):
     execution: AdaptedExecution = "auto"
     budget: float | None = Field(default=None, gt=0)
     moments: Literal["project", "calibrated", "reset", "prune"] = "project"
-    rewarm: int = Field(default=0, ge=0)
+    rewarmup: int = Field(default=0, ge=0)
     recalibrate_batch_norms: bool = True
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 

@@ -1,4 +1,4 @@
-"""The sites of a model as they are now, looked up anew only when a form has changed."""
+"""The current sites of a model, surveyed again only after a form has changed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LiveSites:
         """The sites; the parameters are read from the modules when a site is asked for them."""
         if not self._seen or any(_forms(module) is not forms for module, forms in self._seen):
             sites = survey(self._model)
-            chosen = sites if self._layers is None else select(self._model, self._layers)
+            chosen = sites if self._layers is None else select(sites, self._layers)
             self._sites = [site for site in chosen if site.form is not None]
             self._seen = [(site.module, _forms(site.module)) for site in sites]
         return self._sites

@@ -27,7 +27,7 @@ def import_extra(module: str, extra: str, user: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
+        package = (error.name or module).partition(".")[0]
         raise ImportError(
             f"{user} needs `{package}`, which is not installed: pip install 'dynarank[{extra}]'"
         ) from error
