@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import form_from_data, form_to_data
+from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import survey
 from dynarank.surgery.verbs import apply_plan
