@@ -243,8 +243,7 @@ def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None)
 
 def _check_execution(execution: str, known: Sequence[str]) -> None:
     if execution not in known:
-        listed = ", ".join(map(repr, known))
-        raise ValueError(f"execution is one of {listed}, got {execution!r}")
+        raise ValueError(f"execution is one of {', '.join(map(repr, known))}, got {execution!r}")
 
 
 def _plain_rank(rank: object) -> RankLike:

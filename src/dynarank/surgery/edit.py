@@ -122,10 +122,7 @@ def _replace(
 def _values(
     site: Site, weight: Tensor, after: Form, activity: ActivationStats | None
 ) -> tuple[Factors, Tensor | None]:
-    """The new parameters' values, base first, and the change of the bias.
-
-    ``weight`` is canonical, in fp64.
-    """
+    """New values, base first, and the change of the bias; ``weight`` is canonical, in fp64."""
     old, before, spec = next(iter(site.parameters().values())), site.form, site.spec
     if isinstance(after, FullRank):
         return (spec.from_canonical(weight),), None

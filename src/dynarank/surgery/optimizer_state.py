@@ -1,7 +1,6 @@
 """What a change of form does to the optimizer: its groups, and the states of the changed weights.
 
-All of it is computed first, then committed by moving references. For the moments themselves see
-:mod:`dynarank.surgery.moments`.
+All of it is computed first (the moments in :mod:`dynarank.surgery.moments`), then written.
 """
 
 from __future__ import annotations
@@ -73,8 +72,7 @@ def new_contents(
     for optimizer in optimizers:
         mine = [edit for edit, owner in owners if owner is optimizer]
         contents += _regroup(optimizer, mine)
-        old = {p for edit in mine for p in edit.old.values() if p in optimizer.state}
-        if old:
+        if old := {p for edit in mine for p in edit.old.values() if p in optimizer.state}:
             kept = {p: state for p, state in optimizer.state.items() if p not in old}
             moved = [pair for edit in mine for pair in _states(optimizer, edit, moments)]
             contents.append((optimizer.state, {**kept, **dict(moved)}))

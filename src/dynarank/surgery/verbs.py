@@ -1,4 +1,4 @@
-"""The functions that change a model's forms: bring it to a plan, optimizer included, or fail whole.
+"""The functions that change the forms of a model's weights, and its optimizer, all or nothing.
 
 Each surveys the model once, finds which weights get another form (:func:`differences`), and changes
 them in one transaction (:func:`change_forms`): compute and verify the new weights, compute the
@@ -223,8 +223,7 @@ def differences(
 ) -> list[tuple[Site, Form]]:
     """The weights whose form differs from the plan's, and the plan's form, its rank resolved.
 
-    ``sites`` are those the plan names, if the model was surveyed already. Raises as
-    :func:`apply_plan` does.
+    ``sites``: the result of a survey, if there was one. Raises as :func:`apply_plan` does.
     """
     for path, form in plan.items():
         if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -262,8 +261,7 @@ def change_forms(
     """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`."""
     optimizers = as_list(optimizer)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        stats = calibration or {}
-        edits = [prepare_edit(site, after, stats.get(site.path)) for site, after in wanted]
+        edits = [prepare_edit(s, form, (calibration or {}).get(s.path)) for s, form in wanted]
         contents = new_contents(edits, optimizers, moments)
     with ExitStack() as undo:
         for edit in edits:
