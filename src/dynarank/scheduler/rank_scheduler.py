@@ -11,19 +11,20 @@ from typing import Any
 from torch import nn
 
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, LowRank, Plan, form_from_data, form_to_data
+from dynarank.forms import Change, LowRank, Plan
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
 from dynarank.scheduler.callbacks import CallbackLike, named_callbacks
 from dynarank.scheduler.lr_forecast import Forecast
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, step_of
+from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
 from dynarank.surgery.selection import LayerFilter, find_sites, select
-from dynarank.surgery.sites import Site, check_unwrapped, survey
-from dynarank.surgery.verbs import apply_plan, change_forms, differences
+from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.verbs import apply_plan, change_forms, check_unwrapped, differences
 
 __all__ = ["RankScheduler", "scheduled_layers"]
 
