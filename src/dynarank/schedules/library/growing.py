@@ -122,7 +122,7 @@ class Growing(RankSchedule):
             if now == before:
                 continue
             form = LowRank(self._rank(shape, now), self.decomposition)
-            reason = f"{before} modes explain {shares[before]:.3f}, below {self.threshold}"
+            reason = f"{before} modes explain {shares[before]:.3f} (threshold {self.threshold})"
             figures = {"modes": float(now), "explained": shares[now], "before": shares[before]}
             yield path, Decision(clock.step, path, form, reason, figures)
 
