@@ -73,7 +73,8 @@ def test_full_rank_all_at_once_where_it_fits_else_a_share_at_a_time() -> None:
 def test_an_impossible_budget_names_the_least_peak_and_changes_nothing() -> None:
     model = net()
     before = [(name, id(p)) for name, p in model.named_parameters()]
-    with pytest.raises(ValueError, match=r"memory of 1,000 bytes .*nearest possible is .* bytes"):
+    message = r"memory budget of 1,000 bytes .*nearest possible is .* bytes"
+    with pytest.raises(ValueError, match=message):
         dr.fit_schedule(model, X, STEPS, memory=1000)
     assert [(name, id(p)) for name, p in model.named_parameters()] == before
     assert not any(isinstance(form, dr.LowRank) for form in dr.current_plan(model).values())

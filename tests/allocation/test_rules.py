@@ -158,8 +158,8 @@ def test_the_stable_rank_is_scaled_by_that_at_the_start() -> None:
     [
         ({}, "one budget.*got 0"),
         ({"params": 0.5, "flops": 0.5}, "got 2"),
-        ({"params": 0.01}, r"0\.010 of full-rank\) is below what the least ranks cost: \d+"),
-        ({"params": 1.5}, "share of full rank's"),
+        ({"params": 0.01}, r"0\.010 of full-rank\) is below the cost of the smallest ranks, \d+"),
+        ({"params": 1.5}, "is a share of the full-rank"),
         ({"params": -3}, "positive"),
         ({"flops": 0.5}, "needs a sample"),
         ({"params": 0.5, "layers": "nothing"}, "matches no layer"),

@@ -202,8 +202,11 @@ REFUSED = {
     "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank must be a share"),
     "plot": (["spectrum", "whole.safetensors", "--plot", "x.doc"], "--plot must be a file"),
     "runs": (["spectrum", "runs-of-two"], "several runs, name one or two of"),
-    "second": (["spectrum", "whole.safetensors", "broken.safetensors"], "not a whole safetensors"),
-    "broken": (["spectrum", "broken.safetensors"], "not a whole safetensors file"),
+    "second": (
+        ["spectrum", "whole.safetensors", "broken.safetensors"],
+        "not a complete safetensors",
+    ),
+    "broken": (["spectrum", "broken.safetensors"], "not a complete safetensors file"),
 }
 
 

@@ -216,7 +216,7 @@ def test_errors() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
     for rule in ("spectrum", 0.0, float("nan"), True):
-        with pytest.raises(ValueError, match=r"rule|factor"):
+        with pytest.raises(ValueError, match=r"rule|multiplier"):
             FactorLearningRates(model, optimizer, rule)
     with pytest.raises(ValueError, match="every"):
         FactorLearningRates(model, optimizer, every=0)

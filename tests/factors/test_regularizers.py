@@ -202,7 +202,7 @@ def test_errors() -> None:
             FrobeniusDecay(model, bad)
     with pytest.raises(ValueError, match="adapter"):
         FrobeniusDecay(model, 1.0, adapted="base")
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="at least 1"):
         SRIP(model, 1.0, iterations=0)
     with pytest.raises(ValueError, match="matches no layer"):
         SRIP(model, 1.0, layers="nothing")

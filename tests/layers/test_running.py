@@ -260,11 +260,11 @@ def test_a_packed_sequence_is_one_argument() -> None:
     ("model", "batch", "words"),
     [
         (nn.Linear(4, 3), [], r"Linear.forward\(input.* does not take the batch \[\]: missing"),
-        (nn.Linear(4, 3), {"x": X}, r"the batch \{x: Tensor\(8, 4\)\}: .*'input'; give a tuple"),
+        (nn.Linear(4, 3), {"x": X}, r"the batch \{x: Tensor\(8, 4\)\}: .*'input'; pass a tuple"),
         (Several(), {"x": X, "y": LABELS}, r"unexpected keyword argument 'y'"),
         (nn.Bilinear(4, 4, 1), [X], r"\[Tensor\(8, 4\)\]: missing a required argument: 'input2'"),
         (nn.Linear(4, 3), {0: X}, "does not take the batch"),
-        (nn.Linear(4, 3), "text", r"a batch is a tensor, .* got str; for any other object"),
+        (nn.Linear(4, 3), "text", r"a batch is a tensor, .* got str; pass any other object"),
         (nn.Linear(4, 3), None, "got NoneType"),
     ],
 )

@@ -223,7 +223,9 @@ def test_weights_inside_a_module_are_listed() -> None:
     head.weight = model[0].weight
     model.append(nn.Linear(12, 3))
     calibration = dr.calibrate(model, [torch.arange(5)])
-    assert list(calibration.missed) == ["0"] and "looked up in one place" in calibration.missed["0"]
+    assert (
+        list(calibration.missed) == ["0"] and "looked up in one module" in calibration.missed["0"]
+    )
 
 
 def test_other_decompositions_split_the_weight_itself() -> None:
@@ -303,7 +305,7 @@ def test_the_scheduler_calibrates_only_before_weights_become_low_rank() -> None:
         (lambda m: dr.calibrate(m, ["text"]), "a batch is a tensor, .* got str"),
         (lambda m: dr.calibrate(m, [[]]), r"Sequential.forward.* does not take the batch \[\]"),
         (lambda m: dr.calibrate(m, [torch.full((2, 4), torch.nan)]), "layer '0'.*not finite"),
-        (lambda m: dr.calibrate(m, [torch.ones(2, 4)], forward=lambda m, b: None), "met no weight"),
+        (lambda m: dr.calibrate(m, [torch.ones(2, 4)], forward=lambda m, b: 0), "used no weight"),
         (
             lambda m: dr.factorize(
                 m, 1, layers="0",

@@ -143,14 +143,14 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path: Path, cut: int) ->
     path = tmp_path / "cut.safetensors"
     save_file({"a.weight": weight(4, 3)}, path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors is not a complete safetensors file"):
         list(file_spectra(path))
 
 
 def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"a": weight(4, 3)}, path)
-    with pytest.raises(ValueError, match=r"model\.pt is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.pt is not a complete safetensors file"):
         list(file_spectra(path))
 
 
@@ -162,10 +162,10 @@ def test_a_missing_file_and_a_folder_are_errors_that_name_them(tmp_path: Path) -
 
 @pytest.mark.parametrize("tensors", [{}, {"a": weight(4), "b": torch.tensor(2.0)}], ids=len)
 def test_a_file_without_weights_is_an_error(tmp_path: Path, tensors: dict[str, Tensor]) -> None:
-    with pytest.raises(ValueError, match=r"model\.safetensors holds no weight of two or more"):
+    with pytest.raises(ValueError, match=r"model\.safetensors contains no weight of two or more"):
         spectra(tmp_path, tensors)
 
 
 def test_a_file_of_integers_alone_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.safetensors holds no weight"):
+    with pytest.raises(ValueError, match=r"model\.safetensors contains no weight"):
         spectra(tmp_path, {"a": torch.ones(4, 4, dtype=torch.int64)})

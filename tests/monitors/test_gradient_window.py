@@ -57,7 +57,7 @@ def test_what_says_nothing_is_left_out() -> None:
     optimizer.found_inf = torch.tensor(0.0)
     gradients._read(optimizer)
     assert [sample[0][0, 0].item() for sample in gradients.of([weight])] == [1.0, 3.0, 0.75]
-    with pytest.raises(ValueError, match="at least 1 gradient is kept, got length=0"):
+    with pytest.raises(ValueError, match="must be at least 1, got length=0"):
         dr.GradientWindow(model, optimizer, length=0)
 
 

@@ -81,7 +81,7 @@ def test_what_is_not_whole_is_an_error(tmp_path: Path, case: str) -> None:
         text = json.dumps(header).encode()
         data = len(text).to_bytes(8, "little") + text + b"\0" * size
     (tmp_path / "m.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match=r"m\.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"m\.safetensors is not a complete safetensors file"):
         TensorFile(tmp_path / "m.safetensors")
 
 
@@ -90,7 +90,7 @@ def test_a_file_cut_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     save_file({"a": torch.ones(64, 64)}, path)
     file = TensorFile(path)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"m\.safetensors is not a whole"):
+    with pytest.raises(ValueError, match=r"m\.safetensors is not a complete"):
         file.read("a")
 
 
@@ -179,13 +179,15 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 def test_a_cut_shard_is_named(tmp_path: Path) -> None:
     shard = sharded(tmp_path) / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-5])
-    with pytest.raises(ValueError, match=r"00002-of-00002\.safetensors is not a whole"):
+    with pytest.raises(ValueError, match=r"00002-of-00002\.safetensors is not a complete"):
         open_weights(tmp_path)
 
 
 def test_an_index_of_another_model_is_refused(tmp_path: Path) -> None:
     folder = sharded(tmp_path, **{"b.weight": "model-00001-of-00002.safetensors"})
-    with pytest.raises(ValueError, match=r"does not fit its shards: 'b.weight' should be in model"):
+    with pytest.raises(
+        ValueError, match=r"does not match its shards: 'b.weight' should be in model"
+    ):
         open_weights(folder)
 
 
@@ -206,7 +208,7 @@ def test_a_damaged_index_is_an_error(tmp_path: Path, text: str) -> None:
 
 
 def test_folders_of_runs_and_of_nothing(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no weights"):
+    with pytest.raises(FileNotFoundError, match="contains no weights"):
         open_weights(tmp_path)
     for run in ("full-rank", "low-rank"):
         (tmp_path / run).mkdir()
@@ -216,7 +218,7 @@ def test_folders_of_runs_and_of_nothing(tmp_path: Path) -> None:
     assert names(tmp_path / "low-rank") == ["a"]
     (tmp_path / "low-rank" / "model.safetensors").unlink()
     (tmp_path / "low-rank" / "records.jsonl").touch()
-    with pytest.raises(FileNotFoundError, match="has not reached its end"):
+    with pytest.raises(FileNotFoundError, match="has not finished"):
         open_weights(tmp_path / "low-rank")
 
 

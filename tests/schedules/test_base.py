@@ -172,10 +172,10 @@ def test_a_wrapper_requires_and_recommends_what_the_schedule_does() -> None:
 def test_a_stateful_schedule_has_no_plan_without_its_state() -> None:
     for schedule in (closed_loop(), DynamicRank()):
         assert schedule.stateful
-        with pytest.raises(NotImplementedError, match="keeps a state: ask update"):
+        with pytest.raises(NotImplementedError, match="is stateful: call update"):
             schedule(Clock(0, 9), LAYERS)
     assert not DynamicRank(inflate=0.2, deflate=0.8).stateful
-    with pytest.raises(NotImplementedError, match="RankSchedule is no schedule yet"):
+    with pytest.raises(NotImplementedError, match="RankSchedule is not a schedule yet"):
         timeline(RankSchedule(), LAYERS, 9)
 
 

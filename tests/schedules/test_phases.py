@@ -264,7 +264,7 @@ def test_dynamic_rank_has_two_endings(to: str) -> None:
 def test_dynamic_rank_refuses_transition_points_out_of_order_and_impossible_ranks() -> None:
     with pytest.raises(ValueError, match=r"got 0\.8 then 0\.3"):
         dynamic_rank(2, inflate=0.8, deflate=0.3)
-    with pytest.raises(ValueError, match="length is for a full-rank phase that is found"):
+    with pytest.raises(ValueError, match="length is for a computed full-rank phase"):
         dynamic_rank(2, inflate=0.3, deflate=0.8, length=0.4)
     with pytest.raises(ValueError, match="at least 1"):
         dynamic_rank(0)

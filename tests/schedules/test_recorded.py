@@ -131,7 +131,7 @@ def test_the_first_spectra_of_a_step_are_those_before_its_changes() -> None:
 
 def test_a_decision_about_an_unknown_layer_is_refused() -> None:
     schedule = replay([Decision(5, "c", FULL, "a rule")], LOW)
-    with pytest.raises(ValueError, match="step 5 decides about the layer 'c', which is not under"):
+    with pytest.raises(ValueError, match="step 5 is about the layer 'c', which is not scheduled"):
         schedule(Clock(0, 10), Readings(LAYERS))
 
 

@@ -193,16 +193,16 @@ IMPOSTOR = type("Phases", (Own,), {})()
 @pytest.mark.parametrize(
     ("schedule", "what"),
     [
-        (own, "own cannot be written as data: only schedules of dynarank.schedules"),
-        (as_schedule(own), "own cannot be written as data"),
-        (Mapped(full_rank(), dict), "cannot be written"),
+        (own, "own cannot be serialized: only registered schedules"),
+        (as_schedule(own), "own cannot be serialized"),
+        (Mapped(full_rank(), dict), "cannot be serialized"),
         (lambda clock, readings: {}, "<lambda> cannot"),
         (partial(own), "functools.partial"),
         (Own(), r"Own\(\) cannot"),
         (Derived((0.0,), (FullRank(),)), "Derived"),
-        (IMPOSTOR, "cannot be written"),
-        (FullRank(), "cannot be written"),
-        (Rank(0.5), "cannot be written"),
+        (IMPOSTOR, "cannot be serialized"),
+        (FullRank(), "cannot be serialized"),
+        (Rank(0.5), "cannot be serialized"),
         (3, "3 cannot"),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
@@ -213,7 +213,7 @@ def test_what_is_not_ours_is_refused(schedule: Any, what: str) -> None:
 
 
 def test_a_users_function_within_a_schedule_is_refused(nested: type[Nested]) -> None:
-    with pytest.raises(ValueError, match="own cannot be written as data"):
+    with pytest.raises(ValueError, match="own cannot be serialized"):
         schedule_to_data(nested(own, Rank(0.5), {}, (), ""))
     with pytest.raises(ValueError, match="strings as keys, got 3"):
         schedule_to_data(nested(full_rank(), Rank(0.5), {3: FullRank()}, (), ""))  # type: ignore[dict-item]

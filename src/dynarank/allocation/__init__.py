@@ -1,1 +1,1 @@
-"""How are ranks and schedules found: by rules, and within budgets."""
+"""Allocation of ranks: rules for ranks, and plans and schedules within a budget."""

@@ -1,7 +1,7 @@
-"""A schedule whose training steps keep to a budget of memory.
+"""Fitting a schedule to a memory budget.
 
-Full rank all at once has the highest peak. Where that does not fit, only a share of the network is
-full-rank at a time (rotating inflation), the largest share that fits; at the least none.
+Making all layers full-rank at once has the highest peak. If that does not fit, only a share of the
+network is full-rank at a time (rotating inflation): the largest share that fits, or none.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from dynarank.surgery.sites import survey
 __all__ = ["TargetRun", "fit_memory"]
 
 SHARES = (1 / 2, 1 / 4, 1 / 8)
-"""Shares of the network to be full-rank at a time, the largest that fits is taken."""
+"""Shares of the network that may be full-rank at a time; the largest one that fits is used."""
 
 
 @dataclass(frozen=True)
 class TargetRun:
-    """The run that a schedule is fitted to: model, optimizers, a batch, its length and layers."""
+    """The run to which a schedule is fitted: model, optimizers, a batch, length and layers."""
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
@@ -43,21 +43,21 @@ class TargetRun:
     loss: Callable[[Any], Tensor] | None = None
 
     def shapes_of(self, schedule: RankSchedule) -> dict[str, tuple[int, ...]]:
-        """The layers that the schedule is for, and their weights' shapes."""
+        """The shapes of the scheduled weights, by path."""
         sites = scheduled_layers(survey(self.model), schedule, self.total_steps, self.layers)
         return {site.path: site.shape for site in sites}
 
 
 def fit_memory(choices: Sequence[DynamicRank], amount: float, run: TargetRun) -> FittedMemory:
-    """The schedule with the most full rank whose steps, measured on copies, fit the budget.
+    """Find the schedule with the most full rank whose peak memory, measured on copies, fits.
 
     Args:
-        choices: dynamic rank at the ranks and endings that may be chosen, higher ranks first.
-        amount: the peak allowed: an int in bytes, a float as a share of the peak at full rank.
-        run: what it is fitted to.
+        choices: dynamic-rank schedules to choose from, higher ranks first.
+        amount: the allowed peak: bytes (int) or a share of the peak at full rank (float).
+        run: the run to which it is fitted.
 
     Raises:
-        ValueError: nothing fits; the message names the least peak there is.
+        ValueError: nothing fits; the message gives the lowest possible peak.
     """
 
     def peak(plan: Plan) -> int:
@@ -78,13 +78,13 @@ def fit_memory(choices: Sequence[DynamicRank], amount: float, run: TargetRun) ->
         least = min(least, found)
     shown = f"{amount:g} of the peak at full rank" if isinstance(amount, float) else "bytes"
     raise ValueError(
-        f"a budget of memory of {allowed:,.0f} bytes ({shown}) cannot be met; the nearest possible "
+        f"a memory budget of {allowed:,.0f} bytes ({shown}) cannot be met; the nearest possible "
         f"is {least:,} bytes, {least / full:.3f} of the peak at full rank"
     )
 
 
 def _candidates(choices: Sequence[DynamicRank]) -> Iterator[RankSchedule]:
-    """Schedules to try: full rank all at once, then shares of it, then none; higher ranks first."""
+    """The schedules to try: all layers full-rank, shares of them, none; higher ranks first."""
     yield from choices
     low = list(dict.fromkeys(choice.low for choice in choices))
     for share in SHARES:
@@ -93,7 +93,7 @@ def _candidates(choices: Sequence[DynamicRank]) -> Iterator[RankSchedule]:
 
 
 def _plans(schedule: RankSchedule, run: TargetRun) -> Iterator[Plan]:
-    """Each plan of the schedule once."""
+    """The distinct plans of the schedule."""
     phases = timeline(schedule, Readings(run.shapes_of(schedule)), run.total_steps)
     distinct: dict[frozenset[tuple[str, Form]], Plan] = {
         frozenset(phase.plan.items()): phase.plan for phase in phases

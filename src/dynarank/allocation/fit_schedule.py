@@ -1,9 +1,9 @@
-"""A dynamic-rank schedule within a budget: rank, ending and length that keep to it.
+"""Fitting a dynamic-rank schedule to a budget: its rank, its ending and its full-rank phase.
 
-Of every rank and ending the full-rank phase is made as long as the budget allows. The highest rank
-is taken whose phase is three quarters of the usual length or longer, of its two endings rather the
-one that keeps the function; where no phase is so long, the longest. For a budget of memory see
-:mod:`dynarank.allocation.fit_memory`.
+For every rank and ending, the full-rank phase is made as long as the budget allows. The highest
+rank whose phase has at least three quarters of the usual length is chosen, preferably with the
+ending that keeps the function unchanged. If there is none, the longest phase wins. Memory budgets
+are in :mod:`dynarank.allocation.fit_memory`.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from dynarank.surgery.selection import LayerFilter
 __all__ = ["RANKS", "fit_schedule"]
 
 RANKS = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
-"""Ranks to choose from, as shares of the output channels: the paper's and smaller ones."""
+"""The ranks to choose from, as shares of the output channels: the paper's and smaller ones."""
 
-LONG_ENOUGH = 0.75  # of the usual length; below it a lower rank buys more full rank
+LONG_ENOUGH = 0.75  # of the usual length; below it, a lower rank with a longer phase is better
 
 
 def fit_schedule(
@@ -52,35 +52,39 @@ def fit_schedule(
     layers: LayerFilter = None,
     loss: Callable[[Any], Tensor] | None = None,
 ) -> RankSchedule:
-    """Dynamic rank that keeps to a budget: of FLOPs, of seconds or of memory, one of the three.
+    """Fit a dynamic-rank schedule to a budget of FLOPs, of seconds or of memory.
 
-    The model is measured, not changed. Where the learning rate can be foreseen only in mid-run, the
-    schedule recomputes its transition points then, within the same budget.
+    The model is measured, but not changed. If the learning rate becomes predictable only during the
+    run, the schedule then recomputes its transition points within the same budget.
 
     Args:
         model: the model, full-rank or ranked.
-        batch: a batch of the run, as :func:`dynarank.cost.trace` takes it.
-        total_steps: optimizer steps of the run.
-        flops: training FLOPs of the whole run, as a share of those at full rank.
-        seconds: of all training steps, measured on this machine now; data loading and evaluation
-            come on top.
-        memory: the peak of a training step: an int in bytes, a float as a share of the peak at full
-            rank.
-        optimizer: the model's optimizer, or several, for seconds and memory.
-        lr_scheduler: as :class:`dynarank.RankScheduler` takes it; give it to both.
+        batch: a batch of the run: a tensor, a tuple or list of positional arguments of the forward
+            pass, or a dict of keyword arguments.
+        total_steps: the number of optimizer steps of the run.
+        flops: a budget for the training FLOPs of the whole run, as a share of those at full rank.
+        seconds: a budget for the time of all training steps, measured on this machine now, without
+            data loading and evaluation.
+        memory: a budget for the peak memory of a training step, in bytes (int) or as a share of the
+            peak at full rank (float).
+        optimizer: the model's optimizer or optimizers, for time and memory.
+        lr_scheduler: the learning-rate scheduler, or the learning rate over the run; pass the same
+            to :class:`dynarank.RankScheduler`.
         rank: the rank; None: chosen from ``RANKS``.
         to: the ending, ``"adapted"`` or ``"low-rank"``; None: chosen.
         decomposition: the decomposition's name.
         alpha: the adapter's scale is ``alpha / rank``.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
-        layers: which layers, as :class:`dynarank.RankScheduler` takes them; give them to both.
-        loss: from the model's output to a scalar; None: the sum of all its tensors.
+        layers: which layers to schedule, a filter or glob patterns; pass the same to
+            :class:`dynarank.RankScheduler`.
+        loss: a function from the model's output to a scalar; None: the sum of all its tensors.
 
     Returns:
-        An ordinary schedule, which can be written as data.
+        An ordinary schedule, which can be serialized.
 
     Raises:
-        ValueError: no budget or several; one that no choice meets, with the nearest that one does.
+        ValueError: no budget or several; a budget that no choice meets, with the nearest possible
+            one.
 
     Example:
         >>> import torch
@@ -109,7 +113,7 @@ def fit_schedule(
 
 
 def _budget(**given: float | None) -> tuple[str, float]:
-    """The one kind that is given, and how much."""
+    """The kind of the given budget, and its amount."""
     found = {kind: amount for kind, amount in given.items() if amount is not None}
     if len(found) != 1:
         raise ValueError(f"a budget is one of {', '.join(given)}, got {', '.join(found) or 'none'}")
@@ -128,7 +132,7 @@ def _costed(choice: DynamicRank, price: _Price, allowed: float, run: TargetRun) 
 
 
 def _best(able: Sequence[FittedCost], forecast: tuple[float, ...]) -> FittedCost:
-    """The first choice with a long enough full-rank phase, or the one with the longest."""
+    """The first choice with a long enough full-rank phase, or that with the longest phase."""
     lengths = [one.relative_length(forecast) for one in able]
     longest = lengths.index(max(lengths))
     first = next((i for i, length in enumerate(lengths) if length >= LONG_ENOUGH), longest)
@@ -141,7 +145,7 @@ def _phase_plans(choice: DynamicRank, run: TargetRun) -> Iterator[Plan]:
 
 
 def _flops(run: TargetRun, share: float) -> tuple[_Price, float]:
-    """The FLOPs of a step of a plan, and the budget in FLOPs."""
+    """The FLOPs of a step under a plan, and the budget in FLOPs."""
     use = trace(run.model, run.batch, run.loss)
     full = use.flops(dict.fromkeys(use.layers, FullRank())).training
     return (lambda plan: use.flops(plan).training), share * full * run.total_steps
@@ -150,7 +154,7 @@ def _flops(run: TargetRun, share: float) -> tuple[_Price, float]:
 def _seconds(
     run: TargetRun, choices: Sequence[DynamicRank], seconds: float
 ) -> tuple[_Price, float]:
-    """The seconds of a step of a plan, each plan measured once, and the budget."""
+    """The time of a step under a plan, each plan measured once, and the budget in seconds."""
     plans = [plan for choice in choices for plan in _phase_plans(choice, run)]
     distinct = {frozenset(plan.items()): plan for plan in plans}
     measured = dry_run(run.model, run.optimizers, list(distinct.values()), run.batch, run.loss)
@@ -161,7 +165,7 @@ def _seconds(
 def _refusal(
     kind: str, amount: float, found: Sequence[FittedCost], forecast: tuple[float, ...]
 ) -> str:
-    """What was asked for, and the nearest there is."""
+    """The error message: the budget and the nearest possible one."""
     nearest = min(found, key=lambda one: abs(one.total(forecast) - one.allowed))
     possible = nearest.total(forecast) / nearest.allowed * amount
     shown = f"{possible:.3g}" if kind == "seconds" else f"{possible:.4f}"

@@ -1,10 +1,9 @@
-"""One option for each layer, the most value within a budget.
+"""The multiple-choice knapsack: one option per layer, with the most value within a budget.
 
-Legend: each layer has options of a cost and a value; exactly one is taken. The problem is the
-multiple-choice knapsack. Where each layer's values are concave in cost, as retained energy is,
-taking the steps of most value per cost first is optimal but for the last step (Sinha and Zoltners,
-"The multiple-choice knapsack problem", 1979); where they are not, the steps are those of the upper
-convex hull.
+Each layer has options with a cost and a value, and exactly one is chosen. If the values of each
+layer are concave in cost, as retained energy is, taking the steps with the most value per cost
+first is optimal up to the last step (Sinha and Zoltners, "The multiple-choice knapsack problem",
+1979). Otherwise the steps are those of the upper convex hull.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _Layer = TypeVar("_Layer", bound=Hashable)
 
 @dataclass(frozen=True)
 class Option(Generic[_What]):
-    """Something to take, what it costs and what it is worth."""
+    """An option with its cost and its value."""
 
     what: _What
     cost: float
@@ -37,14 +36,14 @@ def least_cost(options: Mapping[_Layer, Sequence[Option[_What]]]) -> float:
 def choose(
     options: Mapping[_Layer, Sequence[Option[_What]]], budget: float
 ) -> dict[_Layer, Option[_What]]:
-    """The options of most value, one a layer, that cost no more than ``budget`` together.
+    """Choose one option per layer, with the most value at a total cost of at most ``budget``.
 
-    Greedy along the hulls, then filled up: no single layer can be changed for more value within
-    the budget. It is short of the best choice by less than the value of one hull step.
+    Greedy along the hulls, followed by single improvements until no change of one layer gains value
+    within the budget. The result is below the optimum by less than the value of one hull step.
 
     Args:
-        options: of each layer.
-        budget: at least :func:`least_cost`.
+        options: the options of each layer.
+        budget: the largest total cost, at least :func:`least_cost`.
 
     Example:
         >>> options = {"a": [Option(1, 1, 0.6), Option(2, 2, 0.9)], "b": [Option(1, 1, 0.5)]}
@@ -71,7 +70,7 @@ def _total(chosen: Mapping[_Layer, Option[_What]]) -> float:
 
 
 def _hull(options: Sequence[Option[_What]]) -> list[Option[_What]]:
-    """The options on the upper convex hull, from the cheapest to the one of most value."""
+    """The options on the upper convex hull, from the cheapest to the most valuable."""
     hull: list[Option[_What]] = []
     for option in sorted(options, key=lambda o: (o.cost, -o.value)):
         if hull and option.value <= hull[-1].value:
@@ -91,7 +90,7 @@ def _best_change(
     chosen: Mapping[_Layer, Option[_What]],
     budget: float,
 ) -> tuple[_Layer, Option[_What]] | None:
-    """The change of one layer that gains most value within the budget, if any does."""
+    """The change of one layer that gains the most value within the budget, if any."""
     room = budget - _total(chosen)
     gains = [
         (option.value - chosen[layer].value, layer, option)

@@ -1,11 +1,11 @@
-"""Ranks from spectra: each weight's own.
+"""Rules that choose the rank of each weight from its spectrum.
 
-Legend: s_i the singular values of a weight, largest first, or, calibrated, the square roots of the
-energies that its outputs have along their principal directions; the share kept at rank r is
+Legend: s_i the singular values of a weight, largest first, or, with calibration, the square roots
+of the energies of its outputs along their principal directions; the share kept at rank r is
 ``sum_{i<=r} s_i^2 / sum s_i^2``, over all groups of a grouped weight.
 
-The rules are functions from spectra to ranks, for ``factorize(model, rank=...)``. To look at all
-weights together, within a budget: :func:`dynarank.plan_within`.
+The rules are functions from spectra to ranks, for ``factorize(model, rank=...)``. To allocate a
+budget over all weights together, use :func:`dynarank.plan_within`.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def spectra(
 
     Args:
         model: any model.
-        layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight that is
-            not a table of rows.
-        calibration: what the data say; where it says nothing, and with None, the singular values.
+        layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight except
+            embedding tables.
+        calibration: activation statistics; weights without statistics, or all of them with None,
+            use their singular values.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 4))
@@ -56,7 +57,7 @@ def spectra(
 
 
 def uniform(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, int]:
-    """The same share of every weight's full rank, min(n, m).
+    """Ranks that are the same share of every weight's full rank, min(n, m).
 
     Example:
         >>> uniform({"fc": torch.ones(1, 30)}, 0.5, multiple_of=4)
@@ -68,7 +69,7 @@ def uniform(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, i
 
 
 def energy_threshold(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, int]:
-    """The least rank that keeps this share of each weight's energy, rounded up to a multiple.
+    """The smallest rank that keeps a share of each weight's energy, rounded up to a multiple.
 
     ``min r: sum_{i<=r} s_i^2 >= share * sum s_i^2``, at least 1 and at most full rank.
 
@@ -88,16 +89,16 @@ def energy_threshold(spectra: Spectra, share: float, multiple_of: int = 1) -> di
 
 
 def stable_rank_rule(now: Spectra, start: Spectra, multiple_of: int = 1) -> dict[str, int]:
-    """Cuttlefish's ranks: the stable rank, scaled so that a fresh weight would stay full-rank.
+    """Ranks by Cuttlefish's rule: stable ranks, scaled so that initial weights would be full-rank.
 
-    ``rank = stable_rank(now) * full_rank / stable_rank(start)``, to the nearest multiple, at least
-    one and at most full rank; of a grouped weight the mean over its groups. The stable rank itself
-    is far too small a rank: it counts directions as strong as the strongest.
+    ``rank = stable_rank(now) * full_rank / stable_rank(start)``, rounded to the nearest multiple,
+    at least one and at most full rank; for a grouped weight the mean over its groups. The stable
+    rank itself would be far too small: it counts directions as strong as the strongest.
 
     Args:
-        now: the spectra of the trained weights, plain ones.
-        start: those of the same weights when they were initialized.
-        multiple_of: what the ranks are multiples of.
+        now: the spectra of the trained weights, without calibration.
+        start: the spectra of the same weights at initialization.
+        multiple_of: ranks are multiples of this number.
 
     Raises:
         ValueError: a weight has no spectrum at the start, or was zero then.
@@ -107,8 +108,9 @@ def stable_rank_rule(now: Spectra, start: Spectra, multiple_of: int = 1) -> dict
         >>> stable_rank_rule({"fc": falling}, {"fc": flat})
         {'fc': 2}
 
-    Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
-    2023.
+    Reference:
+        Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
+        2023.
     """
     ranks: dict[str, int] = {}
     for path, values in now.items():
@@ -125,14 +127,14 @@ def stable_rank_rule(now: Spectra, start: Spectra, multiple_of: int = 1) -> dict
 
 
 def candidates(model: nn.Module, layers: LayerFilter = None) -> list[Site]:
-    """The weights meant by ``layers``; None: all that can change form but tables of rows."""
+    """The weights selected by ``layers``; None: all that can change form, except embeddings."""
     if layers is not None:
         return select(survey(model), layers)
     return [s for s in survey(model) if s.form is not None and not s.spec.lookup]
 
 
 def spectrum(site: Site, calibration: Calibration | None = None) -> Tensor:
-    """One weight's spectrum, see :func:`spectra`."""
+    """The spectrum of one weight, see :func:`spectra`."""
     activity = calibration.get(site.path) if calibration else None
     weight = site.effective().detach()
     if activity is None and site.spec.geometry.groups > 1:

@@ -1,4 +1,4 @@
-"""Ranks for a budget: the plan that retains the most energy at a given cost."""
+"""Ranks within a budget: the plan that retains the most energy at a given cost."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from dynarank.surgery.sites import Site
 
 __all__ = ["plan_within"]
 
-# A truncation that loses nothing on a few batches is worth a little less than the weight itself:
-# where the budget allows both, the weight stays full-rank.
+# A truncation that loses nothing on a few batches counts slightly less than the weight itself, so
+# that the weight stays full-rank if the budget allows both.
 _DOUBT = 1 - 1e-6
 
 
@@ -39,32 +39,35 @@ def plan_within(
     decomposition: str = "svd",
     timings: Callable[[str, Form], float] | None = None,
 ) -> dict[str, Form]:
-    """The ranks that keep most within a budget; a weight may stay full-rank.
+    """Choose the ranks that keep the most energy within a budget; weights may stay full-rank.
 
-    ``max sum over weights of the share kept, such that cost(plan) <= budget``, every weight
-    counting alike. Greedy on the share gained per cost; the cost is exact (:mod:`dynarank.cost`).
-    Apply it with ``apply_plan(model, plan, calibration=calibration)``.
+    Maximizes the sum over weights of the share of energy kept, such that ``cost(plan) <= budget``.
+    Greedy on the share gained per cost; the cost is exact (:mod:`dynarank.cost`). Apply the result
+    with ``apply_plan(model, plan, calibration=calibration)``.
 
     Args:
         model: any model; it is not changed.
-        sample: a batch, as :func:`dynarank.cost.trace` takes it; a budget of parameters needs none.
-        params: all parameters of the model: a float in (0, 1] is a share of those with the layers
-            at full rank, an int their number.
-        flops: those of a training step on ``sample``, likewise.
-        seconds: those of the layers in a training step.
-        calibration: from :func:`dynarank.calibrate`: the share kept is that of the outputs'
-            energy. None, or where it says nothing: of the weight's own.
-        multiple_of: ranks are multiples of it; of any size in weights that have fewer directions.
-        layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight that is
-            not a table of rows.
-        decomposition: the decomposition's name; of one that does not truncate optimally, the share
-            kept is measured by splitting the weight at every rank.
-        timings: seconds of a training step by path and form; None: measured here, on the model's
-            device.
+        sample: a batch: a tensor, a tuple or list of positional arguments of the forward pass, or a
+            dict of keyword arguments. Not needed for a budget of parameters.
+        params: a budget for all parameters of the model: a share of the full-rank number (float in
+            (0, 1]) or a number (int).
+        flops: a budget for the FLOPs of a training step on ``sample``: a share of the full-rank
+            number (float in (0, 1]) or a number (int).
+        seconds: a budget for the time of the layers in a training step.
+        calibration: statistics from :func:`dynarank.calibrate`: the share kept is that of the
+            energy of the outputs. For weights without statistics, or all of them with None, it is
+            that of the weight's own energy.
+        multiple_of: ranks are multiples of this number, except in weights with fewer directions.
+        layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight except
+            embedding tables.
+        decomposition: the decomposition's name; if it does not truncate optimally, the share kept
+            is measured by splitting the weight at every rank.
+        timings: a function from path and form to seconds per training step; None: measured now, on
+            the model's device.
 
     Raises:
-        ValueError: not exactly one budget; a budget below what the least ranks cost (the message
-            says what that is); no sample where one is needed.
+        ValueError: not exactly one budget; a budget below the cost of the smallest ranks, which the
+            message gives; no sample where one is needed.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
@@ -86,7 +89,7 @@ def plan_within(
 
 @dataclass(frozen=True)
 class _Budget:
-    """What the layers may cost together, beside what lies outside them."""
+    """The budget of the layers, and the fixed cost of everything else."""
 
     name: str
     cost: Callable[[Site, Form], float]
@@ -102,8 +105,8 @@ class _Budget:
         whole = self.outside + least
         return (
             f"a budget of {self.limit:g} {self.name} ({self.limit / self.full:.3f} of full-rank) "
-            f"is below what the least ranks cost: {whole:g} ({whole / self.full:.3f}); allow that "
-            "much, or take in more layers or a smaller multiple_of"
+            f"is below the cost of the smallest ranks, {whole:g} ({whole / self.full:.3f}); allow "
+            "that much, or include more layers or lower multiple_of"
         )
 
 
@@ -122,7 +125,7 @@ def _budget(
         raise ValueError(f"give one budget: params, flops or seconds; got {len(asked)} of them")
     ((name, value),) = asked
     if sample is None and (flops is not None or (seconds is not None and timings is None)):
-        raise ValueError(f"a budget of {name} needs a sample: a batch of the size it trains on")
+        raise ValueError(f"a budget of {name} needs a sample, a batch of the usual training size")
     if name == "parameters":
         cost, whole = _parameters, float(sum(p.numel() for p in model.parameters()))
     elif name == "FLOPs":
@@ -137,15 +140,15 @@ def _budget(
 
 
 def _limit(name: str, value: float | int, full: float) -> float:
-    """The budget itself: a float is a share of full rank's, except seconds."""
+    """The budget as a number: a float is a share of the full-rank cost, except for seconds."""
     if isinstance(value, bool) or not value > 0:
         raise ValueError(f"a budget is positive, got {value!r} {name}")
     if name == "seconds" or isinstance(value, int):
         return value
     if value > 1:
         raise ValueError(
-            f"a float budget of {name} is a share of full rank's, in (0, 1], got {value!r}; give "
-            "an int for a number"
+            f"a float budget of {name} is a share of the full-rank {name}, in (0, 1], got "
+            f"{value!r}; pass an int for an absolute number"
         )
     return value * full
 
@@ -180,7 +183,7 @@ def _options(
     multiple_of: int,
     decomposition: str,
 ) -> list[Option[Form]]:
-    """The full weight, and every rank that is cheaper."""
+    """The options of a weight: full rank, and every rank that is cheaper."""
     full = Option[Form](FullRank(), cost(site, FullRank()), 1.0)
     limit = site.spec.decomposition(LowRank(1, decomposition)).limit(site.shape)
     step = multiple_of if limit >= multiple_of else 1
@@ -195,7 +198,7 @@ def _options(
 
 
 def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None) -> list[float]:
-    """The share that each form keeps of the outputs' energy, or of the weight's."""
+    """The share of the outputs' energy, or of the weight's, that each form keeps."""
     if not site.spec.decomposition(forms[0]).truncates_optimally:
         weight = precise(site.effective())
         return [_kept_by_split(site, weight, form) for form in forms]

@@ -1,4 +1,4 @@
-"""What does a model cost under a plan: parameters, FLOPs, memory, time."""
+"""The cost of a model under a plan: parameters, FLOPs, memory and time."""
 
 from dynarank.cost.flops import Flops, LayerUse, ModelUse, count_flops, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule

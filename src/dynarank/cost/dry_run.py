@@ -1,4 +1,4 @@
-"""A few training steps on a copy, to know what a plan costs in seconds and memory."""
+"""Dry runs: a few training steps on a copy of the model, to measure time and memory of a plan."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ __all__ = ["DryRun", "dry_run"]
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a training step of a plan takes.
+    """The measured time and memory of a training step under a plan.
 
     Args:
-        seconds: of forward and backward pass and optimizer step, the median.
-        peak_bytes: as :func:`dynarank.cost.memory.probe_memory` measures it.
+        seconds: the median time of a step: forward, backward and optimizer step.
+        peak_bytes: the peak memory, as :func:`dynarank.cost.memory.probe_memory` measures it.
     """
 
     seconds: float
@@ -44,19 +44,20 @@ def dry_run(
     *,
     rounds: int = 5,
 ) -> list[DryRun]:
-    """Train a copy of a model under each plan for a few steps, and measure them.
+    """Train copies of a model for a few steps under each plan, and measure time and memory.
 
-    The model, its optimizers and the global random state stay as they are. The copies need memory
-    beside the model, one at a time.
+    The model, its optimizers and the global random state do not change. The copies need additional
+    memory, one at a time.
 
     Args:
         model: the model.
         optimizers: its optimizers.
         plans: the plans to try.
-        sample: a batch, see :func:`dynarank.layers.running.forward_arguments`.
-        loss: from the model's output to a scalar; None: the sum of all its tensors.
-        rounds: measured steps of each, after one to warm up; 0: the first is measured, which is
-            enough for memory.
+        sample: a batch: a tensor, a tuple or list of positional arguments of the forward pass, or a
+            dict of keyword arguments; see :func:`dynarank.layers.running.forward_arguments`.
+        loss: a function from the model's output to a scalar; None: the sum of all its tensors.
+        rounds: the number of measured steps per plan, after a warm-up step; 0: measure the first
+            step, which is enough for memory.
 
     Example:
         >>> from dynarank.forms import LowRank
@@ -77,7 +78,7 @@ def _dry_run(
     loss: Callable[[Any], Tensor] | None,
     rounds: int,
 ) -> DryRun:
-    # An optimizer's copy holds the parameters of the model's copy, and none of its hooks.
+    # The optimizer's copy has the parameters of the model's copy, and no hooks.
     twin, own = copy.deepcopy((model, list(optimizers)))
     apply_plan(twin, plan, optimizer=own, moments="reset")
     device = next(twin.parameters()).device

@@ -1,7 +1,7 @@
-"""What a model costs under a plan: parameters and FLOPs, exactly.
+"""The exact number of parameters and FLOPs of a model under a plan.
 
 Legend: 1 multiply-accumulate = 2 FLOPs, as ``torch.utils.flop_counter`` counts; a training step is
-one forward and one backward pass of one batch. What a form costs is in ``layers.execution``.
+one forward and one backward pass of one batch. The costs of the forms are in ``layers.execution``.
 
 Only matrix products and convolutions are counted: additions, normalizations and the optimizer are
 not.
@@ -32,13 +32,13 @@ __all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "r
 
 @dataclass(frozen=True)
 class LayerUse:
-    """How a model uses one weight.
+    """The uses of one weight in a training step.
 
     Args:
-        spec: the weight.
-        form: the form it has.
+        spec: the description of the weight.
+        form: its form.
         calls: its uses in a forward pass.
-        trains: whether it trains at all.
+        trains: whether it is trainable.
     """
 
     spec: WeightSpec
@@ -48,24 +48,24 @@ class LayerUse:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in / groups, *kernel)."""
+        """The shape of the weight, (out, in / groups, *kernel)."""
         return self.spec.shape
 
     def flops(self, form: Form) -> Flops:
-        """What its calls cost in ``form``."""
+        """The FLOPs of its calls in ``form``."""
         resolved = self.spec.resolve(form)
         return sum(
             (choose_execution(self.spec, resolved, call).flops for call in self.calls), Flops()
         )
 
     def parameters(self, form: Form) -> tuple[int, int]:
-        """Trainable and total entries in ``form``."""
+        """The number of trainable and of all entries in ``form``."""
         return form_parameters(self.spec, form, self.trains)
 
 
 @dataclass(frozen=True)
 class ModelUse:
-    """How a batch runs through a model: its layers, and what everything else costs."""
+    """The trace of a training step: the uses of each weight, and the cost of everything else."""
 
     layers: Mapping[str, LayerUse]
     rest: Flops
@@ -73,19 +73,19 @@ class ModelUse:
     other_total: int
 
     def flops(self, plan: Plan) -> Flops:
-        """FLOPs of one batch under ``plan``; layers it does not name stay in their form."""
+        """The FLOPs of one batch under ``plan``; layers not in the plan keep their form."""
         costs = (use.flops(plan.get(path, use.form)) for path, use in self.layers.items())
         return sum(costs, self.rest)
 
     def parameters(self, plan: Plan) -> tuple[int, int]:
-        """Trainable and total parameters under ``plan``."""
+        """The number of trainable and of all parameters under ``plan``."""
         counts = [use.parameters(plan.get(path, use.form)) for path, use in self.layers.items()]
         trainable = sum(count[0] for count in counts) + self.other_trainable
         return trainable, sum(count[1] for count in counts) + self.other_total
 
 
 def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[int, int]:
-    """Trainable and total entries of a weight in a form.
+    """The number of trainable and of all entries of a weight in a form.
 
     Example:
         >>> form_parameters(WeightSpec("weight", (16, 16, 3, 3)), LowRank(8))
@@ -102,16 +102,17 @@ def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
     """Run one training step on a meta copy of the model and record how each weight is used.
 
-    Fused attention is counted too, which FlopCounterMode leaves out when it runs on a CPU.
+    Fused attention is counted too, which FlopCounterMode misses on CPUs.
 
     Args:
-        model: any model whose forward pass does not depend on values.
+        model: any model whose forward pass does not depend on tensor values.
         sample: a batch: a tensor, a tuple or list of positional arguments of the forward pass, or a
             dict of keyword arguments; see :func:`dynarank.layers.running.forward_arguments`.
-        loss: from the model's output to a scalar; None: the sum of all its floating-point tensors.
+        loss: a function from the model's output to a scalar; None: the sum of all its
+            floating-point tensors.
 
     Returns:
-        Everything needed to cost any plan for batches like this one.
+        The trace, from which the cost of any plan can be computed for batches of this shape.
     """
     meta_copy = copy.deepcopy(model).to("meta")
     meta_copy.train(model.training)
@@ -145,9 +146,9 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
 def count_flops(
     model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None
 ) -> Flops:
-    """What FlopCounterMode counts for one forward and backward pass of ``model`` on ``sample``.
+    """Count the FLOPs of one forward and backward pass of ``model`` with FlopCounterMode.
 
-    With one correction: it counts a grouped convolution's weight gradient once for each group.
+    One error is corrected: it counts the weight gradient of a grouped convolution once per group.
     """
     return _count(lambda: call_model(model, sample), loss)
 
@@ -174,7 +175,7 @@ def _convolution_backward_flops(
     out_shape: object = None,
     **named: Any,
 ) -> int:
-    """As much as forward for each of the gradients of input and weight."""
+    """The backward FLOPs of a convolution: those of forward for each of its two gradients."""
     transposed, wanted = rest[4], rest[7]
     positions = (x if transposed else dy)[2:]
     forward = 2 * dy[0] * math.prod(positions) * math.prod(weight)
@@ -182,9 +183,9 @@ def _convolution_backward_flops(
 
 
 def _to_meta(value: Any, known: dict[int, Tensor]) -> Any:
-    """A tensor's shape and need of a gradient, without its memory; passed twice, it stays one."""
+    """Tensors replaced by meta tensors with the same ``requires_grad``; shared ones stay shared."""
     if isinstance(value, PackedSequence):
-        data = cast(Tensor, _to_meta(value.data, known))  # batch_sizes stay: they are the shape
+        data = cast(Tensor, _to_meta(value.data, known))  # batch_sizes are kept: they are a shape
         return PackedSequence(data, value.batch_sizes, *(_to_meta(v, known) for v in value[2:]))
     if not isinstance(value, Tensor):
         return value
@@ -198,7 +199,7 @@ def _is_packed(value: Any) -> bool:
 
 
 def run_batch(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> Tensor:
-    """A batch's loss, or the sum of all the model's floating-point outputs."""
+    """The loss of a batch, or the sum of all floating-point outputs of the model."""
     return (loss or _sum_all)(call_model(model, sample))
 
 
@@ -214,13 +215,13 @@ def _sum_all(output: Any) -> Tensor:
 def _record_calls(
     meta_copy: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]
 ) -> None:
-    """Have every module record its uses of its weights, tied ones under their site's path."""
+    """Register hooks that record each module's uses of its weights, tied ones under one path."""
     paths: dict[nn.Module, dict[str, str]] = {}
     parents, devices = readers(meta_copy), dict[nn.Module, str]()
     for site in sites:
         for one in site.places:
             module, name = meta_copy.get_submodule(one.module_paths[0]), one.spec.name
-            if module in parents:  # it is not called, its parent knows
+            if module in parents:  # it is never called; its parent uses its weight
                 module, name = parents[module], f"{one.module_paths[0].rpartition('.')[2]}.{name}"
             paths.setdefault(module, {})[name] = site.path
             devices[module] = next(iter(one.parameters().values())).device.type

@@ -1,4 +1,4 @@
-"""What a training step holds in memory, measured on the step itself."""
+"""The peak memory of a training step, measured on the step itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["MemoryProbe", "probe_memory", "tensor_bytes"]
 
 @dataclass
 class MemoryProbe:
-    """The peak of the step inside :func:`probe_memory`, in bytes; 0 until the step is done."""
+    """The peak memory measured by :func:`probe_memory`, in bytes; 0 until the block has ended."""
 
     peak_bytes: int = 0
 
@@ -25,12 +25,12 @@ class MemoryProbe:
 def probe_memory(
     model: nn.Module, optimizers: Sequence[Optimizer], device: torch.device
 ) -> Generator[MemoryProbe]:
-    """Measure the peak memory of the training step inside the block, without changing it.
+    """A context that measures the peak memory of the training step inside it.
 
-    On CUDA it is the allocator's peak. Elsewhere it is the sum of the tensors alive when the
-    backward pass begins, at the largest: parameters and buffers, gradients, optimizer state, and
-    what autograd saved for the backward pass; each storage counted once. Work space inside single
-    operations is not seen then.
+    On CUDA this is the allocator's peak. On other devices it is the sum of the tensors alive when
+    the backward pass begins: parameters and buffers, gradients, optimizer state, and the tensors
+    that autograd saved for the backward pass; each storage counts once. Workspaces of single
+    operations are then not included.
     """
     probe = MemoryProbe()
     if device.type == "cuda":
@@ -56,5 +56,5 @@ def probe_memory(
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' entries."""
+    """The total size of the tensors' entries in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

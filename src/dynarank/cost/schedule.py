@@ -1,4 +1,4 @@
-"""What a schedule costs before anything trains: parameters, FLOPs and memory, phase by phase."""
+"""The predicted cost of a schedule: parameters, FLOPs and memory of each phase."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ __all__ = ["PhaseCost", "ScheduleCost", "cost_schedule"]
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What one phase of a schedule costs.
+    """The cost of one phase of a schedule.
 
     Args:
         phase: its steps and plan.
-        flops: FLOPs of one batch.
-        relative_forward: forward FLOPs over those of the full-rank model.
-        relative_training: training FLOPs over those of the full-rank model.
-        trainable_parameters: of the whole model.
-        total_parameters: of the whole model.
-        state_bytes: parameters, gradients and optimizer state; activations come on top.
+        flops: the FLOPs of one batch.
+        relative_forward: forward FLOPs relative to the full-rank model.
+        relative_training: training FLOPs relative to the full-rank model.
+        trainable_parameters: the number of trainable parameters of the model.
+        total_parameters: the number of all parameters of the model.
+        state_bytes: the size of parameters, gradients and optimizer state, without activations.
     """
 
     phase: Phase
@@ -44,11 +44,11 @@ class PhaseCost:
 
 @dataclass(frozen=True)
 class ScheduleCost:
-    """What a whole schedule costs; means are over steps.
+    """The cost of a whole schedule; means are over steps.
 
     Args:
-        phases: phase by phase.
-        full_rank: FLOPs of one batch at full rank.
+        phases: the cost of each phase.
+        full_rank: the FLOPs of one batch at full rank.
     """
 
     phases: Sequence[PhaseCost]
@@ -56,31 +56,31 @@ class ScheduleCost:
 
     @property
     def steps(self) -> int:
-        """Steps of the run."""
+        """The number of steps of the run."""
         return sum(cost.phase.steps for cost in self.phases)
 
     def at(self, step: int) -> PhaseCost:
-        """The phase that a step belongs to."""
+        """The phase that contains a step."""
         return next(cost for cost in reversed(self.phases) if cost.phase.start <= step)
 
     @property
     def training_flops(self) -> int:
-        """Of the whole run."""
+        """The training FLOPs of the whole run."""
         return sum(cost.flops.training * cost.phase.steps for cost in self.phases)
 
     @property
     def relative_training(self) -> float:
-        """Training FLOPs of the run over those of the same run at full rank."""
+        """The training FLOPs of the run relative to the same run at full rank."""
         return self.training_flops / (self.full_rank.training * self.steps)
 
     @property
     def mean_trainable(self) -> float:
-        """Trainable parameters, averaged over the steps."""
+        """The number of trainable parameters, averaged over the steps."""
         return sum(c.trainable_parameters * c.phase.steps for c in self.phases) / self.steps
 
     @property
     def peak_trainable(self) -> int:
-        """The most trainable parameters of any phase."""
+        """The largest number of trainable parameters of any phase."""
         return max(cost.trainable_parameters for cost in self.phases)
 
 
@@ -94,17 +94,18 @@ def cost_schedule(
     optimizer_slots: int = 1,
     itemsize: int = 4,
 ) -> ScheduleCost:
-    """Cost a schedule from the trace of one batch.
+    """Predict the cost of a schedule from the trace of one batch.
 
     Args:
         use: the trace, from :func:`dynarank.cost.trace`.
         schedule: the schedule.
-        layers: the layers it is for.
-        total_steps: steps of the run.
-        forecast: the learning rate at equal distances over the run, for schedules that follow it.
-        optimizer_slots: values the optimizer keeps a parameter: 1 for SGD with momentum, 2 for
-            Adam.
-        itemsize: bytes a value.
+        layers: the paths of the scheduled layers.
+        total_steps: the number of steps of the run.
+        forecast: the learning rate, sampled at equal distances over the run, for schedules that
+            follow it.
+        optimizer_slots: the number of values per parameter in the optimizer's state: 1 for SGD with
+            momentum, 2 for Adam.
+        itemsize: bytes per value.
 
     Example:
         >>> import torch

@@ -1,11 +1,10 @@
-"""Measured seconds of a training step of each layer in each form, on the user's device and shapes.
+"""Measured times of each layer in each form, on the user's device and shapes.
 
-FLOPs say what a form must compute, not how fast a device does it: a small convolution's factors
-can be slower than the convolution. So every candidate runs, forward and backward, in a plain layer
-of its own with random values and an input of the shape that the weight meets in the model. The
-candidates are interleaved, so that a machine that slows down slows all of them, and the median of
-several rounds counts. Timings are cached in a file, by device, library version, threads, precision,
-shape and form.
+FLOPs do not say how fast a device is: the factors of a small convolution can be slower than the
+convolution. So every candidate runs forward and backward in a separate layer with random values and
+an input of the shape that the weight gets in the model. The candidates are interleaved, so that
+slowdowns of the machine affect all of them, and the median of several rounds counts. Timings are
+cached in a file, by device, library version, threads, precision, shape and form.
 """
 
 from __future__ import annotations
@@ -45,23 +44,24 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of a training step of each weight, in each form and execution that was timed.
+    """Measured times of a training step of each weight, in each timed form and execution.
 
     Args:
-        seconds: by path and form; forms with factors have an explicit execution.
-        margin: how much faster than full-rank a form must be to be worth it, as a share: timings
-            have noise, and a change of form has its price.
+        seconds: the times in seconds by path and form; forms with factors have an explicit
+            execution.
+        margin: how much faster than full-rank a form must be to be chosen, as a share: timings are
+            noisy, and a change of form has a cost.
     """
 
     seconds: Mapping[str, Mapping[Form, float]]
     margin: float = 0.02
 
     def full_rank(self, path: str) -> float:
-        """Seconds of the weight at full rank."""
+        """The time of the weight at full rank, in seconds."""
         return self.seconds[path][FullRank()]
 
     def of(self, path: str, form: Form) -> float:
-        """Seconds in a form; of its executions the fastest, if it leaves that open.
+        """The time in a form, in seconds; for ``"auto"``, that of the fastest execution.
 
         Raises:
             KeyError: the form was not timed.
@@ -69,7 +69,7 @@ class Timings:
         return self.seconds[path][self.fastest(path, form)]
 
     def fastest(self, path: str, form: Form) -> Form:
-        """The form with the execution that was fastest."""
+        """The form with its fastest execution."""
         timed = self.seconds[path]
         able = [one for one in candidates(form) if one in timed]
         if not able:
@@ -79,14 +79,15 @@ class Timings:
         return min(able, key=lambda one: timed[one])
 
     def is_faster(self, path: str, form: Form) -> bool:
-        """Whether the form is faster than full rank, by the margin."""
+        """Whether the form is faster than full rank by at least the margin."""
         return self.of(path, form) < (1 - self.margin) * self.full_rank(path)
 
     def choose(self, path: str, form: Form) -> Form:
-        """The fastest execution of a low-rank form, or full rank where that is not slower.
+        """The fastest execution of a low-rank form, or full rank if the form is not faster.
 
-        An adapted form keeps its form, for it changes what trains: only its execution is chosen. A
-        form that was not timed, such as one a schedule finds while it trains, stays as it is.
+        An adapted form stays adapted, since it determines what trains: only its execution is
+        chosen. A form that was not timed, such as one that a schedule chooses during training, is
+        unchanged.
         """
         timed = self.seconds.get(path, {})
         if isinstance(form, FullRank) or not any(one in timed for one in candidates(form)):
@@ -99,7 +100,7 @@ class Timings:
 
 
 def candidates(form: Form) -> list[Form]:
-    """The form with each execution it leaves open; a restart is as fast as another.
+    """The form with each execution that it allows; the number of restarts does not matter.
 
     Example:
         >>> candidates(LowRank(8))
@@ -125,16 +126,17 @@ def measure(
     cache: Path | None = None,
     on_layer: Callable[[str], None] = lambda path: None,
 ) -> Timings:
-    """Time every weight in every form that the plans give it, and at full rank.
+    """Time every weight at full rank and in every form that the plans give it.
 
     Args:
-        use: how a batch runs through the model, from :func:`dynarank.cost.trace`.
-        plans: the plans in question, such as those of a schedule's phases.
-        device: where to run.
+        use: the trace of a batch, from :func:`dynarank.cost.trace`.
+        plans: the plans to time, such as those of a schedule's phases.
+        device: the device to run on.
         autocast: the dtype of autocast; None: fp32 throughout.
-        channels_last: whether convolutions run in that memory format.
-        rounds: how often each candidate runs, after one warm-up.
-        cache: a file of earlier timings, read and added to; None: none. See ``default_cache``.
+        channels_last: whether convolutions use this memory format.
+        rounds: the number of measured runs per candidate, after one warm-up.
+        cache: a file of earlier timings, which is read and extended, see ``default_cache``; None:
+            no cache.
         on_layer: called with each path before it is timed.
 
     Example:
@@ -161,12 +163,12 @@ def measure(
 def layer_timer(
     use: ModelUse, device: torch.device | str = "cpu", *, channels_last: bool = False
 ) -> Callable[[str, Form], float]:
-    """A function ``(path, form) -> seconds`` of a training step, each asked for measured once.
+    """A function ``(path, form) -> seconds`` that times training steps on demand, each form once.
 
     Args:
-        use: how a batch runs through the model.
-        device: where to run.
-        channels_last: whether convolutions run in that memory format.
+        use: the trace of a batch, from :func:`dynarank.cost.trace`.
+        device: the device to run on.
+        channels_last: whether convolutions use this memory format.
 
     Example:
         >>> from dynarank.cost.flops import trace
@@ -186,7 +188,7 @@ def layer_timer(
 
 
 def where_faster(schedule: Schedule, timings: Timings) -> Mapped:
-    """The schedule with its low-rank forms only where they were measured to be faster.
+    """The schedule with low-rank forms only where they were measured to be faster.
 
     Example:
         >>> from dynarank.schedules import Clock, Readings, low_rank
@@ -203,20 +205,20 @@ def where_faster(schedule: Schedule, timings: Timings) -> Mapped:
 
 
 def default_cache() -> Path:
-    """``timings.json`` under ``DYNARANK_CACHE``, or under the user's cache folder."""
+    """The default cache file: ``timings.json`` in ``DYNARANK_CACHE`` or the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("DYNARANK_CACHE") or Path(home) / "dynarank") / "timings.json"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and how layers are timed.
+    """The options of a timing.
 
     Args:
-        device: the device.
+        device: the device to run on.
         autocast: the dtype of autocast; None: fp32 throughout.
-        channels_last: whether convolutions run in that memory format.
-        rounds: how often each candidate runs, after one warm-up.
+        channels_last: whether convolutions use this memory format.
+        rounds: the number of measured runs per candidate, after one warm-up.
     """
 
     device: torch.device
@@ -225,7 +227,7 @@ class Setting:
     rounds: int
 
     def key(self) -> str:
-        """What a timing depends on besides the weight, its calls and its form."""
+        """The part of the cache key that does not depend on the weight, its calls and its form."""
         cpu = f"{cpu_model()} {torch.backends.cpu.get_cpu_capability()}"
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else cpu
         parts = (
@@ -239,7 +241,7 @@ class Setting:
 
 
 def cpu_model() -> str:
-    """The name of the CPU, or of its architecture where the system does not give one."""
+    """The name of the CPU, or of its architecture if the system does not report one."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -249,7 +251,7 @@ def cpu_model() -> str:
 
 
 class Cache:
-    """Timings kept in a JSON file; a file that cannot be read counts as empty."""
+    """A JSON file of timings; an unreadable file counts as empty."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.changed = path, False
@@ -261,7 +263,7 @@ class Cache:
                 self.known = {}
 
     def save(self) -> None:
-        """Write it, whole or not at all."""
+        """Write the file atomically."""
         if self.path is None or not self.changed:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,7 +275,7 @@ class Cache:
 def layer_seconds(
     use: LayerUse, forms: list[Form], setting: Setting, cache: Cache
 ) -> dict[Form, float]:
-    """Seconds of all calls of one weight in each form, from the cache or measured in turn."""
+    """The time of all calls of one weight in each form, from the cache or measured now."""
     keys = {form: f"{setting.key()}|{use.spec}|{use.calls}|{form}" for form in forms}
     if not all(key in cache.known for key in keys.values()):
         totals = dict.fromkeys(forms, 0.0)
@@ -309,7 +311,7 @@ def _call_seconds(
 
 
 def _stand_in(spec: WeightSpec, call: Call) -> nn.Module:
-    """A plain layer with this weight and geometry; the input is padded already."""
+    """A plain layer with this weight and geometry, for an input that is already padded."""
     if spec.lookup:
         return nn.Embedding(spec.shape[0], spec.shape[1])
     if spec.dims == 0:
@@ -337,7 +339,7 @@ def _input(spec: WeightSpec, call: Call, setting: Setting) -> Tensor:
 
 
 def _step_seconds(layer: nn.Module, x: Tensor, setting: Setting) -> float:
-    """One forward and backward pass."""
+    """The time of one forward and backward pass, in seconds."""
     layer.zero_grad()
     x.grad = None
     _wait(setting.device)

@@ -1,7 +1,7 @@
-"""How is a weight factored? As a chain of smaller weights, by a decomposition known by its name.
+"""Decompositions of a weight into a chain of smaller weights, registered by name.
 
-``base`` says what a decomposition is, ``svd`` is the one to read first, and
-``register_decomposition`` adds one. Pure tensor functions: they know no modules or optimizers.
+``base`` defines the interface, ``svd`` is the one to read first, and ``register_decomposition``
+adds your own. All are pure tensor functions, independent of modules and optimizers.
 """
 
 from dynarank.decompositions.base import Decomposition

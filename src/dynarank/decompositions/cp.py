@@ -1,7 +1,9 @@
-"""CP: W a sum of r products of vectors, 1x1 into r channels, a depthwise kernel an axis, 1x1 out.
+"""The CP decomposition: a weight as a sum of r rank-one tensors.
+
+As a chain: a 1x1 convolution into r channels, a depthwise kernel per axis, a 1x1 convolution.
 
 Legend: W (out, in, k_1, ..., k_d) the weight, N = 2 + d its modes; a component is one of the r
-products, its size the product of its vectors' norms.
+rank-one terms, its size the product of its vectors' norms.
 """
 
 from __future__ import annotations
@@ -24,18 +26,21 @@ from dynarank.decompositions.svd import SVD
 __all__ = ["CP"]
 
 # An fp32 weight of more entries than this is fitted in fp32, in half the time (640 x 640 x 3 x 3,
-# one EPYC core, 2026-11). What is left of such a weight is far above fp32's rounding; the Gram
-# matrices and the error are in fp64 all the same.
+# one EPYC core, 2026-11). The residual of such a weight is far above fp32 rounding; the Gram
+# matrices and the error are in fp64 anyway.
 MANY = 2**20
 
 
 class CP(Decomposition):
-    """``W[o, i, k] = sum_c up[o, c] width[c, k_d] ... height[c, k_1] down[c, i]``.
+    """The CP decomposition, a weight as a sum of r rank-one tensors.
 
-    ``down`` (r, in, 1, ...), for each axis a depthwise kernel (r, 1, ..., k_j, ...) that slides by
-    the geometry along it, ``up`` (out, r, 1, ...): Lebedev et al. (arXiv 1412.6553, 2015). What the
-    published code of Shin et al. (arXiv 2508.08625) calls CP is ``separable`` here. A Linear's
-    weight is split by the SVD.
+    ``W[o, i, k] = sum_c up[o, c] width[c, k_d] ... height[c, k_1] down[c, i]``, with the factors
+    ``down`` (r, in, 1, ...), a depthwise kernel (r, 1, ..., k_j, ...) for each axis, applied with
+    the stride and padding of that axis, and ``up`` (out, r, 1, ...). A Linear's weight is split by
+    the SVD. The CP of the published code of Shin et al. (arXiv 2508.08625) is ``separable`` here.
+
+    Source: Lebedev et al., "Speeding-up Convolutional Neural Networks Using Fine-tuned
+    CP-Decomposition", arXiv 1412.6553, 2015.
 
     Example:
         >>> cp = dr.decompositions.get_decomposition("cp")
@@ -49,14 +54,14 @@ class CP(Decomposition):
     name = "cp"
 
     def __init__(self) -> None:
-        self._pair = SVD()  # what it is for a Linear
+        self._pair = SVD()  # for the weight of a Linear
 
     def factor_names(self, dims: int) -> tuple[str, ...]:
-        """``down``, the spatial axes from the first to the last, ``up``."""
+        """``down``, the spatial axes in order, ``up``."""
         return "down", *AXES[dims], "up"
 
     def limit(self, shape: Sequence[int]) -> int:
-        """Entries over the largest dimension: a component for each fiber along that."""
+        """The number of entries over the largest dimension: a component for each fiber along it."""
         return math.prod(shape) // max(shape)
 
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
@@ -67,23 +72,25 @@ class CP(Decomposition):
         return (rank, shape[1], *ones), *between, (shape[0], rank, *ones)
 
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """Components by alternating least squares, their vectors of one norm each.
+        """Fit the components by alternating least squares; the vectors of each have equal norms.
 
-        At the limit the components are singular triplets of W's slices and the sum is exact; below
-        it they are where the sweeps start. A weight of at most 2^16 entries has six random starts
-        more and one from HOSVD; after 15 sweeps the best three go on (all, up to 2^12 entries).
-        Sweeps end when one lowers the squared error by less than 1e-5 of it, or after 200.
+        At the limit the components are the singular triplets of W's slices, and the sum is exact;
+        below it the sweeps start from these. A weight of at most 2^16 entries has six additional
+        random starts and one from HOSVD; after 15 sweeps only the best three continue (all, up to
+        2^12 entries). Sweeps end when one lowers the squared error by less than a relative 1e-5, or
+        after 200.
 
-        The best rank-r sum need not exist: components can grow without bound while they cancel. A
-        sweep that is not finite, does not lower the error or has a component of more than 1e3 times
-        W's norm is undone; if the next one is too, the best one before is the result. Of a
-        component of size (almost) zero one vector is, and can still learn.
+        A best rank-r approximation need not exist: components can grow without bound while they
+        cancel. A sweep that is not finite, does not lower the error or has a component of more than
+        1e3 times W's norm is undone; if this happens to the next one too, the best result so far is
+        returned. A component of size (almost) zero has a single zero vector, so that it can still
+        learn.
 
-        Always the same result for the same weight; the global random state is not touched.
+        The result is deterministic, and the global random state is not touched.
 
         Raises:
-            UnfitWeightError: ``weight`` is not finite, or an eigenvalue problem fails: there is no
-                finite sum to begin with.
+            UnfitWeightError: ``weight`` is not finite, or an eigenvalue problem fails, so that
+                there is no finite start.
         """
         if weight.ndim == 2:
             return self._pair.split(weight, rank)
@@ -102,13 +109,13 @@ class CP(Decomposition):
         return tuple(f.double().reshape(s) for f, s in zip(factors, shapes, strict=True))
 
     def refactor(self, factors: Factors, rank: int) -> Factors:
-        """By way of the weight; for a larger rank the same components and new ones of size zero."""
+        """Refactor through the weight; for a larger rank, append components of size zero."""
         if len(factors) > 2 and rank > factors[0].shape[0]:
             return _extended(factors, rank)
         return super().refactor(factors, rank)
 
     def join(self, factors: Factors) -> Tensor:
-        """``up @`` the products of ``down`` and the kernels."""
+        """``up`` times the elementwise products of ``down`` and the kernels."""
         down, *kernels, up = factors
         products = down
         for kernel in kernels:
@@ -116,29 +123,29 @@ class CP(Decomposition):
         return (up.flatten(1) @ products.flatten(1)).reshape(up.shape[0], *products.shape[1:])
 
     def join_flops(self, shape: Sequence[int], rank: int) -> int:
-        """One product, of ``up``; the others are elementwise and are not counted."""
+        """FLOPs of the product with ``up``; the others are elementwise and not counted."""
         return 2 * math.prod(shape) * rank
 
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
-        """Each kernel slides depthwise by the geometry along its axis; the others are pointwise."""
+        """Depthwise convolutions along each axis, between pointwise ones."""
         dims = len(geometry.stride)
         pointwise = Geometry.pointwise(dims)
         depthwise = [replace(geometry.along(axis), groups=rank) for axis in range(dims)]
         return pointwise, *depthwise, pointwise
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
-        """By automatic differentiation; a Linear's in closed form."""
+        """The vjp of ``join``, by automatic differentiation; for a Linear in closed form."""
         return (self._pair if len(factors) == 2 else super()).pull(factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
-        """By conjugate gradients; a Linear's in closed form."""
+        """The least-norm lift, by conjugate gradients; for a Linear in closed form."""
         return (self._pair if len(factors) == 2 else super()).lift(factors, cotangents)
 
 
 def _extended(factors: Factors, rank: int) -> Factors:
-    """The components, and new ones: vectors drawn, of the mean norm, but for ``up``, which is zero.
+    """The components with new ones appended: random vectors of the mean norm, and zero in ``up``.
 
-    Least squares would find the same sum again only to within the error at which its sweeps end.
+    This keeps the weight exactly; a new fit by least squares would only come within its tolerance.
     """
     *inner, up = (factor.detach() for factor in factors)
     present = up.shape[1]
@@ -155,10 +162,10 @@ def _extended(factors: Factors, rank: int) -> Factors:
 
 
 def _even_sizes(factors: Factors, scale: float) -> Factors:
-    """Each component's size shared equally by its vectors, of ``scale`` times the same weight.
+    """Rescale the vectors of each component to equal norms, and the weight by ``scale``.
 
-    Of a component of size zero (to rounding) the least vector takes what there is and the others
-    get the norm of the smallest live one's.
+    In a component of size zero (up to rounding) the smallest vector keeps the remaining size, and
+    the others get the norm of the vectors of the smallest nonzero component.
     """
     norms = torch.stack([factor.norm(dim=0) for factor in factors])  # (N, r)
     sizes = norms.prod(0)

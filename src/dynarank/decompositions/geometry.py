@@ -1,7 +1,7 @@
-"""How a weight is applied to an input, and a chain of factors one after another.
+"""Application of a weight, or of a chain of factors, to an input.
 
-Whatever module it comes from, a weight is (out, in / groups, *kernel) here, that of a transposed
-convolution included.
+Every weight has the shape (out, in / groups, *kernel) here, regardless of its module; this includes
+transposed convolutions.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Factors: TypeAlias = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a kernel slides over its input, an entry for each spatial dimension; none if linear.
+    """The parameters of a convolution; tuples have an entry per spatial dimension, none if linear.
 
     Args:
-        stride: as ``nn.Conv2d``'s.
-        padding: zeros on both sides; other paddings are done before the kernel slides.
-        dilation: as ``nn.Conv2d``'s.
-        output_padding: as ``nn.ConvTranspose2d``'s; empty if not transposed.
-        groups: as ``nn.Conv2d``'s.
-        transposed: whether the convolution is a transposed one.
+        stride: as in ``nn.Conv2d``.
+        padding: zeros on both sides; other padding modes are applied before the convolution.
+        dilation: as in ``nn.Conv2d``.
+        output_padding: as in ``nn.ConvTranspose2d``; empty if not transposed.
+        groups: as in ``nn.Conv2d``.
+        transposed: whether it is a transposed convolution.
     """
 
     stride: tuple[int, ...] = ()
@@ -46,10 +46,10 @@ class Geometry:
         return Geometry((1,) * dims, (0,) * dims, (1,) * dims, groups=groups)
 
     def along(self, axis: int) -> Geometry:
-        """This geometry in one spatial dimension, that of a kernel of size 1 in the others.
+        """This geometry along one spatial axis, and that of a kernel of size 1 along the others.
 
-        A kernel that is a product of one-dimensional ones slides by its geometry exactly if each
-        of them slides by the geometry along its own axis.
+        Convolving with a product of one-dimensional kernels is the same as convolving with each of
+        them in turn, each with the geometry along its own axis.
         """
 
         def only(values: tuple[int, ...], other: int) -> tuple[int, ...]:
@@ -68,16 +68,16 @@ _POINTWISE = tuple(Geometry((1,) * dims, (0,) * dims, (1,) * dims) for dims in r
 
 
 def swap_channels(weight: Tensor, groups: int) -> Tensor:
-    """(out, in / groups, *kernel) as (in, out / groups, *kernel), and back; a view if it can be.
+    """Convert (out, in / groups, *kernel) to (in, out / groups, *kernel) or back.
 
-    This is how transposed convolutions keep a weight.
+    The second layout is that of transposed convolutions in torch. The result is a view if possible.
     """
     grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # (groups, in, out, *kernel)
     return grouped.flatten(0, 1)
 
 
 def linear_map(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:
-    """One stage: ``weight`` (out, in) or (out, in / groups, *kernel) applied to ``x``."""
+    """Apply one stage, ``weight`` (out, in) or (out, in / groups, *kernel), to ``x``."""
     if weight.ndim == 2:
         return F.linear(x, weight, bias)
     g, dims = geometry, weight.ndim - 2
@@ -94,7 +94,7 @@ def linear_map(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | Non
 def apply(
     x: Tensor, factors: Factors, stages: Sequence[Geometry], bias: Tensor | None = None
 ) -> Tensor:
-    """The chain: each factor applied to what the one before it gave, the bias last."""
+    """Apply a chain of factors to ``x``, one after another, and add the bias last."""
     for factor, geometry in zip(factors[:-1], stages[:-1], strict=True):
         x = linear_map(x, factor, geometry)
     return linear_map(x, factors[-1], stages[-1], bias)
@@ -103,7 +103,7 @@ def apply(
 def output_shape(
     shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry
 ) -> tuple[int, ...]:
-    """The shape of ``linear_map``'s result for an input of ``shape``."""
+    """The output shape of :func:`linear_map` for an input of ``shape``."""
     if len(weight_shape) == 2:
         return (*shape[:-1], weight_shape[0])
     g, kernel, dims = geometry, weight_shape[2:], len(weight_shape) - 2

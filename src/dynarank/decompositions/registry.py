@@ -1,4 +1,4 @@
-"""Decompositions by name: the built-in ones, loaded when first asked for, and your own."""
+"""The registry of decompositions by name: the built-in ones, imported lazily, and your own."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _LOADED: dict[str, Decomposition] = {}
 
 
 def register_decomposition(decomposition: Decomposition) -> None:
-    """Make a decomposition known by its name, to every verb, schedule and cost.
+    """Register a decomposition, so that forms can refer to it by its name.
 
     Args:
-        decomposition: an instance, with a name of its own.
+        decomposition: an instance of a subclass of :class:`Decomposition` with a unique ``name``.
 
     Raises:
-        ValueError: it is not an instance of a :class:`Decomposition`, the name is taken, or the
-            factors' names do not go from ``down`` to ``up``.
+        ValueError: it is not an instance of a :class:`Decomposition`, the name is missing or taken,
+            or the factor names do not go from ``down`` to ``up``.
 
     Example:
         >>> dr.register_decomposition(dr.decompositions.get_decomposition("svd"))
@@ -46,17 +46,21 @@ def register_decomposition(decomposition: Decomposition) -> None:
     factors = decomposition.factor_names(0)
     if (factors[0], factors[-1]) != ("down", "up") or len(set(factors)) < max(len(factors), 2):
         raise ValueError(
-            f"the factors of {name!r} are named from 'down', which the input is multiplied by, to "
-            f"'up', each differently; got {factors}"
+            f"the factor names of {name!r} must be unique and go from 'down', which is applied to "
+            f"the input, to 'up'; got {factors}"
         )
     _LOADED[name] = decomposition
 
 
 def get_decomposition(name: str, groups: int = 1) -> Decomposition:
-    """The decomposition of this name; with ``groups``, of each group of a grouped weight.
+    """Look up a decomposition by name.
+
+    Args:
+        name: the name under which it is registered.
+        groups: the number of groups of the weight; each group is decomposed on its own.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: an unknown name; the message lists the known ones.
 
     Example:
         >>> get_decomposition("svd").shapes((64, 32), 8)

@@ -1,6 +1,8 @@
-"""Separable kernels: 1x1 into r channels, a dense one-dimensional kernel an axis, 1x1 out.
+"""The separable decomposition: a weight as a tensor train of one-dimensional kernels.
 
-Legend: W (in, k_1, ..., k_d, out) the weight as a chain of modes; r_j the rank of the bond behind
+As a chain: a 1x1 convolution, a dense one-dimensional kernel per axis, a 1x1 convolution.
+
+Legend: W (in, k_1, ..., k_d, out) the weight as a chain of modes; r_j the rank of the bond after
 mode j; d the number of kernel dimensions.
 """
 
@@ -33,14 +35,15 @@ SWEEPS = 10
 
 
 class Separable(Decomposition):
-    """``W[o, i, k] = up[o, :] width[k_d] ... height[k_1] down[:, i]``, a tensor train.
+    """The separable decomposition, a tensor train of dense one-dimensional kernels.
 
-    ``down`` (r_0, in, 1, ...), for each axis j a dense kernel (r_j, r_j-1, ..., k_j, ...) that
-    slides by the geometry along it, ``up`` (out, r_d, 1, ...). The ranks of the bonds are r,
-    clipped to what W's unfolding there can have: ``r_j = min(r, in k_1...k_j, k_j+1...k_d out)``.
+    ``W[o, i, k] = up[o, :] width[k_d] ... height[k_1] down[:, i]``, with the factors
+    ``down`` (r_0, in, 1, ...), a dense kernel (r_j, r_j-1, ..., k_j, ...) for each axis j, applied
+    with the stride and padding of that axis, and ``up`` (out, r_d, 1, ...). The bond ranks are r,
+    clipped to the largest rank of W's unfolding: ``r_j = min(r, in k_1...k_j, k_j+1...k_d out)``.
 
-    The published code of Shin et al. (arXiv 2508.08625) calls this chain CP and gives the stride
-    to the last factor, which is not exact at stride 2. A Linear's weight is split by the SVD.
+    The published code of Shin et al. (arXiv 2508.08625) calls this chain CP and applies the stride
+    in the last factor, which is not exact at stride 2. A Linear's weight is split by the SVD.
 
     Example:
         >>> separable = dr.decompositions.get_decomposition("separable")
@@ -54,14 +57,14 @@ class Separable(Decomposition):
     name = "separable"
 
     def __init__(self) -> None:
-        self._pair = SVD()  # what it is for a Linear
+        self._pair = SVD()  # for the weight of a Linear
 
     def factor_names(self, dims: int) -> tuple[str, ...]:
-        """``down``, the spatial axes from the first to the last, ``up``."""
+        """``down``, the spatial axes in order, ``up``."""
         return "down", *AXES[dims], "up"
 
     def limit(self, shape: Sequence[int]) -> int:
-        """The largest bond a weight of this shape can have."""
+        """The largest bond rank of a weight of this shape."""
         return max(_bonds(shape, math.prod(shape)))
 
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
@@ -72,12 +75,12 @@ class Separable(Decomposition):
         return (bonds[0], shape[1], *ones), *between, (shape[0], bonds[-1], *ones)
 
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """A tensor train by successive SVDs, refined by alternating least squares, in fp64.
+        """Tensor-train factors by successive SVDs, refined by alternating least squares, in fp64.
 
-        TT-SVD (Oseledets 2011), then sweeps in which each factor is the best one given the others,
-        until one lowers the squared error by less than 1e-3 of it, or for 10 sweeps. The factors
-        are scaled to one Frobenius norm. Only ``up`` can be zero, with the weight, and it still
-        learns: the others have orthonormal columns.
+        TT-SVD (Oseledets 2011), then sweeps that optimize each factor given the others, until one
+        lowers the squared error by less than a relative 1e-3, or for 10 sweeps. The factors are
+        scaled to equal Frobenius norms. If the weight is zero, only ``up`` is zero, and can still
+        learn: the other factors have orthonormal columns.
 
         Raises:
             UnfitWeightError: ``weight`` is not finite, or an eigenvalue problem fails.
@@ -95,7 +98,7 @@ class Separable(Decomposition):
         return equal_norms(shaped, scale)
 
     def join(self, factors: Factors) -> Tensor:
-        """The one-dimensional kernels joined, then the channels."""
+        """The weight: the one-dimensional kernels are joined first, then the channels."""
         down, *kernels, up = factors
         if not kernels:
             return self._pair.join(factors)
@@ -105,26 +108,26 @@ class Separable(Decomposition):
         return join_chain(down, core, up)
 
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
-        """Each kernel slides by the geometry along its axis; ``down`` and ``up`` are pointwise."""
+        """One-dimensional convolutions along each axis, between pointwise ones."""
         dims = len(geometry.stride)
         pointwise = Geometry.pointwise(dims)
         return pointwise, *(geometry.along(axis) for axis in range(dims)), pointwise
 
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
-        """By automatic differentiation; a Linear's in closed form."""
+        """The vjp of ``join``, by automatic differentiation; for a Linear in closed form."""
         return (self._pair if len(factors) == 2 else super()).pull(factors, cotangent)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
-        """By conjugate gradients; a Linear's in closed form."""
+        """The least-norm lift, by conjugate gradients; for a Linear in closed form."""
         return (self._pair if len(factors) == 2 else super()).lift(factors, cotangents)
 
     def energies(self, factors: Factors) -> Factors:
-        """Exactly, from Gram matrices of channels."""
+        """The exact energies of the entries, from Gram matrices of channels."""
         return chain_energies(factors)
 
 
 def _bonds(shape: Sequence[int], rank: int) -> list[int]:
-    """r_0 ... r_d: the rank, clipped to what comes before the bond and what comes behind it."""
+    """The bond ranks r_0 ... r_d: the rank, clipped to the dimensions before and after the bond."""
     out, ins, *kernel = shape
     before = [ins * math.prod(kernel[:j]) for j in range(len(kernel) + 1)]
     behind = [out * math.prod(kernel[j:]) for j in range(len(kernel) + 1)]
@@ -132,7 +135,7 @@ def _bonds(shape: Sequence[int], rank: int) -> list[int]:
 
 
 def _tensor_train(modes: Tensor, bonds: list[int], fine: bool) -> list[Tensor]:
-    """Cores (r_j-1, size_j, r_j) of the modes in turn, all but the last orthonormal."""
+    """The cores (r_j-1, size_j, r_j) of the modes in order, all but the last orthonormal."""
     cores: list[Tensor] = []
     rest, before = modes, 1
     for size, bond in zip(modes.shape[:-1], bonds, strict=True):
@@ -156,7 +159,7 @@ def _tensor_train(modes: Tensor, bonds: list[int], fine: bool) -> list[Tensor]:
 
 
 def _sweep(modes: Tensor, cores: list[Tensor]) -> list[Tensor]:
-    """Each core in turn the best one given the others: those before it new, those behind it old."""
+    """Optimize each core in turn, given the new ones before it and the old ones after it."""
     behind = _bases_behind(cores)
     refined: list[Tensor] = []
     rest, before = modes, 1
@@ -169,7 +172,7 @@ def _sweep(modes: Tensor, cores: list[Tensor]) -> list[Tensor]:
 
 
 def _bases_behind(cores: list[Tensor]) -> list[Tensor]:
-    """For each bond an orthonormal basis (r_j, size_j+1 ... size_d) of what comes behind it."""
+    """For each bond, an orthonormal basis (r_j, size_j+1 ... size_d) of the chain after it."""
     behind: list[Tensor] = []
     carry = torch.eye(1, dtype=cores[0].dtype, device=cores[0].device)
     joined = carry

@@ -1,23 +1,23 @@
-"""Activation-aware truncation: keep the directions in which a weight's outputs have energy.
+"""Activation-aware truncation: keep the directions in which a weight's outputs have most energy.
 
 Legend: W (n, m) the matricized weight, x its input, y = W x, r the rank; E over calibration data,
 C = E[x x']; P_r the projection on the r leading eigenvectors of E[y y'] = W C W'.
 
-The rank-r weight whose outputs are nearest to W's,
+The rank-r weight whose outputs are nearest to W's is
 
-    W_r = P_r W   attains   min E ||y - W_r x||^2 = sum_{i>r} eigenvalue_i(E[y y']):
+    W_r = P_r W,   with   min E ||y - W_r x||^2 = sum_{i>r} eigenvalue_i(E[y y']),
 
-principal components of the outputs. It is the truncated SVD of W L carried back by L^-1 with
-C = L L', as Wang et al. ("SVD-LLM", arXiv 2403.07378) and others compute it, but nothing is ever
-inverted: W L = U S V' gives (W L)_r L^-1 = U_r U_r' W L L^-1 = P_r W, and U is that of W C W'. So a
-C that is singular, because few inputs were seen or some are always zero, needs no care.
+by the principal components of the outputs. It equals the truncated SVD of W L, multiplied by L^-1
+with C = L L', as Wang et al. ("SVD-LLM", arXiv 2403.07378) and others compute it, but without an
+inverse: W L = U S V' gives (W L)_r L^-1 = U_r U_r' W L L^-1 = P_r W, and U are the eigenvectors of
+W C W'. So a singular C (few inputs, or some that are always zero) needs no special treatment.
 
-E[y y'] is measured on the outputs themselves, n x n, however wide the weight. A weight with more
-outputs than inputs (a tall one) is measured by its inputs, m x m, and W C W' is worked out.
+E[y y'] is measured on the outputs, n x n, for a weight of any width. For a weight with more outputs
+than inputs, C is measured on the inputs, m x m, and W C W' is computed from it.
 
-Where a bias can take up the outputs' mean, it should: with covariances in place of second moments
-P_r W is the best weight beside the best bias, ``b + (I - P_r) E[y]``. Inputs behind a ReLU have
-large means, which otherwise claim the first directions.
+If the layer has a bias, it can compensate the mean of the outputs: with covariances in place of
+second moments, P_r W is the best weight together with the best bias, ``b + (I - P_r) E[y]``. Inputs
+after a ReLU have large means, which would otherwise dominate the first directions.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = ["ActivationStats", "output_energies", "project", "split_activation_aw
 
 @dataclass(frozen=True)
 class ActivationStats:
-    """How a weight's outputs, or its inputs, vary over data.
+    """Second moments of a weight's inputs or outputs over calibration data.
 
     Args:
-        side: ``"output"``: of y = W x, without the bias; ``"input"``: of x; ``"row"``: of the rows
-            that are looked up in W, y = W' e.
+        side: which vectors v were measured: ``"output"``, y = W x without the bias; ``"input"``, x;
+            ``"row"``, the rows looked up in an embedding table W, y = W' e.
         second: E[v v'] of each group, (groups, k, k); the covariance if there is a ``mean``.
-        count: how many vectors were averaged.
-        mean: E[v], (groups, k), where a bias takes it up.
+        count: the number of vectors averaged.
+        mean: E[v], (groups, k), if a bias can compensate it.
     """
 
     side: Literal["output", "input", "row"]
@@ -59,17 +59,17 @@ class ActivationStats:
     mean: Tensor | None = None
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise if this is not of a weight of this shape, (out, in / groups, *kernel).
+        """Check that the statistics fit a weight of this shape, (out, in / groups, *kernel).
 
         Raises:
-            ValueError: another size.
+            ValueError: the sizes differ.
         """
         groups = self.second.shape[0]
         n, m = shape[0] // groups, torch.Size(shape[1:]).numel()
         size = n if self.side == "output" else m
         if self.second.shape[-1] != size:
             raise ValueError(
-                f"the calibration is of a weight with {self.second.shape[-1]} {self.side}s a "
+                f"the calibration is of a weight with {self.second.shape[-1]} {self.side}s per "
                 f"group, this one, of shape {tuple(shape)}, has {size}; calibrate this model"
             )
 
@@ -77,21 +77,22 @@ class ActivationStats:
 def split_activation_aware(
     decomposition: Decomposition, weight: Tensor, rank: int, activity: ActivationStats | None
 ) -> tuple[Factors, Tensor | None]:
-    """``split`` of ``P_r W`` where W's outputs are known and the decomposition truncates optimally.
+    """Split ``P_r W`` instead of W, if there are statistics and the decomposition is optimal.
 
-    Any other decomposition splits W itself: its best fit to data is no projection.
+    Decompositions that do not truncate optimally split W itself: their best fit to the data is not
+    a projection.
 
     Args:
-        decomposition: of the factors.
-        weight: (out, in / groups, *kernel), canonical.
-        rank: of the factors.
-        activity: what is known; None: nothing.
+        decomposition: the decomposition of the factors.
+        weight: (out, in / groups, *kernel), in canonical layout.
+        rank: the rank of the factors.
+        activity: statistics of this weight; None: split W itself.
 
     Returns:
-        The factors, and what is to be added to the bias, if anything.
+        The factors, and the change of the bias (out,) or None.
 
     Raises:
-        ValueError: the activity is of another weight.
+        ValueError: the statistics are of a different weight.
         UnfitWeightError: the weight cannot be decomposed.
     """
     shift = None
@@ -101,15 +102,15 @@ def split_activation_aware(
 
 
 def project(weight: Tensor, rank: int, activity: ActivationStats) -> tuple[Tensor, Tensor | None]:
-    """``P_r W``: the weight of this rank whose outputs are nearest to those of ``weight``.
+    """Project a weight to rank r, ``P_r W``, with the smallest change of its outputs.
 
-    Where the outputs have fewer directions than ``rank``, the others are the best of what is left
-    of W, so that at full rank ``project(W) == W``.
+    If the outputs have fewer than ``rank`` directions, the rest are the leading directions of the
+    remainder of W, so that at full rank ``project(W) == W``.
 
     Args:
-        weight: (out, in / groups, *kernel), canonical.
-        rank: of each group.
-        activity: of this weight.
+        weight: (out, in / groups, *kernel), in canonical layout.
+        rank: r, the rank of each group.
+        activity: statistics of this weight.
 
     Returns:
         The projected weight in its dtype; if the activity has a mean, the bias's change (out,).
@@ -137,10 +138,10 @@ def project(weight: Tensor, rank: int, activity: ActivationStats) -> tuple[Tenso
 
 
 def output_energies(weight: Tensor, activity: ActivationStats | None = None) -> Tensor:
-    """E[y y']'s eigenvalues of each group, most first: (groups or 1, min(n, m)) in fp64.
+    """The eigenvalues of E[y y'], largest first: (groups or 1, min(n, m)) in fp64.
 
-    Without an activity those of W W', the squared singular values: what a white x would give. The
-    sum beyond the r first is the output error of the truncation to rank r.
+    Without statistics they are those of W W', the squared singular values, as for white inputs. The
+    sum of all but the first r is the output error of a truncation to rank r.
     """
     if activity is None:
         second = torch.eye(weight[0].numel(), dtype=torch.float64, device=weight.device)
@@ -154,21 +155,21 @@ def output_energies(weight: Tensor, activity: ActivationStats | None = None) -> 
 
 
 def _units(weight: Tensor, activity: ActivationStats) -> list[tuple[Tensor, Tensor]]:
-    """Each group's weight and second moment."""
+    """The weight and the second moment of each group."""
     groups = activity.second.shape[0]
     return list(zip(weight.chunk(groups), activity.second.to(weight.device), strict=True))
 
 
 def _facing(unit: Tensor, activity: ActivationStats) -> Tensor:
-    """The matrix that gives the outputs, in fp64: of a table whose rows are outputs, W'."""
+    """The matrix that maps to the outputs, in fp64: W, or W' for an embedding table."""
     matrix = precise(unit).flatten(1)
     return matrix.T if activity.side == "row" else matrix
 
 
 def _basis(matrix: Tensor, rank: int, side: str, second: Tensor) -> Tensor:
-    """The directions kept, (n, rank) or fewer, orthonormal."""
+    """An orthonormal basis of the kept directions, (n, rank) or fewer."""
     basis, energies = _principal(matrix, side, second)
-    # Second moments are sums of fp32 products: smaller eigenvalues than this are their rounding.
+    # Second moments are sums of fp32 products: eigenvalues below this are rounding errors.
     noise = torch.finfo(torch.float32).eps * len(energies) * energies[:1].clamp(min=0)
     live = int((energies[:rank] > noise).sum())
     kept = basis[:, : min(rank, live)]
@@ -179,7 +180,7 @@ def _basis(matrix: Tensor, rank: int, side: str, second: Tensor) -> Tensor:
 
 
 def _principal(matrix: Tensor, side: str, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Directions of the outputs (n, k) and their energies (k,), most first."""
+    """Principal directions of the outputs (n, k) and their energies (k,), largest first."""
     second = precise(second)
     try:
         if side != "input":
@@ -192,7 +193,7 @@ def _principal(matrix: Tensor, side: str, second: Tensor) -> tuple[Tensor, Tenso
         live = energies > 0
         return tall @ (right / torch.where(live, energies, torch.inf).sqrt()), energies
     except LinAlgError as error:
-        raise UnfitWeightError(f"the outputs' directions were not found: {error}") from error
+        raise UnfitWeightError(f"the output directions cannot be computed: {error}") from error
 
 
 def _eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Tucker-2: W = core x_out up x_in down, a small kernel between two changes of channels.
+"""The Tucker-2 decomposition: a smaller convolution between two 1x1 convolutions.
 
 Legend: W (n, m, K) the weight, n = out, m = in, K kernel positions; R (n, r_out) and S (m, r_in)
 orthonormal bases of channels.
@@ -23,19 +23,20 @@ from dynarank.decompositions.numerics.multilinear import (
 
 __all__ = ["Tucker", "join_chain"]
 
-# A sweep that lowers the squared error by less than this fraction of it is the last one. Of a
-# smaller fraction nothing remains in the error's first four digits.
+# A sweep that lowers the squared error by less than this fraction of it is the last one: the first
+# four digits of the error have converged.
 GAIN = 1e-4
 SWEEPS = 50
 
 
 class Tucker(Decomposition):
-    """``W[o, i, k] = sum_ab up[o, b] core[b, a, k] down[a, i]``; the core slides as W does.
+    """The Tucker-2 decomposition, a core with the kernel of W between two changes of channels.
 
-    ``down`` (r_in, in, 1, ...), ``core`` (r_out, r_in, *kernel), ``up`` (out, r_out, 1, ...) with
+    ``W[o, i, k] = sum_ab up[o, b] core[b, a, k] down[a, i]``, with the factors
+    ``down`` (r_in, in, 1, ...), ``core`` (r_out, r_in, *kernel) and ``up`` (out, r_out, 1, ...),
     r_in = min(r, in) and r_out = min(r, out), as Kim et al. (arXiv 1511.06530, 2016) compress
-    convolutions. The published code of Shin et al. (arXiv 2508.08625) does not clip the ranks; that
-    differs only for its stem, of three input channels.
+    convolutions. The published code of Shin et al. (arXiv 2508.08625) does not clip the ranks; this
+    makes a difference only for its stem, which has three input channels.
 
     Example:
         >>> tucker = dr.decompositions.get_decomposition("tucker")
@@ -53,7 +54,7 @@ class Tucker(Decomposition):
         return "down", "core", "up"
 
     def limit(self, shape: Sequence[int]) -> int:
-        """The larger of the unfoldings' ranks, max(min(n, m K), min(m, n K)): mostly max(n, m)."""
+        """The larger unfolding rank, max(min(n, m K), min(m, n K)): mostly max(n, m)."""
         out, ins, positions = shape[0], shape[1], math.prod(shape[2:])
         return max(min(out, ins * positions), min(ins, out * positions))
 
@@ -64,12 +65,12 @@ class Tucker(Decomposition):
         return (r_in, shape[1], *ones), (r_out, r_in, *shape[2:]), (shape[0], r_out, *ones)
 
     def split(self, weight: Tensor, rank: int) -> Factors:
-        """``core = W x_out R' x_in S'``, the bases by alternating least squares (HOOI), in fp64.
+        """Bases by alternating least squares (HOOI), in fp64, and ``core = W x_out R' x_in S'``.
 
-        Each basis starts from its unfolding (HOSVD) and is then the best one given the other, until
-        a sweep lowers the squared error by less than 1e-4 of it, or for 50 sweeps (De Lathauwer,
-        De Moor and Vandewalle 2000). The factors are scaled to one Frobenius norm. Only the core
-        can be zero, with the weight: it still learns, for the bases are not.
+        Each basis starts from its unfolding (HOSVD) and is then optimized given the other, until a
+        sweep lowers the squared error by less than a relative 1e-4, or for 50 sweeps (De Lathauwer,
+        De Moor and Vandewalle 2000). The factors are scaled to equal Frobenius norms. If the weight
+        is zero, only the core is zero, and can still learn.
 
         Raises:
             UnfitWeightError: ``weight`` is not finite, or an eigenvalue problem fails.
@@ -88,17 +89,18 @@ class Tucker(Decomposition):
         return join_chain(down, core, up)
 
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
-        """The core slides as the weight does; the others are pointwise."""
+        """The core has the geometry of the weight; the others are pointwise."""
         pointwise = Geometry.pointwise(len(geometry.stride))
         return pointwise, geometry, pointwise
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
-        """The least M with ``pull(M) = C``: its parts in three orthogonal spaces, in closed form.
+        """The least-norm M with ``pull(M) = C``, in closed form from three orthogonal parts.
 
         With P and Q the projections on the columns of ``up`` and on the rows of ``down``:
         ``P M Q`` follows from the core's cotangent, ``(1 - P) M`` from that of ``up`` and
-        ``M (1 - Q)`` from that of ``down``. What M had outside of them was never observed. Of
-        cotangents that no M has, as averages at moving factors are, ``P M Q`` is the core's.
+        ``M (1 - Q)`` from that of ``down``. The rest of M does not affect the factors and is zero.
+        If no M matches all cotangents, since they are averages over moving factors, ``P M Q`` is
+        taken from the core's.
         """
         down, core, up = _flat(factors)
         c_down, c_core, c_up = _flat(cotangents)
@@ -114,12 +116,12 @@ class Tucker(Decomposition):
         return lifted.reshape(up.shape[0], down.shape[1], *factors[1].shape[2:])
 
     def energies(self, factors: Factors) -> Factors:
-        """Exactly, from Gram matrices of channels."""
+        """The exact energies of the entries, from Gram matrices of channels."""
         return chain_energies(factors)
 
 
 def join_chain(down: Tensor, core: Tensor, up: Tensor) -> Tensor:
-    """``sum_ab up[o, b] core[b, a, k] down[a, i]``, the cheaper side first: (out, in, *kernel)."""
+    """The weight (out, in, *kernel) of a Tucker-2 chain, multiplying on the cheaper side first."""
     outer, inner = up.flatten(1), down.flatten(1)  # (out, r_out), (r_in, in)
     if outer.shape[0] * inner.shape[0] <= outer.shape[1] * inner.shape[1]:
         wide = (outer @ core.flatten(1)).reshape(outer.shape[0], *core.shape[1:])
@@ -129,7 +131,7 @@ def join_chain(down: Tensor, core: Tensor, up: Tensor) -> Tensor:
 
 
 def _flat(factors: Factors) -> Factors:
-    """(r_in, in), (r_out, r_in, K), (out, r_out)."""
+    """The factors as (r_in, in), (r_out, r_in, K) and (out, r_out)."""
     down, core, up = factors
     return down.flatten(1), core.reshape(*core.shape[:2], -1), up.flatten(1)
 
@@ -142,12 +144,12 @@ def _column_basis(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _outside(basis: Tensor, columns: Tensor) -> Tensor:
-    """The part of the columns outside the basis."""
+    """The component of the columns orthogonal to the basis."""
     return columns - basis @ (basis.T @ columns)
 
 
 def _least_rows(rows: Tensor) -> Tensor:
-    """``(B B')^+ B``: X with ``X B' = 1`` that is least."""
+    """The least-norm X with ``X B' = 1``: ``(B B')^+ B``."""
     return torch.linalg.pinv(rows @ rows.T, hermitian=True) @ rows
 
 

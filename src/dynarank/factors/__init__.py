@@ -1,1 +1,1 @@
-"""What helps factors train: first values, learning rates, regularizers."""
+"""Training aids for factors: initialization, learning rates and regularizers."""

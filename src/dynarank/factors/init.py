@@ -1,10 +1,10 @@
-"""First values of factors: those that give the weight the full layer's own statistics.
+"""Initialization of factors that matches the statistics of the full layer's initialization.
 
 Legend: W the weight, f its factors, ``W = join(f)``; U = up, D = down of an SVD pair.
 
-Factors drawn on their own, each by a layer's usual rule, give a product of the wrong scale, and one
-that falls with the rank. Here the full layer says what the product shall look like: a weight is
-drawn by its own ``reset_parameters``, on the side, and the factors follow its variance or spectrum.
+If each factor is initialized by a layer's usual rule, their product has the wrong scale, which
+falls with the rank. Here the full layer is the reference: a weight is drawn by its own
+``reset_parameters`` in a separate module, and the factors match its variance or spectrum.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
     "plain_draw",
 ]
 
-_ENTRIES = 20_000  # drawn at least to measure a variance: it is then known to 1 percent
+_ENTRIES = 20_000  # at least this many are drawn to measure a variance, to within 1 percent
 _DRAWS = 64
 
 
@@ -48,26 +48,27 @@ def initialize_factors(
 ) -> list[str]:
     """Redraw the factors of low-rank weights in place, matching the full layer's initialization.
 
-    ``"variance"``: Gaussian factors of equal norm, with ``mean(join(f)^2)`` that of the full
-    layer's draw; for an SVD pair ``E[U'U] = E[D D']``. ``"spectrum"``: the best rank-r part of one
-    draw, whose r leading singular values the product has exactly (spectral initialization).
+    ``"variance"``: Gaussian factors of equal norm, so that ``mean(join(f)^2)`` is that of the full
+    layer's draw; for an SVD pair ``E[U'U] = E[D D']``. ``"spectrum"``: the best rank-r
+    approximation of one draw, so that the product has exactly its r leading singular values
+    (spectral initialization).
 
-    The draws come from random states of their own; the global one is untouched. An optimizer's
-    state is not: initialize before training.
+    Separate random generators are used; the global random state does not change. Optimizer states
+    are not updated: initialize before training.
 
     Args:
         model: the model, or one ranked layer.
-        match: what of the full layer's draw the product has.
-        seed: of the draws, different for each path; None: the run's seed.
+        match: the property of the full layer's draw to match, ``"variance"`` or ``"spectrum"``.
+        seed: the seed of the draws, combined with each path; None: the run's seed.
         layers: a filter or glob patterns; None: every low-rank weight.
-        reset: draws a plain module's parameters in place, for layers that are initialized
-            otherwise than by their ``reset_parameters``.
+        reset: a function that initializes a plain module's parameters in place, for layers that
+            are not initialized by ``reset_parameters``.
 
     Returns:
-        The paths of the weights drawn.
+        The paths of the initialized weights.
 
     Raises:
-        ValueError: ``match`` is neither; no low-rank weight is meant; a layer has no
+        ValueError: an unknown ``match``; no low-rank weight is selected; a layer has no
             ``reset_parameters`` and ``reset`` is not given.
 
     Example:
@@ -93,18 +94,18 @@ def initialize_factors(
 
 @torch.no_grad()
 def balance(model: nn.Module, *, layers: LayerFilter = None) -> list[str]:
-    """Balance the factors of every low-rank and adapted weight, in place; the function stays.
+    """Balance the factors of all low-rank and adapted weights in place; the function is unchanged.
 
     ``join(balanced(f)) == join(f)``: an SVD pair gets ``U'U == D D' == diag(s)``, other chains
-    factors of equal Frobenius norm. Training lets the factors drift apart. An optimizer's state is
-    left as it is, so it is best done where that is reset or small.
+    factors of equal Frobenius norm. During training the norms drift apart. Optimizer states are not
+    updated, so this is best done when they are small or reset.
 
     Args:
         model: the model.
         layers: a filter or glob patterns; None: every weight with factors.
 
     Returns:
-        The paths of the weights that were balanced.
+        The paths of the balanced weights.
 
     Example:
         >>> balance(dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))
@@ -130,11 +131,11 @@ def factors_of_variance(
     """Gaussian factors of equal norm with ``mean(join(f)^2) == variance``, in fp64.
 
     Args:
-        decomposition: how they are joined.
-        shape: of the weight, (out, in / groups, *kernel).
-        rank: of the factors.
-        variance: of the weight's entries.
-        generator: what they are drawn from.
+        decomposition: the decomposition that joins them.
+        shape: the shape of the weight, (out, in / groups, *kernel).
+        rank: the rank of the factors.
+        variance: the variance of the weight's entries.
+        generator: the random generator.
     """
     shapes = decomposition.shapes(shape, rank)
     draws = (torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
@@ -146,12 +147,13 @@ def factors_of_variance(
 def plain_draw(
     site: Site, seed: int, reset: Callable[[nn.Module], object] | None = None
 ) -> Iterator[Tensor]:
-    """Draws of the canonical weight by the plain layer's own initialization, without end, in fp64.
+    """Endless draws of the canonical weight by the plain layer's initialization, in fp64.
 
     Args:
-        site: a weight of a ranked layer, which is not touched.
-        seed: of the draws.
-        reset: see :func:`initialize_factors`.
+        site: a weight of a ranked layer, which is not modified.
+        seed: the seed of the draws.
+        reset: a function that initializes a plain module's parameters in place; None: its
+            ``reset_parameters``.
 
     Raises:
         ValueError: the layer has no ``reset_parameters``.
@@ -161,11 +163,11 @@ def plain_draw(
     if reset is None:
         raise ValueError(
             f"layer {site.path!r}: {type(shell).__name__} has no reset_parameters to draw its "
-            "weight by; give reset=, a function that draws a plain module's parameters"
+            "weight; pass reset=, a function that initializes a plain module's parameters"
         )
     state: Tensor | None = None
     while True:
-        with torch.random.fork_rng(devices=[]):  # the CPU's state, where the draws are made
+        with torch.random.fork_rng(devices=[]):  # the draws are made on the CPU
             if state is None:
                 torch.default_generator.manual_seed(seed)
             else:
@@ -199,14 +201,14 @@ def _low_rank(model: nn.Module, layers: LayerFilter) -> list[Site]:
     others = [site.path for site in sites if not isinstance(site.form, LowRank)]
     if not found or (layers is not None and others):
         raise ValueError(
-            f"only low-rank weights have factors to draw; not low-rank: {', '.join(others)}; "
+            f"only low-rank weights have factors to initialize; not low-rank: {', '.join(others)}; "
             "factorize them first"
         )
     return found
 
 
 def _plain_shell(site: Site) -> nn.Module:
-    """A plain module like the site's, with parameters of its own, on the CPU in fp64."""
+    """A plain copy of the site's module with its own parameters, on the CPU in fp64."""
     assert isinstance(site.module, RankedLayer)
     shell = site.module.plain_like()
     own: dict[str, Any] = {}

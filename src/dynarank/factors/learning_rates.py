@@ -1,11 +1,11 @@
-"""Learning rates of factors: a step of theirs moves the weight as far as a step of its own would.
+"""Learning rates for factors, so that the weight moves as far as in a full-rank step.
 
 Legend: U = up (n, r), D = down (r, m), W = U D with singular values s; M the step's direction on W;
 eta the learning rate.
 
 A gradient step on both factors moves W by ``-eta (U U' M + M D' D)``. In the singular basis of
 balanced factors the (i, j) component of M is thus multiplied by ``eta (s_i + s_j)`` instead of eta.
-Dividing each layer's rate by the mean of ``s_i + s_j`` makes its steps as long as full-rank ones.
+Dividing each layer's rate by the mean of ``s_i + s_j`` makes its steps as large as full-rank ones.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ FactorRule: TypeAlias = Literal["auto", "spectral", "spectron", "rms", "rank-sha
 
 
 class FactorLearningRates:
-    """Scales the steps of a model's low-rank factors, whatever the optimizer and its schedule.
+    """Scales the optimizer steps of a model's low-rank factors, for any optimizer and LR schedule.
 
-    ``p <- old + scale (new - old)`` around each step: exactly the step with learning rate
-    ``scale lr`` for every optimizer whose step is proportional to it (SGD with momentum, Nesterov
-    and weight decay, Adam, AdamW, RMSprop, ...). The optimizer's groups stay as they are.
+    ``p <- old + scale (new - old)`` around each step. This is exactly a step with learning rate
+    ``scale lr`` for all optimizers whose step is proportional to it (SGD with momentum, Nesterov
+    and weight decay, Adam, AdamW, RMSprop, ...). The optimizer's groups are not changed.
 
-    Rules, each a factor for both factors of a weight:
+    Each rule gives a multiplier of the learning rate for both factors of a weight:
 
     - ``"spectral"``: ``1 / (2 mean(s))``, the mean over the r directions; for SGD.
-    - ``"spectron"``: ``1 / (||U||_2 + ||D||_2 + 1)``, a bound of the step's spectral norm.
-    - ``"rms"``: as ``"spectral"`` for optimizers whose steps do not depend on the gradient's scale
-      (Adam): entries that move by eta each move W's by eta in the mean square.
+    - ``"spectron"``: ``1 / (||U||_2 + ||D||_2 + 1)``, which bounds the spectral norm of the step.
+    - ``"rms"``: like ``"spectral"``, for optimizers whose steps do not depend on the gradient's
+      scale (Adam): if all entries of the factors move by eta, the entries of W move by eta in the
+      root mean square.
     - ``"rank-share"``: r / min(n, m), as LORO does with r / d.
-    - a float: that factor, for every layer.
+    - a float: this multiplier for every layer.
     - ``"auto"``: ``"spectral"`` for SGD, 1 for others.
 
     Only SVD pairs of low-rank weights are scaled: adapters have their alpha, and start from zero.
@@ -57,15 +58,15 @@ class FactorLearningRates:
     Args:
         model: the model.
         optimizer: its optimizer.
-        rule: see above.
-        layers: which weights, a filter or glob patterns; None: every low-rank one.
-        every: steps between two looks at the factors' norms; they are also looked at whenever a
-            form has changed. They drift slowly.
-        cap: no rate is multiplied by more than this: factors near zero would ask for any.
+        rule: the name of a rule above, or a multiplier.
+        layers: which weights, a filter or glob patterns; None: every low-rank weight.
+        every: the number of steps between updates of the multipliers from the factors' norms, which
+            drift slowly. They are also updated after every change of form.
+        cap: the largest multiplier; near-zero factors would otherwise get arbitrarily large ones.
 
     Raises:
-        ValueError: an unknown rule, one that is not positive and finite, ``every`` below 1, a cap
-            that is not positive.
+        ValueError: an unknown rule, a multiplier that is not positive and finite, ``every`` below
+            1, a cap that is not positive.
 
     Example:
         >>> model = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)
@@ -103,12 +104,12 @@ class FactorLearningRates:
         ]
 
     def scales(self) -> dict[str, float]:
-        """What each weight's learning rate is multiplied by, by path, as of now."""
+        """The current multiplier of each weight's learning rate, by path."""
         self._refresh()
         return {site.path: scale for site, scale in self._scales}
 
     def remove(self) -> None:
-        """Take the hooks off the optimizer; from then on it steps as it did."""
+        """Remove the hooks from the optimizer, so that it steps as before."""
         for handle in self._handles:
             handle.remove()
 
@@ -140,7 +141,7 @@ class FactorLearningRates:
         if not self._olds:
             return
         news, olds, scales = (list(part) for part in zip(*self._olds, strict=True))
-        foreach: Any = torch  # whose foreach operations are not annotated
+        foreach: Any = torch  # its foreach operations are not annotated
         foreach._foreach_sub_(news, olds)
         foreach._foreach_mul_(news, scales)
         foreach._foreach_add_(news, olds)
@@ -148,24 +149,24 @@ class FactorLearningRates:
 
 
 def spectral_rate(factors: Factors, rank: int) -> float:
-    """``r / (||U||_F^2 + ||D||_F^2)``: for balanced factors ``1 / (2 mean(s))``, without an SVD.
+    """The multiplier ``r / (||U||_F^2 + ||D||_F^2)``, which is ``1 / (2 mean(s))`` if balanced.
 
     Args:
         factors: an SVD pair.
-        rank: the number of directions, of all groups together.
+        rank: r, the number of directions of all groups together.
     """
     return _ratio(rank, sum(_square(f) for f in factors))
 
 
 def root_mean_square_rate(factors: Factors, groups: int = 1) -> float:
-    """``sqrt(n m / (n ||D||_F^2 + m ||U||_F^2))`` for one group; the norms' means over groups.
+    """The multiplier ``sqrt(n m / (n ||D||_F^2 + m ||U||_F^2))``, with norms averaged over groups.
 
-    Independent entries of size eta in both factors' steps move W's entries by eta / this, in the
-    root mean square.
+    If both factors move by independent entries of size eta, the entries of W move by eta divided by
+    this multiplier, in the root mean square.
 
     Args:
         factors: an SVD pair.
-        groups: of the weight.
+        groups: the number of groups of the weight.
     """
     down, up = factors
     n, m = up.shape[0] // groups, math.prod(down.shape[1:])
@@ -173,11 +174,11 @@ def root_mean_square_rate(factors: Factors, groups: int = 1) -> float:
 
 
 def spectron_rate(factors: Factors, groups: int = 1) -> float:
-    """``1 / (||U||_2 + ||D||_2 + 1)``, of the group where it is least.
+    """The multiplier ``1 / (||U||_2 + ||D||_2 + 1)``, the smallest one over the groups.
 
     Args:
         factors: an SVD pair.
-        groups: of the weight.
+        groups: the number of groups of the weight.
 
     Reference:
         Spectron, arXiv 2602.12429, 2026.
@@ -201,10 +202,10 @@ def _rule(rule: FactorRule | float, optimizer: Optimizer) -> Callable[[Site], fl
     if isinstance(rule, str):
         if rule not in rules:
             known = ", ".join(map(repr, ("auto", *rules)))
-            raise ValueError(f"rule is one of {known} or a factor, got {rule!r}")
+            raise ValueError(f"rule is one of {known} or a number, got {rule!r}")
         return rules[rule]
     if isinstance(rule, bool) or not (math.isfinite(rule) and rule > 0):
-        raise ValueError(f"a factor for the learning rates is positive and finite, got {rule!r}")
+        raise ValueError(f"a learning-rate multiplier is positive and finite, got {rule!r}")
     return lambda site: float(rule)
 
 
@@ -213,7 +214,7 @@ def _groups(site: Site) -> int:
 
 
 def _directions(site: Site) -> int:
-    """The rank, of all groups together."""
+    """The number of directions of all groups together."""
     return site.factors()[0].shape[0]
 
 
@@ -222,7 +223,7 @@ def _square(factor: Tensor) -> float:
 
 
 def _ratio(a: float, b: float) -> float:
-    """A / b, without bound where b is zero; 1 where it is not finite, which is not ours to mend."""
+    """A / b, infinite if b is zero; 1 if not finite, for weights that have diverged."""
     if not math.isfinite(b):
         return 1.0
     return a / b if b > 0 else math.inf

@@ -11,14 +11,14 @@ __all__ = ["LiveSites"]
 
 
 class LiveSites:
-    """Reads a model's sites at each call; traverses the model only after a change of form.
+    """The current sites of a model; traverses the model again only after a change of form.
 
-    Every change gives a module's table of forms a new object, so comparing those of the modules
-    seen last is enough. Modules put into the model later are seen at the next change.
+    Every change replaces the table of forms of a module, so comparing these tables is enough to
+    notice changes. Modules inserted into the model later are noticed at the next change.
 
     Args:
         model: the model.
-        layers: a filter or glob patterns, as for the verbs; None: every weight that is handled.
+        layers: a filter or glob patterns; None: every supported weight.
     """
 
     def __init__(self, model: nn.Module, layers: LayerFilter = None) -> None:
@@ -28,7 +28,7 @@ class LiveSites:
         self()
 
     def __call__(self) -> list[Site]:
-        """The sites; the parameters are read from the modules when a site is asked for them."""
+        """The sites; each reads its parameters from the module on access."""
         if not self._seen or any(_forms(module) is not forms for module, forms in self._seen):
             sites = survey(self._model)
             chosen = sites if self._layers is None else select(sites, self._layers)

@@ -3,14 +3,14 @@
 Legend: ``W`` (n, m) a matricized weight, D = down (r, m), U = up (n, r), W = U D; F a factor as a
 tall matrix (..., m, r): U itself, or D'. c the coefficient, I an identity.
 
-Each penalty is a function from factors to gradients in closed form, tested against automatic
-differentiation, and a class that adds them to the gradients of a model's current factors, whatever
-form the layers have changed to since.
+Each penalty is a function that computes the gradients of factors in closed form, tested against
+automatic differentiation, and a class that adds them to the gradients of a model's factors, also
+after changes of form.
 
 Non-finite entries of a penalty's gradient are not added, and a parameter without a gradient gets
-none: a penalty never spoils a finite gradient and never hides a bad one. The gradients are computed
-in fp32 or wider. They go through the optimizer like any gradient: under AdamW this is not a
-decoupled decay, and the optimizer's own weight decay comes on top.
+none: a penalty never makes a finite gradient non-finite and never hides a non-finite one. The
+gradients are computed in fp32 or wider. They pass through the optimizer like any gradient: with
+AdamW this is not decoupled decay, and the optimizer's own weight decay is applied in addition.
 """
 
 from __future__ import annotations
@@ -56,12 +56,15 @@ def frobenius_gradients(decomposition: Decomposition, factors: Factors) -> Facto
 
 
 def orthogonality_gradient(tall: Tensor) -> Tensor:
-    """``4 F (F'F - I)``, the gradient of ``||F'F - I||_F^2``; F (..., m, r)."""
+    """The gradient ``4 F (F'F - I)`` of ``||F'F - I||_F^2``; F (..., m, r)."""
     return 4 * tall @ _excess(tall)
 
 
 def srip_gradient(tall: Tensor, iterations: int = 10) -> Tensor:
-    """``2 sign(mu) F v v'`` with the top eigenpair (mu, v) of ``F'F - I``; F (..., m, r)."""
+    """The gradient ``2 sign(mu) F v v'`` of ``||F'F - I||_2``; F (..., m, r).
+
+    (mu, v) is the eigenpair of ``F'F - I`` with the largest ``|mu|``.
+    """
     excess = _excess(tall)  # (..., r, r)
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(tall.shape[-1], 1, generator=generator, dtype=torch.float64)
@@ -75,14 +78,14 @@ def srip_gradient(tall: Tensor, iterations: int = 10) -> Tensor:
 
 
 def tall_matrices(decomposition: Decomposition, factors: Factors) -> tuple[Tensor, Tensor]:
-    """The first factor transposed (groups, m, r) and the last (groups, n, r), as matrices."""
+    """The first factor, transposed to (groups, m, r), and the last (groups, n, r), as matrices."""
     ends, groups = (factors[0], factors[-1]), decomposition.groups
     first, last = (f.flatten(1).unflatten(0, (groups, -1)) for f in ends)
     return first.mT, last
 
 
 def through_norms(rule: Callable[[Tensor], Tensor], tall: Tensor) -> Tensor:
-    """The gradient by F where ``rule`` is that by N = F with columns of norm 1; 0 where F is 0."""
+    """The gradient in F if ``rule`` gives that in F with normalized columns; 0 where F is 0."""
     norms = tall.norm(dim=-2, keepdim=True)
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     unit = tall * inverse
@@ -96,12 +99,12 @@ def _excess(tall: Tensor) -> Tensor:
 
 
 class Regularizer:
-    """A penalty on the factors of a model. ``add_gradients`` comes between backward and step.
+    """The base class of penalties; call ``add_gradients`` between backward and optimizer step.
 
     Args:
         model: the model; its current factors are looked up at each call.
-        coefficient: c >= 0, finite.
-        layers: which weights, a filter or glob patterns; None: every weight that is handled.
+        coefficient: the coefficient c >= 0, finite.
+        layers: which weights, a filter or glob patterns; None: every supported weight.
 
     Raises:
         ValueError: the coefficient is negative or not finite; ``layers`` matches nothing.
@@ -109,23 +112,23 @@ class Regularizer:
 
     def __init__(self, model: nn.Module, coefficient: float, layers: LayerFilter = None) -> None:
         if isinstance(coefficient, bool) or not (math.isfinite(coefficient) and coefficient >= 0):
-            raise ValueError(f"a penalty's coefficient is finite and >= 0, got {coefficient!r}")
+            raise ValueError(f"coefficient must be finite and >= 0, got {coefficient!r}")
         self.coefficient = float(coefficient)
         self._sites = LiveSites(model, layers)
 
     def gradients(self, site: Site) -> list[tuple[Tensor, Tensor]]:
-        """Each parameter of a weight that the penalty acts on, and dR/dp without the coefficient.
+        """The penalized parameters of a weight, each with dR/dp without the coefficient.
 
-        The gradients are computed in fp32 at least.
+        The gradients are computed in fp32 or wider.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def add_gradients(self, scale: Tensor | float = 1.0) -> None:
-        """``p.grad += c scale dR/dp`` for each parameter that has a gradient and trains.
+        """Add the gradients, ``p.grad += c scale dR/dp``, for trainable parameters with a gradient.
 
         Args:
-            scale: that of the gradients, where they are still multiplied by a loss scale.
+            scale: the loss scale, if the gradients are still multiplied by it.
         """
         for site in self._sites() if self.coefficient else []:
             for p, gradient in self.gradients(site):
@@ -134,10 +137,13 @@ class Regularizer:
                     p.grad.add_(added.to(p.grad.dtype))
 
     def register(self, optimizer: Optimizer) -> RemovableHandle:
-        """Add the gradients at the start of each ``optimizer.step()``; the handle removes it.
+        """Register a hook that adds the gradients at the start of each ``optimizer.step()``.
 
-        Under a ``GradScaler`` this is the right place: the gradients are unscaled by then, and
-        where a fused optimizer unscales them itself, the penalty is scaled alike.
+        This is the right place with a ``GradScaler``: the gradients are unscaled by then, and if a
+        fused optimizer unscales them itself, the penalty is scaled too.
+
+        Returns:
+            A handle that removes the hook.
 
         Raises:
             ValueError: (at a step) the step has a closure, which recomputes the gradients.
@@ -156,18 +162,19 @@ class Regularizer:
 
 
 class FrobeniusDecay(Regularizer):
-    """``R = 1/2 ||W||_F^2`` of the effective weight, whatever its form.
+    """Frobenius decay of the effective weight in any form, ``R = 1/2 ||W||_F^2``.
 
-    Full-rank it is plain weight decay; low-rank it decays the product through r x r Grams, where
-    decaying the factors would penalize the nuclear norm. Adapted, the effective weight
-    ``base + scale U D`` is penalized as well, so that a change of form does not change what is
-    minimized; ``adapted="adapter"`` penalizes ``scale U D`` alone, which draws W to the base.
+    For full-rank weights this is plain weight decay. For low-rank weights it decays the product,
+    through r x r Gram matrices; decaying the factors instead would penalize the nuclear norm. For
+    adapted weights the effective weight ``base + scale U D`` is penalized too, so that a change of
+    form does not change the objective; ``adapted="adapter"`` penalizes ``scale U D`` only, which
+    pulls W to the base.
 
     Args:
-        model: see :class:`Regularizer`.
-        coefficient: see :class:`Regularizer`.
-        layers: see :class:`Regularizer`.
-        adapted: what is penalized of an adapted weight.
+        model: the model; its current factors are looked up at each call.
+        coefficient: the coefficient c >= 0, finite.
+        layers: which weights, a filter or glob patterns; None: every supported weight.
+        adapted: the penalized part of an adapted weight, ``"weight"`` or ``"adapter"``.
 
     Example:
         >>> model = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)
@@ -193,7 +200,7 @@ class FrobeniusDecay(Regularizer):
         self._adapted = adapted
 
     def gradients(self, site: Site) -> list[tuple[Tensor, Tensor]]:
-        """W, or ``pull(factors, W)``, with the adapter's scale."""
+        """The gradient W, or ``pull(factors, W)`` times the adapter's scale."""
         form = site.form
         if form is None or isinstance(form, FullRank):
             return [(p, _wide(p)) for p in site.parameters().values()]
@@ -210,19 +217,19 @@ class FrobeniusDecay(Regularizer):
 
 
 class SoftOrthogonality(Regularizer):
-    """``R = ||F'F - I||_F^2`` of the first and the last factor, summed; groups each on their own.
+    """Soft orthogonality of the first and last factor, the sum of their ``R = ||F'F - I||_F^2``.
 
-    Of ``down`` the rows and of ``up`` the columns are drawn to orthonormal ones. As defined this
-    fixes the scale as well: every singular value of a factor, hence of the product, is drawn to 1
-    (balanced factors have sqrt(s)). ``normalized=True`` measures the columns of F divided by their
-    norms: only the angles count, the scale is left to the loss. Full-rank weights and the
-    inner factors of longer chains get nothing.
+    Pulls the rows of ``down`` and the columns of ``up`` to orthonormal ones, in each group
+    separately. As defined this fixes the scale as well: every singular value of a factor, and so of
+    the product, is pulled to 1 (balanced factors have sqrt(s)). ``normalized=True`` applies the
+    penalty to the columns of F divided by their norms: only the angles count, and the scale is left
+    to the loss. Full-rank weights and the inner factors of longer chains are not penalized.
 
     Args:
-        model: see :class:`Regularizer`.
-        coefficient: see :class:`Regularizer`.
-        layers: see :class:`Regularizer`.
-        normalized: whether to measure normalized columns.
+        model: the model; its current factors are looked up at each call.
+        coefficient: the coefficient c >= 0, finite.
+        layers: which weights, a filter or glob patterns; None: every supported weight.
+        normalized: whether to normalize the columns first.
 
     Reference:
         Bansal, Chen and Wang, "Can We Gain More from Orthogonality Regularizations in Training Deep
@@ -241,11 +248,11 @@ class SoftOrthogonality(Regularizer):
         self._normalized = normalized
 
     def gradient(self, tall: Tensor) -> Tensor:
-        """dR/dF of one matrix (groups, m, r)."""
+        """The gradient dR/dF for one matrix (groups, m, r)."""
         return orthogonality_gradient(tall)
 
     def gradients(self, site: Site) -> list[tuple[Tensor, Tensor]]:
-        """Those of the first and the last factor."""
+        """The gradients of the first and the last factor."""
         if site.form is None or isinstance(site.form, FullRank):
             return []
         rule = partial(through_norms, self.gradient) if self._normalized else self.gradient
@@ -253,16 +260,17 @@ class SoftOrthogonality(Regularizer):
 
 
 class SRIP(SoftOrthogonality):
-    """``R = ||F'F - I||_2``, the largest |eigenvalue|; else as :class:`SoftOrthogonality`.
+    """Spectral restricted isometry of the first and last factor, ``R = ||F'F - I||_2``.
 
-    Found by power iteration from a fixed vector, so a step depends on nothing but the factors.
+    Like :class:`SoftOrthogonality`, but only the eigenvalue of largest magnitude is penalized. It
+    is computed by power iteration from a fixed vector, so a step depends only on the factors.
 
     Args:
-        model: see :class:`Regularizer`.
-        coefficient: see :class:`Regularizer`.
-        layers: see :class:`Regularizer`.
-        normalized: see :class:`SoftOrthogonality`.
-        iterations: of power iteration; 2 in the paper.
+        model: the model; its current factors are looked up at each call.
+        coefficient: the coefficient c >= 0, finite.
+        layers: which weights, a filter or glob patterns; None: every supported weight.
+        normalized: whether to normalize the columns first.
+        iterations: the number of power iterations; 2 in the paper.
 
     Reference:
         Bansal, Chen and Wang, arXiv 1810.09102, 2018, eq. 7 to 9.
@@ -278,12 +286,12 @@ class SRIP(SoftOrthogonality):
         iterations: int = 10,
     ) -> None:
         if iterations < 1:
-            raise ValueError(f"power iteration takes at least one iteration, got {iterations}")
+            raise ValueError(f"iterations must be at least 1, got {iterations}")
         super().__init__(model, coefficient, layers, normalized=normalized)
         self._iterations = iterations
 
     def gradient(self, tall: Tensor) -> Tensor:
-        """``2 sign(mu) F v v'``."""
+        """The gradient ``2 sign(mu) F v v'`` for one matrix (groups, m, r)."""
         return srip_gradient(tall, self._iterations)
 
 
@@ -297,6 +305,6 @@ def _end_gradients(
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """Detached, in fp32 at least."""
+    """The tensor, detached, in fp32 or wider."""
     small = tensor.dtype in (torch.float16, torch.bfloat16)
     return cast(Parameter, tensor).detach().to(torch.float32 if small else tensor.dtype)

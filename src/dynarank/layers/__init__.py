@@ -1,6 +1,7 @@
-"""How does a layer run? In its form: multiplied by its factors, or by the weight formed from them.
+"""Layers with weights in one of the three forms, and how they are executed.
 
-``ranked`` is the module to read first, ``linear`` the simplest layer; ``register_layer`` adds one.
+``ranked`` is the module to read first, ``linear`` the simplest layer; ``register_layer`` adds your
+own.
 """
 
 from dynarank.layers.execution import Call, Execution, Flops, choose_execution, executions

@@ -1,15 +1,15 @@
-"""``nn.MultiheadAttention`` in the three forms: its projections multiply as linear layers do.
+"""``nn.MultiheadAttention`` in the three forms: its projections run like linear layers.
 
-Legend: N batch, L and S the lengths of query and key, d the embedding, H heads of D = d / H.
+Legend: N batch size, L and S the lengths of query and key, d the embedding size, H heads of size
+D = d / H.
 
-With every weight full-rank it is torch's own forward pass. Otherwise torch's would read each
-effective weight several times, joining it again each time, so the projections are computed here,
-each as its form says, followed by torch's attention products.
+If every weight is full-rank, torch's own forward pass runs. In other forms it would read each
+effective weight several times and join it each time, so the projections are computed here, each by
+its form, followed by torch's scaled dot-product attention.
 
 The fast paths of ``nn.TransformerEncoderLayer`` and ``nn.TransformerEncoder`` (evaluation, no
-gradients) do not call this module at all: they read the effective weights, each joined twice, and
-run as ever. With ``torch.backends.mha.set_fastpath_enabled(False)`` they run
-factored.
+gradients) do not call this module: they read the effective weights, which are joined twice each.
+With ``torch.backends.mha.set_fastpath_enabled(False)`` they run factored.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ _LINEAR = Geometry()
 
 
 class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: ignore
-    """Attention whose in-projections are each in one of the three forms.
+    """Multi-head attention whose projections are each in one of the three forms.
 
     The joint weight of the in-projections, ``in_proj_weight`` (3d, d), is one weight; with ``kdim``
     or ``vdim`` there are ``q_proj_weight`` (d, d), ``k_proj_weight`` (d, kdim) and
-    ``v_proj_weight`` (d, vdim). ``out_proj`` is a layer of its own. Different inputs are multiplied
-    by rows of the joint weight, and share its first factor.
+    ``v_proj_weight`` (d, vdim). ``out_proj`` is a separate layer. Different inputs are multiplied
+    by different rows of the joint weight, and share its first factor.
 
-    A share of the joint weight's *outputs* is a share of 3d, and no rank above d is of use:
-    ``Rank(share, of="min")`` means a share of d there and in every other projection.
+    ``Rank(share, of="out")`` means a share of 3d for the joint weight, whose largest rank is d.
+    ``Rank(share, of="min")`` means a share of d for it and for every other projection.
 
     Example:
         >>> attention = nn.MultiheadAttention(8, 2)
@@ -60,7 +60,7 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
-        """The joint weight, or those of query, key and value."""
+        """The joint in-projection weight, or those of query, key and value."""
         m = cast(nn.MultiheadAttention, module)
         d = m.embed_dim
         if m._qkv_same_embed_dim:  # pyright: ignore[reportPrivateUsage]
@@ -75,7 +75,7 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
 
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """A call for each distinct input, and one of the output projection."""
+        """A call for each distinct input, and one for the output projection."""
         m = cast(nn.MultiheadAttention, module)
         query, key, value = (cast(Tensor, inputs[name]) for name in ("query", "key", "value"))
         found: dict[str, list[Call]] = {}
@@ -99,7 +99,7 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention with the effective weights: arguments and results are the plain layer's."""
+        """Attention with the effective weights; arguments and results as in the plain layer."""
         if self._is_full_rank() or query.is_nested or key.is_nested or value.is_nested:
             return super().forward(
                 query, key, value, key_padding_mask, need_weights,
@@ -128,14 +128,14 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
                 )
 
     def _is_full_rank(self) -> bool:
-        """Whether every weight is, that of the output projection too."""
+        """Whether every weight is full-rank, including that of the output projection."""
         forms = list(self.forms.values())
         if isinstance(self.out_proj, RankedLayer):
             forms += self.out_proj.forms.values()
         return all(isinstance(form, FullRank) for form in forms)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
-        """Query, key and value times their weights, each (..., d)."""
+        """The projections of query, key and value, each (..., d)."""
         bias = cast("Tensor | None", self.in_proj_bias)
         projected: list[Tensor] = []
         for part in _parts(self, query, key, value):
@@ -147,16 +147,17 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         return projected
 
     def _heads(self, x: Tensor) -> Tensor:
-        """The module's layout, (L, d), (L, N, d) or (N, L, d), as (N, H, L, D)."""
+        """Split the heads: (L, d), (L, N, d) or (N, L, d), as in the module, to (N, H, L, D)."""
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         if x.ndim == 3:
             return x.transpose(0, 1).unsqueeze(0)
         return x.transpose(1, 2) if self.batch_first else x.permute(1, 2, 0, 3)
 
     def _output(self, x: Tensor, dims: int) -> Tensor:
-        """The heads, (N, H, L, D), put together and projected, in the module's layout.
+        """Merge the heads (N, H, L, D) and project them, in the module's layout.
 
-        In memory (L, N, d) as the plain layer's: a dropout that follows draws the same mask.
+        The result is (L, N, d) in memory, as in the plain layer, so that a dropout layer after it
+        draws the same mask.
         """
         x = x.permute(2, 0, 1, 3).flatten(2)
         x = x.squeeze(1) if dims == 2 else x
@@ -167,7 +168,7 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
     def _extended(
         self, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """With the learned key and value (``add_bias_kv``), then with zeros, appended, unmasked."""
+        """Append the learned key and value (``add_bias_kv``), then zeros, both unmasked."""
         shape, before = (k.shape[0], self.num_heads, 1, self.head_dim), k.shape[2]
         if self.bias_k is not None and self.bias_v is not None:
             own = (b.view(1, self.num_heads, 1, -1) for b in (self.bias_k, self.bias_v))
@@ -180,7 +181,7 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
 
 @dataclass(frozen=True)
 class _Part:
-    """An input, the weight (or rows of it) that multiplies it, and which outputs these are."""
+    """An input, the weight (or the rows of it) that multiplies it, and the range of outputs."""
 
     name: str
     input: Tensor
@@ -189,7 +190,7 @@ class _Part:
 
 
 def _parts(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) -> list[_Part]:
-    """Query, key and value; adjacent ones that are the same tensor are multiplied together."""
+    """Query, key and value; adjacent ones that are the same tensor are projected together."""
     found: list[_Part] = []
     for i, (letter, x) in enumerate(zip("qkv", (query, key, value), strict=True)):
         start, stop = i * m.embed_dim, (i + 1) * m.embed_dim
@@ -203,7 +204,7 @@ def _parts(m: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor) 
 
 
 def _trains(module: nn.Module, name: str = "") -> bool:
-    """Whether the weight whose parameters' names begin with ``name`` trains."""
+    """Whether the weight whose parameter names begin with ``name`` is trainable."""
     own = module.named_parameters(recurse=False)
     return any(p.requires_grad for n, p in own if n.startswith(name) and not n.endswith("bias"))
 
@@ -219,7 +220,7 @@ def _check(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
 def _mask(
     q: Tensor, k: Tensor, padding: Tensor | None, attention: Tensor | None, dtype: torch.dtype
 ) -> Tensor | None:
-    """Both masks as one that can be added to the scores (N, H, L, S)."""
+    """Both masks combined into one that is added to the scores (N, H, L, S)."""
     batch, heads, target, source = *q.shape[:3], k.shape[2]
     masks: list[Tensor] = []
     if attention is not None:
@@ -236,7 +237,7 @@ def _mask(
 
 
 def _numbers(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask to be added: minus infinity where a boolean one is True."""
+    """An additive mask: minus infinity where a boolean mask is True."""
     if mask.is_floating_point():
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)

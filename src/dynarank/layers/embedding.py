@@ -1,4 +1,4 @@
-"""``nn.Embedding`` in the three forms: rows are looked up in the last factor, then multiplied."""
+"""``nn.Embedding`` in the three forms: rows of the last factor are looked up, then multiplied."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["RankedEmbedding"]
 
 
 class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
-    """A table of vectors in one of the three forms.
+    """An embedding table in one of the three forms.
 
     W (n, m) = up @ ... @ down: row i of W is row i of ``up`` times the other factors. A padding row
-    that is zero stays zero in every form; one that is not changes with the other factors.
+    of zeros stays zero in every form; any other padding row changes with the other factors.
     """
 
     plain = nn.Embedding
@@ -38,7 +38,7 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str:
-        """Options that act on rows of the whole weight, which factors do not have."""
+        """The options in use that act on rows of the whole weight; factors have no such rows."""
         table = cast(nn.Embedding, module)
         options = {
             "max_norm": table.max_norm is not None,
@@ -50,7 +50,7 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
 
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """One lookup for each index."""
+        """One lookup of all indices."""
         return {"weight": [_call(module, cast(Tensor, inputs["input"]))]}
 
     def forward(self, input: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
 
 
 def _rows(indices: Tensor, factors: Factors, table: nn.Embedding) -> Tensor:
-    """Rows of ``join(factors)``."""
+    """The rows of ``join(factors)`` at the indices."""
     rows = F.embedding(indices, factors[-1], table.padding_idx)
     for factor in reversed(factors[:-1]):
         rows = rows @ factor

@@ -1,9 +1,9 @@
-"""How a form is executed, and what each execution costs: the cheapest one runs.
+"""The executions of a form and their costs; ``"auto"`` runs the cheapest one.
 
 Legend: 1 multiply-accumulate = 2 FLOPs; W (n, m) as a matrix, N rows, r the rank; J = the FLOPs of
 ``join`` (2mnr for an SVD), k = r(m + n) / (mn).
 
-Training FLOPs relative to the full-rank layer's 6Nmn, where the input needs a gradient (SVD):
+Training FLOPs relative to the full-rank layer's 6Nmn, if the input needs a gradient (SVD):
 
 ==============================  ==========================================================
 low-rank, factored              k                  (+ r / 3n with ``recompute``)
@@ -13,7 +13,7 @@ adapted, merged, thin           2/3 + 2k/3 + r/(3N)
 adapted, merged, projected      1 + r / N
 ==============================  ==========================================================
 
-A merged weight that is not kept for the backward pass is joined twice: another r / (3N).
+A merged weight that is not saved for the backward pass is joined twice: another r / (3N).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from dynarank.layers.weight import WeightSpec
 
 __all__ = ["Call", "Execution", "Flops", "choose_execution", "executions", "map_flops"]
 
-# The merged weight is kept for the backward pass where joining it again would cost more than this
-# share of the layer; below it, memory is worth more.
+# The merged weight is saved for the backward pass if joining it again would cost more than this
+# share of the layer; below it, saving memory is worth more.
 _REJOINING_IS_CHEAP = 0.02
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one batch: forward alone, and forward with backward."""
+    """The FLOPs of one batch: of the forward pass, and of forward and backward together."""
 
     forward: int = 0
     training: int = 0
@@ -54,12 +54,12 @@ class Call:
     """One use of a weight in a forward pass.
 
     Args:
-        shape: of the input that the weight is applied to, padded.
-        geometry: how the weight slides over that.
+        shape: the shape of the input to which the weight is applied, padding included.
+        geometry: the geometry of the weight on this input.
         input_grad: whether the input needs a gradient.
-        trains: whether the weight does.
-        rows: the first and one past the last of the weight's outputs used; None: all.
-        device: the kind of device the layer is on.
+        trains: whether the weight needs a gradient.
+        rows: the range (start, stop) of the weight's outputs that are used; None: all.
+        device: the type of the layer's device.
     """
 
     shape: tuple[int, ...]
@@ -70,21 +70,22 @@ class Call:
     device: str = "cpu"
 
     def own_executions(self, spec: WeightSpec, form: Form) -> list[Execution] | None:
-        """The executions, where they are not those of a multiplication."""
+        """The executions, if they differ from those of a plain multiplication; else None."""
         return None
 
 
 @dataclass(frozen=True)
 class Execution:
-    """How a form is computed, and what that costs.
+    """A way to compute a form, with its cost.
 
     Args:
         name: ``"full-rank"``, ``"factored"``, ``"joined"``, ``"merged"`` or ``"two-branch"``.
-        flops: what it costs.
-        thin: of a merged product, see :class:`dynarank.layers.merged.Merging`.
-        keep: likewise.
-        overhead: what a training step costs besides, as the FLOPs that could be done in that time;
-            a forward pass alone costs a third of it.
+        flops: its FLOPs.
+        thin: for a merged product: whether the gradients of the factors are computed without the
+            whole weight gradient, see :class:`dynarank.layers.merged.Merging`.
+        keep: for a merged product: whether the merged weight is saved for the backward pass.
+        overhead: other costs of a training step, converted to FLOPs by their time; a forward pass
+            alone has a third of it.
     """
 
     name: str
@@ -94,16 +95,16 @@ class Execution:
     overhead: int = 0
 
     def worth(self, grad: bool) -> int:
-        """What is compared: FLOPs and overhead, forward alone or with backward."""
+        """The cost to compare: FLOPs and overhead, with or without the backward pass."""
         return (
             self.flops.training + self.overhead if grad else self.flops.forward + self.overhead // 3
         )
 
 
 def choose_execution(spec: WeightSpec, form: Form, call: Call) -> Execution:
-    """The execution that the form asks for; for ``"auto"``, the one of the fewest FLOPs.
+    """The execution that the form specifies; for ``"auto"``, the one with the fewest FLOPs.
 
-    FLOPs of the forward pass alone if nothing needs a gradient. The form's rank must be resolved.
+    If nothing needs a gradient, only the forward pass counts. The form's rank must be resolved.
 
     Example:
         >>> from dynarank.decompositions import Geometry
@@ -120,7 +121,7 @@ def choose_execution(spec: WeightSpec, form: Form, call: Call) -> Execution:
 
 
 def executions(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
-    """Every execution of ``call`` that the form allows."""
+    """All executions of ``call`` that the form allows."""
     if call.rows is not None:
         return executions(spec.rows(*call.rows), form, replace(call, rows=None))
     if (own := call.own_executions(spec, form)) is not None:
@@ -136,9 +137,9 @@ def executions(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
 
 
 def map_flops(input_shape: Sequence[int], weight: Sequence[int], geometry: Geometry) -> int:
-    """2 N m n: twice the entries of the weight for each position of the output.
+    """The forward FLOPs of a linear layer or convolution, 2 N m n at N output positions.
 
-    Of a transposed convolution, for each position of the input.
+    For a transposed convolution, N is the number of input positions.
     """
     shape = input_shape if geometry.transposed else output_shape(input_shape, weight, geometry)
     dims = len(weight) - 2
@@ -147,7 +148,7 @@ def map_flops(input_shape: Sequence[int], weight: Sequence[int], geometry: Geome
 
 
 def _chain(spec: WeightSpec, form: LowRank | Adapted, call: Call) -> list[int]:
-    """Forward FLOPs of each factor."""
+    """The forward FLOPs of each factor."""
     found: list[int] = []
     shape: Sequence[int] = call.shape
     stages = spec.stages(form, call.geometry)
@@ -158,7 +159,7 @@ def _chain(spec: WeightSpec, form: LowRank | Adapted, call: Call) -> list[int]:
 
 
 def _factored_flops(chain: Sequence[int], form: LowRank | Adapted, call: Call) -> Flops:
-    """The factors one after another; all but the first are sure to need their input's gradient."""
+    """The FLOPs of the factors in turn; all but the first always need their input's gradient."""
     inner = call.input_grad or call.trains
     again = sum(chain[:-1]) if form.recompute and inner else 0
     backward = sum(f * (inner + call.trains) for f in chain) - chain[0] * (inner - call.input_grad)
@@ -191,7 +192,7 @@ def _two_branch(spec: WeightSpec, form: Adapted, call: Call) -> list[Execution]:
 
 def _merged(spec: WeightSpec, form: Adapted, call: Call) -> list[Execution]:
     whole, join = map_flops(call.shape, spec.shape, call.geometry), _join_flops(spec, form)
-    if not (call.input_grad or call.trains):  # nothing is kept, so nothing depends on the batch
+    if not (call.input_grad or call.trains):  # nothing is saved for a backward pass
         return [Execution("merged", Flops(whole + join, whole + join))]
     keep = not form.recompute and join > _REJOINING_IS_CHEAP * 3 * whole
     forward = whole + join
@@ -208,7 +209,7 @@ def _merged(spec: WeightSpec, form: Adapted, call: Call) -> list[Execution]:
 
 
 def _lookups(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
-    """Looking up rows costs nothing, multiplying them by the other factors does."""
+    """Executions of a lookup: looking up rows is free, multiplying them by the factors is not."""
     if isinstance(form, FullRank):
         return [Execution("full-rank", Flops())]
     sizes = [math.prod(shape) for shape in spec.factor_shapes(form)[:-1]]

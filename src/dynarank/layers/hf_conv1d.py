@@ -1,6 +1,6 @@
 """The ``Conv1D`` of transformers (GPT-2) in the three forms: a linear layer, W stored (in, out).
 
-Import this only where transformers is imported already.
+Import this module only if transformers is already imported.
 """
 
 from __future__ import annotations

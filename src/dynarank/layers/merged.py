@@ -1,15 +1,15 @@
-"""The merged adapter: one multiplication by ``W = base + scale * join(factors)``, base frozen.
+"""Merged execution of adapters: one multiplication by ``W = base + scale * join(factors)``.
 
 Legend: ``x`` the input, ``dy`` the gradient of the output, N rows, W (n, m), r the rank.
 
-Autograd on ``linear_map(x, base + scale * join(factors))`` first forms ``G = dy' x``, the gradient
-of the whole weight (2Nmn FLOPs), and projects it on the factors. The factors' gradients can also be
-computed without G: they are those of the chain ``x -> factors -> dy`` (4Nr(m + n) for an SVD).
-:class:`MergedProduct` does either; it saves the input and, if asked, the merged weight, and nothing
-else that grows with the batch.
+Autograd on ``linear_map(x, base + scale * join(factors))`` would first form ``G = dy' x``, the
+gradient of the whole weight (2Nmn FLOPs), and project it onto the factors. The factors' gradients
+can also be computed without G, as those of the chain ``x -> factors -> dy`` (4Nr(m + n) for an
+SVD). :class:`MergedProduct` does either; it saves the input and, if asked, the merged weight, and
+nothing else that grows with the batch. The base is frozen.
 
-The same for any decomposition, and for convolutions, where merging in weight space replaces whole
-feature maps by one small sum (Cherniuk et al., RunLoRA, arXiv 2312.03415, for linear layers).
+This works for any decomposition and for convolutions too, where merging in weight space replaces
+whole feature maps by one small sum (Cherniuk et al., RunLoRA, arXiv 2312.03415, for linear layers).
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ __all__ = ["MergedProduct", "Merging", "input_gradient", "merged_product", "weig
 
 @dataclass(frozen=True)
 class Merging:
-    """How a merged product is computed and differentiated.
+    """The options of a merged product and its backward pass.
 
     Args:
-        decomposition: of the factors.
-        scale: of the adapter.
-        geometry: how the weight slides.
-        stages: how the factors slide.
-        thin: gradients of the factors by the chain (True) or from the whole gradient.
-        keep: keep the merged weight for the backward pass; else it is formed again there.
+        decomposition: the decomposition of the factors.
+        scale: the adapter's scale.
+        geometry: the geometry of the weight.
+        stages: the geometries of the factors.
+        thin: compute the factors' gradients by the chain (True) or from the whole weight gradient.
+        keep: save the merged weight for the backward pass; else it is formed again there.
     """
 
     decomposition: Decomposition
@@ -50,7 +50,7 @@ class Merging:
     keep: bool
 
     def weight(self, base: Tensor, factors: Factors) -> Tensor:
-        """``base + scale * join(factors)`` in the factors' dtype, canonical."""
+        """``base + scale * join(factors)`` in the factors' dtype and in canonical layout."""
         joined = self.decomposition.join(factors)
         if joined.dtype == base.dtype:
             return joined.mul_(self.scale).add_(base)  # in place: half the memory traffic
@@ -60,16 +60,16 @@ class Merging:
 def merged_product(
     x: Tensor, base: Tensor, factors: Factors, bias: Tensor | None, how: Merging
 ) -> Tensor:
-    """``linear_map(x, base + scale * join(factors)) + bias``; base gets no gradient.
+    """The merged product ``linear_map(x, base + scale * join(factors)) + bias``.
+
+    The base gets no gradient. Double backward is not supported: use two-branch execution for that.
 
     Args:
-        x: (..., in), (batch, in, *positions) or, of a convolution, (in, *positions).
-        base: (out, in / groups, *kernel), canonical.
-        factors: in one dtype with ``x``, but for autocast, which casts both to its own.
+        x: (..., in), (batch, in, *positions) or, for a convolution, (in, *positions).
+        base: the frozen weight, (out, in / groups, *kernel), in canonical layout.
+        factors: the factors, with the dtype of ``x``; under autocast both are cast.
         bias: (out,) or None.
-        how: how it is computed.
-
-    Not differentiable twice: use two branches for that.
+        how: the options.
     """
     if base.ndim > 2 and x.ndim == base.ndim - 1:
         return merged_product(x.unsqueeze(0), base, factors, bias, how).squeeze(0)
@@ -80,12 +80,12 @@ def merged_product(
         bias = None if bias is None else bias.to(dtype)
     kept = how.weight(base.detach(), tuple(f.detach() for f in factors))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
-        return linear_map(x, kept, how.geometry, bias)  # an autograd function costs time to enter
+        return linear_map(x, kept, how.geometry, bias)  # autograd functions have an overhead
     return MergedProduct.apply(x, kept, base.detach(), bias, how, *factors)  # type: ignore[no-any-return]
 
 
 class MergedProduct(torch.autograd.Function):
-    """See the module; ``weight`` is the merged weight, ``base`` what it is made from."""
+    """The autograd function of :func:`merged_product`; ``weight`` is the merged weight."""
 
     @staticmethod
     def forward(
@@ -107,7 +107,7 @@ class MergedProduct(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        """The input's gradient by the merged weight, the factors' as ``how`` says."""
+        """The gradients of the input, by the merged weight, and of the factors."""
         (dy,) = grads
         x, weight, base, *parts = ctx.saved_tensors
         how, factors = ctx.how, tuple(parts)
@@ -123,7 +123,7 @@ class MergedProduct(torch.autograd.Function):
         return dx, None, None, db, None, *dfactors
 
 
-# Torch binds the arguments at each call; kept here, it need not read them from the code each time.
+# Torch binds the arguments at each call; a cached signature spares it from inspecting the function.
 MergedProduct.forward.__signature__ = inspect.signature(MergedProduct.forward)  # type: ignore[attr-defined]
 
 
@@ -134,7 +134,7 @@ def _gradients(x: Tensor, dy: Tensor, base: Tensor, factors: Factors, how: Mergi
 
 
 def _thin(x: Tensor, dy: Tensor, factors: Factors, how: Merging) -> Factors:
-    """Gradients of the chain's factors: forward to each factor's input, then back from ``dy``."""
+    """The factors' gradients by the chain: forward to each factor's input, back from ``dy``."""
     inputs = [x]
     for factor, stage in zip(factors[:-1], how.stages[:-1], strict=True):
         inputs.append(linear_map(inputs[-1], factor, stage))
@@ -147,23 +147,23 @@ def _thin(x: Tensor, dy: Tensor, factors: Factors, how: Merging) -> Factors:
 
 
 def _projected(x: Tensor, dy: Tensor, whole: Tensor, factors: Factors, how: Merging) -> Factors:
-    """``scale * pull(G)`` with G the gradient of the merged weight."""
+    """The factors' gradients ``scale * pull(G)``, with G the gradient of the merged weight."""
     gradient = weight_gradient(x, dy, how.geometry, whole)
     return how.decomposition.pull(factors, gradient.mul_(how.scale))
 
 
 def input_gradient(dy: Tensor, weight: Tensor, geometry: Geometry, x: Tensor) -> Tensor:
-    """The gradient of ``linear_map``'s input (of ``x``'s shape) from that of its output."""
+    """The gradient of ``linear_map``'s input, in the shape of ``x``, from that of its output."""
     if weight.ndim == 2:
         return dy @ weight
     return _convolution_backward(dy, x, weight, geometry, (True, False))[0]
 
 
 def weight_gradient(x: Tensor, dy: Tensor, geometry: Geometry, weight: Tensor) -> Tensor:
-    """The gradient of ``linear_map``'s weight (of ``weight``'s shape) from that of its output."""
+    """The gradient of ``linear_map``'s weight, in the shape of ``weight``, from its output's."""
     if weight.ndim == 2:
         dy, x = dy.reshape(-1, dy.shape[-1]), x.reshape(-1, x.shape[-1])
-        if dy.shape[1] > x.shape[1]:  # a wide product takes a tenth less than a tall one
+        if dy.shape[1] > x.shape[1]:  # a wide product takes 10% less time than a tall one
             return (x.T @ dy).T
         return dy.T @ x
     return _convolution_backward(dy, x, weight, geometry, (False, True))[1]
@@ -172,7 +172,7 @@ def weight_gradient(x: Tensor, dy: Tensor, geometry: Geometry, weight: Tensor) -
 def _convolution_backward(
     dy: Tensor, x: Tensor, weight: Tensor, g: Geometry, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Torch's own kernel for either gradient."""
+    """The gradients of input and weight by torch's own kernel."""
     stored = swap_channels(weight, g.groups) if g.transposed else weight
     output_padding: Sequence[int] = g.output_padding or (0,) * (weight.ndim - 2)
     dx, dw, _ = torch.ops.aten.convolution_backward(
@@ -183,7 +183,7 @@ def _convolution_backward(
 
 
 def _sum_rows(dy: Tensor, weight_dims: int) -> Tensor:
-    """The gradient of the bias: summed over all but the channels."""
+    """The gradient of the bias: ``dy`` summed over all but the channels."""
     if weight_dims == 2:
         return dy.sum(tuple(range(dy.ndim - 1))) if dy.ndim > 1 else dy
     return dy.sum((0, *range(2, dy.ndim)))

@@ -1,4 +1,4 @@
-"""Ranked classes by plain class: the built-in ones, loaded when first asked for, and your own."""
+"""The registry of ranked layer classes: the built-in ones, imported lazily, and your own."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ _RANKED: dict[type[nn.Module], type[RankedLayer]] = {}
 
 
 def register_layer(plain: type[nn.Module], ranked: type[RankedLayer]) -> None:
-    """Let modules of a class change form, as ``nn.Linear`` can.
+    """Register the ranked class of a module class, so that its modules can change form.
 
     Args:
-        plain: a module's class; its subclasses are not included.
-        ranked: derives from :class:`RankedLayer` first and from ``plain``, has ``plain`` as an
-            attribute, and defines ``specs``, which names the weights.
+        plain: the class of the modules; its subclasses are not included.
+        ranked: a class that derives from :class:`RankedLayer` and ``plain``, in this order, has
+            ``plain`` as an attribute, and defines ``specs``, which lists its weights.
 
     Raises:
-        ValueError: one of the two is not such a class, or ``plain`` has a ranked class already.
+        ValueError: the classes do not fit, or ``plain`` has a ranked class already.
 
     Example:
         >>> from dynarank.layers.linear import RankedLinear
@@ -65,7 +65,7 @@ def register_layer(plain: type[nn.Module], ranked: type[RankedLayer]) -> None:
 
 
 def _unfit(plain: Any, ranked: Any) -> str:
-    """Why these are not a plain class and its ranked class; empty if they are."""
+    """The reason why these are not a plain class and its ranked class; empty if they are."""
     classes = isinstance(plain, type) and isinstance(ranked, type)
     if not classes or not issubclass(plain, nn.Module) or not issubclass(ranked, RankedLayer):
         return (
@@ -100,6 +100,6 @@ def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
 
 
 def readers(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The parent of each module whose weight the parent uses itself (``fused_children``)."""
+    """The parents that use a child's weight directly (``fused_children``), by child."""
     kinds = [(module, ranked_class(type(module))) for module in model.modules()]
     return {child: m for m, kind in kinds if kind is not None for child in kind.fused_children(m)}

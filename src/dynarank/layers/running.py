@@ -1,7 +1,7 @@
-"""Running a user's model on a batch, and leaving no trace of it.
+"""Running a user's model on a batch, without side effects.
 
-:func:`call_model` is what a batch means everywhere in the library; :func:`preserve_state` is the
-one context for passes that are not training steps: measurements, calibration, dry runs.
+:func:`call_model` defines what a batch means everywhere in the library. :func:`preserve_state` is
+the context for all passes that are not training steps: measurements, calibration, dry runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["call_model", "forward_arguments", "preserve_state"]
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """The model's output for a batch: ``model(*args, **kwargs)`` with :func:`forward_arguments`.
+    """Call the model on a batch: ``model(*args, **kwargs)`` with :func:`forward_arguments`.
 
     Example:
         >>> x, labels = torch.ones(2, 4), torch.zeros(2)
@@ -34,22 +34,22 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 def forward_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """What a batch gives the forward pass: its positional and its keyword arguments.
+    """Convert a batch to the positional and keyword arguments of the forward pass.
 
-    - a tensor or a ``PackedSequence`` is the one argument;
-    - a dict, or another mapping such as a tokenizer's output, has the keyword arguments;
-    - a tuple or list, such as a ``DataLoader`` gives, has the positional arguments: as many of its
-      first entries as ``forward`` has positions for. Of ``[inputs, targets]`` a model with one
-      argument gets the inputs. One with optional arguments would get the targets too: give it
-      ``(inputs,)`` or a dict.
+    - A tensor or a ``PackedSequence`` is the only argument.
+    - A dict, or another mapping such as a tokenizer's output, contains the keyword arguments.
+    - A tuple or list, such as a ``DataLoader`` yields, contains the positional arguments: as many
+      of its first entries as ``forward`` has positional parameters. From ``[inputs, targets]``, a
+      model with one parameter gets the inputs. A model with optional parameters would get the
+      targets too: pass ``(inputs,)`` or a dict instead.
 
     Args:
-        model: any module; inside ``torch.compile`` or a data-parallel wrapper, the module in it
-            tells the arguments.
-        batch: see above.
+        model: any module; of a compiled model or a data-parallel wrapper, the inner module's
+            signature is used.
+        batch: a tensor, ``PackedSequence``, mapping, tuple or list.
 
     Raises:
-        ValueError: it is none of these, or ``forward`` does not take it.
+        ValueError: the batch is none of these, or does not match the signature of ``forward``.
     """
     signature = _signature(model)
     args: tuple[Any, ...] = ()
@@ -63,14 +63,14 @@ def forward_arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], di
     else:
         raise ValueError(
             "a batch is a tensor, a tuple or list of positional arguments of the forward pass, or "
-            f"a dict of keyword arguments, got {_summary(batch)}; for any other object give (it,)"
+            f"a dict of keyword arguments, got {_summary(batch)}; pass any other object as (x,)"
         )
     try:
         signature.bind(*args, **named)
     except TypeError as error:
         raise ValueError(
             f"{type(model).__name__}.forward{signature} does not take the batch {_summary(batch)}: "
-            f"{error}; give a tuple of its positional or a dict of its keyword arguments"
+            f"{error}; pass a tuple of its positional or a dict of its keyword arguments"
         ) from None
     return args, named
 
@@ -83,23 +83,24 @@ def preserve_state(
     grad: bool | None = None,
     eager: bool = False,
 ) -> Generator[None]:
-    """A context in which passes of the model leave no trace in it or in torch's random state.
+    """A context that restores the state of a model and of torch's random generators on exit.
 
-    However it ends, with an exception or an interrupt too, these are as before:
+    However it ends, including exceptions and interrupts, these are restored:
 
-    - each module's ``training``;
-    - the buffers: the same objects, unwritten, so that a graph that waits for its backward pass is
-      not disturbed. Inside, the model has copies;
-    - each parameter's ``.grad``, which is None inside;
+    - the ``training`` flag of each module;
+    - the buffers: the same objects, unwritten, so that a graph with a pending backward pass stays
+      valid. Inside the context, the model has copies;
+    - the ``.grad`` of each parameter, which is None inside;
     - the random states of the CPU and the model's devices, and the gradient mode.
 
-    Values of parameters, and what a hook or a module writes elsewhere, are not undone.
+    Changes of parameter values, and anything else that a hook or a module writes, are not undone.
 
     Args:
         model: any module.
-        training: the mode of all its modules inside; None: each its own.
-        grad: whether gradients are recorded inside; None: as outside.
-        eager: run a compiled model's Python code, which calls hooks that came after compilation.
+        training: the mode of all modules inside the context; None: unchanged.
+        grad: whether gradients are recorded inside the context; None: unchanged.
+        eager: run the Python code of a compiled model, so that hooks registered after compilation
+            are called.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout())
@@ -113,9 +114,9 @@ def preserve_state(
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
         if grad is not None:
             stack.enter_context(torch.enable_grad() if grad else torch.no_grad())
-        if eager and "torch._dynamo" in sys.modules:  # else nothing is compiled
+        if eager and "torch._dynamo" in sys.modules:  # otherwise nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        copies: dict[int, Tensor] = {}  # a buffer that two modules share stays shared
+        copies: dict[int, Tensor] = {}  # shared buffers stay shared
         for module in model.modules():
             own = module.__dict__["_buffers"]
             stack.callback(module.__dict__.__setitem__, "_buffers", own)
@@ -138,7 +139,7 @@ def _copy(buffer: Tensor | None, copies: dict[int, Tensor]) -> Tensor | None:
 
 
 def _devices(model: nn.Module) -> dict[str, list[int]]:
-    """The indices of the model's devices, by type; the CPU's state is saved with any."""
+    """The indices of the model's devices, by type; the CPU's random state is always saved."""
     found: dict[str, set[int]] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         device = tensor.device
@@ -148,7 +149,7 @@ def _devices(model: nn.Module) -> dict[str, list[int]]:
 
 
 def _signature(model: nn.Module) -> inspect.Signature:
-    """That of the forward pass; of a wrapper that passes everything on, that of its module."""
+    """The signature of the forward pass; for a transparent wrapper, that of the inner module."""
     signature = inspect.signature(model.forward)
     passing = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if all(p.kind in passing for p in signature.parameters.values()):
@@ -159,7 +160,7 @@ def _signature(model: nn.Module) -> inspect.Signature:
 
 
 def _positions(signature: inspect.Signature) -> int | None:
-    """How many positional arguments there can be; None: any number."""
+    """The largest number of positional arguments; None: any number."""
     kinds = [p.kind for p in signature.parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return None
@@ -168,7 +169,7 @@ def _positions(signature: inspect.Signature) -> int | None:
 
 
 def _summary(value: Any) -> str:
-    """A batch in a few words, for an error message."""
+    """A short description of a batch, for error messages."""
     if isinstance(value, Tensor):
         return f"Tensor{tuple(value.shape)}"
     if isinstance(value, Mapping):

@@ -1,8 +1,8 @@
-"""One weight of a module: its name, shape and geometry, and the parameters it has in each form.
+"""The description of one weight of a module: name, shape, geometry, and parameters in each form.
 
-A module may have several (a recurrent layer has two for each of its layers and directions), so what
-changes form is a weight, not a module. Forms, factors and geometry all speak of the canonical
-weight (out, in / groups, *kernel); the module may store its weight transposed.
+Forms belong to weights, not to modules, since a module may have several weights (a recurrent layer
+has two for each of its layers and directions). Forms, factors and geometry refer to the canonical
+weight (out, in / groups, *kernel); the module may store it transposed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _LINEAR = Geometry()
 
 @dataclass(frozen=True)
 class WeightSpec:
-    """A weight of a module, whatever form it has.
+    """The description of a weight of a module, independent of its form.
 
     Args:
-        name: the parameter's name in the plain module.
+        name: the name of the parameter in the plain module.
         shape: (out, in / groups, *kernel).
-        geometry: how it slides.
+        geometry: stride, padding etc. of a convolution; empty for a linear weight.
         swapped: whether the module stores it as (in, out / groups, *kernel).
         lookup: whether the module looks up rows of it (an embedding) instead of multiplying by it.
     """
@@ -41,33 +41,33 @@ class WeightSpec:
 
     @property
     def span(self) -> slice | None:
-        """Which rows of the parameters it is; None: all."""
+        """The rows of the parameters that it refers to; None: all."""
         return None
 
     @property
     def dims(self) -> int:
-        """Kernel dimensions."""
+        """The number of kernel dimensions."""
         return len(self.shape) - 2
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
-        """The shape of one group's weight: what a rank refers to."""
+        """The shape of one group's weight, to which ranks refer."""
         return self.shape[0] // self.geometry.groups, *self.shape[1:]
 
     def to_canonical(self, stored: Tensor) -> Tensor:
-        """The weight as (out, in / groups, *kernel), from how the module stores it."""
+        """Convert the weight from the module's layout to (out, in / groups, *kernel)."""
         return swap_channels(stored, self.geometry.groups) if self.swapped else stored
 
     def from_canonical(self, weight: Tensor) -> Tensor:
-        """The weight as the module stores it, from (out, in / groups, *kernel)."""
+        """Convert the weight from (out, in / groups, *kernel) to the module's layout."""
         return swap_channels(weight, self.geometry.groups) if self.swapped else weight
 
     def decomposition(self, form: LowRank | Adapted) -> Decomposition:
-        """The form's decomposition, of each group if there are several."""
+        """The form's decomposition, applied to each group if there are several."""
         return get_decomposition(form.decomposition, self.geometry.groups)
 
     def resolve(self, form: Form) -> Form:
-        """The form with its rank as a number of directions.
+        """The form with its rank resolved to a number of directions.
 
         Raises:
             ValueError: a rank above the weight's limit, an unknown decomposition.
@@ -82,13 +82,13 @@ class WeightSpec:
         return self.decomposition(form).shapes(self.shape, form.resolved_rank)
 
     def stages(self, form: LowRank | Adapted, geometry: Geometry) -> tuple[Geometry, ...]:
-        """How the factors slide; the form's rank must be resolved."""
+        """The geometries of the factors; the form's rank must be resolved."""
         return self.decomposition(form).stages(geometry, form.resolved_rank)
 
     def parameter_names(self, form: Form) -> tuple[str, ...]:
-        """The names of the parameters that make up the weight in this form, base first.
+        """The names of the parameters that form the weight in this form, base first.
 
-        ``weight`` itself has ``base``, ``down``, ``up``; a weight of another name puts it before.
+        For ``weight`` they are ``base``, ``down``, ``up``; other weights use their name as prefix.
         """
         if isinstance(form, FullRank):
             return (self.name,)
@@ -101,7 +101,7 @@ class WeightSpec:
         return name == ("base" if self.name == "weight" else f"{self.name}_base")
 
     def resolved(self, form: Form) -> ResolvedWeight:
-        """The weight in this form, its decomposition and its parameters' names looked up once."""
+        """The weight in this form, with its decomposition and parameter names looked up once."""
         names = self.parameter_names(form)
         if isinstance(form, FullRank):
             return ResolvedWeight(self, form, names, None, ())
@@ -109,19 +109,19 @@ class WeightSpec:
         return ResolvedWeight(self, form, names, self.decomposition(form), stages)
 
     def factors(self, form: LowRank | Adapted, parameters: Mapping[str, Tensor]) -> Factors:
-        """The factors among a module's parameters, from input to output."""
+        """The factors from a module's parameters, from input to output."""
         return self.resolved(form).factors(parameters)
 
     def base(self, form: FullRank | Adapted, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The base among a module's parameters, as the module stores it."""
+        """The base from a module's parameters, in the module's layout."""
         return self.resolved(form).base(parameters)
 
     def effective(self, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``base + scale * join(factors)``, as the module stores it."""
+        """The effective weight ``base + scale * join(factors)``, in the module's layout."""
         return self.resolved(form).effective(parameters)
 
     def rows(self, start: int, stop: int) -> WeightSpec:
-        """The part of a linear weight that makes the outputs from ``start`` to ``stop``."""
+        """The rows of a linear weight for the outputs from ``start`` to ``stop``."""
         assert not self.dims and not self.swapped and self.geometry.groups == 1, self
         if (start, stop) == (0, self.shape[0]):
             return self
@@ -131,7 +131,7 @@ class WeightSpec:
 
 @dataclass(frozen=True)
 class _Rows(WeightSpec):
-    """Rows of a linear weight: those of its base and, in any decomposition, of its last factor."""
+    """Rows of a linear weight: those of its base and of its last factor, in any decomposition."""
 
     start: int = 0
     whole: int = 0  # rows
@@ -148,14 +148,14 @@ class _Rows(WeightSpec):
 
 @dataclass(frozen=True)
 class ResolvedWeight:
-    """A weight in one form: what a forward pass would otherwise look up each time.
+    """A weight in one form, with everything cached that a forward pass needs.
 
     Args:
-        spec: the weight.
-        form: its form, the rank a number of directions.
-        names: of its parameters, base first.
-        decomposition: of its factors; None if it is full-rank.
-        own_stages: how the factors slide where the weight slides by its own geometry.
+        spec: the description of the weight.
+        form: its form, with a resolved rank.
+        names: the names of its parameters, base first.
+        decomposition: the decomposition of its factors; None if it is full-rank.
+        own_stages: the geometries of the factors for the weight's own geometry.
     """
 
     spec: WeightSpec
@@ -165,24 +165,24 @@ class ResolvedWeight:
     own_stages: tuple[Geometry, ...]
 
     def factors(self, parameters: Mapping[str, Tensor]) -> Factors:
-        """The factors among a module's parameters, from input to output."""
+        """The factors from a module's parameters, from input to output."""
         names = self.names[1:] if isinstance(self.form, Adapted) else self.names
         found = tuple([parameters[name] for name in names])
         span = self.spec.span
         return found if span is None else (*found[:-1], found[-1][span])
 
     def base(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """The base among a module's parameters, as the module stores it."""
+        """The base from a module's parameters, in the module's layout."""
         base, span = parameters[self.names[0]], self.spec.span
         return base if span is None else base[span]
 
     def joined(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``join(factors)``, canonical."""
+        """``join(factors)``, in canonical layout."""
         assert self.decomposition is not None, self.form
         return self.decomposition.join(self.factors(parameters))
 
     def effective(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """``base + scale * join(factors)``, as the module stores it."""
+        """The effective weight ``base + scale * join(factors)``, in the module's layout."""
         if isinstance(self.form, FullRank):
             return self.base(parameters)
         joined = self.spec.from_canonical(self.joined(parameters))
@@ -191,12 +191,12 @@ class ResolvedWeight:
         return self.base(parameters) + self.form.scale * joined
 
     def stages(self, geometry: Geometry) -> tuple[Geometry, ...]:
-        """How the factors slide where the weight slides by ``geometry``."""
+        """The geometries of the factors if the weight has this ``geometry``."""
         if geometry is self.spec.geometry or geometry == self.spec.geometry:
             return self.own_stages
         assert not isinstance(self.form, FullRank), self.form
         return self.spec.stages(self.form, geometry)
 
     def rows(self, start: int, stop: int) -> ResolvedWeight:
-        """The part of a linear weight that makes the outputs from ``start`` to ``stop``."""
+        """The rows of a linear weight for the outputs from ``start`` to ``stop``."""
         return replace(self, spec=self.spec.rows(start, stop))

@@ -1,1 +1,1 @@
-"""What is read of a model: spectra, activations and gradients. Nothing here changes a run."""
+"""Monitors of spectra, activations and gradients. They are read-only and never change a run."""

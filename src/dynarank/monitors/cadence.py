@@ -1,4 +1,4 @@
-"""When something that costs time may be done: every few steps, or within a share of the time."""
+"""Scheduling of costly work in a training loop: every N steps, or within a share of the time."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import TypeVar
 __all__ = ["Cadence"]
 
 _T = TypeVar("_T")
-_MARGIN = 2  # the next time may cost more than the last did
+_MARGIN = 2  # the next call may take longer than the last
 
 
 class Cadence:
-    """Does a thing now and then: every ``every`` steps, or so that it takes ``share`` of the time.
+    """Calls a function every ``every`` steps, or so that it takes at most ``share`` of the time.
 
-    By share, it is first done when twice its guessed cost is within the share of the time since the
-    first step; from then on its last cost counts. When that is depends on the clock, what training
-    does never does.
+    With ``share``, the first call is made once twice its estimated duration is within the share of
+    the time since the first step; after that the duration of the last call counts. The steps of the
+    calls then depend on the clock; the training itself does not.
 
     Args:
-        every: steps from one time to the next; None: as ``share`` allows.
-        share: the most that it may take of the time since the first step.
-        clock: gives the time in seconds.
+        every: the number of steps between calls; None: as often as ``share`` allows.
+        share: the largest share of the time since the first step.
+        clock: a function that returns the time in seconds.
 
     Raises:
         ValueError: ``every`` is below 1, or ``share`` is not in (0, 1].
@@ -48,14 +48,14 @@ class Cadence:
         self._steps = 0
         self._began = 0.0
         self._spent = 0.0
-        self._cost: float | None = None  # of the next time, as far as one knows
+        self._cost: float | None = None  # the expected duration of the next call, once known
 
     def step(self, do: Callable[[], _T], guess: Callable[[], float]) -> _T | None:
-        """Count a step; ``do()`` if it is due after it, else None.
+        """Count a step; call ``do`` if a call is due after it, and return its result, else None.
 
         Args:
-            do: the thing.
-            guess: says, at the second step, how many seconds its first time may take.
+            do: the function to call.
+            guess: estimates the duration of the first call in seconds; called at the second step.
         """
         self._steps += 1
         if self._every is not None:
@@ -76,5 +76,5 @@ class Cadence:
         return done
 
     def elapsed(self) -> float:
-        """Seconds since the first step."""
+        """The time since the first step, in seconds."""
         return self.clock() - self._began

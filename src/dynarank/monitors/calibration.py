@@ -1,9 +1,9 @@
 """Activation statistics of each weight over a few batches, for activation-aware truncation.
 
-Legend: y = W x what a weight gives without the bias, E[y y'] its second moment over the batches.
+Legend: y = W x the output of a weight without the bias, E[y y'] its second moment over the batches.
 
-The model is run in evaluation mode and left as it was. :mod:`dynarank.decompositions.truncation`
-truncates a weight by these statistics so that its outputs change least.
+The model runs in evaluation mode, and its state is restored. With these statistics,
+:mod:`dynarank.decompositions.truncation` truncates a weight so that its outputs change least.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dynarank.surgery.sites import Site, survey
 
 __all__ = ["Calibration", "calibrate"]
 
-_CHUNK = 1 << 22  # entries multiplied at once: 16 MiB of fp32, beside the model's own activations
+_CHUNK = 1 << 22  # entries multiplied at once: 16 MiB of fp32, besides the model's activations
 _PRECISE_UP_TO = 1024  # larger second moments are summed in fp32: 8 MiB each in fp64
 
 
@@ -32,8 +32,9 @@ class Calibration(dict[str, ActivationStats]):
     """The activation statistics of a model's weights, by their paths.
 
     Args:
-        activities: the statistics.
-        missed: the paths without statistics, and why: they are truncated by the weight alone.
+        activities: the statistics, by path.
+        missed: the reasons why weights have no statistics, by path. They are truncated without
+            statistics.
     """
 
     def __init__(
@@ -52,24 +53,25 @@ def calibrate(
 ) -> Calibration:
     """Run a few batches through the model and measure ``E[y y']`` for each weight.
 
-    For linear layers, all convolutions and embeddings. Weights that a module multiplies by inside
-    (attention's in-projection, recurrent layers) are listed as missed. Parameters,
-    gradients, buffers, training mode and random state are left as they were.
+    Supports linear layers, all convolutions and embeddings. Weights that are multiplied inside
+    their module (the in-projection of attention, recurrent layers) are listed as missed.
+    Parameters, gradients, buffers, training mode and random state are unchanged.
 
-    Calibrate right before the change: the outputs are those of today's weights. In a data-parallel
-    run give every process the same batches, or they will truncate differently.
+    Calibrate right before the change, since the statistics are those of the current weights. In a
+    data-parallel run, pass the same batches in every process, or they will truncate differently.
 
     Args:
         model: any model; its layers may have any form.
-        batches: of the size it trains on, such as a ``DataLoader``; a few hundred samples are many
-            for a small model. Each is a tensor, a tuple or list of positional arguments of the
-            forward pass, of which targets at the end are left out (see
+        batches: batches of the usual training size, such as a ``DataLoader`` yields; a few hundred
+            samples are plenty for a small model. Each is a tensor, a tuple or list of positional
+            arguments of the forward pass, from which trailing targets are dropped (see
             :func:`dynarank.layers.running.forward_arguments`), or a dict of keyword arguments.
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight.
-        forward: how to run a batch, ``(model, batch) -> anything``, if the model needs more.
+        forward: a function ``(model, batch) -> anything`` that runs a batch, if a plain call of the
+            model is not enough.
 
     Raises:
-        ValueError: no batch; no weight was met.
+        ValueError: no batches, or no weight was used in the forward pass.
         UnfitWeightError: outputs that are not finite; the message names the first such layer.
 
     Example:
@@ -91,14 +93,16 @@ def calibrate(
                 hooks.callback(handle.remove)
         _run(model, batches, forward or call_model)
     if not met:
-        raise ValueError("the batches met no weight that can change form; is this the model used?")
+        raise ValueError(
+            "the batches used no weight that can change form; is this the model that is trained?"
+        )
     activities = {path: meters[path].activity(path) for path in met}
     missed |= {path: "no batch reached it" for path in meters if path not in activities}
     return Calibration(activities, missed)
 
 
 class _Meter:
-    """Sums over the outputs of a weight, or over its inputs if it is tall."""
+    """Accumulates moments of a weight's outputs, or of its inputs if it is tall."""
 
     def __init__(self, site: Site) -> None:
         self.site, self.spec = site, site.spec
@@ -113,11 +117,11 @@ class _Meter:
         self.count = 0
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module that uses the weight."""
+        """All modules that use the weight."""
         return (one.module for one in self.site.places)
 
     def add(self, vectors: Tensor, bias: Tensor | None) -> None:
-        """Add vectors (..., k, *positions), without the bias."""
+        """Add vectors (..., k, *positions), after subtracting the bias."""
         groups = self.spec.geometry.groups
         axis = vectors.ndim - 1 - self.spec.dims
         flat = vectors.movedim(axis, 0).flatten(1)  # (groups * k, N)
@@ -142,7 +146,7 @@ class _Meter:
         if not torch.isfinite(self.second).all():
             raise UnfitWeightError(
                 f"layer {path!r}: its {self.side}s on the calibration batches are not finite, or "
-                "too large to be squared; look at the batches and at the layers before it"
+                "too large to be squared; check the batches and the layers before it"
             )
         count = max(self.count, 1)
         second, mean = self.second / count, self.sum / count
@@ -166,11 +170,11 @@ def _hook(meter: _Meter, path: str, met: list[str]) -> Callable[..., None]:
 
 
 def _beyond_reach(site: Site) -> str:
-    """Why a weight's outputs cannot be seen from outside its module; empty if they can."""
+    """The reason why hooks cannot see a weight's outputs; empty if they can."""
     if site.spec.name != "weight":
-        return f"{type(site.module).__name__} multiplies by it inside"
+        return f"{type(site.module).__name__} multiplies by it internally"
     if any(one.spec.lookup != site.spec.lookup for one in site.tied):
-        return "its rows are looked up in one place and it is multiplied by in another"
+        return "its rows are looked up in one module, and another module multiplies by it"
     return ""
 
 
@@ -182,4 +186,4 @@ def _run(
         forward(model, batch)
         empty = False
     if empty:
-        raise ValueError("there is no batch to calibrate on; give a few, as the model trains on")
+        raise ValueError("there is no batch to calibrate on; pass a few training batches")

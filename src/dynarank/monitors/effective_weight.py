@@ -1,4 +1,4 @@
-"""The singular values of a layer's weight, and of what has been added to it since a start."""
+"""The singular values of a layer's effective weight, and of its accumulated update."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["LayerWeight", "layer_values", "update_values"]
 
 @dataclass(frozen=True)
 class LayerWeight:
-    """A layer's weight: what it is, its form, and the parameters that make it up."""
+    """A layer's weight: its description, its form and its parameters."""
 
     spec: WeightSpec
     form: Form
@@ -32,27 +32,27 @@ class LayerWeight:
         return LayerWeight(site.spec, site.form, site.parameters())
 
     def kept(self) -> LayerWeight:
-        """A copy on the CPU: factors stay factors."""
+        """A copy on the CPU; factors are kept as factors."""
         copies = {n: p.detach().to("cpu", copy=True) for n, p in self.parameters.items()}
         return replace(self, parameters=copies)
 
     def on(self, device: torch.device) -> LayerWeight:
-        """The weight on a device."""
+        """The weight, moved to a device."""
         return replace(self, parameters={n: p.to(device) for n, p in self.parameters.items()})
 
     @property
     def first(self) -> Tensor:
-        """One of the parameters, to know dtype and device by."""
+        """One of the parameters, for their dtype and device."""
         return next(iter(self.parameters.values()))
 
     @property
     def finite(self) -> bool:
-        """Whether every entry is."""
+        """Whether every entry is finite."""
         return all(bool(torch.isfinite(p).all()) for p in self.parameters.values())
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the parameters."""
+        """The memory of the parameters, in bytes."""
         return sum(p.numel() * p.element_size() for p in self.parameters.values())
 
     def factors(self) -> Factors | None:
@@ -64,7 +64,7 @@ class LayerWeight:
         return tuple(f.detach().flatten(1) for f in self.spec.factors(self.form, self.parameters))
 
     def effective(self) -> Tensor:
-        """The weight, canonical; joined in fp64, where rounding cannot raise a low rank."""
+        """The weight in canonical layout, joined in fp64: rounding could raise its rank."""
         if isinstance(self.form, FullRank):
             return self.spec.to_canonical(self.spec.base(self.form, self.parameters)).detach()
         precisely = {name: precise(p) for name, p in self.parameters.items()}
@@ -72,7 +72,7 @@ class LayerWeight:
 
 
 def layer_values(weight: LayerWeight) -> Tensor:
-    """The singular values of the effective weight; from its factors if it has no base.
+    """The singular values of the effective weight, computed from its factors if it has no base.
 
     Raises:
         UnfitWeightError: a value is not finite, or the decomposition does not converge.
@@ -84,15 +84,15 @@ def layer_values(weight: LayerWeight) -> Tensor:
 
 
 def update_values(now: LayerWeight, start: LayerWeight, size: float) -> Tensor:
-    """The singular values of ``W_now - W_start``, of effective weights, whatever their forms.
+    """The singular values of the update ``W_now - W_start`` of an effective weight, in any forms.
 
-    Two products of thin factors are subtracted as one: ``[U, -U_0] [D; D_0]``. A difference that
-    rounding in a change of form can make counts as none: all values are then zero.
+    Two products of thin factors are subtracted as one: ``[U, -U_0] [D; D_0]``. A difference within
+    the rounding errors of changes of form counts as zero: all values are then zero.
 
     Args:
-        now: the weight.
-        start: what it was.
-        size: ||W_now||, Frobenius.
+        now: the current weight.
+        start: the initial weight.
+        size: the Frobenius norm ||W_now||.
 
     Raises:
         UnfitWeightError: a value is not finite, or the decomposition does not converge.
@@ -110,7 +110,7 @@ def update_values(now: LayerWeight, start: LayerWeight, size: float) -> Tensor:
 
 
 def _difference(now: LayerWeight, start: LayerWeight) -> Tensor:
-    """In fp32 at least, and in no more than the parameters': spectra in fp64 are dear."""
+    """The difference in the parameters' dtype, at least fp32; spectra in fp64 are expensive."""
     wide = torch.promote_types(now.first.dtype, torch.float32)
     one, other = now.effective(), start.effective()
     both = torch.promote_types(torch.promote_types(one.dtype, other.dtype), torch.float32)
@@ -118,12 +118,12 @@ def _difference(now: LayerWeight, start: LayerWeight) -> Tensor:
 
 
 def _rounding(now: LayerWeight, start: LayerWeight) -> float:
-    """The relative difference that changes of form can make: what they store is rounded once.
+    """A bound on the relative rounding error of changes of form: stored values are rounded once.
 
-    A decomposition and its join, computed in fp32 or fp64, were off by up to 6 eps of that.
+    A decomposition and its join, computed in fp32 or fp64, were off by up to 6 eps.
     """
     dtype = now.first.dtype
     computed = 16 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
-    if same_weight(now.form, start.form):  # training alone, most likely, whose steps may be small
+    if same_weight(now.form, start.form):  # most likely training steps only, which may be small
         return computed
     return max(computed, 2 * torch.finfo(dtype).eps)

@@ -1,4 +1,4 @@
-"""Spectra of the weights in files of any model, one weight in memory at a time."""
+"""Spectra of the weights in a model's files, with one weight in memory at a time."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ __all__ = ["StoredWeight", "WeightSpectrum", "file_spectra", "read_spectrum", "s
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """A weight in a model's files, not read yet.
+    """A weight in a model's files that has not been read yet.
 
     Args:
         name: its name, without a trailing ``.weight``.
-        shape: (out, in, *kernel); of the product, for factors.
-        tensors: the names of the tensors that make it up: one, or a chain of factors.
-        decomposition: that of the factors; None for one tensor.
+        shape: (out, in, *kernel), for factors that of their product.
+        tensors: the names of its tensors: a single one, or a chain of factors.
+        decomposition: the decomposition of the factors; None for a single tensor.
     """
 
     name: str
@@ -46,7 +46,7 @@ class WeightSpectrum:
 
     Args:
         name: its name, without a trailing ``.weight``.
-        shape: (out, in, *kernel); of the product, for factors.
+        shape: (out, in, *kernel), for factors that of their product.
         values: its singular values, largest first, in fp64; None if it is not finite.
     """
 
@@ -56,13 +56,13 @@ class WeightSpectrum:
 
 
 def stored_weights(files: WeightFiles) -> list[StoredWeight]:
-    """Every floating-point tensor of two or more dimensions, in the files' order.
+    """All floating-point tensors of two or more dimensions, in the files' order.
 
-    The factors of a low-rank layer of dynarank's (``X.down``, ..., ``X.up``) count as their product
-    ``X``. Those beside an ``X.base`` do not: a file does not say the adapter's scale.
+    The factors of a low-rank layer of dynarank (``X.down``, ..., ``X.up``) count as their product
+    ``X``. Those of an adapter, next to an ``X.base``, do not: its scale is not in the file.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there are none.
     """
     chains = {w.tensors[0]: w for name in files.homes if (w := _chain(files, name))}
     inside = {name for weight in chains.values() for name in weight.tensors}
@@ -75,12 +75,12 @@ def stored_weights(files: WeightFiles) -> list[StoredWeight]:
             found.append(StoredWeight(name.removesuffix(".weight"), stored.shape, (name,)))
     found = [weight for weight in found if math.prod(weight.shape)]
     if not found:
-        raise ValueError(f"{files.path} holds no weight of two or more dimensions")
+        raise ValueError(f"{files.path} contains no weight of two or more dimensions")
     return found
 
 
 def read_spectrum(files: WeightFiles, weight: StoredWeight) -> WeightSpectrum:
-    """Read a weight, take its spectrum, and forget it."""
+    """Read a weight and compute its spectrum, without keeping it in memory."""
     try:
         values = _values(files, weight)
     except UnfitWeightError:
@@ -89,11 +89,11 @@ def read_spectrum(files: WeightFiles, weight: StoredWeight) -> WeightSpectrum:
 
 
 def file_spectra(path: Path) -> Iterator[WeightSpectrum]:
-    """The spectrum of every weight at a path: see :func:`stored_weights`.
+    """The spectra of all weights at a path, see :func:`stored_weights`.
 
     Raises:
-        FileNotFoundError: nothing there, or a shard is missing.
-        ValueError: the files are not whole, do not fit each other, or hold no weight.
+        FileNotFoundError: the path does not exist, or a shard is missing.
+        ValueError: the files are truncated, do not fit each other, or contain no weights.
     """
     files = open_weights(path)
     for weight in stored_weights(files):
@@ -119,7 +119,7 @@ def _chain(files: WeightFiles, down: str) -> StoredWeight | None:
         return None
     known = map(get_decomposition, decomposition_names())
     chains = sorted(known, key=lambda d: -len(d.factor_names(dims)))
-    for decomposition in chains:  # the longest first: a shorter one may fit a part of it
+    for decomposition in chains:  # the longest first: a shorter one may match a part of it
         names = tuple(f"{stem}{factor}" for factor in decomposition.factor_names(dims))
         if all(name in files.homes and files.stored(name).dtype for name in names):
             shapes = tuple(files.stored(name).shape for name in names)
@@ -131,7 +131,7 @@ def _chain(files: WeightFiles, down: str) -> StoredWeight | None:
 def _fitting(
     decomposition: Decomposition, shapes: tuple[tuple[int, ...], ...]
 ) -> tuple[tuple[int, ...], Decomposition] | None:
-    """The weight's shape and the decomposition of its groups, if these are shapes of factors."""
+    """The weight's shape and the decomposition of its groups, if factors have these shapes."""
     *before, up = shapes
     if any(len(shape) != len(up) for shape in shapes) or 0 in up or before[-1][0] % up[1]:
         return None

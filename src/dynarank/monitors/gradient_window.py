@@ -1,9 +1,9 @@
-"""The last gradients of weights that are about to change form.
+"""A window of the last gradients of weights that are about to change form.
 
-A second moment of new factors cannot be computed from the old one: it depends on how the gradient's
-entries vary together. It can be estimated from a few gradients themselves, and a schedule's changes
-can be foreseen; so the gradients of the last steps before a change are kept, and each is then taken
-through the change as the first moment is.
+The second moment of new factors cannot be computed from the old one, since it depends on the
+correlations of the gradient's entries. It can be estimated from a few gradients, and the changes of
+a schedule are usually known in advance. So the gradients of the last steps before a change are
+stored, and each is transformed by the change as the first moment is.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from dynarank.surgery.sites import survey
 
 __all__ = ["WINDOW", "GradientWindow"]
 
-# Right after a change 8 gradients are as good as 32 (deflating to low-rank: a median of .64 decades
-# off against 0.70; inflating: 0.34 against 0.30; sd about 0.1, n = 8 seeds of
-# benchmarks/training/experiments/moments), at a quarter of the memory.
+# Right after a change, 8 gradients are as good as 32 at a quarter of the memory (median error in
+# decades when deflating to low-rank: 0.64 and 0.70; when inflating: 0.34 and 0.30; sd about 0.1,
+# n = 8 seeds of benchmarks/training/experiments/moments).
 WINDOW = 8
 
 
 class GradientWindow:
-    """Keeps the last gradients of the weights at ``paths``, as the optimizer is about to use them.
+    """Stores the last gradients of the weights at ``paths`` just before each optimizer step.
 
-    Reading only: the run is the same, bit by bit. Until :meth:`watch` says otherwise, a copy in
-    bf16 is kept of each of the last ``length`` gradients, on their device: ``2 * length`` bytes for
-    each trainable entry (``nbytes`` tells). Nothing is kept of a gradient that is sparse, of a step
-    that the gradient scaler is to skip, or of an optimizer without second moments (SGD), which has
-    nothing to calibrate. Gradients are in no checkpoint: a run resumed shortly before a change has
+    It is read-only: training is bit-for-bit the same. Until :meth:`watch` changes the paths, a bf16
+    copy of each of the last ``length`` gradients is kept on its device, ``2 * length`` bytes per
+    trainable entry (see ``nbytes``). Sparse gradients and steps that the gradient scaler will skip
+    are not stored, nor is anything for optimizers without second moments (SGD), which need no
+    calibration. Gradients are not part of checkpoints: a run resumed shortly before a change has
     fewer of them.
 
     Args:
         model: the model.
-        optimizer: its optimizers; their steps are counted.
-        paths: the weights', as in a plan.
-        length: how many gradients.
+        optimizer: its optimizer or optimizers.
+        paths: the paths of the weights, as in a plan.
+        length: the number of gradients to keep.
 
     Raises:
         ValueError: ``length`` below 1, or no weight at a path.
@@ -69,7 +69,7 @@ class GradientWindow:
         length: int = WINDOW,
     ) -> None:
         if length < 1:
-            raise ValueError(f"at least 1 gradient is kept, got length={length}")
+            raise ValueError(f"length must be at least 1, got length={length}")
         self.model, self.length = model, length
         given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
         self._optimizers = [o for o in given if any("betas" in g for g in o.param_groups)]
@@ -84,7 +84,7 @@ class GradientWindow:
         return sum(g.numel() * g.element_size() for g in kept)
 
     def watch(self, paths: Iterable[str]) -> None:
-        """Keep gradients of these weights from now on, and of no other; none: stop."""
+        """Store gradients of only these weights from now on; with no paths, stop."""
         wanted = set(paths)
         if wanted == self._rings.keys() and all(ring.alive for ring in self._rings.values()):
             return
@@ -103,7 +103,7 @@ class GradientWindow:
             self._hooks = []
 
     def of(self, parameters: Sequence[Parameter]) -> list[tuple[Tensor, ...]]:
-        """The kept gradients of a weight made up of these parameters; none if it is not watched."""
+        """The stored gradients of the weight with these parameters; empty if it is not watched."""
         found = (ring for ring in self._rings.values() if ring.is_of(parameters))
         samples = next((list(ring.samples) for ring in found), [])
         return [s for s in samples if all(bool(torch.isfinite(g).all()) for g in s)]
@@ -118,7 +118,7 @@ class GradientWindow:
 
 
 class _Ring:
-    """The last gradients of one weight; it does not keep the parameters alive."""
+    """The last gradients of one weight; the parameters are referenced weakly."""
 
     def __init__(self, parameters: Sequence[Parameter], length: int) -> None:
         self._refs = [ref(p) for p in parameters]

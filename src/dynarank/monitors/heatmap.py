@@ -1,4 +1,4 @@
-"""A weight as a small picture: mean absolute values of blocks."""
+"""Heatmaps of weights: mean absolute values of blocks."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["heatmap"]
 
 @torch.no_grad()
 def heatmap(weight: Tensor, size: int = 32) -> tuple[tuple[float, ...], ...]:
-    """Rows of ``mean |W|`` over blocks, of the weight as a matrix out x (in * kernel positions).
+    """A heatmap of a weight: ``mean |W|`` over blocks of the matrix out x (in * kernel positions).
 
-    Block (i, j) of k x l holds the rows from ``floor(i out / k)`` to before ``floor((i + 1) out /
-    k)``, and the columns likewise, so that every entry is in one block and blocks differ by at most
-    one row or column.
+    Block (i, j) of k x l contains the rows from ``floor(i out / k)`` up to, but not including,
+    ``floor((i + 1) out / k)``, and columns in the same way. Every entry is in exactly one block,
+    and block sizes differ by at most one row or column.
 
     Args:
         weight: (out, in, *kernel).
-        size: the most blocks along each side.
+        size: the largest number of blocks along each side.
 
     Returns:
         min(out, size) rows of min(in * positions, size) values.
@@ -35,7 +35,7 @@ def heatmap(weight: Tensor, size: int = 32) -> tuple[tuple[float, ...], ...]:
     if weight.ndim < 2:
         raise ValueError(f"a weight has two or more dimensions, got shape {tuple(weight.shape)}")
     if size < 1:
-        raise ValueError(f"a picture has 1 or more blocks along a side, got size={size}")
+        raise ValueError(f"a heatmap has 1 or more blocks along a side, got size={size}")
     matrix = weight.detach().flatten(1)
     wide = torch.promote_types(matrix.dtype, torch.float32)
     bands = [band.abs().mean(0, dtype=wide) for band in matrix.split(_sizes(matrix.shape[0], size))]
@@ -47,7 +47,7 @@ def heatmap(weight: Tensor, size: int = 32) -> tuple[tuple[float, ...], ...]:
 
 
 def _sizes(length: int, size: int) -> list[int]:
-    """Lengths of at most ``size`` blocks that fill ``length``."""
+    """The lengths of at most ``size`` blocks that cover ``length``."""
     blocks = min(length, size)
     edges = [i * length // blocks for i in range(blocks + 1)] if blocks else [0]
     return [stop - start for start, stop in pairwise(edges)]

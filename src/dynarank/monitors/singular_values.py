@@ -1,15 +1,15 @@
-"""Singular values of a weight, and the measures of rank made from them.
+"""Singular values of a weight, and the rank metrics computed from them.
 
 Legend: s1 >= s2 >= ... >= sn the singular values of the matricized weight (out, in * positions).
 
 - effective rank: exp(H(s / sum s)), H the entropy (Roy and Vetterli, "The effective rank", 2007);
 - stable rank: sum s^2 / s1^2 (Rudelson and Vershynin, 2007);
-- energy rank: the least r with sum_{i<=r} s_i^2 >= share * sum s^2;
+- energy rank: the smallest r with sum_{i<=r} s_i^2 >= share * sum s^2;
 - spectral ratio, lambda_r = sum_{i<=r} s_i / sum s_i. This definition is ours: Shin et al. (arXiv
   2508.08625) plot a "singular-value spectral ratio", large near low rank, whose formula is not
   public.
 
-A weight of zeros has effective, stable and energy rank 0 and lambda 1.
+A zero weight has effective, stable and energy rank 0, and lambda 1.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
 def singular_values(weight: Tensor, *, exact: bool = False) -> Tensor:
     """The singular values of a weight (out, in, *kernel), largest first, in fp64 on its device.
 
-    From the Gram matrix of the shorter side in fp32, where the measures above then agree with the
-    exact ones within 0.5% (each value is good to about 5e-4 of the largest); where too much of
-    their sum lies in values that rounding reaches, from the Gram matrix in fp64, good to 1e-8 of
-    the largest. fp64 weights by an SVD.
+    Computed from the Gram matrix of the shorter side in fp32, if the rank metrics then agree with
+    the exact ones within 0.5% (each value is accurate to about 5e-4 of the largest). If too much of
+    their sum is in values that rounding affects, the Gram matrix in fp64 is used, accurate to 1e-8
+    of the largest. fp64 weights use an SVD.
 
     Args:
-        weight: of two or more dimensions.
-        exact: from the Gram matrix in fp64 in any case, at about twice the cost.
+        weight: a weight of two or more dimensions.
+        exact: always use the Gram matrix in fp64, at about twice the cost.
 
     Raises:
         ValueError: fewer than two dimensions.
@@ -62,7 +62,7 @@ def singular_values(weight: Tensor, *, exact: bool = False) -> Tensor:
 
 
 def _short_and_wide(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The matricized weight with its shorter side first, and the scale taken out of it."""
+    """The matricized weight, scaled and with its shorter side first, and the scale."""
     if weight.ndim < 2:
         raise ValueError(f"a weight has two or more dimensions, got shape {tuple(weight.shape)}")
     matrix, scale = as_unit(weight.detach().flatten(1))
@@ -84,7 +84,7 @@ def _values(matrix: Tensor, exact: bool) -> Tensor:
                 return values
         except LinAlgError:
             pass
-    return torch.linalg.svdvals(precise(matrix).T)  # the tall side is the faster
+    return torch.linalg.svdvals(precise(matrix).T)  # faster on a tall matrix
 
 
 def _by_gram(matrix: Tensor) -> Tensor:
@@ -92,24 +92,24 @@ def _by_gram(matrix: Tensor) -> Tensor:
 
 
 def _resolved(values: Tensor) -> bool:
-    """Whether values from a Gram matrix in fp32 give every measure within 0.5%.
+    """Whether the values from a Gram matrix in fp32 give all rank metrics within 0.5%.
 
-    Its rounding moves values below 1e-3 of the largest by up to their size. If all that they could
-    hold is under 0.4% of the sum, the effective rank, the most sensitive of the measures, moves by
-    less than 0.4% (spectra i^0 to i^-3 and of low rank, 64 to 1024 values).
+    Rounding changes values below 1e-3 of the largest by up to their size. If they can add up to at
+    most 0.4% of the sum, the effective rank, the most sensitive metric, changes by less than 0.4%
+    (spectra i^0 to i^-3 and of low rank, 64 to 1024 values).
     """
     small = 1e-3 * values[0]
     return bool((values < small).sum() * small <= 4e-3 * values.sum())
 
 
 def product_singular_values(down: Tensor, up: Tensor) -> Tensor:
-    """The singular values of ``up @ down``, from the factors: O((n + m) r^2), in fp64.
+    """The singular values of ``up @ down``, computed from the factors in O((n + m) r^2), in fp64.
 
-    ``up = Q1 R1``, ``down' = Q2 R2``: they are those of ``R1 R2'``, and zeros.
+    With ``up = Q1 R1`` and ``down' = Q2 R2`` they are those of ``R1 R2'``, padded with zeros.
 
     Args:
-        down: (r, m).
-        up: (n, r).
+        down: the second factor, (r, m).
+        up: the first factor, (n, r).
 
     Returns:
         min(n, m) values, largest first.
@@ -123,7 +123,7 @@ def product_singular_values(down: Tensor, up: Tensor) -> Tensor:
     """
     (down, down_scale), (up, up_scale) = as_unit(down), as_unit(up)
     count = min(up.shape[0], down.shape[1])
-    # In fp64: rounding would lift the zeros, and the effective rank with them.
+    # In fp64: rounding would raise the zeros, and with them the effective rank.
     cores = [torch.linalg.qr(precise(factor), mode="r")[1] for factor in (up, down.T)]
     try:
         values = torch.linalg.svdvals(cores[0] @ cores[1].T)[:count]
@@ -137,7 +137,7 @@ def product_singular_values(down: Tensor, up: Tensor) -> Tensor:
 def effective_rank(values: Tensor) -> float:
     """The effective rank, exp(H(s / sum s)).
 
-    It is n if all n values are equal, and 1 if only one is not zero.
+    It is n if all n values are equal, and 1 if only one is nonzero.
 
     Example:
         >>> round(effective_rank(torch.tensor([2.0, 2.0, 2.0, 0.0])), 6)
@@ -162,7 +162,7 @@ def stable_rank(values: Tensor) -> float:
 
 
 def energy_rank(values: Tensor, share: float = 0.99) -> int:
-    """The least r with ``sum_{i<=r} s_i^2 >= share * sum s^2``.
+    """The energy rank, the smallest r with ``sum_{i<=r} s_i^2 >= share * sum s^2``.
 
     Raises:
         ValueError: ``share`` is not in (0, 1].
@@ -180,7 +180,7 @@ def energy_rank(values: Tensor, share: float = 0.99) -> int:
 
 
 def spectral_ratio(values: Tensor, rank: int) -> float:
-    """Lambda_r = sum_{i<=r} s_i / sum s_i.
+    """The spectral ratio lambda_r = sum_{i<=r} s_i / sum s_i.
 
     It is 1 for a weight of rank r, and r / n for a flat spectrum.
 

@@ -1,4 +1,4 @@
-"""Readings over time. A monitor only reads: with and without it a run is the same, bit by bit."""
+"""The spectral monitor, which reads rank metrics during a run without changing it."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ __all__ = ["SpectralMonitor"]
 
 
 class SpectralMonitor:
-    """Reads lambda, effective, stable and energy rank of a model's layers.
+    """Reads the rank metrics of a model's layers: lambda, effective, stable and energy rank.
 
-    ``read`` reads now, by no clock and no random number: equal weights give equal readings.
-    ``step``, called once for each step of the optimizer, reads now and then: by default such that
-    readings take less than ``share`` of the time.
+    :meth:`read` computes a reading now. It is deterministic: equal weights give equal readings.
+    :meth:`step` is called once per optimizer step and reads from time to time, by default so that
+    readings take less than ``share`` of the time. Training is bit-for-bit the same with and without
+    the monitor.
 
-    With ``updates`` the rank of the accumulated update is read too, the effective rank of
-    ``W_now - W_start`` with ``W_start`` the weight when the monitor was made. It is the effective
-    weight that counts, so that a truncation is an update and a lossless change of form is none. The
-    parameters of each watched layer are kept for it in main memory, in their dtype and form: a copy
-    of the weight (4 n m bytes in fp32), or of the factors where it is low-rank (4 r (n + m)).
+    With ``updates``, the rank of the accumulated update is read too: the effective rank of
+    ``W_now - W_start``, where ``W_start`` is the weight when the monitor was created. Effective
+    weights are compared, so that a truncation counts as an update and a lossless change of form
+    does not. For this a copy of the parameters of each watched layer is kept in main memory, in
+    their dtype and form: the weight (4 n m bytes in fp32), or the factors of a low-rank layer
+    (4 r (n + m)).
 
     Args:
-        model: the model to watch; it is never changed.
-        rank: where lambda is taken. None: at the rank each layer has, or last had; 0.5 of the
-            output channels for layers that never had factors.
+        model: the model to watch; it is never modified.
+        rank: the rank at which lambda is computed. None: the rank that each layer has, or last had;
+            0.5 of the output channels for layers that never had factors.
         layers: which layers to watch, a filter or glob patterns; None: the ranked layers, or, if
-            there is none, every layer that can change form.
-        every: steps from one reading of ``step`` to the next; None: as ``share`` allows.
-        share: the most that readings may take of the time since the first step.
+            there are none, every layer that can change form.
+        every: the number of steps between readings of ``step``; None: as often as ``share`` allows.
+        share: the largest share of the time since the first step that readings may take.
         updates: whether to read the rank of the accumulated update.
-        values: how many singular values to keep in a reading, evenly from the first to the last.
-        clock: gives the time in seconds.
+        values: how many singular values to keep in a reading, evenly spaced from first to last.
+        clock: a function that returns the time in seconds.
 
     Raises:
         ValueError: ``every`` is below 1, ``share`` is not in (0, 1], or ``values`` below 0.
@@ -81,25 +83,25 @@ class SpectralMonitor:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of main memory that the weights kept for ``updates`` take."""
+        """The main memory that the weights kept for ``updates`` take, in bytes."""
         return sum(start.nbytes for start in self._starts.values())
 
     def step(self) -> Mapping[str, SpectralReading] | None:
-        """Count a step of the optimizer; a reading if one is due after it, else None."""
+        """Count an optimizer step; return a reading if one is due after it, else None."""
         return self._pace.step(self.read, self._guess)
 
     def _guess(self) -> float:
-        """Seconds that a first reading may take, from the time that a small one takes."""
+        """The expected duration of the first reading in seconds, from the time of a small one."""
         small = torch.eye(_SMALL)
         began = self._pace.clock()
         singular_values(small)
         rate = (self._pace.clock() - began) / _work((_SMALL, _SMALL))
-        least = _work((_SMALL // 2, _SMALL // 2))  # smaller ones cost hardly less
+        least = _work((_SMALL // 2, _SMALL // 2))  # smaller matrices take about as long
         work = sum(max(_work(site.shape), least) for site in self._watched())
         return rate * work * (3 if self._starts else 1)  # updates often need fp64
 
     def read(self) -> Mapping[str, SpectralReading]:
-        """One reading for each watched layer; a layer that is not finite is left out."""
+        """A reading for each watched layer, except for layers that are not finite."""
         sites = self._watched()
         return read_spectra(sites, rank=self._rank, values=self._values, starts=self._starts)
 
@@ -112,7 +114,7 @@ class SpectralMonitor:
         return ranked or able
 
 
-_SMALL = 256  # the side of the matrix that is timed to guess the cost of larger ones
+_SMALL = 256  # the side of the matrix that is timed to estimate the cost of larger ones
 
 
 def _work(shape: tuple[int, ...]) -> float:

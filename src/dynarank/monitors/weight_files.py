@@ -1,7 +1,7 @@
-"""The safetensors file or files of a model, checked when opened and read one tensor at a time.
+"""Access to a model's safetensors files, checked when opened and read one tensor at a time.
 
-Files are read with ``pread``, not mapped: pages of a mapped file count as resident memory once they
-are read, and the process is killed when a file is cut short while it is mapped.
+Files are read with ``pread`` instead of being memory-mapped: pages of a mapped file count as
+resident memory once they are read, and the process is killed if a file is truncated while mapped.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _FLOATS = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file says of a tensor before it is read.
+    """Shape and dtype of a stored tensor, known before it is read.
 
     Args:
         shape: its shape.
-        dtype: its dtype; None if it is not a floating-point one.
+        dtype: its dtype; None if it is not a floating-point dtype.
     """
 
     shape: tuple[int, ...]
@@ -46,11 +46,11 @@ class TensorFile:
     """One safetensors file: its tensors by name, in the order in which they are stored.
 
     Args:
-        path: the file. Its header is read and checked against the file's size at once.
+        path: the file. Its header is read and checked against the file size immediately.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it is not a whole safetensors file.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a complete safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,11 +60,11 @@ class TensorFile:
         try:
             self._file = safe_open(path, "pt", backend="pread")
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+            raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
         self.tensors = {name: self._stored(name) for name in self._file.offset_keys()}
 
     def read(self, name: str) -> Tensor:
-        """The tensor of this name; 8-bit floats come in fp32.
+        """Read the tensor of this name; 8-bit floats are converted to fp32.
 
         Raises:
             ValueError: the file has become shorter since it was opened.
@@ -72,7 +72,7 @@ class TensorFile:
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from error
+            raise ValueError(f"{self.path} is not a complete safetensors file: {error}") from error
         return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
     def _stored(self, name: str) -> StoredTensor:
@@ -82,27 +82,27 @@ class TensorFile:
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """A model's tensors by name, each with the file that holds it."""
+    """A model's tensors by name, each with the file that contains it."""
 
     path: Path
     homes: dict[str, TensorFile]
 
     def stored(self, name: str) -> StoredTensor:
-        """A tensor's shape and dtype, without reading it."""
+        """The shape and dtype of a tensor, without reading it."""
         return self.homes[name].tensors[name]
 
 
 def open_weights(path: Path) -> WeightFiles:
-    """Open the weights at a path: every header is read and checked, no tensor.
+    """Open the weights at a path; all headers are read and checked, but no tensors.
 
     Args:
-        path: a .safetensors file; the index of a sharded model; or a folder with either, such as
-            Hugging Face's or a run's.
+        path: a .safetensors file, the index of a sharded model, or a folder with either, such as a
+            Hugging Face model or a run.
 
     Raises:
-        FileNotFoundError: nothing there, a folder without weights, or a shard is missing.
-        ValueError: a folder of several runs, a truncated or corrupt file, an index that is damaged
-            or does not fit its shards.
+        FileNotFoundError: the path does not exist, a folder without weights, or a missing shard.
+        ValueError: a folder with several runs, a truncated or corrupt file, an index that is
+            damaged or does not match its shards.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
@@ -123,17 +123,17 @@ def _main_file(folder: Path) -> Path:
             return found[0]
         if found:
             listed = ", ".join(file.name for file in found)
-            raise ValueError(f"{folder} holds several files of weights, name one: {listed}")
+            raise ValueError(f"{folder} contains several files of weights, name one: {listed}")
     if runs := sorted(file.parent for file in folder.glob(f"*/{_FILE}")):
         listed = ", ".join(map(str, runs))
-        raise ValueError(f"{folder} holds several runs, name one or two of: {listed}")
+        raise ValueError(f"{folder} contains several runs, name one or two of: {listed}")
     if (folder / "records.jsonl").is_file():
-        raise FileNotFoundError(f"the run {folder} has no {_FILE}: it has not reached its end")
-    raise FileNotFoundError(f"{folder} holds no weights: neither {_FILE} nor {_INDEX}")
+        raise FileNotFoundError(f"the run {folder} has no {_FILE}: it has not finished")
+    raise FileNotFoundError(f"{folder} contains no weights: neither {_FILE} nor {_INDEX}")
 
 
 def _sharded(index: Path) -> dict[str, TensorFile]:
-    """The shards' tensors in the shards' order; an index that does not fit them is refused."""
+    """The tensors of the shards, in their order; the index must match the shards."""
     places = _weight_map(index)
     counts = Counter(places.values())
     homes: dict[str, TensorFile] = {}
@@ -148,8 +148,8 @@ def _sharded(index: Path) -> dict[str, TensorFile]:
         wanted = {name for name, place in places.items() if place == shard}
         if lost := sorted(wanted - file.tensors.keys()):
             raise ValueError(
-                f"{index} does not fit its shards: {lost[0]!r} should be in {shard}, "
-                f"with {len(lost)} tensors that are not there"
+                f"{index} does not match its shards: {lost[0]!r} should be in {shard}; "
+                f"{len(lost)} tensors are missing there"
             )
         homes |= {name: file for name in file.tensors if name in wanted}
     return homes

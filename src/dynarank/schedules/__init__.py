@@ -1,8 +1,8 @@
-"""Rank schedules: functions of clock and readings that give a plan.
+"""Rank schedules: functions ``(clock, readings) -> plan``.
 
-Each schedule is a class; the names in lower case are the same classes, as one writes them:
-``dr.schedules.dynamic_rank(0.5, inflate=0.37, deflate=0.80)``. A module is imported when a name of
-it is first asked for.
+Each schedule is a class. Lower-case names are aliases of the classes, for calls like
+``dr.schedules.dynamic_rank(0.5, inflate=0.37, deflate=0.80)``. Modules are imported lazily, on
+first access to one of their names.
 """
 
 from importlib import import_module
@@ -25,7 +25,7 @@ CLASSES = {
     "Replay": "recorded",
     "Rotating": "library.rotating",
 }
-"""The schedules that can be written as data, each with its module."""
+"""The schedules that can be serialized, each with its module."""
 
 _ALIASES = {
     "closed_loop": "ClosedLoop",
@@ -70,7 +70,7 @@ __all__ = [*CLASSES, *_ALIASES, *_OTHERS]  # pyright: ignore[reportUnsupportedDu
 
 
 def __getattr__(name: str) -> Any:
-    """The schedule or function of this name, its module imported now."""
+    """Import the module that defines ``name`` and return the schedule or function."""
     original = _ALIASES.get(name, name)
     module = CLASSES.get(original) or _OTHERS.get(original)
     if module is None:

@@ -1,9 +1,9 @@
-"""What a rank schedule is: a function ``(clock, readings) -> plan`` that knows time, never a model.
+"""The interface of rank schedules: a pure function ``(clock, readings) -> plan``, without a model.
 
-A plan says what should be, not what to do, so most schedules need no memory of what they said
-before, and resuming a run is asking again. A schedule that decides by what it has seen is a pure
-function too, ``(state, clock, readings) -> (plan, state)``; its state is plain data that the rank
-scheduler keeps.
+A plan is declarative: it says which form each layer should have, not what to change. So most
+schedules need no state, and a resumed run simply asks again. A schedule that depends on earlier
+readings is a pure function too, ``(state, clock, readings) -> (plan, state)``; its state is plain
+data that the rank scheduler stores.
 """
 
 from __future__ import annotations
@@ -34,36 +34,39 @@ __all__ = [
 ]
 
 When: TypeAlias = int | float
-"""When: a float in [0, 1] is a share of the run, an int a step."""
+"""A time in a run: a float in [0, 1] is a share of the run, an int is a step."""
 
 State: TypeAlias = Mapping[str, Any]
-"""What a schedule remembers: plain data, as JSON has it; never changed in place."""
+"""The state of a schedule: JSON-serializable data, never modified in place."""
 
 
 @dataclass(frozen=True)
 class Clock:
-    """The time in a run: ``step`` optimizer steps are done, of ``total_steps``."""
+    """The time in a run: ``step`` of ``total_steps`` optimizer steps are done."""
 
     step: int
     total_steps: int
 
     @property
     def progress(self) -> float:
-        """Step / total_steps."""
+        """The share of the run that is done, ``step / total_steps``."""
         return self.step / self.total_steps
 
 
 @dataclass(frozen=True)
 class Readings:
-    """What a schedule may look at.
+    """The inputs of a schedule besides time: layer shapes and forms, learning rate, spectra.
 
     Args:
-        layers: the shape (out, in, *kernel) of each weight under the schedule, of a group if any.
-        learning_rate: that of the optimizer's first group; None with no optimizer or several.
-        forecast: the learning rate over the whole run, at equal distances from its first step to
-            its last, where that can be foreseen; else empty.
-        forms: the form that each layer has.
-        spectra: the rank metrics of each layer, at the steps at which it was read; else empty.
+        layers: the shape (out, in, *kernel) of each scheduled weight, by path; for a grouped
+            convolution, the shape of one group.
+        learning_rate: the learning rate of the optimizer's first group; None without an optimizer
+            or with several.
+        forecast: the learning rate over the whole run, sampled at equal distances from the first
+            step to the last; empty if it cannot be predicted.
+        forms: the current form of each layer.
+        spectra: the rank metrics of each layer, at the steps at which they are read; empty at all
+            others.
     """
 
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -75,14 +78,14 @@ class Readings:
 
 @dataclass(frozen=True)
 class Decision:
-    """That a layer is to have another form, and why.
+    """A schedule's decision to change the form of one layer, with the reason.
 
     Args:
-        step: when.
-        path: the layer.
-        form: what it is to be.
-        reason: the rule that spoke, in words.
-        readings: the figures the rule looked at.
+        step: the step of the decision.
+        path: the layer's path.
+        form: the layer's new form.
+        reason: the rule that led to the decision, in words.
+        readings: the figures that the rule used.
     """
 
     step: int
@@ -103,7 +106,7 @@ class Decision:
 
 
 class Answer(NamedTuple):
-    """A schedule's plan, the state it goes on with, and what it has just decided."""
+    """What a schedule returns: the plan, its next state and the decisions it has just made."""
 
     plan: Plan
     state: State
@@ -116,19 +119,21 @@ _REQUIREMENTS = frozenset({"spectra", "singular_values"})
 class RankSchedule:
     """The base class of rank schedules: which form each layer has at each step of a run.
 
-    A schedule without memory implements ``__call__(clock, readings)``, the plan. One that remembers
-    implements :meth:`start` and :meth:`update` instead; it is asked once for every step, in order.
-    A plain function ``(clock, readings) -> plan`` is a schedule too, see :func:`as_schedule`.
+    A stateless schedule implements ``__call__(clock, readings)``, which returns the plan. A
+    stateful one implements :meth:`start` and :meth:`update` instead, and is called once per step,
+    in order. A plain function ``(clock, readings) -> plan`` is a schedule too, see
+    :func:`as_schedule`.
 
     Attributes:
-        requires: what it must be given beside the learning rate and the forms: ``"spectra"``, the
-            rank metrics of the layers, and ``"singular_values"``, every singular value in them.
+        requires: the readings it needs besides the learning rate and the forms: ``"spectra"``, the
+            rank metrics of the layers, and ``"singular_values"``, all singular values in them.
         spectra_every: how often the spectra are read, a share of the run (float) or steps (int).
-        moments: the policy for the optimizer's moments it is meant for; None: whichever.
-        rewarmup: the steps over which the learning rate should come back after a change, see
-            :class:`~dynarank.scheduler.lr_rewarmup.LRRewarmup`; None: as the user likes.
-        fitted: whether it was fitted to a model on a machine. A checkpoint then holds the schedule
-            itself, and a resumed run goes on with that one.
+        moments: the recommended policy for the optimizer's moments; None: no recommendation.
+        rewarmup: the recommended number of steps over which the learning rate returns to its value
+            after a change, see :class:`~dynarank.scheduler.lr_rewarmup.LRRewarmup`; None: no
+            recommendation.
+        fitted: whether it was fitted to a model on a machine. A checkpoint then contains the
+            schedule itself, and a resumed run continues with that one.
 
     Example:
         >>> from dataclasses import dataclass
@@ -155,9 +160,9 @@ class RankSchedule:
         """The form of each layer at this step."""
         name = type(self).__name__
         raise NotImplementedError(
-            f"{name} keeps a state: ask update(state, clock, readings)"
+            f"{name} is stateful: call update(state, clock, readings)"
             if self.stateful
-            else f"{name} is no schedule yet: it implements neither __call__ nor start and update"
+            else f"{name} is not a schedule yet: implement __call__, or start and update"
         )
 
     def start(self) -> State:
@@ -165,22 +170,22 @@ class RankSchedule:
         return {}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The plan for this step and the next state; ``state`` itself stays as it is."""
+        """The plan for this step and the next state; ``state`` is not modified."""
         return Answer(self(clock, readings), state)
 
     @property
     def stateful(self) -> bool:
-        """Whether the plan depends on the steps before, so that every step must be asked for."""
+        """Whether the plan depends on earlier steps, so that no step may be skipped."""
         return type(self).update is not RankSchedule.update
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """The schedule with those of a recipe's options that it has fields for.
+        """Construct the schedule from a recipe's options.
 
         Args:
             options: any of ``rank``, ``inflate``, ``deflate``, ``to``, ``decomposition``,
                 ``alpha``, ``execution``, the schedule's own fields, and ``epoch``, one epoch as a
-                share of the run. Those that the class has no field for are left out.
+                share of the run. Options without a field of that name are ignored.
 
         Example:
             >>> from dynarank.schedules.library.lora import LoRA
@@ -193,7 +198,7 @@ class RankSchedule:
 
 ScheduleFunction: TypeAlias = Callable[[Clock, Readings], Plan]
 Schedule: TypeAlias = RankSchedule | ScheduleFunction
-"""What is accepted as a schedule: a :class:`RankSchedule`, or a function to be made one."""
+"""Anything accepted as a schedule: a :class:`RankSchedule` or a plain function."""
 
 
 @dataclass(frozen=True)
@@ -203,15 +208,16 @@ class FunctionSchedule(RankSchedule):
     function: ScheduleFunction
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """What the function says."""
+        """The plan that the function returns."""
         return self.function(clock, readings)
 
 
 def as_schedule(schedule: Schedule) -> RankSchedule:
-    """The schedule itself, checked, or a user's function made one.
+    """Check a schedule, or wrap a plain function in one.
 
     Raises:
-        ValueError: it is neither; or it requires spectra without saying how often, or the reverse.
+        ValueError: it is neither a schedule nor a function of two arguments; or it requires spectra
+            without ``spectra_every``, or the reverse.
 
     Example:
         >>> as_schedule(lambda clock, readings: {}).update({}, Clock(0, 1), Readings())
@@ -225,7 +231,7 @@ def as_schedule(schedule: Schedule) -> RankSchedule:
         inspect.signature(schedule).bind(None, None)
     except TypeError:
         raise ValueError(_no_schedule(schedule)) from None
-    except ValueError:  # written in C: nobody knows its arguments
+    except ValueError:  # written in C: its signature is unknown
         pass
     return FunctionSchedule(schedule)
 
@@ -247,11 +253,11 @@ def _checked(schedule: RankSchedule) -> RankSchedule:
 
 
 def _no_schedule(value: object) -> str:
-    """What to do instead."""
+    """The error message for something that is not a schedule."""
     rule = "a schedule is a RankSchedule or a function (clock, readings) -> plan"
     name = getattr(value, "__name__", type(value).__name__)
     if isinstance(value, str):
-        return f"{rule}, got the name {value!r}; dynarank.schedules.get_preset has them by name"
+        return f"{rule}, got the name {value!r}; dynarank.schedules.get_preset looks up names"
     if isinstance(value, Mapping):
         return f"{rule}, got a plan; give lambda clock, readings: plan, or use apply_plan"
     if hasattr(value, "update") and not isinstance(value, type):
@@ -263,7 +269,7 @@ def _no_schedule(value: object) -> str:
 
 @dataclass(frozen=True)
 class Mapped(RankSchedule):
-    """A schedule whose plans another function has the last word on.
+    """A schedule whose plans are passed through a function.
 
     Example:
         >>> from dynarank.schedules import full_rank
@@ -278,21 +284,21 @@ class Mapped(RankSchedule):
         take_over(self, self.schedule)
 
     def start(self) -> State:
-        """As the schedule has it."""
+        """The initial state of the wrapped schedule."""
         return self.schedule.start()
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The schedule's answer, its plan mapped."""
+        """The wrapped schedule's answer, with the function applied to its plan."""
         answer = self.schedule.update(state, clock, readings)
         return answer._replace(plan=self.function(answer.plan))
 
 
 def take_over(outer: RankSchedule, inner: RankSchedule) -> None:
-    """Have a schedule that wraps another require and recommend what that one does."""
+    """Copy the requirements and recommendations of a wrapped schedule to its wrapper."""
     for name in ("requires", "spectra_every", "moments", "rewarmup"):
         object.__setattr__(outer, name, getattr(inner, name))  # the wrapper is a frozen dataclass
 
 
 def step_of(when: When, total_steps: int) -> int:
-    """The step that a time means in a run of ``total_steps``: shares are rounded."""
+    """Convert a time to a step of a run of ``total_steps``; shares are rounded."""
     return round(when * total_steps) if isinstance(when, float) else when

@@ -1,4 +1,4 @@
-"""The schedules by the names that the command line and recipes have for them."""
+"""The named schedules of the command line and of recipes."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["SCHEDULES", "Preset", "get_preset"]
 
 @dataclass(frozen=True)
 class Preset:
-    """A named schedule: a class, and the options that its name stands for.
+    """A named schedule: a class and fixed options.
 
     Args:
         cls: the schedule's class.
-        fixed: options that are set whatever the recipe says.
+        fixed: options that override those of the recipe.
     """
 
     cls: type[RankSchedule]
     fixed: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def __call__(self, **options: Any) -> RankSchedule:
-        """The schedule with those of the options that it has, see ``RankSchedule.from_options``."""
+        """Construct the schedule from options, see ``RankSchedule.from_options``."""
         return self.cls.from_options({**options, **self.fixed})
 
 
@@ -53,14 +53,14 @@ SCHEDULES: dict[str, Preset] = {
     "rotating": Preset(Rotating),
     "closed-loop": Preset(ClosedLoop),
 }
-"""Every schedule that has a name. A new one is a class and a line here."""
+"""All named schedules. A new one is a class and a line here."""
 
 
 def get_preset(name: str) -> Preset:
-    """The schedule of this name, to be called with a recipe's options.
+    """Look up a named schedule, to be called with a recipe's options.
 
     Raises:
-        ValueError: there is none; the message lists those there are.
+        ValueError: an unknown name; the message lists the known ones.
 
     Example:
         >>> get_preset("low-rank")(rank=8, alpha=16.0)

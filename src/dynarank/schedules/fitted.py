@@ -1,4 +1,4 @@
-"""Schedules fitted to a budget, for a model and a run: what ``dynarank.fit_schedule`` returns.
+"""Schedules fitted to a budget for one model and run, as ``dynarank.fit_schedule`` returns them.
 
 The forecast of the learning rate may improve during a run, and the length of the full-rank phase
 depends on it. So a fitted schedule stores what was measured, the cost of a step in each phase, and
@@ -20,13 +20,13 @@ TOLERANCE = 0.01  # a budget is met within 1% of it
 
 @dataclass(frozen=True)
 class FittedCost(RankSchedule):
-    """Dynamic rank whose full-rank phase is as long as a budget of FLOPs or seconds allows.
+    """Dynamic rank with the longest full-rank phase that a budget of FLOPs or seconds allows.
 
     Args:
-        schedule: rank, ending and decomposition; its ``length`` is found.
-        costs: of a step in each of the three phases.
-        allowed: what the whole run may cost, in the same unit.
-        total_steps: of the run.
+        schedule: the schedule to fit; its ``length`` is replaced.
+        costs: the cost of a step in each of the three phases, in FLOPs or seconds.
+        allowed: the budget for the whole run, in the same unit.
+        total_steps: the number of steps of the run.
 
     Example:
         >>> schedule = FittedCost(DynamicRank(8), (1.0, 2.0, 1.0), allowed=130.0, total_steps=100)
@@ -42,19 +42,19 @@ class FittedCost(RankSchedule):
     fitted = True
 
     def start(self) -> State:
-        """As dynamic rank has it."""
+        """The initial state of dynamic rank."""
         return self.schedule.start()
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The plan of the schedule that fits, by what is known of the learning rate now."""
+        """The plan of the schedule fitted to the current learning-rate forecast."""
         return self.within(readings.forecast).update(state, clock, readings)
 
     def within(self, forecast: tuple[float, ...]) -> DynamicRank:
-        """The schedule whose cost comes nearest to what is allowed."""
+        """The schedule whose cost is nearest to the budget."""
         return _within(self, forecast)
 
     def total(self, forecast: tuple[float, ...], full_steps: int | None = None) -> float:
-        """What the run costs with so many full-rank steps; None: with the schedule that fits."""
+        """The cost of the run with ``full_steps`` full-rank steps; None: of the fitted schedule."""
         steps = self.full_steps(forecast) if full_steps is None else full_steps
         begin, end = full_rank_window(decisive_decay(forecast), steps / self.total_steps)
         first, last = (step_of(when, self.total_steps) for when in (begin, end))
@@ -62,7 +62,7 @@ class FittedCost(RankSchedule):
         return sum(cost * n for cost, n in zip(self.costs, lengths, strict=True))
 
     def relative_length(self, forecast: tuple[float, ...]) -> float:
-        """The length of the full-rank phase over the usual one."""
+        """The length of the full-rank phase relative to the default one."""
         begin, end = full_rank_window(decisive_decay(forecast))
         return self.full_steps(forecast) / self.total_steps / (end - begin)
 
@@ -71,7 +71,7 @@ class FittedCost(RankSchedule):
         return abs(self.total(forecast) - self.allowed) <= TOLERANCE * self.allowed
 
     def full_steps(self, forecast: tuple[float, ...]) -> int:
-        """Full-rank steps by bisection: the cost grows with them but for rounding."""
+        """The number of full-rank steps, by bisection: the cost grows with it, up to rounding."""
         low, high = 0, self.total_steps
         while high - low > 1:
             middle = (low + high) // 2
@@ -83,11 +83,11 @@ class FittedCost(RankSchedule):
 
 @dataclass(frozen=True)
 class FittedMemory(RankSchedule):
-    """A schedule all of whose training steps keep to a budget of memory.
+    """A schedule whose training steps all stay within a memory budget.
 
     Args:
         schedule: the schedule.
-        peak_bytes: the largest peak of its phases, as measured on copies.
+        peak_bytes: the highest peak memory of its phases, measured on copies of the model.
     """
 
     schedule: RankSchedule
@@ -99,14 +99,14 @@ class FittedMemory(RankSchedule):
         take_over(self, self.schedule)
 
     def start(self) -> State:
-        """As the schedule has it."""
+        """The initial state of the wrapped schedule."""
         return self.schedule.start()
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """What the schedule says."""
+        """The wrapped schedule's answer."""
         return self.schedule.update(state, clock, readings)
 
 
-@lru_cache(maxsize=64)  # asked at every step; a forecast changes twice in a run at most
+@lru_cache(maxsize=64)  # called at every step; a forecast changes at most twice in a run
 def _within(fitted: FittedCost, forecast: tuple[float, ...]) -> DynamicRank:
     return replace(fitted.schedule, length=fitted.full_steps(forecast) / fitted.total_steps)

@@ -1,15 +1,15 @@
-"""Dynamic rank: low-rank, full-rank across the learning rate's decay, deflated after it.
+"""Dynamic rank: low-rank, full-rank across the learning-rate decay, deflated after it.
 
-At a high learning rate the noise of the gradients is high, at a low one it is low. Layers are to be
-full-rank when the one regime turns into the other: at the *decisive decay*, the last time that the
-learning rate falls below the geometric mean of its peak and of where it ends (of a tenth of the
-peak, where it ends lower). With the decay at a share d of the run, the full-rank phase takes the
-last 46% of the time before it and the first 40% of the time after it::
+Gradient noise is high at a high learning rate and low at a low one. Layers should be full-rank
+around the transition between these regimes: the *decisive decay*, the last time that the learning
+rate falls below the geometric mean of its peak and its final value (or a tenth of the peak, if the
+final value is lower). With the decay at a share d of the run, the full-rank phase covers the last
+46% of the time before it and the first 40% of the time after it::
 
     inflate = d - 0.46 d        deflate = d + 0.40 (1 - d)
 
-Both published experiments fit this rule, which is ours: decays at 100 of 150 and 150 of 200 epochs
-give (54, 120) and (81, 170), and were run with (55, 120) and (80, 170).
+The rule is ours and fits both published experiments: decays at 100 of 150 and 150 of 200 epochs
+give (54, 120) and (81, 170); the experiments used (55, 120) and (80, 170).
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from dynarank.schedules.phases import Phases
 __all__ = ["DynamicRank", "decisive_decay", "full_rank_window"]
 
 BEFORE, AFTER = 0.46, 0.40  # shares of the time before and after the decay, see above
-USUAL_DECAY = 2 / 3  # where one is expected while nothing is known: the paper's first experiment
-LATEST = 0.9  # without any decay to wait for, full rank ends here
+USUAL_DECAY = 2 / 3  # assumed where the decay is unknown: that of the paper's first experiment
+LATEST = 0.9  # without any decay, the full-rank phase ends here
 _STEADY = 0.9  # a learning rate that never falls below this share of its peak has no decay
 _TENTH = 0.1
 
@@ -38,26 +38,26 @@ class DynamicRank(RankSchedule):
     """Low-rank, full-rank from ``inflate`` on, deflated from ``deflate`` on.
 
     Inflate while the learning rate is still high (high-noise regime), stay full-rank across its
-    decisive decay, deflate in the low-noise regime. A transition point that is not given is found.
-    Where the learning rate's future is known (``readings.forecast``), it is computed from that.
-    Where it is not, the rate is followed as it comes: full rank begins at 36% of the run or with
+    decisive decay, deflate in the low-noise regime. Transition points that are not given are
+    computed from the forecast of the learning rate (``readings.forecast``). Without a forecast they
+    follow the learning rate as it is observed: the full-rank phase begins at 36% of the run or with
     the decay, whichever is earlier, and ends when 40% of the time after the decay has passed, or,
     without any decay, at 90% of the run. A learning rate that rises again cancels the decay.
 
     Args:
-        rank: of the low-rank phase, and of the deflated one.
-        inflate: when to inflate, a share of the run (float) or a step (int); None: found.
-        deflate: when to deflate, likewise.
-        to: ``"adapted"``, the paper's: freeze W, add a zero-output adapter; the function is
+        rank: the rank of the low-rank phase and of the deflated one.
+        inflate: when to inflate, a share of the run (float) or a step (int); None: computed.
+        deflate: when to deflate, a share of the run (float) or a step (int); None: computed.
+        to: ``"adapted"``, as in the paper: freeze W, add a zero-output adapter; the function is
             unchanged. ``"low-rank"``: truncate; the cost really falls.
-        length: of a full-rank phase that is found, as a share of the run; None: as the rule above
-            says. A longer or shorter one keeps the shares of it before and after the decay.
+        length: the length of a computed full-rank phase, as a share of the run; None: by the rule
+            above. Its parts before and after the decay keep their proportion.
         decomposition: the decomposition's name.
         alpha: the adapter's scale is ``alpha / rank``.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
     Raises:
-        ValueError: transition points outside the run, that do not increase, or both given beside
+        ValueError: transition points outside the run or not increasing; both given together with
             ``length``; an unknown ending; an impossible rank.
 
     Example:
@@ -93,35 +93,35 @@ class DynamicRank(RankSchedule):
             check_within("length, a share of the run,", self.length, "[0, 1]")
         if self._given is not None and self.length is not None:
             raise ValueError(
-                "length is for a full-rank phase that is found, but inflate and deflate are both "
-                f"given; leave out one of inflate={self.inflate!r}, deflate={self.deflate!r} and "
+                "length is for a computed full-rank phase, but inflate and deflate are both given; "
+                f"leave out one of inflate={self.inflate!r}, deflate={self.deflate!r} and "
                 f"length={self.length!r}"
             )
 
     @cached_property
     def _given(self) -> Phases | None:
-        """The phases where both transition points are given: nothing is to be found then."""
+        """The phases if both transition points are given, else None."""
         if self.inflate is None or self.deflate is None:
             return None
         return Phases((0.0, self.inflate, self.deflate), (self.low, FullRank(), self.last))
 
     @property
     def stateful(self) -> bool:
-        """Whether a transition point is found from the learning rates seen so far."""
+        """Whether a transition point depends on the learning rates seen so far."""
         return self._given is None
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The form of the present phase, where both transition points are given."""
+        """The form of the current phase, if both transition points are given."""
         if self._given is None:
             return super().__call__(clock, readings)
         return self._given(clock, readings)
 
     def start(self) -> State:
-        """Nothing seen yet. ``began`` and ``decayed`` are steps."""
+        """The initial state; ``began`` and ``decayed`` are steps."""
         return {"phase": 0, "peak": 0.0, "began": None, "decayed": None} if self.stateful else {}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The form of the present phase, for every layer; phases never go backwards."""
+        """The form of the current phase, for every layer; phases never go backwards."""
         if self._given is not None:
             return Answer(self._given(clock, readings), state)
         seen = _follow(state, clock, readings.learning_rate)
@@ -133,7 +133,7 @@ class DynamicRank(RankSchedule):
         return Answer(dict.fromkeys(readings.layers, form), {**seen, "phase": phase})
 
     def _window(self, seen: State, clock: Clock, forecast: tuple[float, ...]) -> tuple[int, int]:
-        """The first steps of the full-rank and of the last phase, as far as one knows."""
+        """The first steps of the full-rank and of the last phase, as currently known."""
         if forecast:
             begin, end = full_rank_window(decisive_decay(forecast), self.length)
         else:
@@ -157,7 +157,7 @@ class DynamicRank(RankSchedule):
 
 
 def _follow(state: State, clock: Clock, rate: float | None) -> State:
-    """Take notice of the learning rate: its peak so far, and when it fell."""
+    """Update the state with the learning rate: its peak so far, and when it fell."""
     if rate is None or not math.isfinite(rate):
         return state
     peak = max(state["peak"], rate)
@@ -169,10 +169,10 @@ def _follow(state: State, clock: Clock, rate: float | None) -> State:
 
 @lru_cache(maxsize=64)
 def decisive_decay(rates: Sequence[float]) -> float | None:
-    """When the learning rate falls for good, as a share of the run; None if it never does.
+    """The time of the last large learning-rate decay, as a share of the run; None without one.
 
     Args:
-        rates: the learning rate at equal distances from the first step to the last.
+        rates: the learning rate, sampled at equal distances from the first step to the last.
 
     Example:
         >>> decisive_decay((1.0,) * 100 + (0.1,) * 30 + (0.01,) * 20)
@@ -192,11 +192,11 @@ def decisive_decay(rates: Sequence[float]) -> float | None:
 
 
 def full_rank_window(decay: float | None, length: float | None = None) -> tuple[float, float]:
-    """When full rank begins and ends, as shares of the run, around a decay at a share of it.
+    """The beginning and end of the full-rank phase around a decay, as shares of the run.
 
     Args:
-        decay: None: where one is usual.
-        length: of the window; None: as the rule says.
+        decay: the time of the decay, as a share of the run; None: the usual one, 2/3.
+        length: the length of the phase, as a share of the run; None: by the rule above.
 
     Example:
         >>> full_rank_window(100 / 150)

@@ -1,4 +1,4 @@
-"""What several schedules take alike: times, ranks, and what layers deflate to."""
+"""Options shared by several schedules: times, ranks and endings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dynarank.schedules.base import When
 __all__ = ["Ending", "check_when", "check_within", "last_form", "low_form", "rank_within"]
 
 Ending: TypeAlias = Literal["adapted", "low-rank"]
-"""What a layer deflates to: a frozen weight with a zero-output adapter, or truncated factors."""
+"""How a layer deflates: to a frozen weight with a zero-output adapter, or to truncated factors."""
 
 
 def check_when(name: str, when: When) -> When:
-    """The time, checked, with other libraries' numbers made Python's.
+    """Check a time and convert it to a Python number.
 
     Raises:
         ValueError: a step below 0, or a share outside [0, 1].
@@ -38,12 +38,12 @@ def check_when(name: str, when: When) -> When:
 
 
 def low_form(schedule: Any) -> LowRank:
-    """The low-rank form of a schedule with the fields ``rank`` and ``decomposition``."""
+    """The low-rank form of a schedule, from its fields ``rank`` and ``decomposition``."""
     return LowRank(schedule.rank, schedule.decomposition)
 
 
 def last_form(schedule: Any) -> LowRank | Adapted:
-    """The form that layers deflate to, of a schedule with ``to`` and an adapter's fields too.
+    """The form that layers deflate to, from the schedule's ``to`` and its adapter fields.
 
     Raises:
         ValueError: an unknown ending, or an impossible rank.
@@ -62,10 +62,10 @@ def last_form(schedule: Any) -> LowRank | Adapted:
 
 
 def check_within(name: str, value: float, interval: str) -> None:
-    """Raise for a number outside an interval, written as ``"(0, 1]"``.
+    """Check that a number lies in an interval, written as ``"(0, 1]"``.
 
     Raises:
-        ValueError: it is outside, or not a number.
+        ValueError: the value is outside, or not a number.
 
     Example:
         >>> check_within("share", 1.0, "(0, 1]")
@@ -77,9 +77,9 @@ def check_within(name: str, value: float, interval: str) -> None:
         raise ValueError(f"{name} lies in {interval}, got {value!r}")
 
 
-@lru_cache(4096, typed=True)  # asked for every layer at every step; 1 and 1.0 are two ranks
+@lru_cache(4096, typed=True)  # called for every layer at every step; 1 and 1.0 are two ranks
 def rank_within(rank: RankLike, shape: tuple[int, ...], decomposition: str) -> int:
-    """The number of directions that ``rank`` means; an int above the layer's limit means the limit.
+    """Resolve ``rank`` to a number of directions; an int above the layer's limit means the limit.
 
     Example:
         >>> rank_within(100, (16, 8, 3, 3), "svd"), rank_within(0.5, (16, 8, 3, 3), "svd")

@@ -1,4 +1,4 @@
-"""Schedules set by hand: one form after another, the same for every layer."""
+"""Manual schedules: one form after another, the same for every layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Phases(RankSchedule):
         forms: the forms, one for each start.
 
     Raises:
-        ValueError: no phase, unequal lengths, a first start that is not 0, starts that do not
+        ValueError: no phases, unequal lengths, a first start that is not 0, starts that do not
             increase, or a share outside [0, 1].
 
     Example:
@@ -50,10 +50,10 @@ class Phases(RankSchedule):
                 raise ValueError(f"phases start one after another, got {one!r} then {two!r}")
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The latest form that has begun, for every layer.
+        """The form of the current phase, for every layer.
 
         Raises:
-            ValueError: shares and steps are mixed and do not increase in a run of this length.
+            ValueError: shares and steps are mixed, and do not increase in a run of this length.
         """
         steps = [step_of(start, clock.total_steps) for start in self.starts]
         if steps != sorted(steps):

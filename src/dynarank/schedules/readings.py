@@ -1,4 +1,4 @@
-"""Readings of a run, as plain data: schedules decide by them, recorders write them down."""
+"""Readings of a run as plain data: schedules use them, recorders store them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["SpectralReading"]
 
 @dataclass(frozen=True)
 class SpectralReading:
-    """Rank metrics of one layer's effective weight, of singular values s1 >= s2 >= ...
+    """Rank metrics of one layer's effective weight, with singular values s1 >= s2 >= ...
 
     Args:
         effective_rank: exp of the entropy of ``s / sum s``.
@@ -21,7 +21,7 @@ class SpectralReading:
         full_rank: the largest rank the weight could have.
         update_rank: the effective rank of the accumulated update ``W - W_0``; None if the initial
             weight is not kept.
-        values: the singular values, largest first, if they were asked for.
+        values: the singular values, largest first, if requested; else empty.
     """
 
     effective_rank: float
@@ -35,6 +35,6 @@ class SpectralReading:
 
     @property
     def finite(self) -> bool:
-        """Whether every number is finite; a schedule must not decide by one that is not."""
+        """Whether every number is finite; a schedule must ignore a reading that is not."""
         numbers = (getattr(self, f.name) for f in fields(self) if f.name != "values")
         return all(math.isfinite(n) for n in (*numbers, *self.values) if n is not None)

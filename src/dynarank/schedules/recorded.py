@@ -1,6 +1,6 @@
-"""Recorded decisions: repeated as a schedule, or decided again from the recorded readings.
+"""Recorded decisions: replayed as a schedule, or decided again from the recorded readings.
 
-A run's records are read here as plain data, as the lines of ``records.jsonl`` hold them.
+Records are plain data, the parsed lines of ``records.jsonl``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Replay(RankSchedule):
-    """Recorded decisions repeated: ``before`` for every layer, then each decision from its step on.
+    """A schedule that replays recorded decisions, each from its step on.
 
     Args:
         before: the form of a layer before its first decision.
-        decisions: in any order; of several for one layer and step the last counts.
+        decisions: the decisions, in any order; of several for one layer and step the last counts.
 
     Example:
         >>> from dynarank.forms import FullRank, LowRank
@@ -47,14 +47,15 @@ class Replay(RankSchedule):
         """The form last decided for each layer.
 
         Raises:
-            ValueError: a decision is about a layer that is not under the schedule.
+            ValueError: a decision is about a layer that is not scheduled.
         """
         plan = dict.fromkeys(readings.layers, self.before)
         for decision in self.decisions:
             if decision.path not in plan:
                 raise ValueError(
-                    f"step {decision.step} decides about the layer {decision.path!r}, which is not "
-                    f"under the schedule ({', '.join(plan)}); give the layers of the recorded run"
+                    f"the decision at step {decision.step} is about the layer {decision.path!r}, "
+                    f"which is not scheduled ({', '.join(plan)}); give the layers of the recorded "
+                    "run"
                 )
             if decision.step <= clock.step:
                 plan[decision.path] = decision.form
@@ -62,15 +63,14 @@ class Replay(RankSchedule):
 
 
 def replay(decisions: Iterable[Decision | Mapping[str, Any]], before: Form) -> Replay:
-    """A schedule that repeats recorded decisions, step by step, whatever the readings.
+    """A schedule that replays recorded decisions step by step, regardless of the readings.
 
     Args:
-        decisions: as decided, or the run's records as plain data, of which the other kinds are left
-            out.
+        decisions: decisions, or a run's records as plain data; records of other kinds are ignored.
         before: the form of a layer before its first decision.
 
     Raises:
-        ValueError: a decision whose form is not known.
+        ValueError: a decision with an unknown form.
 
     Example:
         >>> from dynarank.forms import LowRank
@@ -88,7 +88,7 @@ def replay(decisions: Iterable[Decision | Mapping[str, Any]], before: Form) -> R
 
 
 def _decision(data: Mapping[str, Any]) -> Decision:
-    """Of a record: what it adds is left out, and numbers that JSON has no word for are strings."""
+    """The decision in a record; non-finite numbers, which JSON lacks, are stored as strings."""
     figures = {name: float(value) for name, value in data["readings"].items()}
     kept = {f.name: data[f.name] for f in fields(Decision)}
     return Decision.from_data({**kept, "readings": figures})
@@ -100,7 +100,7 @@ def spectra_from_records(
     """The spectra of a run's records, by step and layer.
 
     Args:
-        records: the lines of ``records.jsonl`` as plain data; other kinds are left out.
+        records: the lines of ``records.jsonl`` as plain data; other kinds are ignored.
 
     Example:
         >>> layer = {"effective_rank": 1.5, "stable_rank": 1.25, "energy_rank": 2, "rank": 1,
@@ -118,7 +118,7 @@ def spectra_from_records(
 
 
 def _reading(data: Mapping[str, Any]) -> SpectralReading:
-    """A layer's reading; numbers that JSON has no word for are strings there."""
+    """The reading in a record; non-finite numbers, which JSON lacks, are stored as strings."""
     numbers: dict[str, Any] = {
         name: float(value) if isinstance(value, str) else value
         for name, value in data.items()
@@ -136,17 +136,17 @@ def decide_again(
     before: Form = FullRank(),  # noqa: B008 (frozen)
     changes: Mapping[int, Mapping[str, Form]] | None = None,
 ) -> list[Decision]:
-    """What the schedule decides from recorded readings: the recorded decisions, if all is well.
+    """Recompute a schedule's decisions from recorded readings; they should equal the recorded ones.
 
     Args:
-        schedule: as the run had it.
-        layers: the weights' shapes, by path.
-        total_steps: of the run.
-        spectra: what the schedule was given, by step; spectra of other steps than those at which it
-            asks for them are left out.
-        before: the form that the layers had before the first plan was applied.
-        changes: the forms that layers were changed to after a step, by step and path. None: as the
-            schedule said, at once.
+        schedule: the schedule of the run.
+        layers: the shapes of the weights, by path.
+        total_steps: the number of steps of the run.
+        spectra: the spectra that the schedule was given, by step; those of steps at which it does
+            not read any are ignored.
+        before: the form of the layers before the first plan was applied.
+        changes: the actual changes of form after a step, by step and path. None: every planned
+            change was made at once.
 
     Example:
         >>> from dynarank.schedules.library.closed_loop import ClosedLoop
@@ -160,7 +160,7 @@ def decide_again(
     stride = None if every is None else max(1, step_of(every, total_steps))
     state, forms = schedule.start(), dict[str, Form].fromkeys(layers, before)
     found: list[Decision] = []
-    for done in range(total_steps + 1):  # also after the last step, when the clock stands still
+    for done in range(total_steps + 1):  # after the last step too, where the clock does not advance
         clock = Clock(min(done, total_steps - 1), total_steps)
         seen = spectra.get(done, {}) if stride and done % stride == 0 else {}
         plan, state, decisions = schedule.update(

@@ -1,8 +1,8 @@
-"""Schedules as plain data, for JSON: what a run's configuration and a checkpoint keep of them.
+"""Serialization of schedules to plain data, for run configurations and checkpoints.
 
-Every schedule of ours is a frozen dataclass, and so is what it is made of: it is written as its
-class's name and its fields, and constructed from them, checks included. A user's own function is
-code, not data, and is refused.
+All built-in schedules and their parts are frozen dataclasses: they are written as the class name
+and the fields, and constructed from these with the usual checks. A user's own function is code, not
+data, and is rejected.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ __all__ = ["schedule_from_data", "schedule_to_data", "serializable"]
 
 _T = TypeVar("_T")
 
-# What schedules are made of, and users' own schedules; ours are found in the folder's list.
+# Parts of schedules and users' own schedules; the built-in ones are listed in schedules.CLASSES.
 _CLASSES: dict[str, type[Any]] = {"Decision": Decision, "Rank": Rank}
-_PARTS = ("Decision", "Rank")  # no schedules
+_PARTS = ("Decision", "Rank")  # not schedules themselves
 _CLASS, _MAP = "class", "map"  # the keys that mark a dataclass and a mapping
 
 
 def serializable(cls: type[_T]) -> type[_T]:
-    """Make a frozen dataclass of your own known by its name, so that it can be written as data.
+    """Register your own frozen dataclass by its name, so that it can be serialized (a decorator).
 
-    The schedules of :mod:`dynarank.schedules` are known already. Fields may hold numbers, strings,
-    None, forms, ranks, decisions, other such classes, and sequences and mappings (by strings) of
-    these. A sequence comes back as a tuple.
+    The schedules of :mod:`dynarank.schedules` are registered already. Fields may hold numbers,
+    strings, None, forms, ranks, decisions, other registered classes, and sequences and mappings
+    (with strings as keys) of these. A sequence comes back as a tuple.
     """
     assert is_dataclass(cls), f"{cls.__name__} is not a dataclass"
     assert cls.__name__ not in schedules.CLASSES, f"there is a schedule named {cls.__name__}"
@@ -41,7 +41,7 @@ def serializable(cls: type[_T]) -> type[_T]:
 
 
 def _class_named(name: object) -> type[Any] | None:
-    """The class of this name, imported if it is one of ours; None: unknown."""
+    """The class of this name, imported if it is a built-in one; None: unknown."""
     if not isinstance(name, str):
         return None
     return getattr(schedules, name) if name in schedules.CLASSES else _CLASSES.get(name)
@@ -52,11 +52,11 @@ def _names() -> str:
 
 
 def schedule_to_data(schedule: RankSchedule) -> dict[str, Any]:
-    """The schedule as plain data.
+    """Convert a schedule to plain data.
 
     Raises:
-        ValueError: it is, or holds, something that is not of :mod:`dynarank.schedules`, such as a
-            user's own function.
+        ValueError: it is, or contains, something that is not registered, such as a user's own
+            function.
 
     Example:
         >>> from dynarank.schedules import low_rank
@@ -74,7 +74,7 @@ def schedule_from_data(data: Mapping[str, Any]) -> RankSchedule:
 
     Raises:
         ValueError: an unknown class, unknown or missing fields, or values that the schedule
-            refuses.
+            rejects.
 
     Example:
         >>> from dynarank.schedules import low_rank
@@ -140,6 +140,6 @@ def _unknown(value: object) -> str:
     value = value.function if isinstance(value, FunctionSchedule) else value
     what = getattr(value, "__qualname__", None) if inspect.isroutine(value) else None
     return (
-        f"{what or repr(value)} cannot be written as data: only schedules of dynarank.schedules "
-        f"can ({_names()}); keep a function of your own in code and pass it again"
+        f"{what or repr(value)} cannot be serialized: only registered schedules can "
+        f"({_names()}); keep your own function in code and pass it again"
     )

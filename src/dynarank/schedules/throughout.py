@@ -1,4 +1,4 @@
-"""One form from the first step to the last: full-rank or low-rank training without a change."""
+"""Constant schedules: full-rank or low-rank training from the first step to the last."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LowRankThroughout(RankSchedule):
     """Every layer low-rank throughout: ``W = join(factors)`` from the first step to the last.
 
     Args:
-        rank: of every layer.
+        rank: the rank of every layer.
         decomposition: the decomposition's name.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The phases that a schedule goes through, found before the run."""
+"""The phases of a schedule, computed before the run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dynarank.schedules.base import Clock, RankSchedule, Readings, Schedule, as_
 
 __all__ = ["Phase", "timeline"]
 
-# Plans are compared at this many steps of a run, and a change between two of them is then found to
-# the step: a phase shorter than a 4096th of the run could be missed.
+# Plans are compared at this many steps of a run, and the exact step of a change is then bisected: a
+# phase shorter than 1/4096 of the run could be missed.
 _SAMPLES = 4096
 
 
@@ -26,15 +26,15 @@ class Phase:
 
     @property
     def steps(self) -> int:
-        """How many steps the phase lasts."""
+        """The number of steps of the phase."""
         return self.stop - self.start
 
 
 def timeline(schedule: Schedule, readings: Readings, total_steps: int) -> list[Phase]:
-    """The phases a schedule will go through if the readings stay as they are.
+    """The phases of a schedule over a run, assuming that the readings do not change.
 
-    Where a forecast of the learning rate is known, its schedule is told of it as time goes on. A
-    schedule that waits for spectra gets none, and so does nothing.
+    With a forecast of the learning rate, the schedule sees the forecast rate at each step. No
+    spectra are available in advance, so a schedule that depends on them makes no changes.
 
     Example:
         >>> from dynarank.schedules import dynamic_rank
@@ -71,7 +71,7 @@ def _plans(
 def _stateful_plans(
     schedule: RankSchedule, readings: Readings, total_steps: int
 ) -> Iterator[tuple[int, Plan]]:
-    """The first step of each plan, from one step to the next, for a state depends on all before."""
+    """The first step of each plan, step by step, since the state depends on all earlier steps."""
     state, last = schedule.start(), None
     for step in range(total_steps):
         clock = Clock(step, total_steps)

@@ -193,5 +193,5 @@ def test_the_preset_uses_what_it_knows() -> None:
        [("window", 0), ("recent", 0), ("threshold", -1.0), ("relaxed", (0.5, 2.0))]],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"at least|apart"):
+    with pytest.raises(ValueError, match=r"at least|spectra_every"):
         Cuttlefish(**options)

@@ -236,7 +236,7 @@ def test_a_scheduler_turns_the_share_through_a_network() -> None:
         ({"share": 0.0}, r"share lies in \(0, 1\], got 0.0"),
         ({"share": 1.5}, r"share lies in \(0, 1\], got 1.5"),
         ({"share": math.nan}, r"got nan"),
-        ({"turns": 0}, "whole number of turns of at least 1 is needed, got 0"),
+        ({"turns": 0}, "turns is a whole number of at least 1, got 0"),
         ({"turns": 1.5}, "got 1.5"),
         ({"begin": -1}, r"begin is a step \(int >= 0\) or a share .* got -1"),
         ({"end": 1.5}, r"end is a step .* got 1.5"),

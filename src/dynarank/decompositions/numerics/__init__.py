@@ -1,1 +1,1 @@
-"""The linear and multilinear algebra under the decompositions."""
+"""Linear and multilinear algebra for the decompositions."""

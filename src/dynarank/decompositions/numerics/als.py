@@ -1,7 +1,7 @@
-"""Alternating least squares for a sum of rank-one tensors, accelerated, with several starts.
+"""Accelerated alternating least squares for a sum of rank-one tensors, with several starts.
 
-Legend: W (n_1, ..., n_N) the tensor, its entries at most 1; factors (n_j, r) one a mode, whose
-columns' outer products sum to W; ``error`` the squared Frobenius norm of what is left.
+Legend: W (n_1, ..., n_N) the tensor, its entries at most 1; one factor (n_j, r) per mode, so that
+the outer products of their columns sum to about W; ``error`` the squared norm of the residual.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["fit", "slice_start", "sum_of_products"]
 # A sweep that lowers the error by less than this fraction of it is the last one.
 GAIN = 1e-5
 SWEEPS = 200
-TRIAL, FINALISTS = 15, 3  # sweeps after which only so many of the starts go on
+TRIAL, FINALISTS = 15, 3  # after TRIAL sweeps only the best FINALISTS starts continue
 # Several starts lower the error by up to 1% where there are few entries, and by less than 0.1%
 # where there are many (64 x 64 x 3 x 3), where a sweep costs more.
 RANDOM_STARTS = 6
 FEW = 2**16
-TINY = 2**12  # and here, where it is cheap and local minima differ most, all of them go on
-# A component of more than this many times W's norm is there to be canceled by another one.
+TINY = 2**12  # here sweeps are cheap and local minima differ most, so that all starts continue
+# A component of more than this many times W's norm must be canceled by another one.
 BOUND = 1e3
 # How far a sweep starts beyond the last one, at most; and how firmly a factor is held where the
 # others leave it undetermined, relative to their Gram matrix.
@@ -36,15 +36,15 @@ HOLD = 1e-8
 
 
 def fit(tensor: Tensor, rank: int, fine: bool) -> Factors:
-    """Factors of ``rank``, the best of several starts after alternating least squares.
+    """Fit factors of ``rank`` by alternating least squares, the best of several starts.
 
-    The first start is exact at the largest rank, where nothing is left to do. The result is always
-    finite and bounded: the starts are, and only what is better and bounded replaces them.
+    The first start is exact at the largest rank, and no sweeps are needed there. The result is
+    always finite and bounded: the starts are, and only better bounded results replace them.
 
     Args:
         tensor: W, of three modes or more.
         rank: r, at most the number of entries over the largest dimension.
-        fine: whether directions below 1e-8 of the largest count.
+        fine: whether to resolve directions below 1e-8 of the largest.
     """
     total = tensor.double().square().sum().item()
     first = slice_start(tensor, rank, fine)
@@ -62,18 +62,18 @@ def fit(tensor: Tensor, rank: int, fine: bool) -> Factors:
 
 
 def sum_of_products(factors: Sequence[Tensor]) -> Tensor:
-    """``W[i, j, ...] = sum_c a[i, c] b[j, c] ...``."""
+    """The sum of rank-one tensors, ``W[i, j, ...] = sum_c a[i, c] b[j, c] ...``."""
     first, *others = factors
     sizes = [factor.shape[0] for factor in factors]
     return (first @ _products(others).T).reshape(sizes)
 
 
 def slice_start(tensor: Tensor, rank: int, fine: bool) -> Factors:
-    """The largest singular triplets of W's slices: matrices of the two largest modes.
+    """A start from the largest singular triplets of W's slices, matrices of the two largest modes.
 
-    The other modes are first rotated to their singular vectors (HOSVD), so that few slices hold
-    most of W. No choice of components whose other vectors are these is better; at rank (entries /
-    largest dimension) they are all there and the sum is exact.
+    The other modes are first rotated to their singular vectors (HOSVD), so that few slices contain
+    most of W. Given these vectors in the other modes, no choice of components is better; at rank
+    (entries / largest dimension) all triplets are included and the sum is exact.
     """
     large, small, *others = sorted(range(tensor.ndim), key=lambda mode: -tensor.shape[mode])
     rotated, bases = tensor.permute(large, small, *others), list[Tensor]()
@@ -98,14 +98,14 @@ def slice_start(tensor: Tensor, rank: int, fine: bool) -> Factors:
 
 
 def _right_vectors(slices: Tensor, fine: bool) -> Tensor:
-    """Right singular vectors of each slice, from its Gram matrix if not ``fine``."""
+    """The right singular vectors of each slice, from its Gram matrix unless ``fine``."""
     if fine:
         return torch.linalg.svd(slices, full_matrices=False)[2].mT
     return torch.linalg.eigh(slices.mT @ slices)[1]
 
 
 def _other_starts(tensor: Tensor, rank: int) -> Iterator[Factors]:
-    """Singular vectors of the unfoldings, filled up at random; then random ones."""
+    """One start from singular vectors of the unfoldings, padded at random; then random starts."""
     generator = torch.Generator().manual_seed(0)
     for trial in range(1 + RANDOM_STARTS):
         factors = [
@@ -121,11 +121,11 @@ def _other_starts(tensor: Tensor, rank: int) -> Iterator[Factors]:
 def _refine(
     tensor: Tensor, start: Factors, error: float, sweeps: int, total: float
 ) -> tuple[Factors, float]:
-    """Sweeps from ``start`` of this error while they lower it, and the error they end with.
+    """Sweep from ``start``, whose error is given, while the error falls; also the final error.
 
-    A sweep begins beyond the last one, at ``best + momentum (best - previous)``; when that is not
-    better, or not bounded, or not finite, the next one begins at the best (Mitchell, Ye and De
-    Sterck, arXiv 1810.05846, 2018); when that is not either, it is the end.
+    A sweep starts from the extrapolation ``best + momentum (best - previous)``. If the result is
+    not better, bounded and finite, the next sweep restarts from the best (Mitchell, Ye and De
+    Sterck, arXiv 1810.05846, 2018); if that fails too, the iteration ends.
     """
     best, previous, momentum = start, start, 0.0
     for _ in range(sweeps):
@@ -147,9 +147,9 @@ def _refine(
 
 
 def _sweep(tensor: Tensor, factors: Factors, total: float) -> tuple[Factors, float]:
-    """Each factor in turn the best one given the others; the error, infinite if unbounded.
+    """Optimize each factor in turn given the others; the error is infinite if unbounded.
 
-    What the small modes have in common is contracted once: two products of W's size in all.
+    The contraction shared by the small modes is computed once: two products of W's size in all.
     """
     first, second, *small = factors
     over = _products(small)  # (n_3 ... n_N, r)
@@ -171,9 +171,10 @@ def _sweep(tensor: Tensor, factors: Factors, total: float) -> tuple[Factors, flo
 
 
 def _solve(products: Tensor, old: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """The factor X nearest to least squares, ``X (G + h) = products + h old``; ``error - total``.
+    """Solve the regularized least squares ``X (G + h) = products + h old``; also ``error - total``.
 
-    G is the Gram matrix of the others' products. A direction they do not determine stays as it was.
+    G is the Gram matrix of the other factors' products. Directions that they do not determine are
+    unchanged.
     """
     gram = torch.ones(old.shape[1], old.shape[1], dtype=torch.float64, device=old.device)
     for other in others:
@@ -187,7 +188,7 @@ def _solve(products: Tensor, old: Tensor, others: Sequence[Tensor]) -> tuple[Ten
 
 
 def _products(factors: Sequence[Tensor]) -> Tensor:
-    """Column by column the outer product of the factors, flattened (Khatri-Rao)."""
+    """The Khatri-Rao product: the flattened outer product of the factors, column by column."""
     product = factors[0]
     for factor in factors[1:]:
         product = (product[:, None] * factor).flatten(0, 1)
@@ -195,7 +196,7 @@ def _products(factors: Sequence[Tensor]) -> Tensor:
 
 
 def _even(factors: Factors) -> Factors:
-    """Each component's norm shared equally by its vectors; those of none stay."""
+    """Rescale the vectors of each component to equal norms; zero components are unchanged."""
     norms = torch.stack([factor.norm(dim=0) for factor in factors])  # (N, r)
     size = norms.log().mean(0).exp()
     scales = torch.where(size > 0, size / norms, 1.0)

@@ -1,13 +1,13 @@
-"""Leading singular directions of a matrix, fast and never with NaN. Pure tensor functions.
+"""Leading singular vectors and values of a matrix, fast and without NaN. Pure tensor functions.
 
 Legend: W (n, m) a matrix, s1 >= s2 >= ... its singular values, r the rank.
 
 The left singular vectors of W are the eigenvectors of its Gram matrix ``W W'``, which is small if n
-is; and a matrix that is a product of thin factors is decomposed in them.
+is. A matrix that is a product of thin factors is decomposed through the factors.
 
-A Gram matrix has the squares of the values, so that its rounding hides those below sqrt(eps) s1.
-Each function looks at the smallest value it was asked for and, if rounding reached it, goes on to
-the next method: Gram matrix in fp32, in fp64, SVD in fp64.
+The eigenvalues of a Gram matrix are the squared singular values, so that rounding hides values
+below sqrt(eps) s1. Each function checks the smallest value it was asked for and, if it is not
+resolved, falls back to the next method: Gram matrix in fp32, in fp64, SVD in fp64.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ __all__ = [
 LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
-# The least s_r / s1 that a Gram matrix in this precision gives to a few percent, and whose
-# directions leave a truncation within 0.2% of the optimum: sqrt(eps) times about six.
+# The smallest s_r / s1 that a Gram matrix in this precision resolves to a few percent, so that the
+# truncation error is within 0.2% of the optimum: about 6 sqrt(eps).
 RESOLVED = {torch.float32: 2e-3, torch.float64: 1e-7}
 
 
 class UnfitWeightError(ValueError):
-    """A weight whose values do not allow the change: not finite, or its decomposition fails."""
+    """Raised for a weight that cannot be decomposed: not finite, or the decomposition fails."""
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """The tensor detached and in fp64 (fp32 where the device has no fp64), to compute in."""
+    """The tensor, detached and converted to fp64 (fp32 if the device has no fp64)."""
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
 
 
 def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The matrix in fp32 or fp64, scaled to entries near 1, and the scale 2^k taken out of it.
+    """The matrix in fp32 or fp64, scaled by 2^-k to entries near 1, and the scale 2^k.
 
-    Where squaring is safe as it is, 2^k is 1 and nothing is copied.
+    If squaring the entries is safe already, 2^k is 1 and nothing is copied.
 
     Raises:
         UnfitWeightError: a value is not finite.
@@ -63,27 +63,27 @@ def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
     one = torch.ones((), dtype=matrix.dtype, device=matrix.device)
     if matrix.numel() == 0:
         return matrix, one
-    low, high = torch.aminmax(as_stored(matrix))  # one pass; NaN comes through
+    low, high = torch.aminmax(as_stored(matrix))  # one pass; NaN propagates
     largest = torch.maximum(-low, high)
     if not torch.isfinite(largest):
-        raise UnfitWeightError("the weight holds NaN or infinite values")
+        raise UnfitWeightError("the weight has NaN or infinite values")
     if largest == 0 or 1e-12 < largest < 1e12:
         return matrix, one
     exponent = torch.frexp(largest).exponent.to(matrix.dtype) - 1
-    half = (exponent / 2).floor()  # in two steps: 2^-exponent itself may not be a number
+    half = (exponent / 2).floor()  # in two steps: 2^-exponent itself may overflow
     return matrix * torch.exp2(-half) * torch.exp2(half - exponent), torch.exp2(exponent)
 
 
 def as_stored(matrix: Tensor) -> Tensor:
-    """The matrix or its transpose: reductions over a transposed view copy it first."""
+    """The matrix or its transpose, whichever is contiguous: reductions copy a transposed view."""
     return matrix.T if matrix.T.is_contiguous() else matrix
 
 
 def gram(matrix: Tensor) -> Tensor:
-    """The lower triangle of ``W W'``; what stands above it is not defined.
+    """The lower triangle of ``W W'``; the upper one is undefined.
 
-    In blocks of rows up to the diagonal, 9/16 of the FLOPs of the whole: 26 ms for 41 ms at
-    768 x 3072 (one core of an AMD EPYC, 2026-11).
+    Computed in blocks of rows up to the diagonal, with 9/16 of the FLOPs of the whole matrix: 26 ms
+    instead of 41 ms at 768 x 3072 (one core of an AMD EPYC, 2026-11).
     """
     n = matrix.shape[0]
     if n < 128 or matrix.device.type != "cpu":
@@ -96,16 +96,16 @@ def gram(matrix: Tensor) -> Tensor:
 
 
 def leading_directions(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first left singular vectors (n, r) and values (r,), the largest value first.
+    """The leading left singular vectors (n, r) and values (r,), the largest value first.
 
-    They are in fp32 (fp64 for fp64), by the first that resolves s_r of: an eigendecomposition of
-    the Gram matrix in fp32, of that in fp64, an SVD in fp64. fp64 matrices go to the SVD at once.
-    Their truncation error is within 0.2% of the optimum. 640 x 5760, rank 160: a tenth of the time
-    of an fp32 SVD (one core of an AMD EPYC, 2026-11).
+    Computed by the first method that resolves s_r: an eigendecomposition of the Gram matrix in
+    fp32, the same in fp64, an SVD in fp64. fp64 matrices use the SVD directly. The results are in
+    fp32 (fp64 for fp64), and their truncation error is within 0.2% of the optimum. For 640 x 5760
+    and rank 160 this takes a tenth of the time of an fp32 SVD (one core of an AMD EPYC, 2026-11).
 
     Args:
         matrix: (n, m); half precision is computed in fp32.
-        rank: at most min(n, m).
+        rank: r, at most min(n, m).
 
     Raises:
         UnfitWeightError: a value is not finite, or no method converges.
@@ -148,10 +148,10 @@ _Method = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _ladder(dtype: torch.dtype) -> Iterator[tuple[_Method, float]]:
-    """The methods to try and the least s_r / s1 for which each is trusted."""
+    """The methods to try, each with the smallest s_r / s1 for which it is accurate."""
     if dtype == torch.float32:
         yield _by_gram, RESOLVED[torch.float32]
-        # Finer than this fp32 weights have no values: they are their rounding.
+        # Below this, singular values of fp32 weights are only rounding errors.
         yield lambda matrix, rank: _by_gram(precise(matrix), rank), 0.0
     yield _by_svd, 0.0
 
@@ -170,17 +170,17 @@ def _by_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def orthonormal(matrix: Tensor) -> Tensor:
     """An orthonormal basis (n, r) of the columns of ``matrix`` (n, r), r <= n.
 
-    By Householder's QR on CPU, where it was the faster at every size from 160 x 40 to 4096 x 1024
+    By Householder QR on CPU, where it was faster at every size from 160 x 40 to 4096 x 1024
     (1.1 to 1.8 times, one core of an AMD EPYC, 2026-11), else by :func:`cholesky_qr2`.
     """
     return _householder(matrix) if matrix.device.type == "cpu" else cholesky_qr2(matrix)
 
 
 def cholesky_qr2(matrix: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of ``matrix`` (n, r), all in matrix products.
+    """An orthonormal basis of the columns of ``matrix`` (n, r), mostly by matrix products.
 
-    Y <- Y R^-1 with R'R = Y'Y, twice. By Householder's QR where the factorization fails or R is so
-    ill-conditioned that twice is not enough (in fp32 above 1e3).
+    Y <- Y R^-1 with R'R = Y'Y, twice. Falls back to Householder QR if the factorization fails or R
+    is so ill-conditioned that two passes are not enough (above 1e3 in fp32).
 
     Source: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, "Roundoff error analysis of the CholeskyQR2
     algorithm", 2015.
@@ -203,11 +203,11 @@ def _householder(matrix: Tensor) -> Tensor:
 
 
 def balance(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors ``Q sqrt(s)`` and ``sqrt(s)^-1 Q' W`` from Q (n, r) and ``Q' W`` (r, m).
+    """Balanced factors ``Q sqrt(s)`` and ``sqrt(s)^-1 Q' W`` from Q (n, r) and ``Q' W`` (r, m).
 
-    s are the norms of the rows of Q' W. A direction in which W is numerically zero gets one factor
-    of the smallest live size and one of (almost) zero: the product is the same and the zero one can
-    still learn; with both at zero neither would ever receive a gradient.
+    s are the norms of the rows of Q' W. In a direction in which W is numerically zero, one factor
+    gets the smallest nonzero size and the other (almost) zero: the product is the same, and the
+    zero one can still learn; with both at zero neither would ever receive a gradient.
     """
     values = torch.linalg.vector_norm(projected, dim=1)
     if not len(values):
@@ -221,14 +221,15 @@ def balance(basis: Tensor, projected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recompress(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Balanced factors of rank r of ``up @ down``, without forming it.
+    """Balanced factors of rank r of ``up @ down``, without forming the product.
 
-    ``up = Q1 R1``, ``down' = Q2 R2``, and the SVD of the small ``R1 R2'``: O((n + m) k^2). The
-    best of rank r if r < k; for r > k the same product, with directions added that can learn.
+    ``up = Q1 R1``, ``down' = Q2 R2``, and the SVD of the small ``R1 R2'``: O((n + m) k^2). This is
+    the best approximation of rank r if r < k; for r > k it is the same product, with additional
+    directions that can learn.
 
     Args:
-        down: (k, m).
-        up: (n, k).
+        down: the second factor, (k, m).
+        up: the first factor, (n, k).
         rank: r, at most min(n, m).
 
     Returns:
@@ -237,7 +238,7 @@ def recompress(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     Raises:
         UnfitWeightError: a value is not finite, or no method converges.
     """
-    if up.shape[0] > down.shape[1]:  # the directions added lie on the shorter side
+    if up.shape[0] > down.shape[1]:  # directions are added on the shorter side
         left, right = recompress(up.T, down.T, rank)
         return right.T, left.T
     (up, up_scale), (down, down_scale) = as_unit(up), as_unit(down)
@@ -254,7 +255,7 @@ def recompress(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _core_vectors(core: Tensor) -> Tensor:
-    """All left singular vectors (p, p) of a small matrix, through fp64."""
+    """All left singular vectors (p, p) of a small matrix, computed in fp64."""
     try:
         vectors = torch.linalg.svd(precise(core))[0]
     except LinAlgError as error:

@@ -1,7 +1,7 @@
-"""Multilinear algebra: what decompositions with more than two factors are made of.
+"""Multilinear algebra for decompositions with more than two factors.
 
 Legend: A (n, m) a matrix; Q (n, r) with orthonormal columns; W = join(f) a weight, linear in each
-of its factors f; J the derivative of ``join`` at f, from changes of the factors to changes of W;
+of its factors f; J the Jacobian of ``join`` at f, from changes of the factors to changes of W;
 ``pull`` is its transpose J'; c cotangents of the factors, M one of the weight.
 """
 
@@ -28,27 +28,28 @@ __all__ = [
 
 _Join: TypeAlias = Callable[[Factors], Tensor]
 
-# What is left of the normal equations, relative to their right-hand side, and the most steps.
+# The residual of the normal equations at which to stop, relative to their right-hand side, and the
+# largest number of steps.
 RESIDUAL = {torch.float64: 1e-14}
-LESS = 1e-6  # of factors below fp64, whose moments are not known more closely than that
+LESS = 1e-6  # for factors below fp64, whose moments are no more accurate than that
 STEPS = 500
-# Of a large weight, where a step takes up to half a second (640 x 640 x 3 x 3, one core of an AMD
-# EPYC, 2026-11), an average of noisy gradients is not worth more than this.
+# For a large weight, where a step takes up to half a second (640 x 640 x 3 x 3, one core of an AMD
+# EPYC, 2026-11), an average of noisy gradients does not justify more than this.
 LARGE = 2**18
 FEW_STEPS = 25
 ROUGHLY = 1e-3
 
 
 def leading_basis(matrix: Tensor, rank: int, fine: bool = False) -> Tensor:
-    """Q whose span holds the most of A: its first r left singular vectors, r <= min(n, m).
+    """The first r left singular vectors Q of A, r <= min(n, m).
 
-    From the smaller Gram matrix, which resolves directions down to 1e-8 of the largest (in fp64)
-    and costs a fraction of an SVD.
+    Computed from the smaller Gram matrix, which resolves directions down to 1e-8 of the largest (in
+    fp64) at a fraction of the cost of an SVD.
 
     Args:
-        matrix: (n, m), in the precision to compute in.
+        matrix: A (n, m), in the precision to compute in.
         rank: r.
-        fine: by an SVD, where smaller directions than 1e-8 count.
+        fine: use an SVD instead, if directions below 1e-8 of the largest matter.
 
     Raises:
         UnfitWeightError: the eigenvalues do not converge.
@@ -68,10 +69,10 @@ def leading_basis(matrix: Tensor, rank: int, fine: bool = False) -> Tensor:
 
 
 def unit_scale(weight: Tensor) -> tuple[Tensor, float]:
-    """The weight over its largest entry, in fp64, and that entry (1 if all are zero).
+    """The weight over its largest absolute entry, in fp64, and that entry (1 if all are zero).
 
     Raises:
-        UnfitWeightError: it is not finite.
+        UnfitWeightError: ``weight`` is not finite.
     """
     scale = precise(weight).abs().max().item()
     if not math.isfinite(scale):
@@ -83,10 +84,10 @@ def unit_scale(weight: Tensor) -> tuple[Tensor, float]:
 
 
 def equal_norms(factors: Sequence[Tensor], scale: float = 1.0) -> Factors:
-    """The factors of ``scale`` times the same weight, all of one Frobenius norm.
+    """Rescale the factors to equal Frobenius norms, and their weight by ``scale``.
 
-    Where one is zero the weight is too and nothing need change: the others stay as they are, so
-    that the zero one can learn.
+    If a factor is zero, so is the weight, and the factors are unchanged: the others stay nonzero,
+    so that the zero one can learn.
     """
     norms = [factor.norm().item() for factor in factors]
     if not all(norms):
@@ -96,12 +97,12 @@ def equal_norms(factors: Sequence[Tensor], scale: float = 1.0) -> Factors:
 
 
 def lift(join: _Join, factors: Factors, cotangents: Factors) -> Tensor:
-    """The least M for which ``J' M`` is nearest to c: ``M = (J')+ c``.
+    """The least-norm solution M of the least-squares problem ``J' M = c``: ``M = (J')+ c``.
 
-    By conjugate gradients on ``J J' M = J c`` from zero, in fp64, without forming J (Hestenes and
-    Stiefel 1952, as CGLS). These equations can always be solved, though the factors' gauge makes
-    ``J' J`` singular; and M stays in J's range, which makes it the least one. Steps end when the
-    residual is down to 1e-14 (factors in fp64; else 1e-6) of where it began, or after 500; of a
+    By conjugate gradients on ``J J' M = J c`` from zero, in fp64, without forming J (CGLS, Hestenes
+    and Stiefel 1952). These equations always have a solution, though the gauge freedom of the
+    factors makes ``J' J`` singular; M stays in the range of J, so that its norm is the least.
+    Iterations end at a relative residual of 1e-14 (factors in fp64; else 1e-6), or after 500; for a
     weight of more than 2^18 entries, at 1e-3 or after 25.
     """
     exact = tuple(precise(factor) for factor in factors)
@@ -127,16 +128,16 @@ def lift(join: _Join, factors: Factors, cotangents: Factors) -> Tensor:
 
 
 def _push(join: _Join, factors: Factors, changes: Factors) -> Tensor:
-    """``J changes``: the join of each change with the other factors, summed (Leibniz)."""
+    """``J changes``: the sum of the joins of each change with the other factors (product rule)."""
     terms = [join((*factors[:i], d, *factors[i + 1 :])) for i, d in enumerate(changes)]
     return sum(terms[1:], start=terms[0])
 
 
 def chain_energies(factors: Factors) -> Factors:
-    """``||dW/df_e||^2`` for each entry e of each factor of a chain of dense convolutions.
+    """The energies ``||dW/df_e||^2`` of the entries e of a chain of dense convolutions.
 
-    An entry that leads from channel a to channel b has the energy of what reaches a times that of
-    what leaves b, whatever its kernel position: (b, a, 1, ...).
+    The energy of an entry from channel a to channel b is that of the chain before a times that of
+    the chain after b, at every kernel position: (b, a, 1, ...).
     """
     slices = [factor.flatten(2) if factor.ndim > 2 else factor[..., None] for factor in factors]
     reach, leave = [_eye(slices[0], 1)], [_eye(slices[-1], 0)]  # Gram matrices between the factors
@@ -155,19 +156,19 @@ def _eye(slices: Tensor, side: int) -> Tensor:
 
 
 def lift_squares(join: _Join, energies: Factors, squares: Factors) -> Tensor:
-    """An estimate of E[M * M]: the product of what each factor says of it.
+    """An estimate of the second moment E[M * M] of the weight from those of the factors.
 
-    If the entries of M are uncorrelated, a factor's entry e has ``E[(J' M)_e^2] = sum_j J_je^2
+    If the entries of M are uncorrelated, an entry e of a factor has ``E[(J' M)_e^2] = sum_j J_je^2
     E[M_j^2]``, so that its square over its energy ``sum_j J_je^2`` is a mean of E[M * M] over the
-    entries of W that depend on e. Each entry of W is given the mean of these ratios over the
-    factor's entries it depends on: the factor's *profile* over W. The estimate is the profiles'
-    product, each over its mean, times the geometric mean of these. Exact where E[M * M] is constant
-    and, for ``up @ down``, where it has rank one (Adafactor's assumption). Entries without energy
-    are left out; a profile of which nothing is known is flat.
+    entries of W that depend on e. The *profile* of a factor over W is, for each entry of W, the
+    mean of these ratios over the factor's entries it depends on. The estimate is the product of the
+    profiles, each divided by its mean, times the geometric mean of these means. It is exact if
+    E[M * M] is constant and, for ``up @ down``, if it has rank one (as in Adafactor). Entries
+    without energy are ignored; a profile without information is flat.
 
     Args:
-        join: whose terms are products of factors' entries, with no minus.
-        energies: each entry's energy, in a shape that broadcasts to its factor's.
+        join: a function whose terms are products of the factors' entries, all with positive sign.
+        energies: the energy of each entry, in a shape that broadcasts to its factor's.
         squares: E[(J' M)^2] in the factors' shapes.
     """
     ones = tuple(torch.ones_like(square) for square in squares)

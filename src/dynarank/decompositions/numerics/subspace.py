@@ -1,4 +1,4 @@
-"""Singular directions of a matrix from those of a similar matrix, in a few products.
+"""Subspace iteration: singular vectors of a matrix from those of a similar one, in a few products.
 
 Legend: W (n, m) a matrix, V (k, m) rows near its leading right singular vectors, r <= k the rank.
 """
@@ -25,18 +25,18 @@ __all__ = ["follow", "subspace_iteration"]
 def subspace_iteration(
     matrix: Tensor, rows: Tensor, steps: int = 1, rank: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Left directions Q (n, r) from nearly right rows V (k, m), and ``Q' W`` (r, m).
+    """Left singular vectors Q (n, r) and ``Q' W`` (r, m) from approximate right ones V (k, m).
 
-    ``Q = orth(W V')``, ``V = Q' W``, and again; then the rotation that makes the rows of Q' W
-    orthogonal, the longest first (Rayleigh and Ritz). Their norms are the values. What is wrong in
-    V shrinks by s_{r+1} / s_i in each half of a step: good from rows of a matrix that moved by some
-    percent, not from noise.
+    Repeats ``Q = orth(W V')``, ``V = Q' W``, and then rotates the rows of Q' W to be orthogonal,
+    the longest first (Rayleigh-Ritz). Their norms are the singular values. The error of V shrinks
+    by s_{r+1} / s_i in each half-step: enough after a matrix has changed by a few percent, but not
+    from a random start.
 
     Args:
-        matrix: (n, m), finite, in fp32 or fp64, with entries whose squares are numbers.
-        rows: (k, m), r <= k <= n.
-        steps: how often to go through W, at least once; each costs two products with it.
-        rank: r, how many directions to keep; None: all k.
+        matrix: W (n, m), finite, in fp32 or fp64, with entries whose squares do not overflow.
+        rows: V (k, m), r <= k <= n.
+        steps: the number of iterations, at least one; each costs two products with W.
+        rank: r, the number of directions to keep; None: all k.
 
     Source: Halko, Martinsson, Tropp, "Finding structure with randomness", arXiv 0909.4061, 2009.
 
@@ -53,13 +53,13 @@ def subspace_iteration(
 
 
 def follow(matrix: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor] | None:
-    """Subspace iteration from the rows of a similar matrix; None if two steps are not enough.
+    """At most two steps of subspace iteration; None if they are not accurate enough.
 
-    A step is enough if :func:`_excess` says that the truncation error is within 0.2% of the least.
+    They are if the truncation error is within 0.2% of the optimum by the bound of :func:`_excess`.
 
     Args:
-        matrix: (n, m), as for :func:`subspace_iteration`.
-        rows: (k, m), finite, r <= k <= n.
+        matrix: W (n, m), finite, in fp32 or fp64, with entries whose squares do not overflow.
+        rows: approximate right singular vectors V (k, m), finite, r <= k <= n.
         rank: r.
 
     Returns:
@@ -67,7 +67,7 @@ def follow(matrix: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor] | N
     """
     projected = rows if _orthogonal(rows) else orthonormal(rows.T).T
     energy = _energy(matrix)
-    for _ in range(2):  # after that a new start is as fast
+    for _ in range(2):  # beyond that, a new decomposition is as fast
         basis, projected, gained = _step(matrix, projected)
         basis, projected = _ritz(basis, projected)
         values = torch.linalg.vector_norm(projected, dim=1)
@@ -78,12 +78,13 @@ def follow(matrix: Tensor, rows: Tensor, rank: int) -> tuple[Tensor, Tensor] | N
 
 
 def _excess(gained: Tensor, left_out: Tensor, values: Tensor, beside: int) -> float:
-    """By how much a step's error may lie above the least, relatively; infinite if unknown.
+    """A bound on the relative excess of a step's error over the optimum; infinite if unknown.
 
-    ``g (1/2 + 1 / (q - 1))``: g the energy that the step gained, as a share of what it left out; q
-    the square of its smallest value over the mean square of those left out, which says how fast
-    steps converge. An upper bound in every case tried: spectra i^0 to i^-1.5, Gaussian, linear,
-    normal and with plateaus, white noise of 1 to 20%, ranks n/8 to 3n/4.
+    ``g (1/2 + 1 / (q - 1))``, where g is the energy that the step gained, as a share of the energy
+    left out, and q the square of the smallest kept value over the mean square of those left out,
+    which determines the rate of convergence. It was an upper bound in every case tried: spectra i^0
+    to i^-1.5, Gaussian, linear, normal and with plateaus, white noise of 1 to 20%, ranks n/8 to
+    3n/4.
     """
     if not beside or not left_out > 0 or values[-1] < RESOLVED[values.dtype] * values[0]:
         return math.inf
@@ -92,7 +93,7 @@ def _excess(gained: Tensor, left_out: Tensor, values: Tensor, beside: int) -> fl
 
 
 def _step(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q (n, k), ``Q' W`` and the energy that it has more than W on the (orthogonal) rows."""
+    """Q (n, k), ``Q' W``, and how much more energy this has than W on the (orthogonal) rows."""
     tiny = torch.finfo(matrix.dtype).tiny
     image = matrix @ rows.T  # (n, k)
     image = image / torch.linalg.vector_norm(rows, dim=1).clamp(min=tiny)
@@ -102,7 +103,7 @@ def _step(matrix: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _orthogonal(rows: Tensor) -> bool:
-    """Whether the rows are orthogonal to about 1e-3: factors from a split are."""
+    """Whether the rows are orthogonal to about 1e-3, as factors from a split are."""
     overlaps = gram(rows).tril()
     norms = overlaps.diagonal().clamp(min=torch.finfo(rows.dtype).tiny).sqrt()
     overlaps = overlaps / norms / norms[:, None]
@@ -115,5 +116,5 @@ def _ritz(basis: Tensor, projected: Tensor, rank: int | None = None) -> tuple[Te
 
 
 def _energy(matrix: Tensor) -> Tensor:
-    """The sum of squares, rows first: their sums in fp64, so that differences are not noise."""
+    """The sum of squares; row sums are added in fp64, so that differences are accurate."""
     return precise(torch.linalg.vector_norm(as_stored(matrix), dim=1)).square().sum()

@@ -1,1 +1,1 @@
-"""Recurrent layers: modules and cells, the loop over time, how each matrix is used."""
+"""Recurrent layers in the three forms: modules, cells, and the loop over time."""

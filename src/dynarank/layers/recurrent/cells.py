@@ -1,6 +1,6 @@
 """``nn.LSTMCell``, ``nn.GRUCell`` and ``nn.RNNCell`` in the three forms.
 
-A cell is one step, so its two matrices are simply multiplied by, as a linear layer's.
+A cell computes one step, so its two matrices are executed like those of linear layers.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["RankedGRUCell", "RankedLSTMCell", "RankedRNNCell"]
 
 
 class _Cell(RankedLayer):
-    """What cells have in common."""
+    """The base class of ranked cells."""
 
     weight_ih = effective("weight_ih")
     weight_hh = effective("weight_hh")
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
-        """The input's matrix and the state's."""
+        """The input matrix and the recurrent matrix."""
         cell = cast(Any, module)
         gates = GATES[_mode(cell)] * cell.hidden_size
         return (
@@ -39,7 +39,7 @@ class _Cell(RankedLayer):
 
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """The input and the state times their matrices."""
+        """One call for the input and one for the state."""
         x, hx = cast(Tensor, inputs["input"]), cast(Any, inputs.get("hx"))
         state = hx if hx is None or isinstance(hx, Tensor) else hx[0]
         own = dict(module.named_parameters(recurse=False))

@@ -1,13 +1,13 @@
-"""One recurrent layer in one direction: by torch's fused kernel, or step by step with factors.
+"""One direction of a recurrent layer: by torch's fused kernel, or step by step with factors.
 
-Legend: T steps, B sequences, N = TB rows (of a packed sequence: its rows); h the hidden size, g the
+Legend: T steps, B sequences, N = TB rows (the rows of a packed sequence); h the hidden size, g the
 number of gates; a *branch* is a chain of matrices, a recurrent matrix the sum of its branches.
 
-The kernel takes one input matrix and one recurrent matrix. Factors of the input matrix come out of
-it exactly: all but the last are applied to the whole sequence beforehand, the last is the kernel's
-input matrix. Factors of the recurrent matrix do not: each step would have to apply them. A loop in
-Python does that; it is worth while where a step saves more than the loop costs
-(see ``layers.execution``).
+The kernel takes one input matrix and one recurrent matrix. Factors of the input matrix can be moved
+outside exactly: all but the last are applied to the whole sequence beforehand, and the last one is
+the kernel's input matrix. Factors of the recurrent matrix cannot: they must be applied at each
+step, in a Python loop. The loop pays off if a step saves more than the loop costs (see
+``layers.recurrent.usage``).
 
 Equations as in the documentation of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``.
 """
@@ -37,7 +37,7 @@ __all__ = [
     "run_kernel",
 ]
 
-States: TypeAlias = tuple[Tensor, ...]  # (h,), of an LSTM (h, c)
+States: TypeAlias = tuple[Tensor, ...]  # (h,), or (h, c) for an LSTM
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
@@ -57,8 +57,8 @@ class Direction:
         mode: ``nn.RNNBase.mode``.
         into: the input matrix (gh, columns of the input).
         state: the branches of the recurrent matrix.
-        biases: of the input's and of the state's gates, or neither.
-        out: the branches of the matrix that projects h (``proj_size``); none without.
+        biases: the two biases, of the input and of the recurrent matrix, or none.
+        out: the branches of the matrix that projects h (``proj_size``); empty without.
     """
 
     mode: str
@@ -69,29 +69,29 @@ class Direction:
 
     @property
     def whole(self) -> bool:
-        """Whether each matrix is a single one, as the kernel needs it."""
+        """Whether no matrix is factored, as the kernel requires."""
         return all(len(b) == 1 and len(b[0]) == 1 for b in (self.state, self.out) if b)
 
     @property
     def weights(self) -> list[Tensor]:
-        """What the kernel takes, in its order."""
+        """The arguments of the kernel, in its order."""
         return [self.into, self.state[0][0], *self.biases, *(b[0] for b in self.out)]
 
 
 def run_direction(
     one: Direction, x: Tensor, sizes: Tensor | None, states: States, training: bool
 ) -> tuple[Tensor, States]:
-    """One layer, forward in time.
+    """Run one layer forward in time.
 
     Args:
-        one: its matrices.
-        x: (T, B, columns), or (N, columns) of a packed sequence.
-        sizes: the packed sequence's ``batch_sizes``; None if it is not packed.
-        states: each (B, size).
-        training: as the module's.
+        one: the matrices.
+        x: (T, B, columns), or (N, columns) if packed.
+        sizes: the ``batch_sizes`` of a packed sequence; None if it is not packed.
+        states: the initial states, each (B, size).
+        training: whether the module is in training mode.
 
     Returns:
-        The outputs and the last states.
+        The outputs and the final states.
     """
     if not one.whole:
         return _loop(one, x, sizes, states)
@@ -112,11 +112,11 @@ def run_kernel(
     dropout: float = 0.0,
     both: bool = False,
 ) -> tuple[Tensor, States]:
-    """Torch's own kernel; ``states`` are (layers * directions, B, size)."""
+    """Run torch's own kernel; ``states`` are (layers * directions, B, size)."""
     hx = states if mode == "LSTM" else states[0]
     options = (bias, layers, dropout, training, both)
     with warnings.catch_warnings():
-        if x.is_cuda:  # weights that are recomputed each time cannot lie in one piece of memory
+        if x.is_cuda:  # weights that are recomputed each time are not contiguous in memory
             warnings.filterwarnings("ignore", message="RNN module weights are not part of single")
         if sizes is None:
             y, *last = _KERNELS[mode](x, hx, list(weights), *options, False)
@@ -126,7 +126,7 @@ def run_kernel(
 
 
 def mirror(sizes: Tensor) -> Tensor:
-    """Row numbers that reverse each sequence of a packed one in place; its own inverse.
+    """The row indices that reverse each sequence of a packed batch; an involution.
 
     Example:
         >>> mirror(torch.tensor([2, 2, 1]))  # sequences of lengths 3 and 2: rows a0 b0 a1 b1 a2
@@ -140,7 +140,7 @@ def mirror(sizes: Tensor) -> Tensor:
 
 
 def chain(x: Tensor, factors: Factors, bias: Tensor | None = None) -> Tensor:
-    """``x`` times one matrix after another."""
+    """Multiply ``x`` by one matrix after another."""
     return apply(x, factors, (Geometry(),) * len(factors), bias)
 
 
@@ -152,11 +152,11 @@ def _product(x: Tensor, branches: Sequence[Factors], bias: Tensor | None = None)
 
 
 def _loop(one: Direction, x: Tensor, sizes: Tensor | None, states: States) -> tuple[Tensor, States]:
-    """Step by step; the input's gates are one product beforehand, as in the kernel."""
+    """Run step by step; the input is multiplied once beforehand, as in the kernel."""
     into, back = one.biases or (None, None)
     gates, cell = F.linear(x, one.into, into), CELLS[one.mode]
     outputs: list[Tensor] = []
-    ended: list[States] = []  # of the sequences that are over, the shortest first
+    ended: list[States] = []  # the final states of finished sequences, the shortest first
     for gate in gates.unbind(0) if sizes is None else gates.split(cast(Any, sizes.tolist())):
         rows = len(gate)
         if rows < len(states[0]):

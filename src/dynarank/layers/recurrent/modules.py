@@ -1,7 +1,7 @@
-"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` in the three forms, each matrix by itself.
+"""``nn.LSTM``, ``nn.GRU`` and ``nn.RNN`` in the three forms, each matrix in a form of its own.
 
 Legend: N rows of the input (all steps of all sequences), T steps, h the hidden size; ``ih`` an
-input matrix, ``hh`` a recurrent one, ``hr`` one that projects h (``proj_size``).
+input matrix, ``hh`` a recurrent one, ``hr`` the projection of h (``proj_size``).
 
 ========  ==============================  ==========================================================
 matrix    joined, merged                  factored, two-branch
@@ -9,21 +9,21 @@ matrix    joined, merged                  factored, two-branch
 ``ih``    formed once per forward pass,   all factors but the last are applied at once; the
           then torch's fused kernel       last is the fused kernel's input matrix. Two branches:
                                           ``[base, scale * up] @ [x, down x]``, again one kernel
-``hh``    likewise                        applied at each step, in a loop in Python
-``hr``    likewise                        likewise
+``hh``    same as ``ih``                  applied at each step, in a Python loop
+``hr``    same as ``ih``                  applied at each step, in a Python loop
 ========  ==============================  ==========================================================
 
-``"auto"`` takes the fewest FLOPs, with a step of the loop counted at what it costs; on anything but
-a CPU it never loops. Where every matrix is joined, merged or full-rank the whole module is one
-kernel call; else there is one for each layer and direction. ``recompute`` changes nothing: a kernel
-keeps its input and weights itself.
+``"auto"`` takes the fewest FLOPs, with the overhead of a loop step converted to FLOPs; on devices
+other than CPUs it never loops. If every matrix is joined, merged or full-rank, the whole module is
+one kernel call; else there is one for each layer and direction. ``recompute`` has no effect: the
+kernel saves its input and weights itself.
 
 Training step relative to the plain layer's, low-rank, ``"auto"``, medians of 5 interleaved (fp32,
 one layer, one core of a busy AMD EPYC, 2026-11): LSTM, hidden 256, batch 32: .50 at r = h/8, .82 at
 h/4; 512 by 8: .52, .73; 512 by 32: .39, .57; 1024 by 32: .21, .37. GRU, 256 by 32: .87, .90; 512 by
 32: .32, .43. At 128 by 8 the spread was larger than any gain.
 
-Adapters train their factors alone, by automatic differentiation through the weight.
+In the adapted form only the factors train, by automatic differentiation through the weight.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedGRU", "RankedLSTM", "RankedRNN"]
 
-_APART = ("factored", "two-branch")  # the executions that keep factors apart
+_APART = ("factored", "two-branch")  # the executions that do not form the weight
 
 
 class _Recurrent(RankedLayer):
-    """What recurrent layers have in common.
+    """The base class of ranked recurrent layers.
 
-    Torch keeps a list of the parameters beside the parameters (``_flat_weights``). Here it holds
-    those that are parameters under their own names, and None for each weight that is not; the
-    effective weights are formed in each forward pass and not kept.
+    Torch has a separate list of the parameters (``_flat_weights``). Here it contains None for each
+    weight that is not a parameter under its own name; effective weights are formed in each forward
+    pass and not kept.
     """
 
     @classmethod
@@ -82,7 +82,7 @@ class _Recurrent(RankedLayer):
 
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """One for each matrix: all rows of the sequence."""
+        """One call per matrix, with all rows of the sequence."""
         forms = module.forms if isinstance(module, RankedLayer) else {}
         names = {
             spec.name: spec.parameter_names(forms.get(spec.name, FullRank()))
@@ -91,12 +91,12 @@ class _Recurrent(RankedLayer):
         return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
 
     def form_changed(self) -> None:
-        """Rebuild torch's list of the parameters."""
+        """Rebuild torch's list of parameters."""
         super().form_changed()
         self._init_flat_weights()
 
     def to_plain(self) -> nn.Module:
-        """The plain module lists its parameters itself."""
+        """The plain module, which rebuilds its list of parameters itself."""
         super().to_plain()
         cast(Any, self)._init_flat_weights()
         return self
@@ -106,17 +106,17 @@ class _Recurrent(RankedLayer):
         flat = [own.get(name) for name in net._flat_weights_names]
         self.__dict__["_flat_weights"] = flat
         self.__dict__["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
-        net.flatten_parameters()  # torch's: nothing is done while a weight is missing
+        net.flatten_parameters()  # torch's; does nothing while a weight is missing
 
     def __getattr__(self, name: str) -> Any:
-        """A weight that is not a parameter under its own name: the effective one."""
+        """The effective weight, for a weight that is not a parameter under its own name."""
         forms = cast(dict[str, object], self.__dict__.get("forms", {}))
         if isinstance(forms.get(name), LowRank | Adapted):
             return self.effective_weight(name)
         return super().__getattr__(name)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
-        """As the plain layer's, which looks for the dtype in the list of parameters."""
+        """The plain layer's checks; that one reads the dtype from the list of parameters."""
         dims, columns = 3 if batch_sizes is None else 2, cast(Any, self).input_size
         if input.dim() != dims or input.size(-1) != columns:
             raise RuntimeError(
@@ -130,9 +130,9 @@ class _Recurrent(RankedLayer):
                 f"input has dtype {input.dtype} and the weights {dtype}; convert either"
             )
 
-    @torch._disable_dynamo  # pyright: ignore  # as the plain layer, it stays outside the graph
+    @torch._disable_dynamo  # pyright: ignore  # like the plain layer, not part of the graph
     def forward(self, input: Any, hx: Any = None) -> Any:
-        """As the plain layer, with the effective weights."""
+        """The plain layer's forward pass with the effective weights."""
         net = cast(Any, self)
         if all(isinstance(form, FullRank) for form in self.forms.values()):
             return cast(Any, super()).forward(input, hx)
@@ -178,7 +178,7 @@ class _Recurrent(RankedLayer):
     def _run(
         self, x: Tensor, sizes: Tensor | None, states: States, executions: Mapping[str, str]
     ) -> tuple[Tensor, States]:
-        """The layers one after another, or all in one kernel; time is the first dimension."""
+        """Run the layers in turn, or all in one kernel call; time is the first dimension."""
         net = cast(Any, self)
         directions = 1 + net.bidirectional
         if not any(execution in _APART for execution in executions.values()):
@@ -225,11 +225,11 @@ class _Recurrent(RankedLayer):
         return reverse_time(y), ended
 
     def _input_side(self, name: str, x: Tensor, execution: str) -> tuple[Tensor, Tensor]:
-        """What the kernel gets as its input and as its input matrix."""
+        """The input and the input matrix of the kernel."""
         if execution not in _APART:
             return x, self._whole(name)
         *branches, (*first, last) = self._branches(name, execution)
-        inner = chain(x, tuple(first)).to(x.dtype)  # autocast's dtype is not the kernel's input's
+        inner = chain(x, tuple(first)).to(x.dtype)  # the kernel needs x's dtype under autocast too
         if not branches:
             return inner, last
         return torch.cat((x, inner), -1), torch.cat((branches[0][0], last), 1)
@@ -246,7 +246,7 @@ class _Recurrent(RankedLayer):
         return (self.resolved(name).base(parameters),), (*first, last * form.scale)
 
     def _whole(self, name: str) -> Tensor:
-        """The parameter or effective weight, in the parameters' dtype also under autocast."""
+        """The parameter or effective weight, in the parameters' dtype even under autocast."""
         parameter = self._parameters.get(name)
         if parameter is not None:
             return parameter
@@ -276,7 +276,7 @@ class RankedRNN(_Recurrent, nn.RNN):  # pyright: ignore
 
 
 def _map(states: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``change`` of each state: one tensor, a tuple of them, or none given."""
+    """Apply ``change`` to the states: a tensor, a tuple of tensors, or None."""
     if states is None:
         return None
     return tuple(map(change, states)) if isinstance(states, tuple | list) else change(states)
@@ -287,7 +287,7 @@ def _same(x: Tensor) -> Tensor:
 
 
 def _time_reversal(sizes: Tensor | None, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Reverses each sequence in time, and back."""
+    """A function that reverses each sequence in time; applied twice it restores them."""
     if sizes is None:
         return lambda x: x.flip(0)
     rows = mirror(sizes).to(device)

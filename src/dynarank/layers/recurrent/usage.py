@@ -1,8 +1,9 @@
-"""How a recurrent module uses its matrices in a forward pass: rows, steps, and who needs gradients.
+"""The calls of a recurrent module's matrices in a forward pass: rows, steps and gradients.
 
-The first step's state needs a gradient only if one was given that does: its rows are *idle*. (Of a
-packed sequence, the reverse direction's first step is the last row of each of the longest
-sequences; with factors kept apart it is that of all of them, and a few rows more are idle.)
+The rows of the initial state need no gradient, unless a state was given that does: they are *idle*.
+(In a packed sequence, the first step of the reverse direction is the last row of each of the
+longest sequences; if the factors are not joined, it is the last row of all sequences, and a few
+more rows are idle.)
 """
 
 from __future__ import annotations
@@ -23,28 +24,28 @@ from dynarank.layers.weight import WeightSpec
 
 __all__ = ["SequenceCall", "recurrent_calls"]
 
-# What a training step of the loop in Python costs more than one of torch's kernel, as FLOPs: the
-# loop loses where it saves 35 MFLOP a step and less, and wins from 42 on
-# (fp32 LSTM, hidden 128 to 1024, batch 8 to 64; one core of an AMD EPYC, 2026-11).
+# The overhead of a training step of the Python loop over one of torch's kernel, in FLOPs: the loop
+# is slower if it saves 35 MFLOP per step or less, and faster from 42 MFLOP on (fp32 LSTM, hidden
+# 128 to 1024, batch 8 to 64; one core of an AMD EPYC, 2026-11).
 _STEP = 42_000_000
-# Elsewhere a kernel's step is far cheaper than a launch from Python: never by itself.
+# On other devices a kernel step is far cheaper than launches from Python: never chosen by "auto".
 _NEVER = 10**15
 
 
 @dataclass(frozen=True)
 class SequenceCall(Call):
-    """The rows of a sequence times a matrix of a recurrent layer.
+    """The product of a sequence with a matrix of a recurrent layer.
 
     Args:
-        idle: rows of the input that need no gradient although the others do.
-        steps: how many products one after another it is; 0: one of all rows.
+        idle: the number of input rows that need no gradient although the others do.
+        steps: the number of sequential products; 0: a single product of all rows.
     """
 
     idle: int = 0
     steps: int = 0
 
     def own_executions(self, spec: WeightSpec, form: Form) -> list[Execution]:
-        """One matrix for the kernel, or its factors apart."""
+        """The executions with one matrix in the kernel, and those with separate factors."""
         whole = self._product(math.prod(spec.shape), self.input_grad)
         if isinstance(form, FullRank):
             return [Execution("full-rank", whole)]
@@ -58,7 +59,7 @@ class SequenceCall(Call):
         return [one for one in found if form.execution in ("auto", one.name)]
 
     def _apart(self, spec: WeightSpec, form: LowRank | Adapted) -> Flops:
-        """The factors one after another, beside the base if there is one."""
+        """The FLOPs of the factors in turn, and of the base if there is one."""
         first, *others = (math.prod(shape) for shape in spec.factor_shapes(form))
         inner = self.input_grad or self.trains
         chain = self._product(first, self.input_grad)
@@ -87,7 +88,7 @@ class SequenceCall(Call):
 
 @dataclass(frozen=True)
 class _Sequence:
-    """How many sequences each step has, and whether the states given need gradients."""
+    """The number of sequences at each step, and whether the given states need gradients."""
 
     sizes: tuple[int, ...]
     given: tuple[bool, ...]
@@ -97,13 +98,13 @@ class _Sequence:
 def recurrent_calls(
     net: nn.RNNBase, input: Any, hx: Any, names: Mapping[str, Sequence[str]]
 ) -> dict[str, list[Call]]:
-    """One call for each matrix.
+    """The calls of a recurrent module, one per matrix.
 
     Args:
         net: the module.
-        input: as its forward pass gets it.
-        hx: likewise.
-        names: the names of the parameters that make up each matrix.
+        input: the input of its forward pass.
+        hx: the initial states of its forward pass, or None.
+        names: for each matrix, the names of the parameters that form it.
     """
     x = input.data if isinstance(input, PackedSequence) else cast(Tensor, input)
     grad = torch.is_grad_enabled()

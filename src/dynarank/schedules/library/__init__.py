@@ -1,1 +1,1 @@
-"""Related methods as schedules, one a file."""
+"""Related methods as schedules, one per file."""

@@ -1,16 +1,16 @@
-"""The closed loop: each layer changes rank by what is read of its own weight.
+"""A closed-loop schedule: each layer inflates and deflates by its own effective and stable rank.
 
 Legend, for one layer: e and t are its effective and stable rank, smoothed over the readings since
 the layer's last change, ``x <- a x + (1 - a) reading``; e* is the largest e since then; r is its
 low rank, c the number of its changes, and h = hysteresis^(c // 2).
 
-- inflate if ``e < (1 - fall h) e*``: it loses directions;
-- inflate if ``e > (1 - (1 - saturation) / h) r``, if low-rank: it uses all directions it has;
+- inflate if ``e < (1 - fall h) e*``: the layer loses directions;
+- inflate a low-rank layer if ``e > (1 - (1 - saturation) / h) r``: it uses all its directions;
 - deflate if ``|t - t_before| < (settled / h) t_before``: its stable rank has settled.
 
-Each must hold at ``patience`` readings in a row. A layer that has come back needs ``hysteresis``
-times the evidence to go the same way again, so that it does not go to and fro, and ``most_changes``
-bounds it in any case.
+Each condition must hold at ``patience`` consecutive readings. After a layer has inflated and
+deflated, repeating the cycle takes ``hysteresis`` times the evidence, so that layers do not
+oscillate. ``most_changes`` limits the number of changes in any case.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = ["ClosedLoop", "Evidence", "Thresholds"]
 
 @dataclass(frozen=True)
 class Thresholds:
-    """When a reading counts as evidence for a change.
+    """The thresholds at which a reading counts as evidence for a change.
 
     Args:
         fall: the effective rank has fallen if ``e < (1 - fall) e*``.
@@ -56,23 +56,23 @@ class Thresholds:
     settled: float
 
     def stricter(self, times: float) -> Thresholds:
-        """Thresholds that take so many times the evidence; a fall of 1 or more is never reached."""
+        """Thresholds that need ``times`` the evidence; a fall of 1 or more is never reached."""
         saturation = 1 - (1 - self.saturation) / times
         return Thresholds(self.fall * times, saturation, self.settled / times)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a layer since its last change.
+    """The readings of one layer since its last change, summarized.
 
     Args:
-        effective_rank: e; None before the first reading.
-        stable_rank: t.
+        effective_rank: e, the smoothed effective rank; None before the first reading.
+        stable_rank: t, the smoothed stable rank.
         stable_rank_before: t one reading earlier.
-        best: e*.
-        fallen: for how many readings in a row e has been low enough.
-        saturated: for how many it has been high enough.
-        settled: for how many t has stood still.
+        best: e*, the largest e.
+        fallen: the number of consecutive readings at which e has been below its threshold.
+        saturated: the number of consecutive readings at which e has been above its threshold.
+        settled: the number of consecutive readings at which t has been settled.
     """
 
     effective_rank: float | None = None
@@ -86,7 +86,7 @@ class Evidence:
     def with_reading(
         self, reading: SpectralReading, thresholds: Thresholds, smoothing: float
     ) -> Evidence:
-        """What is known with one more reading, which must be finite.
+        """The evidence after one more reading, which must be finite.
 
         Example:
             >>> reading = SpectralReading(7.9, 4.0, 8, 1.0, rank=8, full_rank=64)
@@ -113,19 +113,19 @@ class Evidence:
 def _smoothed(before: float | None, now: float, smoothing: float) -> float:
     if before is None:
         return now
-    return before + (1 - smoothing) * (now - before)  # so that what stands still stays exactly
+    return before + (1 - smoothing) * (now - before)  # in this form a constant stays exact
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """What is remembered of a layer.
+    """The state of one layer.
 
     Args:
-        changes: how often it has changed: an odd number says that it is full-rank.
+        changes: the number of changes so far; if it is odd, the layer is full-rank.
         changed: the step of the last change.
-        skipped: readings that could not be used: missing, not finite, or of a weight whose change
-            has been decided but not made yet.
-        evidence: since the last change.
+        skipped: the number of unusable readings: missing, not finite, or taken while a change was
+            decided but not yet made.
+        evidence: the evidence since the last change.
     """
 
     changes: int = 0
@@ -136,28 +136,29 @@ class _Layer:
 
 @dataclass(frozen=True)
 class ClosedLoop(RankSchedule):
-    """Low-rank; a layer inflates when its rank falls or does not suffice, deflates when settled.
+    """Low-rank layers that inflate when their effective rank asks for it, and deflate once settled.
 
     Args:
-        rank: of the low-rank layers and of the adapters.
+        rank: the rank of the low-rank layers and of the adapters.
         fall: inflate when the effective rank is this share below its best since the last change.
         saturation: inflate a low-rank layer when its effective rank is above this share of its
-            rank. That of random factors is nearly the rank, and falls as the layer learns, so that
-            before the end of ``warmup`` this would say nothing. Keep ``saturation > 1 - fall``, or
-            every layer meets one of the two rules.
-        settled: deflate when the smoothed stable rank moves by less than this share of itself from
-            one reading to the next. It belongs to ``spectra_every``: readings twice as far apart
+            rank. The effective rank of random factors is nearly their rank, and falls as the layer
+            learns, so this rule means nothing before the end of ``warmup``. Keep
+            ``saturation > 1 - fall``, or every layer meets one of the two rules.
+        settled: deflate when the smoothed stable rank changes by less than this share from one
+            reading to the next. It depends on ``spectra_every``: readings twice as far apart
             differ by up to twice as much.
-        smoothing: a, the weight of what was before in ``x <- a x + (1 - a) reading``, in [0, 1).
-        patience: for how many readings in a row a rule must hold.
-        warmup: until when no layer changes, a share of the run (float) or a step (int).
-        cooldown: how long a layer stays as it is after a change, likewise.
-        hysteresis: how many times the evidence a layer needs to go the same way once more, at
-            least 1.
-        most_changes: the most changes of one layer; 2: inflate once, deflate once.
-        last_inflation: from when on no layer inflates; None: never.
-        spectra_every: how often the spectra are read, a share of the run or a number of steps.
-        to: what layers deflate to: ``"adapted"``: freeze W, add a zero-output adapter; the function
+        smoothing: a, the weight of the old value in ``x <- a x + (1 - a) reading``, in [0, 1).
+        patience: at how many consecutive readings a rule must hold.
+        warmup: the time before which no layer changes, a share of the run (float) or a step (int).
+        cooldown: the shortest time between two changes of a layer, a share of the run (float) or a
+            number of steps (int).
+        hysteresis: how many times the evidence a layer needs to repeat a change, at least 1.
+        most_changes: the largest number of changes per layer; 2: inflate once, deflate once.
+        last_inflation: the time after which no layer inflates, a share of the run (float) or a
+            step (int); None: no limit.
+        spectra_every: how often the spectra are read, a share of the run (float) or steps (int).
+        to: what layers deflate to. ``"adapted"``: freeze W, add a zero-output adapter; the function
             is unchanged. ``"low-rank"``: truncate; the cost really falls.
         decomposition: the decomposition's name.
         alpha: the adapter's scale is ``alpha / rank``.
@@ -173,9 +174,9 @@ class ClosedLoop(RankSchedule):
         {'a': LowRank(rank=8, decomposition='svd')}
 
     Reference:
-        Roy and Vetterli, "The effective rank", 2007, for the measure. That a plateau of the stable
-        rank says when full-rank training may end is the rule of Wang et al., "Cuttlefish",
-        arXiv 2305.02538, 2023, for the whole network at once; the loop per layer is ours.
+        Roy and Vetterli, "The effective rank", 2007, for the measure. Ending full-rank training at
+        a plateau of the stable rank is the rule of Wang et al., "Cuttlefish", arXiv 2305.02538,
+        2023, for the whole network at once; the loop per layer is ours.
     """
 
     rank: RankLike = 0.5
@@ -218,14 +219,14 @@ class ClosedLoop(RankSchedule):
             raise ValueError(f"spectra_every is above 0, got {self.spectra_every!r}")
 
     def start(self) -> State:
-        """Nothing is known of any layer."""
+        """The empty state: no layer has been read."""
         return {"layers": {}}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The layers' forms; where there are spectra, each layer is judged by its own first."""
+        """The form of each layer, after its own spectrum, if one was read, has been judged."""
         kept: Mapping[str, Mapping[str, Any]] = state["layers"]
         decisions: list[Decision] = []
-        if readings.spectra:  # at all other steps nothing is learned
+        if readings.spectra:  # the state changes only where spectra are read
             judged = {
                 path: self._judge(path, _recalled(kept.get(path, {})), clock, readings)
                 for path in readings.layers
@@ -245,13 +246,13 @@ class ClosedLoop(RankSchedule):
         return self.last if changes else self.low
 
     def _thresholds(self, layer: _Layer) -> Thresholds:
-        times = self.hysteresis ** min(layer.changes // 2, 64)  # more would not be a float
+        times = self.hysteresis ** min(layer.changes // 2, 64)  # a larger power would overflow
         return Thresholds(self.fall, self.saturation, self.settled).stricter(times)
 
     def _judge(
         self, path: str, layer: _Layer, clock: Clock, readings: Readings
     ) -> tuple[_Layer, Decision | None]:
-        """What is remembered of a layer after these readings, and what is decided of it."""
+        """The next state of a layer after these readings, and the decision about it, if any."""
         reading, form = readings.spectra.get(path), self._form(layer.changes)
         waits = form_name(readings.forms.get(path, form)) != form_name(form)
         if reading is None or not reading.finite or waits:
@@ -281,7 +282,7 @@ class ClosedLoop(RankSchedule):
     def _inflate(
         self, known: Evidence, thresholds: Thresholds, rank: int, form: Form
     ) -> _Found | None:
-        """Why a layer is to inflate, with the figures; None: it is not."""
+        """The reason why a layer inflates, with the figures; None: it does not."""
         e, best = known.effective_rank, known.best
         assert e is not None and best is not None
         if known.fallen >= self.patience:
@@ -303,7 +304,7 @@ class ClosedLoop(RankSchedule):
         return None
 
     def _deflate(self, known: Evidence, thresholds: Thresholds) -> _Found | None:
-        """Why a layer is to deflate, with the figures; None: it is not."""
+        """The reason why a layer deflates, with the figures; None: it does not."""
         if known.settled < self.patience:
             return None
         t, before = known.stable_rank, known.stable_rank_before

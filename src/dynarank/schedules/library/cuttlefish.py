@@ -1,4 +1,4 @@
-"""Cuttlefish: low-rank once all layers' stable ranks have settled, at ranks found from them."""
+"""Cuttlefish: low-rank once all stable ranks have settled, at ranks derived from them."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ __all__ = ["Cuttlefish", "mean_slope"]
 
 @dataclass(frozen=True)
 class Cuttlefish(RankSchedule):
-    """Full-rank until every layer's stable rank has settled, then low-rank at ranks found from it.
+    """Full-rank until every layer's stable rank has settled, then low-rank at derived ranks.
 
-    With the whole stable ranks t_0, t_1, ... of a layer, one a reading, and their exponential
-    moving average ``a_i = a_(i-1) + 2 / (window + 1) (t_i - a_(i-1))``, a layer has settled once
-    the mean ``|a'|`` over the ``recent`` last readings is at most ``threshold``, and stays settled.
-    The last two layers may be ``relaxed[0]`` times, the last one ``relaxed[1]`` times as restless.
-    At the reading after the one that found all settled, ``rank = ceil(t / t_0 * full_rank)``; a
-    layer whose factors would not be cheaper at that rank stays full-rank.
+    Let t_0, t_1, ... be the stable ranks of a layer at successive readings, rounded down, and
+    ``a_i = a_(i-1) + 2 / (window + 1) (t_i - a_(i-1))`` their exponential moving average. A layer
+    has settled once the mean ``|a'|`` over the last ``recent`` readings is at most ``threshold``,
+    and stays settled. For the last two layers the threshold is ``relaxed[0]`` times as high, for
+    the last one ``relaxed[1]`` times. At the reading after all layers have settled,
+    ``rank = ceil(t / t_0 * full_rank)``; a layer whose factors would not be cheaper at that rank
+    stays full-rank.
 
     Args:
-        spectra_every: from one reading to the next, a share of the run (float) or steps (int): an
-            epoch in the published code; the default is that of a run of 300 epochs.
-        window: of the average, and before how many readings nothing is decided.
-        recent: over how many readings the slope is taken.
-        threshold: in directions a reading.
-        relaxed: what the threshold is multiplied by for the last two layers and the last one.
+        spectra_every: the interval between readings, a share of the run (float) or steps (int). The
+            published code uses an epoch; the default is an epoch of a run of 300.
+        window: the window of the moving average, and the number of readings before which nothing
+            is decided.
+        recent: the number of readings over which the slope is averaged.
+        threshold: the largest slope of a settled layer, in stable rank per reading.
+        relaxed: the factors on the threshold for the last two layers and for the last one.
         decomposition: the decomposition's name.
 
     Raises:
@@ -45,7 +47,7 @@ class Cuttlefish(RankSchedule):
 
     Reference:
         Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
-        2023; the rule in its details from its code.
+        2023; the details of the rule are those of its code.
     """
 
     spectra_every: When | None = 1 / 300
@@ -63,8 +65,8 @@ class Cuttlefish(RankSchedule):
         every = self.spectra_every
         if every is None or not every > 0 or (isinstance(every, float) and every > 1):
             raise ValueError(
-                "readings are steps (int >= 1) or a share of the run (float in (0, 1]) apart, got "
-                f"spectra_every={self.spectra_every!r}"
+                "spectra_every is a number of steps (int >= 1) or a share of the run (float in "
+                f"(0, 1]), got {self.spectra_every!r}"
             )
         if self.window < 1 or self.recent < 1 or not self.threshold >= 0 or min(self.relaxed) < 1:
             raise ValueError(
@@ -74,16 +76,16 @@ class Cuttlefish(RankSchedule):
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
-        """One reading an epoch, as in the published code, unless the options say otherwise."""
+        """Construct from options; by default one reading per epoch, as in the published code."""
         every = {"spectra_every": options["epoch"]} if "epoch" in options else {}
         return super().from_options({**every, **options})
 
     def start(self) -> State:
-        """No reading yet."""
+        """The empty state: no readings."""
         return {"count": 0, "first": {}, "smooth": {}, "settled": []}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The plan for this step; a reading moves the state on if it has every layer, finite."""
+        """The plan for this step; a reading counts if it has finite values for every layer."""
         full: Plan = dict.fromkeys(readings.layers, FullRank())
         if "ranks" in state:
             return Answer({path: self._form(state["ranks"].get(path, 0)) for path in full}, state)
@@ -112,7 +114,7 @@ class Cuttlefish(RankSchedule):
         }
 
     def _smoothed(self, values: Sequence[float], rank: int) -> list[float]:
-        """The averages that the next slopes are taken from, the newest last."""
+        """The moving averages from which the next slopes are computed, the newest last."""
         if not values:
             return [float(rank)]
         newest = values[-1] + 2 / (self.window + 1) * (rank - values[-1])
@@ -128,7 +130,7 @@ class Cuttlefish(RankSchedule):
                 state["first"].get(path, now[path]),
                 min(shape[0], math.prod(shape[1:])),
             )
-            scaled = -(-now[path] * largest // first)  # rounded up, without a detour by floats
+            scaled = -(-now[path] * largest // first)  # rounded up in integers, exactly
             rank = rank_within(min(scaled, largest), shape, self.decomposition)
             cheaper = _is_cheaper(shape, rank, self.decomposition)
             ranks[path] = rank if cheaper else 0
@@ -146,10 +148,10 @@ class Cuttlefish(RankSchedule):
 
 
 def mean_slope(values: Sequence[float]) -> float:
-    """The mean size of the slopes between equidistant values, the first one left out.
+    """The mean absolute slope of equidistant values, without the slope at the first one.
 
-    ``(v_(i+1) - v_(i-1)) / 2`` inside, ``v_n - v_(n-1)`` at the end. With less than three values,
-    the one slope there is.
+    Slopes are ``(v_(i+1) - v_(i-1)) / 2`` inside and ``v_n - v_(n-1)`` at the end. With fewer than
+    three values, the only slope there is.
 
     Example:
         >>> mean_slope([5.0, 4.0, 2.0, 2.0])
@@ -161,7 +163,7 @@ def mean_slope(values: Sequence[float]) -> float:
 
 
 def _whole_ranks(readings: Readings) -> dict[str, int] | None:
-    """The stable ranks, rounded down; None unless every layer has one that is finite."""
+    """The stable ranks, rounded down; None unless every layer has a finite one."""
     spectra = readings.spectra
     if not all(path in spectra and spectra[path].finite for path in readings.layers):
         return None

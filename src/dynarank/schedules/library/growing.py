@@ -1,4 +1,4 @@
-"""Growing rank, by InRank's rule: more directions for a layer that those it has do not explain."""
+"""Growing rank by InRank's rule: a layer's rank grows while its directions explain too little."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ _BUFFER = Rank(100 / 768, of="min")  # 100 directions of GPT-2's 768
 
 @dataclass(frozen=True)
 class Growing(RankSchedule):
-    """Low-rank from the first step, its rank growing while its directions explain too little.
+    """Low-rank layers whose rank grows while their directions explain too little.
 
     A layer has ``modes + buffer`` directions, at most ``rank``; the modes grow until ``stop``. At
     each reading, ``modes' = min m: explained(s, m) > threshold`` for m from ``modes`` on, and
-    ``modes + buffer - 1`` if none of the buffer's directions is enough; never more than
-    ``rank - buffer``. From ``stop`` on the layer has its modes alone.
+    ``modes + buffer - 1`` if even the buffer's directions do not suffice; never more than
+    ``rank - buffer``. From ``stop`` on the layer has its modes only.
 
     Args:
-        rank: the most it grows to; by default half of the full rank, min(out, in * kernel).
-        first: the modes at the beginning.
-        buffer: directions that train without being counted yet; by default 100 of 768, as a share
-            of the full rank.
-        threshold: the share that the modes are to explain.
-        spectra_every: from one reading to the next, a share of the run (float) or steps (int).
-        warmup: nothing grows before this time has passed.
-        stop: when growth ends and the buffer is cut off; None: never.
+        rank: the largest rank; by default half of the full rank, min(out, in * kernel).
+        first: the initial number of modes.
+        buffer: directions that train but are not counted as modes yet; by default 100 of 768, as a
+            share of the full rank.
+        threshold: the share of the variance that the modes should explain, in (0, 1).
+        spectra_every: the interval between readings, a share of the run (float) or steps (int).
+        warmup: the time before which nothing grows, a share of the run (float) or a step (int).
+        stop: the time at which growth ends and the buffer is cut off; None: never.
         decomposition: the decomposition's name.
 
     Raises:
@@ -55,7 +55,7 @@ class Growing(RankSchedule):
 
     Reference:
         Zhao, Zhang, Chen, Schaefer, Anandkumar, "InRank: Incremental Low-Rank Learning", arXiv
-        2306.11250, 2023; the rule of InRank-Efficient from its code.
+        2306.11250, 2023; the rule is that of InRank-Efficient in its code.
     """
 
     rank: RankLike = _HALF
@@ -83,14 +83,14 @@ class Growing(RankSchedule):
                     f"{name} is a step (int) or a share of the run (float up to 1), got {when!r}"
                 )
         for rank in (self.first, self.buffer, self.rank):
-            LowRank(rank, self.decomposition)  # says what is wrong with it
+            LowRank(rank, self.decomposition)  # validates the rank
 
     def start(self) -> State:
-        """Nothing has grown yet."""
+        """The initial state, before any growth."""
         return {"modes": {}, "cut": False}
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The plan for this step, grown where a reading asks for it.
+        """The plan for this step; ranks grow where a reading requires it.
 
         Raises:
             ValueError: a reading without all its singular values.
@@ -111,7 +111,7 @@ class Growing(RankSchedule):
     def _growth(
         self, modes: Mapping[str, int], clock: Clock, readings: Readings
     ) -> Iterator[tuple[str, Decision]]:
-        """A decision for each layer that is to grow."""
+        """A decision for each layer that grows."""
         for path, values in _seen(readings).items():
             shape, before = readings.layers[path], modes[path]
             buffer, most = self._within(self.buffer, shape), self._within(self.rank, shape)
@@ -122,13 +122,13 @@ class Growing(RankSchedule):
             if now == before:
                 continue
             form = LowRank(self._rank(shape, now), self.decomposition)
-            reason = f"{before} modes explain {shares[before]:.3f}, up to {self.threshold} is open"
+            reason = f"{before} modes explain {shares[before]:.3f} (threshold {self.threshold})"
             figures = {"modes": float(now), "explained": shares[now], "before": shares[before]}
             yield path, Decision(clock.step, path, form, reason, figures)
 
     def _cut(self, path: str, clock: Clock, modes: int) -> Decision:
         form, figures = LowRank(modes, self.decomposition), {"modes": float(modes)}
-        return Decision(clock.step, path, form, "growth has ended: no buffer", figures)
+        return Decision(clock.step, path, form, "growth has ended: buffer cut off", figures)
 
     def _first(self, shape: tuple[int, ...]) -> int:
         return self._within(self.first, shape)
@@ -141,7 +141,7 @@ class Growing(RankSchedule):
 
 
 def explained(values: Sequence[float]) -> list[float]:
-    """What the first m singular values explain, for m = 0, 1, ..., n - 1.
+    """The share of the variance that the first m singular values explain, m = 0, 1, ..., n - 1.
 
     ``1 - var(s with its first m values set to zero) / var(s)``; 1 where the variance is zero.
 
@@ -159,14 +159,14 @@ def explained(values: Sequence[float]) -> list[float]:
 
 
 def _seen(readings: Readings) -> dict[str, Sequence[float]]:
-    """The singular values of the layers that were read, all of them and finite."""
+    """The complete, finite singular values of the layers that were read."""
     seen: dict[str, Sequence[float]] = {}
     for path, reading in readings.spectra.items():
         if path not in readings.layers or not reading.finite:
             continue
         if len(reading.values) < reading.full_rank:
             raise ValueError(
-                f"layer {path!r}: growing ranks look at all {reading.full_rank} singular values, "
+                f"layer {path!r}: growing ranks need all {reading.full_rank} singular values, "
                 f"the reading has {len(reading.values)}; have the monitor keep them"
             )
         seen[path] = reading.values

@@ -1,4 +1,4 @@
-"""LoRA as a rank schedule: a frozen weight and a low-rank adapter from the first step on."""
+"""LoRA: a frozen weight with a low-rank adapter from the first step on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LoRA(RankSchedule):
     """Every layer adapted throughout: ``W = W_0 + alpha / rank * up @ down``, W_0 frozen.
 
     Args:
-        rank: of the adapters.
+        rank: the rank of the adapters.
         alpha: the adapter's scale is ``alpha / rank``; the paper sets alpha to the first rank it
             tries and does not tune it.
         decomposition: the decomposition's name.

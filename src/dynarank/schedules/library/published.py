@@ -1,4 +1,4 @@
-"""Dynamic rank as the published code runs it, in what a schedule decides."""
+"""Dynamic rank with the values of the published code."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ PUBLISHED_ALPHAS = {"svd": 16.0, "tucker": 1.0, "separable": 64.0}
 
 @dataclass(frozen=True)
 class Published(RankSchedule):
-    """Low-rank, full-rank, then adapted in two branches, each at the published code's values.
+    """Low-rank, full-rank, then adapted with two-branch execution, at the published code's values.
 
-    The rest is the rank scheduler's: ``RankScheduler(..., moments="reset")``, because each of the
-    three models in the published code has an optimizer of its own, whose momentum starts at zero.
+    To reproduce the published code, also pass ``RankScheduler(..., moments="reset")``: each of its
+    three models has its own optimizer, whose momentum starts at zero.
 
     Args:
-        rank: half of the output channels, in every layer.
-        inflate: epoch 55 of 150 (CIFAR-10); 80 of 200 (CIFAR-100).
-        deflate: epoch 120 of 150; 170 of 200.
-        decomposition: the decomposition's name; it sets alpha, 16 for one the code does not have.
+        rank: the rank of every layer; by default half of its output channels.
+        inflate: when to inflate, a share of the run (float) or a step (int): epoch 55 of 150
+            (CIFAR-10); 80 of 200 (CIFAR-100).
+        deflate: when to deflate, a share of the run (float) or a step (int): epoch 120 of 150; 170
+            of 200.
+        decomposition: the decomposition's name; it determines alpha, 16 for those that the
+            published code does not have.
 
     Raises:
         ValueError: transition points that do not increase, or an impossible rank.
@@ -64,5 +67,5 @@ class Published(RankSchedule):
         return Phases((0.0, self.inflate, self.deflate), forms)
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The form of the present phase, for every layer."""
+        """The form of the current phase, for every layer."""
         return self._phases(clock, readings)

@@ -1,4 +1,4 @@
-"""Pufferfish: full-rank for a while, then low-rank, the first and the last layers never."""
+"""Pufferfish: full-rank, then low-rank except for the first and last layers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ _QUARTER = Rank(0.25, of="min")
 
 @dataclass(frozen=True)
 class Pufferfish(RankSchedule):
-    """Full-rank until ``switch``, then low-rank at one rank ratio; first and last layers stay full.
+    """Full-rank until ``switch``, then low-rank at one rank ratio except for first and last layers.
 
     Args:
-        rank: of the low-rank layers; by default a quarter of the full rank, min(out, in * kernel).
+        rank: the rank of the low-rank layers; by default a quarter of the full rank,
+            min(out, in * kernel).
         switch: when to truncate, a share of the run (float) or a step (int).
-        first: how many of the layers under the schedule stay full-rank at the network's beginning,
-            a number (int) or a share of them, rounded down (float).
-        last: how many at its end do, likewise: the classifier.
+        first: how many scheduled layers at the beginning of the network stay full-rank, a number
+            (int) or a share of them, rounded down (float).
+        last: how many scheduled layers at its end stay full-rank (the classifier), a number (int)
+            or a share of them, rounded down (float).
         decomposition: the decomposition's name.
 
     Raises:
@@ -49,7 +51,7 @@ decomposition='svd')}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", self.form.rank)
-        Phases((0, self.switch), (FullRank(), self.form))  # says what is wrong with the switch
+        Phases((0, self.switch), (FullRank(), self.form))  # validates the switch
         for count in (self.first, self.last):
             if not count >= 0 or (isinstance(count, float) and count > 1):
                 raise ValueError(
@@ -59,7 +61,7 @@ decomposition='svd')}
 
     @cached_property
     def form(self) -> LowRank:
-        """What the layers in between become."""
+        """The form of the layers in between after the switch."""
         return LowRank(self.rank, self.decomposition)
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:

@@ -14,19 +14,19 @@ __all__ = ["ReLoRA"]
 
 @dataclass(frozen=True)
 class ReLoRA(RankSchedule):
-    """Full-rank at first, then adapters: each is merged after ``every`` and another follows.
+    """A full-rank warm start, then adapters that are merged and restarted every ``every``.
 
-    From ``warm_start`` on, ``restart = floor((step - warm_start) / every)``. The method's other two
-    parts are the rank scheduler's: ``RankScheduler(..., moments=schedule.moments,
+    From ``warm_start`` on, ``restart = floor((step - warm_start) / every)``. The other two parts of
+    the method are arguments of the rank scheduler: ``RankScheduler(..., moments=schedule.moments,
     callbacks=[LRRewarmup(schedule.rewarmup)])``.
 
     Args:
-        rank: of the adapters.
+        rank: the rank of the adapters.
         warm_start: when the full-rank warm start ends, a share of the run (float) or a step (int);
-            0 for none.
-        every: how long an adapter lasts, likewise.
+            0: no warm start.
+        every: the time between restarts, a share of the run (float) or a number of steps (int).
         alpha: the adapter's scale is ``alpha / rank``.
-        rewarmup: over how many steps the learning rate should come back after a restart.
+        rewarmup: the number of steps of LR re-warm-up after a restart; None: no re-warm-up.
         decomposition: the decomposition's name.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
@@ -57,7 +57,7 @@ class ReLoRA(RankSchedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", self.form.rank)
         if self.warm_start:
-            Phases((0, self.warm_start), (FullRank(), self.form))  # says what is wrong with it
+            Phases((0, self.warm_start), (FullRank(), self.form))  # validates the warm start
         if not self.every > 0 or (isinstance(self.every, float) and self.every > 1):
             raise ValueError(
                 "an adapter lasts at least one step (int) or a share of the run (float in (0, 1]), "

@@ -1,4 +1,4 @@
-"""Rotating inflation: a share of the network is full-rank at a time, and the share moves on."""
+"""Rotating inflation: groups of layers take turns at full rank."""
 
 from __future__ import annotations
 
@@ -16,32 +16,33 @@ __all__ = ["Rotating", "consecutive_groups"]
 
 @dataclass(frozen=True)
 class Rotating(RankSchedule):
-    """Low-rank but for a share of the layers, which are full-rank; the share moves on.
+    """Low-rank layers that take turns at full rank, one group of consecutive layers at a time.
 
-    The layers form G groups of consecutive ones. The steps from ``begin`` to ``end`` are cut into
-    G * ``turns`` equal parts, and in part i group ``i mod G`` is full-rank. A layer is low-rank
-    before its first part and as ``to`` says after each of its parts. A run too short for all turns
-    makes fewer.
+    The layers form G groups of consecutive layers. The steps from ``begin`` to ``end`` are divided
+    into G * ``turns`` equal parts, and in part i group ``i mod G`` is full-rank. A layer is
+    low-rank before its first turn and has the form that ``to`` names after each turn. A run too
+    short for all turns has fewer.
 
     Args:
-        rank: of the low-rank layers and of the adapters.
-        share: the most of all weight entries that are full-rank at a time, in (0, 1]; a larger
-            layer is a group of its own.
-        turns: how often each layer is full-rank; each turn but the first starts from the form that
-            the turn before has ended with.
+        rank: the rank of the low-rank layers and of the adapters.
+        share: the largest share of all weight entries that is full-rank at a time, in (0, 1]; a
+            layer larger than that is a group of its own.
+        turns: how often each layer becomes full-rank; each turn but the first starts from the form
+            with which the previous turn ended.
         begin: when the first group becomes full-rank, a share of the run (float) or a step (int).
-        end: when the last group stops being full-rank, likewise; the steps after it let training
-            recover from the last truncation. At 1.0 the last group is full-rank when the run ends.
-        to: ``"low-rank"``: truncate after each turn, memory and cost stay near the low-rank ones.
-            ``"adapted"``: freeze W and add a zero-output adapter; the function is unchanged, but
-            the frozen weights of all layers that have had a turn stay in memory, and an adapted
-            step costs more than a low-rank one.
+        end: when the last group deflates, a share of the run (float) or a step (int); training
+            recovers from the last truncation in the remaining steps. At 1.0 the last group is
+            full-rank when the run ends.
+        to: ``"low-rank"``: truncate after each turn; memory and cost stay near those of low-rank
+            training. ``"adapted"``: freeze W and add a zero-output adapter; the function is
+            unchanged, but the frozen weights of all layers that have had a turn stay in memory, and
+            an adapted step costs more than a low-rank one.
         decomposition: the decomposition's name.
         alpha: the adapter's scale is ``alpha / rank``.
         execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
 
     Raises:
-        ValueError: a share outside (0, 1], no turn, times outside the run or out of order, an
+        ValueError: a share outside (0, 1], no turns, times outside the run or out of order, an
             unknown ending, an impossible rank.
 
     Example:
@@ -69,18 +70,18 @@ class Rotating(RankSchedule):
         object.__setattr__(self, "rank", self.last.rank)
         check_within("share", self.share, "(0, 1]")
         if not isinstance(self.turns, int) or self.turns < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"a whole number of turns of at least 1 is needed, got {self.turns!r}")
+            raise ValueError(f"turns is a whole number of at least 1, got {self.turns!r}")
         object.__setattr__(self, "begin", check_when("begin", self.begin))
         object.__setattr__(self, "end", check_when("end", self.end))
         if type(self.begin) is type(self.end) and not self.begin < self.end:
             raise ValueError(f"begin comes before end, got {self.begin!r} and {self.end!r}")
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """One group full-rank, those before it ``last``, those after it ``low`` or ``last``.
+        """The form of every layer at this step.
 
         Raises:
-            ValueError: begin is a share and end a step, or the reverse, and in a run of this length
-                begin does not come before end.
+            ValueError: ``begin`` is a share and ``end`` a step, or the reverse, and ``begin`` does
+                not come before ``end`` in a run of this length.
         """
         begin, end = step_of(self.begin, clock.total_steps), step_of(self.end, clock.total_steps)
         if begin > end:
@@ -105,10 +106,10 @@ class Rotating(RankSchedule):
 
 
 def _part(step: int, steps: int, turns: int, groups: int) -> int | None:
-    """Which part of the window of ``steps`` a step is in: -1 before it, None after it.
+    """The part of the window of ``steps`` that contains a step; -1 before the window, None after.
 
-    Part i of n begins at step ceil(i * steps / n), so that parts differ by one step at most. No
-    more parts than steps where that can be helped, or some groups would never have a turn.
+    Part i of n begins at step ceil(i * steps / n), so that parts differ by at most one step. In a
+    short window there are fewer turns, not parts without a step: every group must have its turn.
     """
     if step < 0:
         return -1
@@ -120,14 +121,17 @@ def _part(step: int, steps: int, turns: int, groups: int) -> int | None:
 
 @lru_cache(maxsize=64)
 def consecutive_groups(sizes: tuple[int, ...], share: float) -> tuple[int, ...]:
-    """The group of each layer: as few consecutive groups as can be, as equal as can be.
+    """Partition the layers into the fewest consecutive groups, as equal as possible.
 
-    A group of two layers or more holds at most ``share`` of the sum of ``sizes``. Of all ways with
-    the fewest groups, one whose largest such group is smallest.
+    A group of two layers or more has at most ``share`` of the sum of ``sizes``. Among all
+    partitions into the fewest groups, this one minimizes the largest such group.
 
     Args:
-        sizes: weight entries of each layer, in the order of the network (a tuple).
-        share: the most that a group may hold, in (0, 1].
+        sizes: the number of weight entries of each layer, in network order.
+        share: the largest share of the entries in one group, in (0, 1].
+
+    Returns:
+        The group of each layer.
 
     Example:
         >>> consecutive_groups((4, 4, 4, 4, 4, 4), 0.5)
@@ -137,7 +141,7 @@ def consecutive_groups(sizes: tuple[int, ...], share: float) -> tuple[int, ...]:
     """
     most = math.floor(share * sum(sizes))
     fewest = _count(_fill(sizes, most))
-    low, high = -1, most  # into high they fit, into low they do not
+    low, high = -1, most  # the fewest groups suffice at a limit of high, not at low
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if _count(_fill(sizes, middle)) == fewest else (middle, high)
@@ -145,9 +149,9 @@ def consecutive_groups(sizes: tuple[int, ...], share: float) -> tuple[int, ...]:
 
 
 def _fill(sizes: Sequence[int], most: int) -> tuple[int, ...]:
-    """Each group takes layers until the next would bring it above ``most``.
+    """Fill each group greedily until the next layer would exceed ``most``.
 
-    That is the fewest groups there can be, for a part of a group that may be is one too.
+    This gives the fewest groups, since every part of an admissible group is admissible too.
     """
     groups: list[int] = []
     held = 0
