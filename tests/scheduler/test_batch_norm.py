@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -45,3 +46,13 @@ def test_recalibration_leaves_weights_modes_and_randomness() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
     assert [module.training for module in model.modules()] == modes
+
+
+def test_without_a_batch_nothing_is_recalibrated() -> None:
+    norm = nn.BatchNorm1d(2)
+    norm(torch.randn(8, 2) + 3)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    with pytest.raises(ValueError, match="no batch"):
+        recalibrate_batch_norms(norm, iter(()))
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+    assert norm.momentum == 0.1

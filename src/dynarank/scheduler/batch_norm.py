@@ -49,6 +49,9 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         model: run in training mode, without gradients.
         batches: as :func:`dynarank.calibrate` takes them; a few hundred examples suffice.
 
+    Raises:
+        ValueError: no batch.
+
     Example:
         >>> norm = nn.BatchNorm1d(1, affine=False)
         >>> recalibrate_batch_norms(norm, [torch.tensor([[1.0], [3.0]])])
@@ -65,8 +68,12 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the mean of all batches
+            empty = True
             for batch in batches:
                 call_model(model, batch)
+                empty = False
+            if empty:
+                raise ValueError("there is no batch to recalibrate BatchNorm on; give a few")
             found = [dict(norm.named_buffers(recurse=False)) for norm in norms]
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
