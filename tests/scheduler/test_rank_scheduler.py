@@ -283,3 +283,9 @@ def test_an_optimizer_whose_state_cannot_move_is_refused_at_once(kind: type) -> 
     with pytest.raises(ValueError, match=f"state of {kind.__name__} .* moments='reset'"):
         RankScheduler(model, kind(model.parameters()), SCHEDULE, STEPS)
     RankScheduler(model, kind(model.parameters()), SCHEDULE, STEPS, moments="reset")
+
+
+def test_a_plan_for_an_unknown_layer_is_refused_by_name() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="the model has no layer 'head'"):
+        RankScheduler(model, sgd(model), lambda clock, readings: {"head": LowRank(2)}, STEPS)

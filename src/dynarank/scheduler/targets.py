@@ -25,8 +25,9 @@ def scheduled_layers(
     able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
     given: dict[str, set[LowRank]] = {path: set() for path in able}
     for phase in timeline(schedule, Readings(able), total_steps):
-        for path, form in phase.plan.items():
-            given[path] |= {form} if isinstance(form, LowRank) else set()
+        for path, site in find_sites(model, sites, phase.plan).items():
+            form = phase.plan[path]
+            given[site.path] |= {form} if isinstance(form, LowRank) else set()
     low = set[LowRank]().union(*given.values())
     if not low:
         return select(sites, lambda module, path: path in able)
