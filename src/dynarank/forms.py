@@ -165,6 +165,7 @@ class Adapted(_WithFactors):
         super().__post_init__()
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
+        object.__setattr__(self, "alpha", float(self.alpha))  # plain data, whoever's number it was
         if isinstance(self.restart, bool) or operator.index(self.restart) < 0:
             raise ValueError(f"restart is a whole number >= 0, got {self.restart!r}")
         _check_execution(self.execution, get_args(AdaptedExecution))

@@ -344,3 +344,9 @@ def test_the_model_is_surveyed_once_a_change(
             ranks.step()
             found.append(counts["survey"])
     assert found == expected
+
+
+def test_a_plan_for_an_unknown_layer_is_refused_by_name() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="the model has no layer 'head'"):
+        RankScheduler(model, sgd(model), lambda clock, readings: {"head": LowRank(2)}, STEPS)
