@@ -334,16 +334,16 @@ def test_the_model_is_surveyed_once_a_change(
     optimizer = torch.optim.AdamW(model.parameters())
     window = GradientWindow(model, optimizer, length=2)
     policy: Any = window if moments == "calibrated" else moments
-    found: list[int] = []
+    counted: list[int] = []
     with surveys() as counts:
         ranks = RankScheduler(model, optimizer, schedule, STEPS, moments=policy)
-        found.append(counts["survey"])
+        counted.append(counts["survey"])
         for step in range(len(expected) - 1):
             counts.clear()
             train_step(model, optimizer, step)
             ranks.step()
-            found.append(counts["survey"])
-    assert found == expected
+            counted.append(counts["survey"])
+    assert counted == expected
 
 
 def test_a_plan_for_an_unknown_layer_is_refused_by_name() -> None:

@@ -223,7 +223,7 @@ def _remarks(
         if one.adapted_costs_more
     ]
     left = [
-        f"{site.path} ({site.obstacle or 'not among the recipe layers'})"
+        f"{site.path} ({site.obstacle or 'not in the layers of the recipe'})"
         for site in survey(model)
         if site.path not in layers
     ]

@@ -277,7 +277,8 @@ def scheduled_layers(
     given: dict[str, set[LowRank]] = {path: set() for path in able}
     for phase in timeline(schedule, Readings(able), total_steps):
         for path, form in phase.plan.items():
-            given[path] |= {form} if isinstance(form, LowRank) else set()
+            if path in given and isinstance(form, LowRank):  # others are refused with their phase
+                given[path].add(form)
     low = set[LowRank]().union(*given.values())
     if not low:
         return select(sites, lambda module, path: path in able)
