@@ -23,10 +23,9 @@ from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral import SpectralMonitor
-from dynarank.scheduler.batch_norm import BatchNormRecalibration
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.scheduler.rank_scheduler import RankScheduler
-from dynarank.scheduler.truncation import ActivationAwareTruncation
+from dynarank.scheduler.truncation import ActivationAwareTruncation, BatchNormRecalibration
 from dynarank.surgery.sites import current_plan, survey
 from dynarank.surgery.verbs import apply_plan, deflate, factorize, inflate, merge
 

@@ -213,7 +213,6 @@ class Misnamed(Deep):
         (Deep, r"such as Mine\(\)"),
         ("svd", "an instance of a subclass"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_registered(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -18,7 +18,7 @@ from dynarank.contrib.noise_scale import NoiseMonitor
 from dynarank.cost.dry_run import dry_run
 from dynarank.cost.flops import count_flops, trace
 from dynarank.layers.running import call_model, forward_arguments, preserve_state
-from dynarank.scheduler.batch_norm import recalibrate_batch_norms
+from dynarank.scheduler.truncation import recalibrate_batch_norms
 
 
 def net() -> nn.Sequential:

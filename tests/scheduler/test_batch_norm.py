@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dynarank import RankScheduler
-from dynarank.scheduler.batch_norm import BatchNormRecalibration, recalibrate_batch_norms
+from dynarank.scheduler.truncation import BatchNormRecalibration, recalibrate_batch_norms
 from dynarank.schedules import dynamic_rank
 
 

@@ -63,14 +63,21 @@ def merged_product(
     """``linear_map(x, base + scale * join(factors)) + bias``; base gets no gradient.
 
     Args:
-        x: (..., in) or (batch, in, *positions).
+        x: (..., in), (batch, in, *positions) or, of a convolution, (in, *positions).
         base: (out, in / groups, *kernel), canonical.
-        factors: in one dtype with ``x``.
+        factors: in one dtype with ``x``, but for autocast, which casts both to its own.
         bias: (out,) or None.
         how: how it is computed.
 
     Not differentiable twice: use two branches for that.
     """
+    if base.ndim > 2 and x.ndim == base.ndim - 1:
+        return merged_product(x.unsqueeze(0), base, factors, bias, how).squeeze(0)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, factors = x.to(dtype), tuple(f.to(dtype) for f in factors)
+        bias = None if bias is None else bias.to(dtype)
     kept = how.weight(base.detach(), tuple(f.detach() for f in factors))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
         return linear_map(x, kept, how.geometry, bias)  # an autograd function costs time to enter

@@ -1,25 +1,28 @@
-"""Activation-aware truncation under a schedule: weights truncated by what their layers see."""
+"""Callbacks for truncations: make them activation-aware, recalibrate BatchNorm after them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
-from dynarank.forms import Plan
+from dynarank.forms import Change, Form, LowRank, same_weight
+from dynarank.layers.running import call_model, preserve_state
 from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.scheduler.callbacks import Callback, Ranks
-from dynarank.surgery.verbs import differences, truncates
+from dynarank.surgery.sites import Site
+from dynarank.surgery.verbs import truncates
 
-__all__ = ["ActivationAwareTruncation"]
+__all__ = ["ActivationAwareTruncation", "BatchNormRecalibration", "recalibrate_batch_norms"]
 
 
 class ActivationAwareTruncation(Callback):
-    """Has weights that become low-rank keep the directions in which their outputs have energy.
+    """Truncates weights so that their layers' outputs change least, see :func:`dynarank.calibrate`.
 
-    Right before weights are truncated, and only then, a few batches are run through the model, see
-    :func:`dynarank.calibrate`.
+    A few batches are run through the model right before a truncation, and only then.
 
     Args:
         batches: called for the batches, as :func:`dynarank.calibrate` takes them.
@@ -34,8 +37,70 @@ class ActivationAwareTruncation(Callback):
     ) -> None:
         self.batches, self.forward = batches, forward
 
-    def before_change(self, ranks: Ranks, plan: Plan) -> Calibration | None:
+    def before_change(
+        self, ranks: Ranks, wanted: Sequence[tuple[Site, Form]]
+    ) -> Calibration | None:
         """Run the batches if a weight is going to be truncated."""
-        if not truncates(differences(ranks.model, plan)):
-            return None
-        return calibrate(ranks.model, self.batches(), forward=self.forward)
+        if truncates(wanted):
+            return calibrate(ranks.model, self.batches(), forward=self.forward)
+        return None
+
+
+class BatchNormRecalibration(Callback):
+    """Recalibrates BatchNorm after weights have been truncated in mid-run.
+
+    Args:
+        batches: called for the batches, as :func:`recalibrate_batch_norms` takes them.
+    """
+
+    def __init__(self, batches: Callable[[], Iterable[Any]]) -> None:
+        self.batches = batches
+
+    def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
+        """Recalibrate if a weight was truncated; the first plan is of an untrained model."""
+        truncated = (
+            isinstance(change.after, LowRank) and not same_weight(change.before, change.after)
+            for change in changes
+        )
+        if ranks.last_step and any(truncated):
+            recalibrate_batch_norms(ranks.model, self.batches())
+
+
+@torch.no_grad()
+def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Set every BatchNorm's running mean and variance to those of ``batches``.
+
+    A truncated weight changes the inputs of the BatchNorm after it. Its running statistics would
+    follow within some 1 / momentum steps; until then evaluation is off. Weights, other buffers, the
+    mode of every module and the global random state stay as they are, and after an exception the
+    running statistics too; a model without BatchNorm is not run at all.
+
+    Args:
+        model: run in training mode, without gradients.
+        batches: as :func:`dynarank.calibrate` takes them; a few hundred examples suffice.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(1, affine=False)
+        >>> recalibrate_batch_norms(norm, [torch.tensor([[1.0], [3.0]])])
+        >>> norm.running_mean.item()
+        2.0
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    found: list[dict[str, Tensor]] = []
+    with preserve_state(model, training=True, grad=False):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the mean of all batches
+            for batch in batches:
+                call_model(model, batch)
+            found = [dict(norm.named_buffers(recurse=False)) for norm in norms]
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+    for norm, statistics in zip(norms, found, strict=True):
+        for name, buffer in norm.named_buffers(recurse=False):
+            buffer.copy_(statistics[name])

@@ -18,10 +18,10 @@ from dynarank.cost.memory import probe_memory
 from dynarank.cost.schedule import ScheduleCost, cost_schedule
 from dynarank.cost.timing import default_cache, measure, where_faster
 from dynarank.forms import Change, FullRank, form_name
-from dynarank.scheduler.batch_norm import BatchNormRecalibration
 from dynarank.scheduler.callbacks import Callback
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.scheduler.rank_scheduler import RankScheduler
+from dynarank.scheduler.truncation import BatchNormRecalibration
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.timelines import timeline
 from dynarank.surgery.selection import select
