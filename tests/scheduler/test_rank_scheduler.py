@@ -334,13 +334,13 @@ def test_the_model_is_surveyed_once_a_change(
     optimizer = torch.optim.AdamW(model.parameters())
     window = GradientWindow(model, optimizer, length=2)
     policy: Any = window if moments == "calibrated" else moments
-    found: list[int] = []
+    seen: list[int] = []
     with surveys() as counts:
         ranks = RankScheduler(model, optimizer, schedule, STEPS, moments=policy)
-        found.append(counts["survey"])
+        seen.append(counts["survey"])
         for step in range(len(expected) - 1):
             counts.clear()
             train_step(model, optimizer, step)
             ranks.step()
-            found.append(counts["survey"])
-    assert found == expected
+            seen.append(counts["survey"])
+    assert seen == expected
