@@ -24,7 +24,7 @@ from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
 from dynarank.surgery.selection import LayerFilter, find_sites, select
 from dynarank.surgery.sites import Site, survey
-from dynarank.surgery.verbs import apply_plan, change_forms, check_unwrapped, differences
+from dynarank.surgery.verbs import apply_plan, change_forms, differences
 
 __all__ = ["RankScheduler", "scheduled_layers"]
 
@@ -234,8 +234,7 @@ class RankScheduler:
     def _apply(self, plan: Plan, sites: Sequence[Site] | None) -> list[Change]:
         if plan == self._plan:  # the usual step: no traversal of the model
             return []
-        check_unwrapped(self.model)
-        wanted = differences(self.model, plan, survey(self.model) if sites is None else sites)
+        wanted = differences(self.model, plan, sites)
         callbacks = self.callbacks.values() if wanted else ()
         try:
             given = [c for one in callbacks if (c := one.before_change(self, wanted)) is not None]

@@ -117,7 +117,7 @@ def factorize(
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
         torch.Size([8, 2])
     """
-    sites = select(_sites(model), layers, rank, decomposition)
+    sites = select(survey(model), layers, rank, decomposition)
     plan = {s.path: LowRank(rank_for(rank, s.path), decomposition) for s in sites}
     change_forms(differences(model, plan, sites), optimizer, moments, calibration)
     return model
@@ -138,7 +138,7 @@ def inflate(
         >>> inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0].weight.shape
         torch.Size([8, 8])
     """
-    sites = select(_sites(model), layers)
+    sites = select(survey(model), layers)
     plan = {site.path: FullRank() for site in sites}
     change_forms(differences(model, plan, sites), optimizer, moments)
     return model
@@ -186,7 +186,7 @@ def deflate(
     if to not in ("adapted", "low-rank"):
         raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
 
-    sites = select(_sites(model), layers, rank, decomposition or "svd")
+    sites = select(survey(model), layers, rank, decomposition or "svd")
     plan: dict[str, Form] = {}
     for site in sites:
         last = site.last_factored_form
@@ -209,7 +209,7 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
-    sites = _sites(model)
+    sites = survey(model)
     plan = {site.path: FullRank() for site in sites if isinstance(site.module, RankedLayer)}
     change_forms(differences(model, plan, sites), optimizer, moments)
     for module in model.modules():
@@ -228,7 +228,8 @@ def differences(
     for path, form in plan.items():
         if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
-    sites = _sites(model) if sites is None else sites
+    _check_unwrapped(model)
+    sites = survey(model) if sites is None else sites
     named: dict[int, tuple[str, Form]] = {}
     wanted: list[tuple[Site, Form]] = []
     for path, site in find_sites(model, sites, plan).items():
@@ -272,8 +273,8 @@ def change_forms(
     return [edit.change for edit in edits]
 
 
-def check_unwrapped(model: nn.Module) -> None:
-    """Raise for a model in a wrapper that holds its old parameters and would miss a change."""
+def _check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError if a wrapper holds the model's parameters and would miss a change."""
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS:
@@ -281,11 +282,6 @@ def check_unwrapped(model: nn.Module) -> None:
                     f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
                     "the old parameters, silently out of step; change forms before wrapping"
                 )
-
-
-def _sites(model: nn.Module) -> list[Site]:
-    check_unwrapped(model)
-    return survey(model)
 
 
 def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
