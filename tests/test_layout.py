@@ -49,8 +49,7 @@ FORBIDDEN = {
 ONLY_TORCH = ORDER[: ORDER.index("records")]
 # One file a library: for its layers, where the user has imported it already; for its file format.
 ADAPTERS = {"hf_conv1d.py", "weight_files.py"}
-# By name, looked up in the public registries: nothing above them asks for one by name.
-AT_THE_TOP = 8
+AT_THE_TOP = 8  # modules
 
 
 def unit_of(path: Path) -> str:
@@ -120,6 +119,11 @@ def cycle(graph: dict[str, set[str]]) -> list[str]:
 
 def test_imports_point_down() -> None:
     assert list(violations()) == []
+
+
+def test_contributing_lists_the_folders_in_their_order() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE) == ORDER[:-1]
 
 
 def test_no_file_imports_itself_in_a_circle() -> None:

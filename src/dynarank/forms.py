@@ -18,8 +18,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias, get_args
+from dataclasses import dataclass, fields
+from typing import Literal, SupportsFloat, SupportsIndex, TypeAlias, get_args
 
 __all__ = [
     "Adapted",
@@ -32,9 +32,7 @@ __all__ = [
     "Plan",
     "Rank",
     "RankLike",
-    "form_from_data",
     "form_name",
-    "form_to_data",
     "resolve_rank",
     "same_weight",
 ]
@@ -95,7 +93,7 @@ class FullRank:
 
 @dataclass(frozen=True, repr=False)
 class _WithFactors:
-    """What the two forms with factors share."""
+    """The base class of the two forms with factors."""
 
     rank: RankLike
     decomposition: str = "svd"
@@ -104,12 +102,11 @@ class _WithFactors:
         object.__setattr__(self, "rank", _plain_rank(self.rank))
 
     def __repr__(self) -> str:
-        """Execution is shown only where it is not left to the library, a restart if it is one."""
-        optional = ("execution", "recompute", "restart")
-        values = [(f, getattr(self, f.name)) for f in fields(self)]
-        shown = [(f, value) for f, value in values if f.name not in optional]
-        shown += [(f, v) for f, v in values if f.name in optional and v != f.default]
-        return f"{type(self).__name__}({', '.join(f'{f.name}={v!r}' for f, v in shown)})"
+        """How the layer computes and the number of a restart are shown only if set."""
+        values = {f: getattr(self, f.name) for f in fields(self)}
+        always = ("rank", "decomposition", "alpha")
+        shown = [f"{f.name}={v!r}" for f, v in values.items() if f.name in always or v != f.default]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def resolved_rank(self) -> int:
@@ -148,16 +145,15 @@ class Adapted(_WithFactors):
     """The weight is ``base + alpha / rank * join(factors)``; the base is frozen, the factors train.
 
     Args:
-        rank: an int, a float (share of the output channels) or a :class:`Rank`.
-        decomposition: the name of the decomposition.
+        rank, decomposition: as for :class:`LowRank`.
         alpha: the adapter's weight before division by the rank (16 for SVD in the published code).
         execution: ``"merged"`` adds the adapter to the base before multiplying, ``"two-branch"``
             multiplies by each and adds the results, as the published code does; ``"auto"`` takes
             the one with fewer FLOPs.
         recompute: keep neither the merged weight nor an activation between the factors for the
             backward pass, but compute them again.
-        restart: the number of the adapter. Another number is another adapter: the present one is
-            added to the base, and a new one of zero output begins.
+        restart: how often the adapter has been restarted. When the number changes, the adapter is
+            merged into the base and a new one, with zero output, takes its place.
     """
 
     alpha: float = 16.0
@@ -169,6 +165,7 @@ class Adapted(_WithFactors):
         super().__post_init__()
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be positive and finite, got {self.alpha!r}")
+        object.__setattr__(self, "alpha", float(self.alpha))  # plain data, whoever's number it was
         if isinstance(self.restart, bool) or operator.index(self.restart) < 0:
             raise ValueError(f"restart is a whole number >= 0, got {self.restart!r}")
         _check_execution(self.execution, get_args(AdaptedExecution))
@@ -197,50 +194,26 @@ class Change:
     error: float
 
 
-_NAMES: dict[str, type[Form]] = {"full-rank": FullRank, "low-rank": LowRank, "adapted": Adapted}
+FORMS: dict[str, type[Form]] = {"full-rank": FullRank, "low-rank": LowRank, "adapted": Adapted}
 
 
 def form_name(form: Form) -> str:
-    """The form's one word: ``full-rank``, ``low-rank`` or ``adapted``."""
-    return next(name for name, cls in _NAMES.items() if type(form) is cls)
+    """The name of the form, whatever its rank: ``full-rank``, ``low-rank`` or ``adapted``."""
+    return next(name for name, cls in FORMS.items() if type(form) is cls)
 
 
-def form_to_data(form: Form) -> dict[str, Any]:
-    """The form as plain data, for JSON.
-
-    Example:
-        >>> list(form_to_data(LowRank(8)).items())[:3]
-        [('form', 'low-rank'), ('rank', 8), ('decomposition', 'svd')]
-    """
-    data = dict(vars(form))
-    if isinstance(rank := data.get("rank"), Rank):
-        data["rank"] = dict(vars(rank))
-    return {"form": form_name(form), **data}
-
-
-def form_from_data(data: Mapping[str, Any]) -> Form:
-    """The inverse of :func:`form_to_data`."""
-    values = dict(data)
-    name = values.pop("form", None)
-    if name not in _NAMES:
-        raise ValueError(f"unknown form {name!r}; known: {', '.join(_NAMES)}")
-    if isinstance(rank := values.get("rank"), Mapping):
-        values["rank"] = Rank(**rank)
-    return _NAMES[name](**values)
-
-
-def same_weight(one: Form, other: Form) -> bool:
+def same_weight(one: Form, other: Form, *, restarted: bool = False) -> bool:
     """Whether two forms have the same parameters, differing at most in how they compute.
+
+    With ``restarted`` they may also be adapters of which one is a restart of the other.
 
     Example:
         >>> same_weight(LowRank(8), LowRank(8, execution="joined"))
         True
     """
-    return _any_execution(one) == _any_execution(other)
-
-
-def _any_execution(form: Form) -> Form:
-    return form if isinstance(form, FullRank) else replace(form, execution="auto", recompute=False)
+    free = ("execution", "recompute", "restart") if restarted else ("execution", "recompute")
+    values = [{k: v for k, v in vars(form).items() if k not in free} for form in (one, other)]
+    return type(one) is type(other) and values[0] == values[1]
 
 
 def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None) -> int:
@@ -271,8 +244,7 @@ def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None)
 
 def _check_execution(execution: str, known: Sequence[str]) -> None:
     if execution not in known:
-        listed = ", ".join(map(repr, known))
-        raise ValueError(f"execution is one of {listed}, got {execution!r}")
+        raise ValueError(f"execution is one of {', '.join(map(repr, known))}, got {execution!r}")
 
 
 def _plain_rank(rank: object) -> RankLike:

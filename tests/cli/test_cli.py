@@ -76,7 +76,7 @@ def test_plan_shows_layers_and_phases_and_warns_of_what_the_adapter_costs(
     assert "stages.2.2.conv2" in out and "272,762" in out and "155,170" in out
     assert "0.567x" in out and "0.886x" in out
     assert re.search(r"adapted phase costs more than full-rank training: 1\.22\dx", out)
-    assert "head (not among the recipe layers)" in out
+    assert "head (not in the layers of the recipe)" in out
 
 
 def test_plan_of_the_second_experiment_has_the_published_parameters(
@@ -85,7 +85,7 @@ def test_plan_of_the_second_experiment_has_the_published_parameters(
     assert call(monkeypatch, "plan", "cifar100-wrn28-10") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "0 to 80 low-rank 20,590,236" in out and "80 to 170 full-rank 36,539,124" in out
-    assert "stages.0.0.widen (not among the recipe layers)" in out
+    assert "stages.0.0.widen (not in the layers of the recipe)" in out
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from covering import over
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import assert_close
+from laws import DTYPES, assert_close
 from torch import Tensor
 
 from dynarank.decompositions import (
@@ -37,11 +38,10 @@ SHAPES = [
     (6, 5, 2, 3, 2),
     (6, 8, 1, 1),
 ]
+SMALL = [(6, 5), (6, 5, 3), (6, 5, 3, 2), (4, 3, 2, 2, 2)]
 
 over_names = pytest.mark.parametrize("name", NEW)
 over_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-over_dtypes = pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-over_groups = pytest.mark.parametrize("groups", [1, 2])
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = F64) -> Tensor:
@@ -77,10 +77,7 @@ def test_they_are_known_by_name() -> None:
     assert decomposition_names()[:4] == ("svd", "tucker", "cp", "separable")
 
 
-@over_names
-@over_shapes
-@over_dtypes
-@over_groups
+@over({"name": NEW, "shape": SHAPES, "dtype": DTYPES, "groups": [1, 2]})
 def test_exact_at_the_limit(
     name: str, shape: tuple[int, ...], dtype: torch.dtype, groups: int
 ) -> None:
@@ -196,9 +193,7 @@ def geometries(dims: int) -> Iterator[Geometry]:
 CASES = [(dims, g) for dims in (1, 2, 3) for g in geometries(dims)]
 
 
-@over_names
-@over_groups
-@pytest.mark.parametrize(("dims", "geometry"), CASES, ids=str)
+@over({"name": NEW, "groups": [1, 2], "dims, geometry": CASES})
 def test_the_chain_is_the_joined_weight(
     name: str, groups: int, dims: int, geometry: Geometry
 ) -> None:
@@ -242,9 +237,7 @@ def derivative(decomposition: Decomposition, factors: tuple[Tensor, ...]) -> Ten
     return torch.cat([part.reshape(size, -1) for part in parts], 1)
 
 
-@over_names
-@over_groups
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (6, 5, 3, 2), (4, 3, 2, 2, 2)], ids=str)
+@over({"name": NEW, "groups": [1, 2], "shape": SMALL})
 def test_pull_and_lift_against_dense_algebra(
     name: str, groups: int, shape: tuple[int, ...]
 ) -> None:
@@ -281,7 +274,7 @@ def test_the_general_lift_is_the_svds_for_a_pair(shape: tuple[int, ...], fresh: 
 
 
 @over_names
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (6, 5, 3, 2), (4, 3, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_a_zero_factor_breaks_no_lift(name: str, shape: tuple[int, ...]) -> None:
     """A fresh adapter's: one factor zero, or all."""
     decomposition = get_decomposition(name)
@@ -298,9 +291,7 @@ def test_a_zero_factor_breaks_no_lift(name: str, shape: tuple[int, ...]) -> None
         assert squares.any() == any(p.any() for p in pulled)
 
 
-@over_names
-@over_groups
-@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3), (6, 5, 3, 2), (4, 3, 2, 2, 2)], ids=str)
+@over({"name": NEW, "groups": [1, 2], "shape": SMALL})
 def test_squares_of_even_gradients_lift_to_their_scale(
     name: str, groups: int, shape: tuple[int, ...]
 ) -> None:

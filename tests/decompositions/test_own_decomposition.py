@@ -11,7 +11,10 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
+from types import ModuleType
 
 import pytest
 import torch
@@ -213,7 +216,6 @@ class Misnamed(Deep):
         (Deep, r"such as Mine\(\)"),
         ("svd", "an instance of a subclass"),
     ],
-    ids=str,
 )
 def test_what_cannot_be_registered(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -321,3 +323,19 @@ def test_factors_can_be_balanced(name: str, shape: tuple[int, ...]) -> None:
     assert_close(method.join(even), method.join(uneven), 1e-10)
     norms = torch.stack([f.norm() for f in even])
     assert_close(norms, norms[:1].expand_as(norms), 1e-10)
+
+
+def test_threads_that_load_a_decomposition_get_the_same_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    together, load = Barrier(4), registry.import_module
+
+    def slow(name: str) -> ModuleType:
+        together.wait(10)
+        return load(name)
+
+    monkeypatch.setattr(registry, "_LOADED", {})
+    monkeypatch.setattr(registry, "import_module", slow)
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(get_decomposition, ["tucker"] * 4))
+    assert len(found) == 1

@@ -197,7 +197,7 @@ def test_gradients_of_factors_are_those_of_autograd(case: Case, form: Form) -> N
     wanted = dict(plain.named_parameters())
     for site in survey(model):
         own = [p for p in site.parameters().values() if p.requires_grad]
-        name = f"{site.module_path}.{site.spec.name}"
+        name = f"{site.module_paths[0]}.{site.spec.name}"
         expected = torch.autograd.grad(site.effective(), own, wanted[name].grad)
         for p, grad in zip(own, expected, strict=True):
             assert_close(p.grad, grad)

@@ -296,3 +296,16 @@ def test_everything_that_takes_a_batch_takes_each_kind(batch: str) -> None:
     assert torch.allclose(model.norm.running_mean, model.linear(X).mean(0), atol=1e-6)
     assert dry_run(model, [], [{}], given, rounds=0)[0].peak_bytes > 0
     assert list(dr.plan_within(model, flops=0.9, sample=given)) == ["linear"]
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_scripted_modules_are_left_as_they_were() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(nn.BatchNorm1d(4))))
+    scripted[1].eval()
+    model = nn.Sequential(nn.Linear(4, 4), scripted)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(KeyError), preserve_state(model, training=True):
+        model(torch.randn(8, 4))
+        raise KeyError
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [scripted[0].training, scripted[1].training] == [True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -45,3 +46,13 @@ def test_recalibration_leaves_weights_modes_and_randomness() -> None:
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), weights, strict=True))
     assert [module.training for module in model.modules()] == modes
+
+
+def test_recalibration_without_a_batch_is_refused_and_changes_nothing() -> None:
+    norm = nn.BatchNorm1d(4)
+    norm.running_mean.fill_(3.0)
+    used = iter([torch.randn(8, 4)])
+    next(used)
+    with pytest.raises(ValueError, match="there is no batch to recalibrate BatchNorm on"):
+        recalibrate_batch_norms(norm, used)
+    assert norm.running_mean.tolist() == [3.0] * 4 and norm.momentum == 0.1

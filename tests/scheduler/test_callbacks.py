@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -12,9 +12,10 @@ from small_run import FULL, LOW, SCHEDULE, STEPS, forms, net, sgd, train_step
 
 import dynarank as dr
 from dynarank import LowRank, LRRewarmup, RankScheduler
-from dynarank.forms import Change, Plan
+from dynarank.forms import Change, Form
 from dynarank.scheduler.callbacks import Callback, Ranks
 from dynarank.schedules import Phases, low_rank
+from dynarank.surgery.sites import Site
 
 
 class Told(Callback):
@@ -34,7 +35,7 @@ class Told(Callback):
     def after_step(self, ranks: Ranks) -> None:
         self._hear("step", ranks)
 
-    def before_change(self, ranks: Ranks, plan: Plan) -> None:
+    def before_change(self, ranks: Ranks, wanted: Sequence[tuple[Site, Form]]) -> None:
         self._hear("before", ranks)
 
     def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
@@ -126,6 +127,13 @@ def test_a_change_that_is_put_off_is_not_told_after() -> None:
         model[2].weight[0, 0] = 1.0
     ranks.step()
     assert [what for *_, what in log] == ["start", "before", "step", "before", "after"]
+
+
+def test_nothing_is_told_of_a_plan_that_the_model_is_at_already() -> None:
+    log: list[Any] = []
+    model = net()
+    RankScheduler(model, sgd(model), Phases([0], [FULL]), 9, callbacks=[Told("a", log)])
+    assert log == [(0, "a", "start")]
 
 
 @pytest.mark.parametrize("value", [3, None, "print", LRRewarmup])

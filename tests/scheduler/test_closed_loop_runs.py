@@ -5,13 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, cast
-from unittest.mock import Mock
+from typing import Any
 
 import pytest
-import torch
 from small_run import net, sgd, train_step
 from torch import nn
 
@@ -28,14 +24,8 @@ from dynarank.schedules import (
     closed_loop,
     decide_again,
     replay,
-    spectra_from_records,
 )
 from dynarank.schedules.readings import SpectralReading
-from dynarank.train.data import limit, load_digits_data
-from dynarank.train.images import ImageTask
-from dynarank.train.loop import Machine
-from dynarank.train.recipes import load_recipe
-from dynarank.train.run import run_schedule
 
 STEPS = 40
 LOOP = closed_loop(
@@ -162,23 +152,3 @@ def test_a_layer_that_is_not_finite_is_left_as_it_is() -> None:
     state = ranks.state_dict()["schedule"]["layers"]["0"]
     assert state["skipped"] == 11 and state["changes"] == 0
     assert {d.path for d in ranks.decisions} == {"2"}
-
-
-def test_a_run_folder_tells_what_the_schedule_was_given_and_decided(tmp_path: Path) -> None:
-    """The records of a run are enough to repeat its decisions, and to check them."""
-    recipe, silent = load_recipe("digits"), Mock()
-    task = ImageTask(recipe, limit(load_digits_data(), 320), seed=0)
-    machine = Machine(torch.device("cpu"))
-    run_schedule(recipe, "closed-loop", task, tmp_path, silent, seed=0, epochs=5, machine=machine)
-    text = (tmp_path / "records.jsonl").read_text(encoding="utf-8")
-    lines = [json.loads(line) for line in text.splitlines()]
-    spectra = spectra_from_records(lines)
-    recorded = replay(lines, LowRank(0.25)).decisions
-    changed = [(line["step"], line["path"]) for line in lines if line["kind"] == "change"]
-    assert recorded and changed == [(d.step, d.path) for d in recorded]
-    loop = cast(ClosedLoop, recipe.schedule("closed-loop"))
-    steps = 5 * task.steps_per_epoch
-    layers = {path: (reading.full_rank, 1) for path, reading in spectra[0].items()}
-    assert tuple(decide_again(loop, layers, steps, spectra)) == recorded
-    blunt = replace(loop, saturation=0.99)
-    assert tuple(decide_again(blunt, layers, steps, spectra)) != recorded

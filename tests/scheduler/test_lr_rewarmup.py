@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_run import SCHEDULE, net, train_step
+from small_run import FULL, LOW, SCHEDULE, net, train_step
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from dynarank import RankScheduler
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
+from dynarank.schedules import Phases
 
 
 def rates(rewarmup: int) -> tuple[list[float], list[float]]:
@@ -56,11 +57,10 @@ def test_a_warm_up_goes_on_after_a_resume() -> None:
 
 
 def test_a_step_that_raises_leaves_the_rate_as_it_was() -> None:
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    rewarmup = LRRewarmup(4)
-    rewarmup.attach([optimizer])
-    rewarmup.restart()
+    model, rewarmup = net(), LRRewarmup(4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ranks = RankScheduler(model, optimizer, Phases([0, 1], [LOW, FULL]), 9, callbacks=[rewarmup])
+    assert ranks.step() and rewarmup.factor == 1 / 4
 
     def broken() -> float:
         raise RuntimeError

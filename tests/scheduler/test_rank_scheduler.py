@@ -1,6 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +13,18 @@ from small_run import FULL, LAST, LOW, SCHEDULE, STEPS, forms, net, sgd, train_s
 from torch.optim import Optimizer, lr_scheduler
 
 import dynarank as dr
-from dynarank import Adapted, LowRank, RankScheduler
+from dynarank import Adapted, GradientWindow, LowRank, RankScheduler
 from dynarank.forms import Change, Form, Plan
-from dynarank.schedules import Clock, Phases, Readings, as_schedule, full_rank, low_rank
+from dynarank.schedules import (
+    Clock,
+    ClosedLoop,
+    Phases,
+    RankSchedule,
+    Readings,
+    as_schedule,
+    full_rank,
+    low_rank,
+)
 
 # The plan at each step.
 
@@ -283,3 +297,56 @@ def test_an_optimizer_whose_state_cannot_move_is_refused_at_once(kind: type) -> 
     with pytest.raises(ValueError, match=f"state of {kind.__name__} .* moments='reset'"):
         RankScheduler(model, kind(model.parameters()), SCHEDULE, STEPS)
     RankScheduler(model, kind(model.parameters()), SCHEDULE, STEPS, moments="reset")
+
+
+@contextmanager
+def surveys() -> Iterator[Counter[str]]:
+    """Counts the traversals of a model while it is open."""
+    counts = Counter[str]()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code is dr.survey.__code__:
+            counts["survey"] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        yield counts
+    finally:
+        sys.setprofile(before)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "moments", "expected"),
+    [
+        (SCHEDULE, "project", [1, 0, 0, 0, 1, 0, 0, 0, 1, 0]),
+        # Spectra are read at every second step, and the layers change by what is read.
+        (ClosedLoop(2, spectra_every=2), "project", [1, 0, 1, 0, 1, 0, 1, 0, 1, 0]),
+        # Gradients are kept for two steps before a change: one more survey finds their parameters.
+        (SCHEDULE, "calibrated", [1, 0, 1, 0, 1, 0, 1, 0, 1, 0]),
+    ],
+    ids=["plain", "spectra", "gradients"],
+)
+def test_the_model_is_surveyed_once_a_change(
+    schedule: RankSchedule, moments: str, expected: list[int]
+) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    window = GradientWindow(model, optimizer, length=2)
+    policy: Any = window if moments == "calibrated" else moments
+    counted: list[int] = []
+    with surveys() as counts:
+        ranks = RankScheduler(model, optimizer, schedule, STEPS, moments=policy)
+        counted.append(counts["survey"])
+        for step in range(len(expected) - 1):
+            counts.clear()
+            train_step(model, optimizer, step)
+            ranks.step()
+            counted.append(counts["survey"])
+    assert counted == expected
+
+
+def test_a_plan_for_an_unknown_layer_is_refused_by_name() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="the model has no layer 'head'"):
+        RankScheduler(model, sgd(model), lambda clock, readings: {"head": LowRank(2)}, STEPS)

@@ -25,8 +25,9 @@ from torch.optim import Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler, SpectralMonitor
-from dynarank.forms import Change, Plan, form_from_data
+from dynarank.forms import Change, Plan
 from dynarank.schedules import Clock, Phases, RankSchedule, Readings, dynamic_rank, low_rank
+from dynarank.schedules.form_data import form_from_data
 
 # A run saved and resumed is the run uninterrupted.
 

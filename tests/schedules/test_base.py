@@ -75,7 +75,7 @@ class Duck:
         (3, r"\(clock, readings\) -> plan, got 3"),
         (None, r"got None"),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else type(given).__name__,
 )
 def test_what_is_no_schedule_is_refused_with_the_way_out(value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

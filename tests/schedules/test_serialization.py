@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from closed_loops import DECISIONS, FORMS
 from closed_loops import SCHEDULES as LOOPS
@@ -243,3 +244,19 @@ def test_fields_with_defaults_may_be_missing() -> None:
     data = schedule_to_data(rotating())
     del data["turns"], data["end"]
     assert schedule_from_data(data) == rotating()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        DynamicRank(2, length=np.float32(0.25), alpha=np.float32(4)),
+        SCHEDULES["growing"](first=np.int64(3), spectra_every=np.int64(2)),
+        Phases([0, np.int64(5)], [FullRank(), Adapted(2, alpha=np.float32(4))]),
+        Replay(FullRank(), (Decision(np.int64(3), "0", FullRank(), "r", {"a": np.float32(2)}),)),
+        FittedMemory(DynamicRank(2), np.int64(33)),
+    ],
+    ids=lambda schedule: type(schedule).__name__,
+)
+def test_numpy_numbers_are_written_as_plain_ones(schedule: RankSchedule) -> None:
+    data = json.loads(json.dumps(schedule_to_data(schedule)))
+    assert schedule_from_data(data) == schedule

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 from covering import over
@@ -37,11 +39,16 @@ def only(model: nn.Module) -> Site:
 
 
 def ranks(model: nn.Module) -> list[int]:
-    """Of each group's weight the ranks of its unfoldings, summed."""
+    """Of each group's weight the ranks of its unfoldings into matrices, summed."""
     site = only(model)
     found: list[int] = []
     for weight in site.effective().detach().chunk(site.spec.geometry.groups):
-        unfoldings = [weight.movedim(mode, 0).flatten(1) for mode in range(weight.ndim)]
+        modes, dims = range(weight.ndim), weight.ndim
+        sides = [side for size in range(1, dims) for side in combinations(modes, size)]
+        unfoldings = [
+            weight.movedim(side, tuple(range(len(side)))).flatten(len(side)).flatten(0, -2)
+            for side in sides
+        ]
         found.append(sum(int(torch.linalg.matrix_rank(one, rtol=1e-7)) for one in unfoldings))
     return found
 

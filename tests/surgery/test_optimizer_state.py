@@ -61,7 +61,7 @@ def test_an_unknown_state_is_refused_under_project_and_dropped_under_reset() -> 
     optimizer = torch.optim.Adagrad(model.parameters())
     run(model, optimizer, torch.randn(3, 8), 1)
     before = model[0].weight
-    with pytest.raises(ValueError, match=r"keeps sum, which is not known .* moments='reset'"):
+    with pytest.raises(ValueError, match=r"keeps sum, which cannot be moved .* moments='reset'"):
         dr.factorize(model, 2, optimizer=optimizer)
     assert model[0].weight is before and type(model[0]) is nn.Linear
     with pytest.raises(

@@ -23,7 +23,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
-from dynarank.forms import form_from_data, form_to_data, same_weight
+from dynarank.forms import same_weight
+from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.surgery.edit import LOSSLESS
 from dynarank.surgery.moments import prune
 from dynarank.surgery.sites import Site, survey
@@ -182,7 +183,7 @@ def copy_of(state: dict[str, Any]) -> dict[str, Any]:
 def test_an_average_of_squares_below_the_square_of_the_average_is_raised() -> None:
     """v >= m^2 where m is kept: 4 stays 4, 0.01 becomes 9, what is dropped is zero in both."""
     mean, square = torch.tensor([1.0, 3.0, -2.0, 0.5]), torch.tensor([7.0, 0.01, 4.0, 9.0])
-    (state,) = prune([{"step": torch.tensor(5.0), "exp_avg": mean, "exp_avg_sq": square}], 0.5)
+    state = prune({"step": torch.tensor(5.0), "exp_avg": mean, "exp_avg_sq": square}, 0.5)
     assert state["exp_avg"].tolist() == [0.0, 3.0, -2.0, 0.0]
     assert state["exp_avg_sq"].tolist() == [0.0, 9.0, 4.0, 0.0]
     assert state["step"] == 5
@@ -190,8 +191,8 @@ def test_an_average_of_squares_below_the_square_of_the_average_is_raised() -> No
 
 
 def test_there_is_nothing_to_prune_without_a_first_moment() -> None:
-    assert prune([{}, {"momentum_buffer": None}]) == [{}, {"momentum_buffer": None}]
-    (state,) = prune([{"momentum_buffer": torch.ones(1)}])
+    assert [prune({}), prune({"momentum_buffer": None})] == [{}, {"momentum_buffer": None}]
+    state = prune({"momentum_buffer": torch.ones(1)})
     assert state["momentum_buffer"].tolist() == [0.0]
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dynarank.cost.dry_run import dry_run
 from dynarank.forms import Form, FullRank, Plan
-from dynarank.scheduler.targets import scheduled_layers
+from dynarank.scheduler.rank_scheduler import scheduled_layers
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.fitted import FittedMemory
 from dynarank.schedules.library.rotating import Rotating
@@ -44,7 +44,7 @@ class TargetRun:
 
     def shapes_of(self, schedule: RankSchedule) -> dict[str, tuple[int, ...]]:
         """The shapes of the scheduled weights, by path."""
-        sites = scheduled_layers(self.model, schedule, self.total_steps, self.layers)
+        sites = scheduled_layers(survey(self.model), schedule, self.total_steps, self.layers)
         return {site.path: site.shape for site in sites}
 
 

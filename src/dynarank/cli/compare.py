@@ -27,7 +27,15 @@ from dynarank.cli.options import (
 from dynarank.cli.show import console, right_aligned
 from dynarank.records import Metric, Run, SummaryRecord
 from dynarank.report.comparison import compare_scores, require_scipy
-from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text, spread_text
+from dynarank.report.formats import (
+    bytes_text,
+    count,
+    plural,
+    ratio,
+    score_text,
+    seconds_text,
+    spread_text,
+)
 from dynarank.schedules.catalog import get_preset
 from dynarank.train.grid import Job, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
@@ -82,7 +90,7 @@ def compare(
     grouped = {n: [run for job, run in done if job.schedule == n] for n in names}
     _print_result(
         terminal,
-        f"{chosen.name}, {runner.epochs} epochs",
+        f"{chosen.name}, {plural(runner.epochs, 'epoch')}",
         {name: runs for name, runs in grouped.items() if runs},
         folder,
         as_json,

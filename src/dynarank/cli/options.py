@@ -6,6 +6,7 @@ from typing import Annotated, TypeAlias
 
 import typer
 
+from dynarank.decompositions.registry import decomposition_names
 from dynarank.schedules.catalog import SCHEDULES
 
 __all__ = [
@@ -25,7 +26,7 @@ RankOption: TypeAlias = Annotated[
     float | None, typer.Option(help="Override the recipe's rank: 16, or 0.25 of the outputs.")
 ]
 DecompositionOption: TypeAlias = Annotated[
-    str | None, typer.Option(help="Override the recipe's: svd, tucker, cp or separable.")
+    str | None, typer.Option(help=f"Override the recipe's: {', '.join(decomposition_names())}.")
 ]
 BudgetOption: TypeAlias = Annotated[
     float | None,

@@ -16,8 +16,9 @@ from dynarank.cli.show import console, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
-from dynarank.forms import Adapted, Form, FullRank, form_name, form_to_data
+from dynarank.forms import Adapted, Form, FullRank, form_name
 from dynarank.report.formats import bytes_text, count, ratio
+from dynarank.schedules.form_data import form_to_data
 from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
@@ -222,7 +223,7 @@ def _remarks(
         if one.adapted_costs_more
     ]
     left = [
-        f"{site.path} ({site.obstacle or 'not among the recipe layers'})"
+        f"{site.path} ({site.obstacle or 'not in the layers of the recipe'})"
         for site in survey(model)
         if site.path not in layers
     ]

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from dynarank.forms import Change, form_name
 from dynarank.records import EpochRecord, Metric
-from dynarank.report.formats import score_text, seconds_text
+from dynarank.report.formats import plural, score_text, seconds_text
 from dynarank.train.listener import Progress
 
 __all__ = ["ProgressListener", "console", "progress_text", "right_aligned"]
@@ -32,7 +32,10 @@ def console(*, quiet_stdout: bool = False) -> Console:
 
 
 def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
-    """A table with columns of text first, then columns of numbers, aligned right."""
+    """A table with columns of text first, then columns of numbers, aligned right.
+
+    In a narrow terminal headings and numbers are wrapped, never cut.
+    """
     table = Table(
         title=title,
         title_justify="left",
@@ -45,15 +48,15 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
     for name in first:
         table.add_column(name, no_wrap=True)
     for name in numbers:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     return table
 
 
 class ProgressListener:
     """Shows the progress of one run: a bar in a terminal, one line per epoch elsewhere.
 
-    The bar shows the epoch, the phase, the share of layers that are full-rank, the training FLOPs
-    so far relative to full rank, and the remaining time.
+    The bar shows the epoch, the phase (with the share of full-rank layers if forms are mixed), the
+    training FLOPs so far relative to full rank, and the remaining time.
     """
 
     def __init__(self, out: Console, schedule: str, epochs: int, metric: Metric) -> None:
@@ -100,7 +103,8 @@ class ProgressListener:
         error = max(change.error for change in changes)
         for (before, after), count in kinds.items():
             self._out.print(
-                f"{self._schedule}: epoch {epochs_done:.2f}: {count} layers {before} -> {after}, "
+                f"{self._schedule}: epoch {epochs_done:.2f}: {plural(count, 'layer')} "
+                f"{before} -> {after}, "
                 f"largest relative weight change {error:.1e}"
             )
 
@@ -119,10 +123,12 @@ def progress_text(progress: Progress, epochs: int) -> str:
 
     Example:
         >>> progress_text(Progress(4.25, 17, 40, "mixed", 0.5, 0.71, 0.1), 10)
-        'epoch 4.2/10, mixed, 50% of layers full-rank, FLOPs 0.71x'
+        'epoch 4.2/10, mixed (50% full-rank), FLOPs 0.71x'
+        >>> progress_text(Progress(4.25, 17, 40, "low-rank", 0.0, 0.29, 0.1), 10)
+        'epoch 4.2/10, low-rank, FLOPs 0.29x'
     """
+    share = f" ({progress.share_full_rank:.0%} full-rank)" if progress.phase == "mixed" else ""
     return (
-        f"epoch {progress.epochs_done:.1f}/{epochs}, {progress.phase}, "
-        f"{progress.share_full_rank:.0%} of layers full-rank, "
+        f"epoch {progress.epochs_done:.1f}/{epochs}, {progress.phase}{share}, "
         f"FLOPs {progress.relative_flops_so_far:.2f}x"
     )

@@ -26,7 +26,7 @@ from dynarank.cli.options import (
 )
 from dynarank.cli.show import ProgressListener, console, right_aligned
 from dynarank.records import Metric, SummaryRecord
-from dynarank.report.formats import bytes_text, count, ratio, score_text, seconds_text
+from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
 from dynarank.schedules.catalog import get_preset
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
@@ -103,7 +103,7 @@ def train(
         runs = {name: summary.model_dump() for name, summary in summaries.items()}
         print(json.dumps({"folder": str(folder), "report": report, "runs": runs}, indent=2))
         return
-    title = f"{chosen.name}, seed {seed}, {length} epochs"
+    title = f"{chosen.name}, seed {seed}, {plural(length, 'epoch')}"
     _show(terminal, title, task.metric, summaries)
     terminal.print(f"Run folder: {folder}" + (f"; report: {report}" if report else ""))
 

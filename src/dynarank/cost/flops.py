@@ -220,9 +220,9 @@ def _record_calls(
     parents, devices = readers(meta_copy), dict[nn.Module, str]()
     for site in sites:
         for one in site.places:
-            module, name = meta_copy.get_submodule(one.module_path), one.spec.name
+            module, name = meta_copy.get_submodule(one.module_paths[0]), one.spec.name
             if module in parents:  # it is never called; its parent uses its weight
-                module, name = parents[module], f"{one.module_path.rpartition('.')[2]}.{name}"
+                module, name = parents[module], f"{one.module_paths[0].rpartition('.')[2]}.{name}"
             paths.setdefault(module, {})[name] = site.path
             devices[module] = next(iter(one.parameters().values())).device.type
     for module, names in paths.items():

@@ -3,8 +3,8 @@
 Legend: ``W`` a weight (out, in, *kernel); n = out, m = in * kernel positions, r the rank.
 
 Each factor is a linear map or a convolution of its own, and ``join`` multiplies them: it is linear
-in each factor. Groups are the business of :class:`dynarank.decompositions.grouped.Grouped`: a
-decomposition sees one group's weight.
+in each factor. A decomposition sees the weight of one group; several groups are handled by
+:class:`dynarank.decompositions.grouped.Grouped`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ __all__ = ["Decomposition"]
 
 
 class Decomposition(ABC):
-    """W (out, in, *kernel) as a chain of factors.
+    """The base class of decompositions: W (out, in, *kernel) as a chain of factors.
 
     Laws: ``join(split(W, limit(shape))) == W``, and ``apply(x, factors, stages) == layer(x,
     join(factors))``. A new decomposition needs a name and five methods: ``limit``, ``shapes``,
     ``split``, ``join`` and ``stages`` (and ``factor_names`` if there are not two factors). The
-    others follow from these; write one where there is a faster formula. See
+    others have defaults made of these; override one where there is a faster formula. See
     ``examples/05_custom_decomposition.py``.
     """
 

@@ -74,7 +74,8 @@ def get_decomposition(name: str, groups: int = 1) -> Decomposition:
                 "add yours by dynarank.register_decomposition"
             )
         module = import_module(f"dynarank.decompositions.{name}")
-        _LOADED[name] = getattr(module, _BUILT_IN[name])()
+        made = getattr(module, _BUILT_IN[name])()
+        _LOADED.setdefault(name, made)  # another thread may have been first
     decomposition = _LOADED[name]
     return decomposition if groups == 1 else Grouped(decomposition, groups)
 

@@ -45,19 +45,8 @@ class SVD(Decomposition):
         ones = (1,) * (len(shape) - 2)
         return (rank, *shape[1:]), (shape[0], rank, *ones)
 
-    def fits(self, factors: Factors) -> bool:
-        """Whether two tensors are a pair of this decomposition's factors."""
-        down, up = factors
-        if down.ndim < 2 or up.ndim != down.ndim:
-            return False
-        shape = (up.shape[0], *down.shape[1:])
-        return self.shapes(shape, down.shape[0]) == (tuple(down.shape), tuple(up.shape))
-
     def split(self, weight: Tensor, rank: int, start: Factors | None = None) -> Factors:
         """The best rank-r factors of ``weight``, balanced, in its precision (fp32 at least).
-
-        A direction in which W is numerically zero gets one factor of the smallest live size and
-        one of (almost) zero: the product is the same and the zero one can still learn.
 
         Args:
             weight: (out, in, *kernel).
@@ -65,13 +54,13 @@ class SVD(Decomposition):
             start: factors of a similar weight, of rank r or more: a step or two of subspace
                 iteration from them replace the full decomposition where that is as good.
         """
-        if weight.shape[0] > weight[0].numel():  # the transposed problem: it is wide
-            transposed = None if start is None else (start[1].flatten(1).T, start[0].flatten(1).T)
-            left, right = _split_wide(weight.detach().flatten(1).T, rank, transposed)
-            down, up = left.T, right.T
-        else:
-            matrices = None if start is None else (start[0].flatten(1), start[1].flatten(1))
-            up, down = _split_wide(weight.detach().flatten(1), rank, matrices)
+        matrix = weight.detach().flatten(1)
+        if len(matrix) > matrix.shape[1]:  # the transposed problem: it is wide
+            rows = None if start is None else start[1].flatten(1).T
+            left, right = _split_wide(matrix.T, rank, rows)
+            return self._shaped(left.T, right.T, weight.shape)
+        rows = None if start is None else start[0].flatten(1)
+        up, down = _split_wide(matrix, rank, rows)
         return self._shaped(down, up, weight.shape)
 
     def refactor(self, factors: Factors, rank: int) -> Factors:
@@ -159,21 +148,19 @@ class SVD(Decomposition):
         return lifted.reshape(up.shape[0], *factors[0].shape[1:])
 
 
-def _split_wide(
-    matrix: Tensor, rank: int, start: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Factors (n, r), (r, m) of an (n, m) matrix with n <= m; ``start`` (k, m), (n, k)."""
+def _split_wide(matrix: Tensor, rank: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Factors (n, r), (r, m) of an (n, m) matrix with n <= m, from ``rows`` (k, m) if they help."""
     matrix, scale = as_unit(matrix)
-    warm = None if start is None else _from_start(matrix, rank, start[0])
-    if warm is None:
+    found = None if rows is None else _from_rows(matrix, rank, rows)
+    if found is None:
         basis, _ = leading_directions(matrix, rank)
-        warm = basis, basis.T @ matrix
-    left, right = balance(*warm)
+        found = basis, basis.T @ matrix
+    left, right = balance(*found)
     return left * scale.sqrt(), right * scale.sqrt()
 
 
-def _from_start(matrix: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Directions by iteration from ``rows`` (k, m); None if they are no start for this."""
+def _from_rows(matrix: Tensor, rank: int, rows: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Directions by subspace iteration from ``rows`` (k, m); None if these are of no use here."""
     fits = rows.shape[1] == matrix.shape[1] and rank <= len(rows) <= len(matrix)
     if not fits or not torch.isfinite(rows.sum()):
         return None

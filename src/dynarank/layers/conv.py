@@ -26,7 +26,7 @@ __all__ = [
 
 
 class _RankedConv(RankedLayer):
-    """What convolutions have in common."""
+    """The base class of ranked convolutions."""
 
     weight = effective("weight")
 
@@ -39,17 +39,16 @@ class _RankedConv(RankedLayer):
 
     @classmethod
     def calls(cls, module: nn.Module, inputs: Mapping[str, object]) -> dict[str, list[Call]]:
-        """The padded input under the kernel."""
+        """One multiplication of the padded input by the kernel."""
         return {"weight": [one_call(module, *cls.padded(module, inputs))]}
 
     @classmethod
     def padded(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
         """The input, padded unless the kernel pads it with zeros itself, and the geometry."""
         conv, x = cast(Any, module), cast(Tensor, inputs["input"])
-        geometry = _geometry(conv)
-        if conv.padding_mode != "zeros" or (conv.padding == "same" and not _symmetric(conv)):
-            mode = conv.padding_mode if conv.padding_mode != "zeros" else "constant"
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        geometry, sides = _geometry(conv), conv._reversed_padding_repeated_twice
+        if conv.padding_mode != "zeros" or (conv.padding == "same" and sides[::2] != sides[1::2]):
+            x = F.pad(x, sides, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
             geometry = replace(geometry, padding=(0,) * len(geometry.stride))
         return x, geometry
 
@@ -62,7 +61,7 @@ class _RankedConv(RankedLayer):
 
 
 class _RankedTransposed(_RankedConv):
-    """What transposed convolutions have in common."""
+    """The base class of ranked transposed convolutions."""
 
     @classmethod
     def padded(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
@@ -120,23 +119,12 @@ class RankedConvTranspose3d(_RankedTransposed, nn.ConvTranspose3d):  # pyright: 
 
 
 def _geometry(conv: Any) -> Geometry:
-    """The convolution's own; of asymmetric padding, none (it is padded beforehand)."""
+    """The convolution's geometry, without asymmetric padding: that is done beforehand."""
     dims = len(conv.kernel_size)
     padding = conv.padding
     if isinstance(padding, str):
         spans = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
         padding = tuple(s // 2 for s in spans) if padding == "same" else (0,) * dims
     extra = tuple(conv.output_padding) if conv.transposed else ()
-    return Geometry(
-        tuple(conv.stride),
-        tuple(padding),
-        tuple(conv.dilation),
-        extra,
-        conv.groups,
-        conv.transposed,
-    )
-
-
-def _symmetric(conv: Any) -> bool:
-    pairs = conv._reversed_padding_repeated_twice
-    return pairs[::2] == pairs[1::2]
+    stride, padding, dilation = map(tuple, (conv.stride, padding, conv.dilation))
+    return Geometry(stride, padding, dilation, extra, conv.groups, conv.transposed)

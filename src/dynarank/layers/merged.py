@@ -65,12 +65,19 @@ def merged_product(
     The base gets no gradient. Double backward is not supported: use two-branch execution for that.
 
     Args:
-        x: (..., in) or (batch, in, *positions).
+        x: (..., in), (batch, in, *positions) or, for a convolution, (in, *positions).
         base: the frozen weight, (out, in / groups, *kernel), in canonical layout.
-        factors: the factors, with the dtype of ``x``.
+        factors: the factors, with the dtype of ``x``; under autocast both are cast.
         bias: (out,) or None.
         how: the options.
     """
+    if base.ndim > 2 and x.ndim == base.ndim - 1:
+        return merged_product(x.unsqueeze(0), base, factors, bias, how).squeeze(0)
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, factors = x.to(dtype), tuple(f.to(dtype) for f in factors)
+        bias = None if bias is None else bias.to(dtype)
     kept = how.weight(base.detach(), tuple(f.detach() for f in factors))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
         return linear_map(x, kept, how.geometry, bias)  # autograd functions have an overhead

@@ -31,15 +31,15 @@ _OWN = ("forms", "last_factored_forms", *_RESOLVED)
 
 
 class RankedLayer(nn.Module):
-    """What every ranked layer has; the plain layer's class comes second among the bases.
+    """The base class of ranked layers; each derives from it first and from its plain class second.
 
     Its parameters, and so its ``state_dict`` keys, are those of the plain layer, except that a
-    weight that is low-rank is replaced by its factors (``down``, ``up``), and one that is adapted
-    by ``base`` and its factors. The effective weight can be read under its own name in every form.
+    low-rank weight is replaced by its factors (``down``, ``up``), and an adapted one by ``base``
+    and its factors. The effective weight can be read under its own name in every form.
 
-    To add a layer, derive from this class and the plain one, set ``plain``, write ``specs`` and
-    ``forward`` (and ``calls``, if it is not one multiplication of the first argument), and pass
-    both classes to :func:`dynarank.register_layer`. See ``examples/06_custom_layer.py``.
+    To add a layer, set ``plain``, write ``specs`` and ``forward`` (and ``calls``, if it is not one
+    multiplication of the first argument), and pass both classes to
+    :func:`dynarank.register_layer`. See ``examples/06_custom_layer.py``.
     """
 
     plain: ClassVar[type[nn.Module]]
@@ -70,9 +70,9 @@ class RankedLayer(nn.Module):
 
     @classmethod
     def fused_children(cls, module: nn.Module) -> tuple[nn.Module, ...]:
-        """Children whose weights the plain forward pass uses itself, without calling the child.
+        """Children whose weights the plain forward pass reads itself, without calling the child.
 
-        The module becomes ranked with them, and calls them then.
+        The module becomes ranked when one of them does, and calls them from then on.
         """
         return ()
 
@@ -105,7 +105,7 @@ class RankedLayer(nn.Module):
         return shell
 
     def set_form(self, name: str, form: Form) -> None:
-        """Note that a weight has this form; its parameters have been replaced already."""
+        """Record that a weight has this form; its parameters have been replaced already."""
         for factored in (self.forms[name], form):
             if not isinstance(factored, FullRank):
                 self.last_factored_forms = {**self.last_factored_forms, name: factored}
@@ -162,15 +162,18 @@ class RankedLayer(nn.Module):
         if isinstance(form, FullRank):
             return linear_map(x, spec.to_canonical(weight.base(parameters)), geometry, bias)
         execution = self._execution(weight, x, geometry)
+        if execution.name == "joined":
+            return linear_map(x, weight.joined(parameters), geometry, bias)
         if execution.name == "factored":
             return _chain(weight, parameters, x, geometry, bias)
+        base, stages = spec.to_canonical(weight.base(parameters)), weight.stages(geometry)
         if execution.name == "two-branch":
-            base = spec.to_canonical(weight.base(parameters))
             whole = linear_map(x, base, geometry, bias)
             return whole + _chain(weight, parameters, x, geometry, None)
-        if isinstance(form, Adapted):
-            return _merged(weight, parameters, x, geometry, bias, execution)
-        return linear_map(x, weight.joined(parameters), geometry, bias)
+        assert isinstance(form, Adapted) and weight.decomposition is not None, execution
+        thin, keep = execution.thin, execution.keep
+        how = Merging(weight.decomposition, form.scale, geometry, stages, thin, keep)
+        return merged_product(x, base, weight.factors(parameters), bias, how)
 
     def _execution(self, weight: ResolvedWeight, x: Tensor, geometry: Geometry) -> Execution:
         grad = torch.is_grad_enabled()
@@ -261,29 +264,3 @@ def _chain(
     if form.recompute and torch.is_grad_enabled():
         return checkpoint(apply, x, factors, stages, bias, use_reentrant=False)  # type: ignore[no-any-return]
     return apply(x, factors, stages, bias)
-
-
-def _merged(
-    weight: ResolvedWeight,
-    parameters: Mapping[str, Tensor],
-    x: Tensor,
-    geometry: Geometry,
-    bias: Tensor | None,
-    execution: Execution,
-) -> Tensor:
-    """One product; under autocast in its dtype, as every product there."""
-    form, spec, factors = weight.form, weight.spec, weight.factors(parameters)
-    assert isinstance(form, Adapted) and weight.decomposition is not None
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x, factors = x.to(dtype), tuple(f.to(dtype) for f in factors)
-        bias = None if bias is None else bias.to(dtype)
-    unbatched = spec.dims > 0 and x.ndim == spec.dims + 1
-    stages = weight.stages(geometry)
-    how = Merging(
-        weight.decomposition, form.scale, geometry, stages, execution.thin, execution.keep
-    )
-    base = spec.to_canonical(weight.base(parameters))
-    y = merged_product(x.unsqueeze(0) if unbatched else x, base, factors, bias, how)
-    return y.squeeze(0) if unbatched else y

@@ -89,7 +89,7 @@ def preserve_state(
 
     - the ``training`` flag of each module;
     - the buffers: the same objects, unwritten, so that a graph with a pending backward pass stays
-      valid. Inside the context, the model has copies;
+      valid. Inside, the model has copies; those of scripted modules are written back;
     - the ``.grad`` of each parameter, which is None inside;
     - the random states of the CPU and the model's devices, and the gradient mode.
 
@@ -118,6 +118,9 @@ def preserve_state(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         copies: dict[int, Tensor] = {}  # shared buffers stay shared
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # its buffers cannot be exchanged
+                _restore_later(module, stack)
+                continue
             own = module.__dict__["_buffers"]
             stack.callback(module.__dict__.__setitem__, "_buffers", own)
             stack.callback(setattr, module, "training", module.training)
@@ -128,6 +131,18 @@ def preserve_state(
         if training is not None:
             model.train(training)
         yield
+
+
+def _restore_later(module: torch.jit.ScriptModule, stack: ExitStack) -> None:
+    """Have the buffers and the mode of a scripted module set back, in place."""
+    stack.callback(setattr, module, "training", module.training)
+    for buffer in module.buffers(recurse=False):
+        stack.callback(_write, buffer, buffer.clone())
+
+
+@torch.no_grad()
+def _write(buffer: Tensor, value: Tensor) -> None:
+    buffer.copy_(value)
 
 
 def _copy(buffer: Tensor | None, copies: dict[int, Tensor]) -> Tensor | None:

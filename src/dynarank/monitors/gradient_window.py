@@ -88,7 +88,7 @@ class GradientWindow:
         wanted = set(paths)
         if wanted == self._rings.keys() and all(ring.alive for ring in self._rings.values()):
             return
-        sites = find_sites(self.model, survey(self.model), wanted)
+        sites = find_sites(self.model, survey(self.model), wanted) if wanted else {}
         rings = {path: _Ring(site.trained(), self.length) for path, site in sites.items()}
         old = self._rings
         self._rings = {

@@ -7,19 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import RankLike, resolve_rank
+from dynarank.forms import RankLike
 from dynarank.monitors.cadence import Cadence
-from dynarank.monitors.effective_weight import LayerWeight, layer_values, update_values
-from dynarank.monitors.singular_values import (
-    effective_rank,
-    energy_rank,
-    singular_values,
-    spectral_ratio,
-    stable_rank,
-)
+from dynarank.monitors.effective_weight import LayerWeight
+from dynarank.monitors.singular_values import singular_values
+from dynarank.monitors.spectral_reading import read_spectra
 from dynarank.schedules.readings import SpectralReading
 from dynarank.surgery.selection import LayerFilter, select
 from dynarank.surgery.sites import Site, survey
@@ -106,16 +100,10 @@ class SpectralMonitor:
         work = sum(max(_work(site.shape), least) for site in self._watched())
         return rate * work * (3 if self._starts else 1)  # updates often need fp64
 
-    @torch.no_grad()
     def read(self) -> Mapping[str, SpectralReading]:
         """A reading for each watched layer, except for layers that are not finite."""
-        readings: dict[str, SpectralReading] = {}
-        for site in self._watched():
-            try:
-                readings[site.path] = self._read(site)
-            except UnfitWeightError:
-                continue
-        return readings
+        sites = self._watched()
+        return read_spectra(sites, rank=self._rank, values=self._values, starts=self._starts)
 
     def _watched(self) -> list[Site]:
         sites = survey(self._model)
@@ -125,34 +113,6 @@ class SpectralMonitor:
         ranked = [site for site in able if site.last_factored_form is not None]
         return ranked or able
 
-    def _read(self, site: Site) -> SpectralReading:
-        weight = LayerWeight.of(site)
-        values = layer_values(weight)
-        rank = self._lambda_rank(site, site.shape)
-        return SpectralReading(
-            effective_rank(values),
-            stable_rank(values),
-            energy_rank(values),
-            spectral_ratio(values, rank),
-            rank,
-            len(values),
-            self._update_rank(site.path, weight, values),
-            _thinned(values, self._values),
-        )
-
-    def _update_rank(self, path: str, weight: LayerWeight, values: Tensor) -> float | None:
-        start = self._starts.get(path)
-        if start is None or start.spec.shape != weight.spec.shape:
-            return None
-        size = float(torch.linalg.vector_norm(values))
-        return effective_rank(update_values(weight, start, size))
-
-    def _lambda_rank(self, site: Site, shape: tuple[int, ...]) -> int:
-        if self._rank is not None or site.last_factored_form is None:
-            return resolve_rank(0.5 if self._rank is None else self._rank, shape)
-        limit = min(shape[0], math.prod(shape[1:]))  # lower than that of some decompositions
-        return min(site.last_factored_form.resolved_rank, limit)
-
 
 _SMALL = 256  # the side of the matrix that is timed to estimate the cost of larger ones
 
@@ -161,12 +121,3 @@ def _work(shape: tuple[int, ...]) -> float:
     """The cost of a reading, up to a factor: n^3 for a spectrum, n^2 m / 5 for a Gram matrix."""
     n, m = sorted((shape[0], math.prod(shape[1:])))
     return n**2 * (n + m / 5)
-
-
-def _thinned(values: Tensor, count: int) -> tuple[float, ...]:
-    """At most ``count`` of the values, evenly spaced from first to last."""
-    last = len(values) - 1
-    if count <= last:
-        places = [round(i * last / max(count - 1, 1)) for i in range(count)]
-        values = values[torch.tensor(places, dtype=torch.long, device=values.device)]
-    return tuple(values.tolist())

@@ -1,4 +1,4 @@
-"""BatchNorm recalibration after a change that is not exact: running statistics of new batches."""
+"""BatchNorm recalibration: running statistics computed again after a truncation."""
 
 from __future__ import annotations
 
@@ -40,14 +40,17 @@ class BatchNormRecalibration(Callback):
 def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set every BatchNorm's running mean and variance to those of ``batches``.
 
-    A truncated weight gives its BatchNorm other inputs than the running statistics are of; they
-    would follow within some 1 / momentum steps, and evaluation is off until then. Weights, other
-    buffers, the mode of every module and the global random state stay as they are, and after an
-    exception the running statistics too; a model without BatchNorm is not run at all.
+    A truncated weight changes the inputs of the BatchNorm after it. Its running statistics would
+    follow within some 1 / momentum steps; until then evaluation is off. Weights, other buffers, the
+    mode of every module and the global random state stay as they are, and after an exception the
+    running statistics too; a model without BatchNorm is not run at all.
 
     Args:
         model: run in training mode, without gradients.
         batches: as :func:`dynarank.calibrate` takes them; a few hundred examples suffice.
+
+    Raises:
+        ValueError: no batch, such as from an iterator that is exhausted.
 
     Example:
         >>> norm = nn.BatchNorm1d(1, affine=False)
@@ -65,8 +68,12 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the mean of all batches
+            empty = True
             for batch in batches:
                 call_model(model, batch)
+                empty = False
+            if empty:
+                raise ValueError("there is no batch to recalibrate BatchNorm on; give a few")
             found = [dict(norm.named_buffers(recurse=False)) for norm in norms]
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
 
-from dynarank.forms import Change, Plan
-from dynarank.monitors.calibration import Calibration
+from dynarank.decompositions.truncation import ActivationStats
+from dynarank.forms import Change, Form
+from dynarank.surgery.sites import Site
 
-__all__ = [
-    "Callback",
-    "CallbackLike",
-    "Ranks",
-    "as_callback",
-    "calibration_for",
-    "callback_states",
-    "load_callback_states",
-]
+__all__ = ["Callback", "CallbackLike", "Ranks", "named_callbacks"]
 
 
 class Ranks(Protocol):
@@ -35,9 +28,10 @@ class Ranks(Protocol):
 class Callback:
     """The base class of callbacks; a method that is not overridden does nothing.
 
-    Callbacks are called in the order of the list. An exception ends the call at once and reaches
-    the user; callbacks later in the list are not called. Raised by :meth:`before_change`, nothing
-    has changed; raised by :meth:`after_change`, the change stands and is not made again.
+    Callbacks are called in the order of the list, and change no layer's form themselves. An
+    exception ends the call at once and reaches the user; callbacks later in the list are not
+    called. Raised by :meth:`before_change`, nothing has changed; raised by :meth:`after_change`,
+    the change stands and is not made again.
 
     Example:
         >>> class Count(Callback):
@@ -52,8 +46,10 @@ class Callback:
     def after_step(self, ranks: Ranks) -> None:
         """Called after each optimizer step, before the schedule is asked for the next."""
 
-    def before_change(self, ranks: Ranks, plan: Plan) -> Calibration | None:
-        """Called before the model is brought to another plan.
+    def before_change(
+        self, ranks: Ranks, wanted: Sequence[tuple[Site, Form]]
+    ) -> Mapping[str, ActivationStats] | None:
+        """Called before layers change form, with each weight that will and its new form.
 
         Returns:
             A calibration for the weights that are truncated, from one callback at most.
@@ -70,7 +66,7 @@ class Callback:
         """The inverse of :meth:`state_dict`."""
 
     def close(self) -> None:
-        """Called by ``RankScheduler.close``: take off hooks, close files; may come twice."""
+        """Called by ``RankScheduler.close``, maybe twice: remove hooks, close files."""
 
 
 CallbackLike: TypeAlias = Callback | Callable[[list[Change]], object]
@@ -85,60 +81,24 @@ class _AfterChange(Callback):
         self.function(changes)
 
 
-def as_callback(value: CallbackLike) -> Callback:
-    """The callback itself, or a function of the changes made one.
+def named_callbacks(values: Iterable[CallbackLike]) -> dict[str, Callback]:
+    """Callbacks by their classes' names, numbered from the second of a class on.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: one is neither a callback nor a function.
     """
-    if isinstance(value, Callback):
-        return value
-    if isinstance(value, type) or not callable(value):
-        raise ValueError(
-            "callbacks are Callback objects, or functions called with the list of changes, got "
-            f"{value!r}"
-        )
-    return _AfterChange(value)
-
-
-def calibration_for(callbacks: Iterable[Callback], ranks: Ranks, plan: Plan) -> Calibration | None:
-    """Tell all callbacks of the plan; the calibration that one of them gives.
-
-    Raises:
-        ValueError: two of them give one.
-    """
-    found = [one.before_change(ranks, plan) for one in callbacks]
-    given = [calibration for calibration in found if calibration is not None]
-    if len(given) > 1:
-        raise ValueError(f"{len(given)} callbacks calibrate one change; leave one in callbacks")
-    return given[0] if given else None
-
-
-def callback_states(callbacks: Iterable[Callback]) -> dict[str, Any]:
-    """The states of those that have one, by name."""
-    return {name: state for name, one in _named(callbacks) if (state := one.state_dict())}
-
-
-def load_callback_states(callbacks: Iterable[Callback], states: Mapping[str, Any]) -> None:
-    """Give each callback its own; one without a saved state stays as it is.
-
-    Raises:
-        ValueError: the state of a callback that is not there; nothing is loaded then.
-    """
-    named = dict(_named(callbacks))
-    if missing := states.keys() - named.keys():
-        raise ValueError(
-            f"the saved run had the callbacks {', '.join(sorted(missing))}, this one has not; "
-            "give the same callbacks"
-        )
-    for name, state in states.items():
-        named[name].load_state_dict(state)
-
-
-def _named(callbacks: Iterable[Callback]) -> Iterator[tuple[str, Callback]]:
-    """Each with its class's name, numbered from the second of a class on."""
-    seen = Counter[str]()
-    for one in callbacks:
+    named, seen = dict[str, Callback](), Counter[str]()
+    for value in values:
+        if isinstance(value, Callback):
+            one = value
+        elif callable(value) and not isinstance(value, type):
+            one = _AfterChange(value)
+        else:
+            raise ValueError(
+                "callbacks are Callback objects, or functions called with the list of changes, got "
+                f"{value!r}"
+            )
         name = type(one).__name__
         seen[name] += 1
-        yield (name if seen[name] == 1 else f"{name}-{seen[name]}"), one
+        named[name if seen[name] == 1 else f"{name}-{seen[name]}"] = one
+    return named

@@ -1,7 +1,7 @@
-"""The learning rate's forecast, from a copy of the user's scheduler that is run ahead.
+"""The learning rate's forecast, from a copy of the user's LR scheduler that is run ahead.
 
-Nothing of the user's is touched: the scheduler is copied with a stand-in for its optimizer, which
-has the groups' numbers and no parameters of the model's.
+The scheduler is copied with an optimizer of its own, which has the same groups but none of the
+model's parameters, so the user's scheduler, optimizer and model are not touched.
 """
 
 from __future__ import annotations
@@ -16,52 +16,55 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = ["POINTS", "Forecast", "foresee"]
+__all__ = ["POINTS", "Forecast"]
 
 POINTS = 1001
 """How many learning rates a forecast holds, from the first step of a run to its last."""
 
 
 class Forecast:
-    """What is known of a run's learning rate: nothing, all of it, or more as the run goes on.
+    """The learning rates of a whole run, as soon as they are known.
 
-    How many optimizer steps lie between two steps of the LR scheduler is not given anywhere, so it
-    is watched: a scheduler that is stepped once an epoch is understood at the end of the first.
+    An LR scheduler does not tell how often it is stepped, so its step count is watched: if that
+    rises once an epoch, the rates are known at the end of the first epoch.
 
     Args:
-        source: a learning-rate scheduler; the rates of the run themselves, at equal distances; or
-            None for nothing.
+        source: an LR scheduler; the rates of the run themselves, at equal distances; or None.
         total_steps: optimizer steps of the run.
 
     Raises:
-        ValueError: rates that are not positive and finite.
+        ValueError: rates that are negative or not finite.
 
     Example:
-        >>> model = torch.nn.Linear(2, 2)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> forecast = Forecast(torch.optim.lr_scheduler.StepLR(optimizer, 5), 10)
-        >>> forecast.rates  # nobody knows yet how often it is stepped
+        >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
+        >>> scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [50], 0.1)
+        >>> forecast = Forecast(scheduler, total_steps=100)
+        >>> forecast.rates  # unknown until the scheduler has been stepped
         ()
+        >>> optimizer.step(); scheduler.step(); forecast.watch(1)
+        >>> forecast.rates[499], forecast.rates[501]
+        (1.0, 0.1)
     """
 
     def __init__(self, source: Any | Sequence[float] | None, total_steps: int) -> None:
         self.total_steps = total_steps
         self.rates: tuple[float, ...] = ()
-        self._scheduler: Any = None
-        self._copy: Any = None
         if isinstance(source, Sequence):
-            self.rates = _checked(source)
-        elif source is not None and not isinstance(source, ReduceLROnPlateau):
-            self._scheduler, self._copy = source, _detached(source)
-        self._seen = (0, _count(self._scheduler) or 0)  # the last step at which its count rose
+            if wrong := [rate for rate in source if not 0 <= rate < float("inf")]:
+                raise ValueError(
+                    f"a forecast holds finite rates, not negative ones; got {wrong[0]}"
+                )
+            self.rates, source = tuple(map(float, source)), None
+        self._scheduler, self._copy = source, _detached(source)
+        self._seen = (0, _count(source) or 0)  # the last step at which its count rose
         self._every: float | None = None
         self._rises = 0
 
     def watch(self, step: int) -> None:
-        """Look at the scheduler after an optimizer step, and update the forecast if it can be.
+        """Look at the scheduler after an optimizer step, and update the forecast if it was stepped.
 
-        Its first rise is seen before or after the step it belongs to, by the order of the user's
-        calls; from the first to the second the distance is exact.
+        At the first rise of its count, the interval between its steps is known up to one optimizer
+        step, by the order of the user's calls; at the second it is known exactly.
         """
         count = _count(self._scheduler)
         if self._copy is None or count is None or count <= self._seen[1] or self._rises == 2:
@@ -71,16 +74,12 @@ class Forecast:
         self._seen, self._rises = (step, count), self._rises + 1
         if every != self._every:
             self._every = every
-            self.rates = foresee(self._copy, self.total_steps, every)
+            self.rates = _foresee(self._copy, self.total_steps, every)
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain data."""
-        return {
-            "rates": list(self.rates),
-            "seen": list(self._seen),
-            "every": self._every,
-            "rises": self._rises,
-        }
+        known = {"rates": list(self.rates), "seen": list(self._seen)}
+        return {**known, "every": self._every, "rises": self._rises}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
@@ -89,22 +88,11 @@ class Forecast:
         self._every, self._rises = state["every"], int(state["rises"])
 
 
-def foresee(lr_scheduler: Any, total_steps: int, every: float = 1) -> tuple[float, ...]:
-    """The first group's learning rate at ``POINTS`` steps, evenly over the run from its first.
+def _foresee(lr_scheduler: Any, total_steps: int, every: float) -> tuple[float, ...]:
+    """The first group's rate at ``POINTS`` steps of a run, evenly from its first to its last.
 
-    Args:
-        lr_scheduler: any of torch's or a subclass of one, as it is before the run; not touched.
-        total_steps: optimizer steps of the run.
-        every: optimizer steps from one step of the scheduler to the next.
-
-    Returns:
-        The rates; empty, with a warning, if the scheduler cannot be run without the user's help.
-
-    Example:
-        >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
-        >>> rates = foresee(torch.optim.lr_scheduler.MultiStepLR(optimizer, [50], 0.1), 100)
-        >>> rates[499], rates[501]
-        (1.0, 0.1)
+    ``every`` is the number of optimizer steps from one step of the LR scheduler to the next. Empty,
+    with a warning, if the scheduler cannot be run without the user's help.
     """
     ahead = _detached(lr_scheduler)
     if ahead is None:
@@ -119,42 +107,37 @@ def foresee(lr_scheduler: Any, total_steps: int, every: float = 1) -> tuple[floa
                 ahead.step()
     except Exception as error:  # a scheduler that wants a metric, or ends before the run does
         if not rates:
-            return _unforeseen(lr_scheduler, error)
+            _warn(lr_scheduler, error)
+            return ()
         rates += [rates[-1]] * (count - len(rates))
     return tuple(rates[min(i * count // (POINTS - 1), count - 1)] for i in range(POINTS))
 
 
 def _detached(lr_scheduler: Any) -> Any:
-    """A copy with an optimizer of its own; None, with a warning, if there cannot be one."""
+    """A copy with an optimizer of its own; None if there cannot be one."""
     optimizer = getattr(lr_scheduler, "optimizer", None)
     if isinstance(lr_scheduler, ReduceLROnPlateau) or not isinstance(optimizer, Optimizer):
         return None
+    groups: list[dict[str, Any]] = []
     try:
-        return copy.deepcopy(lr_scheduler, {id(optimizer): _stand_in(optimizer)})
+        for group in optimizer.param_groups:
+            options = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+            groups.append({"params": [Parameter(torch.zeros(1))], **options})
+        own = torch.optim.SGD(groups, lr=0.0)
+        own._opt_called = True  # type: ignore[attr-defined]  # torch looks whether it was stepped
+        return copy.deepcopy(lr_scheduler, {id(optimizer): own})
     except Exception as error:
-        _unforeseen(lr_scheduler, error)
+        _warn(lr_scheduler, error)
         return None
 
 
-def _stand_in(optimizer: Optimizer) -> Optimizer:
-    """An optimizer with the same numbers in its groups and none of their parameters."""
-    groups: list[dict[str, Any]] = []
-    for group in optimizer.param_groups:
-        numbers = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
-        groups.append({"params": [Parameter(torch.zeros(1))], **numbers})
-    stand_in = torch.optim.SGD(groups, lr=0.0)
-    stand_in._opt_called = True  # type: ignore[attr-defined]  # torch looks whether it was stepped
-    return stand_in
-
-
-def _unforeseen(lr_scheduler: Any, error: Exception) -> tuple[float, ...]:
+def _warn(lr_scheduler: Any, error: Exception) -> None:
     warnings.warn(
         f"the future of {type(lr_scheduler).__name__} cannot be foreseen ({error}); the learning "
         "rate will be followed as it comes",
         RuntimeWarning,
         stacklevel=3,
     )
-    return ()
 
 
 def _count(lr_scheduler: Any) -> int | None:
@@ -163,10 +146,3 @@ def _count(lr_scheduler: Any) -> int | None:
     if not hasattr(lr_scheduler, "last_epoch") and parts:
         return _count(parts[0])
     return getattr(lr_scheduler, "last_epoch", None)
-
-
-def _checked(rates: Sequence[float]) -> tuple[float, ...]:
-    for rate in rates:
-        if not 0 <= rate < float("inf"):
-            raise ValueError(f"a forecast holds finite rates, not negative ones; got {rate}")
-    return tuple(map(float, rates))

@@ -1,12 +1,8 @@
-"""LR re-warm-up: the learning rate warmed up again after a change of form.
-
-The rate that the user's scheduler has set is scaled only while the optimizer steps, and put back
-as it was: schedulers that compute a rate from the last one never see the scaled one.
-"""
+"""LR re-warm-up: the learning rate warmed up again after a change of form."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
@@ -20,6 +16,9 @@ __all__ = ["LRRewarmup"]
 class LRRewarmup(Callback):
     """Scales the learning rate by 1/n, 2/n, ..., 1 in the n steps after a change in mid-run.
 
+    The rate that the user's scheduler has set is scaled only while the optimizer steps, and put
+    back as it was: schedulers that compute a rate from the last one never see the scaled one.
+
     Args:
         steps: n; 0 or 1 scales nothing.
 
@@ -27,20 +26,16 @@ class LRRewarmup(Callback):
         ValueError: a negative number of steps.
 
     Example:
-        >>> import torch
-        >>> weight = torch.nn.Parameter(torch.zeros(()))
-        >>> optimizer = torch.optim.SGD([weight], lr=1.0)
+        >>> model = torch.nn.Linear(8, 8)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        >>> schedule = dr.schedules.dynamic_rank(2, inflate=1, deflate=8)
         >>> rewarmup = LRRewarmup(steps=4)
-        >>> rewarmup.attach([optimizer])
-        >>> rewarmup.restart()
-        >>> weight.grad = torch.tensor(-1.0)
-        >>> optimizer.step()
-        >>> weight.item(), optimizer.param_groups[0]["lr"]
-        (0.25, 1.0)
+        >>> ranks = dr.RankScheduler(model, optimizer, schedule, 10, callbacks=[rewarmup])
+        >>> len(ranks.step()), rewarmup.factor
+        (1, 0.25)
 
-    Reference:
-        Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv 2307.05695, 2023
-        warm up after each restart.
+    Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv 2307.05695,
+    2023, who warm up after each restart.
     """
 
     def __init__(self, steps: int) -> None:
@@ -51,15 +46,16 @@ class LRRewarmup(Callback):
         self._rates: dict[int, list[Any]] = {}
         self._hooks: list[Any] = []
 
-    def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Scale the rates of these optimizers' steps from now on."""
-        for optimizer in optimizers if self.steps > 1 else ():
-            self._hooks.append(optimizer.register_step_pre_hook(self._scale))
-            self._hooks.append(optimizer.register_step_post_hook(self._restore))
+    @property
+    def factor(self) -> float:
+        """What the next step's learning rate is multiplied by."""
+        return min(self.done + 1, self.steps) / self.steps if self.steps else 1.0
 
     def on_start(self, ranks: Ranks) -> None:
-        """Attach to the scheduler's optimizers."""
-        self.attach(ranks.optimizer)
+        """Register hooks around the steps of the scheduler's optimizers."""
+        for optimizer in ranks.optimizer if self.steps > 1 else ():
+            self._hooks.append(optimizer.register_step_pre_hook(self._scale))
+            self._hooks.append(optimizer.register_step_post_hook(self._restore))
 
     def after_step(self, ranks: Ranks) -> None:
         """Count the step."""
@@ -68,7 +64,7 @@ class LRRewarmup(Callback):
     def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
         """Begin to warm up with the next step, unless training has not begun."""
         if ranks.last_step:
-            self.restart()
+            self.done = 0
 
     def state_dict(self) -> dict[str, Any]:
         """How many steps of a warm-up are done."""
@@ -79,19 +75,10 @@ class LRRewarmup(Callback):
         self.done = int(state["done"])
 
     def close(self) -> None:
-        """Leave the optimizers alone."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-    @property
-    def factor(self) -> float:
-        """What the next step's learning rate is multiplied by."""
-        return min(self.done + 1, self.steps) / self.steps if self.steps else 1.0
-
-    def restart(self) -> None:
-        """Begin to warm up with the next step."""
-        self.done = 0
 
     def _scale(self, optimizer: Optimizer, *_: object) -> None:
         if id(optimizer) in self._rates:  # the last step raised before it could be put back

@@ -11,29 +11,22 @@ from typing import Any
 from torch import nn
 
 from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, Plan
+from dynarank.forms import Change, LowRank, Plan
 from dynarank.monitors.gradient_window import GradientWindow
-from dynarank.monitors.spectral import SpectralMonitor
-from dynarank.scheduler.callbacks import (
-    CallbackLike,
-    as_callback,
-    calibration_for,
-    callback_states,
-    load_callback_states,
-)
+from dynarank.monitors.spectral_reading import read_spectra
+from dynarank.scheduler.callbacks import CallbackLike, named_callbacks
 from dynarank.scheduler.lr_forecast import Forecast
-from dynarank.scheduler.saved_forms import forms_to_data, restore_forms
-from dynarank.scheduler.targets import check_phases, scheduled_layers
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, step_of
+from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
-from dynarank.surgery.selection import LayerFilter, find_sites
-from dynarank.surgery.sites import survey
-from dynarank.surgery.verbs import apply_plan
+from dynarank.surgery.selection import LayerFilter, find_sites, select
+from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.verbs import apply_plan, change_forms, check_unwrapped, differences
 
-__all__ = ["RankScheduler"]
+__all__ = ["RankScheduler", "scheduled_layers"]
 
 
 class RankScheduler:
@@ -52,30 +45,26 @@ class RankScheduler:
         layers: the layers under the schedule, a filter ``(module, path) -> bool`` or glob patterns.
             None: those that are ranked already, or, if none is, all that get cheaper in every
             low-rank phase of the schedule.
-        lr_scheduler: the learning rate's scheduler, of which a copy is run ahead to foresee when
-            the rate will fall; or the rates of the run at equal distances. None: the rate is
-            followed as it comes.
-        moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`. Under
+        lr_scheduler: the LR scheduler, of which a copy is run ahead to find when the rate will
+            fall; or the rates of the run at equal distances. None: nothing is known ahead.
+        moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`. With
             ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of your own length, the last
-            gradients before a change are kept of the layers that will change; without any, because
-            a change could not be foreseen, moments are projected.
-        callbacks: called in this order around changes: a
-            :class:`~dynarank.scheduler.callbacks.Callback`, such as ``LRRewarmup``,
-            ``BatchNormRecalibration`` or ``ActivationAwareTruncation``, or a function, which is
-            called with the list of changes after each change of plan.
+            gradients before a change are kept of the layers that will change; if there are none,
+            because the change could not be foreseen, moments are projected.
+        callbacks: called around changes, in this order: ``LRRewarmup``, ``BatchNormRecalibration``,
+            ``ActivationAwareTruncation``, your own :class:`~dynarank.scheduler.callbacks.Callback`,
+            or a function, which gets the list of changes after each change.
 
     Raises:
-        ValueError: no layer to schedule; something that is no schedule or callback; a plan of the
-            schedule's that cannot be (unknown layer, rank above a layer's limit); an optimizer
-            whose moments cannot be moved. Every phase that can be foreseen is checked here, before
-            anything changes.
+        ValueError: no layer to schedule; something that is no schedule or callback; a plan that is
+            impossible (unknown layer, rank above a layer's limit); an optimizer whose moments
+            cannot be moved. Every phase that can be foreseen is checked before anything changes.
 
     Example:
-        >>> import torch
-        >>> from dynarank.schedules import dynamic_rank
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> ranks = RankScheduler(model, optimizer, dynamic_rank(2), total_steps=10)
+        >>> schedule = dr.schedules.dynamic_rank(rank=2)
+        >>> ranks = RankScheduler(model, optimizer, schedule, total_steps=10)
         >>> for _ in range(5):
         ...     optimizer.step()
         ...     changes = ranks.step()
@@ -103,22 +92,25 @@ class RankScheduler:
             self.moments = GradientWindow(model, self.optimizer)
         self.gradients = self.moments if isinstance(self.moments, GradientWindow) else None
         self.forecast = Forecast(lr_scheduler, total_steps)
-        self.callbacks = [as_callback(one) for one in callbacks]
+        self.callbacks = named_callbacks(callbacks)
         self.last_step = 0
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
         self._patience = self._retry_at = 0
         self._plan: Plan | None = None  # as last applied
         self._state = self.schedule.start()
-        sites = scheduled_layers(model, self.schedule, total_steps, layers)
-        self._layers = {site.path: site.spec.unit_shape for site in sites}
-        values = sys.maxsize if "singular_values" in self.schedule.requires else 0
-        self._monitor = SpectralMonitor(model, layers=lambda _, p: p in self._layers, values=values)
-        check_phases(self.phases(), model)
+        sites = survey(model)
+        scheduled = scheduled_layers(sites, self.schedule, total_steps, layers)
+        self._layers = {site.path: site.spec.unit_shape for site in scheduled}
+        for phase in self.phases():
+            try:
+                differences(model, phase.plan, sites)
+            except ValueError as error:
+                raise ValueError(f"from step {phase.start}, {error}") from None
         try:
-            for one in self.callbacks:
+            for one in self.callbacks.values():
                 one.on_start(self)
-            self._advance()
+            self._advance(sites)
         except BaseException:
             self.close()
             raise
@@ -129,7 +121,7 @@ class RankScheduler:
         return tuple(self._layers)
 
     def phases(self) -> list[Phase]:
-        """The phases of the whole run, as far as today's readings tell."""
+        """The phases of the whole run, as far as the current readings tell."""
         return timeline(self.schedule, self._readings(), self.total_steps)
 
     def step(self) -> list[Change]:
@@ -139,20 +131,23 @@ class RankScheduler:
             The changes made, most often none.
         """
         self.last_step += 1
-        for one in self.callbacks:
+        for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
         return self._advance()
 
     def close(self) -> None:
         """Take every hook off the optimizers, the last callback first; the model stays as it is."""
-        for one in reversed(self.callbacks):
+        for one in reversed(self.callbacks.values()):
             one.close()
         if self.gradients is not None:
             self.gradients.watch(())
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
+        paths = {**self._layers, **(self._plan or {})}
+        sites = find_sites(self.model, survey(self.model), paths)
+        last = {path: site.last_factored_form for path, site in sites.items()}
         return {
             "last_step": self.last_step,
             "total_steps": self.total_steps,
@@ -161,9 +156,10 @@ class RankScheduler:
             "schedule": dict(self._state),
             "fitted": schedule_to_data(self.schedule) if self.schedule.fitted else None,
             "forecast": self.forecast.state_dict(),
-            "callbacks": callback_states(self.callbacks),
+            "callbacks": {n: s for n, one in self.callbacks.items() if (s := one.state_dict())},
             "decisions": [decision.to_data() for decision in self.decisions],
-            **forms_to_data(self.model, {**self._layers, **(self._plan or {})}),
+            "last_factored_forms": {p: form_to_data(form) for p, form in last.items() if form},
+            "forms": {p: form_to_data(site.form) for p, site in sites.items() if site.form},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -181,62 +177,80 @@ class RankScheduler:
                 f"the saved rank schedule is of a run of {state['total_steps']} steps, this one "
                 f"has {self.total_steps}; give the same total_steps"
             )
-        load_callback_states(self.callbacks, state["callbacks"])
-        restore_forms(self.model, self.optimizer, state)
+        if missing := state["callbacks"].keys() - self.callbacks.keys():
+            raise ValueError(
+                f"the saved run had the callbacks {', '.join(sorted(missing))}, this one has not; "
+                "give the same callbacks"
+            )
+        for name, one in state["callbacks"].items():
+            self.callbacks[name].load_state_dict(one)
+        for key in ("last_factored_forms", "forms"):  # a deflation without a rank needs both
+            self._restore({path: form_from_data(form) for path, form in state[key].items()})
         self.last_step = int(state["last_step"])
         self._patience, self._retry_at = int(state["patience"]), int(state["retry_at"])
-        if state["fitted"] is not None:  # seconds would be measured otherwise now
+        if state["fitted"] is not None:  # fitting again could give another schedule
             self.schedule = schedule_from_data(state["fitted"])
         self._state, self._plan = state["schedule"], None
         self.forecast.load_state_dict(state["forecast"])
         self.decisions = [Decision.from_data(data) for data in state["decisions"]]
+
+    def _restore(self, plan: Plan) -> None:
+        """Bring the model to the plan; its weights are loaded afterwards, so they do not matter."""
+        try:
+            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
+        except UnfitWeightError:
+            for site in find_sites(self.model, survey(self.model), plan).values():
+                for parameter in site.parameters().values():
+                    parameter.data.nan_to_num_(0, 0, 0)
+            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
 
     def _readings(self) -> Readings:
         one = self.optimizer[0] if len(self.optimizer) == 1 else None
         rate = float(one.param_groups[0]["lr"]) if one else None
         return Readings(self._layers, rate, self.forecast.rates, self._plan or {})
 
-    def _read_spectra(self, readings: Readings) -> Readings:
-        """The readings, with the rank metrics of the layers if the schedule is to see them now."""
-        every = self.schedule.spectra_every if self.schedule.requires else None
-        if every is None or self.last_step % max(1, step_of(every, self.total_steps)):
-            return readings
+    def _with_spectra(self, readings: Readings, sites: Sequence[Site]) -> Readings:
+        """The readings, with the rank metrics of the scheduled layers and the forms they have."""
+        own = find_sites(self.model, sites, self._layers)
+        values = sys.maxsize if "singular_values" in self.schedule.requires else 0
         # The layers' own forms, not the plan's: a change may be put off.
-        sites = find_sites(self.model, survey(self.model), self._layers)
-        forms = {path: site.form for path, site in sites.items() if site.form is not None}
-        return replace(readings, forms=forms, spectra=self._monitor.read())
+        forms = {path: site.form for path, site in own.items() if site.form is not None}
+        return replace(readings, forms=forms, spectra=read_spectra(own.values(), values=values))
 
-    def _advance(self) -> list[Change]:
+    def _advance(self, sites: Sequence[Site] | None = None) -> list[Change]:
         """Ask the schedule, and bring the model to its answer unless that is put off."""
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
-        readings = self._read_spectra(self._readings())
+        readings, every = self._readings(), self.schedule.spectra_every
+        if every is not None and self.last_step % max(1, step_of(every, self.total_steps)) == 0:
+            sites = survey(self.model) if sites is None else sites
+            readings = self._with_spectra(readings, sites)
         self.spectra = readings.spectra
         plan, self._state, decisions = self.schedule.update(self._state, clock, readings)
         self.decisions += decisions
-        changes = self._apply(plan) if self.last_step >= self._retry_at else []
-        self._foresee()
+        changes = self._apply(plan, sites) if self.last_step >= self._retry_at else []
+        self._watch_gradients()
         return changes
 
-    def _apply(self, plan: Plan) -> list[Change]:
+    def _apply(self, plan: Plan, sites: Sequence[Site] | None) -> list[Change]:
         if plan == self._plan:  # the usual step: no traversal of the model
             return []
+        check_unwrapped(self.model)
+        wanted = differences(self.model, plan, survey(self.model) if sites is None else sites)
+        callbacks = self.callbacks.values() if wanted else ()
         try:
-            changes = apply_plan(
-                self.model,
-                plan,
-                optimizer=self.optimizer,
-                moments=self.moments,
-                calibration=calibration_for(self.callbacks, self, plan),
-            )
+            given = [c for one in callbacks if (c := one.before_change(self, wanted)) is not None]
+            if len(given) > 1:
+                raise ValueError(f"{len(given)} callbacks calibrate one change; leave one of them")
+            changes = change_forms(wanted, self.optimizer, self.moments, *given)
         except UnfitWeightError as error:
             self._put_off(error)
             return []
         self._patience, self._plan = 0, dict(plan)
-        for one in self.callbacks if changes else ():
+        for one in callbacks:
             one.after_change(self, changes)
         return changes
 
-    def _foresee(self) -> None:
+    def _watch_gradients(self) -> None:
         """Keep the gradients of the layers that will have another form before long."""
         if self.gradients is None:
             return
@@ -251,3 +265,24 @@ class RankScheduler:
         self._retry_at = self.last_step + self._patience
         said = f"no change of form now, next try in {self._patience} steps"
         warnings.warn(f"step {self.last_step}: {said}: {error}", RuntimeWarning, stacklevel=5)
+
+
+def scheduled_layers(
+    sites: Sequence[Site], schedule: Schedule, total_steps: int, layers: LayerFilter = None
+) -> list[Site]:
+    """Those of a model's sites that a schedule is for: see ``layers`` of :class:`RankScheduler`."""
+    if layers is not None or any(site.last_factored_form is not None for site in sites):
+        return select(sites, layers)
+    able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
+    given: dict[str, set[LowRank]] = {path: set() for path in able}
+    for phase in timeline(schedule, Readings(able), total_steps):
+        for path, form in phase.plan.items():
+            if path in given and isinstance(form, LowRank):  # others are refused with their phase
+                given[path].add(form)
+    low = set[LowRank]().union(*given.values())
+    if not low:
+        return select(sites, lambda module, path: path in able)
+    # A layer that is never low-rank itself (an adapter, say) is measured by all low-rank forms.
+    cheaper = {f: {s.path for s in select(sites, None, f.rank, f.decomposition)} for f in low}
+    paths = {path for path, own in given.items() if all(path in cheaper[f] for f in own or low)}
+    return select(sites, lambda module, path: path in paths)

@@ -1,25 +1,25 @@
-"""Activation-aware truncation under a schedule: weights truncated by what their layers see."""
+"""Activation-aware truncation as a callback of the rank scheduler."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from dynarank.forms import Plan
+from dynarank.forms import Form
 from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.scheduler.callbacks import Callback, Ranks
-from dynarank.surgery.verbs import differences, truncates
+from dynarank.surgery.sites import Site
+from dynarank.surgery.verbs import truncates
 
 __all__ = ["ActivationAwareTruncation"]
 
 
 class ActivationAwareTruncation(Callback):
-    """Has weights that become low-rank keep the directions in which their outputs have energy.
+    """Truncates weights so that their layers' outputs change least, see :func:`dynarank.calibrate`.
 
-    Right before weights are truncated, and only then, a few batches are run through the model, see
-    :func:`dynarank.calibrate`.
+    A few batches are run through the model right before a truncation, and only then.
 
     Args:
         batches: called for the batches, as :func:`dynarank.calibrate` takes them.
@@ -34,8 +34,10 @@ class ActivationAwareTruncation(Callback):
     ) -> None:
         self.batches, self.forward = batches, forward
 
-    def before_change(self, ranks: Ranks, plan: Plan) -> Calibration | None:
+    def before_change(
+        self, ranks: Ranks, wanted: Sequence[tuple[Site, Form]]
+    ) -> Calibration | None:
         """Run the batches if a weight is going to be truncated."""
-        if not truncates(differences(ranks.model, plan)):
-            return None
-        return calibrate(ranks.model, self.batches(), forward=self.forward)
+        if truncates(wanted):
+            return calibrate(ranks.model, self.batches(), forward=self.forward)
+        return None

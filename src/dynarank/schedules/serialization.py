@@ -10,18 +10,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import dynarank.schedules as schedules
-from dynarank.forms import (
-    Adapted,
-    FullRank,
-    LowRank,
-    Rank,
-    form_from_data,
-    form_to_data,
-)
+from dynarank.forms import Adapted, FullRank, LowRank, Rank
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule
+from dynarank.schedules.form_data import form_from_data, form_to_data
 
 __all__ = ["schedule_from_data", "schedule_to_data", "serializable"]
 
@@ -95,8 +90,8 @@ def schedule_from_data(data: Mapping[str, Any]) -> RankSchedule:
 def _to_data(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
-    if isinstance(value, int | float):
-        return int(value) if isinstance(value, int) else float(value)
+    if isinstance(value, Real):  # numpy's numbers too
+        return int(value) if isinstance(value, Integral) else float(value)
     if isinstance(value, FullRank | LowRank | Adapted):
         return form_to_data(value)
     if _class_named(type(value).__name__) is type(value):

@@ -1,7 +1,6 @@
-"""One weight's change of form, prepared beside the model, then committed.
+"""One weight's change of form: the new parameters are computed and verified, then committed.
 
-Preparing computes the new parameters and verifies them; it touches nothing. Committing only moves
-references, so it cannot fail half-way, and what it moves can be moved back.
+Preparing changes nothing. Committing only moves references, and every move can be undone.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 import zlib
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, UnfitWeightError, precise
 from dynarank.decompositions.truncation import ActivationStats, split_activation_aware
-from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
+from dynarank.decompositions.zero_join import zero_join_factors
+from dynarank.forms import Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 from dynarank.surgery.sites import Site
 
-__all__ = ["LOSSLESS", "Edit", "prepare_edit"]
+__all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_on_exit"]
 
 # The largest relative weight error of a change that keeps the function: rounding to the dtype once.
 LOSSLESS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -39,22 +39,18 @@ class Edit:
     shift: Tensor | None = None  # what is added to the module's bias
 
     @property
-    def restarts(self) -> bool:
-        """Whether only the adapter is another, its factors of the same shapes."""
-        one, two = self.change.before, self.change.after
-        if not (isinstance(one, Adapted) and isinstance(two, Adapted)):
-            return False
-        return one != two and same_weight(replace(one, restart=two.restart), two)
+    def trained(self) -> dict[str, Parameter]:
+        """The new parameters that train: all but the base."""
+        return {name: p for name, p in self.new.items() if not self.site.spec.is_base(name)}
 
     def commit(self, undo: ExitStack) -> None:
-        """Give each module its new class, parameters and form; ``undo`` gets what takes it back."""
+        """Give each module its class, parameters and form; ``undo`` can take it all back."""
         for site in self.site.places:
-            for module in filter(None, (site.reader, site.module)):
-                undo.callback(_restore, module, type(module), dict(module.__dict__))
-                module.__dict__["_parameters"] = dict(own_parameters(module))
-                _make_ranked(module)
-            _replace(own_parameters(site.module), self.old, self.new)
-            _make_ranked(site.module).set_form(site.spec.name, self.change.after)
+            if site.reader is not None:
+                _make_ranked(site.reader, undo)
+            layer = _make_ranked(site.module, undo)
+            _replace(own_parameters(layer), self.old, self.new)
+            layer.set_form(site.spec.name, self.change.after)
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
@@ -82,7 +78,8 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
         name: Parameter(_like(value, old), requires_grad=trains and not site.spec.is_base(name))
         for name, value in zip(site.spec.parameter_names(after), values, strict=True)
     }
-    error = _relative_error(weight, _effective(site.spec, after, new))
+    norm, error = weight.norm().item(), (_effective(site.spec, after, new) - weight).norm().item()
+    error = error / norm if norm > 0 else error
     dtype = next(iter(old.values())).dtype
     tolerance = math.inf if isinstance(after, LowRank) else LOSSLESS.get(dtype, 1e-2)
     if not error <= tolerance:
@@ -93,41 +90,39 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     return Edit(site, Change(site.path, before, after, error), old, new, shift)
 
 
-def _restore(module: nn.Module, cls: type[nn.Module], state: dict[str, Any]) -> None:
-    module.__class__ = cls
-    module.__dict__.clear()
-    module.__dict__.update(state)
+def restore_on_exit(table: dict[Any, Any], undo: ExitStack) -> None:
+    """Have ``undo`` give a dictionary the contents that it has now."""
+    undo.callback(table.update, dict(table))
+    undo.callback(table.clear)  # called before the update: last in, first out
 
 
-def _replace(
-    own: dict[str, Parameter | None], old: dict[str, Parameter], new: dict[str, Parameter]
-) -> None:
-    """Put the new parameters where the first of the old ones was."""
-    items = list(own.items())
-    own.clear()
-    placed = False
-    for name, parameter in items:
-        if name not in old:
-            own[name] = parameter
-        elif not placed:
-            own.update(new)
-            placed = True
-
-
-def _make_ranked(module: nn.Module) -> RankedLayer:
-    """Make the module a ranked one, every weight full-rank; nothing if it is one."""
+def _make_ranked(module: nn.Module, undo: ExitStack) -> RankedLayer:
+    """Make the module a ranked one, if it is not yet, with a table of parameters to write to."""
+    undo.callback(setattr, module, "__class__", type(module))
+    restore_on_exit(module.__dict__, undo)
+    module.__dict__["_parameters"] = dict(own_parameters(module))  # the old one is kept to restore
     ranked = ranked_class(type(module))
     assert ranked is not None
     return ranked.from_plain(module)
 
 
+def _replace(
+    own: dict[str, Parameter | None], old: dict[str, Parameter], new: dict[str, Parameter]
+) -> None:
+    """Put the new parameters in the position of the first of the old ones."""
+    items, first = list(own.items()), next((name for name in own if name in old), None)
+    own.clear()
+    for name, parameter in items:
+        if name == first:
+            own.update(new)
+        elif name not in old:
+            own[name] = parameter
+
+
 def _values(
     site: Site, weight: Tensor, after: Form, activity: ActivationStats | None
 ) -> tuple[Factors, Tensor | None]:
-    """The new parameters' values, base first, and the change of the bias.
-
-    ``weight`` is canonical, in fp64.
-    """
+    """New values, base first, and the change of the bias; ``weight`` is canonical, in fp64."""
     old, before, spec = next(iter(site.parameters().values())), site.form, site.spec
     if isinstance(after, FullRank):
         return (spec.from_canonical(weight),), None
@@ -139,32 +134,15 @@ def _values(
         return split_activation_aware(decomposition, weight.to(old.dtype), rank, activity)
     # The base of what was full-rank is the old weight's own memory.
     base = old.detach() if isinstance(before, FullRank) else spec.from_canonical(weight)
+    # Seeded by the run, the layer and the restart, so that no two adapters are the same.
     label = f"{site.path}#{after.restart}" if after.restart else site.path
-    return (base, *_zero_adapter(label, decomposition.shapes(spec.shape, rank))), None
-
-
-def _zero_adapter(label: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
-    """Glorot-uniform factors, the last one zero, so that their join is zero.
-
-    Drawn from a generator of their own, seeded by the run's seed and a label of the layer's path
-    and the restart: the global random state is untouched, and two adapters differ.
-    """
-    generator = torch.Generator().manual_seed(torch.initial_seed() ^ zlib.crc32(label.encode()))
-    drawn = [_glorot(shape, generator) for shape in shapes[:-1]]
-    return (*drawn, torch.zeros(shapes[-1], dtype=torch.float64))
-
-
-def _glorot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    positions = math.prod(shape[2:])
-    bound = math.sqrt(6 / ((shape[0] + shape[1]) * positions))
-    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * bound
+    seed = torch.initial_seed() ^ zlib.crc32(label.encode())
+    return (base, *zero_join_factors(decomposition.shapes(spec.shape, rank), seed)), None
 
 
 def _effective(spec: WeightSpec, form: Form, parameters: dict[str, Parameter]) -> Tensor:
     """The canonical weight that the parameters stand for, in fp64."""
-    return spec.to_canonical(
-        spec.effective(form, {name: precise(p) for name, p in parameters.items()})
-    )
+    return spec.to_canonical(spec.effective(form, {n: precise(p) for n, p in parameters.items()}))
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
@@ -179,12 +157,6 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
             )
         if not torch.isfinite(p).all():
             raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
-
-
-def _relative_error(before: Tensor, after: Tensor) -> float:
-    norm = before.norm().item()
-    difference = (after - before).norm().item()
-    return difference / norm if norm > 0 else difference
 
 
 def _like(tensor: Tensor, old: dict[str, Parameter]) -> Tensor:

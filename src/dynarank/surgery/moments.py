@@ -1,4 +1,4 @@
-"""What a weight's optimizer moments become when it changes form.
+"""How an optimizer's moments of a weight change with the weight's form.
 
 Legend: W the effective weight, G its gradient; f the parameters of a form (W itself, or factors),
 J = vjp of ``scale * join`` at f, so that dL/df = J(G); J+ its least-norm right inverse (the
@@ -6,27 +6,27 @@ decomposition's ``lift``). m, v an optimizer's averages of a parameter's gradien
 Adam's divided by ``1 - beta^step``; primes for the new form.
 
 - **First moment:** ``m' = J'(J+(m - c f)) + c f'``. To factors it is exact if they stood still over
-  the averaging window; from factors it is the least M that agrees with them. ``c f`` is the share
-  of L2 weight decay, which is no gradient of W. See Note [Weight decay].
-- **Second moment, projected:** the variance ``v - m * m`` goes on as if entries were independent
-  (LDAdam's form, Robert et al., arXiv 2410.16103):
+  the averaging window; from factors it is the smallest M that agrees with them. ``c f`` is the part
+  that comes from L2 weight decay, which is no gradient of W. See Note [Weight decay].
+- **Second moment, projected:** the variance ``v - m * m`` is moved as if entries were independent
+  (as in LDAdam, Robert et al., arXiv 2410.16103):
   ``v' = J'_(f*f)(lift_squares(v - m*m)) + m'*m'``. Too low where a row's gradients are correlated.
-- **Second moment, calibrated:** each kept gradient goes on as a first moment does and is squared
-  then: ``v' = s mean_t (J'(J+(g_t)))^2``; ``s = sum v / sum mean_t g_t^2`` keeps the size that v
-  remembers from some thousand steps.
+- **Second moment, calibrated:** each kept gradient is moved as a first moment is, then squared:
+  ``v' = s mean_t (J'(J+(g_t)))^2``; ``s = sum v / sum mean_t g_t^2`` keeps the size of v, which
+  averages over about a thousand steps.
 - **Bound:** always ``v' >= m' * m'``, so that the next step is at most the learning rate in every
-  entry; a v that vanishes under an m that does not would make steps without bound. Adam's own v is
-  below m * m in its first hundred or so steps: a change that early makes the next steps smaller.
-- A parameter that gets nothing (an adapter's ``down``, while ``up`` is zero) starts as a new one.
+  entry; a v near zero under an m that is not would make steps without bound. Adam's own v is below
+  m * m in its first hundred or so steps: a change that early makes the next steps smaller.
+- A parameter that gets nothing (an adapter's ``down``, while ``up`` is zero) starts without state.
 - **Pruned:** from adapter to adapter, as ReLoRA (Lialin et al., arXiv 2307.05695), :func:`prune`.
 
 Note [Weight decay]
-SGD's and Adam's L2 decay adds ``decay * f`` to the gradient of f. J+ divides by the factors, so
-where they are small (an adapter's ``up`` starts at zero) that share, lifted as if it were a
-gradient, is amplified without bound: the momentum of a small convolutional network came back 20 to
-9,000 times too large (benchmarks/training/experiments/moments). The share is ``c f`` with c at most
-``decay`` times the average's gain: the regression of J+(m) on J+(f) within these limits, which is
-sharp where it matters and needs no count of steps. It goes on as ``c f'``.
+L2 weight decay adds ``decay * f`` to the gradient of f in SGD and Adam. J+ divides by the factors,
+so where they are small (an adapter's ``up`` starts at zero) lifting this part as if it were a
+gradient amplifies it without bound: the momentum of a small convolutional network came back 20 to
+9,000 times too large (benchmarks/training/experiments/moments). The part is ``c f`` with c at most
+``decay`` times the average's gain; we take the regression of J+(m) on J+(f) within these limits,
+sharp where it matters and without a count of steps. The new parameters get ``c f'``.
 """
 
 from __future__ import annotations
@@ -40,23 +40,20 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dynarank.decompositions import Factors, precise
+from dynarank.decompositions import Factors, UnfitWeightError, precise
 from dynarank.forms import Adapted, Form, FullRank
 from dynarank.layers import WeightSpec
 
-__all__ = ["Averaging", "GradientSamples", "Side", "carry", "prune"]
+__all__ = ["Averaging", "GradientSamples", "Side", "carry", "check_states", "prune"]
 
-# Optimizer state by role: SGD's velocity and Adam's averages; steps are copied, not transformed.
+# Keys of optimizer state: SGD's velocity and Adam's averages.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-COUNTERS = ("step",)
-# What ReLoRA's authors found to do well, of the first moment's entries by their size.
-PRUNED = 0.9
 
 
 @dataclass(frozen=True)
 class Averaging:
-    """How an optimizer averages, by the options of a group."""
+    """The averaging that a parameter group's options ask for."""
 
     betas: tuple[float, float] | None  # Adam's; None: a velocity, which has no bias correction
     decay: float  # L2 weight decay, a part of the gradient; 0 if decoupled
@@ -64,7 +61,7 @@ class Averaging:
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> Averaging:
-        """Those of a parameter group of SGD, Adam, AdamW or RAdam."""
+        """That of a parameter group of SGD, Adam, AdamW or RAdam."""
         decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0))
         if "betas" in group:
             first, second = group["betas"]
@@ -74,7 +71,7 @@ class Averaging:
         return Averaging(None, decay, gain)
 
     def corrections(self, step: Any) -> tuple[float, float]:
-        """What the averages of a constant are, relative to it and its square, after ``step``."""
+        """The bias corrections of the two averages after ``step``: ``1 - beta^step``, or 1."""
         if self.betas is None or step is None:
             return 1.0, 1.0
         steps = max(float(step), 1.0)
@@ -82,10 +79,10 @@ class Averaging:
 
 
 class GradientSamples(Protocol):
-    """Gradients kept of weights that are about to change, as a :class:`GradientWindow` does."""
+    """Recent gradients of some weights, as a :class:`GradientWindow` keeps them."""
 
     def of(self, parameters: Sequence[Parameter], /) -> Sequence[Factors]:
-        """The kept gradients of a weight made up of these parameters; none if there are none."""
+        """The kept gradients of the weight that these parameters make up; empty if none."""
         ...
 
 
@@ -93,7 +90,7 @@ class GradientSamples(Protocol):
 class Side:
     """A weight in one form, and the maps between moments of W (canonical) and its parameters'."""
 
-    parameters: Factors
+    parameters: Factors  # those that train
     scale: float
     _pull: Callable[[Factors, Tensor], Factors]
     _lift: Callable[[Factors, Factors], Tensor]
@@ -141,7 +138,7 @@ def carry(
     averaging: Averaging,
     samples: Sequence[Factors] = (),
 ) -> list[dict[str, Any]]:
-    """The states of the new side's parameters; empty for one that starts as a new one.
+    """The states of the new side's parameters; empty for one that starts without state.
 
     Args:
         old: the side before, in the precision to compute in.
@@ -169,39 +166,50 @@ def carry(
         pairs = zip(squares, means, strict=True)
         values[key] = tuple(torch.maximum(two * v, (one * m).square()) for v, m in pairs)
         alive = [a or bool(v.any()) for a, v in zip(alive, squares, strict=True)]
-    return [_state(i, step, values) if alive[i] else {} for i in range(len(new.parameters))]
+    counted = {} if step is None else {"step": step}
+    moved = [counted | {key: part[i] for key, part in values.items()} for i in range(len(alive))]
+    return [state if live else {} for state, live in zip(moved, alive, strict=True)]
 
 
-def prune(states: Sequence[Mapping[str, Any]], share: float = PRUNED) -> list[dict[str, Any]]:
-    """The states with the smallest entries of each average set to zero; their steps stay.
+def prune(state: Mapping[str, Any], share: float = 0.9) -> dict[str, Any]:
+    """A parameter's state with the smallest entries of each average set to zero.
 
-    ``keep = |m| > the share-quantile of |m|``; ``m' = keep m`` and ``v' = keep max(v, m^2)``.
+    ``keep = |m| > the share-quantile of |m|``; ``m' = keep m`` and ``v' = keep max(v, m^2)``. The
+    step stays; a state without a first moment stays as it is.
 
     Args:
-        states: of each parameter; one without a first moment stays as it is.
-        share: how many entries of each parameter become zero.
+        state: of one parameter.
+        share: how many of the entries become zero; ReLoRA's authors found 0.9 best.
 
     Example:
-        >>> (state,) = prune([{"momentum_buffer": torch.tensor([3.0, -4.0, 1.0, 2.0])}], 0.5)
-        >>> state["momentum_buffer"].tolist()
-        [3.0, -4.0, 0.0, 0.0]
+        >>> prune({"momentum_buffer": torch.tensor([3.0, -4.0, 1.0, 2.0])}, 0.5)
+        {'momentum_buffer': tensor([ 3., -4.,  0.,  0.], dtype=torch.float64)}
     """
-    return [_pruned(state, share) for state in states]
-
-
-def _pruned(state: Mapping[str, Any], share: float) -> dict[str, Any]:
-    key = next((k for k in FIRST_MOMENTS if state.get(k) is not None), None)
-    if key is None:
-        return dict(state)
-    mean = precise(state[key])
-    sizes = mean.abs().flatten()
-    least = sizes.kthvalue(max(1, math.ceil(share * sizes.numel()))).values
-    keep = mean.abs() > least  # one choice for both averages: an m without its v is without bound
-    pruned = {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
-    pruned[key] = mean * keep
-    for other in (k for k in SECOND_MOMENTS if state.get(k) is not None):
-        pruned[other] = torch.maximum(precise(state[other]), mean.square()) * keep
+    pruned = dict(state)
+    for key in _present([state], FIRST_MOMENTS):
+        mean = precise(state[key])
+        sizes = mean.abs()
+        least = sizes.flatten().kthvalue(max(1, math.ceil(share * sizes.numel()))).values
+        keep = sizes > least  # one choice for both averages: an m without its v is without bound
+        pruned[key] = mean * keep
+        for other in _present([state], SECOND_MOMENTS):
+            pruned[other] = torch.maximum(precise(state[other]), mean.square()) * keep
     return pruned
+
+
+def check_states(path: str, states: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if states hold what cannot be moved, UnfitWeightError if not finite."""
+    known = (*FIRST_MOMENTS, *SECOND_MOMENTS, "step")
+    held = [(key, v) for state in states for key, v in state.items() if v is not None]
+    if unknown := {key: None for key, _ in held if key not in known}:
+        raise ValueError(
+            f"layer {path!r}: the optimizer keeps {', '.join(unknown)}, which cannot be moved "
+            f"(only {', '.join(known)}, of SGD, Adam and AdamW, can); use moments='reset'"
+        )
+    if not all(torch.isfinite(v).all() for _, v in held if isinstance(v, Tensor)):
+        raise UnfitWeightError(
+            f"layer {path!r}: the optimizer's state holds NaN or infinite values"
+        )
 
 
 def _present(states: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
@@ -214,10 +222,9 @@ def _average(
     """The bias-corrected averages under the first of these names that is there, else zeros."""
     found: list[Tensor] = []
     for parameter, state in zip(side.parameters, states, strict=True):
-        value = next((state[key] for key in keys if state.get(key) is not None), None)
-        corrections = averaging.corrections(state.get("step"))
-        by = corrections[keys != FIRST_MOMENTS]
-        found.append(torch.zeros_like(parameter) if value is None else precise(value) / by)
+        key = next(iter(_present([state], keys)), None)
+        by = averaging.corrections(state.get("step"))[0 if keys == FIRST_MOMENTS else 1]
+        found.append(torch.zeros_like(parameter) if key is None else precise(state[key]) / by)
     return tuple(found)
 
 
@@ -247,8 +254,3 @@ def _calibrated(
         energy += sum(float((g + share * p).square().sum()) for g, p in pairs)
     known = sum(float(v.sum()) for v in square)
     return tuple(total * (known / energy if energy > 0 else 0.0) for total in totals)
-
-
-def _state(index: int, step: Any, values: Mapping[str, Factors]) -> dict[str, Any]:
-    counted = {} if step is None else {"step": step.clone() if isinstance(step, Tensor) else step}
-    return counted | {key: parts[index] for key, parts in values.items()}

@@ -1,63 +1,36 @@
-"""The optimizer through a change of form: its groups, and the states of the weights that change.
+"""What a change of form does to the optimizer: its groups, and the states of the changed weights.
 
-All of it is computed first, then committed by moving references. The moments themselves are
-computed in :mod:`dynarank.surgery.moments`.
+All of it is computed first (the moments in :mod:`dynarank.surgery.moments`), then written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from copy import deepcopy
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dynarank.decompositions import UnfitWeightError, precise
-from dynarank.surgery.edit import Edit
-from dynarank.surgery.moments import (
-    COUNTERS,
-    FIRST_MOMENTS,
-    SECOND_MOMENTS,
-    Averaging,
-    GradientSamples,
-    Side,
-    carry,
-    prune,
-)
+from dynarank.decompositions import precise
+from dynarank.forms import same_weight
+from dynarank.surgery.edit import Edit, restore_on_exit
+from dynarank.surgery.moments import Averaging, GradientSamples, Side, carry, check_states, prune
 
-__all__ = ["Moments", "Optimizers", "as_list", "check_movable", "prepare_optimizer_edit"]
+__all__ = ["Moments", "Optimizers", "as_list", "check_movable", "new_contents", "write"]
 
 Moments: TypeAlias = Literal["project", "calibrated", "reset", "prune"] | GradientSamples
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
+Contents: TypeAlias = list[tuple[dict[Any, Any], dict[Any, Any]]]  # groups or states, and new ones
 
 POLICIES = ("project", "calibrated", "reset", "prune")
 MOVABLE = ("SGD", "Adam", "AdamW", "RAdam")
 
 
-@dataclass(frozen=True)
-class OptimizerEdit:
-    """The contents that groups and states of the optimizers are to have."""
-
-    contents: Sequence[tuple[dict[Any, Any], Mapping[Any, Any]]] = ()
-
-    def commit(self, undo: ExitStack) -> None:
-        """Write them; ``undo`` gets what takes it back."""
-        for table, new in self.contents:
-            undo.callback(_fill, table, dict(table))
-            _fill(table, new)
-
-
-def _fill(table: dict[Any, Any], contents: Mapping[Any, Any]) -> None:
-    table.clear()
-    table.update(contents)
-
-
 def as_list(optimizers: Optimizers) -> list[Optimizer]:
-    """The optimizers as a list, none as an empty one."""
+    """The optimizers as a list; None as an empty one."""
     if optimizers is None:
         return []
     found = list(optimizers) if isinstance(optimizers, Iterable) else [optimizers]
@@ -68,47 +41,50 @@ def as_list(optimizers: Optimizers) -> list[Optimizer]:
 
 
 def check_movable(optimizers: Sequence[Optimizer], moments: Moments) -> None:
-    """Raise for an optimizer of torch's whose state is not known how to move.
-
-    Raises:
-        ValueError: such an optimizer, unless ``moments="reset"``.
-    """
+    """Raise ValueError for a torch optimizer whose state cannot be moved, unless it is reset."""
     for one in optimizers:
         name, library = type(one).__name__, type(one).__module__
         if moments != "reset" and library.startswith("torch.optim") and name not in MOVABLE:
             raise ValueError(
-                f"the state of {name} is not known how to move through a change of form (known: "
+                f"the state of {name} cannot be moved through a change of form (only that of "
                 f"{', '.join(MOVABLE)}); use moments='reset'"
             )
 
 
-def prepare_optimizer_edit(
+def new_contents(
     edits: Sequence[Edit], optimizers: Sequence[Optimizer], moments: Moments
-) -> OptimizerEdit:
+) -> Contents:
     """Compute what the optimizers must hold after ``edits``; change nothing.
 
-    Each new parameter takes the place of the old ones, in their group and position; the moments
-    follow by the policy, see :func:`dynarank.apply_plan`.
+    New parameters take the old ones' position in their group; the moments follow the policy, see
+    :func:`dynarank.apply_plan`.
 
     Raises:
-        ValueError: unknown policy; a layer that trains is in no optimizer, or in two; but for
-            ``"reset"``, the optimizer keeps a state that is not known how to move.
+        ValueError: unknown policy; a layer that trains is in no optimizer, or in two; an optimizer
+            keeps state that cannot be moved (unless the policy is ``"reset"``).
     """
     if moments not in POLICIES and not hasattr(moments, "of"):
         raise ValueError(
             f"moments is {', '.join(map(repr, POLICIES))} or a GradientWindow, got {moments!r}"
         )
     owners = [(edit, _owner(edit, optimizers)) for edit in edits] if optimizers else []
-    contents: list[tuple[dict[Any, Any], Mapping[Any, Any]]] = []
+    contents: Contents = []
     for optimizer in optimizers:
         mine = [edit for edit, owner in owners if owner is optimizer]
         contents += _regroup(optimizer, mine)
-        old = {p for edit in mine for p in edit.old.values() if p in optimizer.state}
-        if old:
+        if old := {p for edit in mine for p in edit.old.values() if p in optimizer.state}:
             kept = {p: state for p, state in optimizer.state.items() if p not in old}
             moved = [pair for edit in mine for pair in _states(optimizer, edit, moments)]
             contents.append((optimizer.state, {**kept, **dict(moved)}))
-    return OptimizerEdit(contents)
+    return contents
+
+
+def write(contents: Contents, undo: ExitStack) -> None:
+    """Write what the optimizers are to hold; ``undo`` can take it back."""
+    for table, new in contents:
+        restore_on_exit(table, undo)
+        table.clear()
+        table.update(new)
 
 
 def _owner(edit: Edit, optimizers: Sequence[Optimizer]) -> Optimizer | None:
@@ -128,13 +104,11 @@ def _owner(edit: Edit, optimizers: Sequence[Optimizer]) -> Optimizer | None:
     )
 
 
-def _regroup(
-    optimizer: Optimizer, edits: Sequence[Edit]
-) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def _regroup(optimizer: Optimizer, edits: Sequence[Edit]) -> Contents:
     """The new contents of every group that holds an edited layer."""
     edit_of = {id(p): edit for edit in edits for p in edit.old.values()}
     placed: set[int] = set()
-    result: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    contents: Contents = []
     for group in optimizer.param_groups:
         if not any(id(p) in edit_of for p in group["params"]):
             continue
@@ -147,33 +121,24 @@ def _regroup(
             elif id(edit) not in placed:
                 placed.add(id(edit))
                 stem = name.rpartition(".")[0]
-                new = _trained(edit, edit.new).items()
-                members += [(f"{stem}.{n}".lstrip("."), p) for n, p in new]
-        contents = {**group, "params": [p for _, p in members]}
-        if "param_names" in group:
-            contents["param_names"] = [n for n, _ in members]
-        result.append((group, contents))
-    return result
-
-
-def _trained(edit: Edit, parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """Those that train: all but the base."""
-    return {name: p for name, p in parameters.items() if not edit.site.spec.is_base(name)}
+                members += [(f"{stem}.{n}".lstrip("."), p) for n, p in edit.trained.items()]
+        columns = {"param_names": [n for n, _ in members], "params": [p for _, p in members]}
+        contents.append((group, {key: columns.get(key, value) for key, value in group.items()}))
+    return contents
 
 
 def _states(
     optimizer: Optimizer, edit: Edit, moments: Moments
 ) -> list[tuple[Parameter, dict[str, Any]]]:
-    """The states of the edit's new parameters; those that start as new ones have none."""
-    old, new = (list(_trained(edit, one).values()) for one in (edit.old, edit.new))
+    """The states of the edit's new parameters; those that start without state are left out."""
     if not any(p in optimizer.state for p in edit.old.values()):
         return []
+    old, new = edit.site.trained(), edit.trained.values()
     group = next(g for g in optimizer.param_groups if any(p is old[0] for p in g["params"]))
     moved: list[dict[str, Any]] = [{} for _ in new]
     if moments != "reset":
         moved = _moved(edit, [optimizer.state.get(p, {}) for p in old], group, moments)
-    # Torch's fused SGD wants a buffer in all parameters of a group or in none.
-    if group.get("momentum") and group.get("fused"):
+    if group.get("momentum") and group.get("fused"):  # fused SGD wants a buffer in all or in none
         moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
     return [(p, _fit(state, p)) for p, state in zip(new, moved, strict=True) if state]
 
@@ -181,37 +146,20 @@ def _states(
 def _moved(
     edit: Edit, states: Sequence[dict[str, Any]], group: dict[str, Any], moments: Moments
 ) -> list[dict[str, Any]]:
-    """The states as :func:`dynarank.surgery.moments.carry` or ``prune`` has them, in fp64."""
-    site, spec = edit.site, edit.site.spec
-    _check_states(site.path, states)
-    if not any(value is not None for state in states for value in state.values()):
-        return [{} for _ in _trained(edit, edit.new)]
-    if moments == "prune" and edit.restarts:
-        return prune(states)
-    old = Side.of(spec, edit.change.before, {n: precise(p) for n, p in edit.old.items()})
-    new = Side.of(spec, edit.change.after, {n: precise(p) for n, p in edit.new.items()})
+    """The states after :func:`carry` or :func:`prune`, in fp64."""
+    site, change = edit.site, edit.change
+    check_states(site.path, states)
+    if moments == "prune" and same_weight(change.before, change.after, restarted=True):
+        return [prune(state) for state in states]
+    old = Side.of(site.spec, change.before, {n: precise(p) for n, p in edit.old.items()})
+    new = Side.of(site.spec, change.after, {n: precise(p) for n, p in edit.new.items()})
     samples = [] if isinstance(moments, str) else moments.of(site.trained())
     return carry(old, new, states, Averaging.of(group), samples)
 
 
 def _fit(state: dict[str, Any], parameter: Parameter) -> dict[str, Any]:
-    """Each moment in the parameter's dtype, device and memory layout."""
+    """A copy, each moment in the parameter's dtype, device and memory layout."""
     return {
-        key: value if key in COUNTERS else torch.empty_like(parameter).copy_(value).detach()
-        for key, value in state.items()
+        key: deepcopy(v) if key == "step" else torch.empty_like(parameter).copy_(v).detach()
+        for key, v in state.items()
     }
-
-
-def _check_states(path: str, states: Sequence[Mapping[str, Any]]) -> None:
-    known = FIRST_MOMENTS + SECOND_MOMENTS + COUNTERS
-    present = {key: v for state in states for key, v in state.items() if v is not None}
-    if unknown := [key for key in present if key not in known]:
-        raise ValueError(
-            f"layer {path!r}: the optimizer keeps {', '.join(unknown)}, which is not known how to "
-            f"move (known: {', '.join(known)}, of SGD, Adam and AdamW); use moments='reset'"
-        )
-    tensors = [v for state in states for v in state.values() if isinstance(v, Tensor)]
-    if not all(torch.isfinite(value).all() for value in tensors):
-        raise UnfitWeightError(
-            f"layer {path!r}: the optimizer's state holds NaN or infinite values"
-        )

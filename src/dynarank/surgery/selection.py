@@ -1,4 +1,4 @@
-"""Which weights a verb means: those named, those ranked already, or those that get cheaper."""
+"""Which weights a call selects: those named, those ranked already, or those that get cheaper."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def select(
     rank: RankLike | RankMap | None = None,
     decomposition: str = "svd",
 ) -> list[Site]:
-    """The sites that a verb means by its arguments, see :func:`dynarank.factorize`.
+    """The sites that the arguments of :func:`dynarank.factorize` and its like select.
 
     Args:
         sites: those of the model, from :func:`survey`.
-        layers: which; None: those that ``rank`` names, if it is a map; else the ranked ones, or, in
-            a model that has none yet, those with fewer factor entries than weight entries (but
-            for weights whose rows are looked up, which costs nothing).
+        layers: which; None: those that ``rank`` names, if it is a map; else those that have or had
+            factors, or, if none has, those with fewer factor entries than weight entries (except
+            weights whose rows are looked up, which costs nothing).
         rank: the rank the weights are to get, if any.
         decomposition: of the factors they are to get.
 
@@ -44,12 +44,16 @@ def select(
     """
     if layers is None and isinstance(rank, Mapping):
         layers = list(rank)
-    matching = _by_default(sites) if layers is None else _matching(sites, layers)
+    ranked = [site for site in sites if site.last_factored_form is not None]
+    if layers is not None:
+        matching = _matching(sites, layers)
+    else:
+        matching = ranked or [s for s in sites if not any(one.spec.lookup for one in s.places)]
     if refused := [site for site in matching if site.refused]:
         reasons = "; ".join(f"layer {site.path!r}: {site.obstacle}" for site in refused)
         raise ValueError(f"{reasons}. Leave it out with layers=..., or undo what is in the way")
     able = [site for site in matching if site.form is not None]
-    if layers is None and not _ranked(able):
+    if layers is None and not ranked:
         asked = None if rank is None or isinstance(rank, Mapping) else LowRank(rank, decomposition)
         able = [site for site in able if asked and _cheaper(asked, site)]
     if not able:
@@ -84,15 +88,6 @@ def rank_for(rank: RankLike | RankMap, path: str) -> RankLike:
         if fnmatchcase(path, pattern):
             return value
     raise ValueError(f"rank names no rank for layer {path!r}; it has: {', '.join(rank)}")
-
-
-def _by_default(sites: Sequence[Site]) -> list[Site]:
-    multiplied = [site for site in sites if not any(one.spec.lookup for one in site.places)]
-    return _ranked(sites) or multiplied
-
-
-def _ranked(sites: Sequence[Site]) -> list[Site]:
-    return [site for site in sites if site.last_factored_form is not None]
 
 
 def _cheaper(form: LowRank, site: Site) -> bool:
@@ -131,7 +126,7 @@ def _nothing(layers: LayerFilter, rank: RankLike | RankMap | None, sites: Sequen
 
 
 def _paths(site: Site) -> list[str]:
-    """All that a site is found by: with the weight's name, and without if it is ``weight``."""
+    """The paths a site is found by: with the weight's name, and without if it is ``weight``."""
     name = site.spec.name
     named = [f"{path}.{name}".lstrip(".") for path in site.module_paths]
     return [*named, *site.module_paths] if name == "weight" else named

@@ -1,26 +1,22 @@
-"""The one traversal of a model: which weights can change form, which cannot, and why."""
+"""The traversal of a model: which weights can change form, which cannot, and why."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from functools import partial
 
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import (
-    ParametrizationList,
-    is_parametrized,
-    type_before_parametrizations,
-)
+from torch.nn.utils import parametrize
 
 from dynarank.decompositions import Factors
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class, readers
+from dynarank.layers.obstacles import weight_obstacle
 
-__all__ = ["Site", "check_unwrapped", "current_plan", "survey"]
+__all__ = ["Site", "current_plan", "survey"]
 
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 _UNKNOWN = WeightSpec("weight", ())
 
@@ -32,11 +28,11 @@ class Site:
     Args:
         module: the module that owns the weight.
         module_paths: the module's paths in the model, several if it has several parents.
-        spec: what the weight is; without a shape if the module is of a kind that is not handled.
+        spec: the weight's name, shape and geometry; no shape if such modules are not handled.
         form: the form it has; None if it cannot change form.
         obstacle: why it cannot; empty if it can.
-        refused: True if it is of a kind that could, but is wrapped or tied so that it would be
-            handled wrongly: asking for it is an error. False: it is simply left as it is.
+        refused: whether selecting it is an error, because it could change form but is wrapped or
+            tied so that the result would be wrong; otherwise it is left as it is.
         tied: other sites of the very same weight, which change with this one.
         reader: the parent, if its forward pass reads the weight instead of calling the module.
     """
@@ -52,14 +48,9 @@ class Site:
 
     @property
     def path(self) -> str:
-        """The module's first path, with the weight's name behind it unless that is ``weight``."""
-        name = self.spec.name
-        return self.module_path if name == "weight" else _join(self.module_path, name)
-
-    @property
-    def module_path(self) -> str:
-        """The module's first path."""
-        return self.module_paths[0]
+        """The module's first path, followed by the weight's name unless that is ``weight``."""
+        module_path, name = self.module_paths[0], self.spec.name
+        return module_path if name == "weight" else f"{module_path}.{name}".lstrip(".")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,13 +101,13 @@ def survey(model: nn.Module) -> list[Site]:
     """
     modules: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, ParametrizationList):
+        if not isinstance(module, parametrize.ParametrizationList):
             modules.setdefault(module, []).append(path)
-    owners: _Owners = {}
+    owners: dict[object, list[str]] = {}  # the paths of each parameter, by its identity
     for module, paths in modules.items():
         for name, parameter in module.named_parameters(recurse=False):
             if not is_lazy(parameter):
-                owners.setdefault(_identity(parameter), []).append(_join(paths[0], name))
+                owners.setdefault(_identity(parameter), []).append(f"{paths[0]}.{name}".lstrip("."))
     parents, together = readers(model), dict[object, list[Site]]()
     for module, paths in modules.items():
         for site in _sites(module, tuple(paths), parents.get(module)):
@@ -134,80 +125,43 @@ def current_plan(model: nn.Module) -> dict[str, Form]:
     return {site.path: site.form for site in survey(model) if site.form is not None}
 
 
-def check_unwrapped(model: nn.Module) -> None:
-    """Raise if a wrapper that holds on to the parameters would miss a change of form.
-
-    Raises:
-        ValueError: the model, or a part of it, is wrapped for data-parallel or sharded training.
-    """
-    for path, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
-                raise ValueError(
-                    f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
-                    "the old parameters, silently out of step; change forms before wrapping"
-                )
-
-
-# The paths of the modules' parameters, by the parameters' identity.
-_Owners: TypeAlias = dict[object, list[str]]
-
-
 def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) -> list[Site]:
     """The weights of one module."""
-    kind = type_before_parametrizations(module)
+    kind = parametrize.type_before_parametrizations(module)
     ranked, own = ranked_class(kind), list(module.parameters(recurse=False))
+    unknown = partial(Site, module, paths, _UNKNOWN, None)
     if kind.__module__.startswith(_QUANTIZED):
-        quantized = Site(module, paths, _UNKNOWN, None, "its weight is quantized", refused=True)
-        return [quantized] if hasattr(module, "weight") else []
+        return [unknown("its weight is quantized", True)] if hasattr(module, "weight") else []
     if any(map(is_lazy, own)):
-        reason = "it is lazy: it has no shape before its first use"
-        return [Site(module, paths, _UNKNOWN, None, reason)]
-    if not any(p.ndim > 1 for p in own) and not (ranked and is_parametrized(module)):
+        return [unknown("it is lazy: it has no shape before its first use")]
+    if not any(p.ndim > 1 for p in own) and not (ranked and parametrize.is_parametrized(module)):
         return []
     if ranked is None:
-        return [Site(module, paths, _UNKNOWN, None, f"{kind.__name__} layers are not handled")]
+        return [unknown(f"{kind.__name__} layers are not handled")]
     forms = module.forms if isinstance(module, RankedLayer) else {}
     found: list[Site] = []
     for spec in ranked.specs(module):
         form = forms.get(spec.name, FullRank())
-        reason = ranked.unsupported_reason(module) or _obstacle(module, spec, form)
-        form = None if reason else form
-        found.append(Site(module, paths, spec, form, reason, bool(reason), reader=reader))
+        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form)
+        known = None if reason else form
+        found.append(Site(module, paths, spec, known, reason, bool(reason), reader=reader))
     return found
 
 
-def _obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
-    """Why a weight would be handled wrongly; empty if it would not."""
-    own = own_parameters(module)
-    if is_parametrized(module):
-        return "it is wrapped by torch.nn.utils.parametrize, which owns its weight"
-    for name in spec.parameter_names(form):
-        p = own.get(name)
-        if p is None:
-            listed = ", ".join(name for name, p in own.items() if p is not None)
-            return f"its weight is computed from {listed} (weight_norm, spectral_norm or prune)"
-        if not p.is_floating_point():
-            return f"its {name} is {p.dtype}: only real floating-point weights are handled"
-        if type(p.data) is not Tensor:
-            return f"its {name} is a {type(p.data).__name__} (quantized, sharded or the like)"
-    return ""
-
-
 def _tie_key(site: Site) -> object:
-    """Equal for weights that are the same objects and mean the same wherever they are."""
+    """Equal for weights that are the same objects and are used as the same matrix."""
     if site.form is None:
         return object()
-    meaning = replace(site.spec, lookup=False), site.form
-    return tuple(id(p) for p in site.parameters().values()), meaning
+    ids = tuple(id(p) for p in site.parameters().values())
+    return ids, replace(site.spec, lookup=False), site.form
 
 
-def _tied(group: list[Site], owners: _Owners) -> list[Site]:
-    """One site for all places of a weight; all refused if it is shared in another way too."""
+def _tied(group: list[Site], owners: dict[object, list[str]]) -> list[Site]:
+    """One site for all places of a weight; all refused if it is tied to something else too."""
     first, *others = group
     if first.form is None:
         return group
-    covered = {_join(site.module_path, name) for site in group for name in site.parameters()}
+    covered = {f"{s.module_paths[0]}.{n}".lstrip(".") for s in group for n in s.parameters()}
     for name, p in first.parameters().items():
         if foreign := [owner for owner in owners[_identity(p)] if owner not in covered]:
             obstacle = f"its {name} is tied to {', '.join(foreign)}"
@@ -216,14 +170,7 @@ def _tied(group: list[Site], owners: _Owners) -> list[Site]:
 
 
 def _identity(parameter: Tensor) -> object:
-    """Equal for two parameters that are one object, or whose memory begins at one place.
-
-    In whatever shape: a transposed tie is one too.
-    """
+    """Equal for two parameters that are one object or share memory (a transposed tie does)."""
     plain = type(parameter.data) is Tensor and not parameter.is_meta
     pointer = parameter.data_ptr() if plain else 0
     return ("memory", pointer) if pointer else id(parameter)
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name

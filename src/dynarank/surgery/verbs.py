@@ -1,11 +1,11 @@
-"""The verbs: bring a model to a plan, with its optimizer, all or nothing.
+"""The functions that change the forms of a model's weights, and its optimizer, all or nothing.
 
-Each surveys the model once, says which weight gets which form (:func:`differences`), and leaves
-the rest to one transaction (:func:`change_forms`): prepare each new weight beside the model, verify
-it, prepare the optimizer's groups and states, commit by moving references, check. An exception
-anywhere leaves model and optimizer exactly as they were.
+Each surveys the model once, finds which weights get another form (:func:`differences`), and changes
+them in one transaction (:func:`change_forms`): compute and verify the new weights, compute the
+optimizer's groups and states, commit by moving references, check. An exception anywhere leaves
+model and optimizer exactly as they were.
 
-Call the verbs between ``optimizer.step()`` and the next forward pass: gradients of the layers that
+Call them between ``optimizer.step()`` and the next forward pass: gradients of the layers that
 change are dropped with their parameters.
 """
 
@@ -34,13 +34,14 @@ from dynarank.forms import (
 )
 from dynarank.layers import RankedLayer
 from dynarank.surgery.edit import Edit, prepare_edit
-from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, prepare_optimizer_edit
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
-from dynarank.surgery.sites import Site, check_unwrapped, survey
+from dynarank.surgery.sites import Site, survey
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def apply_plan(
@@ -51,20 +52,20 @@ def apply_plan(
     moments: Moments = "project",
     calibration: Mapping[str, ActivationStats] | None = None,
 ) -> list[Change]:
-    """Bring ``model`` to ``plan``, in place; the layers the plan does not name stay as they are.
+    """Bring ``model`` to ``plan``, in place; layers that the plan does not name stay as they are.
 
-    Law: applied twice it is applied once; what it need not touch keeps its object.
+    Law: applying a plan twice equals applying it once; what does not change keeps its object.
 
     Args:
-        model: any module; ranked layers keep their identity, hooks and names.
+        model: any module; its modules keep their identity, hooks and names.
         plan: a form for each path.
         optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
             the old ones, and their state moves with them.
-        moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"``
-            forgets them. A :class:`GradientWindow` does as ``"project"``, with second moments
-            from the gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
-            :class:`RankScheduler`, which keeps gradients; here there are none, so it projects.
-            ``"prune"`` zeroes 90% of them where an adapter is followed by another, else projects.
+        moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"`` drops
+            them. A :class:`GradientWindow` projects too, but takes second moments from the
+            gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
+            :class:`RankScheduler`, which keeps gradients; here it projects. ``"prune"`` zeroes 90%
+            of them where a new adapter replaces another, else projects.
         calibration: from :func:`dynarank.calibrate`: weights that become low-rank (by an SVD) keep
             the directions in which their outputs have energy, instead of their own largest.
 
@@ -100,17 +101,17 @@ def factorize(
     Args:
         model: changed in place.
         rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`; or one
-            of these for each glob pattern of paths, the first that matches (``{"*.fc?": 0.25}``).
+            of these for each glob pattern of paths (``{"*.fc?": 0.25}``); the first match counts.
         layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
-            are ranked already, or, if none is, every layer that gets cheaper.
+            have or had factors, or, if none has, every layer that gets cheaper.
         decomposition: the decomposition's name.
         optimizer: see :func:`apply_plan`.
         moments: see :func:`apply_plan`.
         calibration: see :func:`apply_plan`.
 
     Raises:
-        ValueError: as :func:`apply_plan`; or no layer is selected, or one that is cannot be handled
-            rightly (parametrized, tied).
+        ValueError: as :func:`apply_plan`; or no layer is selected, or one that is selected cannot
+            be handled correctly (parametrized, tied).
 
     Example:
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
@@ -131,7 +132,7 @@ def inflate(
 ) -> _Model:
     """Bring ranked layers to ``FullRank()``; the model's function is unchanged.
 
-    Arguments, result and errors as :func:`factorize`.
+    Arguments, result and errors are those of :func:`factorize`.
 
     Example:
         >>> inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0].weight.shape
@@ -156,7 +157,7 @@ def deflate(
     moments: Moments = "project",
     calibration: Mapping[str, ActivationStats] | None = None,
 ) -> _Model:
-    """Bring layers down from full rank, by one of two endings; returns the model.
+    """Bring layers down from full rank, in one of two ways; returns the model.
 
     ``to="adapted"``: freeze W and add a zero-output adapter; the function is unchanged and the cost
     of a step hardly falls. ``to="low-rank"``: truncate; the function changes by the energy cut off
@@ -165,14 +166,14 @@ def deflate(
     Args:
         model: changed in place.
         rank: as for :func:`factorize`; None: the rank each layer had when it last had factors.
-        to: the ending.
+        to: the form that layers get.
         layers: as for :func:`factorize`.
         decomposition: the decomposition's name; None: the one each layer last had, or ``"svd"``.
         alpha: the adapter's scale is ``alpha / rank``.
         execution: how the adapted form multiplies, see :class:`Adapted`.
         optimizer: see :func:`apply_plan`.
         moments: see :func:`apply_plan`.
-        calibration: see :func:`apply_plan`; of use with ``to="low-rank"`` only.
+        calibration: see :func:`apply_plan`; used with ``to="low-rank"`` only.
 
     Raises:
         ValueError: as :func:`factorize`; or ``rank`` is None and a layer never had factors.
@@ -185,19 +186,16 @@ def deflate(
     if to not in ("adapted", "low-rank"):
         raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
 
-    def form(site: Site) -> Form:
+    sites = select(_sites(model), layers, rank, decomposition or "svd")
+    plan: dict[str, Form] = {}
+    for site in sites:
         last = site.last_factored_form
-        if rank is not None:
-            asked = rank_for(rank, site.path)
-        elif last is not None:
-            asked = last.rank
-        else:
+        asked = last.rank if last and rank is None else rank
+        if asked is None:
             raise ValueError(f"layer {site.path!r} never had factors to return to; give rank=")
         name = decomposition or (last.decomposition if last else "svd")
-        return LowRank(asked, name) if to == "low-rank" else Adapted(asked, name, alpha, execution)
-
-    sites = select(_sites(model), layers, rank, decomposition or "svd")
-    plan = {site.path: form(site) for site in sites}
+        how = rank_for(asked, site.path), name
+        plan[site.path] = LowRank(*how) if to == "low-rank" else Adapted(*how, alpha, execution)
     change_forms(differences(model, plan, sites), optimizer, moments, calibration)
     return model
 
@@ -223,10 +221,9 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
 def differences(
     model: nn.Module, plan: Plan, sites: Sequence[Site] | None = None
 ) -> list[tuple[Site, Form]]:
-    """The weights whose form differs from the plan's, and that form, resolved.
+    """The weights whose form differs from the plan's, and the plan's form, its rank resolved.
 
-    The sites are those that the plan names, if they are known, else surveyed. Errors are those of
-    :func:`apply_plan`.
+    ``sites``: the result of a survey, if there was one. Raises as :func:`apply_plan` does.
     """
     for path, form in plan.items():
         if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -248,7 +245,7 @@ def differences(
 
 
 def truncates(wanted: Sequence[tuple[Site, Form]]) -> bool:
-    """Whether one of these changes decomposes a weight: what a calibration is for."""
+    """Whether one of these changes truncates a weight, which is what a calibration is for."""
     return any(
         isinstance(after, LowRank) and site.form is not None and not same_weight(site.form, after)
         for site, after in wanted
@@ -261,23 +258,32 @@ def change_forms(
     moments: Moments = "project",
     calibration: Mapping[str, ActivationStats] | None = None,
 ) -> list[Change]:
-    """Give weights the forms that :func:`differences` found; else as :func:`apply_plan`."""
+    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`."""
     optimizers = as_list(optimizer)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        known = calibration or {}
-        edits = [prepare_edit(site, after, known.get(site.path)) for site, after in wanted]
-        optimizer_edit = prepare_optimizer_edit(edits, optimizers, moments)
+        edits = [prepare_edit(s, form, (calibration or {}).get(s.path)) for s, form in wanted]
+        contents = new_contents(edits, optimizers, moments)
     with ExitStack() as undo:
         for edit in edits:
             edit.commit(undo)
-        optimizer_edit.commit(undo)
+        write(contents, undo)
         _check(edits, optimizers)
-        undo.pop_all()  # nothing is to be taken back
+        undo.pop_all()  # all is well: nothing to undo
     return [edit.change for edit in edits]
 
 
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise for a model in a wrapper that holds its old parameters and would miss a change."""
+    for path, module in model.named_modules():
+        for cls in type(module).__mro__:
+            if cls.__name__ in _WRAPPERS:
+                raise ValueError(
+                    f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
+                    "the old parameters, silently out of step; change forms before wrapping"
+                )
+
+
 def _sites(model: nn.Module) -> list[Site]:
-    """The model's weights, if its forms may change at all."""
     check_unwrapped(model)
     return survey(model)
 
@@ -290,8 +296,7 @@ def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
             count, trains = held[id(p)], not edit.site.spec.is_base(name)
             assert count == trains or (count == 0 and not p.requires_grad), edit.site.path
         assert not any(held[id(p)] for p in edit.old.values()), edit.site.path
-    for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
-                value = state.get(key)
-                assert value is None or value.shape == p.shape, key
+    for p, state in (item for optimizer in optimizers for item in optimizer.state.items()):
+        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+            value = state.get(key)
+            assert value is None or value.shape == p.shape, key

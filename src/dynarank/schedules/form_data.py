@@ -1,0 +1,38 @@
+"""Forms as plain data, for JSON: what records, checkpoints and schedules keep of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dynarank.forms import FORMS, Form, Rank, form_name
+
+__all__ = ["form_from_data", "form_to_data"]
+
+
+def form_to_data(form: Form) -> dict[str, Any]:
+    """The form as plain data.
+
+    Example:
+        >>> list(form_to_data(dr.LowRank(8)).items())[:3]
+        [('form', 'low-rank'), ('rank', 8), ('decomposition', 'svd')]
+    """
+    data = dict(vars(form))
+    if isinstance(rank := data.get("rank"), Rank):
+        data["rank"] = dict(vars(rank))
+    return {"form": form_name(form), **data}
+
+
+def form_from_data(data: Mapping[str, Any]) -> Form:
+    """The inverse of :func:`form_to_data`.
+
+    Raises:
+        ValueError: an unknown form, or values that it refuses.
+    """
+    values = dict(data)
+    name = values.pop("form", None)
+    if name not in FORMS:
+        raise ValueError(f"unknown form {name!r}; known: {', '.join(FORMS)}")
+    if isinstance(rank := values.get("rank"), Mapping):
+        values["rank"] = Rank(**rank)
+    return FORMS[name](**values)
