@@ -196,7 +196,7 @@ REFUSED = {
     "precision": (["train", "digits", "--precision", "int3"], "got 'int3'"),
     "limit": (["train", "digits", "--train-limit", "10"], "do not fill one batch of 64"),
     "too-many": (["train", "digits", "--train-limit", "9999"], "9,?999"),
-    "published": (["train", "digits", "--as-published"], "no published experiment"),
+    "published": (["train", "digits", "--as-published"], "not a published experiment"),
     "report": (["report", "nowhere"], "no run folder at nowhere"),
     "file": (["spectrum", "nowhere.safetensors"], "no file nowhere.safetensors"),
     "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank must be a share"),

@@ -170,10 +170,10 @@ def test_training_images_are_not_changed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 51}, "batches of 51 were asked for out of 50 images: ask for 1 to 50"),
-        ({"batch_size": 0}, "batches of 0"),
-        ({"seed": -1}, "seed -1"),
-        ({"shuffle": "never"}, "'epoch' or 'once', but is 'never'"),
+        ({"batch_size": 51}, "batch_size must be from 1 to the number of images, 50, got 51"),
+        ({"batch_size": 0}, "number of images, 50, got 0"),
+        ({"seed": -1}, "seed must not be negative, got -1"),
+        ({"shuffle": "never"}, "'epoch' or 'once', got 'never'"),
     ],
 )
 def test_wrong_options(options: dict[str, object], message: str) -> None:
@@ -191,9 +191,9 @@ def test_wrong_tensors() -> None:
 
 
 def test_wrong_epochs_are_told_at_once() -> None:
-    with pytest.raises(ValueError, match="epoch -1"):
+    with pytest.raises(ValueError, match="counted from 0, got -1"):
         numbered().epoch(-1)
-    with pytest.raises(ValueError, match=r"batch 7 .*ask for 0 to 6"):
+    with pytest.raises(ValueError, match="start must be from 0 to the number of batches, 6, got 7"):
         numbered().epoch(0, start=7)
 
 

@@ -123,7 +123,7 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    with pytest.raises(DataError, match=r"uoft-cs/cifar10.*no route.*name a folder"):
+    with pytest.raises(DataError, match=r"uoft-cs/cifar10.*no route.*pass a folder"):
         load_cifar10("hub")
 
 
@@ -134,7 +134,7 @@ def test_no_place_named(folder: str | None) -> None:
 
 
 def test_place_does_not_exist(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nowhere, which does not exist"):
+    with pytest.raises(DataError, match=r"CIFAR-10: .*nowhere does not exist"):
         load_cifar10(str(tmp_path / "nowhere"))
 
 
@@ -144,14 +144,14 @@ def test_folder_of_something_else(tmp_path: Path) -> None:
     (tmp_path / "cifar-10-batches-py").mkdir()
     for i in range(13):
         (tmp_path / f"n{i:02}.txt").touch()
-    with pytest.raises(DataError, match=r"it holds cifar-10-batches-py/, n00.txt,.* and 2 more"):
+    with pytest.raises(DataError, match=r"it contains cifar-10-batches-py/, n00.txt,.* and 2 more"):
         load_cifar10(str(tmp_path))
 
 
 @pytest.mark.parametrize("missing", ["data_batch_1.bin", "data_batch_4.bin", "test_batch.bin"])
 def test_missing_file(tmp_path: Path, images: np.ndarray, labels: np.ndarray, missing: str) -> None:
     (write_binary(tmp_path, images, labels) / missing).unlink()
-    with pytest.raises(DataError, match=rf"{missing} is missing from .*it holds data_batch_"):
+    with pytest.raises(DataError, match=rf"{missing} is missing from .*it contains data_batch_"):
         load_cifar10(str(tmp_path))
 
 
@@ -174,7 +174,7 @@ def test_label_out_of_range(tmp_path: Path, images: np.ndarray, labels: np.ndarr
 @pytest.mark.parametrize(
     ("key", "wrong", "message"),
     [
-        ("x_train", None, "lacks x_train and holds y_train, x_test, y_test"),
+        ("x_train", None, "lacks x_train and contains y_train, x_test, y_test"),
         ("x_train", np.zeros((TRAIN, 3, 32, 32), np.float32), "x_train must be uint8.*float32"),
         ("x_train", np.zeros((TRAIN, 32, 32), np.uint8), r"x_train must be.*\(100, 32, 32\)"),
         ("x_train", np.zeros((TRAIN, 3, 16, 64), np.uint8), "x_train must be"),
@@ -207,7 +207,7 @@ def test_wrong_npz(
 def test_not_an_npz(tmp_path: Path) -> None:
     path = tmp_path / "cifar-10-binary.tar.gz"
     path.write_bytes(b"something else")
-    with pytest.raises(DataError, match=r"tar.gz was read as an .npz file.*not a zip file"):
+    with pytest.raises(DataError, match=r"tar.gz is not a valid .npz file.*not a zip file"):
         load_cifar10(str(path))
 
 
@@ -305,7 +305,9 @@ def test_cifar100_missing(hundred: Path) -> None:
     with pytest.raises(DataError, match=r"CIFAR-100's binary version has 2 files; test.bin is"):
         load_cifar100(str(hundred))
     (hundred / "train.bin").unlink()
-    with pytest.raises(DataError, match=r"hold train.bin and test.bin .*cifar-100-binary/.*empty"):
+    with pytest.raises(
+        DataError, match=r"contain train.bin and test.bin .*cifar-100-binary/.*empty"
+    ):
         load_cifar100(str(hundred))
 
 

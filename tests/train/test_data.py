@@ -78,7 +78,7 @@ def test_limit_leaves_values_and_global_random_state() -> None:
 
 @pytest.mark.parametrize("wrong", [0, -1, 5])
 def test_limit_out_of_range(wrong: int) -> None:
-    with pytest.raises(ValueError, match=rf"{wrong} training images.*ask for 1 to 4"):
+    with pytest.raises(ValueError, match=rf"{wrong} training images.*request 1 to 4"):
         limit(fake([0, 1, 2, 0]), wrong)
 
 
@@ -103,7 +103,7 @@ def test_limit_of_the_test_images_is_the_same_choice() -> None:
     assert torch.equal(some.test_images, wanted.train_images)
     assert torch.equal(some.test_labels, wanted.train_labels)
     assert some.train_images is data.train_images
-    with pytest.raises(ValueError, match=r"85 test images.*ask for 1 to 84"):
+    with pytest.raises(ValueError, match=r"85 test images.*request 1 to 84"):
         limit_test(other, 85)
 
 

@@ -20,7 +20,7 @@ def test_seed_stream_and_epoch_decide() -> None:
 
 
 def test_negative_numbers_are_refused() -> None:
-    with pytest.raises(ValueError, match="epoch -1 was asked for"):
+    with pytest.raises(ValueError, match="epochs are counted from 0, got -1"):
         epoch_generator(0, 0, -1)
-    with pytest.raises(ValueError, match="seed -1 was asked for"):
+    with pytest.raises(ValueError, match="seed must not be negative, got -1"):
         epoch_generator(-1, 0, 0)

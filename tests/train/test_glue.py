@@ -103,7 +103,7 @@ def test_limits_keep_classes_balanced(place: Path) -> None:
     task = make("sst2", place, train_limit=16, test_limit=6)
     assert task.train.labels.bincount().tolist() == [8, 8]
     assert task.test.labels.bincount().tolist() == [3, 3]
-    with pytest.raises(ValueError, match="21 test examples were asked for; there are 20"):
+    with pytest.raises(ValueError, match="21 test examples requested, but there are 20"):
         make("sst2", place, test_limit=21)
 
 
@@ -129,7 +129,7 @@ def test_where_the_data_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("DYNARANK_DATA", str(place))
     assert make_task(recipe("sst2"), None, seed=0, device=CPU, **limits).train_size == 48
     monkeypatch.delenv("DYNARANK_DATA")
-    with pytest.raises(DataError, match=r"SST-2 was asked for and no place .* \(1\) a folder"):
+    with pytest.raises(DataError, match=r"no location is given for GLUE's SST-2 .* \(1\) a folder"):
         make_task(recipe("sst2"), None, seed=0, device=CPU, **limits)
 
 

@@ -55,7 +55,7 @@ def test_runs_with_other_settings_are_not_mixed(
     with pytest.raises(RecipeError, match=r"epochs: 3 there, 4 now.*--out"):
         open_folder(tmp_path, {"epochs": 4, "recipe": {"name": "digits"}})
     assert call(monkeypatch, "compare", "digits", *SMALL, "--out", str(tmp_path)) == 2
-    assert "holds runs with other settings" in capsys.readouterr().err
+    assert "contains runs with other settings" in capsys.readouterr().err
 
 
 def test_the_remains_of_a_run_are_removed(tmp_path: Path) -> None:

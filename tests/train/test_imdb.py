@@ -79,7 +79,7 @@ def test_where_the_data_is(place: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("DYNARANK_DATA", str(place))
     assert make_task(recipe(), None, seed=0, device=CPU, **limits).train_size == 48
     monkeypatch.delenv("DYNARANK_DATA")
-    with pytest.raises(DataError, match=r"no place to read them from .* \(1\) the folder aclImdb"):
+    with pytest.raises(DataError, match=r"no location .* IMDb reviews .* \(1\) the folder aclImdb"):
         make_task(recipe(), None, seed=0, device=CPU, **limits)
 
 

@@ -121,9 +121,9 @@ def test_all_test_windows_count_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"train": 39}, "3 training windows of 8 bytes do not fill one batch of 4"),
         ({"train_limit": 3}, "3 training windows of 8 bytes do not fill one batch of 4"),
-        ({"train_limit": 25}, "25 training windows were asked for; there are 24"),
-        ({"test_limit": 7}, "7 test windows were asked for; there are 6"),
-        ({"test_limit": 0}, "0 test windows were asked for"),
+        ({"train_limit": 25}, "25 training windows requested, but there are 24"),
+        ({"test_limit": 7}, "7 test windows requested, but there are 6"),
+        ({"test_limit": 0}, "0 test windows requested"),
         ({"test": 8}, r"the test part has 8 bytes, less than one window of 8 \+ 1"),
     ],
 )

@@ -129,7 +129,7 @@ def test_shapes_that_do_not_fit_are_refused(measure, found: Tensor, labels: Tens
 
 
 def test_other_classes_than_two_are_refused() -> None:
-    with pytest.raises(ValueError, match="labels must be 0 or 1, but one of them is 2"):
+    with pytest.raises(ValueError, match="labels must be 0 or 1, got 2"):
         f1_score(torch.tensor([0, 1]), torch.tensor([0, 2]))
 
 

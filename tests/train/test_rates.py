@@ -85,7 +85,7 @@ def test_the_forecast_is_the_run_at_equal_distances(kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr_schedule": "wsd"}, "wsd decays from one epoch on"),
+        ({"lr_schedule": "wsd"}, "wsd has one decay"),
         ({"lr_schedule": "onecycle"}, "warmup must be above 0"),
         ({"decay_at": (90, 60)}, "decay_at must increase"),
         ({"decay_at": (100,)}, "decay_at must increase"),

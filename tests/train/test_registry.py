@@ -26,7 +26,7 @@ def test_options_reach_the_network_and_unknown_ones_are_refused() -> None:
     drawn = build_model("wrn-16-4", classes=3, dropout=0.25)
     rates = {m.p for m in drawn.modules() if isinstance(m, torch.nn.Dropout)}
     assert rates == {0.25}
-    with pytest.raises(ValueError, match=r"'digits-net' was asked for with classes, drop.*drop"):
+    with pytest.raises(ValueError, match=r"'digits-net' does not accept classes, drop.*drop"):
         build_model("digits-net", classes=10, drop=0.1)
 
 

@@ -42,12 +42,12 @@ def test_no_limit_keeps_the_order() -> None:
 
 @pytest.mark.parametrize("limit", [0, 4])
 def test_a_limit_beyond_what_there_is(limit: int) -> None:
-    with pytest.raises(ValueError, match=f"{limit} test examples were asked for; there are 3"):
+    with pytest.raises(ValueError, match=f"{limit} test examples requested, but there are 3"):
         limit_sentences(make([1, 0, 1]), limit, what="test")
 
 
 def test_parts_of_different_lengths_are_refused() -> None:
-    with pytest.raises(ValueError, match="as many and at least 1"):
+    with pytest.raises(ValueError, match="equally many, at least 1"):
         Sentences(["a"], ["b", "c"], np.array([1]))
-    with pytest.raises(ValueError, match="as many and at least 1"):
+    with pytest.raises(ValueError, match="equally many, at least 1"):
         Sentences([], None, np.array([], np.int64))

@@ -27,7 +27,7 @@ def test_the_limits_choose_balanced_examples_of_either_part() -> None:
     assert task.data.test_labels.bincount().tolist() == [3] * 10
     whole: Any = make_task(recipe, seed=0, device=CPU)
     assert len(whole.data.test_labels) == 360
-    with pytest.raises(ValueError, match="361 test images were asked for; there are 360"):
+    with pytest.raises(ValueError, match="361 test images requested, but there are 360"):
         make_task(recipe, seed=0, device=CPU, test_limit=361)
 
 

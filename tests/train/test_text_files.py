@@ -123,12 +123,12 @@ def test_the_standard_library_is_there_without_what_is_installed_beside_it() -> 
 def test_a_python_without_sources_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, {"argparse.pyc": b"x", "site-packages/a.py": b"x"})
     monkeypatch.setattr(text_files, "standard_library", lambda: tmp_path)
-    with pytest.raises(DataError, match=r"compiled only: name a folder of text with --data"):
+    with pytest.raises(DataError, match=r"only compiled files; pass a folder of text with --data"):
         load_text(None)
 
 
 def test_nothing_there_says_what_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"files named \*\.txt, .* looked for in .*; there is none"):
+    with pytest.raises(DataError, match=r"no files named \*\.txt, .* in .*: pass the folder"):
         load_text(write(tmp_path, {"picture.png": b"x"}))
     with pytest.raises(DataError, match="does not exist"):
         load_text(str(tmp_path / "absent"))

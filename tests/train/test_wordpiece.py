@@ -74,10 +74,10 @@ def test_a_vocabulary_of_the_texts_themselves() -> None:
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        (["[PAD]", "[UNK]", "[CLS]", "a"], r"it lacks \[SEP\]: it is another file"),
+        (["[PAD]", "[UNK]", "[CLS]", "a"], r"it lacks \[SEP\]: it is a different file"),
         (["a", *SPECIAL], r"the first line of .* must be \[PAD\], but is 'a'"),
-        ([*PIECES, "film"], r"holds 'film' twice"),
-        ([*PIECES, *map(str, range(10))], r"holds 24 pieces and the recipe has room for 20"),
+        ([*PIECES, "film"], r"contains 'film' twice"),
+        ([*PIECES, *map(str, range(10))], r"has 24 pieces and the recipe has room for 20"),
         ([], r"it lacks \[PAD\], \[UNK\], \[CLS\], \[SEP\]"),
     ],
 )

@@ -1,7 +1,7 @@
 """Mini-batches of tensors that are already on the device, in a reproducible order.
 
-An epoch's order and augmentation are a pure function of ``(seed, epoch)``: the same for every rank
-schedule and device, whatever else draws random numbers; a run can resume at any step.
+The order and augmentation of an epoch are a pure function of ``(seed, epoch)``: the same for every
+rank schedule and device, and independent of other random draws. A run can resume at any step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shuffle = Literal["epoch", "once"]
 
 @dataclass(frozen=True, eq=False)
 class _Draws:
-    """The random choices of an epoch, by position in the epoch, on the images' device."""
+    """The random draws of an epoch, by position in the epoch, on the images' device."""
 
     order: torch.Tensor  # (N,)
     offsets: torch.Tensor | None  # (N, 2)
@@ -38,17 +38,17 @@ class Batches:
     Args:
         images: ``(N, C, H, W)``, on the device that trains.
         labels: ``(N,)``, on the same device.
-        batch_size: images a batch.
-        seed: not negative; with the epoch it decides order and augmentation.
+        batch_size: the number of images per batch.
+        seed: the seed of order and augmentation, not negative.
         shuffle: ``"epoch"`` draws a new order each epoch; ``"once"`` keeps the first epoch's, so
-            that the same images are left over each time (as in the method's published code).
-        augment: crop at random out of the image padded with 4 zeros a side, and mirror every
-            other image, at random.
-        memory_format: of the batches of images: ``torch.contiguous_format`` or
+            that the same images are dropped each time (as in the method's published code).
+        augment: random crops of the image padded with 4 zeros per side, and horizontal flips with
+            probability 1/2.
+        memory_format: the memory format of the images: ``torch.contiguous_format`` or
             ``torch.channels_last``.
 
     Raises:
-        ValueError: if the arguments do not fit each other.
+        ValueError: if the arguments do not match.
 
     Example:
         >>> batches = Batches(torch.zeros(10, 1, 8, 8), torch.arange(10), 4, seed=0)
@@ -76,32 +76,31 @@ class Batches:
         self.memory_format = memory_format
 
     def __len__(self) -> int:
-        """Count the batches of an epoch."""
+        """The number of batches of an epoch."""
         return len(self.images) // self.batch_size
 
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Cut one epoch into batches: images ``(B, C, H, W)`` and labels ``(B,)``.
+        """Yield the batches of one epoch: images ``(B, C, H, W)`` and labels ``(B,)``.
 
         Args:
-            epoch: counted from 0.
-            start: the batch to begin with, to resume within an epoch.
+            epoch: the epoch, counted from 0.
+            start: the first batch, to resume within an epoch.
 
         Raises:
-            ValueError: if ``epoch`` is negative or ``start`` is beyond the epoch's end.
+            ValueError: if ``epoch`` is negative or ``start`` is beyond the end of the epoch.
 
         """
         if epoch < 0:
-            raise ValueError(f"epoch {epoch} was asked for; epochs are counted from 0")
+            raise ValueError(f"epochs are counted from 0, got {epoch}")
         if not 0 <= start <= len(self):
             raise ValueError(
-                f"batch {start} was asked for as the first; an epoch has {len(self)}: "
-                f"ask for 0 to {len(self)}"
+                f"start must be from 0 to the number of batches, {len(self)}, got {start}"
             )
         draws = self._draws(epoch)
         return (self._batch(draws, step) for step in range(start, len(self)))
 
     def _draws(self, epoch: int) -> _Draws:
-        """Drawn on the CPU, so that all devices get the same; moved once per epoch."""
+        """The draws of an epoch: made on the CPU, so that all devices get the same, then moved."""
         count, device = len(self.images), self.images.device
         ordering = epoch_generator(self.seed, _ORDER, 0 if self.shuffle == "once" else epoch)
         order = torch.randperm(count, generator=ordering).to(device)
@@ -124,18 +123,18 @@ class Batches:
 def crop_and_flip(
     images: torch.Tensor, offsets: torch.Tensor, flips: torch.Tensor, *, pad: int = PAD
 ) -> torch.Tensor:
-    """Random crop with zero padding, then random horizontal flip.
+    """Crop at an offset with zero padding, then flip horizontally.
 
     ``out[n, c, i, j] = padded[n, c, i + y_n, (W - 1 - j if flips[n] else j) + x_n]``
 
     Args:
         images: ``(N, C, H, W)``.
-        offsets: ``(N, 2)``, integers ``(y, x)`` from 0 to ``2 * pad``; ``pad`` is the middle.
+        offsets: ``(N, 2)``, integers ``(y, x)`` from 0 to ``2 * pad``; ``pad`` is the center.
         flips: ``(N,)``, bool.
-        pad: zeros added on each side.
+        pad: the number of zeros added on each side.
 
     Returns:
-        Images of the same shape, in one gather: no loop over images, no wait for the device.
+        Images of the same shape, by one gather without a loop or a device synchronization.
 
     """
     count, channels, height, width = images.shape
@@ -151,22 +150,22 @@ def crop_and_flip(
 def _check_tensors(images: torch.Tensor, labels: torch.Tensor) -> None:
     if images.ndim != 4 or labels.shape != images.shape[:1]:
         raise ValueError(
-            "images must be (N, C, H, W) and labels (N,), one an image, but they are "
+            "images must be (N, C, H, W) and labels (N,), one per image, but they are "
             f"{tuple(images.shape)} and {tuple(labels.shape)}"
         )
     if images.device != labels.device:
         raise ValueError(
-            "images and labels must be on one device, but they are on "
-            f"{images.device} and {labels.device}: move one"
+            "images and labels must be on the same device, but they are on "
+            f"{images.device} and {labels.device}; move one of them"
         )
 
 
 def _check_options(count: int, batch_size: int, seed: int, shuffle: str) -> None:
     if not 1 <= batch_size <= count:
         raise ValueError(
-            f"batches of {batch_size} were asked for out of {count} images: ask for 1 to {count}"
+            f"batch_size must be from 1 to the number of images, {count}, got {batch_size}"
         )
     if seed < 0:
-        raise ValueError(f"seed {seed} was asked for; a seed must not be negative")
+        raise ValueError(f"a seed must not be negative, got {seed}")
     if shuffle not in ("epoch", "once"):
-        raise ValueError(f"shuffle must be 'epoch' or 'once', but is {shuffle!r}")
+        raise ValueError(f"shuffle must be 'epoch' or 'once', got {shuffle!r}")

@@ -20,17 +20,17 @@ class BERT(nn.Module):
 
     ``head(tanh(pool(pooled norm(blocks(norm0(embedding[token] + position + segment))))))``
 
-    As BERT but pre-norm, which trains from scratch without a long warm-up, and by default with the
-    mean of the tokens instead of the first one, [CLS], which needs pre-training to be of use.
+    Like BERT, but pre-norm, which trains from scratch without a long warm-up, and by default with
+    mean pooling instead of the first token, [CLS], which is useful only after pre-training.
 
     Args:
-        vocabulary: how many tokens there are; token 0 is padding, which nothing looks at.
-        length: the longest sequence.
-        outputs: how many: classes, or 1 for a score.
-        width: of the model.
-        depth: how many blocks.
-        heads: attention heads a block.
-        dropout: share of each branch's outputs set to zero in training.
+        vocabulary: the number of tokens; token 0 is padding and is masked.
+        length: the maximum sequence length.
+        outputs: the number of classes, or 1 for a score.
+        width: the model width.
+        depth: the number of blocks.
+        heads: the number of attention heads per block.
+        dropout: the dropout probability in each branch.
         pooling: ``"mean"`` of the tokens, or the ``"first"`` one.
 
     Example:
@@ -69,10 +69,10 @@ class BERT(nn.Module):
         transformer_init_(self)
 
     def forward(self, tokens: Tensor, segments: Tensor) -> Tensor:
-        """Outputs ``(B, outputs)``.
+        """Compute the outputs ``(B, outputs)``.
 
         Args:
-            tokens: ``(B, T)``, beginning with [CLS]; 0 is padding.
+            tokens: ``(B, T)``, starting with [CLS]; 0 is padding.
             segments: ``(B, T)``: 0 in the first sentence, 1 in the second.
 
         Raises:
@@ -80,7 +80,7 @@ class BERT(nn.Module):
         """
         length = tokens.shape[1]
         if length > self.length:
-            raise ValueError(f"sequences of {length} tokens exceed the longest, {self.length}")
+            raise ValueError(f"a sequence has at most {self.length} tokens, got {length}")
         places = torch.arange(length, device=tokens.device)
         x = self.embedding(tokens) + self.position(places) + self.segment(segments)
         x = F.dropout(self.norm0(x), self.dropout, self.training)
@@ -91,7 +91,7 @@ class BERT(nn.Module):
         return self.head(F.dropout(pooled, self.dropout, self.training))
 
     def _pooled(self, x: Tensor, real: Tensor) -> Tensor:
-        """One vector per sequence ``(B, T, d)``; ``real`` is False at padding."""
+        """Pool ``(B, T, d)`` to one vector per sequence; ``real`` is False at padding."""
         if self.pooling == "first":
             return x[:, 0]
         return (x * real[:, :, None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)

@@ -1,4 +1,4 @@
-"""A bidirectional LSTM classifier of texts."""
+"""A bidirectional LSTM text classifier."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _PADDING = 0
 
 
 class BiLSTM(nn.Module):
-    """Word embeddings, a bidirectional LSTM, and an output layer on mean and maximum.
+    """Word embeddings, a bidirectional LSTM, and an output layer on mean and max pooling.
 
     ``head([mean_t h_t, max_t h_t])``, h the states of both directions, t over the words
 
-    Sequences have one length and end with padding, whose embedding is zero and whose states are not
-    pooled; the backward direction passes through it before the words.
+    All sequences have the same length and end with padding, whose embedding is zero and whose
+    states are not pooled; the backward direction reads it before the words.
 
     Args:
-        vocabulary: how many words there are; word 0 is padding.
-        outputs: how many: classes, or 1 for a score.
-        width: of the embedding.
-        hidden: units of a layer and direction.
-        depth: how many layers.
-        dropout: share of embedding, layers' outputs and pooled states set to zero in training.
+        vocabulary: the number of words; word 0 is padding.
+        outputs: the number of classes, or 1 for a score.
+        width: the size of the embedding.
+        hidden: the hidden size per layer and direction.
+        depth: the number of layers.
+        dropout: the dropout probability of embeddings, layer outputs and pooled states.
 
     Example:
         >>> model = BiLSTM(100, 2, width=8, hidden=4, depth=1)
@@ -57,25 +57,25 @@ class BiLSTM(nn.Module):
             depth,
             batch_first=True,
             bidirectional=True,
-            dropout=dropout if depth > 1 else 0.0,  # torch's is between layers
+            dropout=dropout if depth > 1 else 0.0,  # torch applies it between layers
         )
         self.head = nn.Linear(4 * hidden, outputs)
         _init_(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Outputs ``(B, outputs)`` of words ``(B, T)``; 0 is padding."""
+        """Compute the outputs ``(B, outputs)`` of words ``(B, T)``; 0 is padding."""
         x = F.dropout(self.embedding(tokens), self.dropout, self.training)
         states, _ = self.lstm(x)  # (B, T, 2 hidden)
         words = (tokens != _PADDING)[:, :, None]
         mean = (states * words).sum(1) / words.sum(1).clamp(min=1)
-        # An empty text has no maximum: its states count as zero.
+        # An empty text has no maximum: zeros are used instead.
         most = states.masked_fill(~words, -1.0).amax(1)  # a state is above -1
         pooled = torch.cat([mean, most * words.any(1)], dim=1)
         return self.head(F.dropout(pooled, self.dropout, self.training))
 
 
 def _init_(model: BiLSTM) -> None:
-    """Embeddings with standard deviation .1; forget gates start open (Jozefowicz et al., 2015)."""
+    """Embeddings with standard deviation 0.1; forget gates start open (Jozefowicz et al., 2015)."""
     nn.init.normal_(model.embedding.weight, std=0.1)
     with torch.no_grad():
         model.embedding.weight[_PADDING].zero_()

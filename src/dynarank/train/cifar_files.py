@@ -18,7 +18,7 @@ __all__ = ["CIFAR10", "CIFAR100"]
 
 SHAPE = (3, 32, 32)
 PIXELS = 3 * 32 * 32  # bytes, channel by channel
-CIFAR10_RECORDS = 10_000  # in each of its six files
+CIFAR10_RECORDS = 10_000  # per file, in six files
 CIFAR100_RECORDS = {"train.bin": 50_000, "test.bin": 10_000}
 COARSE_CLASSES = 20
 
@@ -30,10 +30,10 @@ class _Binary:
     """The layout of a binary version.
 
     Args:
-        name: of the data set.
-        archive: that it is unpacked from.
-        classes: of each of a record's labels; the last is the one that counts.
-        records: of each file, the test file last.
+        name: the name of the data set.
+        archive: the name of its archive.
+        classes: the number of classes of each label in a record; the last label is used.
+        records: the number of records by file name, the test file last.
     """
 
     name: str
@@ -83,7 +83,7 @@ CIFAR100 = ImageFiles(
 
 
 def _read(binary: _Binary, folder: Path) -> RawImages:
-    for name in binary.records:  # all of them before the first is read
+    for name in binary.records:  # check all files before reading the first
         _check_size(binary, folder / name)
     *train, test = binary.records
     return RawImages(*_records(binary, folder, train), *_records(binary, folder, [test]))
@@ -101,7 +101,7 @@ def _check_size(binary: _Binary, path: Path) -> None:
     if found != wanted:
         raise DataError(
             f"{path} must be exactly {wanted:,} bytes ({records:,} records of "
-            f"{binary.record_bytes:,}), but is {found:,}: it is damaged or another file; fetch it "
+            f"{binary.record_bytes:,}), but is {found:,}: damaged or a different file; fetch it "
             "again"
         )
 
@@ -115,7 +115,7 @@ def _records(
     for name in names:
         records = np.fromfile(folder / name, np.uint8).reshape(-1, binary.record_bytes)
         rows = slice(start, start := start + len(records))
-        for column, classes in enumerate(binary.classes):  # the last label stays
+        for column, classes in enumerate(binary.classes):  # the last label is kept
             labels[rows] = checked_labels(folder / name, records[:, column], len(records), classes)
         images[rows] = records[:, len(binary.classes) :].reshape(-1, *SHAPE)
     return images, labels

@@ -1,6 +1,6 @@
-"""Data sets of images, whole in memory and normalized: what the recipes train on.
+"""The image data sets of the recipes, in memory and normalized.
 
-Pixels are normalized one by one: each of the C x H x W positions has its own mean and standard
+Pixels are normalized individually: each of the C x H x W positions has its own mean and standard
 deviation over the training set, as in the published code of the method.
 """
 
@@ -32,9 +32,9 @@ __all__ = [
 ]
 
 _SPLIT_SEED = 0  # the split of the digits; part of the data set's definition, not an option
-_ORDER_SEED = 0  # the order in which `limit` takes images; likewise
+_ORDER_SEED = 0  # the order in which `limit` takes images; part of its definition too
 _DIGITS_TEST = 360
-_STD_FLOOR = 0.05  # of the full scale: below it a pixel is nearly constant (CIFAR-10's least: .2)
+_STD_FLOOR = 0.05  # of the full scale; below it a pixel is nearly constant (CIFAR-10: 0.2 or more)
 _CHUNK = 1_000
 
 
@@ -50,7 +50,7 @@ class ImageData:
 
 
 def load_digits_data() -> ImageData:
-    """Scikit-learn's handwritten digits: 1,437 + 360 images of 1 x 8 x 8, always split alike.
+    """Scikit-learn's handwritten digits: 1,437 + 360 images of 1 x 8 x 8, with a fixed split.
 
     Raises:
         ImportError: if scikit-learn is not installed.
@@ -72,16 +72,16 @@ def load_cifar10(folder: str | None) -> ImageData:
     """CIFAR-10: 50,000 + 10,000 images of 3 x 32 x 32.
 
     Args:
-        folder: one of: a folder that holds the binary version (``data_batch_1.bin`` ...
-            ``data_batch_5.bin``, ``test_batch.bin``) itself or in ``cifar-10-batches-bin/``; a
-            folder that holds ``cifar10.npz``; an .npz file (uint8 ``x_train``, ``x_test`` of
+        folder: one of: a folder with the binary version (``data_batch_1.bin`` ...
+            ``data_batch_5.bin``, ``test_batch.bin``), directly or in ``cifar-10-batches-bin/``; a
+            folder with ``cifar10.npz``; an .npz file (uint8 ``x_train``, ``x_test`` of
             shape ``(N, 32, 32, 3)`` or ``(N, 3, 32, 32)``; integer ``y_train``, ``y_test``);
-            the word ``hub`` (``./hub`` for a folder of that name); None for what the environment
-            variable DYNARANK_DATA says.
+            the word ``hub`` (``./hub`` for a folder of that name); None: the value of the
+            environment variable DYNARANK_DATA.
 
     Raises:
-        DataError: if no place is named, or what is there is absent, incomplete or damaged.
-        ImportError: if the hub is asked for without the ``data`` extra.
+        DataError: if no location is given, or the data is missing, incomplete or damaged.
+        ImportError: if ``hub`` is given without the ``data`` extra.
 
     """
     return _load(CIFAR10, "the binary version, cifar-10-binary.tar.gz unpacked", folder)
@@ -91,12 +91,12 @@ def load_cifar100(folder: str | None) -> ImageData:
     """CIFAR-100 with its 100 fine labels: 50,000 + 10,000 images of 3 x 32 x 32.
 
     Args:
-        folder: as for :func:`load_cifar10`: the binary version is ``train.bin`` and ``test.bin``,
-            itself or in ``cifar-100-binary/``; the .npz file is ``cifar100.npz``.
+        folder: as in :func:`load_cifar10`; the binary version is ``train.bin`` and ``test.bin``,
+            directly or in ``cifar-100-binary/``, the .npz file is ``cifar100.npz``.
 
     Raises:
-        DataError: if no place is named, or what is there is absent, incomplete or damaged.
-        ImportError: if the hub is asked for without the ``data`` extra.
+        DataError: if no location is given, or the data is missing, incomplete or damaged.
+        ImportError: if ``hub`` is given without the ``data`` extra.
 
     """
     return _load(CIFAR100, "the binary version, cifar-100-binary.tar.gz unpacked", folder)
@@ -106,12 +106,12 @@ def load_fashion_mnist(folder: str | None) -> ImageData:
     """Fashion-MNIST: 60,000 + 10,000 images of 1 x 28 x 28.
 
     Args:
-        folder: as for :func:`load_cifar10`: the idx files, as they are or as .gz, themselves or in
-            ``fashion-mnist/`` or ``FashionMNIST/raw/``; the .npz file is ``fashion-mnist.npz``.
+        folder: as in :func:`load_cifar10`; the four idx files, plain or as .gz, directly or in
+            ``fashion-mnist/`` or ``FashionMNIST/raw/``, the .npz file is ``fashion-mnist.npz``.
 
     Raises:
-        DataError: if no place is named, or what is there is absent, incomplete or damaged.
-        ImportError: if the hub is asked for without the ``data`` extra.
+        DataError: if no location is given, or the data is missing, incomplete or damaged.
+        ImportError: if ``hub`` is given without the ``data`` extra.
 
     """
     return _load(FASHION_MNIST, "its four idx files", folder)
@@ -121,10 +121,10 @@ def _load(files: ImageFiles, standard: str, folder: str | None) -> ImageData:
     place = os.environ.get("DYNARANK_DATA", "") if folder is None else folder
     if not place:
         raise DataError(
-            f"{files.name} was asked for and no place to read it from was named (DYNARANK_DATA is "
-            f"not set). Name (1) a folder that holds {standard}; (2) an .npz file with x_train, "
+            f"no location is given for {files.name} (DYNARANK_DATA is not set). As --data or "
+            f"DYNARANK_DATA, pass (1) a folder with {standard}; (2) an .npz file with x_train, "
             "y_train, x_test, y_test; or (3) the word hub, to download it (needs pip install "
-            "'dynarank[data]'): as --data or DYNARANK_DATA"
+            "'dynarank[data]')"
         )
     hub = place == "hub"
     raw = read_hub(files) if hub else read_files(files, Path(place).expanduser())
@@ -132,14 +132,14 @@ def _load(files: ImageFiles, standard: str, folder: str | None) -> ImageData:
 
 
 def limit(data: ImageData, train_limit: int) -> ImageData:
-    """Keep ``train_limit`` training images; the test images stay.
+    """Keep ``train_limit`` training images and all test images.
 
-    They are the first of a fixed order which deals the classes out in turn, so that classes are
-    balanced as far as there are images, and a smaller limit's images are among a larger one's.
-    The normalization stays that of the full training set.
+    Images are taken in a fixed order that alternates between classes, so that classes are as
+    balanced as possible, and smaller subsets are contained in larger ones. The normalization is
+    still that of the full training set.
 
     Raises:
-        ValueError: if ``train_limit`` is less than 1 or more than there are.
+        ValueError: if ``train_limit`` is less than 1 or more than the number of images.
 
     """
     kept = _kept(data.train_labels, train_limit, "training")
@@ -148,10 +148,10 @@ def limit(data: ImageData, train_limit: int) -> ImageData:
 
 
 def limit_test(data: ImageData, test_limit: int) -> ImageData:
-    """Keep ``test_limit`` test images, chosen likewise; the training images stay.
+    """Keep ``test_limit`` test images, chosen as in :func:`limit`, and all training images.
 
     Raises:
-        ValueError: if ``test_limit`` is less than 1 or more than there are.
+        ValueError: if ``test_limit`` is less than 1 or more than the number of images.
 
     """
     kept = _kept(data.test_labels, test_limit, "test")
@@ -160,21 +160,21 @@ def limit_test(data: ImageData, test_limit: int) -> ImageData:
 
 
 def _kept(labels: torch.Tensor, count: int, which: str) -> torch.Tensor:
-    """The positions of the ``count`` images that stay."""
+    """The positions of the ``count`` images to keep."""
     there = len(labels)
     if not 1 <= count <= there:
         raise ValueError(
-            f"{count} {which} images were asked for; there are {there}: ask for 1 to {there}"
+            f"{count} {which} images requested, but there are {there}; request 1 to {there}"
         )
     return _dealt_order(labels.cpu())[:count].to(labels.device)
 
 
 def _dealt_order(labels: torch.Tensor) -> torch.Tensor:
-    """Shuffle the images, always alike; then take each class's first, each class's second, ..."""
+    """A fixed shuffle, then each class's first image, each class's second, ..."""
     generator = torch.Generator().manual_seed(_ORDER_SEED)
     order = torch.randperm(len(labels), generator=generator)
     shuffled = labels[order]
-    turns = F.one_hot(shuffled).cumsum(0)  # (N, classes): how many of each class up to an image
+    turns = F.one_hot(shuffled).cumsum(0)  # (N, classes): the count of each class so far
     turn = turns.gather(1, shuffled[:, None]).squeeze(1)
     return order[turn.argsort(stable=True)]
 
@@ -193,10 +193,10 @@ def _normalized(raw: RawImages, *, classes: int, scale: int) -> ImageData:
 def _pixel_statistics(
     images: NDArray[np.uint8], *, floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of each pixel, ``(C, H, W)``, from exact whole-number sums."""
+    """Mean and standard deviation of each pixel, ``(C, H, W)``, from exact integer sums."""
     total = np.zeros(images.shape[1:], np.int64)
     squares = np.zeros_like(total)
-    for start in range(0, len(images), _CHUNK):  # int64 is 8 times the size of the images
+    for start in range(0, len(images), _CHUNK):  # int64 takes 8 times the memory of the images
         chunk = images[start : start + _CHUNK].astype(np.int64)
         total += chunk.sum(0)
         squares += (chunk * chunk).sum(0)

@@ -1,4 +1,4 @@
-"""Random generators of an epoch that depend only on seed, purpose and epoch."""
+"""Random generators that depend only on seed, purpose and epoch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def epoch_generator(seed: int, stream: int, epoch: int) -> torch.Generator:
     """A CPU generator, independent of the device and of other random draws.
 
     Args:
-        seed: of the run, not negative.
-        stream: one number for each purpose; different streams are independent.
-        epoch: counted from 0.
+        seed: the seed of the run, not negative.
+        stream: a number for each purpose; different streams are independent.
+        epoch: the epoch, counted from 0.
 
     Raises:
         ValueError: if ``seed`` or ``epoch`` is negative.
@@ -25,8 +25,8 @@ def epoch_generator(seed: int, stream: int, epoch: int) -> torch.Generator:
         (True, False)
     """
     if epoch < 0:
-        raise ValueError(f"epoch {epoch} was asked for; epochs are counted from 0")
+        raise ValueError(f"epochs are counted from 0, got {epoch}")
     if seed < 0:
-        raise ValueError(f"seed {seed} was asked for; a seed must not be negative")
+        raise ValueError(f"a seed must not be negative, got {seed}")
     state = np.random.SeedSequence([seed, stream, epoch]).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]))

@@ -32,8 +32,8 @@ from dynarank.train.wordpiece import WordPiece, find_vocabulary
 
 __all__ = ["MEASURES", "GlueOptions", "make_task", "sketch"]
 
-# The main one first. MRPC's is accuracy: two thirds of its pairs are paraphrases, and calling all
-# of them so has an F1 of .81 already.
+# The main metric first. For MRPC it is accuracy: two thirds of its pairs are paraphrases, so that
+# always predicting this class already has an F1 of 0.81.
 MEASURES: dict[str, Sequence[Measure]] = {
     "sst2": (ACCURACY,),
     "mrpc": (ACCURACY, F1),
@@ -41,19 +41,19 @@ MEASURES: dict[str, Sequence[Measure]] = {
     "rte": (ACCURACY,),
     "stsb": (SPEARMAN, PEARSON),
 }
-_HIGHEST = 5.0  # of STS-B's scores, which are trained on as 0 to 1
+_HIGHEST = 5.0  # the highest score of STS-B; scores are scaled to 0 to 1 for training
 
 
 @dataclass(frozen=True)
 class GlueOptions:
-    """What a recipe may say of its sentences.
+    """The data options of a GLUE recipe.
 
     Args:
-        length: tokens a sentence or pair.
-        vocabulary: rows of the network's embedding: the most pieces a vocabulary may have.
+        length: the number of tokens per sentence or pair.
+        vocabulary: the rows of the network's embedding, the largest size of the vocabulary.
 
     Raises:
-        ValueError: if there is no room for a token beside [CLS] and two [SEP].
+        ValueError: if there is no room for a token besides [CLS] and two [SEP].
     """
 
     length: int = 64
@@ -78,11 +78,11 @@ def make_task(
 ) -> ClassificationTask | RegressionTask:
     """Read and tokenize the sentences; see :func:`dynarank.train.tasks.make_task`.
 
-    Pieces come from the ``vocab.txt`` in the data folder (itself, or in ``vocab/``); without one, a
-    vocabulary is trained on the training sentences, all of them whatever the limit.
+    The vocabulary is read from ``vocab.txt`` in the data folder or its ``vocab/``. Without one, a
+    vocabulary is trained on all training sentences, regardless of ``train_limit``.
 
     Raises:
-        DataError: no place is named, or what is there is absent or damaged.
+        DataError: no location is given, or the data is missing or damaged.
         ImportError: ``tokenizers`` is not installed.
     """
     options = _options(recipe)
@@ -101,7 +101,7 @@ def make_task(
 
 
 def sketch(recipe: Recipe) -> Sketch:
-    """The network and one batch of tokens and segments, without memory and without data."""
+    """The network and one batch of tokens and segments on the meta device."""
     with torch.device("meta"):
         tokens = torch.zeros(recipe.batch_size, _options(recipe).length, dtype=torch.long)
         return Sketch(_build(recipe), (tokens, torch.zeros_like(tokens)))
@@ -128,10 +128,10 @@ def _build(recipe: Recipe) -> nn.Module:
 def _read(name: str, place: str) -> SentenceData:
     if not place:
         raise DataError(
-            f"GLUE's {GLUE[name].folder} was asked for and no place to read it from was named "
-            "(DYNARANK_DATA is not set). Name (1) a folder that holds "
-            f"{GLUE[name].folder}/train.tsv and dev.tsv, itself or in glue/; or (2) the word hub, "
-            "to download it (needs pip install 'dynarank[data]'): as --data or DYNARANK_DATA"
+            f"no location is given for GLUE's {GLUE[name].folder} (DYNARANK_DATA is not set). As "
+            f"--data or DYNARANK_DATA, pass (1) a folder with {GLUE[name].folder}/train.tsv and "
+            "dev.tsv, directly or in glue/; or (2) the word hub, to download it (needs pip install "
+            "'dynarank[data]')"
         )
     return read_glue_hub(name) if place == "hub" else read_glue(name, Path(place).expanduser())
 

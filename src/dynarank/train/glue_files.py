@@ -3,7 +3,7 @@
 GLUE's test labels are not public: as usual, the ``dev`` split is used for testing.
 
 =======  =======  =======================================  ======================
-task     folder   one line                                 judged by
+task     folder   one line                                 metrics
 =======  =======  =======================================  ======================
 sst2     SST-2    sentence, label                          accuracy
 mrpc     MRPC     label, id, id, sentence, sentence        F1, accuracy
@@ -40,12 +40,12 @@ class GlueTask:
 
     Args:
         folder: the name of its folder.
-        fields: how many a line has, separated by tabs.
+        fields: the number of tab-separated fields per line.
         first: the field of the sentence, or of the first of two.
-        second: that of the second, if there are two.
-        label: that of the label.
-        labels: how each class is written; None where the label is a score from 0 to 5.
-        title: whether the first line names the fields.
+        second: the field of the second sentence, or None.
+        label: the field of the label.
+        labels: the spelling of each class; None if the label is a score from 0 to 5.
+        title: whether the first line is a header.
     """
 
     folder: str
@@ -72,11 +72,11 @@ def read_glue(name: str, place: Path) -> SentenceData:
     """Read a task's ``train.tsv`` and ``dev.tsv``.
 
     Args:
-        name: of :data:`GLUE`.
-        place: a folder: the task's own, or one that holds it, itself or in ``glue/``.
+        name: the name of the task in :data:`GLUE`.
+        place: the task's folder, or one that contains it, directly or in ``glue/``.
 
     Raises:
-        DataError: if the files are not there, or a line is not as it must be.
+        DataError: if the files are missing, or a line is malformed.
     """
     task = GLUE[name]
     folders = [
@@ -88,9 +88,9 @@ def read_glue(name: str, place: Path) -> SentenceData:
     found = next((f for f in folders if f.name == task.folder and _there(f)), None)
     if found is None:
         raise DataError(
-            f"GLUE's {task.folder} was asked for from {place}: train.tsv and dev.tsv were looked "
-            f"for in {', '.join(str(f) for f in folders if f.name == task.folder)} and are not in "
-            "any of them; unpack the task's folder there"
+            f"GLUE's {task.folder} is not in {place}: there are no train.tsv and dev.tsv in "
+            f"{', '.join(str(f) for f in folders if f.name == task.folder)}; unpack the task's "
+            "folder there"
         )
     return SentenceData(*(_read(task, found / f"{split}.tsv") for split in ("train", "dev")))
 
@@ -100,7 +100,7 @@ def read_glue_hub(name: str) -> SentenceData:
 
     Raises:
         ImportError: if the ``data`` extra is not installed.
-        DataError: if the data set cannot be had.
+        DataError: if the data set cannot be loaded.
     """
     what = f"GLUE's {GLUE[name].folder}"
     with hub_splits(what, "the .tsv files", HUB_NAME, name) as splits:
@@ -130,7 +130,7 @@ def _read(task: GlueTask, path: Path) -> Sentences:
         if not (task.title and number == 1) and not (number == len(lines) and not line)
     ]
     if not rows:
-        raise DataError(f"{path} holds no examples: it is another file; fetch it again")
+        raise DataError(f"{path} contains no examples: it is a different file; fetch it again")
     second = None if task.second is None else [row[task.second] for row in rows]
     return Sentences([row[task.first] for row in rows], second, _labels(task, rows))
 
@@ -143,7 +143,7 @@ def _fields(task: GlueTask, path: Path, number: int, line: str) -> list[str]:
             f"separated by tabs, but has {len(fields)}: {line[:80]!r}"
         )
     if problem := _wrong_label(task, fields[task.label]):
-        raise DataError(f"{path}, line {number}: {problem}: the file is damaged or another")
+        raise DataError(f"{path}, line {number}: {problem}: the file is damaged or a different one")
     return fields
 
 

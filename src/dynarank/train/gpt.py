@@ -17,12 +17,12 @@ class GPT(nn.Module):
     ``head(norm(blocks(embedding[token] + position)))``
 
     Args:
-        vocabulary: how many tokens there are; 256 for bytes.
-        context: the longest sequence.
-        width: of the model.
-        depth: how many blocks.
-        heads: attention heads a block.
-        dropout: share of each branch's outputs set to zero in training.
+        vocabulary: the number of tokens; 256 for bytes.
+        context: the maximum sequence length.
+        width: the model width.
+        depth: the number of blocks.
+        heads: the number of attention heads per block.
+        dropout: the dropout probability in each branch.
 
     Example:
         >>> GPT(256, 16, width=8, depth=1, heads=2)(torch.zeros(3, 16, dtype=torch.long)).shape
@@ -54,14 +54,14 @@ class GPT(nn.Module):
         transformer_init_(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits ``(B, T, vocabulary)`` of the tokens following ``tokens``, ``(B, T)``.
+        """Compute the logits ``(B, T, vocabulary)`` of the tokens after ``tokens``, ``(B, T)``.
 
         Raises:
             ValueError: if the sequences are longer than the context.
         """
         length = tokens.shape[1]
         if length > self.context:
-            raise ValueError(f"sequences of {length} tokens exceed the context, {self.context}")
+            raise ValueError(f"a sequence has at most {self.context} tokens, got {length}")
         places = torch.arange(length, device=tokens.device)
         x = self.embedding(tokens) + self.position(places)
         x = F.dropout(x, self.dropout, self.training)

@@ -1,8 +1,8 @@
-"""Many runs in one folder, each trained once: a comparison or a sweep that can be interrupted.
+"""A folder of runs, each trained once: a comparison or a sweep that can be interrupted.
 
-A run is finished when its records end with a summary; it is then read, not repeated. A run that
-was interrupted starts over. The settings that all runs share are stored next to them, and a folder
-whose runs have other settings is refused.
+A run is finished when its records end with a summary; it is then read instead of repeated. An
+interrupted run starts over. The settings that all runs share are stored next to them, and a folder
+of runs with different settings is rejected.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Job:
     """One run of many.
 
     Args:
-        folder: of the run, inside the common one.
-        recipe: what to train.
-        schedule: the schedule's name.
-        seed: of weights, data order and augmentation.
+        folder: the folder of the run, inside the common folder.
+        recipe: the recipe to train.
+        schedule: the name of the schedule.
+        seed: the seed of weights, data order and augmentation.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ def open_folder(folder: Path, common: dict[str, Any]) -> None:
         common: the settings that all its runs share; must be serializable as JSON.
 
     Raises:
-        RecipeError: the folder holds runs with other settings.
+        RecipeError: the folder contains runs with different settings.
     """
     place = folder / _COMMON
     if place.exists():
@@ -57,7 +57,8 @@ def open_folder(folder: Path, common: dict[str, Any]) -> None:
         if differs:
             told = "; ".join(f"{k}: {there.get(k)} there, {wanted.get(k)} now" for k in differs)
             raise RecipeError(
-                f"{folder} holds runs with other settings ({told}); pass another folder with --out"
+                f"{folder} contains runs with other settings ({told}); pass another folder with "
+                "--out"
             )
     folder.mkdir(parents=True, exist_ok=True)
     place.write_text(json.dumps(common, indent=2) + "\n", encoding="utf-8")
@@ -69,17 +70,17 @@ def finished(folder: Path) -> Run | None:
         return None
     try:
         run = read_run(folder)
-    except ValueError:  # cut off before its first record was whole
+    except ValueError:  # interrupted before the first record was complete
         return None
     return run if run.summary is not None else None
 
 
 def run_jobs(jobs: Sequence[Job], run: Callable[[Job], object]) -> Iterator[tuple[Job, Run]]:
-    """Yield each job with its finished run, training it unless that was done before.
+    """Yield each job with its finished run, which is trained unless it was finished before.
 
     Args:
-        jobs: in the order in which to run them.
-        run: trains one job; the remains of an interrupted run are removed first.
+        jobs: the jobs, in order.
+        run: a function that trains one job; an interrupted run's files are removed first.
     """
     for job in jobs:
         if (done := finished(job.folder)) is None:

@@ -13,7 +13,7 @@ __all__ = ["commit", "hardware"]
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the device; for a CPU also the number of threads."""
+    """The name of the device, for a CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -21,7 +21,7 @@ def hardware(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this file is tracked in; None outside of one."""
+    """The commit of the git checkout that contains this file; None outside of one."""
     here = Path(__file__)
     tracked = _git("ls-files", "--error-unmatch", here.name, cwd=here.parent)
     return (

@@ -1,4 +1,4 @@
-"""A reader for Fashion-MNIST in MNIST's idx format: a magic number, the sizes, the bytes.
+"""A reader for Fashion-MNIST in MNIST's idx format: a magic number, the sizes, then the bytes.
 
 Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
 Algorithms", arXiv 1708.07747, 2017. All numbers of a header are big-endian, 4 bytes each; the
@@ -34,7 +34,7 @@ def _names(part: str) -> tuple[str, ...]:
 
 
 def _fashion_mnist(folder: Path) -> RawImages:
-    paths = [_find(folder, part) for part in _PARTS]  # all of them before the first is read
+    paths = [_find(folder, part) for part in _PARTS]  # find all files before reading the first
     arrays = [read_idx(path) for path in paths]
     train, test = (_pair(paths[i : i + 2], arrays[i], arrays[i + 1]) for i in (0, 2))
     return RawImages(*train, *test)
@@ -47,7 +47,7 @@ FASHION_MNIST = ImageFiles(
     folders=("fashion-mnist", "FashionMNIST/raw"),
     names=tuple(name for part in _PARTS for name in _names(part)),
     wanted="train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-    "t10k-labels-idx1-ubyte, each as it is or as .gz",
+    "t10k-labels-idx1-ubyte, each plain or as .gz",
     read=_fashion_mnist,
     npz="fashion-mnist.npz",
     hub="zalandoresearch/fashion_mnist",
@@ -56,10 +56,10 @@ FASHION_MNIST = ImageFiles(
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array of unsigned bytes in an idx file, compressed with gzip or not.
+    """Read the array of unsigned bytes in an idx file, which may be gzipped.
 
     Raises:
-        DataError: if it is not one, or is damaged.
+        DataError: if it is not an idx file, or is damaged.
 
     """
     content = _content(path)
@@ -70,7 +70,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
     if dimensions not in (1, 3) or len(content) < start:
         raise DataError(
             f"{path} must begin with 0x00000801 or 0x00000803 and its sizes, but begins with "
-            f"0x{content[:4].hex()} and is {len(content):,} bytes: it is damaged or another file; "
+            f"0x{content[:4].hex()} and is {len(content):,} bytes: damaged or a different file; "
             "fetch it again"
         )
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
@@ -80,7 +80,7 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
             f"{path} must be exactly {start + math.prod(shape):,} bytes (a header of {start}, then "
             f"{sizes}), but is {len(content):,}: it is damaged; fetch it again"
         )
-    writable = bytearray(memoryview(content)[start:])  # torch wants memory it could write to
+    writable = bytearray(memoryview(content)[start:])  # torch wants writable memory
     return np.frombuffer(writable, np.uint8).reshape(shape)
 
 
@@ -91,7 +91,7 @@ def _content(path: Path) -> bytes:
         return gzip.decompress(path.read_bytes())
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
-            f"{path} was read as a gzip file and cannot be: {error}; it is damaged; fetch it again"
+            f"{path} is not a valid gzip file: {error}; it is damaged; fetch it again"
         ) from error
 
 
@@ -113,6 +113,6 @@ def _pair(
     if images.ndim != 3 or images.shape[1:] != SHAPE[1:] or not len(images):
         raise DataError(
             f"{paths[0]} must hold images of shape (N, 28, 28) with N >= 1, but holds "
-            f"{images.shape}: it is another file"
+            f"{images.shape}: it is a different file"
         )
     return images[:, None], checked_labels(paths[1], labels, len(images), CLASSES)

@@ -1,6 +1,6 @@
 """Readers for image data sets: the standard files, one .npz file, or the hub.
 
-Every reader returns the raw bytes, checked, or raises; nothing is read partially.
+Every reader returns the complete, validated raw bytes or raises.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
-# All that numpy and zipfile were seen to raise on 12,000 .npz files damaged at random, and
+# All exceptions that numpy and zipfile raised on 12,000 randomly damaged .npz files, and
 # MemoryError, for a damaged header that claims a huge array.
 _BROKEN_NPZ = (
     *(ValueError, OSError, EOFError, RuntimeError, MemoryError),
@@ -52,16 +52,16 @@ class ImageFiles:
     """The names and file formats of a data set.
 
     Args:
-        name: as people write it.
+        name: the usual name of the data set.
         shape: (channels, height, width).
-        classes: how many.
-        folders: where in a place its standard files may lie, beside the place itself.
-        names: the standard files; one of them is enough to know that the others should be there.
+        classes: the number of classes.
+        folders: subfolders that may contain the standard files.
+        names: the standard files; if one of them exists, all are expected.
         wanted: the standard files, in words.
-        read: reads them from a folder.
+        read: a function that reads them from a folder.
         npz: the name of its .npz file.
         hub: its name on the Hugging Face hub.
-        columns: the hub's names of the images and the labels.
+        columns: the hub's column names of the images and the labels.
     """
 
     name: str
@@ -77,7 +77,7 @@ class ImageFiles:
 
 
 def read_files(files: ImageFiles, place: Path) -> RawImages:
-    """Read a data set from ``place``: an .npz file, or a folder that holds one of its forms.
+    """Read a data set from an .npz file, or from a folder with the standard files or an .npz file.
 
     Raises:
         DataError: if nothing readable is there, or a file is damaged.
@@ -86,14 +86,14 @@ def read_files(files: ImageFiles, place: Path) -> RawImages:
     if place.is_file():
         return _read_npz(files, place)
     if not place.is_dir():
-        raise DataError(f"{files.name} was asked for from {place}, which does not exist")
+        raise DataError(f"{files.name}: {place} does not exist")
     for folder in (*(place / name for name in files.folders), place):
         if any((folder / name).exists() for name in files.names):
             return files.read(folder)
     if (place / files.npz).is_file():
         return _read_npz(files, place / files.npz)
     raise DataError(
-        f"{files.name} was asked for from {place}, which must hold {files.wanted} (itself, or in "
+        f"{files.name} is not in {place}, which must contain {files.wanted} (directly, or in "
         f"{' or '.join(f'{name}/' for name in files.folders)}) or {files.npz}; {listing(place)}"
     )
 
@@ -103,7 +103,7 @@ def read_hub(files: ImageFiles) -> RawImages:
 
     Raises:
         ImportError: if the ``data`` extra is not installed.
-        DataError: if the data set cannot be had.
+        DataError: if the data set cannot be loaded.
 
     """
     image, label = files.columns
@@ -114,26 +114,26 @@ def read_hub(files: ImageFiles) -> RawImages:
 
 
 def listing(folder: Path) -> str:
-    """A folder's contents as text for an error message."""
+    """A folder's contents, for error messages."""
     names = sorted(p.name + "/" * p.is_dir() for p in folder.iterdir())
     if not names:
         return "it is empty"
     rest = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"it holds {', '.join(names[:12])}{rest}"
+    return f"it contains {', '.join(names[:12])}{rest}"
 
 
 def checked_labels(
     source: str | Path, labels: NDArray[Any], count: int, classes: int
 ) -> NDArray[np.int64]:
-    """The labels as int64 ``(N,)``.
+    """Check labels and convert them to int64 ``(N,)``.
 
     Raises:
-        DataError: if they are not ``count`` whole numbers from 0 to ``classes - 1``.
+        DataError: if they are not ``count`` integers from 0 to ``classes - 1``.
 
     """
     if labels.dtype.kind not in "iu" or labels.shape not in ((count,), (count, 1)):
         raise DataError(
-            f"{source} must be integer labels of shape ({count},) or ({count}, 1), one an image, "
+            f"{source} must be integer labels of shape ({count},) or ({count}, 1), one per image, "
             f"but is {labels.dtype} of shape {labels.shape}"
         )
     wrong = np.flatnonzero((labels.reshape(-1) < 0) | (labels.reshape(-1) >= classes))
@@ -158,8 +158,8 @@ def _read_npz(files: ImageFiles, path: Path) -> RawImages:
         raise
     except _BROKEN_NPZ as error:
         raise DataError(
-            f"{path} was read as an .npz file of {files.name} and cannot be: {error}; "
-            "it is damaged or another file; make or fetch it again"
+            f"{path} is not a valid .npz file of {files.name}: {error}; "
+            "it is damaged or a different file; make or fetch it again"
         ) from error
     return _checked(files, str(path), *found)
 
@@ -167,13 +167,13 @@ def _read_npz(files: ImageFiles, path: Path) -> RawImages:
 def _check_members(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         held = [name.removesuffix(".npy") for name in archive.namelist()]
-        # numpy does not reach a member's checksum where a damaged header claims fewer bytes
+        # numpy does not verify a member's checksum if a damaged header claims fewer bytes
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
     if missing := [key for key in NPZ_KEYS if key not in held]:
         raise DataError(
-            f"{path} must hold the arrays {', '.join(NPZ_KEYS)}; it lacks {', '.join(missing)} "
-            f"and holds {', '.join(held) or 'nothing'}"
+            f"{path} must contain the arrays {', '.join(NPZ_KEYS)}; it lacks {', '.join(missing)} "
+            f"and contains {', '.join(held) or 'nothing'}"
         )
 
 

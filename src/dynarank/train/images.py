@@ -1,4 +1,4 @@
-"""Classifying images: the task of the image recipes."""
+"""Image classification, the task of the image recipes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _TEST_BATCH = 1000
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A data set of images that recipes can name.
+    """An image data set that recipes can name.
 
     Args:
         shape: (channels, height, width).
-        classes: how many.
-        load: reads it from a place; None: from where DYNARANK_DATA says.
+        classes: the number of classes.
+        load: a function that reads it from a location; None: the value of DYNARANK_DATA.
     """
 
     shape: tuple[int, int, int]
@@ -55,12 +55,12 @@ IMAGE_SETS = {
 
 
 class ImageTask:
-    """Images with cross-entropy, judged by accuracy; models and batches are channels-last.
+    """Image classification with cross-entropy and accuracy; models and batches are channels-last.
 
     Args:
-        recipe: its batch size, shuffling, augmentation, label smoothing and model.
-        data: the images, on the device that trains.
-        seed: of order and augmentation.
+        recipe: the recipe, for batch size, shuffling, augmentation, label smoothing and model.
+        data: the images, on the training device.
+        seed: the seed of order and augmentation.
 
     Raises:
         RecipeError: the training images do not fill one batch.
@@ -107,11 +107,11 @@ class ImageTask:
         return self.data.train_images[: self.recipe.batch_size]
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images ``(B, C, H, W)`` and labels ``(B,)``, batch by batch."""
+        """Yield batches of images ``(B, C, H, W)`` and labels ``(B,)``."""
         return self.batches.epoch(epoch)
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cross-entropy with the recipe's label smoothing, and the batch's accuracy."""
+        """The cross-entropy with the recipe's label smoothing, and the accuracy of the batch."""
         images, labels = batch
         output = model(images)
         loss = F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
@@ -120,7 +120,7 @@ class ImageTask:
     def evaluate(
         self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Evaluation:
-        """Cross-entropy (without label smoothing) and accuracy of the test set."""
+        """The cross-entropy (without label smoothing) and accuracy on the test set."""
         images, labels = self.data.test_images, self.data.test_labels
         loss = torch.zeros((), device=images.device)
         correct = torch.zeros((), device=images.device, dtype=torch.long)
@@ -151,7 +151,7 @@ def make_task(
 
 
 def sketch(recipe: Recipe) -> Sketch:
-    """The network and one batch of images, without memory and without data."""
+    """The network and one batch of images on the meta device."""
     kind = IMAGE_SETS[recipe.data]
     with torch.device("meta"):
         model = build_model(recipe.model, classes=kind.classes, **recipe.model_options)

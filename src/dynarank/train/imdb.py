@@ -1,4 +1,4 @@
-"""IMDb reviews with a recurrent network: the task of ``imdb-lstm``."""
+"""IMDb reviews with a recurrent network, the task of ``imdb-lstm``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _CLASSES = 2
 
 @dataclass(frozen=True)
 class ImdbOptions:
-    """What a recipe may say of its reviews.
+    """The data options of an IMDb recipe.
 
     Args:
-        length: words a review; of longer ones the end is kept.
-        vocabulary: the most frequent words of the training reviews, with padding and unknown.
+        length: the number of words per review; of longer reviews the end is kept.
+        vocabulary: the size of the vocabulary, including padding and unknown words.
 
     Raises:
         ValueError: if there is no room for a word.
@@ -56,12 +56,12 @@ def make_task(
     train_limit: int | None,
     test_limit: int | None,
 ) -> ClassificationTask:
-    """Read and number the reviews; see :func:`dynarank.train.tasks.make_task`.
+    """Read and encode the reviews; see :func:`dynarank.train.tasks.make_task`.
 
-    The vocabulary is that of all training reviews, whatever the limit.
+    The vocabulary is that of all training reviews, regardless of ``train_limit``.
 
     Raises:
-        DataError: no place is named, or what is there is absent or damaged.
+        DataError: no location is given, or the data is missing or damaged.
     """
     options = _options(recipe)
     found = _read(os.environ.get("DYNARANK_DATA", "") if data is None else data)
@@ -76,7 +76,7 @@ def make_task(
 
 
 def sketch(recipe: Recipe) -> Sketch:
-    """The network and one batch of words, without memory and without data."""
+    """The network and one batch of words on the meta device."""
     with torch.device("meta"):
         shape = (recipe.batch_size, _options(recipe).length)
         return Sketch(_build(recipe), torch.zeros(shape, dtype=torch.long))
@@ -101,10 +101,10 @@ def _build(recipe: Recipe) -> nn.Module:
 def _read(place: str) -> SentenceData:
     if not place:
         raise DataError(
-            "IMDb reviews were asked for and no place to read them from was named (DYNARANK_DATA "
-            "is not set). Name (1) the folder aclImdb, aclImdb_v1.tar.gz unpacked, or the one that "
-            "holds it; or (2) the word hub, to download them (needs pip install "
-            "'dynarank[data]'): as --data or DYNARANK_DATA"
+            "no location is given for the IMDb reviews (DYNARANK_DATA is not set). As --data or "
+            "DYNARANK_DATA, pass (1) the folder aclImdb, aclImdb_v1.tar.gz unpacked, or the folder "
+            "that contains it; or (2) the word hub, to download them (needs pip install "
+            "'dynarank[data]')"
         )
     return read_imdb_hub() if place == "hub" else read_imdb(Path(place).expanduser())
 

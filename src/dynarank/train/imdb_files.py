@@ -19,7 +19,7 @@ __all__ = ["read_imdb", "read_imdb_hub"]
 
 HUB_NAME = "stanfordnlp/imdb"
 FOLDER = "aclImdb"
-_CLASSES = (("neg", range(1, 5)), ("pos", range(7, 11)))  # and the ratings each may have
+_CLASSES = (("neg", range(1, 5)), ("pos", range(7, 11)))  # with the ratings of each class
 _NAME = re.compile(r"(\d+)_(\d+)\.txt")
 
 
@@ -27,17 +27,17 @@ def read_imdb(place: Path) -> SentenceData:
     """Read ``{train,test}/{pos,neg}/ID_RATING.txt``.
 
     Args:
-        place: the folder that holds ``train`` and ``test``, or the one that holds it, ``aclImdb``.
+        place: the folder ``aclImdb`` with ``train`` and ``test``, or the folder that contains it.
 
     Raises:
-        DataError: if a folder is not there or empty, or a file is not named as it must be.
+        DataError: if a folder is missing or empty, or a file has an unexpected name.
     """
     places = [place, place / FOLDER]
     found = next((p for p in places if (p / "train" / "pos").is_dir()), None)
     if found is None:
         raise DataError(
-            f"IMDb reviews were asked for from {place}: train/pos was looked for in "
-            f"{' and '.join(map(str, places))} and is not there; unpack aclImdb_v1.tar.gz there"
+            f"the IMDb reviews are not in {place}: there is no train/pos in "
+            f"{' or '.join(map(str, places))}; unpack aclImdb_v1.tar.gz there"
         )
     return SentenceData(*(_read(found / split) for split in ("train", "test")))
 
@@ -47,7 +47,7 @@ def read_imdb_hub() -> SentenceData:
 
     Raises:
         ImportError: if the ``data`` extra is not installed.
-        DataError: if the data set cannot be had.
+        DataError: if the data set cannot be loaded.
     """
     with hub_splits("the set of IMDb reviews", "aclImdb", HUB_NAME) as splits:
         parts = (splits["train"], splits["test"])
@@ -57,7 +57,7 @@ def read_imdb_hub() -> SentenceData:
 
 
 def _read(folder: Path) -> Sentences:
-    """One split, negative reviews first, each class by number."""
+    """Read one split, negative reviews first, each class in numerical order."""
     texts: list[str] = []
     labels: list[int] = []
     for label, (name, ratings) in enumerate(_CLASSES):
@@ -74,12 +74,12 @@ def _numbered(folder: Path, ratings: range) -> list[Path]:
         if match is None or int(match[2]) not in ratings:
             raise DataError(
                 f"{path}: reviews in {folder.name}/ must be named NUMBER_RATING.txt with a rating "
-                f"from {ratings[0]} to {ratings[-1]}; the folder is damaged or another: unpack it "
-                "again"
+                f"from {ratings[0]} to {ratings[-1]}; the folder is damaged or a different one: "
+                "unpack it again"
             )
         found[int(match[1])] = path
     if not found:
-        raise DataError(f"{folder} must hold reviews named NUMBER_RATING.txt, but holds none")
+        raise DataError(f"{folder} must contain reviews named NUMBER_RATING.txt, but has none")
     return [found[number] for number in sorted(found)]
 
 

@@ -21,17 +21,18 @@ def glorot_init_(model: nn.Module) -> None:
 
 
 def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
-    """Draw weights as the method's published ResNet-20 does, including a bug.
+    """Initialize weights as the method's published ResNet-20 does, including a bug.
 
-    That code uses one initializer with one seed for all layers, restarted at each call: all kernels
-    of one shape start with identical values (among them the factors of low-rank layers). Use it to
-    reproduce the published runs, not to train well. Each parameter of two or more dimensions is
-    overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), with the fans read from
-    its shape ``(out, in, *kernel)``; others (biases, BatchNorm) do not change.
+    That code uses one initializer with one seed for all layers, restarted at each call, so that all
+    kernels of one shape start with identical values (including the factors of low-rank layers). Use
+    it to reproduce the published runs, not to train well. Each parameter of two or more dimensions
+    is overwritten with uniform values within +- sqrt(6 / (fan_in + fan_out)), with the fans derived
+    from its shape ``(out, in, *kernel)``; others (biases, BatchNorm) do not change.
 
     Args:
-        parameters: of one model, or of several that should start equal; changed in place.
-        seed: of a private generator; the global one is not touched.
+        parameters: the parameters of one model, or of several that should start equal; modified in
+            place.
+        seed: the seed of a private generator; the global random state does not change.
 
     """
     for parameter in parameters:
@@ -39,7 +40,7 @@ def published_init_(parameters: Iterable[nn.Parameter], seed: int) -> None:
             continue
         window = math.prod(parameter.shape[2:])
         bound = math.sqrt(6 / (window * (parameter.shape[0] + parameter.shape[1])))
-        generator = torch.Generator().manual_seed(seed)  # restarted for each: the bug
+        generator = torch.Generator().manual_seed(seed)  # the bug: restarted for each parameter
         values = torch.rand(parameter.shape, generator=generator) * (2 * bound) - bound
         with torch.no_grad():
             parameter.copy_(values)

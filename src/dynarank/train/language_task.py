@@ -1,6 +1,6 @@
-"""Predicting the next byte of a text: the task of ``text-gpt``.
+"""Language modeling on bytes, the task of ``text-gpt``.
 
-Legend: T is the context, in bytes; a window is T + 1 bytes, T to read and the T that follow each.
+Legend: T is the context in bytes; a window is T + 1 bytes, T inputs and their T next bytes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _TEST_BATCH = 128
 
 @dataclass(frozen=True)
 class TextOptions:
-    """What a recipe may say of its text.
+    """The data options of a text recipe.
 
     Args:
-        context: bytes a window.
-        max_bytes: the corpus is cut at this many.
-        held_out: share of them to test on.
+        context: T, the number of input bytes per window.
+        max_bytes: the maximum size of the corpus.
+        held_out: the share of the corpus that is held out for testing.
 
     Raises:
         ValueError: if the context is below 1.
@@ -53,22 +53,22 @@ class TextOptions:
 
 
 class LanguageModelTask:
-    """Bytes in windows, with cross-entropy, judged by bits a byte.
+    """Language modeling on windows of bytes, with cross-entropy and bits per byte.
 
-    An epoch cuts the training bytes into windows, from a random one of the first T on, and deals
-    them out in a random order. The test windows do not overlap.
+    Each epoch cuts the training bytes into windows, starting at a random one of the first T bytes,
+    and yields them in random order. The test windows do not overlap.
 
     Args:
-        recipe: its batch size, label smoothing and model.
-        data: the bytes, on the device that trains.
-        context: T.
-        seed: of cuts and order.
-        train_limit: train on so many windows an epoch only, evenly spread; None: all.
-        test_limit: test on so many windows only, evenly spread; None: all.
+        recipe: the recipe, for batch size, label smoothing and model.
+        data: the bytes, on the training device.
+        context: T, the number of input bytes per window.
+        seed: the seed of window offsets and order.
+        train_limit: the number of training windows per epoch, evenly spaced; None: all.
+        test_limit: the number of test windows, evenly spaced; None: all.
 
     Raises:
         RecipeError: the training bytes do not fill one batch.
-        ValueError: a limit is not among the windows there are.
+        ValueError: a limit is below 1 or above the number of windows.
     """
 
     metric = Metric(name="bits per byte", higher_is_better=False, percent=False)
@@ -84,20 +84,20 @@ class LanguageModelTask:
         test_limit: int | None = None,
     ) -> None:
         self.recipe, self.data, self.context, self.seed = recipe, data, context, seed
-        windows = max(0, len(data.train) // context - 1)  # from any of the first T bytes on
+        windows = max(0, len(data.train) // context - 1)  # starting at any of the first T bytes
         self.windows = _spread(windows, train_limit, "training")
         self.steps_per_epoch = len(self.windows) // recipe.batch_size
         if not self.steps_per_epoch:
             raise RecipeError(
                 f"{len(self.windows)} training windows of {context} bytes do not fill one batch of "
-                f"{recipe.batch_size}; raise --train-limit, or name more text"
+                f"{recipe.batch_size}; raise --train-limit, or pass more text"
             )
         self.train_size = len(self.windows) * context
         self.test_starts = self._test_starts(test_limit)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Which text it is: source, files, bytes, digest."""
+        """The identity of the text: source, files, bytes and digest."""
         return {
             "source": self.data.source,
             "files": self.data.files,
@@ -115,13 +115,13 @@ class LanguageModelTask:
         return self._windows(self.data.train, self._starts(0)[: self.recipe.batch_size])[:, :-1]
 
     def epoch(self, epoch: int) -> Iterator[Tensor]:
-        """Windows ``(B, T + 1)``, int64, batch by batch."""
+        """Yield batches of windows ``(B, T + 1)``, int64."""
         starts, size = self._starts(epoch), self.recipe.batch_size
         for step in range(self.steps_per_epoch):
             yield self._windows(self.data.train, starts[step * size : (step + 1) * size])
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy in nats a byte, with the recipe's label smoothing; and bits a byte."""
+        """The cross-entropy in nats per byte, with the recipe's label smoothing; bits per byte."""
         output = model(batch[:, :-1])
         loss = _cross_entropy(output, batch, label_smoothing=self.recipe.label_smoothing)
         return loss, loss.detach() / math.log(2)
@@ -129,7 +129,7 @@ class LanguageModelTask:
     def evaluate(
         self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Evaluation:
-        """Cross-entropy, bits a byte and perplexity a byte of the test windows."""
+        """The cross-entropy, bits per byte and perplexity per byte on the test windows."""
         total = torch.zeros((), device=self.data.test.device)
         for starts in self.test_starts.split(_TEST_BATCH):
             batch = self._windows(self.data.test, starts)
@@ -142,7 +142,7 @@ class LanguageModelTask:
         )
 
     def _starts(self, epoch: int) -> Tensor:
-        """Where the windows of an epoch begin, drawn on the CPU."""
+        """The start positions of an epoch's windows, drawn on the CPU."""
         phases = epoch_generator(self.seed, _PHASE, epoch)
         phase = torch.randint(self.context, (), generator=phases)
         orders = epoch_generator(self.seed, _ORDER, epoch)
@@ -154,7 +154,7 @@ class LanguageModelTask:
         if not windows:
             raise RecipeError(
                 f"the test part has {len(self.data.test)} bytes, less than one window of "
-                f"{self.context} + 1; name more text"
+                f"{self.context} + 1; pass more text"
             )
         starts = self.context * _spread(windows, limit, "test")
         return starts.to(self.data.test.device)
@@ -175,8 +175,8 @@ def make_task(
 ) -> LanguageModelTask:
     """Read the text and make the task; see :func:`dynarank.train.tasks.make_task`.
 
-    DYNARANK_DATA is not asked: it names data sets, not text to learn. Without a place the text is
-    the standard library's sources.
+    DYNARANK_DATA is ignored: it refers to data sets, not to text. By default the text is the source
+    code of the standard library.
     """
     options = _options(recipe)
     text = load_text(data, max_bytes=options.max_bytes, held_out=options.held_out)
@@ -192,7 +192,7 @@ def make_task(
 
 
 def sketch(recipe: Recipe) -> Sketch:
-    """The network and one batch of bytes, without memory and without data."""
+    """The network and one batch of bytes on the meta device."""
     context = _options(recipe).context
     with torch.device("meta"):
         shape = (recipe.batch_size, context)
@@ -218,11 +218,11 @@ def _cross_entropy(output: Tensor, batch: Tensor, *, label_smoothing: float = 0.
 
 
 def _spread(there: int, asked: int | None, which: str) -> Tensor:
-    """The numbers of ``asked`` out of so many windows, evenly spread."""
+    """The indices of ``asked`` evenly spaced windows out of all."""
     if asked is None:
         return torch.arange(there)
     if not 1 <= asked <= there:
         raise ValueError(
-            f"{asked} {which} windows were asked for; there are {there}: ask for 1 to {there}"
+            f"{asked} {which} windows requested, but there are {there}; request 1 to {there}"
         )
     return torch.arange(asked) * there // asked

@@ -1,4 +1,4 @@
-"""The cost of a run so far, from the forms its layers actually had at each step."""
+"""The cost of a run so far, from the actual forms of its layers at each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Ledger:
 
     Args:
         use: the trace of one batch.
-        plan: the forms that the layers have at the start.
+        plan: the initial forms of the layers.
 
     Example:
         >>> import torch
@@ -38,7 +38,7 @@ class Ledger:
         self.turn(plan)
 
     def turn(self, plan: Plan) -> None:
-        """Switch to the forms of this plan for the following steps."""
+        """Use the forms of this plan for the following steps."""
         self.flops = self._use.flops(plan)
         self.trainable, _ = self._use.parameters(plan)
 
@@ -52,12 +52,12 @@ class Ledger:
 
     @property
     def relative_step(self) -> float:
-        """Training FLOPs of a step in the current forms over those of a full-rank step."""
+        """The training FLOPs of a step in the current forms relative to a full-rank step."""
         return self.flops.training / self._full_rank.training
 
     @property
     def relative_flops(self) -> float:
-        """Training FLOPs so far over those of the same number of full-rank steps; 0 at first."""
+        """The training FLOPs so far relative to as many full-rank steps; 0 at the start."""
         return self.training_flops / (self._full_rank.training * max(1, self.steps))
 
     @property

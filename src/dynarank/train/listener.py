@@ -16,13 +16,13 @@ class Progress:
     """The progress of a run after an optimizer step.
 
     Args:
-        epochs_done: fractional epochs.
-        step: optimizer steps done.
-        total_steps: of the whole run.
-        phase: the form that all layers under the schedule have, or ``"mixed"``.
-        share_full_rank: of the layers under the schedule, by number.
-        relative_flops_so_far: training FLOPs so far over those of as many full-rank steps.
-        learning_rate: that of the next step.
+        epochs_done: the epochs done, a fraction.
+        step: the number of optimizer steps done.
+        total_steps: the number of steps of the run.
+        phase: the form that all scheduled layers have, or ``"mixed"``.
+        share_full_rank: the share of the scheduled layers that are full-rank, by number.
+        relative_flops_so_far: the training FLOPs so far relative to as many full-rank steps.
+        learning_rate: the learning rate of the next step.
     """
 
     epochs_done: float

@@ -1,4 +1,4 @@
-"""The training loop behind ``dynarank train``: a plain loop and one rank scheduler."""
+"""The training loop of ``dynarank train``: a plain loop with one rank scheduler."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ _RECALIBRATE = 512  # examples for BatchNorm recalibration
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite any more."""
+    """Raised when the training loss is no longer finite."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how a run computes.
+    """The device and execution options of a run.
 
     Args:
         device: the device of model and data.
         precision: ``"bf16"`` runs the forward pass under bf16 autocast (parameters stay fp32).
-        compile: whether to compile the model; it is compiled again after each change of form.
-        measure: whether to time every layer's forms first, and to leave those full-rank that are
-            not faster low-rank here.
-        noise: whether to read the gradient noise scale after each epoch.
+        compile: whether to compile the model; it is recompiled after each change of form.
+        measure: whether to time the forms of every layer first, and keep those layers full-rank
+            that are not faster at low rank on this machine.
+        noise: whether to measure the gradient noise scale after each epoch.
     """
 
     device: torch.device
@@ -64,7 +64,7 @@ class Machine:
     noise: bool = False
 
     def autocast(self) -> Any:
-        """The context of a forward pass."""
+        """The autocast context of a forward pass."""
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -72,9 +72,9 @@ class Machine:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """An epoch's figures: mean training loss and score, and those of the test set.
+    """The results of an epoch: mean training loss and score, test loss and test score.
 
-    ``scores`` are the test set's by the metrics beside the main one.
+    ``scores`` are the test scores of the other metrics.
     """
 
     learning_rate: float
@@ -86,17 +86,17 @@ class EpochResult:
 
 
 class Trainer:
-    """One run: a recipe under one schedule.
+    """Trains a recipe under one schedule.
 
     Args:
-        recipe: what to train.
-        schedule: the schedule's name.
+        recipe: the recipe to train.
+        schedule: the name of the schedule.
         task: the recipe's data, on the machine's device.
-        seed: of the initial weights: equal for all schedules.
-        epochs: the run's length; the recipe's epochs keep their share of it.
-        machine: where and how.
-        on_phase: called with the peak memory in bytes after the first step of each phase, its
-            gradients still there.
+        seed: the seed of the initial weights, which are the same for all schedules.
+        epochs: the length of the run; times in the recipe are scaled to it.
+        machine: the device and execution options.
+        on_phase: called after the first step of each phase, while its gradients still exist, with
+            the peak memory in bytes.
         on_step: called after each optimizer step with the changes of form that followed it.
     """
 
@@ -127,7 +127,7 @@ class Trainer:
         self._new_phase = True
 
     def _build(self, name: str) -> None:
-        """The optimizer, the two schedulers, and the cost of the run as predicted."""
+        """Create the optimizer, both schedulers and the predicted cost of the run."""
         recipe = self.recipe
         self.optimizer = make_optimizer(recipe, self.model)
         self.lr_scheduler = make_lr_scheduler(recipe, self.optimizer, self.total_steps)
@@ -138,7 +138,7 @@ class Trainer:
         )
         if self.machine.measure:
             if schedule.fitted:
-                raise RecipeError("give a budget, or measure the layers, but not both")
+                raise RecipeError("pass either a budget or --measure, not both")
             schedule = self._where_faster(schedule, layers)
         self.ranks = RankScheduler(
             self.model,
@@ -154,7 +154,7 @@ class Trainer:
         self.ledger = Ledger(self.use, self.plan)
 
     def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
-        """What the schedule or the recipe wants done after a change."""
+        """The callbacks of the rank scheduler that the schedule or the recipe asks for."""
         rewarmup = self.recipe.rewarmup if schedule.rewarmup is None else schedule.rewarmup
         callbacks: list[Callback] = [LRRewarmup(rewarmup)]
         if self.recipe.recalibrate_batch_norms:
@@ -162,12 +162,12 @@ class Trainer:
         return callbacks
 
     def _inputs(self) -> Iterator[Any]:
-        """Inputs of some batches, for BatchNorm: a task with any yields (inputs, ...)."""
+        """The inputs of some batches, for BatchNorm recalibration; batches are (inputs, ...)."""
         count = -(-_RECALIBRATE // self.recipe.batch_size)
         return (batch[0] for batch in islice(self.task.epoch(0), count))
 
     def _where_faster(self, schedule: RankSchedule, layers: list[str]) -> RankSchedule:
-        """The schedule with low rank only where this machine is faster at it."""
+        """The schedule with low-rank forms only where they are faster on this machine."""
         shapes = {path: self.use.layers[path].spec.unit_shape for path in layers}
         readings = Readings(shapes, forecast=forecast_rates(self.recipe))
         plans = [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
@@ -183,28 +183,28 @@ class Trainer:
 
     @property
     def epochs_done(self) -> float:
-        """Fractional epochs."""
+        """The number of epochs done, a fraction."""
         return self.done / self.task.steps_per_epoch
 
     @property
     def learning_rate(self) -> float:
-        """That of the next step."""
+        """The learning rate of the next step."""
         return float(self.optimizer.param_groups[0]["lr"])
 
     @property
     def phase(self) -> str:
-        """The form that all layers under the schedule have, or ``mixed``."""
+        """The form that all scheduled layers have, or ``mixed``."""
         names = {form_name(self.plan[path]) for path in self.ranks.layers}
         return next(iter(names)) if len(names) == 1 else "mixed"
 
     @property
     def share_full_rank(self) -> float:
-        """Of the layers under the schedule, by number."""
+        """The share of the scheduled layers that are full-rank, by number."""
         full = [isinstance(self.plan[path], FullRank) for path in self.ranks.layers]
         return sum(full) / len(full)
 
     def forecast(self) -> ScheduleCost:
-        """The cost of the run as far as its schedule can be foreseen."""
+        """The predicted cost of the run, as far as its schedule is known in advance."""
         return cost_schedule(
             self.use,
             self.ranks.schedule,
@@ -215,7 +215,7 @@ class Trainer:
         )
 
     def train_epoch(self, epoch: int) -> EpochResult:
-        """One pass over the training set, and a test.
+        """Train for one epoch, then evaluate on the test set.
 
         Raises:
             DivergedError: the training loss is not finite.
@@ -235,7 +235,7 @@ class Trainer:
         if not math.isfinite(train_loss):
             raise DivergedError(
                 f"the training loss of epoch {epoch + 1} is {train_loss} at learning rate {rate}; "
-                "try a lower one"
+                "try a lower learning rate"
             )
         train_score = None if scores is None else scores.item() / steps
         found = self.evaluate()
@@ -244,7 +244,7 @@ class Trainer:
         return EpochResult(rate, train_loss, train_score, found.loss, score, others)
 
     def _step(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """One optimizer step; the first of a phase is measured as well."""
+        """Run one optimizer step; in the first step of a phase, measure its peak memory."""
         first, self._new_phase = self._new_phase, False
         measure = probe_memory(self.model, [self.optimizer], self.machine.device) if first else None
         with measure or nullcontext() as probe:
@@ -264,7 +264,7 @@ class Trainer:
         return loss.detach(), score
 
     def _change(self) -> None:
-        """Let the schedule change forms; a change begins a phase."""
+        """Step the rank scheduler; a change of form starts a new phase."""
         changes = self.ranks.step()
         if changes:
             self._new_phase = True

@@ -4,7 +4,7 @@ F1 and Matthews correlation are scikit-learn's, Pearson and Spearman correlation
 correlation that is undefined because the predictions or the labels are constant is 0, as in GLUE's
 own evaluation.
 
-Legend: p the predictions, y the labels, one an example; TP, FP, FN, TN the numbers of true
+Legend: p the predictions, y the labels, one per example; TP, FP, FN, TN the numbers of true
 positives, false positives, false negatives and true negatives.
 """
 
@@ -31,7 +31,7 @@ __all__ = [
 
 
 def accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Share of correct predictions: mean(p = y).
+    """The share of correct predictions: mean(p = y).
 
     Args:
         predicted: classes, ``(N,)``.
@@ -49,14 +49,14 @@ def accuracy(predicted: Tensor, labels: Tensor) -> float:
 
 
 def f1_score(predicted: Tensor, labels: Tensor) -> float:
-    """Harmonic mean of precision and recall of class 1: 2 TP / (2 TP + FP + FN), or 0.
+    """The harmonic mean of precision and recall of class 1: 2 TP / (2 TP + FP + FN); 0 if 0 / 0.
 
     Args:
         predicted: 0 or 1, ``(N,)``.
         labels: 0 or 1, ``(N,)``.
 
     Raises:
-        ValueError: if the two differ in shape, are empty, or hold anything but 0 and 1.
+        ValueError: if the two differ in shape, are empty, or contain values other than 0 and 1.
         ImportError: if scikit-learn is not installed.
 
     Example:
@@ -69,16 +69,16 @@ def f1_score(predicted: Tensor, labels: Tensor) -> float:
 
 
 def matthews_correlation(predicted: Tensor, labels: Tensor) -> float:
-    """Correlation of two binary labels, from -1 to 1; chance is 0.
+    """The Matthews correlation of two binary labels, from -1 to 1; chance level is 0.
 
-    ``(TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))``, or 0
+    ``(TP TN - FP FN) / sqrt((TP + FP) (TP + FN) (TN + FP) (TN + FN))``, or 0 for 0 / 0
 
     Args:
         predicted: 0 or 1, ``(N,)``.
         labels: 0 or 1, ``(N,)``.
 
     Raises:
-        ValueError: if the two differ in shape, are empty, or hold anything but 0 and 1.
+        ValueError: if the two differ in shape, are empty, or contain values other than 0 and 1.
         ImportError: if scikit-learn is not installed.
 
     Example:
@@ -98,7 +98,7 @@ def matthews_correlation(predicted: Tensor, labels: Tensor) -> float:
 
 
 def pearson_correlation(predicted: Tensor, labels: Tensor) -> float:
-    """Pearson correlation: cov(p, y) / sqrt(var p var y); 0 if either is constant.
+    """The Pearson correlation: cov(p, y) / sqrt(var p var y); 0 if either is constant.
 
     Args:
         predicted: ``(N,)``.
@@ -117,7 +117,7 @@ def pearson_correlation(predicted: Tensor, labels: Tensor) -> float:
 
 
 def spearman_correlation(predicted: Tensor, labels: Tensor) -> float:
-    """Spearman correlation: Pearson's of the ranks; equal values share the mean of their ranks.
+    """The Spearman correlation: Pearson's of the ranks; ties share the mean of their ranks.
 
     Args:
         predicted: ``(N,)``.
@@ -136,7 +136,7 @@ def spearman_correlation(predicted: Tensor, labels: Tensor) -> float:
 
 
 def bits_per_byte(loss: float) -> float:
-    """Code length of a byte: the mean cross-entropy in nats a byte, over ln 2.
+    """The code length in bits per byte: the mean cross-entropy in nats per byte, over ln 2.
 
     Example:
         >>> bits_per_byte(math.log(256))
@@ -146,7 +146,7 @@ def bits_per_byte(loss: float) -> float:
 
 
 def perplexity(loss: float) -> float:
-    """How many equally likely symbols it comes to: exp(mean cross-entropy in nats).
+    """The perplexity: exp(mean cross-entropy in nats).
 
     Example:
         >>> perplexity(0.0), perplexity(1e6)
@@ -159,14 +159,14 @@ def perplexity(loss: float) -> float:
 
 
 def _correlation(name: str, predicted: Tensor, labels: Tensor) -> float:
-    """A correlation of ``scipy.stats``, where it is defined."""
+    """A correlation by ``scipy.stats``, or 0 where it is undefined."""
     _check(predicted, labels)
     if predicted.isnan().any() or labels.isnan().any():
         return math.nan
     if _constant(predicted) or _constant(labels):
         return 0.0
     function = getattr(_library("scipy.stats"), name)
-    with np.errstate(invalid="ignore"):  # of infinite predictions the linear one is NaN
+    with np.errstate(invalid="ignore"):  # infinite predictions give a Pearson correlation of NaN
         return float(function(_array(predicted), _array(labels)).statistic)
 
 
@@ -183,7 +183,7 @@ def _check_binary(predicted: Tensor, labels: Tensor) -> None:
     for name, side in (("predictions", predicted), ("labels", labels)):
         other = side[(side != 0) & (side != 1)]
         if len(other):
-            raise ValueError(f"{name} must be 0 or 1, but one of them is {other[0].item()}")
+            raise ValueError(f"{name} must be 0 or 1, got {other[0].item()}")
 
 
 def _constant(values: Tensor) -> bool:
@@ -193,6 +193,6 @@ def _constant(values: Tensor) -> bool:
 def _check(predicted: Tensor, labels: Tensor) -> None:
     if predicted.shape != labels.shape or predicted.ndim != 1 or not len(labels):
         raise ValueError(
-            "predictions and labels must be (N,) with N >= 1, one an example, but they are "
+            "predictions and labels must be (N,) with N >= 1, one per example, but they are "
             f"{tuple(predicted.shape)} and {tuple(labels.shape)}"
         )

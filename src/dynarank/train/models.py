@@ -1,6 +1,6 @@
-"""The networks that the image recipes train.
+"""The networks of the image recipes.
 
-In convolutional networks the glob ``*conv*`` selects exactly the layers worth factorizing.
+In convolutional networks, the glob ``*conv*`` selects exactly the layers worth factorizing.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ __all__ = ["MODELS", "DigitsNet", "MultilayerPerceptron", "ResNet8", "ResNet20"]
 class DigitsNet(nn.Module):
     """A small convolutional network for 1 x 8 x 8 digits: 32, 64, 128 and 128 channels.
 
-    The stem is not called ``conv``: a kernel of 32 x 9 has nothing to gain from a low rank.
+    The stem is not called ``conv``: a kernel of 32 x 9 does not benefit from low rank.
 
     Args:
-        classes: how many outputs.
+        classes: the number of outputs.
 
     """
 
@@ -45,7 +45,7 @@ class DigitsNet(nn.Module):
         glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``(N, classes)`` of images ``(N, 1, 8, 8)``."""
+        """Compute the logits ``(N, classes)`` of images ``(N, 1, 8, 8)``."""
         x = F.relu(self.bn0(self.stem(x)))
         x = F.relu(self.bn1(self.conv1(x)))
         x = F.relu(self.bn2(self.conv2(x)))
@@ -57,11 +57,11 @@ class MultilayerPerceptron(nn.Module):
     """An MLP on flattened images; the glob ``hidden*`` selects its hidden layers.
 
     Args:
-        classes: how many outputs.
-        inputs: pixels times channels of an image.
-        width: units of each hidden layer.
-        depth: hidden layers.
-        dropout: after each of them.
+        classes: the number of outputs.
+        inputs: the number of pixels times channels of an image.
+        width: the number of units of each hidden layer.
+        depth: the number of hidden layers.
+        dropout: the dropout probability after each hidden layer.
 
     """
 
@@ -81,7 +81,7 @@ class MultilayerPerceptron(nn.Module):
         glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``(N, classes)`` of images ``(N, C, H, W)``."""
+        """Compute the logits ``(N, classes)`` of images ``(N, C, H, W)``."""
         x = x.flatten(1)
         for layer in self.hidden:
             x = self.dropout(F.relu(layer(x)))
@@ -91,11 +91,11 @@ class MultilayerPerceptron(nn.Module):
 class ResNet8(nn.Module):
     """Three stages of one residual block each, 32, 64 and 128 channels, for small images.
 
-    The stem is not called ``conv``: with one or three channels it has nothing to gain.
+    The stem is not called ``conv``: with one or three channels it does not benefit from low rank.
 
     Args:
-        classes: how many outputs.
-        channels: of the images.
+        classes: the number of outputs.
+        channels: the number of channels of the images.
 
     """
 
@@ -111,21 +111,22 @@ class ResNet8(nn.Module):
         glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``(N, classes)`` of images ``(N, C, H, W)``."""
+        """Compute the logits ``(N, classes)`` of images ``(N, C, H, W)``."""
         x = self.stages(F.relu(self.bn(self.stem(x))))
         return self.head(x.mean((2, 3)))
 
 
 class ResNet20(nn.Module):
-    """ResNet-20 for 3 x 32 x 32 images as the method's published code has it: 272,762 parameters.
+    """ResNet-20 for 3 x 32 x 32 images as in the method's published code: 272,762 parameters.
 
     Post-activation blocks (He et al., Deep Residual Learning, arXiv 1512.03385), three stages of
-    three, 16, 32 and 64 channels. Unlike the original, the first block of EVERY stage has a 1x1
-    convolution and BatchNorm as its shortcut, even if the shape stays (16 to 16), and the second
-    BatchNorm of each block starts at zero, so that every block starts as its shortcut.
+    three blocks with 16, 32 and 64 channels. Unlike the original, the first block of EVERY stage
+    has a 1x1 convolution and BatchNorm as its shortcut, even if the shape does not change (16 to
+    16), and the second BatchNorm of each block starts at zero, so that every block starts as its
+    shortcut.
 
     Args:
-        classes: how many outputs.
+        classes: the number of outputs.
 
     """
 
@@ -140,7 +141,7 @@ class ResNet20(nn.Module):
         glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``(N, classes)`` of images ``(N, 3, H, W)``."""
+        """Compute the logits ``(N, classes)`` of images ``(N, 3, H, W)``."""
         x = self.stages(F.relu(self.bn(self.conv(x))))
         return self.head(x.mean((2, 3)))
 

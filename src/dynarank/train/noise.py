@@ -1,4 +1,4 @@
-"""Records the gradient noise scale of a run: once per epoch, from a few batches in halves."""
+"""Records of a run's gradient noise scale: once per epoch, from a few batches in halves."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dynarank.train.loop import Trainer
 
 __all__ = ["NoiseRecorder", "halves"]
 
-BATCHES = 4  # an epoch: one alone says little, and each costs a training step
+BATCHES = 4  # per epoch: a single batch is too noisy, and each costs a training step
 
 
 class NoiseRecorder:
     """Measures the gradient noise scale of a trainer's model. Experimental.
 
     Args:
-        trainer: the run.
-        write: takes each record.
+        trainer: the trainer of the run.
+        write: called with each record.
     """
 
     def __init__(self, trainer: Trainer, write: Callable[[Record], None]) -> None:
@@ -31,7 +31,7 @@ class NoiseRecorder:
         self.monitor = NoiseMonitor(trainer.model, decay=0.5)
 
     def read(self, epoch: int) -> None:
-        """Measure the noise scale after this many epochs, on batches of the next."""
+        """Measure the noise scale after this many epochs, on batches of the next epoch."""
         trainer = self.trainer
         trainer.model.train()
         reading = None

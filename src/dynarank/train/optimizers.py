@@ -13,11 +13,11 @@ from dynarank.train.recipes import Recipe
 __all__ = ["OPTIMIZER_SLOTS", "make_optimizer"]
 
 OPTIMIZER_SLOTS = {"sgd": 1, "adamw": 2}
-"""Values an optimizer keeps for each parameter."""
+"""The number of values per parameter in the state of each optimizer."""
 
 
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """SGD with momentum, or AdamW; weight decay on weights and factors, not on vectors.
+    """Make the recipe's optimizer, with weight decay on weights and factors but not on vectors.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe

@@ -1,4 +1,4 @@
-"""Records of the rank metrics of a run: spectra every epoch, pictures of the weights less often."""
+"""Records of a run's rank metrics: spectra every epoch, heatmaps of the weights less often."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dynarank.train.loop import Trainer
 
 __all__ = ["RankMetricsRecorder", "evenly"]
 
-VALUES = 64  # singular values kept of a layer
-PICTURES = 10  # epochs after which weights are pictured, including the start and the end
-PICTURED = 12  # layers pictured
+VALUES = 64  # singular values kept per layer
+PICTURES = 10  # epochs with heatmaps, including the start and the end
+PICTURED = 12  # layers with heatmaps
 
 _T = TypeVar("_T")
 
 
 class RankMetricsRecorder:
-    """Records spectra and pictures of a trainer's weights, which it only reads.
+    """Records spectra and heatmaps of a trainer's weights, without changing the run.
 
     Args:
-        trainer: the run.
-        write: takes each record.
+        trainer: the trainer of the run.
+        write: called with each record.
     """
 
     def __init__(self, trainer: Trainer, write: Callable[[Record], None]) -> None:
@@ -49,7 +49,7 @@ class RankMetricsRecorder:
             self.write(HeatmapRecord(epoch=done, step=step, layers=pictures))
 
     def decided_by(self, readings: Mapping[str, SpectralReading]) -> None:
-        """Record the readings that the schedule decides by, before it changes anything."""
+        """Record the readings on which the schedule decides, before it changes anything."""
         if readings:
             self._write(readings)
 
@@ -60,7 +60,7 @@ class RankMetricsRecorder:
 
 
 def _short(picture: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """A picture with three digits, as many as can be seen: a third of the bytes."""
+    """A heatmap with three significant digits, as many as are visible, in a third of the bytes."""
     return tuple(tuple(float(f"{value:.3g}") for value in row) for row in picture)
 
 

@@ -1,4 +1,4 @@
-"""The learning-rate schedule of a recipe, with ``torch.optim.lr_scheduler``, per step."""
+"""The learning-rate schedule of a recipe, per step, with ``torch.optim.lr_scheduler``."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ __all__ = ["forecast_rates", "make_lr_scheduler"]
 def make_lr_scheduler(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> LRScheduler:
     """Make the recipe's learning-rate scheduler, to be stepped after each optimizer step.
 
-    With the share s of the run, the peak p and the end e = ``final_rate`` * p, and after a linear
-    warm-up over the share w (from p / (w * steps) to p)::
+    At share s of the run, with peak p, final rate e = ``final_rate`` * p, and after a linear
+    warm-up over share w (from p / (w * steps) to p)::
 
         constant     p
-        multistep    p * decay_factor ** (how many of decay_at have passed)
+        multistep    p * decay_factor ** (number of decay_at that have passed)
         cosine       e + (p - e) (1 + cos(pi (s - w) / (1 - w))) / 2
         linear       p + (e - p) (s - w) / (1 - w)
         wsd          p until decay_at, then linear to e: warm-up, stable, decay
         onecycle     cosine up from p / 25 over w, then cosine down to nearly 0
 
     Args:
-        recipe: whose.
-        optimizer: its groups' rates are the peak.
-        total_steps: optimizer steps of the run.
+        recipe: the recipe.
+        optimizer: the optimizer; the learning rates of its groups are the peak.
+        total_steps: the number of optimizer steps of the run.
     """
     warm = round(recipe.warmup * total_steps)
     if recipe.lr_schedule == "onecycle":
@@ -75,7 +75,7 @@ def _after_warmup(recipe: Recipe, optimizer: Optimizer, total_steps: int, warm: 
 
 
 def forecast_rates(recipe: Recipe) -> tuple[float, ...]:
-    """The learning rate over a recipe's run, at equidistant steps from the first to the last.
+    """The learning rate of a recipe, sampled at equidistant steps from the first to the last.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe

@@ -1,4 +1,4 @@
-"""Writes down what happens in a run, as it happens."""
+"""The recorder of a run, which writes records while it trains."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = ["Recorder", "header"]
 def header(
     recipe: Recipe, schedule: str, task: Task, machine: Machine, *, seed: int, epochs: int
 ) -> RunRecord:
-    """The first record of a run: what is run, on what."""
+    """The first record of a run: its settings and its machine."""
     names = ("dynarank", "torch", "numpy")
     return RunRecord(
         recipe=recipe.name,
@@ -57,12 +57,12 @@ def header(
 
 
 class Recorder:
-    """Hears of what a trainer does, and turns it into records.
+    """Turns the events of a trainer into records.
 
     Args:
-        trainer: the run.
-        write: takes each record.
-        listener: shows the run.
+        trainer: the trainer of the run.
+        write: called with each record.
+        listener: shows the progress of the run.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Recorder:
         self._results: list[EpochResult] = []
 
     def begin(self) -> None:
-        """The weights as they start."""
+        """Record the initial weights."""
         self._decided()
         self.rank_metrics.read(0)
 
     def epoch(self, result: EpochResult) -> None:
-        """The figures of an epoch, and the weights after it."""
+        """Record the results of an epoch, and the weights after it."""
         trainer = self.trainer
         self._results.append(result)
         record = EpochRecord(
@@ -100,7 +100,7 @@ class Recorder:
             self.noise.read(len(self._results))
 
     def end(self, wall_seconds: float) -> SummaryRecord:
-        """The figures of the table."""
+        """Record and return the summary of the run."""
         ledger, metric = self.trainer.ledger, self.trainer.task.metric
         scores = [result.test_score for result in self._results]
         summary = SummaryRecord(
@@ -147,7 +147,7 @@ class Recorder:
             self.listener.changed(trainer.epochs_done, changes)
 
     def _decided(self) -> None:
-        """What the schedule has been given and has decided since the last step."""
+        """Record the schedule's readings and decisions since the last step."""
         self.rank_metrics.decided_by(self.trainer.ranks.spectra)
         decisions = self.trainer.ranks.decisions
         for decision in decisions[self._decisions :]:
@@ -182,7 +182,7 @@ class Recorder:
 
 
 def _count(trainer: Trainer) -> int | None:
-    """FLOPs of one training step as FlopCounterMode sees them, on a copy without memory."""
+    """The FLOPs of one training step by FlopCounterMode, on a meta copy."""
     if trainer.machine.compile:
         return None
     sample = tree_map_only(torch.Tensor, lambda x: x.to("meta"), trainer.task.sample())

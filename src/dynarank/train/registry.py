@@ -1,12 +1,12 @@
-"""The data sets and networks that a recipe can name, and the module that makes each.
+"""The registry of data sets and networks that a recipe can name.
 
-Modules are imported when they are asked for: a recipe of images needs nothing of text. The module
-of a data set has two functions, called through :mod:`dynarank.train.tasks`:
+Modules are imported lazily: an image recipe does not import anything for text. The module of a data
+set has two functions, called through :mod:`dynarank.train.tasks`:
 
 - ``make_task(recipe, data, *, seed, device, train_limit, test_limit) -> Task``,
 - ``sketch(recipe) -> Sketch``, which needs no data.
 
-The module of a network has a dict ``MODELS`` of functions by these names.
+The module of a network has a dict ``MODELS`` from these names to functions.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DATA: dict[str, str] = {
     "rte": _GLUE,
     "stsb": _GLUE,
 }
-"""The module that makes the task, by the name of the data set."""
+"""The module of each data set, which makes its task."""
 
 MODELS: dict[str, str] = {
     "digits-net": _IMAGE_MODELS,
@@ -48,18 +48,18 @@ MODELS: dict[str, str] = {
     "bilstm": _TEXT_MODELS,
     "gpt": _TEXT_MODELS,
 }
-"""The module that builds the network, by its name."""
+"""The module of each network, which builds it."""
 
 
 def build_model(name: str, **options: Any) -> nn.Module:
     """Build the network of this name.
 
     Raises:
-        ValueError: an option that it does not have.
+        ValueError: an option that the network does not have.
     """
     builders = cast("dict[str, Callable[..., nn.Module]]", import_module(MODELS[name]).MODELS)
     try:
         return builders[name](**options)
     except TypeError as error:
         listed = ", ".join(options)
-        raise ValueError(f"model {name!r} was asked for with {listed}: {error}") from error
+        raise ValueError(f"model {name!r} does not accept {listed}: {error}") from error

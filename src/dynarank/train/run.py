@@ -1,4 +1,4 @@
-"""One complete run, written to its folder."""
+"""A complete run, written to its folder."""
 
 from __future__ import annotations
 
@@ -36,18 +36,19 @@ def run_schedule(
     """Train a recipe under a schedule; write config, records and the merged weights to ``folder``.
 
     Args:
-        recipe: what to train.
-        schedule: the schedule's name.
+        recipe: the recipe to train.
+        schedule: the name of the schedule.
         task: the recipe's data, on the machine's device.
-        folder: made if it is not there.
-        listener: shows the run.
-        seed: of the initial weights.
-        epochs: the run's length.
-        machine: where and how.
-        sinks: take each record too, see :func:`dynarank.sinks.open_sinks`; closed at the end.
+        folder: the folder of the run, created if missing.
+        listener: shows the progress of the run.
+        seed: the seed of the initial weights.
+        epochs: the length of the run.
+        machine: the device and execution options.
+        sinks: logging backends that get each record too, see :func:`dynarank.sinks.open_sinks`;
+            closed at the end.
 
     Raises:
-        DivergedError: the training loss is not finite; the records up to there are kept.
+        DivergedError: the training loss is not finite; the records so far are kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
@@ -56,7 +57,7 @@ def run_schedule(
         "seed": seed,
         "epochs": epochs,
         "train_size": task.train_size,
-        "data": dict(getattr(task, "facts", {})),  # where the recipe alone does not say which
+        "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     takers: list[Sink] = [RecordWriter(folder), *sinks]

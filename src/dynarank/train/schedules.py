@@ -1,4 +1,4 @@
-"""The schedule of a recipe's run: by name, or fitted to the recipe's budget."""
+"""The schedule of a recipe, by name or fitted to the recipe's budget."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def make_schedule(
     total_steps: int,
     optimizer: Optimizers = None,
 ) -> RankSchedule:
-    """The named schedule of a recipe; dynamic rank within the recipe's budget, if it has one.
+    """The named schedule of a recipe; if the recipe has a budget, dynamic rank is fitted to it.
 
-    Within a budget, rank and transition points are found, and the ending unless the name says it.
+    Fitting chooses rank and transition points, and the ending unless the name determines it.
 
     Args:
-        recipe: whose options and budget.
-        name: the schedule's name.
-        model: what the budget is reckoned for.
-        batch: a batch of it.
-        total_steps: optimizer steps of the run.
-        optimizer: the model's.
+        recipe: the recipe, for its options and budget.
+        name: the name of the schedule.
+        model: the model to which the schedule is fitted.
+        batch: a batch for the model.
+        total_steps: the number of optimizer steps of the run.
+        optimizer: the model's optimizer or optimizers.
 
     Raises:
         ValueError: an unknown schedule, or a budget that cannot be met.

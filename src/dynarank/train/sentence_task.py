@@ -45,7 +45,7 @@ _TEST_BATCH = 256
 
 @dataclass(frozen=True)
 class Measure:
-    """A metric, and how it is computed from predictions and labels."""
+    """A metric and the function that computes it from predictions and labels."""
 
     metric: Metric
     function: Callable[[Tensor, Tensor], float]
@@ -75,25 +75,25 @@ class Examples:
         return Examples(tuple(part[chosen] for part in self.inputs), self.labels[chosen])
 
     def to(self, device: torch.device) -> Examples:
-        """All examples, on a device."""
+        """All examples, moved to a device."""
         return Examples(tuple(part.to(device) for part in self.inputs), self.labels.to(device))
 
 
 Batch = Examples
-"""A batch is a few examples."""
+"""A batch of examples."""
 
 
 class _SentenceTask:
-    """Base class of both tasks: batches, and evaluation on the test set.
+    """The base class of both tasks: batches, and evaluation on the test set.
 
     Args:
-        recipe: its batch size, shuffling and label smoothing.
-        train: to train on.
-        test: to test on.
-        build: makes the network, on a CPU.
-        measures: what to judge by, the main one first.
-        seed: of the order.
-        facts: what else of the data a run is to write down.
+        recipe: the recipe, for batch size, shuffling and label smoothing.
+        train: the training examples.
+        test: the test examples.
+        build: a function that makes the network on the CPU.
+        measures: the metrics, the main one first.
+        seed: the seed of the order.
+        facts: further facts about the data to record with the run.
 
     Raises:
         RecipeError: the training examples do not fill one batch.
@@ -160,7 +160,7 @@ class _SentenceTask:
 
 
 class ClassificationTask(_SentenceTask):
-    """Classification: cross-entropy; the most likely class is the prediction.
+    """Classification with cross-entropy; the prediction is the most likely class.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -172,10 +172,10 @@ class ClassificationTask(_SentenceTask):
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Cross-entropy with the recipe's label smoothing; accuracy, where that is the metric."""
+        """The cross-entropy with the recipe's label smoothing; the accuracy if it is the metric."""
         output = model(*batch.inputs)
         loss = self._loss(output, batch.labels, self.recipe.label_smoothing)
-        if self.measures[0] is not ACCURACY:  # others are no mean over batches
+        if self.measures[0] is not ACCURACY:  # other metrics are not batch means
             return loss, None
         return loss, (output.detach().argmax(1) == batch.labels).float().mean()
 
@@ -187,7 +187,7 @@ class ClassificationTask(_SentenceTask):
 
 
 class RegressionTask(_SentenceTask):
-    """Regression: mean squared error; the single output is the prediction.
+    """Regression with mean squared error; the prediction is the single output.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -199,7 +199,7 @@ class RegressionTask(_SentenceTask):
     """
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, None]:
-        """Mean squared error; no score, since a correlation is not a mean over batches."""
+        """The mean squared error; no score, since a correlation is not a mean over batches."""
         return self._loss(model(*batch.inputs), batch.labels, 0.0), None
 
     def _loss(self, output: Tensor, labels: Tensor, label_smoothing: float) -> Tensor:

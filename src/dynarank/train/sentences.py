@@ -18,12 +18,12 @@ class Sentences:
     """The examples of one split.
 
     Args:
-        first: one text an example.
-        second: the other texts, where examples are pairs; else None.
+        first: one text per example.
+        second: the second texts if examples are pairs; else None.
         labels: int64 classes from 0, or float64 scores, ``(N,)``.
 
     Raises:
-        ValueError: if the parts differ in length, or there is no example.
+        ValueError: if the parts differ in length, or there are no examples.
     """
 
     first: Sequence[str]
@@ -33,10 +33,10 @@ class Sentences:
     def __post_init__(self) -> None:
         lengths = {len(part) for part in (self.first, self.second, self.labels) if part is not None}
         if len(lengths) != 1 or 0 in lengths:
-            raise ValueError(f"texts and labels must be as many and at least 1, got {lengths}")
+            raise ValueError(f"texts and labels must be equally many, at least 1, got {lengths}")
 
     def __len__(self) -> int:
-        """Count the examples."""
+        """The number of examples."""
         return len(self.labels)
 
     def texts(self) -> list[str]:
@@ -65,16 +65,16 @@ class SentenceData:
 def limit_sentences(sentences: Sentences, limit: int | None, *, what: str) -> Sentences:
     """Keep ``limit`` examples: classes as balanced as possible, scores at random.
 
-    They are the first of a fixed order which deals the classes out in turn, so that a smaller
-    limit's examples are among a larger one's.
+    Examples are taken in a fixed order that alternates between classes, so that smaller subsets are
+    contained in larger ones.
 
     Args:
         sentences: all examples.
-        limit: how many to keep; None: all, in their own order.
-        what: "training" or "test", for the message.
+        limit: the number of examples to keep; None: all, in their own order.
+        what: "training" or "test", for the error message.
 
     Raises:
-        ValueError: if ``limit`` is less than 1 or more than there are.
+        ValueError: if ``limit`` is less than 1 or more than the number of examples.
 
     Example:
         >>> many = Sentences(list("abcdef"), None, np.array([0, 0, 0, 0, 0, 1]))
@@ -85,14 +85,14 @@ def limit_sentences(sentences: Sentences, limit: int | None, *, what: str) -> Se
         return sentences
     if not 1 <= limit <= len(sentences):
         raise ValueError(
-            f"{limit} {what} examples were asked for; there are {len(sentences)}: "
-            f"ask for 1 to {len(sentences)}"
+            f"{limit} {what} examples requested, but there are {len(sentences)}; "
+            f"request 1 to {len(sentences)}"
         )
     return sentences.take(_dealt_order(sentences.labels)[:limit])
 
 
 def _dealt_order(labels: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.int64]:
-    """Shuffle deterministically; then take each class's first, each class's second, ..."""
+    """A fixed shuffle, then each class's first example, each class's second, ..."""
     order = np.random.default_rng(_ORDER_SEED).permutation(len(labels))
     if labels.dtype.kind == "f":
         return order

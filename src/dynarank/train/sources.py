@@ -1,6 +1,6 @@
-"""Where data sets come from: the error where one is not there, and the hub.
+"""Sources of data sets: the error for missing data, and the Hugging Face hub.
 
-The hub is read through ``datasets``, which downloads a set or has it in its cache.
+The hub is read through ``datasets``, which downloads data sets and caches them.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ __all__ = ["DataError", "hub_splits"]
 
 
 class DataError(ValueError):
-    """A data set is absent, incomplete or damaged; the message says what to do."""
+    """Raised if a data set is missing, incomplete or damaged; the message says what to do."""
 
 
 @contextmanager
 def hub_splits(what: str, files: str, *name: str) -> Generator[Any]:
-    """The splits of a data set of the hub; what goes wrong inside the block too is one error.
+    """A context with the splits of a hub data set; errors inside it are raised as DataError.
 
     Args:
-        what: the data set in words: the message begins with it.
-        files: what a folder could hold instead.
-        name: the hub's name of it, and of its part if it has parts.
+        what: the data set in words, for the error message.
+        files: the files that a folder could contain instead, for the error message.
+        name: the hub's name of the data set, and of its configuration if it has several.
 
     Raises:
         ImportError: if the ``data`` extra is not installed.
-        DataError: if the data set cannot be had, or is not as it should be.
+        DataError: if the data set cannot be loaded, or is malformed.
     """
     datasets = import_extra("datasets", "data", f"{what} from the hub")
     try:
         yield datasets.load_dataset(*name)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise DataError(
-            f"{what} was asked for from the hub as {', '.join(map(repr, name))}, which failed: "
-            f"{error!r}; try again, or name a folder that holds {files}"
+            f"loading {what} from the hub as {', '.join(map(repr, name))} failed: {error!r}; try "
+            f"again, or pass a folder with {files}"
         ) from error

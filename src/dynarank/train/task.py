@@ -1,7 +1,7 @@
 """The interface between the training loop and a recipe's data, model, loss and metrics.
 
-The loop is independent of images and text: it asks a task for batches, passes each to ``loss``, and
-asks for the scores of the test set at the end of an epoch.
+The loop is independent of images and text: it gets batches from a task, passes each to ``loss``,
+and evaluates on the test set at the end of an epoch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ __all__ = ["Evaluation", "Sketch", "Task"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of the test set.
+    """The results on the test set.
 
     Args:
         loss: the mean loss, without label smoothing.
-        scores: by the name of the metric, the main one first.
+        scores: the scores by the name of the metric, the main one first.
     """
 
     loss: float
@@ -35,13 +35,13 @@ class Task(Protocol):
     """One recipe's data and model on one device, for one seed."""
 
     metric: Metric
-    """The main metric; ``Evaluation.scores`` begins with it."""
+    """The main metric, the first in ``Evaluation.scores``."""
     steps_per_epoch: int
     train_size: int
-    """Training examples: images, sentences, or tokens a pass."""
+    """The number of training examples: images, sentences, or tokens per epoch."""
 
     def model(self) -> nn.Module:
-        """A new model on the device, drawn from torch's global random state."""
+        """A new model on the device, initialized from torch's global random state."""
         ...
 
     def sample(self) -> Any:
@@ -59,13 +59,13 @@ class Task(Protocol):
     def evaluate(
         self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Evaluation:
-        """The scores of the test set; the model is in evaluation mode and no gradient is kept."""
+        """The scores on the test set; the model is in evaluation mode, without gradients."""
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """A recipe's network and one training batch on the meta device: shapes without data.
+    """A recipe's network and one training batch on the meta device.
 
     Args:
         model: the network.

@@ -1,4 +1,4 @@
-"""The task of a recipe, and its sketch: the recipe's data set is looked up and its module asked."""
+"""The task of a recipe and its sketch on the meta device, made by the module of its data set."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ def make_task(
     """Load a recipe's data and make its task.
 
     Args:
-        recipe: what to train.
-        data: where its data is: a folder, a file, ``hub``; None: the value of DYNARANK_DATA.
-        seed: of data order and augmentation.
-        device: of batches and model.
+        recipe: the recipe.
+        data: the location of its data: a folder, a file, or ``hub``; None: the value of
+            DYNARANK_DATA.
+        seed: the seed of data order and augmentation.
+        device: the device of batches and model.
         train_limit: the number of training examples to use; None: all.
         test_limit: the number of test examples to use; None: all.
 
     Raises:
-        ValueError: the data is missing, or has fewer examples than asked for.
-        ImportError: it needs a package that is not installed.
+        ValueError: the data is missing, or has fewer examples than requested.
+        ImportError: a required package is not installed.
     """
     return _task_module(recipe).make_task(
         recipe, data, seed=seed, device=device, train_limit=train_limit, test_limit=test_limit

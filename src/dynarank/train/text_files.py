@@ -1,4 +1,4 @@
-"""A corpus from a folder of text, split by file; by default the standard library's sources.
+"""A text corpus from a folder, split by file; by default the sources of the standard library.
 
 A corpus depends only on the files: sorted by a hash of their paths, without duplicates, truncated
 to a size. The standard library differs between Python versions: ``TextData.sha256`` identifies the
@@ -24,9 +24,9 @@ __all__ = ["PATTERNS", "TextData", "load_text", "standard_library"]
 
 PATTERNS = ("*.txt", "*.md", "*.rst", "*.tex", "*.py", "*.c", "*.h", "*.rs", "*.js", "*.html")
 _MAX_BYTES = 8_000_000
-_HELD_OUT = 0.05  # share of the bytes to test on
-_END = b"\0"  # ends each file: no byte of text, so that a model sees where one begins
-# Not the library itself: what was installed beside it, and its tests.
+_HELD_OUT = 0.05  # share of the bytes for testing
+_END = b"\0"  # ends each file; not a byte of text, so that a model can see the boundary
+# Not part of the library itself: packages installed next to it, and its tests.
 _BESIDE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
@@ -36,10 +36,10 @@ class TextData:
 
     Args:
         train: uint8 ``(bytes,)``; every file ends with a zero byte.
-        test: likewise, of files that are not in ``train`` (or, of files too large to be held out
-            whole, their ends).
-        files: how many there are.
-        source: where they are.
+        test: uint8 ``(bytes,)``, from files that are not in ``train`` (or the ends of files that
+            are too large to be held out whole).
+        files: the number of files.
+        source: the location of the files.
     """
 
     train: Tensor
@@ -65,15 +65,15 @@ def load_text(
     """Read a corpus.
 
     Args:
-        place: a folder, searched with all folders below it that are not hidden; a single file of
-            any name; None for the sources of the Python standard library.
-        patterns: which file names count as text.
-        max_bytes: the corpus is cut at this many bytes, training and test together.
-        held_out: share of the bytes to test on, in (0, 1).
+        place: a folder, searched recursively except for hidden folders; a single file of any name;
+            None: the sources of the Python standard library.
+        patterns: glob patterns for the names of text files.
+        max_bytes: the maximum size of the corpus, training and test together.
+        held_out: the share of the bytes for testing, in (0, 1).
 
     Raises:
-        DataError: if nothing is there, or nothing that matches.
-        ValueError: if ``max_bytes`` or ``held_out`` makes no sense.
+        DataError: if there are no matching files.
+        ValueError: if ``max_bytes`` or ``held_out`` is out of range.
 
     Example:
         >>> data = load_text(None, max_bytes=100_000)
@@ -88,16 +88,16 @@ def load_text(
     if place is None:
         root = standard_library()
         files = _files(root, ["*.py"], _BESIDE)
-        wanted = "the sources (*.py) of the Python standard library"
-        advice = "this Python has them compiled only: name a folder of text with --data"
+        wanted = "sources (*.py) of the Python standard library"
+        advice = "this Python has only compiled files; pass a folder of text with --data"
     else:
         root = Path(place).expanduser()
         files = [root] if root.is_file() else _files(root, patterns, set())
-        wanted = f"text, in files named {', '.join(patterns)},"
-        advice = "name the folder that holds them, or a single file" + _state(root)
+        wanted = f"files named {', '.join(patterns)}"
+        advice = "pass the folder that contains them, or a single file" + _state(root)
     texts = _read(files, max_bytes)
     if not texts:
-        raise DataError(f"{wanted} was looked for in {root}; there is none: {advice}")
+        raise DataError(f"there are no {wanted} in {root}: {advice}")
     train, test = _split(texts, held_out)
     return TextData(_tensor(train), _tensor(test), len(texts), str(root))
 
@@ -112,7 +112,7 @@ def _state(root: Path) -> str:
 
 
 def _files(root: Path, patterns: Sequence[str], beside: set[str]) -> list[Path]:
-    """Files sorted by a hash of their paths, which mixes folders independently of other files."""
+    """The files, sorted by a hash of their paths, which shuffles them reproducibly."""
     named = ((path.relative_to(root), path) for path in root.rglob("*"))
     kept = [
         (relative.as_posix(), path)
@@ -126,7 +126,7 @@ def _files(root: Path, patterns: Sequence[str], beside: set[str]) -> list[Path]:
 
 
 def _read(files: Iterable[Path], max_bytes: int) -> list[bytes]:
-    """The files' bytes, without duplicates, until there are enough."""
+    """Read the files, without duplicates, until there are enough bytes."""
     seen: set[bytes] = set()
     texts: list[bytes] = []
     room = max_bytes

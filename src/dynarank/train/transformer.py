@@ -24,10 +24,10 @@ class Block(nn.Module):
     Query, key and value are one product, ``qkv``; all four matrices are plain ``nn.Linear``.
 
     Args:
-        width: d.
-        heads: h; must divide d.
-        dropout: share of each branch's outputs set to zero in training.
-        causal: whether a token sees only those before it and itself.
+        width: d, the model width.
+        heads: h, the number of attention heads; must divide d.
+        dropout: the dropout probability in each branch.
+        causal: whether a token attends only to itself and earlier tokens.
 
     Raises:
         ValueError: if ``heads`` does not divide ``width``.
@@ -46,7 +46,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         if width % heads:
-            raise ValueError(f"heads must divide the width, but {width} / {heads} leaves a rest")
+            raise ValueError(f"heads must divide width, got {heads} heads and width {width}")
         self.heads, self.dropout, self.causal = heads, dropout, causal
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
@@ -55,11 +55,11 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Tokens ``(B, T, d)`` to the same shape.
+        """Apply the block to tokens ``(B, T, d)``.
 
         Args:
-            x: ``(B, T, d)``.
-            mask: bool, ``(B, 1, 1, T)``: which tokens may be looked at; None: all.
+            x: the tokens, ``(B, T, d)``.
+            mask: bool, ``(B, 1, 1, T)``: the tokens that may be attended to; None: all.
         """
         x = x + self._drop(self._attention(self.norm1(x), mask))
         return x + self._drop(self.down(F.gelu(self.up(self.norm2(x)))))
@@ -76,10 +76,11 @@ class Block(nn.Module):
 
 
 def transformer_init_(model: nn.Module) -> None:
-    """Normal weights of standard deviation .02, zero biases; each branch's last matrix less.
+    """GPT-2's initialization: normal weights of standard deviation 0.02 and zero biases.
 
-    With L blocks the last matrix of a branch has .02 / sqrt(2 L): the sum of 2 L branches then does
-    not grow with L (Radford et al., Language Models are Unsupervised Multitask Learners, 2019).
+    With L blocks, the last matrix of each branch has 0.02 / sqrt(2 L), so that the sum of 2 L
+    branches does not grow with L (Radford et al., Language Models are Unsupervised Multitask
+    Learners, 2019).
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     last = {linear for block in blocks for linear in (block.out, block.down)}

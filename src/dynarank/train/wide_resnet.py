@@ -1,8 +1,8 @@
 """Wide residual networks as in the method's published code.
 
-Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv 1605.07146), but post-activation: each
-block is relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut x). Depth is 6 n + 4 with n blocks
-in each of three stages; width multiplies the stages' 16, 32 and 64 channels.
+As in Zagoruyko and Komodakis, "Wide Residual Networks" (arXiv 1605.07146), but post-activation:
+each block is relu(bn2(conv2(dropout(relu(bn1(conv1 x))))) + shortcut x). The depth is 6 n + 4 with
+n blocks in each of three stages; the width multiplies the stages' 16, 32 and 64 channels.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __all__ = ["WideResNet"]
 class WideResNet(nn.Module):
     """WRN-depth-width for 3 x 32 x 32 images; WRN-28-10 has 36,539,124 parameters for 100 classes.
 
-    The glob ``*conv*`` selects the convolutions that the published code factorizes, 24 of
-    WRN-28-10's 25 of 3x3. The other one, from the stem to the first stage's channels, is called
-    ``widen``: at half its output channels its factors would be larger than the kernel.
+    The glob ``*conv*`` selects the convolutions that the published code factorizes, 24 of the 25
+    3x3 convolutions of WRN-28-10. The other one, from the stem to the channels of the first stage,
+    is called ``widen``: at half its output channels its factors would be larger than the kernel.
 
     Args:
-        depth: layers in the main path, 6 n + 4: 16, 22, 28, 40.
-        width: how many times the channels of a plain residual network.
-        classes: how many outputs.
-        dropout: between the two convolutions of a block.
+        depth: the number of layers in the main path, 6 n + 4: 16, 22, 28, 40.
+        width: the multiplier of the channels of a plain residual network.
+        classes: the number of outputs.
+        dropout: the dropout probability between the two convolutions of a block.
 
     Raises:
         ValueError: the depth is not 6 n + 4.
@@ -62,7 +62,7 @@ class WideResNet(nn.Module):
         glorot_init_(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits ``(N, classes)`` of images ``(N, 3, H, W)``."""
+        """Compute the logits ``(N, classes)`` of images ``(N, 3, H, W)``."""
         x = self.stages(F.relu(self.bn(self.conv(x))))
         return self.head(x.mean((2, 3)))
 

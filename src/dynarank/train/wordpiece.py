@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokens, by a vocabulary from a file or trained on the training sentences.
+"""BERT's WordPiece tokenizer, with a vocabulary from a file or trained on the training sentences.
 
 A pair of sentences becomes ``[CLS] first [SEP] second [SEP]``, a single one ``[CLS] first [SEP]``.
 Text is lower-cased and stripped of accents, as for BERT's uncased vocabulary.
@@ -23,7 +23,7 @@ __all__ = ["WordPiece", "find_vocabulary"]
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _PLACES = (".", "vocab", "vocab/bert-base-uncased", "bert-base-uncased")
-_SEEN = 2  # times a piece must occur to be learned
+_SEEN = 2  # the number of times a piece must occur to be learned
 
 
 class WordPiece:
@@ -31,9 +31,9 @@ class WordPiece:
 
     Args:
         tokenizer: a ``tokenizers.Tokenizer``; use :meth:`from_file` or :meth:`from_texts`.
-        length: tokens a sequence: longer ones are truncated, the longer sentence of a pair first;
-            shorter ones are padded with 0.
-        source: where the vocabulary is from.
+        length: the number of tokens per sequence: longer ones are truncated, the longer sentence of
+            a pair first; shorter ones are padded with 0.
+        source: the origin of the vocabulary.
     """
 
     def __init__(self, tokenizer: Any, length: int, source: str) -> None:
@@ -49,12 +49,12 @@ class WordPiece:
 
     @classmethod
     def from_file(cls, path: Path, length: int, *, size: int) -> WordPiece:
-        """Read a ``vocab.txt``: one piece a line, [PAD] first.
+        """Read a ``vocab.txt``: one piece per line, [PAD] first.
 
         Args:
-            path: of the file.
-            length: of each sequence.
-            size: how many pieces the model has room for.
+            path: the file.
+            length: the number of tokens per sequence.
+            size: the largest number of pieces that the model supports.
 
         Raises:
             DataError: if the file cannot be read, lacks a special piece, or has too many pieces.
@@ -73,22 +73,22 @@ class WordPiece:
 
     @classmethod
     def from_texts(cls, texts: Sequence[str], length: int, *, size: int) -> WordPiece:
-        """Train a vocabulary on texts, the same for the same texts.
+        """Train a vocabulary on texts, deterministically.
 
         Every piece of more than one character occurs at least twice in them.
 
         Args:
             texts: the training sentences.
-            length: of each sequence.
-            size: the most pieces.
+            length: the number of tokens per sequence.
+            size: the largest number of pieces.
 
         Raises:
             ImportError: if ``tokenizers`` is not installed.
         """
         parts = _tokenizers()
         tokenizer = _pipeline(parts, parts.models.WordPiece(unk_token="[UNK]"))
-        # Left alone, the trainer numbers inner characters in an order that differs from run to run,
-        # and by it chooses among pieces of equal frequency. Listed beforehand, their order is kept.
+        # By default, the trainer numbers inner characters in an order that differs between runs,
+        # and breaks ties between equally frequent pieces by it. An explicit list fixes the order.
         trainer = parts.trainers.WordPieceTrainer(
             vocab_size=size,
             min_frequency=_SEEN,
@@ -101,11 +101,11 @@ class WordPiece:
 
     @property
     def size(self) -> int:
-        """How many pieces there are."""
+        """The number of pieces."""
         return self._tokenizer.get_vocab_size()
 
     def encode(self, sentences: Sentences) -> tuple[Tensor, Tensor]:
-        """Token and segment ids, int64 ``(N, length)`` each; a second sentence is segment 1."""
+        """Token and segment ids, int64 ``(N, length)`` each; the second sentence is segment 1."""
         second = sentences.second
         texts = list(
             sentences.first if second is None else zip(sentences.first, second, strict=True)
@@ -117,7 +117,7 @@ class WordPiece:
 
 
 def find_vocabulary(place: Path) -> Path | None:
-    """The ``vocab.txt`` in a data folder, itself or in its ``vocab/`` or ``bert-base-uncased/``."""
+    """The ``vocab.txt`` in a data folder or in its ``vocab/`` or ``bert-base-uncased/``, if any."""
     return next((p for part in _PLACES if (p := place / part / "vocab.txt").is_file()), None)
 
 
@@ -144,16 +144,16 @@ def _check_pieces(path: Path, pieces: Sequence[str], size: int) -> None:
     known = set(pieces)
     if missing := [name for name in SPECIAL[:4] if name not in known]:
         raise DataError(
-            f"{path} must hold one piece a line, among them {', '.join(SPECIAL[:4])}; it lacks "
-            f"{', '.join(missing)}: it is another file"
+            f"{path} must contain one piece per line, including {', '.join(SPECIAL[:4])}; it lacks "
+            f"{', '.join(missing)}: it is a different file"
         )
     if pieces[0] != "[PAD]":
         raise DataError(f"the first line of {path} must be [PAD], but is {pieces[0]!r}")
     if len(known) != len(pieces):
         (twice, _), *_ = Counter(pieces).most_common(1)
-        raise DataError(f"{path} holds {twice!r} twice; every piece must be there once")
+        raise DataError(f"{path} contains {twice!r} twice; pieces must be unique")
     if len(pieces) > size:
         raise DataError(
-            f"{path} holds {len(pieces):,} pieces and the recipe has room for {size:,}: take a "
+            f"{path} has {len(pieces):,} pieces and the recipe has room for {size:,}: use a "
             "smaller vocabulary"
         )

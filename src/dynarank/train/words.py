@@ -30,8 +30,8 @@ class Words:
     """Maps words to numbers: 0 padding, 1 unknown, then by decreasing frequency.
 
     Args:
-        texts: to count words in; among equally frequent ones the alphabet decides.
-        size: of the vocabulary, with the two.
+        texts: the texts in which to count words; ties are broken alphabetically.
+        size: the size of the vocabulary, including padding and unknown.
 
     Raises:
         ValueError: if ``size`` leaves no room for a word.
@@ -45,16 +45,16 @@ class Words:
     def __init__(self, texts: Iterable[str], size: int) -> None:
         if size < 3:
             raise ValueError(
-                f"a vocabulary of {size} was asked for; 2 are taken: ask for 3 or more"
+                f"a vocabulary has at least 3 entries, 2 of them padding and unknown, got {size}"
             )
         counts = Counter(word for text in texts for word in split_words(text))
         ordered = sorted(counts, key=lambda word: (-counts[word], word))
         self.numbers = {word: i for i, word in enumerate(ordered[: size - 2], start=2)}
 
     def encode(self, texts: Sequence[str], length: int) -> Tensor:
-        """Numbers ``(N, length)``, int64: the last ``length`` words, then padding.
+        """Encode texts as numbers ``(N, length)``, int64: the last ``length`` words, then padding.
 
-        Of a review too long it is the end that is kept: there the verdict tends to be.
+        Of a longer text the end is kept, since a review's verdict tends to be there.
         """
         found = torch.full((len(texts), length), PADDING)
         for row, text in zip(found, texts, strict=True):

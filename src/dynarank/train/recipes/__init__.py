@@ -1,4 +1,4 @@
-"""Recipes: one run, one typed file. Times are epochs of the recipe's own length."""
+"""Recipes: validated TOML files that define a run. Times are in epochs."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ LearningRateSchedule: TypeAlias = Literal[
 
 
 class RecipeError(ValueError):
-    """A recipe that is not known, or cannot be run as asked."""
+    """Raised for an unknown recipe, or one that cannot be run as requested."""
 
 
 class Recipe(BaseModel):
-    """Everything that defines a run but the schedule, the seed and the machine.
+    """The definition of a run, except for the schedule, the seed and the machine.
 
-    ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. A run of another length
-    keeps them at the same share of it, to the step: it is the same experiment, scaled down. Where
-    ``inflate`` or ``deflate`` is not given, the schedule finds it from the learning rate.
+    ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. In a run of another
+    length they are scaled to the same share, to the step: it is the same experiment, scaled down.
+    If ``inflate`` or ``deflate`` is not given, the schedule computes it from the learning rate.
 
-    ``budget`` is a share of the full-rank training FLOPs, to which dynamic rank is fitted, see
+    ``budget`` is a share of the full-rank training FLOPs to which dynamic rank is fitted, see
     :func:`dynarank.train.schedules.make_schedule`. ``rewarmup`` is the number of LR re-warm-up
     steps after each change of form; ``recalibrate_batch_norms`` turns on BatchNorm recalibration
     after truncations.
 
     ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
-    :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the network's own, such as
-    its dropout, ``data_options`` the data set's.
+    :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the options of the
+    network, such as its dropout, and ``data_options`` those of the data set.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -107,7 +107,7 @@ class Recipe(BaseModel):
     def _decays(self) -> Self:
         if self.lr_schedule == "wsd" and len(self.decay_at) != 1:
             raise ValueError(
-                f"wsd decays from one epoch on: decay_at has one value, got {self.decay_at}"
+                f"wsd has one decay: decay_at must have one value, got {self.decay_at}"
             )
         if self.lr_schedule == "onecycle" and not self.warmup:
             raise ValueError("onecycle rises before it falls: warmup must be above 0, got 0")
@@ -120,19 +120,19 @@ class Recipe(BaseModel):
         return self
 
     def published(self) -> Recipe:
-        """The recipe as the published code runs it, faults included.
+        """The recipe with the settings of the published code, including its bugs.
 
         Raises:
-            RecipeError: the recipe is not of a published experiment.
+            RecipeError: the recipe is not a published experiment.
         """
         if not self.as_published:
             raise RecipeError(
-                f"recipe {self.name!r} is no published experiment; leave out the switch"
+                f"recipe {self.name!r} is not a published experiment; omit --as-published"
             )
         return Recipe.model_validate({**self.model_dump(), **self.as_published})
 
     def with_factors(self, rank: float | None, decomposition: str | None) -> Recipe:
-        """The recipe with another rank (above 1 a number of directions) or decomposition."""
+        """The recipe with another rank (a number of directions if above 1) or decomposition."""
         changed: dict[str, Any] = {}
         if rank is not None:
             changed["rank"] = int(rank) if rank > 1 or rank == int(rank) else rank
@@ -141,17 +141,17 @@ class Recipe(BaseModel):
         return Recipe.model_validate({**self.model_dump(), **changed})
 
     def with_budget(self, flops: float | None) -> Recipe:
-        """The recipe within a share of full-rank training's FLOPs; None: as it is."""
+        """The recipe with a budget, a share of the full-rank training FLOPs; None: unchanged."""
         if flops is None:
             return self
         return Recipe.model_validate({**self.model_dump(), "budget": flops})
 
     def share(self, epoch: float) -> float:
-        """An epoch as a share of the run."""
+        """Convert an epoch to a share of the run."""
         return epoch / self.epochs
 
     def schedule(self, name: str) -> RankSchedule:
-        """The named schedule, with what it takes of this recipe's options.
+        """The named schedule, constructed from this recipe's options.
 
         Raises:
             ValueError: an unknown schedule.
@@ -169,7 +169,7 @@ class Recipe(BaseModel):
 
 
 def recipe_names() -> list[str]:
-    """The names of the recipes there are."""
+    """The names of all recipes."""
     folder = files("dynarank.train.recipes")
     return sorted(
         f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
@@ -177,10 +177,10 @@ def recipe_names() -> list[str]:
 
 
 def load_recipe(name: str) -> Recipe:
-    """The recipe of this name.
+    """Load a recipe by name.
 
     Raises:
-        RecipeError: there is none; the message lists those there are and the nearest.
+        RecipeError: an unknown name; the message lists the known ones and suggests the closest.
     """
     names = recipe_names()
     if name not in names:
