@@ -216,8 +216,8 @@ def _record_step(
 
 def _own_tensors(arguments: _Arguments, device: str | None = None) -> _Arguments:
     """Copies of the tensors, on ``device`` or where they are, with no history."""
-    renew = partial(_own_tensor, device=device, known={})
-    return cast(_Arguments, tree_map(renew, arguments, is_leaf=_is_packed))
+    own = partial(_own_tensor, device=device, known={})
+    return cast(_Arguments, tree_map(own, arguments, is_leaf=_is_packed))
 
 
 def _own_tensor(value: Any, device: str | None, known: dict[int, Tensor]) -> Any:
