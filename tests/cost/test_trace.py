@@ -174,6 +174,14 @@ def test_a_mask_changes_no_count() -> None:
     assert with_mask.flops({}).training == 26_840_064
 
 
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "Qwen2MoeForCausalLM"])
+def test_grouped_products_of_experts_count_as_one_product_each(name: str) -> None:
+    model, sample = copy.deepcopy(built(name)), batch(name)
+    grouped = count_flops(model, sample)
+    model.set_experts_implementation("eager")  # type: ignore[operator]
+    assert count_flops(model, sample) == grouped == trace(model, sample).flops({})
+
+
 class OwnState(nn.Module):
     def __init__(self) -> None:
         super().__init__()
