@@ -240,6 +240,29 @@ def test_a_diverged_run_exits_1(
     assert "loss of epoch 1 is nan" in capsys.readouterr().err
 
 
+LEFT_OUT = "digits --epochs 2 --train-limit 128 --out x"
+REFUSED_LATE = {  # only the second schedule is refused
+    "rank": (f"train {LEFT_OUT} --rank 1000", "digits, low-rank: .*rank 1000 is above the limit"),
+    "negative": (f"train {LEFT_OUT} --rank -3", "digits, low-rank: .*at least 1, got -3"),
+    "budget": (f"train {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "measure": (f"train {LEFT_OUT} --budget 0.6 --measure", "either a budget or --measure"),
+    "compare": (f"compare {LEFT_OUT} --seeds 1 --rank 1000", "low-rank: .*above the limit"),
+    "compare-budget": (f"compare {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "sweep": (f"sweep {LEFT_OUT} --inflate 5 --deflate 20 --rank 1000", "above the limit"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_LATE)
+def test_every_schedule_is_checked_before_the_first_run(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    words, pattern = REFUSED_LATE[case]
+    assert call(monkeypatch, *words.split()) == 2
+    said = capsys.readouterr()
+    assert re.search(pattern, said.err) and "epoch 1" not in said.out
+    assert not list(here.iterdir())
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "spectrum", "report"])
 def test_help_is_there_and_every_command_has_json(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -171,11 +171,18 @@ def test_learning_rate_and_decay_reach_the_optimizer(digits: ImageData) -> None:
     assert rates[-1] == pytest.approx(recipe.learning_rate * recipe.decay_factor**2)
 
 
+def test_a_run_that_is_refused_leaves_nothing_behind(digits: ImageData, tmp_path: Path) -> None:
+    recipe = load_recipe("digits").with_factors(1000, None)
+    with pytest.raises(ValueError, match="rank 1000 is above the limit"):
+        run(tmp_path / "x", "low-rank", digits, recipe=recipe)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     digits: ImageData, tmp_path: Path
 ) -> None:
     recipe = load_recipe("digits").model_copy(update={"learning_rate": 1e30})
-    with pytest.raises(DivergedError, match="try a lower one"):
+    with pytest.raises(DivergedError, match="try a lower learning rate"):
         run(tmp_path, "full-rank", digits, recipe=recipe)
     assert read_run(tmp_path).summary is None
 
@@ -266,7 +273,7 @@ def test_as_published_keeps_the_published_codes_faults() -> None:
     ours = trainer(load_recipe("cifar10-resnet20"), "low-rank", images(128), seed=0, epochs=3)
     stage = ours.model.stages[0]  # type: ignore[index]
     assert not torch.equal(stage[0].conv1.down, stage[1].conv2.down)
-    with pytest.raises(RecipeError, match="'digits' is no published experiment"):
+    with pytest.raises(RecipeError, match="'digits' is not a published experiment"):
         load_recipe("digits").published()
 
 
