@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -157,11 +158,27 @@ def test_an_impossible_budget_is_refused_and_nothing_changes(budget: float, mess
         ({"flops": 0.0}, "positive and finite, got 0.0"),
         ({"seconds": float("nan")}, "got nan"),
         ({"memory": -5}, "got -5"),
+        ({"memory": "1GB"}, r"memory is a number of bytes \(int\) or a share .*got '1GB'"),
+        ({"flops": "half"}, r"flops is a share .*got 'half'"),
+        ({"seconds": True}, "got True"),
     ],
 )
 def test_impossible_wishes_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dr.fit_schedule(net(), torch.randn(4, 32), 100, **options)
+
+
+@pytest.mark.parametrize("budget", [{"flops": 0.5}, {"seconds": 1.0}, {"memory": 0.5}], ids=str)
+def test_a_model_without_parameters_is_refused(budget: dict[str, float]) -> None:
+    for model, message in ((nn.ReLU(), "ReLU has no parameters"), (nn.LayerNorm(8), "no layer")):
+        with pytest.raises(ValueError, match=message):
+            dr.fit_schedule(model, torch.randn(4, 8), 100, **budget)
+
+
+def test_a_budget_may_be_a_number_of_another_library() -> None:
+    for budget, other in ((0.75, np.float32(0.75)), (10**9, np.int64(10**9))):
+        found = [dr.fit_schedule(net(), torch.randn(4, 32), 9, memory=m) for m in (budget, other)]
+        assert found[0] == found[1]
 
 
 def test_what_is_given_is_not_chosen() -> None:

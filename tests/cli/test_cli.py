@@ -199,7 +199,6 @@ REFUSED = {
     "published": (["train", "digits", "--as-published"], "not a published experiment"),
     "report": (["report", "nowhere"], "no run folder at nowhere"),
     "file": (["spectrum", "nowhere.safetensors"], "no file nowhere.safetensors"),
-    "rank": (["spectrum", "whole.safetensors", "--rank", "nan"], "--rank must be a share"),
     "plot": (["spectrum", "whole.safetensors", "--plot", "x.doc"], "--plot must be a file"),
     "runs": (["spectrum", "runs-of-two"], "several runs, name one or two of"),
     "second": (
@@ -238,6 +237,70 @@ def test_a_diverged_run_exits_1(
     monkeypatch.setattr(sys.modules["dynarank.cli.train"], "run_schedule", diverge)
     assert call(monkeypatch, "train", "digits", "--epochs", "1") == 1
     assert "loss of epoch 1 is nan" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "rank", ["1.5", "-3", "0", "0.0", "16.0", "nan", "inf", "1e400", "half", ""]
+)
+@pytest.mark.parametrize("command", ["train digits", "plan digits", "compare digits",
+                                     "sweep digits --inflate 5 --deflate 20",
+                                     "spectrum whole.safetensors"])  # fmt: skip
+def test_a_rank_that_is_neither_whole_nor_a_share_is_refused_by_every_command(
+    command: str, rank: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    here: Path
+) -> None:  # fmt: skip
+    assert call(monkeypatch, *command.split(), "--rank", rank) == 2
+    told = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"Invalid value for '--rank': {rank} is neither a rank".replace(":  is", ": is") in told
+    assert "such as 16" in told and "such as 0.25" in told
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rank", "meant"), [("1", 1), ("1.0", 10), ("4", 4), ("0.5", 5), (".25", 2), ("400", 10)]
+)
+def test_a_whole_number_is_a_rank_and_a_number_with_a_point_is_a_share(
+    rank: str, meant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"w": torch.randn(10, 12)}, "any.safetensors")
+    words = ["any.safetensors", "--rank", rank, "--no-plot", "--json"]
+    assert call(monkeypatch, "spectrum", *words) == 0
+    assert json.loads(capsys.readouterr().out)["layers"][0]["lambda_rank"] == meant
+
+
+@pytest.mark.parametrize(("rank", "meant"), [("1", [1, 1, 1]), ("1.0", [64, 128, 128])])
+def test_rank_1_and_all_outputs_are_told_apart(
+    rank: str,
+    meant: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["digits", "--schedule", "low-rank", "--rank", rank, "--json"]
+    assert call(monkeypatch, "plan", *words) == 0
+    layers = json.loads(capsys.readouterr().out)["phases"][0]["layers"]
+    assert [layer["rank"] for layer in layers] == meant
+
+
+LEFT_OUT = "digits --epochs 2 --train-limit 128 --out x"
+REFUSED_LATE = {  # only the second schedule is refused
+    "rank": (f"train {LEFT_OUT} --rank 1000", "digits, low-rank: .*rank 1000 is above the limit"),
+    "budget": (f"train {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "measure": (f"train {LEFT_OUT} --budget 0.6 --measure", "either a budget or --measure"),
+    "compare": (f"compare {LEFT_OUT} --seeds 1 --rank 1000", "low-rank: .*above the limit"),
+    "compare-budget": (f"compare {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "sweep": (f"sweep {LEFT_OUT} --inflate 5 --deflate 20 --rank 1000", "above the limit"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_LATE)
+def test_every_schedule_is_checked_before_the_first_run(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    words, pattern = REFUSED_LATE[case]
+    assert call(monkeypatch, *words.split()) == 2
+    said = capsys.readouterr()
+    assert re.search(pattern, said.err) and "epoch 1" not in said.out
+    assert not list(here.iterdir())
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "spectrum", "report"])

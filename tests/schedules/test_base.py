@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -30,6 +32,7 @@ from dynarank.schedules import (
     growing,
     low_rank,
     relora,
+    schedule_to_data,
     timeline,
 )
 
@@ -85,6 +88,86 @@ def test_what_is_no_schedule_is_refused_with_the_way_out(value: Any, message: st
     model = dr.factorize(torch.nn.Linear(8, 8), 2)
     with pytest.raises(ValueError, match=message):
         dr.RankScheduler(model, None, value, 10)
+
+
+@dataclass(frozen=True)
+class Bare(RankSchedule):
+    """Forgets to wrap its plan in an answer."""
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        return {}  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "returned None at step 0; a schedule returns a plan, a dict from the paths"),
+        ([LowRank(2)], r"returned \[LowRank\(.*\] at step 0; a schedule returns a plan"),
+        ({"": 2}, r"returned 2 for '' at step 0; .* FullRank\(\), LowRank\(rank\) or Adapted"),
+        ({"": LowRank}, "returned <class .*LowRank'> for '' at step 0"),
+        ({0: LowRank(2)}, r"returned LowRank\(.*\) for 0 at step 0"),
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_no_plan_is_refused_with_its_step(returned: Any, message: str) -> None:
+    def own(clock: Clock, readings: Readings) -> Plan:
+        return returned
+
+    @dataclass(frozen=True)
+    class Own(RankSchedule):
+        def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+            return returned
+
+    @dataclass(frozen=True)
+    class Stateful(RankSchedule):
+        def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+            return Answer(returned, state)
+
+    for schedule, name in ((own, "own"), (Own(), "Own"), (Stateful(), "Stateful")):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            timeline(schedule, LAYERS, 10)
+        for layers in (None, "*"):
+            with pytest.raises(ValueError, match=f"{name} {message}"):
+                dr.RankScheduler(torch.nn.Linear(8, 8), None, schedule, 10, layers=layers)
+
+
+def test_an_answer_without_a_state_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Bare returned {} at step 0; update returns Answer\("):
+        timeline(Bare(), LAYERS, 10)
+
+
+def test_an_answer_that_is_no_plan_is_named_in_mid_run_too() -> None:
+    def own(clock: Clock, readings: Readings) -> Plan:
+        return None if readings.forms.get("") == LowRank(2) else {"": LowRank(2)}  # type: ignore[return-value]
+
+    ranks = dr.RankScheduler(torch.nn.Linear(8, 8), None, own, 10, layers=lambda m, p: True)
+    with pytest.raises(ValueError, match="own returned None at step 1"):
+        ranks.step()
+
+
+@pytest.mark.parametrize("total_steps", [0, -1, 2.5, 10.0, True, "10", None])
+def test_a_run_has_a_whole_number_of_steps(total_steps: Any) -> None:
+    message = "total_steps is a whole number of at least 1, got"
+    with pytest.raises(ValueError, match=message):
+        timeline(low_rank(2), LAYERS, total_steps)
+    with pytest.raises(ValueError, match=message):
+        dr.RankScheduler(torch.nn.Linear(8, 8), None, low_rank(2), total_steps)
+    with pytest.raises(ValueError, match=message):
+        dr.fit_schedule(torch.nn.Linear(8, 8), torch.ones(1, 8), total_steps, flops=0.5)
+
+
+def test_whole_numbers_of_other_libraries_are_counts_too() -> None:
+    ten = np.int64(10)
+    assert timeline(low_rank(2), LAYERS, ten) == timeline(low_rank(2), LAYERS, 10)
+    ranks = dr.RankScheduler(torch.nn.Linear(8, 8), None, low_rank(2), ten)
+    assert json.loads(json.dumps(ranks.state_dict()))["total_steps"] == 10
+    for schedule in (
+        dr.schedules.rotating(2, turns=np.int64(3)),
+        closed_loop(2, patience=np.int64(3), most_changes=np.int64(3)),
+    ):
+        assert json.dumps(schedule_to_data(schedule))
+    with pytest.raises(ValueError, match=r"turns is a whole number of at least 1, got 1\.5"):
+        dr.schedules.rotating(2, turns=1.5)  # type: ignore[arg-type]
 
 
 def test_every_name_of_the_package_is_there_and_others_are_not() -> None:

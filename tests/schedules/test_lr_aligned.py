@@ -244,3 +244,11 @@ def test_impossible_rates_are_refused() -> None:
     optimizer = SGD(model.parameters(), lr=0.01)
     with pytest.raises(ValueError, match="finite rates, not negative ones; got -1"):
         RankScheduler(model, optimizer, dynamic_rank(2), 10, lr_scheduler=[-1.0])
+
+
+@pytest.mark.parametrize("given_scheduler", ["cosine", 0.1, torch.ones(3)], ids=str)
+def test_what_is_no_lr_scheduler_is_refused(given_scheduler: Any) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"lr_scheduler is an LR scheduler, such as Cosine.*got"):
+        RankScheduler(model, optimizer, dynamic_rank(2), 10, lr_scheduler=given_scheduler)

@@ -174,6 +174,19 @@ def test_schedules_within_schedules_ranks_plans_and_all_the_rest(nested: type[Ne
     assert isinstance(again.inner, Nested) and again.inner.flag is True
 
 
+def test_what_cannot_be_registered_is_refused_with_the_way_out(nested: type[Nested]) -> None:
+    class Plain(RankSchedule):
+        pass
+
+    with pytest.raises(ValueError, match=r"Plain is not a dataclass; write @serializable above"):
+        serializable(Plain)
+    for name in ("Phases", "Nested", "Rank"):
+        taken = dataclass(frozen=True)(type(name, (RankSchedule,), {}))
+        with pytest.raises(ValueError, match=f"the name {name} is taken.*give yours another"):
+            serializable(taken)
+    assert serializable(nested) is nested
+
+
 def own(clock: Clock, readings: Readings) -> Plan:
     return {}
 

@@ -171,6 +171,13 @@ def test_learning_rate_and_decay_reach_the_optimizer(digits: ImageData) -> None:
     assert rates[-1] == pytest.approx(recipe.learning_rate * recipe.decay_factor**2)
 
 
+def test_a_run_that_is_refused_leaves_nothing_behind(digits: ImageData, tmp_path: Path) -> None:
+    recipe = load_recipe("digits").with_factors(1000, None)
+    with pytest.raises(ValueError, match="rank 1000 is above the limit"):
+        run(tmp_path / "x", "low-rank", digits, recipe=recipe)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_with_advice(
     digits: ImageData, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Integral, Real
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from dynarank.scheduler.lr_forecast import Forecast
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.fitted import TOLERANCE, FittedCost
 from dynarank.schedules.lr_aligned import DynamicRank
-from dynarank.schedules.options import Ending
+from dynarank.schedules.options import Ending, check_count
 from dynarank.surgery.optimizer_state import Optimizers, as_list
 from dynarank.surgery.selection import LayerFilter
 
@@ -30,6 +31,12 @@ __all__ = ["RANKS", "fit_schedule"]
 
 RANKS = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
 """The ranks to choose from, as shares of the output channels: the paper's and smaller ones."""
+
+_UNITS = {
+    "flops": "a share of those at full rank (float)",
+    "seconds": "a number",
+    "memory": "a number of bytes (int) or a share of the peak at full rank (float)",
+}
 
 LONG_ENOUGH = 0.75  # of the usual length; below it, a lower rank with a longer phase is better
 
@@ -94,6 +101,12 @@ def fit_schedule(
         (0.125, 'low-rank')
     """
     kind, amount = _budget(flops=flops, seconds=seconds, memory=memory)
+    total_steps = check_count("total_steps", total_steps)
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"a schedule is fitted to layers with weights, but {type(model).__name__} has no "
+            "parameters; pass the model that will be trained"
+        )
     options: dict[str, Any] = dict(decomposition=decomposition, alpha=alpha, execution=execution)
     choices = [
         DynamicRank(one, to=ending, **options)
@@ -118,9 +131,11 @@ def _budget(**given: float | None) -> tuple[str, float]:
     if len(found) != 1:
         raise ValueError(f"a budget is one of {', '.join(given)}, got {', '.join(found) or 'none'}")
     kind, amount = found.popitem()
-    if isinstance(amount, bool) or not 0 < amount < math.inf:
-        raise ValueError(f"a budget of {kind} is positive and finite, got {amount!r}")
-    return kind, amount
+    if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 < amount < math.inf:
+        raise ValueError(
+            f"a budget of {kind} is {_UNITS[kind]}, positive and finite, got {amount!r}"
+        )
+    return kind, int(amount) if isinstance(amount, Integral) else float(amount)
 
 
 _Price: TypeAlias = Callable[[Plan], float]

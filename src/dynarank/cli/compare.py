@@ -78,12 +78,12 @@ def compare(
     machine = choose_machine(device, precision)
     runner = JobRunner(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
     folder = out or Path("runs") / f"compare-{recipe}"
-    runner.open_folder(folder, chosen)
     jobs = [
         Job(folder / f"seed{seed}" / name, chosen, name, seed)
         for seed in range(seeds)
         for name in names
     ]
+    runner.open_folder(folder, chosen, jobs)
     done = list(run_jobs(jobs, runner.run))
     if not done:
         raise RecipeError(f"no run in {folder} finished")

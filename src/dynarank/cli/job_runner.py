@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from rich.console import Console
 
 from dynarank.cli.show import ProgressListener
 from dynarank.report import write_report
-from dynarank.train.grid import Job, open_folder
+from dynarank.train.grid import Job, finished, open_folder
 from dynarank.train.loop import DivergedError, Machine
 from dynarank.train.recipes import Recipe
 from dynarank.train.run import run_schedule
+from dynarank.train.schedules import check_schedules
 from dynarank.train.task import Task
 from dynarank.train.tasks import make_task
 
@@ -42,8 +44,17 @@ class JobRunner:
     diverged: list[Job] = field(default_factory=list[Job])
     _tasks: dict[int, Task] = field(default_factory=dict[int, Task])
 
-    def open_folder(self, folder: Path, recipe: Recipe, **more: Any) -> None:
-        """Start or resume a folder of runs, see :func:`dynarank.train.grid.open_folder`."""
+    def open_folder(self, folder: Path, recipe: Recipe, jobs: Sequence[Job], **more: Any) -> None:
+        """Start or resume a folder of runs, see :func:`dynarank.train.grid.open_folder`.
+
+        The schedules of the jobs that are left are checked first.
+
+        Raises:
+            ValueError: a schedule is refused, or the folder has runs with other settings.
+        """
+        if left := [job for job in jobs if finished(job.folder) is None]:
+            chosen = {(id(j.recipe), j.schedule): (j.recipe, j.schedule) for j in left}
+            check_schedules(chosen.values(), self._task(left[0]), self.epochs)
         common = {
             "recipe": recipe.model_dump(mode="json"),
             "epochs": self.epochs,

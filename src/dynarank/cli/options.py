@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Annotated, TypeAlias
 
 import typer
@@ -10,6 +11,7 @@ from dynarank.decompositions.registry import decomposition_names
 from dynarank.schedules.catalog import SCHEDULES
 
 __all__ = [
+    "RANK_HELP",
     "BudgetOption",
     "DataOption",
     "DecompositionOption",
@@ -20,10 +22,39 @@ __all__ = [
     "ScheduleOption",
     "TestLimitOption",
     "TrainLimitOption",
+    "parse_rank",
 ]
 
+RANK_HELP = "16 is a rank, 0.25 a share of the outputs; 1 is rank 1, 1.0 all outputs."
+
+
+def parse_rank(text: str | float) -> int | float:
+    """The value of ``--rank``: as in Python, an int is a rank and a float is a share.
+
+    Raises:
+        typer.BadParameter: a rank below 1, or a share outside (0, 1].
+
+    Example:
+        >>> parse_rank("16"), parse_rank("0.25"), parse_rank("1"), parse_rank("1.0")
+        (16, 0.25, 1, 1.0)
+    """
+    with suppress(ValueError):
+        if (rank := int(str(text))) >= 1:
+            return rank
+    with suppress(ValueError):
+        if 0 < (share := float(text)) <= 1:
+            return share
+    raise typer.BadParameter(
+        f"{text} is neither a rank (a whole number such as 16) nor a share of the outputs (above "
+        "0 and up to 1.0, such as 0.25)"
+    )
+
+
 RankOption: TypeAlias = Annotated[
-    float | None, typer.Option(help="Override the recipe's rank: 16, or 0.25 of the outputs.")
+    float | None,
+    typer.Option(
+        parser=parse_rank, metavar="RANK", help=f"Override the recipe's rank: {RANK_HELP}"
+    ),
 ]
 DecompositionOption: TypeAlias = Annotated[
     str | None, typer.Option(help=f"Override the recipe's: {', '.join(decomposition_names())}.")

@@ -210,6 +210,10 @@ def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:
     return use.flops(plan).training / cost.full_rank.training
 
 
+def _rank_text(rank: int | float) -> str:
+    return f"{rank}" if isinstance(rank, int) else f"{rank} of the outputs"
+
+
 def _remarks(
     recipe: Recipe, model: nn.Module, layers: list[str], use: ModelUse, cost: ScheduleCost
 ) -> list[str]:
@@ -217,7 +221,7 @@ def _remarks(
         f"[bold yellow]The adapted phase costs more than full-rank training: "
         f"{one.relative_training:.3f}x a step ({_two_branch(use, one, cost):.3f}x as two branches, "
         f"as published).[/] The frozen weight still takes part in forward and backward, and the "
-        f"adapter (rank {recipe.rank} of the outputs) is added to it. `--schedule "
+        f"adapter (rank {_rank_text(recipe.rank)}) is added to it. `--schedule "
         f"dynamic-rank-low` deflates to low-rank instead."
         for one in cost.phases
         if one.adapted_costs_more

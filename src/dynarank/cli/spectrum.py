@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from dynarank.cli.options import RANK_HELP, parse_rank
 from dynarank.cli.show import console
 from dynarank.cli.streaming import StreamedTable
 from dynarank.forms import resolve_rank
@@ -55,7 +56,7 @@ def spectrum(
     ] = None,
     rank: Annotated[
         float,
-        typer.Option(help="The rank of lambda: up to 1 a share of the outputs, else a number."),
+        typer.Option(parser=parse_rank, metavar="RANK", help=f"The rank r of lambda: {RANK_HELP}"),
     ] = 0.5,
     plot: Annotated[
         Path | None,
@@ -75,8 +76,6 @@ def spectrum(
     the fewest singular values with 99% of sum s^2; lambda is the share of sum s in the first r.
     The factors of a low-rank layer are multiplied first.
     """
-    if not 0 < rank < float("inf"):
-        raise ValueError(f"--rank must be a share up to 1 or a number above 1, got {rank}")
     if plot is not None and (not plot.parent.is_dir() or plot.suffix not in _FORMATS):
         raise ValueError(
             f"--plot must be a file in an existing folder, ending in {_FORMATS}; got {plot}"
@@ -194,8 +193,8 @@ def _sparkline(values: list[float], width: int = 16) -> str:
 
 
 def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:
-    """The rank of lambda: a share by the usual rule; a number is capped at the layer's limit."""
-    return resolve_rank(rank, shape) if rank <= 1 else min(int(rank), limit)
+    """The rank of lambda: a share by the usual rule; an int is capped at the layer's limit."""
+    return min(rank, limit) if isinstance(rank, int) else resolve_rank(rank, shape)
 
 
 def _shape(shape: tuple[int, ...] | list[int]) -> str:

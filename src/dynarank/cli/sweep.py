@@ -74,12 +74,12 @@ def sweep(
     machine = choose_machine(device, precision)
     runner = JobRunner(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
     folder = out or Path("runs") / f"sweep-{recipe}"
-    runner.open_folder(folder, chosen, schedule=schedule)
     jobs = [
         (Job(_place(folder, cell, seed), _at(chosen, cell), schedule, seed), cell)
         for seed in range(seeds)
         for cell in cells
     ]
+    runner.open_folder(folder, chosen, [job for job, _ in jobs], schedule=schedule)
     at = {job.folder: cell for job, cell in jobs}
     scores: dict[Cell, list[float]] = {cell: [] for cell in cells}
     metric = Metric()

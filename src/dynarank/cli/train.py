@@ -31,6 +31,7 @@ from dynarank.schedules.catalog import get_preset
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
+from dynarank.train.schedules import check_schedules
 from dynarank.train.tasks import make_task
 
 __all__ = ["train"]
@@ -88,6 +89,7 @@ def train(
     )  # fmt: skip
     terminal = console(quiet_stdout=as_json)
     length = epochs or chosen.epochs
+    check_schedules([(chosen, name) for name in schedules], task, length, measure=measure)
 
     def run(name: str) -> SummaryRecord:
         place = folder / name if len(schedules) > 1 else folder

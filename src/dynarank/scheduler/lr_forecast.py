@@ -33,7 +33,7 @@ class Forecast:
         total_steps: optimizer steps of the run.
 
     Raises:
-        ValueError: rates that are negative or not finite.
+        ValueError: rates that are negative or not finite, or something that is not an LR scheduler.
 
     Example:
         >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
@@ -49,12 +49,17 @@ class Forecast:
     def __init__(self, source: Any | Sequence[float] | None, total_steps: int) -> None:
         self.total_steps = total_steps
         self.rates: tuple[float, ...] = ()
-        if isinstance(source, Sequence):
+        if isinstance(source, Sequence) and not isinstance(source, str):
             if wrong := [rate for rate in source if not 0 <= rate < float("inf")]:
                 raise ValueError(
                     f"a forecast holds finite rates, not negative ones; got {wrong[0]}"
                 )
             self.rates, source = tuple(map(float, source)), None
+        elif not (source is None or hasattr(source, "step")):
+            raise ValueError(
+                "lr_scheduler is an LR scheduler, such as CosineAnnealingLR(optimizer, steps), or "
+                f"a list of the learning rates of the run, got {source!r}"
+            )
         self._scheduler, self._copy = source, _detached(source)
         self._seen = (0, _count(source) or 0)  # the last step at which its count rose
         self._every: float | None = None

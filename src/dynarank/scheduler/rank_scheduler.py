@@ -16,8 +16,9 @@ from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
 from dynarank.scheduler.callbacks import CallbackLike, named_callbacks
 from dynarank.scheduler.lr_forecast import Forecast
-from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, step_of
+from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, ask, step_of
 from dynarank.schedules.form_data import form_from_data, form_to_data
+from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.schedules.timelines import Phase, timeline
@@ -86,7 +87,8 @@ class RankScheduler:
     ) -> None:
         self.model, self.optimizer = model, as_list(optimizer)
         check_movable(self.optimizer, moments)
-        self.schedule, self.total_steps = as_schedule(schedule), total_steps
+        self.schedule = as_schedule(schedule)
+        self.total_steps = total_steps = check_count("total_steps", total_steps)
         self.moments: Moments = moments
         if moments == "calibrated":
             self.moments = GradientWindow(model, self.optimizer)
@@ -221,7 +223,7 @@ class RankScheduler:
             sites = survey(self.model) if sites is None else sites
             readings = self._with_spectra(readings, sites)
         self.spectra = readings.spectra
-        plan, self._state, decisions = self.schedule.update(self._state, clock, readings)
+        plan, self._state, decisions = ask(self.schedule, self._state, clock, readings)
         self.decisions += decisions
         changes = self._apply(plan, sites) if self.last_step >= self._retry_at else []
         self._watch_gradients()

@@ -9,6 +9,7 @@ data that the rank scheduler stores.
 from __future__ import annotations
 
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
@@ -29,6 +30,7 @@ __all__ = [
     "State",
     "When",
     "as_schedule",
+    "ask",
     "step_of",
     "take_over",
 ]
@@ -234,6 +236,39 @@ def as_schedule(schedule: Schedule) -> RankSchedule:
     except ValueError:  # written in C: its signature is unknown
         pass
     return FunctionSchedule(schedule)
+
+
+def ask(schedule: RankSchedule, state: State, clock: Clock, readings: Readings) -> Answer:
+    """The schedule's answer at this step, if it is one.
+
+    Raises:
+        ValueError: the schedule, or a user's function in it, returned something else than a plan.
+
+    Example:
+        >>> ask(as_schedule(lambda clock, readings: None), {}, Clock(3, 9), Readings())
+        Traceback (most recent call last):
+        ValueError: <lambda> returned None at step 3; a schedule returns a plan, a dict ...
+    """
+    answer = schedule.update(state, clock, readings)
+    if not isinstance(answer, Answer):  # pyright: ignore[reportUnnecessaryIsInstance]
+        rule = "update returns Answer(plan, state), from dynarank.schedules"
+        raise ValueError(_wrong_answer(schedule, clock, reprlib.repr(answer), rule))
+    rule = (
+        "a schedule returns a plan, a dict from the paths in readings.layers to FullRank(), "
+        "LowRank(rank) or Adapted(rank)"
+    )
+    if not isinstance(answer.plan, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(_wrong_answer(schedule, clock, reprlib.repr(answer.plan), rule))
+    for path, form in answer.plan.items():
+        if not isinstance(path, str) or not isinstance(form, Form):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ValueError(_wrong_answer(schedule, clock, f"{form!r} for {path!r}", rule))
+    return answer
+
+
+def _wrong_answer(schedule: RankSchedule, clock: Clock, returned: str, rule: str) -> str:
+    function = schedule.function if isinstance(schedule, FunctionSchedule) else type(schedule)
+    name = getattr(function, "__name__", repr(function))
+    return f"{name} returned {returned} at step {clock.step}; {rule}"
 
 
 def _checked(schedule: RankSchedule) -> RankSchedule:

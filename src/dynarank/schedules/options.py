@@ -10,10 +10,35 @@ from dynarank.decompositions import get_decomposition
 from dynarank.forms import Adapted, LowRank, RankLike, resolve_rank
 from dynarank.schedules.base import When
 
-__all__ = ["Ending", "check_when", "check_within", "last_form", "low_form", "rank_within"]
+__all__ = [
+    "Ending",
+    "check_count",
+    "check_when",
+    "check_within",
+    "last_form",
+    "low_form",
+    "rank_within",
+]
 
 Ending: TypeAlias = Literal["adapted", "low-rank"]
 """How a layer deflates: to a frozen weight with a zero-output adapter, or to truncated factors."""
+
+
+def check_count(name: str, count: int, least: int = 1) -> int:
+    """Check a whole number and convert it to a Python int.
+
+    Raises:
+        ValueError: it is not whole, or below ``least``.
+
+    Example:
+        >>> import numpy as np
+        >>> check_count("turns", np.int64(3))
+        3
+    """
+    if isinstance(count, SupportsIndex) and not isinstance(count, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if (found := operator.index(count)) >= least:
+            return found
+    raise ValueError(f"{name} is a whole number of at least {least}, got {count!r}")
 
 
 def check_when(name: str, when: When) -> When:

@@ -34,10 +34,21 @@ def serializable(cls: type[_T]) -> type[_T]:
     The schedules of :mod:`dynarank.schedules` are registered already. Fields may hold numbers,
     strings, None, forms, ranks, decisions, other registered classes, and sequences and mappings
     (with strings as keys) of these. A sequence comes back as a tuple.
+
+    Raises:
+        ValueError: a class that is not a dataclass, or a name that is taken.
     """
-    assert is_dataclass(cls), f"{cls.__name__} is not a dataclass"
-    assert cls.__name__ not in schedules.CLASSES, f"there is a schedule named {cls.__name__}"
-    assert _CLASSES.setdefault(cls.__name__, cls) is cls, f"two classes named {cls.__name__}"
+    name = cls.__name__
+    if not is_dataclass(cls):
+        raise ValueError(
+            f"{name} is not a dataclass; write @serializable above @dataclass(frozen=True), so "
+            "that it is applied last"
+        )
+    if name in schedules.CLASSES or _CLASSES.setdefault(name, cls) is not cls:
+        raise ValueError(
+            f"the name {name} is taken, and data names a schedule by its class; registered are "
+            f"{_names()}; give yours another name"
+        )
     return cls
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dynarank.forms import Plan
-from dynarank.schedules.base import Clock, RankSchedule, Readings, Schedule, as_schedule
+from dynarank.schedules.base import Clock, RankSchedule, Readings, Schedule, as_schedule, ask
+from dynarank.schedules.options import check_count
 
 __all__ = ["Phase", "timeline"]
 
@@ -36,15 +37,16 @@ def timeline(schedule: Schedule, readings: Readings, total_steps: int) -> list[P
     With a forecast of the learning rate, the schedule sees the forecast rate at each step. No
     spectra are available in advance, so a schedule that depends on them makes no changes.
 
+    Raises:
+        ValueError: something that is not a schedule, an answer that is not a plan, or no steps.
+
     Example:
         >>> from dynarank.schedules import dynamic_rank
         >>> schedule = dynamic_rank(0.5, inflate=0.4, deflate=0.8)
         >>> [p.start for p in timeline(schedule, Readings({"a": (8, 8)}), 100)]
         [0, 40, 80]
     """
-    if not isinstance(total_steps, int) or total_steps < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"total_steps is a whole number of at least 1, got {total_steps!r}")
-    schedule = as_schedule(schedule)
+    total_steps, schedule = check_count("total_steps", total_steps), as_schedule(schedule)
     find = _stateful_plans if schedule.stateful else _plans
     plans = dict(find(schedule, readings, total_steps))
     stops = [*list(plans)[1:], total_steps]
@@ -57,7 +59,7 @@ def _plans(
     """The first step of each plan, found by bisection."""
 
     def plan(step: int) -> Plan:
-        return dict(schedule(Clock(step, total_steps), readings))
+        return dict(ask(schedule, {}, Clock(step, total_steps), readings).plan)
 
     yield 0, plan(0)
     stride = max(1, total_steps // _SAMPLES)
@@ -76,7 +78,7 @@ def _stateful_plans(
     for step in range(total_steps):
         clock = Clock(step, total_steps)
         seen = replace(readings, learning_rate=_rate_at(readings, clock))
-        plan, state, _ = schedule.update(state, clock, seen)
+        plan, state, _ = ask(schedule, state, clock, seen)
         if plan != last:
             last = dict(plan)
             yield step, last

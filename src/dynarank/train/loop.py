@@ -30,7 +30,7 @@ from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
 from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
-from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.recipes import Recipe
 from dynarank.train.schedules import make_schedule
 from dynarank.train.task import Evaluation, Task
 
@@ -134,11 +134,15 @@ class Trainer:
         layers = [site.path for site in select(survey(self.model), recipe.layers)]
         self.use = trace(self.model, self.task.sample())
         schedule = make_schedule(
-            recipe, name, self.model, self.task.sample(), self.total_steps, self.optimizer
+            recipe,
+            name,
+            self.model,
+            self.task.sample(),
+            self.total_steps,
+            self.optimizer,
+            measure=self.machine.measure,
         )
         if self.machine.measure:
-            if schedule.fitted:
-                raise RecipeError("pass either a budget or --measure, not both")
             schedule = self._where_faster(schedule, layers)
         self.ranks = RankScheduler(
             self.model,

@@ -48,9 +48,11 @@ def run_schedule(
             closed at the end.
 
     Raises:
+        ValueError: the schedule is refused; nothing is written.
         DivergedError: the training loss is not finite; the records so far are kept.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
+    folder.mkdir(parents=True, exist_ok=True)  # a run that is refused leaves nothing behind
     config = {
         "recipe": recipe.model_dump(mode="json"),
         "schedule": schedule,
@@ -68,7 +70,6 @@ def run_schedule(
 
     try:
         write(header(recipe, schedule, task, machine, seed=seed, epochs=epochs))
-        trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
         begun = time.perf_counter()
         recorder = Recorder(trainer, write, listener)
         recorder.begin()

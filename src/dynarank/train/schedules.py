@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from dynarank.allocation.fit_schedule import fit_schedule
-from dynarank.schedules.base import RankSchedule
+from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.lr_aligned import DynamicRank
+from dynarank.schedules.timelines import timeline
 from dynarank.surgery.optimizer_state import Optimizers
+from dynarank.surgery.selection import select
+from dynarank.surgery.sites import survey
+from dynarank.surgery.verbs import differences
 from dynarank.train.rates import forecast_rates
-from dynarank.train.recipes import Recipe
+from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.task import Task
 
-__all__ = ["make_schedule"]
+__all__ = ["check_schedules", "make_schedule"]
 
 
 def make_schedule(
@@ -23,6 +29,8 @@ def make_schedule(
     batch: Any,
     total_steps: int,
     optimizer: Optimizers = None,
+    *,
+    measure: bool = False,
 ) -> RankSchedule:
     """The named schedule of a recipe; if the recipe has a budget, dynamic rank is fitted to it.
 
@@ -35,13 +43,16 @@ def make_schedule(
         batch: a batch for the model.
         total_steps: the number of optimizer steps of the run.
         optimizer: the model's optimizer or optimizers.
+        measure: whether the run times the layers and leaves some full-rank.
 
     Raises:
-        ValueError: an unknown schedule, or a budget that cannot be met.
+        ValueError: an unknown schedule, a budget that cannot be met, or a budget with ``measure``.
     """
     schedule = recipe.schedule(name)
     if recipe.budget is None or not isinstance(schedule, DynamicRank):
         return schedule
+    if measure:
+        raise RecipeError("pass either a budget or --measure, not both")
     return fit_schedule(
         model,
         batch,
@@ -53,3 +64,35 @@ def make_schedule(
         decomposition=recipe.decomposition,
         layers=recipe.layers,
     )
+
+
+def check_schedules(
+    chosen: Iterable[tuple[Recipe, str]], task: Task, epochs: int, *, measure: bool = False
+) -> None:
+    """Construct the schedules of several runs, and check that the model can follow their plans.
+
+    Called before the first run, so that a mistake in the last one is found at once. Nothing is
+    trained or written.
+
+    Args:
+        chosen: the recipe and the name of the schedule of each run.
+        task: the task of one of the runs.
+        epochs: the length of the runs.
+        measure: as for :func:`make_schedule`.
+
+    Raises:
+        ValueError: the first schedule that is refused, with its name.
+    """
+    model, total_steps = task.model(), epochs * task.steps_per_epoch
+    sites = survey(model)
+    for recipe, name in chosen:
+        layers = {site.path: site.spec.unit_shape for site in select(sites, recipe.layers)}
+        readings = Readings(layers, recipe.learning_rate, forecast_rates(recipe))
+        try:
+            schedule = make_schedule(
+                recipe, name, model, task.sample(), total_steps, measure=measure
+            )
+            for phase in timeline(schedule, readings, total_steps):
+                differences(model, phase.plan, sites)
+        except ValueError as error:
+            raise RecipeError(f"{recipe.name}, {name}: {error}") from error

@@ -31,7 +31,14 @@ from dynarank.schedules.base import (
     When,
     step_of,
 )
-from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
+from dynarank.schedules.options import (
+    Ending,
+    check_count,
+    check_when,
+    check_within,
+    last_form,
+    low_form,
+)
 from dynarank.schedules.readings import SpectralReading
 
 __all__ = ["ClosedLoop", "Evidence", "Thresholds"]
@@ -209,9 +216,7 @@ class ClosedLoop(RankSchedule):
         check_within("smoothing", self.smoothing, "[0, 1)")
         check_within("hysteresis", self.hysteresis, "[1, 100]")
         for name, least in (("patience", 1), ("most_changes", 0)):
-            count = getattr(self, name)
-            if not isinstance(count, int) or count < least:
-                raise ValueError(f"{name} is a whole number of at least {least}, got {count!r}")
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least))
         for name in ("warmup", "cooldown", "last_inflation", "spectra_every"):
             if (when := getattr(self, name)) is not None:
                 object.__setattr__(self, name, check_when(name, when))

@@ -9,7 +9,14 @@ from functools import cached_property, lru_cache
 
 from dynarank.forms import AdaptedExecution, Form, FullRank, Plan, RankLike
 from dynarank.schedules.base import Clock, RankSchedule, Readings, When, step_of
-from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
+from dynarank.schedules.options import (
+    Ending,
+    check_count,
+    check_when,
+    check_within,
+    last_form,
+    low_form,
+)
 
 __all__ = ["Rotating", "consecutive_groups"]
 
@@ -69,8 +76,7 @@ class Rotating(RankSchedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", self.last.rank)
         check_within("share", self.share, "(0, 1]")
-        if not isinstance(self.turns, int) or self.turns < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"turns is a whole number of at least 1, got {self.turns!r}")
+        object.__setattr__(self, "turns", check_count("turns", self.turns))
         object.__setattr__(self, "begin", check_when("begin", self.begin))
         object.__setattr__(self, "end", check_when("end", self.end))
         if type(self.begin) is type(self.end) and not self.begin < self.end:

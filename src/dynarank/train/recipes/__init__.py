@@ -131,11 +131,11 @@ class Recipe(BaseModel):
             )
         return Recipe.model_validate({**self.model_dump(), **self.as_published})
 
-    def with_factors(self, rank: float | None, decomposition: str | None) -> Recipe:
-        """The recipe with another rank (a number of directions if above 1) or decomposition."""
+    def with_factors(self, rank: int | float | None, decomposition: str | None) -> Recipe:
+        """The recipe with another rank or decomposition; None: unchanged."""
         changed: dict[str, Any] = {}
         if rank is not None:
-            changed["rank"] = int(rank) if rank > 1 or rank == int(rank) else rank
+            changed["rank"] = rank
         if decomposition is not None:
             changed["decomposition"] = decomposition
         return Recipe.model_validate({**self.model_dump(), **changed})
