@@ -21,11 +21,6 @@ class BatchNormRecalibration(Callback):
 
     Args:
         batches: a function that returns the batches for :func:`recalibrate_batch_norms`.
-
-    Example:
-        >>> batches = [torch.randn(16, 8)]
-        >>> BatchNormRecalibration(lambda: batches).batches() is batches
-        True
     """
 
     def __init__(self, batches: Callable[[], Iterable[Any]]) -> None:

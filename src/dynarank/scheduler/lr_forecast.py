@@ -51,9 +51,7 @@ class Forecast:
         self.rates: tuple[float, ...] = ()
         if isinstance(source, Sequence) and not isinstance(source, str):
             if wrong := [rate for rate in source if not 0 <= rate < float("inf")]:
-                raise ValueError(
-                    f"a forecast holds finite rates, not negative ones; got {wrong[0]}"
-                )
+                raise ValueError(f"learning rates are finite and at least 0, got {wrong[0]}")
             self.rates, source = tuple(map(float, source)), None
         elif not (source is None or hasattr(source, "step")):
             raise ValueError(

@@ -24,11 +24,6 @@ class ActivationAwareTruncation(Callback):
     Args:
         batches: a function that returns the batches for :func:`dynarank.calibrate`.
         forward: ``(model, batch) -> anything``, if a batch is not just the model's arguments.
-
-    Example:
-        >>> batches = [torch.randn(16, 8)]
-        >>> ActivationAwareTruncation(lambda: batches).batches() is batches
-        True
     """
 
     def __init__(

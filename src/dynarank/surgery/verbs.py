@@ -185,7 +185,6 @@ def deflate(
     """
     if to not in ("adapted", "low-rank"):
         raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
-
     sites = select(survey(model), layers, rank, decomposition or "svd")
     plan: dict[str, Form] = {}
     for site in sites:
