@@ -48,13 +48,13 @@ class Rank:
     - ``"min"``: min(m, n), the largest rank the weight can have;
     - ``"break-even"``: mn / (m + n), where factors cost as much as the weight itself.
 
-    Of a grouped convolution, m, n and the rank are those of each group.
+    For a grouped convolution, m, n and the rank are those of one group.
 
     Args:
         value: the share, in (0, 1].
         of: what it is a share of.
-        multiple_of: rounded down to a multiple of this where that leaves at least one: kernels like
-            multiples of 8 (16 bytes of bf16), the larger ones of GPUs multiples of 64.
+        multiple_of: round down to a multiple of this, if the rank is at least that. Multiples of 8
+            (16 bytes of bf16) suit most kernels, multiples of 64 the large ones of GPUs.
 
     Raises:
         ValueError: the share is not in (0, 1], ``of`` is not one of the three, or ``multiple_of``
@@ -88,7 +88,7 @@ AdaptedExecution: TypeAlias = Literal["auto", "merged", "two-branch"]
 
 @dataclass(frozen=True)
 class FullRank:
-    """The ordinary layer: its weight is the base, and it trains."""
+    """The form of an ordinary layer: its weight is the base, and it trains."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,15 +121,19 @@ class _WithFactors:
 
 @dataclass(frozen=True, repr=False)
 class LowRank(_WithFactors):
-    """The weight is ``join(factors)``; the factors train.
+    """The low-rank form: the weight is ``join(factors)``, and the factors train.
 
     Args:
         rank: an int, a float (share of the output channels) or a :class:`Rank`.
         decomposition: the name of the decomposition.
         execution: ``"factored"`` multiplies by one factor after the other, ``"joined"`` by their
             product, formed in each forward pass; ``"auto"`` takes the one with fewer FLOPs.
-        recompute: keep no activation between the factors for the backward pass but compute it
-            again: less memory, one more thin product.
+        recompute: recompute the activation between the factors in the backward pass instead of
+            saving it: less memory, one more thin product.
+
+    Example:
+        >>> LowRank(8)
+        LowRank(rank=8, decomposition='svd')
     """
 
     execution: LowRankExecution = "auto"
@@ -142,7 +146,7 @@ class LowRank(_WithFactors):
 
 @dataclass(frozen=True, repr=False)
 class Adapted(_WithFactors):
-    """The weight is ``base + alpha / rank * join(factors)``; the base is frozen, the factors train.
+    """The adapted form: ``base + alpha / rank * join(factors)``, base frozen, factors trainable.
 
     Args:
         rank, decomposition: as for :class:`LowRank`.
@@ -150,10 +154,14 @@ class Adapted(_WithFactors):
         execution: ``"merged"`` adds the adapter to the base before multiplying, ``"two-branch"``
             multiplies by each and adds the results, as the published code does; ``"auto"`` takes
             the one with fewer FLOPs.
-        recompute: keep neither the merged weight nor an activation between the factors for the
-            backward pass, but compute them again.
+        recompute: recompute the merged weight and the activation between the factors in the
+            backward pass instead of saving them.
         restart: how often the adapter has been restarted. When the number changes, the adapter is
             merged into the base and a new one, with zero output, takes its place.
+
+    Example:
+        >>> Adapted(8).scale
+        2.0
     """
 
     alpha: float = 16.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections import UserDict, namedtuple
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -125,6 +127,16 @@ def test_draws_inside_are_those_that_would_come() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
+def test_the_random_states_of_python_and_numpy_are_restored() -> None:
+    random.seed(1)
+    numpy.random.seed(1)
+    drawn = []
+    for _ in range(2):
+        with preserve_state(net()):
+            drawn.append((random.random(), numpy.random.rand()))
+    assert drawn[0] == drawn[1]
+
+
 def test_the_gradient_mode_is_the_one_asked_for() -> None:
     model = net()
     with torch.no_grad(), preserve_state(model, grad=True):
@@ -140,6 +152,8 @@ RUNS = {
     "calibrate": lambda m: dr.calibrate(m, [X]),
     "recalibrate": lambda m: recalibrate_batch_norms(m, [X]),
     "noise": lambda m: NoiseMonitor(m).measure(lambda x: m(x).sum(), X.split(4), 4),
+    "trace": lambda m: trace(m, X),
+    "count": lambda m: count_flops(m, X),
     "dry-run": lambda m: dry_run(m, [], [{}], X, rounds=0),
 }
 

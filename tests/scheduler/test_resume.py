@@ -133,7 +133,7 @@ def test_a_monitor_reads_the_same_after_resuming() -> None:
     assert SpectralMonitor(resumed.model).read() == SpectralMonitor(run.model).read()
 
 
-# Changes that cannot be made now are put off.
+# Changes that cannot be made now are postponed.
 
 
 def poison(model: nn.Module, value: float) -> None:

@@ -132,7 +132,7 @@ def test_a_scheduler_that_cannot_be_copied_is_followed() -> None:
 
     model = net()
     optimizer = SGD(model.parameters(), lr=0.01)
-    with pytest.warns(RuntimeWarning, match="future of Stubborn cannot be foreseen"):
+    with pytest.warns(RuntimeWarning, match="learning rates of Stubborn cannot be forecast"):
         RankScheduler(model, optimizer, dynamic_rank(2), 10, lr_scheduler=Stubborn(optimizer))
 
 

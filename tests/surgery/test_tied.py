@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
-from dynarank.cost.flops import trace
+from dynarank.cost.flops import count_flops, trace
 from dynarank.forms import Form
 from dynarank.surgery.sites import survey
 
@@ -140,10 +140,13 @@ def test_a_plan_may_name_it_twice_if_it_means_one_form(case: str) -> None:
 
 @over_cases
 @pytest.mark.parametrize("form", forms("svd"), ids=str)
-def test_its_parameters_are_counted_once(case: str, form: Form) -> None:
+def test_its_parameters_are_counted_once_and_each_use_costs(case: str, form: Form) -> None:
     model, x = build(case, torch.float32)
-    predicted = trace(model, x).parameters({CASES[case][1][0]: form})
-    dr.apply_plan(model, {CASES[case][1][0]: form})
+    plan = {CASES[case][1][0]: form}
+    use = trace(model, x)
+    predicted = use.parameters(plan)
+    dr.apply_plan(model, plan)
+    assert use.flops(plan) == count_flops(model, x)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     assert predicted == (sum(n for n, trains in sizes if trains), sum(n for n, _ in sizes))
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
+from dynarank.cost.counter import count_step
 from dynarank.forms import Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, Flops, WeightSpec, choose_execution, ranked_class, readers
-from dynarank.layers.running import call_model, forward_arguments
+from dynarank.layers.running import call_model, forward_arguments, preserve_state
 from dynarank.surgery.sites import Site, survey
 
 __all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "run_batch", "trace"]
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, by keyword
 
 
 @dataclass(frozen=True)
@@ -100,12 +104,20 @@ def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[
 
 
 def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = None) -> ModelUse:
-    """Run one training step on a meta copy of the model and record how each weight is used.
+    """Run one training step on a copy of the model and record how each weight is used.
 
-    Fused attention is counted too, which FlopCounterMode misses on CPUs.
+    The step runs on a meta copy, which computes nothing. A model that meta tensors do not allow
+    (its forward pass reads values, as of an attention mask, or makes tensors on a fixed device)
+    takes the step with real tensors on its own device instead, with the same counts. This needs
+    the memory of a second copy of the parameters, of their gradients and of the activations, with
+    attention scores in full. The model, its gradients and the random state do not change. A model
+    that cannot be copied takes the step itself: what it writes besides its buffers remains.
+
+    Fused attention and recurrent kernels are counted too, which FlopCounterMode misses. Where
+    tensor values decide how much is computed, the counts are those of this batch.
 
     Args:
-        model: any model whose forward pass does not depend on tensor values.
+        model: any model that runs on the sample.
         sample: a batch: a tensor, a tuple or list of positional arguments of the forward pass, or a
             dict of keyword arguments; see :func:`dynarank.layers.running.forward_arguments`.
         loss: a function from the model's output to a scalar; None: the sum of all its
@@ -113,15 +125,19 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
 
     Returns:
         The trace, from which the cost of any plan can be computed for batches of this shape.
+
+    Raises:
+        Exception: what the model itself raises on the sample.
+
+    Example:
+        >>> use = trace(nn.Sequential(nn.Linear(64, 64)), torch.ones(2, 64))
+        >>> use.flops({}).training, use.flops({"0": LowRank(8)}).training
+        (32768, 10240)
     """
-    meta_copy = copy.deepcopy(model).to("meta")
-    meta_copy.train(model.training)
     sites = [site for site in survey(model) if site.form is not None]
-    calls: dict[str, list[Call]] = {site.path: [] for site in sites}
-    _record_calls(meta_copy, sites, calls)
-    to_meta = partial(_to_meta, known={})
-    args, named = tree_map(to_meta, forward_arguments(model, sample), is_leaf=_is_packed)
-    counted = _count(lambda: meta_copy(*args, **named), loss)
+    arguments = forward_arguments(model, sample)
+    with torch.inference_mode(False), preserve_state(model, eager=True):
+        counted, calls = _recorded_step(model, sites, arguments, loss or _sum_all)
     layers = {
         site.path: LayerUse(
             site.spec,
@@ -148,49 +164,72 @@ def count_flops(
 ) -> Flops:
     """Count the FLOPs of one forward and backward pass of ``model`` with FlopCounterMode.
 
-    One error is corrected: it counts the weight gradient of a grouped convolution once per group.
+    The pass runs on the model itself, where it is, and leaves no trace in parameters' gradients,
+    buffers or random state. Three gaps of FlopCounterMode are filled: grouped convolutions,
+    grouped matrix products, and fused attention and recurrent kernels, which run as matrix
+    products here.
+
+    Args:
+        model: any model.
+        sample: a batch, as in :func:`trace`.
+        loss: a function from the model's output to a scalar; None: the sum of all its
+            floating-point tensors.
+
+    Example:
+        >>> count_flops(nn.Linear(8, 4), torch.ones(2, 8))
+        Flops(forward=128, training=256)
     """
-    return _count(lambda: call_model(model, sample), loss)
+    arguments = forward_arguments(model, sample)
+    with torch.inference_mode(False), preserve_state(model, eager=True):
+        args, named = _own_tensors(arguments)
+        return count_step(model, lambda: model(*args, **named), loss or _sum_all)
 
 
-def _count(forward: Callable[[], Any], loss: Callable[[Any], Tensor] | None) -> Flops:
-    from torch.utils.flop_counter import FlopCounterMode
+def _recorded_step(
+    model: nn.Module, sites: Sequence[Site], arguments: _Arguments, loss: Callable[[Any], Tensor]
+) -> tuple[Flops, dict[str, list[Call]]]:
+    """Count a training step and record the calls, on the first of these where it runs.
 
-    mapping = {torch.ops.aten.convolution_backward: _convolution_backward_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=mapping)
-    with torch.enable_grad(), counter:
-        output = forward()
-        flops = counter.get_total_flops()
-        scalar = (loss or _sum_all)(output)
-        if scalar.requires_grad:
-            scalar.backward()
-        return Flops(flops, counter.get_total_flops())
-
-
-def _convolution_backward_flops(
-    dy: Sequence[int],
-    x: Sequence[int],
-    weight: Sequence[int],
-    *rest: Any,
-    out_shape: object = None,
-    **named: Any,
-) -> int:
-    """The backward FLOPs of a convolution: those of forward for each of its two gradients."""
-    transposed, wanted = rest[4], rest[7]
-    positions = (x if transposed else dy)[2:]
-    forward = 2 * dy[0] * math.prod(positions) * math.prod(weight)
-    return forward * (wanted[0] + wanted[1])
+    A meta copy, a copy with real tensors, or, if the model cannot be copied, the model itself.
+    """
+    try:
+        twin = copy.deepcopy(model).to("meta")
+        return _record_step(twin, sites, _own_tensors(arguments, "meta"), loss)
+    except Exception:  # whatever the model does that meta tensors do not allow
+        if any(p.is_meta for p in model.parameters()):
+            raise
+    try:
+        twin = copy.deepcopy(model)
+    except Exception:  # it keeps something that cannot be copied, or there is no memory for it
+        twin = model
+    return _record_step(twin, sites, _own_tensors(arguments), loss)
 
 
-def _to_meta(value: Any, known: dict[int, Tensor]) -> Any:
-    """Tensors replaced by meta tensors with the same ``requires_grad``; shared ones stay shared."""
+def _record_step(
+    twin: nn.Module, sites: Sequence[Site], arguments: _Arguments, loss: Callable[[Any], Tensor]
+) -> tuple[Flops, dict[str, list[Call]]]:
+    calls: dict[str, list[Call]] = {site.path: [] for site in sites}
+    args, named = arguments
+    with _recorded_calls(twin, sites, calls):
+        return count_step(twin, lambda: twin(*args, **named), loss), calls
+
+
+def _own_tensors(arguments: _Arguments, device: str | None = None) -> _Arguments:
+    """Copies of the tensors, on ``device`` or where they are, with no history."""
+    own = partial(_own_tensor, device=device, known={})
+    return cast(_Arguments, tree_map(own, arguments, is_leaf=_is_packed))
+
+
+def _own_tensor(value: Any, device: str | None, known: dict[int, Tensor]) -> Any:
+    """A copy of a tensor with the same ``requires_grad``; shared ones stay shared."""
     if isinstance(value, PackedSequence):
-        data = cast(Tensor, _to_meta(value.data, known))  # batch_sizes are kept: they are a shape
-        return PackedSequence(data, value.batch_sizes, *(_to_meta(v, known) for v in value[2:]))
+        data, *order = (_own_tensor(v, device, known) for v in (value.data, *value[2:]))
+        return PackedSequence(data, value.batch_sizes, *order)  # batch_sizes: a shape, on the CPU
     if not isinstance(value, Tensor):
         return value
     if id(value) not in known:
-        known[id(value)] = value.detach().to("meta").requires_grad_(value.requires_grad)
+        own = value.detach().to(device) if device else value.detach().clone()
+        known[id(value)] = own.requires_grad_(value.requires_grad)
     return known[id(value)]
 
 
@@ -212,22 +251,26 @@ def _sum_all(output: Any) -> Tensor:
     return cast(Tensor, sum(tensors))
 
 
-def _record_calls(
-    meta_copy: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]
-) -> None:
-    """Register hooks that record each module's uses of its weights, tied ones under one path."""
+@contextmanager
+def _recorded_calls(
+    twin: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]
+) -> Generator[None]:
+    """A context with hooks that record each module's uses of its weights, tied ones together."""
     paths: dict[nn.Module, dict[str, str]] = {}
-    parents, devices = readers(meta_copy), dict[nn.Module, str]()
+    parents, devices = readers(twin), dict[nn.Module, str]()
     for site in sites:
         for one in site.places:
-            module, name = meta_copy.get_submodule(one.module_paths[0]), one.spec.name
+            module, name = twin.get_submodule(one.module_paths[0]), one.spec.name
             if module in parents:  # it is never called; its parent uses its weight
                 module, name = parents[module], f"{one.module_paths[0].rpartition('.')[2]}.{name}"
             paths.setdefault(module, {})[name] = site.path
             devices[module] = next(iter(one.parameters().values())).device.type
-    for module, names in paths.items():
-        hook = _record(names, calls, devices[module])
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+    with ExitStack() as stack:
+        for module, names in paths.items():
+            hook = _record(names, calls, devices[module])
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
 
 
 def _record(

@@ -312,7 +312,7 @@ def _call_seconds(
 
 def _stand_in(spec: WeightSpec, call: Call) -> nn.Module:
     """A plain layer with this weight and geometry, for an input that is already padded."""
-    if spec.lookup:
+    if call.lookup:
         return nn.Embedding(spec.shape[0], spec.shape[1])
     if spec.dims == 0:
         return nn.Linear(spec.shape[1], spec.shape[0], bias=False)
@@ -330,7 +330,7 @@ def _stand_in(spec: WeightSpec, call: Call) -> nn.Module:
 
 
 def _input(spec: WeightSpec, call: Call, setting: Setting) -> Tensor:
-    if spec.lookup:
+    if call.lookup:
         return torch.randint(spec.shape[0], call.shape, device=setting.device)
     x = torch.randn(call.shape, device=setting.device)
     if setting.channels_last and x.ndim == 4:

@@ -98,7 +98,7 @@ class Decomposition(ABC):
         return _counted(self, "join", tuple(shape), rank)
 
     def pull_flops(self, shape: Sequence[int], rank: int) -> int:
-        """FLOPs of ``pull``, likewise."""
+        """FLOPs of ``pull``, exactly as FlopCounterMode counts them."""
         return _counted(self, "pull", tuple(shape), rank)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:

@@ -77,4 +77,5 @@ def _rows(indices: Tensor, factors: Factors, table: nn.Embedding) -> Tensor:
 
 def _call(module: nn.Module, indices: Tensor) -> Call:
     call = one_call(module, indices, Geometry())
-    return replace(call, input_grad=False, trains=torch.is_grad_enabled() and call.trains)
+    trains = torch.is_grad_enabled() and call.trains
+    return replace(call, input_grad=False, trains=trains, lookup=True)

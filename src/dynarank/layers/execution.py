@@ -60,6 +60,8 @@ class Call:
         trains: whether the weight needs a gradient.
         rows: the range (start, stop) of the weight's outputs that are used; None: all.
         device: the type of the layer's device.
+        lookup: whether rows of the weight are looked up; a weight that an embedding and an output
+            layer share is used in both ways.
     """
 
     shape: tuple[int, ...]
@@ -68,6 +70,7 @@ class Call:
     trains: bool
     rows: tuple[int, int] | None = None
     device: str = "cpu"
+    lookup: bool = False
 
     def own_executions(self, spec: WeightSpec, form: Form) -> list[Execution] | None:
         """The executions, if they differ from those of a plain multiplication; else None."""
@@ -126,7 +129,7 @@ def executions(spec: WeightSpec, form: Form, call: Call) -> list[Execution]:
         return executions(spec.rows(*call.rows), form, replace(call, rows=None))
     if (own := call.own_executions(spec, form)) is not None:
         return own
-    if spec.lookup:
+    if call.lookup:
         return _lookups(spec, form, call)
     if isinstance(form, FullRank):
         whole = map_flops(call.shape, spec.shape, call.geometry)

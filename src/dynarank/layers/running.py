@@ -7,6 +7,7 @@ the context for all passes that are not training steps: measurements, calibratio
 from __future__ import annotations
 
 import inspect
+import random
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -83,7 +84,7 @@ def preserve_state(
     grad: bool | None = None,
     eager: bool = False,
 ) -> Generator[None]:
-    """A context that restores the state of a model and of torch's random generators on exit.
+    """A context that restores the state of a model and of the random generators on exit.
 
     However it ends, including exceptions and interrupts, these are restored:
 
@@ -91,7 +92,8 @@ def preserve_state(
     - the buffers: the same objects, unwritten, so that a graph with a pending backward pass stays
       valid. Inside, the model has copies; those of scripted modules are written back;
     - the ``.grad`` of each parameter, which is None inside;
-    - the random states of the CPU and the model's devices, and the gradient mode.
+    - the random states of torch (the CPU's and the model's devices'), of Python and, if it is
+      imported, of NumPy; and the gradient mode.
 
     Changes of parameter values, and anything else that a hook or a module writes, are not undone.
 
@@ -112,6 +114,9 @@ def preserve_state(
     with ExitStack() as stack:
         for kind, indices in _devices(model).items():
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
+        stack.callback(random.setstate, random.getstate())
+        if numpy := sys.modules.get("numpy"):
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
         if grad is not None:
             stack.enter_context(torch.enable_grad() if grad else torch.no_grad())
         if eager and "torch._dynamo" in sys.modules:  # otherwise nothing is compiled

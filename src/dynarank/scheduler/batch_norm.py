@@ -17,10 +17,15 @@ __all__ = ["BatchNormRecalibration", "recalibrate_batch_norms"]
 
 
 class BatchNormRecalibration(Callback):
-    """Recalibrates BatchNorm after weights have been truncated in mid-run.
+    """Recalibrates BatchNorm after each truncation during training.
 
     Args:
-        batches: called for the batches, as :func:`recalibrate_batch_norms` takes them.
+        batches: a function that returns the batches for :func:`recalibrate_batch_norms`.
+
+    Example:
+        >>> batches = [torch.randn(16, 8)]
+        >>> BatchNormRecalibration(lambda: batches).batches() is batches
+        True
     """
 
     def __init__(self, batches: Callable[[], Iterable[Any]]) -> None:
@@ -40,10 +45,10 @@ class BatchNormRecalibration(Callback):
 def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set every BatchNorm's running mean and variance to those of ``batches``.
 
-    A truncated weight changes the inputs of the BatchNorm after it. Its running statistics would
-    follow within some 1 / momentum steps; until then evaluation is off. Weights, other buffers, the
-    mode of every module and the global random state stay as they are, and after an exception the
-    running statistics too; a model without BatchNorm is not run at all.
+    Truncating a weight changes the inputs of the BatchNorm that follows. Its running statistics
+    adapt within about 1 / momentum steps; until then evaluation uses outdated ones. Weights, other
+    buffers, module modes and the global random state do not change, nor do the running statistics
+    if an exception is raised. A model without BatchNorm is not run.
 
     Args:
         model: run in training mode, without gradients.

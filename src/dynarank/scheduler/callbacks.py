@@ -41,7 +41,7 @@ class Callback:
     """
 
     def on_start(self, ranks: Ranks) -> None:
-        """Called once, when all is checked and before the first plan is applied."""
+        """Called once, after all checks and before the first plan is applied."""
 
     def after_step(self, ranks: Ranks) -> None:
         """Called after each optimizer step, before the schedule is asked for the next."""
@@ -56,7 +56,7 @@ class Callback:
         """
 
     def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
-        """Called after layers have changed form; not after a change that was put off."""
+        """Called after layers have changed form; not if the change was postponed."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as plain data."""
@@ -66,7 +66,7 @@ class Callback:
         """The inverse of :meth:`state_dict`."""
 
     def close(self) -> None:
-        """Called by ``RankScheduler.close``, maybe twice: remove hooks, close files."""
+        """Called by ``RankScheduler.close``, possibly twice: remove hooks, close files."""
 
 
 CallbackLike: TypeAlias = Callback | Callable[[list[Change]], object]

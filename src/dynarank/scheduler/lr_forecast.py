@@ -138,8 +138,8 @@ def _detached(lr_scheduler: Any) -> Any:
 
 def _warn(lr_scheduler: Any, error: Exception) -> None:
     warnings.warn(
-        f"the future of {type(lr_scheduler).__name__} cannot be foreseen ({error}); the learning "
-        "rate will be followed as it comes",
+        f"the learning rates of {type(lr_scheduler).__name__} cannot be forecast ({error}); the "
+        "schedule will follow the learning rate as it is observed",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -14,13 +14,13 @@ __all__ = ["LRRewarmup"]
 
 
 class LRRewarmup(Callback):
-    """Scales the learning rate by 1/n, 2/n, ..., 1 in the n steps after a change in mid-run.
+    """Scales the learning rate by 1/n, 2/n, ..., 1 in the n steps after each change of form.
 
-    The rate that the user's scheduler has set is scaled only while the optimizer steps, and put
-    back as it was: schedulers that compute a rate from the last one never see the scaled one.
+    The rate is scaled only during ``optimizer.step()`` and restored afterward, so an LR scheduler
+    that computes the next rate from the current one never sees the scaled rate.
 
     Args:
-        steps: n; 0 or 1 scales nothing.
+        steps: n; with 0 or 1 nothing is scaled.
 
     Raises:
         ValueError: a negative number of steps.
@@ -35,7 +35,7 @@ class LRRewarmup(Callback):
         (1, 0.25)
 
     Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv 2307.05695,
-    2023, who warm up after each restart.
+    2023, where the rate is warmed up after each restart.
     """
 
     def __init__(self, steps: int) -> None:

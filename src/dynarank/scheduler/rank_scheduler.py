@@ -31,35 +31,35 @@ __all__ = ["RankScheduler", "scheduled_layers"]
 
 
 class RankScheduler:
-    """Changes layers' forms during training, as ``torch.optim.lr_scheduler`` does the LR.
+    """Changes the forms of layers during training, as an LR scheduler changes the learning rate.
 
-    The model is at the schedule's first plan as soon as the scheduler exists. Call :meth:`step`
-    once after each ``optimizer.step()``. A weight that cannot be changed now (not finite, no
-    convergence) does not end the run: the change is put off with a warning and tried again after
-    1, 2, 4, ... steps.
+    The constructor applies the schedule's first plan. Call :meth:`step` once after each
+    ``optimizer.step()``. A weight that cannot be changed now (not finite, or its decomposition does
+    not converge) does not end the run: the change is postponed with a warning and retried after 1,
+    2, 4, ... steps.
 
     Args:
         model: the model; it may be ranked already.
         optimizer: its optimizer, or several.
         schedule: one of :mod:`dynarank.schedules`, or any function ``(clock, readings) -> plan``.
         total_steps: how many optimizer steps the run has.
-        layers: the layers under the schedule, a filter ``(module, path) -> bool`` or glob patterns.
-            None: those that are ranked already, or, if none is, all that get cheaper in every
+        layers: the scheduled layers, as a filter ``(module, path) -> bool`` or glob patterns. None:
+            the layers that are ranked already; if there are none, all that get cheaper in every
             low-rank phase of the schedule.
-        lr_scheduler: the LR scheduler, of which a copy is run ahead to find when the rate will
-            fall; or the rates of the run at equal distances. None: nothing is known ahead.
-        moments: what becomes of the optimizer's moments, see :func:`dynarank.apply_plan`. With
-            ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of your own length, the last
-            gradients before a change are kept of the layers that will change; if there are none,
-            because the change could not be foreseen, moments are projected.
-        callbacks: called around changes, in this order: ``LRRewarmup``, ``BatchNormRecalibration``,
-            ``ActivationAwareTruncation``, your own :class:`~dynarank.scheduler.callbacks.Callback`,
-            or a function, which gets the list of changes after each change.
+        lr_scheduler: the LR scheduler; a copy of it is run ahead to forecast the learning rate. Or
+            the learning rates of the run, evenly spaced. None: there is no forecast.
+        moments: how the optimizer's moments are converted, see :func:`dynarank.apply_plan`. With
+            ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of another length, the last
+            gradients of a layer before its change are kept; without any, because the change could
+            not be predicted, moments are projected.
+        callbacks: called around each change, in the order of the list: ``LRRewarmup``,
+            ``BatchNormRecalibration``, ``ActivationAwareTruncation``, a subclass of
+            :class:`~dynarank.scheduler.callbacks.Callback`, or a function of the list of changes.
 
     Raises:
-        ValueError: no layer to schedule; something that is no schedule or callback; a plan that is
-            impossible (unknown layer, rank above a layer's limit); an optimizer whose moments
-            cannot be moved. Every phase that can be foreseen is checked before anything changes.
+        ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
+            plan is impossible (unknown layer, rank above a layer's limit); the optimizer's state
+            cannot be converted. Every phase that can be predicted is checked before any change.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -119,7 +119,7 @@ class RankScheduler:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The paths of the layers under the schedule."""
+        """The paths of the scheduled layers."""
         return tuple(self._layers)
 
     def phases(self) -> list[Phase]:
@@ -127,11 +127,7 @@ class RankScheduler:
         return timeline(self.schedule, self._readings(), self.total_steps)
 
     def step(self) -> list[Change]:
-        """Count one optimizer step and bring the model to the plan for the next.
-
-        Returns:
-            The changes made, most often none.
-        """
+        """Count one optimizer step, bring the model to the next step's plan, return the changes."""
         self.last_step += 1
         for one in self.callbacks.values():
             one.after_step(self)
@@ -165,14 +161,14 @@ class RankScheduler:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a saved position and give the layers the forms they had there.
+        """Restore a saved position and the forms that the layers had then.
 
         Load this before the model's and the optimizer's ``state_dict``: structure first, then
-        weights. Values that are not finite, about to be replaced, are set to zero on the way.
+        weights. Weights that are not finite are set to zero until then.
 
         Raises:
-            ValueError: the state is of a run of another length, of other layers, or of callbacks
-                that are not there.
+            ValueError: the state is of a run of another length or with other layers, or a callback
+                that it has state for is missing.
         """
         if state["total_steps"] != self.total_steps:
             raise ValueError(
@@ -215,12 +211,12 @@ class RankScheduler:
         """The readings, with the rank metrics of the scheduled layers and the forms they have."""
         own = find_sites(self.model, sites, self._layers)
         values = sys.maxsize if "singular_values" in self.schedule.requires else 0
-        # The layers' own forms, not the plan's: a change may be put off.
+        # The layers' own forms, not the plan's: a change may be postponed.
         forms = {path: site.form for path, site in own.items() if site.form is not None}
         return replace(readings, forms=forms, spectra=read_spectra(own.values(), values=values))
 
     def _advance(self, sites: Sequence[Site] | None = None) -> list[Change]:
-        """Ask the schedule, and bring the model to its answer unless that is put off."""
+        """Ask the schedule for a plan, and apply it unless changes are postponed."""
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
         readings, every = self._readings(), self.schedule.spectra_every
         if every is not None and self.last_step % max(1, step_of(every, self.total_steps)) == 0:
@@ -264,14 +260,14 @@ class RankScheduler:
     def _put_off(self, error: UnfitWeightError) -> None:
         self._patience = max(1, 2 * self._patience)
         self._retry_at = self.last_step + self._patience
-        said = f"no change of form now, next try in {self._patience} steps"
-        warnings.warn(f"step {self.last_step}: {said}: {error}", RuntimeWarning, stacklevel=5)
+        said = f"no change of form now, next try in {self._patience} steps: {error}"
+        warnings.warn(f"step {self.last_step}: {said}", RuntimeWarning, stacklevel=5)
 
 
 def scheduled_layers(
     sites: Sequence[Site], schedule: Schedule, total_steps: int, layers: LayerFilter = None
 ) -> list[Site]:
-    """Those of a model's sites that a schedule is for: see ``layers`` of :class:`RankScheduler`."""
+    """The sites that a schedule applies to: see ``layers`` of :class:`RankScheduler`."""
     if layers is not None or any(site.last_factored_form is not None for site in sites):
         return select(sites, layers)
     able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}

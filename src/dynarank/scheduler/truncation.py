@@ -17,13 +17,18 @@ __all__ = ["ActivationAwareTruncation"]
 
 
 class ActivationAwareTruncation(Callback):
-    """Truncates weights so that their layers' outputs change least, see :func:`dynarank.calibrate`.
+    """Makes truncations activation-aware: the layers' outputs change as little as possible.
 
-    A few batches are run through the model right before a truncation, and only then.
+    Right before each truncation, :func:`dynarank.calibrate` runs a few batches through the model.
 
     Args:
-        batches: called for the batches, as :func:`dynarank.calibrate` takes them.
-        forward: how to run a batch, ``(model, batch) -> anything``, if the model needs more.
+        batches: a function that returns the batches for :func:`dynarank.calibrate`.
+        forward: ``(model, batch) -> anything``, if a batch is not just the model's arguments.
+
+    Example:
+        >>> batches = [torch.randn(16, 8)]
+        >>> ActivationAwareTruncation(lambda: batches).batches() is batches
+        True
     """
 
     def __init__(

@@ -73,10 +73,10 @@ def apply_plan(
         One change for each layer that changed form.
 
     Raises:
-        ValueError: a path that is not there or cannot change form, a rank above the layer's
-            limit, a layer that trains but is in no optimizer, gradient hooks on a weight, a model
-            that is wrapped already, a calibration of another model. Nothing has changed then.
-        UnfitWeightError: a weight that is not finite or cannot be decomposed. Likewise.
+        ValueError: a path does not exist or cannot change form, a rank is above the layer's limit,
+            a trainable layer is in no optimizer, a weight has gradient hooks, the model is already
+            wrapped, or the calibration is of another model. Nothing has changed then.
+        UnfitWeightError: a weight is not finite or cannot be decomposed. Nothing has changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -103,15 +103,15 @@ def factorize(
         rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`; or one
             of these for each glob pattern of paths (``{"*.fc?": 0.25}``); the first match counts.
         layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
-            have or had factors, or, if none has, every layer that gets cheaper.
+            have or had factors; if there are none, every layer that gets cheaper.
         decomposition: the decomposition's name.
         optimizer: see :func:`apply_plan`.
         moments: see :func:`apply_plan`.
         calibration: see :func:`apply_plan`.
 
     Raises:
-        ValueError: as :func:`apply_plan`; or no layer is selected, or one that is selected cannot
-            be handled correctly (parametrized, tied).
+        ValueError: as :func:`apply_plan`; or no layer is selected, or a selected layer cannot be
+            handled correctly (parametrized, tied).
 
     Example:
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
@@ -160,8 +160,8 @@ def deflate(
     """Bring layers down from full rank, in one of two ways; returns the model.
 
     ``to="adapted"``: freeze W and add a zero-output adapter; the function is unchanged and the cost
-    of a step hardly falls. ``to="low-rank"``: truncate; the function changes by the energy cut off
-    and the cost falls with the rank.
+    of a step is hardly reduced. ``to="low-rank"``: truncate; the function changes by the energy cut
+    off, and the cost is proportional to the rank.
 
     Args:
         model: changed in place.
@@ -201,9 +201,9 @@ def deflate(
 
 
 def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "project") -> _Model:
-    """Make every ranked layer the plain module it was; the model's function is unchanged.
+    """Convert every ranked layer back to its plain module; the model's function is unchanged.
 
-    ``W = base + scale * join(factors)``, trainable. A model without ranked layers stays as it is.
+    ``W = base + scale * join(factors)``, trainable. A model without ranked layers is unchanged.
 
     Example:
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
