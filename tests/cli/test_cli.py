@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import call
+from rich.console import Console
 from safetensors.torch import save_file
 
 from dynarank.train.recipes import load_recipe, recipe_names
@@ -369,3 +370,22 @@ def test_the_installed_command_runs() -> None:
     )
     assert done.returncode == 0
     assert all(command in done.stdout for command in OPTIONS)
+
+
+def test_tables_are_wrapped_between_words_at_80_columns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = lambda **_: Console(width=80, highlight=False)  # noqa: E731
+    small = ["digits", "--epochs", "2", "--train-limit", "128"]
+    for command, more, words in (
+        ("train", ["--schedule"], "trainable training FLOPs accuracy wall-clock"),
+        ("compare", ["--seeds", "2", "--schedules"], "accuracy peak mean FLOPs memory time"),
+    ):
+        monkeypatch.setattr(sys.modules[f"dynarank.cli.{command}"], "console", narrow)
+        assert call(monkeypatch, command, *small, *more, "full-rank,dynamic-rank-low") == 0
+        lines = capsys.readouterr().out.splitlines()
+        rule = next(i for i, line in enumerate(lines) if line.lstrip().startswith("───"))
+        heading, rows = " ".join(lines[rule - 3 : rule]), "\n".join(lines[rule + 1 :])
+        assert set(words.split()) <= set(heading.split())
+        assert "dynamic-rank-low" in rows and "1.000x" in rows and "241,898" in rows
+        assert max(map(len, lines[rule - 3 : rule + 5])) <= 80

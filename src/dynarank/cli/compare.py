@@ -24,7 +24,7 @@ from dynarank.cli.options import (
     TestLimitOption,
     TrainLimitOption,
 )
-from dynarank.cli.show import console, right_aligned
+from dynarank.cli.show import console, print_whole_words, right_aligned
 from dynarank.records import Metric, Run, SummaryRecord
 from dynarank.report.comparison import compare_scores, require_scipy
 from dynarank.report.formats import (
@@ -135,6 +135,15 @@ _COSTS: dict[str, tuple[Callable[[SummaryRecord], float], Callable[[float], str]
     "wall-clock": (lambda s: s.wall_seconds, seconds_text),
 }
 
+# The columns of the table, short enough for a terminal of 80 characters.
+_COLUMNS = {
+    "peak": "trainable peak",
+    "mean": "trainable mean",
+    "FLOPs": "training FLOPs",
+    "memory": "peak memory",
+    "time": "wall-clock",
+}
+
 
 def _figures(runs: Sequence[Run]) -> dict[str, Any]:
     """One schedule's results as plain data: n, mean and spread of the score, mean costs."""
@@ -155,14 +164,18 @@ def _figures(runs: Sequence[Run]) -> dict[str, Any]:
 def _show(
     terminal: Console, title: str, metric: Metric, grouped: Mapping[str, Sequence[Run]]
 ) -> None:
-    table = right_aligned(title, ["schedule"], ["n", f"test {metric.name}", *_COSTS])
+    table = right_aligned(title, ["schedule"], ["n", metric.name, *_COLUMNS])
     for name, runs in grouped.items():
         found = _figures(runs)
         spread = "" if found["sd"] is None else f" ± {spread_text(found['sd'], metric, 2)}"
         costs = (
             written(fmean(value(_summary(run)) for run in runs))
-            for value, written in _COSTS.values()
+            for value, written in map(_COSTS.__getitem__, _COLUMNS.values())
         )
         score = score_text(found["mean"], metric, 2) + spread
         table.add_row(name, str(found["n"]), score, *costs)
-    terminal.print(table)
+    print_whole_words(terminal, table)
+    terminal.print(
+        f"{metric.name.capitalize()}: on the test set. Peak and mean: trainable parameters. FLOPs: "
+        "of training, relative to full-rank. Memory: the peak. Time: wall-clock."
+    )

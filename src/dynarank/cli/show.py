@@ -22,7 +22,7 @@ from dynarank.records import EpochRecord, Metric
 from dynarank.report.formats import plural, score_text, seconds_text
 from dynarank.train.listener import Progress
 
-__all__ = ["ProgressListener", "console", "progress_text", "right_aligned"]
+__all__ = ["ProgressListener", "console", "print_whole_words", "progress_text", "right_aligned"]
 
 
 def console(*, quiet_stdout: bool = False) -> Console:
@@ -50,6 +50,18 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
     for name in numbers:
         table.add_column(name, justify="right", overflow="fold")
     return table
+
+
+def print_whole_words(terminal: Console, table: Table) -> None:
+    """Print a table; in a narrow terminal cells are wrapped between words, if that is enough."""
+    cells = [[str(cell) for cell in (c.header, *c.cells)] for c in table.columns]
+    least = [max(len(word) for cell in column for word in cell.split()) for column in cells]
+    spare = terminal.width - 2 * len(cells) - sum(least)  # two characters around each column
+    if spare >= 0:
+        for column, texts, width in zip(table.columns, cells, least, strict=True):
+            more = min(max(map(len, texts)) - width, spare)
+            column.width, spare = width + more, spare - more
+    terminal.print(table)
 
 
 class ProgressListener:

@@ -24,7 +24,7 @@ from dynarank.cli.options import (
     TestLimitOption,
     TrainLimitOption,
 )
-from dynarank.cli.show import ProgressListener, console, right_aligned
+from dynarank.cli.show import ProgressListener, console, print_whole_words, right_aligned
 from dynarank.records import Metric, SummaryRecord
 from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
 from dynarank.schedules.catalog import get_preset
@@ -139,5 +139,5 @@ def _show(
             bytes_text(summary.memory_bytes),
             seconds_text(summary.wall_seconds),
         )
-    terminal.print(table)
+    print_whole_words(terminal, table)
     terminal.print("Training FLOPs: matrix products and convolutions, relative to full-rank.")
