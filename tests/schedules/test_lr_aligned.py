@@ -242,7 +242,7 @@ def test_impossible_windows_are_refused(options: dict[str, Any], message: str) -
 def test_impossible_rates_are_refused() -> None:
     model = net()
     optimizer = SGD(model.parameters(), lr=0.01)
-    with pytest.raises(ValueError, match="finite rates, not negative ones; got -1"):
+    with pytest.raises(ValueError, match="learning rates are finite and at least 0, got -1"):
         RankScheduler(model, optimizer, dynamic_rank(2), 10, lr_scheduler=[-1.0])
 
 
