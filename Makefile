@@ -18,8 +18,8 @@ demo: .venv/.demo  ## train the embedded default under three schedules
 test: .venv/.dev  ## all tests, one thread per process
 	$(PYTEST)
 
-test-core: .venv/.dev  ## the core, in under a minute
-	$(PYTEST) $(CORE)
+test-core: .venv/.dev  ## the core without its slow tests, in under a minute
+	$(PYTEST) -m "not slow" $(CORE)
 
 test-laws-full: .venv/.dev  ## each law over its whole product, not only a covering set
 	$(PYTEST) --all-laws -m product tests

@@ -297,6 +297,7 @@ def step(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     plans=st.lists(any_plan, min_size=1, max_size=5),

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 import dynarank
 
 SRC = Path(dynarank.__file__).parent
@@ -188,6 +190,7 @@ def _python(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_never_touches_cuda_nor_the_extras() -> None:
     code = """
 import torch
@@ -201,6 +204,7 @@ print([m for m in ("matplotlib", "sklearn", "datasets", "pydantic", "typer", "ri
     assert _python(code) == "[]"
 
 
+@pytest.mark.slow
 def test_importing_adds_little_to_torch() -> None:
     """Under 20% on top of torch, each in a process of its own; once in up to five pairs."""
     code = """

@@ -100,6 +100,7 @@ def test_the_limit_is_the_least_exact_rank(name: str, shape: tuple[int, ...]) ->
 
 @over_names
 @pytest.mark.parametrize("shape", [(7, 5, 3), (6, 4, 3, 2), (9, 1, 3, 3)], ids=str)
+@pytest.mark.slow
 def test_more_rank_less_error(name: str, shape: tuple[int, ...]) -> None:
     """CP is fitted down to 1e-7 of W, and there generic weights are before the limit."""
     decomposition = get_decomposition(name)
@@ -166,6 +167,7 @@ def relative(joined: Tensor, weight: Tensor) -> float:
      ((32, 32, 3, 3), 8)],
     ids=str,
 )  # fmt: skip
+@pytest.mark.slow
 def test_no_worse_than_tensorly(name: str, kind: object, shape: tuple[int, ...], rank: int) -> None:
     weight = normal(*shape) if kind is normal else decaying(shape)
     ours = error(get_decomposition(name), weight, rank)
@@ -405,6 +407,7 @@ def test_what_is_not_finite_is_unfit(name: str, bad: float) -> None:
         get_decomposition(name).split(weight, 3)
 
 
+@pytest.mark.slow
 def test_cp_of_a_tensor_without_a_best_one_stays_bounded() -> None:
     """a a b + a b a + b a a has rank 3 and comes as near as one likes to rank 2, with components
     that grow without bound while they cancel (de Silva and Lim, 2008)."""

@@ -230,6 +230,7 @@ def test_a_method_that_is_missing_is_named() -> None:
         Half()  # type: ignore[abstract]
 
 
+@pytest.mark.slow
 def test_the_built_in_ones_are_loaded_when_asked_for() -> None:
     code = """
 import sys, dynarank as dr
@@ -293,6 +294,7 @@ def test_default_derivatives_are_the_closed_forms(name: str, shape: tuple[int, .
 
 @over_built_in
 @over_weights
+@pytest.mark.slow
 def test_default_energies_are_exact_on_average_over_signs(
     name: str, shape: tuple[int, ...]
 ) -> None:

@@ -74,6 +74,7 @@ def test_it_trains_to_the_end(name: str, kind: str) -> None:
 
 @over_optimizers
 @pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.slow
 def test_it_resumes_at_every_step_bit_by_bit(name: str, kind: str) -> None:
     whole, states = running(name, kind), list[Any]()
     for step in range(STEPS):

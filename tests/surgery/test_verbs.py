@@ -427,6 +427,7 @@ def test_printing_a_model_shows_its_forms() -> None:
     assert "form=LowRank(rank=2, decomposition='svd')" in repr(dr.factorize(mlp(), 2))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_follows_every_change() -> None:
     model, x = mlp(), torch.randn(4, 16)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
