@@ -102,11 +102,7 @@ def fit_schedule(
     """
     kind, amount = _budget(flops=flops, seconds=seconds, memory=memory)
     total_steps = check_count("total_steps", total_steps)
-    if next(model.parameters(), None) is None:
-        raise ValueError(
-            f"a schedule is fitted to layers with weights, but {type(model).__name__} has no "
-            "parameters; pass the model that will be trained"
-        )
+    _check_parameters(model)
     options: dict[str, Any] = dict(decomposition=decomposition, alpha=alpha, execution=execution)
     choices = [
         DynamicRank(one, to=ending, **options)
@@ -123,6 +119,14 @@ def fit_schedule(
     if not able:
         raise ValueError(_refusal(kind, amount, found, forecast))
     return _best(able, forecast)
+
+
+def _check_parameters(model: nn.Module) -> None:
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"a schedule is fitted to layers with weights, but {type(model).__name__} has no "
+            "parameters; pass the model that will be trained"
+        )
 
 
 def _budget(**given: float | None) -> tuple[str, float]:

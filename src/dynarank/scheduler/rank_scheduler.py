@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from dynarank.surgery.selection import LayerFilter, find_sites, select
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.verbs import apply_plan, change_forms, differences
 
-__all__ = ["RankScheduler", "scheduled_layers"]
+__all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
 
 
 class RankScheduler:
@@ -104,11 +104,7 @@ class RankScheduler:
         sites = survey(model)
         scheduled = scheduled_layers(sites, self.schedule, total_steps, layers)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
-        for phase in self.phases():
-            try:
-                differences(model, phase.plan, sites)
-            except ValueError as error:
-                raise ValueError(f"from step {phase.start}, {error}") from None
+        check_phases(model, self.phases(), sites)
         try:
             for one in self.callbacks.values():
                 one.on_start(self)
@@ -262,6 +258,15 @@ class RankScheduler:
         self._retry_at = self.last_step + self._patience
         said = f"no change of form now, next try in {self._patience} steps: {error}"
         warnings.warn(f"step {self.last_step}: {said}", RuntimeWarning, stacklevel=5)
+
+
+def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site]) -> None:
+    """Raise ValueError for a phase whose plan the model, with these sites, cannot follow."""
+    for phase in phases:
+        try:
+            differences(model, phase.plan, sites)
+        except ValueError as error:
+            raise ValueError(f"from step {phase.start}, {error}") from None
 
 
 def scheduled_layers(

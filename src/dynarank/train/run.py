@@ -53,15 +53,7 @@ def run_schedule(
     """
     trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
     folder.mkdir(parents=True, exist_ok=True)  # a run that is refused leaves nothing behind
-    config = {
-        "recipe": recipe.model_dump(mode="json"),
-        "schedule": schedule,
-        "seed": seed,
-        "epochs": epochs,
-        "train_size": task.train_size,
-        "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_config(folder, recipe, schedule, task, seed=seed, epochs=epochs)
     takers: list[Sink] = [RecordWriter(folder), *sinks]
 
     def write(record: Record) -> None:
@@ -82,3 +74,17 @@ def run_schedule(
     finally:
         for taker in takers:
             taker.close()
+
+
+def _write_config(
+    folder: Path, recipe: Recipe, schedule: str, task: Task, *, seed: int, epochs: int
+) -> None:
+    config = {
+        "recipe": recipe.model_dump(mode="json"),
+        "schedule": schedule,
+        "seed": seed,
+        "epochs": epochs,
+        "train_size": task.train_size,
+        "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,13 +8,13 @@ from typing import Any
 from torch import nn
 
 from dynarank.allocation.fit_schedule import fit_schedule
+from dynarank.scheduler.rank_scheduler import check_phases
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.lr_aligned import DynamicRank
 from dynarank.schedules.timelines import timeline
 from dynarank.surgery.optimizer_state import Optimizers
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
-from dynarank.surgery.verbs import differences
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, RecipeError
 from dynarank.train.task import Task
@@ -92,7 +92,6 @@ def check_schedules(
             schedule = make_schedule(
                 recipe, name, model, task.sample(), total_steps, measure=measure
             )
-            for phase in timeline(schedule, readings, total_steps):
-                differences(model, phase.plan, sites)
+            check_phases(model, timeline(schedule, readings, total_steps), sites)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}, {name}: {error}") from error
