@@ -11,14 +11,12 @@ change are dropped with their parameters.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import (
@@ -33,7 +31,8 @@ from dynarank.forms import (
     same_weight,
 )
 from dynarank.layers import RankedLayer
-from dynarank.surgery.edit import Edit, prepare_edit
+from dynarank.surgery.check import check_committed, warn_of_losses
+from dynarank.surgery.edit import prepare_edit, restore_module_on_exit
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
 from dynarank.surgery.sites import Site, survey
@@ -210,10 +209,7 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
     """
     sites = survey(model)
     plan = {site.path: FullRank() for site in sites if isinstance(site.module, RankedLayer)}
-    change_forms(differences(model, plan, sites), optimizer, moments)
-    for module in model.modules():
-        if isinstance(module, RankedLayer):
-            module.to_plain()
+    change_forms(differences(model, plan, sites), optimizer, moments, plain=model)
     return model
 
 
@@ -257,17 +253,27 @@ def change_forms(
     optimizer: Optimizers = None,
     moments: Moments = "project",
     calibration: Mapping[str, ActivationStats] | None = None,
+    *,
+    plain: nn.Module | None = None,
 ) -> list[Change]:
-    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`."""
+    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`.
+
+    ``plain``: a model whose ranked layers, full-rank then, become plain modules too.
+    """
     optimizers = as_list(optimizer)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
         edits = [prepare_edit(s, form, (calibration or {}).get(s.path)) for s, form in wanted]
         contents = new_contents(edits, optimizers, moments)
-    with ExitStack() as undo:
+    warn_of_losses(edits)
+    with ExitStack() as undo:  # each move is registered before it is made, so that none is left
         for edit in edits:
             edit.commit(undo)
         write(contents, undo)
-        _check(edits, optimizers)
+        check_committed(edits, optimizers)
+        for module in plain.modules() if plain else ():
+            if isinstance(module, RankedLayer):
+                restore_module_on_exit(module, undo)
+                module.to_plain()
         undo.pop_all()  # all is well: nothing to undo
     return [edit.change for edit in edits]
 
@@ -281,17 +287,3 @@ def _check_unwrapped(model: nn.Module) -> None:
                     f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
                     "the old parameters, silently out of step; change forms before wrapping"
                 )
-
-
-def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
-    """The invariants of a change: each trainable parameter in exactly one group, none left over."""
-    held = Counter(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
-    for edit in edits if optimizers else ():
-        for name, p in edit.new.items():
-            count, trains = held[id(p)], not edit.site.spec.is_base(name)
-            assert count == trains or (count == 0 and not p.requires_grad), edit.site.path
-        assert not any(held[id(p)] for p in edit.old.values()), edit.site.path
-    for p, state in (item for optimizer in optimizers for item in optimizer.state.items()):
-        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
-            value = state.get(key)
-            assert value is None or value.shape == p.shape, key
