@@ -51,7 +51,7 @@ def warn_of_losses(edits: Sequence[Edit]) -> None:
     if lost:
         worst = max(lost, key=lambda path: lost[path])
         _warn(
-            f"merging rounds away more than {_LOST:.0%} of what these adapters learnt, most "
+            f"merging rounds away more than {_LOST:.0%} of what these adapters learned, most "
             f"({lost[worst]:.0%}) at {worst!r}: {', '.join(lost)}. The dtype of their weights "
             "cannot hold it: keep the adapters unmerged, or convert the model to fp32 first"
         )

@@ -1,6 +1,7 @@
 """One weight's change of form: the new parameters are computed and verified, then committed.
 
-Preparing changes nothing. Committing only moves references, and every move can be undone.
+Preparing changes nothing. Committing only moves references (and adds to a bias), and how to undo a
+move is registered before it is made: an exception at any line, Ctrl-C included, leaves no half.
 """
 
 from __future__ import annotations
@@ -150,12 +151,14 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"layer {path!r}: its {name} is on the meta device and has no values")
+        if not p.is_leaf:
+            raise ValueError(f"layer {path!r}: its {name} is computed from other tensors")
         if any(getattr(p, kind, None) for kind in hooks):
             raise ValueError(
                 f"layer {path!r}: its {name} has gradient hooks, which would be lost with it; "
                 "remove them first and register them on the new parameters"
             )
-        if not torch.isfinite(p).all():
+        if not torch.isfinite(p.detach()).all():
             raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
 
 
@@ -211,7 +214,7 @@ def _bias_obstacle(site: Site) -> str:
         return "a weight that other layers share, each with its bias"
     if site.bias_shared_with:
         return f"a bias tied to {', '.join(site.bias_shared_with)}"
-    return "" if bias.requires_grad else "a frozen bias"
+    return "" if bias.requires_grad and not bias.is_inference() else "a frozen bias"
 
 
 def _bias_shift(site: Site, shift: Tensor) -> Tensor:
@@ -236,6 +239,7 @@ def _like(value: Tensor, name: str, site: Site, after: Form) -> Tensor:
     whole = isinstance(after, FullRank) or site.spec.is_base(name)
     model = old[0] if whole else old[-1]
     value = value.detach().to(model.device, model.dtype)
+    value = value.clone() if value.is_inference() else value  # which autograd could not save
     if value.ndim == 4 and any(
         p.ndim == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in old
     ):

@@ -6,7 +6,7 @@ optimizer's groups and states, commit by moving references, check. An exception 
 model and optimizer exactly as they were.
 
 Call them between ``optimizer.step()`` and the next forward pass: gradients of the layers that
-change are dropped with their parameters.
+change are dropped with their parameters, those of an unfinished accumulation too.
 """
 
 from __future__ import annotations
@@ -66,16 +66,20 @@ def apply_plan(
             :class:`RankScheduler`, which keeps gradients; here it projects. ``"prune"`` zeroes 90%
             of them where a new adapter replaces another, else projects.
         calibration: from :func:`dynarank.calibrate`: weights that become low-rank (by an SVD) keep
-            the directions in which their outputs have energy, instead of their own largest.
+            the directions in which their outputs have energy, instead of their own largest, and
+            their biases make up for the mean of the rest. A bias that is frozen or shared with
+            another layer stays, with a warning.
 
     Returns:
-        One change for each layer that changed form.
+        One change for each layer that changed form. If rounding takes more than 10% of an adapter's
+        update as it is merged (``Change.update_error``), there is a warning.
 
     Raises:
         ValueError: a path does not exist or cannot change form, a rank is above the layer's limit,
             a trainable layer is in no optimizer, a weight has gradient hooks, the model is already
             wrapped, or the calibration is of another model. Nothing has changed then.
-        UnfitWeightError: a weight is not finite or cannot be decomposed. Nothing has changed then.
+        UnfitWeightError: a weight is not finite, cannot be decomposed, or overflows its dtype.
+            Nothing has changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -209,7 +213,13 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
     """
     sites = survey(model)
     plan = {site.path: FullRank() for site in sites if isinstance(site.module, RankedLayer)}
-    change_forms(differences(model, plan, sites), optimizer, moments, plain=model)
+    with ExitStack() as undo:
+        change_forms(differences(model, plan, sites), optimizer, moments, undo=undo)
+        for module in model.modules():
+            if isinstance(module, RankedLayer):
+                restore_module_on_exit(module, undo)
+                module.to_plain()
+        undo.pop_all()
     return model
 
 
@@ -254,27 +264,24 @@ def change_forms(
     moments: Moments = "project",
     calibration: Mapping[str, ActivationStats] | None = None,
     *,
-    plain: nn.Module | None = None,
+    undo: ExitStack | None = None,
 ) -> list[Change]:
     """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`.
 
-    ``plain``: a model whose ranked layers, full-rank then, become plain modules too.
+    ``undo``: the caller's stack, which takes the change back unless it is emptied.
     """
     optimizers = as_list(optimizer)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
         edits = [prepare_edit(s, form, (calibration or {}).get(s.path)) for s, form in wanted]
         contents = new_contents(edits, optimizers, moments)
     warn_of_losses(edits)
-    with ExitStack() as undo:  # each move is registered before it is made, so that none is left
+    with ExitStack() as own:
+        stack = own if undo is None else undo
         for edit in edits:
-            edit.commit(undo)
-        write(contents, undo)
+            edit.commit(stack)
+        write(contents, stack)
         check_committed(edits, optimizers)
-        for module in plain.modules() if plain else ():
-            if isinstance(module, RankedLayer):
-                restore_module_on_exit(module, undo)
-                module.to_plain()
-        undo.pop_all()  # all is well: nothing to undo
+        own.pop_all()  # all is well: nothing to undo
     return [edit.change for edit in edits]
 
 
