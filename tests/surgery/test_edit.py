@@ -107,12 +107,14 @@ def test_factors_and_base_keep_their_own_dtypes() -> None:
 
 
 def test_a_merged_weight_is_split_in_fp32() -> None:
-    """Adapted -> low-rank of a bf16 model: no rounding to bf16 before the split."""
+    """Adapted -> low-rank of a bf16 model with fp32 factors: no rounding to bf16 on the way."""
     model = learned(torch.bfloat16, 1e-3, MAKERS["linear"])
+    for name in ("down", "up"):
+        model[0].get_parameter(name).data = model[0].get_parameter(name).data.float()
     weight = learned_in_fp64(model)
     dr.apply_plan(model, {"0": LowRank(64)})
     joined = model[0].up.double() @ model[0].down.double()
-    assert (joined - weight).norm() / weight.norm() < 4e-3
+    assert (joined - weight).norm() / weight.norm() < 1e-5
 
 
 @pytest.mark.parametrize("after", [FullRank(), LowRank(2), Adapted(2, restart=1)], ids=str)
@@ -270,14 +272,11 @@ def test_views_are_tied_only_where_they_overlap() -> None:
     assert dr.survey(model)[0].obstacle == "its weight is tied to 0.transposed"
 
 
-def test_expanded_sparse_and_computed_weights() -> None:
+def test_expanded_and_computed_weights() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     model[0].weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))
     y = model(torch.ones(8))
     assert torch.allclose(dr.merge(dr.deflate(model, 2, layers="*"))(torch.ones(8)), y)
-    model[0].weight = nn.Parameter(torch.eye(8).to_sparse())
-    with pytest.raises(ValueError, match=r"'0': its weight is stored as torch\.sparse_coo"):
-        dr.factorize(model, 2, layers="*")
     model = nn.Sequential(nn.Linear(8, 8))
     model[0]._parameters["weight"] = model[0].weight * 2
     with pytest.raises(ValueError, match="'0': its weight is computed from other tensors"):

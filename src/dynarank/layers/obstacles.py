@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
@@ -36,8 +35,6 @@ def weight_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
             return f"its weight is computed from {listed} (weight_norm, spectral_norm or prune)"
         if not p.is_floating_point():
             return f"its {name} is {p.dtype}: only real floating-point weights are handled"
-        if p.layout is not torch.strided:
-            return f"its {name} is stored as {p.layout}: only dense weights are handled"
         if type(p.data) is not Tensor:
             return f"its {name} is a {type(p.data).__name__} (quantized, sharded or the like)"
     return ""
