@@ -111,6 +111,6 @@ def rank_within(rank: RankLike, shape: tuple[int, ...], decomposition: str) -> i
         (16, 6)
     """
     known = get_decomposition(decomposition)
-    return (
-        min(rank, known.limit(shape)) if isinstance(rank, int) else known.resolve_rank(rank, shape)
-    )
+    if isinstance(rank, int):
+        return min(rank, known.limit(shape))
+    return known.resolve_rank(rank, shape)
