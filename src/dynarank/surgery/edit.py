@@ -21,6 +21,7 @@ from dynarank.decompositions.truncation import ActivationStats, split_activation
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.surgery.bias import bias_shift, usable_statistics
 from dynarank.surgery.sites import Site
 
 __all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_module_on_exit", "restore_on_exit"]
@@ -74,14 +75,14 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
         return Edit(site, Change(site.path, before, after, 0.0), {}, {})
     _check_values(site.path, old)
     weight = _effective(site.spec, before, old)
-    activity, bias_left = _usable(site, after, activity)
+    activity, bias_left = usable_statistics(site, after, activity)
     values, shift = _values(site, weight, after, activity)
     trains = any(p.requires_grad for p in site.trained())
     new = {
         name: Parameter(_like(value, name, site, after), trains and not site.spec.is_base(name))
         for name, value in zip(site.spec.parameter_names(after), values, strict=True)
     }
-    shift = None if shift is None else _bias_shift(site, shift)
+    shift = None if shift is None else bias_shift(site, shift)
     return Edit(site, _measured(site, after, weight, new), old, new, shift, bias_left)
 
 
@@ -192,41 +193,6 @@ def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]
     base = spec.to_canonical(precise(spec.base(before, site.parameters())))
     update = (weight - base).norm().item()
     return Change(site.path, before, after, error, lost / update if update > 0 else 0.0)
-
-
-def _usable(
-    site: Site, after: Form, activity: ActivationStats | None
-) -> tuple[ActivationStats | None, str]:
-    """The statistics for a truncation, and why the bias stays although they would move it."""
-    if activity is None or activity.mean is None or not isinstance(after, LowRank):
-        return activity, ""
-    optimal = site.spec.decomposition(after).truncates_optimally
-    reason = _bias_obstacle(site) if optimal else ""
-    return (activity.uncentered() if reason else activity), reason
-
-
-def _bias_obstacle(site: Site) -> str:
-    """Why a truncation must not move the layer's bias; empty if it may."""
-    bias = own_parameters(site.module).get("bias") if site.spec.name == "weight" else None
-    if bias is None:
-        return "no bias of its own"
-    if site.tied:
-        return "a weight that other layers share, each with its bias"
-    if site.bias_shared_with:
-        return f"a bias tied to {', '.join(site.bias_shared_with)}"
-    return "" if bias.requires_grad and not bias.is_inference() else "a frozen bias"
-
-
-def _bias_shift(site: Site, shift: Tensor) -> Tensor:
-    """The shift as the bias stores it."""
-    bias = own_parameters(site.module)["bias"]
-    assert bias is not None
-    shift = shift.to(bias.device, bias.dtype)
-    if not torch.isfinite(bias + shift).all():
-        raise UnfitWeightError(
-            f"layer {site.path!r}: its bias would hold NaN or values too large for {bias.dtype}"
-        )
-    return shift
 
 
 def _like(value: Tensor, name: str, site: Site, after: Form) -> Tensor:
