@@ -53,7 +53,7 @@ def plan_within(
             (0, 1]) or a number (int).
         flops: a budget for the FLOPs of a training step on ``sample``: a share of the full-rank
             number (float in (0, 1]) or a number (int).
-        seconds: a budget for the time of the layers in a training step.
+        seconds: a budget for the time of these layers in a training step.
         calibration: statistics from :func:`dynarank.calibrate`: the share kept is that of the
             energy of the outputs. For weights without statistics, or all of them with None, it is
             that of the weight's own energy.
