@@ -19,29 +19,15 @@ def test_it_fits_and_prints_every_weight(arch: Architecture, rank: float | None)
     assert isinstance(table, list) and all(isinstance(site, Site) for site in table)
     lines = str(table).splitlines()
     assert max(map(len, lines)) <= 80 and repr(table) == str(table)
-    times = [
-        int(part[1:])
-        for line in lines
-        for part in line.split()
-        if part[:1] == "x" and part[1:].isdigit()
-    ]
-    rows = [line for line in lines[1:] if line[33:34].strip() and "weights" not in line[:20]]
-    rows = [line for line in rows if not line.startswith(("the model:", "no weight"))]
-    assert sum(times) + len(rows) - len(times) == len(table)
+    rows = re.findall(r"^\S+(?: +x(\d+))? +\d+x\d+", str(table), re.MULTILINE)
+    assert sum(int(times or 1) for times in rows) == len(table)
 
 
 def test_like_blocks_are_one_line() -> None:
     lines = str(dr.survey(BY_NAME["llama"].build(), 0.5)).splitlines()
     (down,) = [line for line in lines if "down_proj" in line]
-    assert down.split() == [
-        "model.l..{0..1}.mlp.down_proj",
-        "x2",
-        "32x64",
-        "low-rank",
-        "10",
-        "0.469x",
-        "0.469x",
-    ]
+    assert down.startswith("model.l..{0..1}.mlp.down_proj x2 32x64 ")
+    assert down.endswith(" low-rank 10     0.469x  0.469x")
 
 
 def test_what_it_says_is_what_factorize_does() -> None:
@@ -67,9 +53,8 @@ def test_flops_are_those_of_a_trace(decomposition: str, kind: type[nn.Conv2d]) -
 
 
 def test_the_reasons() -> None:
-    model = nn.Sequential(
-        nn.EmbeddingBag(20, 64), nn.Linear(64, 64), nn.Linear(64, 17), nn.Linear(17, 30)
-    )
+    sides = [(64, 64), (64, 17), (17, 30)]
+    model = nn.Sequential(nn.EmbeddingBag(20, 64), *(nn.Linear(*side) for side in sides))
     table = str(dr.survey(model, 16))
     assert "EmbeddingBag layers are not" in table and "low-rank 16" in table
     assert "no cheaper at rank 16 (break-" in table and "last linear: taken as output" in table
