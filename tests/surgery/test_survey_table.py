@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from architectures import ARCHITECTURES, BY_NAME, Architecture
