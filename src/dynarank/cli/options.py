@@ -44,12 +44,12 @@ def parse_rank(text: str | float) -> RankLike:
         >>> parse_rank("0.5:out")
         Rank(value=0.5, of='out', multiple_of=1)
     """
-    value, _, of = str(text).partition(":")
+    value, colon, of = str(text).partition(":")
     with suppress(ValueError):
-        if not of:
+        if not colon:
             return plain_rank(int(value))
     with suppress(ValueError):
-        return Rank(float(value), cast("Any", of)) if of else plain_rank(float(value))
+        return Rank(float(value), cast("Any", of)) if colon else plain_rank(float(value))
     raise typer.BadParameter(
         f"{text} is neither a rank (a whole number such as 16) nor a share (above 0 and up to 1.0, "
         "such as 0.25, of the layer's cost; 0.25:out of its outputs, 0.25:min of its largest rank)"
