@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,3 +252,10 @@ def test_no_head_and_no_embedding_and_half_the_cost(arch: Architecture) -> None:
     heads = {m for m in model.modules() if getattr(m, "out_features", 0) in (CLASSES, WORDS)}
     lookups = {m for m in model.modules() if isinstance(m, nn.Embedding)}
     assert ranked and heads and not ranked & (heads | lookups)
+
+
+def test_the_docs_show_what_was_recorded() -> None:
+    root = Path(__file__).parents[2]
+    recorded = root / "benchmarks/selection/results/2026-11-28/defaults.md"
+    page = root / "docs/methods/default-layers.md"
+    assert recorded.read_text(encoding="utf-8") in page.read_text(encoding="utf-8")

@@ -34,12 +34,12 @@ USERS: dict[str, Callable[[nn.Module, Any], object]] = {
     "deflate-map": lambda m, layers: dr.deflate(m, dict.fromkeys(layers, 4)),
     "map-and-layers": lambda m, layers: dr.factorize(m, dict.fromkeys(layers, 4), layers="fc1"),
     "scheduler": scheduler,
-    "survey": lambda m, layers: str(dr.survey(m, 4, layers=layers)),
+    "survey": lambda m, layers: dr.survey(m, 4, layers=layers),
     "plan_within": lambda m, layers: dr.plan_within(m, params=0.9, layers=layers),
     "spectra": lambda m, layers: dr.rules.spectra(m, layers=layers),
     "calibrate": lambda m, layers: dr.calibrate(m, [torch.ones(1, 32)], layers=layers),
     "initialize": lambda m, layers: dr.initialize_factors(dr.factorize(m, 4), layers=layers),
-    "monitor": lambda m, layers: dr.SpectralMonitor(m, layers=layers).read(),
+    "monitor": lambda m, layers: dr.SpectralMonitor(m, layers=layers),
     "regularizer": lambda m, layers: dr.regularizers.FrobeniusDecay(m, 0.1, layers=layers),
     "rates": lambda m, layers: dr.FactorLearningRates(
         m, torch.optim.SGD(m.parameters(), lr=0.1), layers=layers

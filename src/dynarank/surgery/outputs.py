@@ -74,9 +74,11 @@ def _declared(module: nn.Module) -> list[nn.Module]:
     """What a model says its output layers are, if it says so."""
     found: list[nn.Module] = []
     for name in _DECLARED:
+        if not callable(method := getattr(type(module), name, None)):
+            continue
         try:
-            answer: Any = getattr(module, name)()
-        except Exception:  # it has no such method, another one of this name, or raises by design
+            answer: Any = method(module)
+        except Exception:  # it raises by design, or is another method of this name
             continue
         parts = answer if isinstance(answer, tuple | list) else (answer,)
         found += [part for part in parts if isinstance(part, nn.Module)]

@@ -52,14 +52,11 @@ def select(
         ValueError: nothing matches, or one of the patterns matches nothing, or a weight that
             matches is refused.
     """
-    if isinstance(rank, Mapping):
-        _check_order(rank, sites)
-    layers = list(rank) if layers is None and isinstance(rank, Mapping) else layers
-    apart = _apart(sites, layers)
+    layers, apart = _apart(sites, layers, rank)
     if refused := [s for s, why in zip(sites, apart, strict=True) if s.refused and not why]:
         reasons = "; ".join(f"layer {site.path!r}: {site.obstacle}" for site in refused)
         raise ValueError(f"{reasons}. Leave it out with layers=..., or undo what is in the way")
-    left = why_left(sites, layers, rank, decomposition)
+    left = _left(sites, layers, rank, decomposition, apart)
     able = [site for site, why in zip(sites, left, strict=True) if not why]
     if not able:
         raise ValueError(_nothing(layers, rank, sites, left))
@@ -81,29 +78,41 @@ def why_left(
     decomposition: str = "svd",
 ) -> list[str]:
     """Why each of the sites is left by :func:`select`; empty for those that it selects."""
-    layers = list(rank) if layers is None and isinstance(rank, Mapping) else layers
-    left = [
-        site.obstacle or (why if site.form is not None else "it cannot change form")
-        for site, why in zip(sites, _apart(sites, layers), strict=True)
-    ]
+    layers, apart = _apart(sites, layers, rank)
+    return _left(sites, layers, rank, decomposition, apart)
+
+
+def _left(
+    sites: Sequence[Site],
+    layers: LayerFilter,
+    rank: RankLike | RankMap | None,
+    decomposition: str,
+    apart: Sequence[str],
+) -> list[str]:
+    left = [site.obstacle or why for site, why in zip(sites, apart, strict=True)]
     if layers is not None or has_factors(sites):
         return left
     if rank is None or isinstance(rank, Mapping):
         return [why or "no rank is given" for why in left]
     form = LowRank(rank, decomposition)
-    return [why or _no_cheaper(form, s) for s, why in zip(sites, left, strict=True)]
+    return [why or _no_cheaper(form, site) for site, why in zip(sites, left, strict=True)]
 
 
-def _apart(sites: Sequence[Site], layers: LayerFilter) -> list[str]:
-    """Why each site is not meant, whether it can change form or not."""
+def _apart(
+    sites: Sequence[Site], layers: LayerFilter, rank: RankLike | RankMap | None
+) -> tuple[LayerFilter, list[str]]:
+    """The layers named, if any, and why each site is not meant, able to change form or not."""
+    if isinstance(rank, Mapping):
+        _check_order(rank, sites)
+        layers = list(rank) if layers is None else layers
     if layers is not None:
-        return ["" if named else "not in layers" for named in _matching(sites, layers)]
+        return layers, ["" if named else "not in layers" for named in _matching(sites, layers)]
+    left = [site.left_out for site in sites]
     if has_factors(sites):
-        return [
-            "" if site.last_factored_form else site.left_out or "others have factors already"
-            for site in sites
-        ]
-    return [site.left_out for site in sites]
+        able = [site.last_factored_form is not None for site in sites]
+        others = "others have factors already"
+        left = ["" if has else why or others for why, has in zip(left, able, strict=True)]
+    return None, left
 
 
 def has_factors(sites: Sequence[Site]) -> bool:

@@ -35,37 +35,22 @@ class Survey(list[Site]):
         decomposition: str = "svd",
     ) -> None:
         super().__init__(sites)
-        self._asked = rank, layers, decomposition
+        self._forms, self._notes = _outcome(self, rank, layers, decomposition)
         self._parameters = sum(p.numel() for p in model.parameters() if not is_lazy(p))
 
     def __repr__(self) -> str:
         return str(self)
 
     def __str__(self) -> str:
-        forms, notes = self._outcome()
         rows = [
             (site.path, _shape(site), note or _costs(site, form))
-            for site, form, note in zip(self, forms, notes, strict=True)
+            for site, form, note in zip(self, self._forms, self._notes, strict=True)
         ]
         head = f"{'layer':{_PATH}} {'weight':{_SHAPE}} {'form':14}{'params':>8}{'FLOPs':>8}"
-        return "\n".join([head, *_lines(rows), *self._totals(forms)])
+        return "\n".join([head, *_lines(rows), *self._totals()])
 
-    def _outcome(self) -> tuple[list[Form], list[str]]:
-        """The form of each weight, and why it has none with factors."""
-        rank, layers, decomposition = self._asked
-        forms = [site.form or FullRank() for site in self]
-        if rank is None:
-            full = [isinstance(form, FullRank) for form in forms]
-            left = [site.obstacle or site.left_out for site in self]
-            return forms, [why if f else "" for why, f in zip(left, full, strict=True)]
-        notes = why_left(self, layers, rank, decomposition)
-        for i, (site, note) in enumerate(zip(self, notes, strict=True)):
-            if not note:
-                forms[i] = site.spec.resolve(LowRank(rank_for(rank, site), decomposition))
-        return forms, notes
-
-    def _totals(self, forms: Sequence[Form]) -> list[str]:
-        pairs = list(zip(self, forms, strict=True))
+    def _totals(self) -> list[str]:
+        pairs = list(zip(self, self._forms, strict=True))
         chosen = [(s, form) for s, form in pairs if not isinstance(form, FullRank)]
         full = sum(math.prod(site.shape) for site, _ in chosen)
         after = sum(site.entries(form) for site, form in chosen)
@@ -77,6 +62,25 @@ class Survey(list[Site]):
             f"{len(chosen)} of {len(self)} weights: {_ratio(after, full)} of {full:,} parameters",
             f"the model: {_ratio(then, whole)} of {whole:,} parameters",
         ]
+
+
+def _outcome(
+    sites: Sequence[Site],
+    rank: RankLike | RankMap | None,
+    layers: LayerFilter,
+    decomposition: str,
+) -> tuple[list[Form], list[str]]:
+    """The form that each weight has or would get, and why it has no factors."""
+    forms = [site.form or FullRank() for site in sites]
+    if rank is None:
+        left = [site.obstacle or site.left_out for site in sites]
+        full = [isinstance(form, FullRank) for form in forms]
+        return forms, [why if f else "" for why, f in zip(left, full, strict=True)]
+    notes = why_left(sites, layers, rank, decomposition)
+    for i, (site, note) in enumerate(zip(sites, notes, strict=True)):
+        if not note:
+            forms[i] = site.spec.resolve(LowRank(rank_for(rank, site), decomposition))
+    return forms, notes
 
 
 def _lines(rows: Sequence[tuple[str, str, str]]) -> list[str]:
