@@ -337,7 +337,7 @@ def test_a_plan_of_something_else_is_refused(plan: dict[str, Form]) -> None:
 def test_optimizers_may_come_from_a_generator() -> None:
     model = mlp()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model[0], model[2], model[4])]
-    dr.factorize(model, 2, optimizer=(one for one in optimizers))
+    dr.factorize(model, 2, layers="*", optimizer=(one for one in optimizers))
     assert [len(one.param_groups[0]["params"]) for one in optimizers] == [3, 3, 3]
 
 

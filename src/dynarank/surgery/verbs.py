@@ -34,7 +34,15 @@ from dynarank.layers import RankedLayer
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import prepare_edit, restore_module_on_exit
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
-from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
+from dynarank.surgery.saving import warn_of_little
+from dynarank.surgery.selection import (
+    LayerFilter,
+    RankMap,
+    find_sites,
+    has_factors,
+    rank_for,
+    select,
+)
 from dynarank.surgery.sites import Site, survey
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
@@ -106,23 +114,32 @@ def factorize(
         rank: an int, a share of the layer's own cost (a float in (0, 1]) or a :class:`Rank`; or one
             of these for each glob pattern of paths (``{"*.fc?": 0.25}``); the first match counts.
         layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
-            have or had factors; if there are none, every layer that gets cheaper.
+            have or had factors; if there are none, every layer that gets cheaper, except
+            embeddings, output layers and weights with a side below 16. ``print(dr.survey(model,
+            rank))`` shows which, :mod:`dynarank.surgery.defaults` says why.
         decomposition: the decomposition's name.
         optimizer: see :func:`apply_plan`.
         moments: see :func:`apply_plan`.
         calibration: see :func:`apply_plan`.
 
     Raises:
-        ValueError: as :func:`apply_plan`; or no layer is selected, or a selected layer cannot be
-            handled correctly (parametrized, tied).
+        ValueError: as :func:`apply_plan`; or no layer is selected, a pattern matches none, or a
+            selected layer cannot be handled correctly (parametrized, tied).
+
+    Warns:
+        UserWarning: no layers are named, and less than 5% of the model's weights is saved.
 
     Example:
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
         torch.Size([8, 2])
     """
-    sites = select(survey(model), layers, rank, decomposition)
-    plan = {s.path: LowRank(rank_for(rank, s.path), decomposition) for s in sites}
-    change_forms(differences(model, plan, sites), optimizer, moments, calibration)
+    every = survey(model)
+    sites = select(every, layers, rank, decomposition)
+    plan = {s.path: LowRank(rank_for(rank, s), decomposition) for s in sites}
+    wanted = differences(model, plan, sites)
+    if layers is None and not isinstance(rank, Mapping) and not has_factors(every):
+        warn_of_little(every, [plan], stacklevel=2)
+    change_forms(wanted, optimizer, moments, calibration)
     return model
 
 
@@ -196,7 +213,7 @@ def deflate(
         if asked is None:
             raise ValueError(f"layer {site.path!r} never had factors to return to; give rank=")
         name = decomposition or (last.decomposition if last else "svd")
-        how = rank_for(asked, site.path), name
+        how = rank_for(asked, site), name
         plan[site.path] = LowRank(*how) if to == "low-rank" else Adapted(*how, alpha, execution)
     change_forms(differences(model, plan, sites), optimizer, moments, calibration)
     return model
