@@ -31,6 +31,7 @@ class Site:
         reader: the parent, if its forward pass reads the weight instead of calling the module.
         left_out: why it is left unless ``layers=`` names it, see :mod:`dynarank.surgery.defaults`;
             empty if not.
+        bias_shared_with: other parameters and buffers in the memory of the module's bias.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Site:
     tied: tuple[Site, ...] = ()
     reader: nn.Module | None = None
     left_out: str = ""
+    bias_shared_with: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dynarank.forms import Form, FullRank, RankLike
-from dynarank.layers import RankedLayer, WeightSpec, ranked_class, readers
+from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class, readers
 from dynarank.layers.obstacles import weight_obstacle
 from dynarank.surgery.defaults import with_defaults
 from dynarank.surgery.selection import LayerFilter, RankMap
@@ -20,6 +22,8 @@ from dynarank.surgery.survey_table import Survey
 __all__ = ["Site", "current_plan", "survey"]
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+# The extent and path of every parameter and buffer, by the memory that it is in.
+_Owners: TypeAlias = dict[object, list[tuple[int, int, str]]]
 
 
 def survey(
@@ -58,11 +62,14 @@ def _traverse(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, parametrize.ParametrizationList):
             modules.setdefault(module, []).append(path)
-    owners: dict[object, list[str]] = {}  # the paths of each parameter, by its identity
+    owners: _Owners = {}
     for module, paths in modules.items():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not is_lazy(parameter):
-                owners.setdefault(_identity(parameter), []).append(f"{paths[0]}.{name}".lstrip("."))
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in own:
+            if not is_lazy(tensor):
+                memory, start, end = _extent(tensor)
+                path = f"{paths[0]}.{name}".lstrip(".")
+                owners.setdefault(memory, []).append((start, end, path))
     parents, together = readers(model), dict[object, list[Site]]()
     for module, paths in modules.items():
         for site in _sites(module, tuple(paths), parents.get(module)):
@@ -126,21 +133,36 @@ def _tie_key(site: Site) -> object:
     return ids, replace(site.spec, lookup=False), site.form
 
 
-def _tied(group: list[Site], owners: dict[object, list[str]]) -> list[Site]:
+def _tied(group: list[Site], owners: _Owners) -> list[Site]:
     """One site for all places of a weight; all refused if it is tied to something else too."""
     first, *others = group
     if first.form is None:
         return group
     covered = {f"{s.module_paths[0]}.{n}".lstrip(".") for s in group for n in s.parameters()}
     for name, p in first.parameters().items():
-        if foreign := [owner for owner in owners[_identity(p)] if owner not in covered]:
+        if foreign := [path for path in _sharing(p, owners) if path not in covered]:
             obstacle = f"its {name} is tied to {', '.join(foreign)}"
             return [replace(s, form=None, obstacle=obstacle, refused=True) for s in group]
-    return [replace(first, tied=tuple(others))]
+    bias = own_parameters(first.module).get("bias")
+    shared = () if bias is None else _sharing(bias, owners)
+    own = f"{first.module_paths[0]}.bias".lstrip(".")
+    return [
+        replace(first, tied=tuple(others), bias_shared_with=tuple(o for o in shared if o != own))
+    ]
 
 
-def _identity(parameter: Tensor) -> object:
-    """Equal for two parameters that are one object or share memory (a transposed tie does)."""
-    plain = type(parameter.data) is Tensor and not parameter.is_meta
-    pointer = parameter.data_ptr() if plain else 0
-    return ("memory", pointer) if pointer else id(parameter)
+def _sharing(tensor: Tensor, owners: _Owners) -> list[str]:
+    """The paths of the parameters and buffers in the memory of this one, its own included."""
+    memory, start, end = _extent(tensor)
+    return [path for low, high, path in owners.get(memory, ()) if low < end and start < high]
+
+
+def _extent(tensor: Tensor) -> tuple[object, int, int]:
+    """The memory that a tensor is in, and where: two that overlap are tied, as views are."""
+    plain = type(tensor.data) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    if not plain or tensor.numel() == 0:
+        return id(tensor), 0, 1
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in steps)
+    start = tensor.data_ptr()
+    return tensor.untyped_storage().data_ptr(), start, start + span * tensor.element_size()
