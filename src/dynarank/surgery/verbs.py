@@ -37,6 +37,7 @@ from dynarank.surgery.edit import Edit, prepare_edit
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
 from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.unfit import UnfitLayers
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
@@ -257,18 +258,28 @@ def change_forms(
     optimizer: Optimizers = None,
     moments: Moments = "project",
     calibration: Mapping[str, ActivationStats] | None = None,
+    *,
+    undo: ExitStack | None = None,
 ) -> list[Change]:
-    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`."""
-    optimizers = as_list(optimizer)
+    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`.
+
+    ``undo``: a stack that can take the change back after it was made.
+    """
+    optimizers, unfit, edits = as_list(optimizer), UnfitLayers(), list[Edit]()
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits = [prepare_edit(s, form, (calibration or {}).get(s.path)) for s, form in wanted]
+        for site, form in wanted:
+            with unfit.layer(site.path):
+                edits.append(prepare_edit(site, form, (calibration or {}).get(site.path)))
+        unfit.check()
         contents = new_contents(edits, optimizers, moments)
-    with ExitStack() as undo:
+    with ExitStack() as made:
         for edit in edits:
-            edit.commit(undo)
-        write(contents, undo)
+            edit.commit(made)
+        write(contents, made)
         _check(edits, optimizers)
-        undo.pop_all()  # all is well: nothing to undo
+        kept = made.pop_all()  # all is well: nothing to undo
+        if undo is not None:
+            undo.enter_context(kept)
     return [edit.change for edit in edits]
 
 
