@@ -126,7 +126,7 @@ def test_a_change_that_a_later_plan_does_not_want_is_forgotten() -> None:
     changes, messages = told(ranks)  # low-rank is asked for again, which it still is
     assert [change.path for change in changes] == ["0"] and not messages
     assert not ranks.state_dict()["postponed"]
-    assert "next try in 1 steps" in told(ranks)[1][0]  # another change: patience starts anew
+    assert "next try in 1 steps" in told(ranks)[1][0]  # another change
 
 
 def test_a_change_not_made_by_the_end_is_tried_once_more_and_said() -> None:

@@ -124,14 +124,21 @@ def stateful_callbacks(callbacks: Mapping[str, Callback]) -> dict[str, Callback]
     return {name: one for name, one in callbacks.items() if type(one).state_dict is not base}
 
 
-def load_callback(callback: Callback, state: Mapping[str, Any], undo: ExitStack) -> None:
+def load_callback(name: str, callback: Callback, state: Mapping[str, Any], undo: ExitStack) -> None:
     """Load a callback's state; ``undo`` can take it back, even if only half of it was loaded."""
     before = copy.deepcopy(callback.state_dict())
 
     def reload() -> None:
-        with suppress(Exception):  # one that refuses its own state has its attributes back already
+        with suppress(Exception), ExitStack() as attributes:
+            restore_on_exit(vars(callback), attributes)  # if it refuses its own state
             callback.load_state_dict(before)
+            attributes.pop_all()
 
     undo.callback(reload)
     restore_on_exit(vars(callback), undo)
-    callback.load_state_dict(state)
+    try:
+        callback.load_state_dict(state)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"the callback {name} refuses the saved state {dict(state)!r}: {error!r}"
+        ) from error

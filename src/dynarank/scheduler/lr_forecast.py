@@ -98,9 +98,11 @@ class Forecast:
         if (
             set(state) != set(self.state_dict())
             or not (isinstance(rates, Sequence) and all(map(_is_rate, rates)))
+            or len(rates) not in (0, POINTS, len(self.rates))
             or not (every is None or (_is_rate(every) and every > 0))
             or not (isinstance(seen, Sequence) and [*map(type, seen)] == [int, int])
-            or type(rises) is not int
+            or not (seen[0] >= 0 and seen[1] >= -1)
+            or not (type(rises) is int and 0 <= rises <= 2)
         ):
             raise ValueError(
                 "the state of a forecast is its learning rates, finite and at least 0, and when "

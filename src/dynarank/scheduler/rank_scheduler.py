@@ -187,6 +187,9 @@ class RankScheduler:
                 callbacks; a key is missing or unknown; a value is not what was saved.
         """
         saved = SavedState.of(state, self.schedule, self.total_steps, self._layers, self.callbacks)
+        sites = survey(self.model)
+        for plan in saved.plans():
+            differences(self.model, plan, sites)  # each is possible
         with ExitStack() as undo:
             for part in (self, self.forecast, self._postponed):
                 restore_on_exit(vars(part), undo)
@@ -197,8 +200,7 @@ class RankScheduler:
             self.decisions, self._postponed.layers = saved.decisions, saved.postponed
             self.forecast.load_state_dict(state["forecast"])
             for name, one in saved.callbacks.items():
-                load_callback(self.callbacks[name], one, undo)
-            differences(self.model, saved.plan or {})  # it can be followed
+                load_callback(name, self.callbacks[name], one, undo)
             self._watch_gradients()
             undo.pop_all()
 

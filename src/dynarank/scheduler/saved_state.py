@@ -97,7 +97,17 @@ class SavedState:
         for key, named in (("postponed", saved.postponed), ("last_factored_forms", saved.last)):
             if unknown := named.keys() - forms.keys():
                 raise ValueError(_wrong(key, sorted(unknown), "these layers have no form in it"))
+        for path, waiting in saved.postponed.items():
+            if waiting.before != forms[path]:
+                why = f"the form of {path!r} in 'forms' is {forms[path]}"
+                raise ValueError(_wrong("postponed", waiting, why))
         return saved
+
+    def plans(self) -> list[Mapping[str, Form]]:
+        """All forms in it, by path, as plans that the model must be able to follow."""
+        waiting = self.postponed.items()
+        before, after = ({p: getattr(w, k) for p, w in waiting} for k in ("before", "after"))
+        return [self.forms, self.last, self.plan or {}, before, after]
 
 
 def schedule_identity(schedule: RankSchedule) -> Any:
@@ -189,7 +199,9 @@ def _each(
 
 def _form(data: Mapping[str, Any]) -> Form:
     form = form_from_data(data)
-    if not _equal(form_to_data(form), data) or not isinstance(data.get("recompute", False), bool):
+    typed = isinstance(data.get("recompute", False), bool)
+    typed &= isinstance(data.get("decomposition", ""), str)
+    if not (typed and _equal(form_to_data(form), data)):
         raise ValueError(f"{dict(data)!r} is not the data of a form")
     return form
 
@@ -219,11 +231,14 @@ def _waiting(data: Mapping[str, Any]) -> Waiting:
 def _decisions(states: Any) -> list[Decision]:
     with _reading("decisions", states):
         made = [Decision.from_data(data) for data in states]
+        if not isinstance(states, list):
+            raise ValueError("they are a list")
         for data, one in zip(states, made, strict=True):
             _count(data, "step")
             _form(data["form"])
             texts, numbers = (one.path, one.reason), one.readings.values()
-            if not all(type(text) is str for text in texts) or not all(map(_number, numbers)):
+            typed = all(type(text) is str for text in texts) and all(map(_number, numbers))
+            if not (typed and _equal(one.to_data(), data)):
                 raise ValueError(f"{dict(data)!r} is not the data of a decision")
         return made
 

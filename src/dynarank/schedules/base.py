@@ -330,6 +330,10 @@ class Mapped(RankSchedule):
         """The initial state of the wrapped schedule."""
         return self.schedule.start()
 
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        self.schedule.check_state(state, layers)
+
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The wrapped schedule's answer, with the function applied to its plan."""
         answer = self.schedule.update(state, clock, readings)
