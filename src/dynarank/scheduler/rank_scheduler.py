@@ -186,8 +186,10 @@ class RankScheduler:
             ValueError: it is not the state of such a run: other steps, layers, schedule or
                 callbacks; a key is missing or unknown; a value is not what was saved.
         """
-        saved = SavedState.of(state, self.schedule, self.total_steps, self._layers, self.callbacks)
         sites = survey(self.model)
+        own = self.schedule, self.total_steps, self._layers, self.callbacks
+        shapes = {site.path: site.spec.unit_shape for site in sites if site.form is not None}
+        saved = SavedState.of(state, *own, shapes)
         for plan in saved.plans():
             differences(self.model, plan, sites)  # each is possible
         with ExitStack() as undo:
@@ -196,6 +198,7 @@ class RankScheduler:
             if restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo):
                 self._loads.again(undo)
             self.last_step, self._plan = saved.last_step, saved.plan
+            self._layers = {path: tuple(shape) for path, shape in saved.layers.items()}
             self.schedule, self._state = saved.schedule, saved.schedule_state
             self.decisions, self._postponed.layers = saved.decisions, saved.postponed
             self.forecast.load_state_dict(state["forecast"])

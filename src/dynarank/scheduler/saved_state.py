@@ -42,6 +42,7 @@ class SavedState:
 
     Args:
         last_step: the number of optimizer steps that were done.
+        layers: the scheduled layers, with their shapes.
         schedule: the schedule that goes on: the scheduler's own, or a fitted one that was saved.
         schedule_state: its state.
         postponed: the layers whose change was postponed.
@@ -53,6 +54,7 @@ class SavedState:
     """
 
     last_step: int
+    layers: Mapping[str, Sequence[int]]
     schedule: RankSchedule
     schedule_state: State
     postponed: dict[str, Waiting]
@@ -70,20 +72,26 @@ class SavedState:
         total_steps: int,
         layers: Mapping[str, Sequence[int]],
         callbacks: Mapping[str, Callback],
+        shapes: Mapping[str, Sequence[int]],
     ) -> SavedState:
-        """Read a state for a scheduler with these arguments.
+        """Read a state for a scheduler with these arguments, and a model of these shapes.
 
         Raises:
             ValueError: a key is missing or unknown, a value is not what ``state_dict`` returns, or
                 it is the state of another run: other steps, layers, callbacks, another schedule.
         """
-        _check_run(state, total_steps, layers, callbacks)
+        _check_run(state, total_steps, callbacks)
         goes_on = _schedule(state["scheduled_by"], schedule)
+        # Which layers get cheaper may differ from one fitted schedule to another.
+        able = layers if goes_on is schedule else {p: shapes.get(p, ()) for p in state["layers"]}
+        _check_layers(state["layers"], able)
+        layers = able
         with _reading("schedule", state["schedule"]):
             goes_on.check_state(state["schedule"], layers)
         forms = _each(state, "forms", _resolved_form)
         saved = cls(
             last_step=_count(state, "last_step"),
+            layers=layers,
             schedule=goes_on,
             schedule_state=state["schedule"],
             postponed=_each(state, "postponed", _waiting),
@@ -122,7 +130,6 @@ def schedule_identity(schedule: RankSchedule) -> Any:
 def _check_run(
     state: Any,
     total_steps: int,
-    layers: Mapping[str, Sequence[int]],
     callbacks: Mapping[str, Callback],
 ) -> None:
     """Raise ValueError if it is no state, or that of another run."""
@@ -138,13 +145,16 @@ def _check_run(
     for key in ("layers", "callbacks", "schedule", "forecast"):
         if not isinstance(found[key], Mapping):
             raise ValueError(_wrong(key, found[key], "it is a dict"))
-    mine, saved = {path: list(shape) for path, shape in layers.items()}, found["layers"]
+    _check_callbacks(found["callbacks"], callbacks)
+
+
+def _check_layers(saved: object, layers: Mapping[str, Sequence[int]]) -> None:
+    mine = {path: list(shape) for path, shape in layers.items()}
     if not _equal(saved, mine):
         raise ValueError(
             f"the saved run scheduled the layers {saved!r}, this one schedules {mine!r}; give the "
             "same model and layers="
         )
-    _check_callbacks(found["callbacks"], callbacks)
 
 
 def _check_callbacks(states: Mapping[str, Any], callbacks: Mapping[str, Callback]) -> None:
