@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 
@@ -48,19 +49,25 @@ def restore_forms(
     wanted = differences(model, forms)
     alike = [pair for pair in wanted if _same_parameters(*pair)]
     others = [pair for pair in wanted if not _same_parameters(*pair)]
-    try:
-        changes = change_forms(others, optimizers, "reset", undo=undo)
-    except UnfitWeightError as error:
-        for site in (site for site, _ in others if site.path in error.layers):
-            for parameter in site.parameters().values():
-                undo.callback(parameter.data.copy_, parameter.data.clone())
-                parameter.data.zero_()
-        changes = change_forms(others, optimizers, "reset", undo=undo)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what is lost is loaded again
+        try:
+            changes = change_forms(others, optimizers, "reset", undo=undo)
+        except UnfitWeightError as error:
+            for site in (site for site, _ in others if site.path in error.layers):
+                _zero(site, undo)
+            changes = change_forms(others, optimizers, "reset", undo=undo)
     for site, after in alike:
         _relabel(site, after, undo)
     for path, site in find_sites(model, survey(model), forms).items():
         _remember(site, last.get(path), undo)
     return changes
+
+
+def _zero(site: Site, undo: ExitStack) -> None:
+    for parameter in site.parameters().values():
+        undo.callback(parameter.data.copy_, parameter.data.clone())
+        parameter.data.zero_()
 
 
 def _same_parameters(site: Site, after: Form) -> bool:
