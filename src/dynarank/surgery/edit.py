@@ -20,6 +20,7 @@ from dynarank.decompositions.truncation import ActivationStats, split_activation
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.surgery.settings import frozen_factors, new_parameters
 from dynarank.surgery.sites import Site
 
 __all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_on_exit"]
@@ -45,12 +46,14 @@ class Edit:
 
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
+        frozen = frozen_factors(self.site, self.old)
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)
             layer = _make_ranked(site.module, undo)
             _replace(own_parameters(layer), self.old, self.new)
             layer.set_form(site.spec.name, self.change.after)
+            layer.frozen_factors = {**layer.frozen_factors, site.spec.name: frozen}
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
@@ -72,12 +75,9 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
         return Edit(site, Change(site.path, before, after, 0.0), {}, {})
     _check_values(site.path, old)
     weight = _effective(site.spec, before, old)
-    trains = any(p.requires_grad for p in site.trained())
     values, shift = _values(site, weight, after, activity)
-    new = {
-        name: Parameter(_like(value, old), requires_grad=trains and not site.spec.is_base(name))
-        for name, value in zip(site.spec.parameter_names(after), values, strict=True)
-    }
+    names = site.spec.parameter_names(after)
+    new = new_parameters(site, dict(zip(names, values, strict=True)))
     norm, error = weight.norm().item(), (_effective(site.spec, after, new) - weight).norm().item()
     error = error / norm if norm > 0 else error
     dtype = next(iter(old.values())).dtype
@@ -157,15 +157,3 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
             )
         if not torch.isfinite(p).all():
             raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
-
-
-def _like(tensor: Tensor, old: dict[str, Parameter]) -> Tensor:
-    """The tensor in the dtype, on the device and in the memory format of the old parameters."""
-    first, last = next(iter(old.values())), torch.channels_last
-    tensor = tensor.detach().to(first.device, first.dtype)
-    if tensor.ndim == 4 and any(
-        p.ndim == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous()
-        for p in old.values()
-    ):
-        return tensor.contiguous(memory_format=last)
-    return tensor.contiguous()

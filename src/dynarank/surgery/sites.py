@@ -68,6 +68,12 @@ class Site:
         known = self.module.last_factored_forms if isinstance(self.module, RankedLayer) else {}
         return known.get(self.spec.name)
 
+    @property
+    def frozen_factors(self) -> frozenset[str]:
+        """The names of factors that were frozen when the weight last had them, and others not."""
+        known = self.module.frozen_factors if isinstance(self.module, RankedLayer) else {}
+        return known.get(self.spec.name, frozenset())
+
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that make up the weight in its form, by their names in the module."""
         assert self.form is not None

@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynarank.decompositions.truncation import ActivationStats
@@ -34,6 +34,7 @@ from dynarank.forms import (
 )
 from dynarank.layers import RankedLayer
 from dynarank.surgery.edit import Edit, prepare_edit
+from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
 from dynarank.surgery.sites import Site, survey
@@ -60,7 +61,8 @@ def apply_plan(
         model: any module; its modules keep their identity, hooks and names.
         plan: a form for each path.
         optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
-            the old ones, and their state moves with them.
+            the old ones, and their state moves with them. An optimizer that is not passed but
+            holds old parameters raises RuntimeError in its next step.
         moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"`` drops
             them. A :class:`GradientWindow` projects too, but takes second moments from the
             gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
@@ -269,6 +271,7 @@ def change_forms(
         write(contents, undo)
         _check(edits, optimizers)
         undo.pop_all()  # all is well: nothing to undo
+    watch_replaced(edits)
     return [edit.change for edit in edits]
 
 
@@ -291,7 +294,8 @@ def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
             count, trains = held[id(p)], not edit.site.spec.is_base(name)
             assert count == trains or (count == 0 and not p.requires_grad), edit.site.path
         assert not any(held[id(p)] for p in edit.old.values()), edit.site.path
-    for p, state in (item for optimizer in optimizers for item in optimizer.state.items()):
-        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+    states: list[tuple[Any, Any]] = [item for o in optimizers for item in o.state.items()]
+    for p, state in states:
+        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq") if isinstance(p, Tensor) else ():
             value = state.get(key)
             assert value is None or value.shape == p.shape, key

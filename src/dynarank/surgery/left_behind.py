@@ -1,0 +1,87 @@
+"""Optimizers that were not passed to a change, and so go on with parameters that it replaced.
+
+They would train what did not change, the biases say, and nothing else. Who holds a parameter cannot
+be asked when it is replaced, but the next ``optimizer.step()`` can be: replaced parameters that are
+still alive are remembered, weakly, and while there are any, every step looks for them in its
+groups.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+from weakref import ref
+
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from dynarank.layers import RankedLayer, own_parameters
+from dynarank.surgery.edit import Edit
+
+__all__ = ["watch_replaced"]
+
+# Of each replaced parameter: its layer's path, its module, and its weight's name in the module.
+_REPLACED = WeakTensorKeyDictionary()
+_HOOKS: list[Any] = []
+
+
+def watch_replaced(edits: Iterable[Edit]) -> None:
+    """From now on, an optimizer that steps with the edits' old parameters is told so.
+
+    Its step raises RuntimeError if the new parameters have gradients and no optimizer holds them;
+    it warns if another one does.
+    """
+    for edit in edits:
+        for name, old in edit.old.items():
+            if old.requires_grad and not edit.site.spec.is_base(name):
+                _REPLACED[old] = edit.site.path, ref(edit.site.module), edit.site.spec.name
+    if _REPLACED and not _HOOKS:
+        _HOOKS.append(register_optimizer_step_pre_hook(_check))
+
+
+def _check(optimizer: Optimizer, *_: Any) -> None:
+    """Raise RuntimeError if an optimizer is about to leave changed layers untrained."""
+    if not _REPLACED:
+        while _HOOKS:
+            _HOOKS.pop().remove()
+        return
+    replaced = {id(p): entry for p, entry in _REPLACED.items()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    left: dict[str, list[Parameter]] = {}
+    for path, module, name in (replaced[id(p)] for p in held if id(p) in replaced):
+        left[path] = [p for p in _current(module(), name) if p.grad is not None]
+    left = {path: lost for path, new in left.items() if (lost := _missing(new, held))}
+    if not left:
+        return
+    listed = ", ".join(map(repr, [*left][:5])) + (" and others" if len(left) > 5 else "")
+    others = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
+    elsewhere = [p for one in others for group in one.param_groups for p in group["params"]]
+    said = f"this {type(optimizer).__name__} holds old parameters of {listed}, replaced by a change"
+    if any(_missing(new, elsewhere) for new in left.values()):
+        raise RuntimeError(
+            f"{said} that it was not passed to: it would leave these layers untrained; pass it to "
+            "the function that changes forms (optimizer=), or make a new optimizer after the change"
+        )
+    warnings.warn(f"{said}; their new parameters are in another optimizer", stacklevel=3)
+    for p in held:
+        _REPLACED.pop(p, None)
+
+
+def _current(module: nn.Module | None, name: str) -> list[Parameter]:
+    """The parameters that a weight has now, those that train."""
+    if module is None:
+        return []
+    names = module.resolved(name).names if isinstance(module, RankedLayer) else (name,)
+    found = [own_parameters(module).get(one) for one in names]
+    return [p for p in found if p is not None and p.requires_grad]
+
+
+def _missing(parameters: Sequence[Parameter], held: Iterable[Parameter]) -> list[Parameter]:
+    """Those of the parameters that are not held."""
+    ids = {id(p) for p in held}
+    return [p for p in parameters if id(p) not in ids]

@@ -1,0 +1,91 @@
+"""What new parameters take over from the old ones, their values apart.
+
+Whether they train, their class and attributes, shared memory, dtype, device and memory format.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from dynarank.surgery.sites import Site
+
+__all__ = ["frozen_factors", "new_parameters"]
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parameter]:
+    """The parameters of a weight's new form, from their values by name.
+
+    Each takes over the attributes of the old parameter of its name, else of the weight's first that
+    has them. A factor that is frozen while others train stays frozen in every form that has it; all
+    are frozen if the weight is. A base is always frozen.
+    """
+    old, trains = site.parameters(), _trains(site, values)
+    new: dict[str, Parameter] = {}
+    for name, value in values.items():
+        first = [old[name]] if name in old else []
+        sources = [*first, *(p for n, p in old.items() if n != name)]
+        new[name] = Parameter(_like(value, sources), requires_grad=trains[name])
+        new[name].__class__ = type(sources[0])
+        for key, kept in _attributes(site.path, sources, new[name]):
+            setattr(new[name], key, kept)
+        if any(p.device.type == "cpu" and p.is_shared() for p in sources):
+            new[name].share_memory_()
+    return new
+
+
+def frozen_factors(site: Site, old: Mapping[str, Parameter]) -> frozenset[str]:
+    """The names of factors that are frozen while others train, or were when last seen."""
+    now = {name: p.requires_grad for name, p in old.items() if not site.spec.is_base(name)}
+    if not any(now.values()):
+        return site.frozen_factors
+    return frozenset({*now, *site.frozen_factors} - {name for name, does in now.items() if does})
+
+
+def _trains(site: Site, names: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether each of the new parameters trains."""
+    now = {n: p.requires_grad for n, p in site.parameters().items() if not site.spec.is_base(n)}
+    free = [name for name in names if not site.spec.is_base(name)]
+    trains = {name: now.get(name, name not in site.frozen_factors) for name in free}
+    if not any(trains.values()) or not any(now.values()):
+        trains = dict.fromkeys(free, any(now.values()))
+    return {name: trains.get(name, False) for name in names}
+
+
+def _attributes(path: str, sources: list[Parameter], new: Parameter) -> Iterator[tuple[str, Any]]:
+    """What the old parameters have been given as attributes, the first one's last.
+
+    A tensor with a value for each entry of the old parameter has none for the new one's.
+    """
+    for source in reversed(sources):
+        for key, value in vars(source).items():
+            if key.startswith("_dynamo"):  # what the compiler noted of this very tensor
+                continue
+            fits = not isinstance(value, Tensor) or value.shape != source.shape
+            if fits or new.shape == source.shape:
+                yield key, value
+            else:
+                warnings.warn(
+                    f"layer {path!r}: the attribute {key!r} has a value for each entry of a "
+                    "parameter that is replaced by others, and is dropped",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+
+def _like(tensor: Tensor, old: list[Parameter]) -> Tensor:
+    """The tensor in the dtype, on the device and in the memory format of the old parameters."""
+    tensor, last = tensor.detach().to(old[0].device, old[0].dtype), _CHANNELS_LAST.get(tensor.ndim)
+    if last is not None and any(
+        p.ndim == tensor.ndim and p.is_contiguous(memory_format=last) and not p.is_contiguous()
+        for p in old
+    ):
+        return tensor.contiguous(memory_format=last)
+    return tensor.contiguous()
