@@ -59,6 +59,14 @@ def by_layer(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": list(layer.parameters())} for layer in model if len([*layer.parameters()])]
 
 
+def copies(optimizer: Optimizer) -> list[list[Tensor]]:
+    return [list(group["params"]) for group in optimizer.param_groups]
+
+
+def zeros(model: nn.Module) -> dict[int, Tensor]:
+    return {i: torch.zeros_like(p) for i, p in enumerate(model.parameters())}
+
+
 def whole(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
@@ -67,7 +75,7 @@ FOLLOW: dict[str, Callable[[nn.Module], Any]] = {
     "alias": lambda m: Home(m.parameters(), lambda o: o.param_groups[0]["params"]),
     "copy": lambda m: Home(m.parameters(), lambda o: list(o.param_groups[0]["params"])),
     "all groups": lambda m: Home(by_layer(m), whole),
-    "a list a group": lambda m: Home(by_layer(m), lambda o: [[*g["params"]] for g in o.param_groups]),
+    "a list a group": lambda m: Home(by_layer(m), copies),
     "aliases": lambda m: Home(by_layer(m), lambda o: [g["params"] for g in o.param_groups]),
     "sam": lambda m: SAM(m.parameters()),
     "several": lambda m: Several(SGD(m[0].parameters(), 0.1), Adam(m[2].parameters())),
@@ -130,7 +138,7 @@ REFUSED: dict[str, Callable[[nn.Module], Any]] = {
     "names": lambda m: dict(m.named_parameters()),
     "one": lambda m: m[0].weight,
     "slow copies": lambda m: [p.detach().clone() for p in m.parameters()],
-    "velocity": lambda m: {"velocity": {i: torch.zeros_like(p) for i, p in enumerate(m.parameters())}},
+    "velocity": lambda m: {"velocity": zeros(m)},
     "flat master": lambda m: nn.utils.parameters_to_vector(m.parameters()).detach(),
 }  # fmt: skip
 

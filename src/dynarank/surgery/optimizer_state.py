@@ -155,7 +155,9 @@ def _states(
         start = options[0]["initial_accumulator_value"]
         moved = [{"step": torch.zeros(()), "sum": torch.tensor(start)} for _ in new]
     like = {key: v for s in states for key, v in s.items() if isinstance(v, Tensor)}
-    return [(p, _fit(state, p, like)) for p, state in zip(new, moved, strict=True) if state]
+    pairs = zip(new, moved, strict=True)
+    whole = not any(p.requires_grad for p in new)  # frozen; else a frozen factor has no state
+    return [(p, _fit(s, p, like)) for p, s in pairs if s and (p.requires_grad or whole)]
 
 
 def _averaging(optimizer: Any, groups: Sequence[Group]) -> Averaging:

@@ -6,7 +6,7 @@ Whether they train, their class and attributes, shared memory, dtype, device and
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,8 +34,7 @@ def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parame
         sources = [*first, *(p for n, p in old.items() if n != name)]
         new[name] = Parameter(_like(value, sources), requires_grad=trains[name])
         new[name].__class__ = type(sources[0])
-        for key, kept in _attributes(site.path, sources, new[name]):
-            setattr(new[name], key, kept)
+        vars(new[name]).update(_attributes(site.path, sources, new[name]))
         if any(p.device.type == "cpu" and p.is_shared() for p in sources):
             new[name].share_memory_()
     return new
@@ -59,25 +58,25 @@ def _trains(site: Site, names: Mapping[str, Any]) -> dict[str, bool]:
     return {name: trains.get(name, False) for name in names}
 
 
-def _attributes(path: str, sources: list[Parameter], new: Parameter) -> Iterator[tuple[str, Any]]:
-    """What the old parameters have been given as attributes, the first one's last.
+def _attributes(path: str, sources: list[Parameter], new: Tensor) -> dict[str, Any]:
+    """What the old parameters have been given as attributes; of two, the first one's counts.
 
     A tensor with a value for each entry of the old parameter has none for the new one's.
     """
+    kept: dict[str, Any] = {}
     for source in reversed(sources):
         for key, value in vars(source).items():
-            if key.startswith("_dynamo"):  # what the compiler noted of this very tensor
-                continue
-            fits = not isinstance(value, Tensor) or value.shape != source.shape
-            if fits or new.shape == source.shape:
-                yield key, value
-            else:
+            each = isinstance(value, Tensor) and value.shape == source.shape
+            if each and new.shape != source.shape:
                 warnings.warn(
                     f"layer {path!r}: the attribute {key!r} has a value for each entry of a "
                     "parameter that is replaced by others, and is dropped",
                     RuntimeWarning,
                     stacklevel=2,
                 )
+            elif not key.startswith("_dynamo"):  # what the compiler noted of this very tensor
+                kept[key] = value
+    return kept
 
 
 def _like(tensor: Tensor, old: list[Parameter]) -> Tensor:
