@@ -53,7 +53,7 @@ def test_neither_does_one_of_two_of_which_the_other_was_passed() -> None:
     dr.factorize(model, 4, layers="*", optimizer=first)
     backward(model)
     first.step()
-    with pytest.warns(UserWarning, match=r"of '0', '2'.* are in another optimizer"):
+    with pytest.warns(RuntimeWarning, match=r"of '0', '2'.* are in another optimizer"):
         second.step()
     second.step()  # said once
 

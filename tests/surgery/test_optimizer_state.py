@@ -313,3 +313,24 @@ def test_a_state_of_no_parameter_is_kept() -> None:
     optimizer.state["steps"] = 7
     dr.factorize(model, 2, layers="*", optimizer=optimizer)
     assert optimizer.state["steps"] == 7
+
+
+def test_a_shared_state_stays_shared() -> None:
+    """As training in several processes (Hogwild) has it."""
+    model = nn.Sequential(nn.Linear(8, 8)).share_memory()
+    optimizer = torch.optim.AdamW(model.parameters())
+    run(model, optimizer, torch.randn(3, 8), 1)
+    optimizer.state[model[0].weight]["exp_avg"].share_memory_()
+    dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    assert optimizer.state[model[0].up]["exp_avg"].is_shared()
+    assert not optimizer.state[model[0].up]["exp_avg_sq"].is_shared()
+
+
+def test_the_scheduler_refuses_at_once_a_layer_in_no_optimizer_that_changes_later() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    schedule = dr.schedules.pufferfish(2, switch=5)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"'1' trains, but no optimizer given holds"):
+        dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
+    model[1].weight.requires_grad_(False)
+    dr.RankScheduler(model, optimizer, schedule, 9, layers="*")

@@ -22,7 +22,7 @@ from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.schedules.timelines import Phase, timeline
-from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
 from dynarank.surgery.selection import LayerFilter, find_sites, select
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.verbs import apply_plan, change_forms, differences
@@ -58,8 +58,9 @@ class RankScheduler:
 
     Raises:
         ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
-            plan is impossible (unknown layer, rank above a layer's limit); the optimizer's state
-            cannot be converted. Every phase that can be predicted is checked before any change.
+            plan is impossible (unknown layer, rank above a layer's limit); a layer trains in no
+            optimizer or in two, or the optimizer's state cannot be converted. Every phase that can
+            be predicted is checked before any change.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -103,6 +104,7 @@ class RankScheduler:
         self._state = self.schedule.start()
         sites = survey(model)
         scheduled = scheduled_layers(sites, self.schedule, total_steps, layers)
+        check_held(scheduled, self.optimizer)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
         check_phases(model, self.phases(), sites)
         try:

@@ -60,14 +60,15 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         return
     listed = ", ".join(map(repr, [*left][:5])) + (" and others" if len(left) > 5 else "")
     others = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
-    elsewhere = [p for one in others for group in one.param_groups for p in group["params"]]
+    held_at_all = [p for one in others for group in one.param_groups for p in group["params"]]
     said = f"this {type(optimizer).__name__} holds old parameters of {listed}, replaced by a change"
-    if any(_missing(new, elsewhere) for new in left.values()):
+    if any(_missing(new, held_at_all) for new in left.values()):
         raise RuntimeError(
             f"{said} that it was not passed to: it would leave these layers untrained; pass it to "
             "the function that changes forms (optimizer=), or make a new optimizer after the change"
         )
-    warnings.warn(f"{said}; their new parameters are in another optimizer", stacklevel=3)
+    said += "; their new parameters are in another optimizer"
+    warnings.warn(said, RuntimeWarning, stacklevel=3)
     for p in held:
         _REPLACED.pop(p, None)
 

@@ -61,7 +61,7 @@ class Averaging:
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> Averaging:
-        """That of a parameter group of SGD, Adam, AdamW or RAdam."""
+        """That of a parameter group; its weight decay is L2 unless it says otherwise."""
         decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0))
         if "betas" in group:
             first, second = group["betas"]

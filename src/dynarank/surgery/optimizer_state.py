@@ -27,8 +27,17 @@ from dynarank.surgery.edit import Edit, restore_on_exit
 from dynarank.surgery.moments import Averaging, GradientSamples, Side, carry, check_states, prune
 from dynarank.surgery.own_references import follow, groups_of, is_optimizer, wrapped
 from dynarank.surgery.param_groups import Contents, Group, regroup
+from dynarank.surgery.sites import Site
 
-__all__ = ["Moments", "Optimizers", "as_list", "check_movable", "new_contents", "write"]
+__all__ = [
+    "Moments",
+    "Optimizers",
+    "as_list",
+    "check_held",
+    "check_movable",
+    "new_contents",
+    "write",
+]
 
 Moments: TypeAlias = Literal["project", "calibrated", "reset", "prune"] | GradientSamples
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
@@ -76,7 +85,8 @@ def new_contents(
             f"moments is {', '.join(map(repr, POLICIES))} or a GradientWindow, got {moments!r}"
         )
     families = [wrapped(optimizer) for optimizer in optimizers]
-    owners = [(edit, _owner(edit, families)) for edit in edits] if optimizers else []
+    changed = [edit for edit in edits if edit.old] if optimizers else []
+    owners = [(edit, _owner(edit.site, families)) for edit in changed]
     contents: Contents = []
     for family in families:
         mine, groups = [edit for edit, owner in owners if owner is family], groups_of(family)
@@ -100,17 +110,24 @@ def write(contents: Contents, undo: ExitStack) -> None:
             table.update(new)
 
 
-def _owner(edit: Edit, families: Sequence[list[Any]]) -> list[Any] | None:
-    """The optimizer that holds the layer, and those it wraps; a frozen layer may have none."""
-    ids = {id(p) for p in edit.old.values()}
+def check_held(sites: Iterable[Site], optimizers: Sequence[Optimizer]) -> None:
+    """Raise ValueError for a weight that trains, but not in exactly one of the optimizers."""
+    families = [wrapped(optimizer) for optimizer in optimizers]
+    for site in sites if optimizers else ():
+        _owner(site, families)
+
+
+def _owner(site: Site, families: Sequence[list[Any]]) -> list[Any] | None:
+    """The optimizer that holds the weight, and those it wraps; a frozen weight may have none."""
+    ids = {id(p) for p in site.parameters().values()}
     found = [f for f in families if any(id(p) in ids for g in groups_of(f) for p in g["params"])]
     if len(found) == 1:
         return found[0]
-    if not found and not any(p.requires_grad for p in edit.new.values()):
+    if not found and not any(p.requires_grad for p in site.trained()):
         return None
     count = "two optimizers hold" if found else "no optimizer given holds"
     raise ValueError(
-        f"layer {edit.site.path!r} trains, but {count} its parameters ({', '.join(edit.old)}); "
+        f"layer {site.path!r} trains, but {count} its parameters ({', '.join(site.parameters())}); "
         "pass the one that does as optimizer= (a list if there are several), or freeze it first"
     )
 
@@ -151,9 +168,10 @@ def _states(
     if options[0].get("momentum") and options[0].get("fused"):
         # Fused SGD wants a buffer in all or in none.
         moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
-    if _torch_class(optimizer) == "Adagrad":  # makes its state when it is constructed
-        start = options[0]["initial_accumulator_value"]
-        moved = [{"step": torch.zeros(()), "sum": torch.tensor(start)} for _ in new]
+    if _torch_class(optimizer) == "Adagrad":  # until torch 2.12 it makes its state once
+        first = next(state for state in states if state)
+        total = torch.tensor(float(options[0]["initial_accumulator_value"]))
+        moved = [{"step": torch.zeros_like(first["step"]), "sum": total} for _ in new]
     like = {key: v for s in states for key, v in s.items() if isinstance(v, Tensor)}
     pairs = zip(new, moved, strict=True)
     whole = not any(p.requires_grad for p in new)  # frozen; else a frozen factor has no state
@@ -189,4 +207,6 @@ def _fit(state: dict[str, Any], parameter: Parameter, like: dict[str, Tensor]) -
         old = like.get(key, parameter)
         empty = torch.empty_like(parameter, dtype=old.dtype, device=old.device)
         fitted[key] = deepcopy(v) if key == "step" else empty.copy_(v).detach()
+        if key in like and not old.is_cuda and old.is_shared():
+            fitted[key].share_memory_()
     return fitted
