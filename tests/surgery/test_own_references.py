@@ -156,6 +156,31 @@ def test_what_cannot_follow_is_refused_by_name(kind: str, moments: Any) -> None:
     assert [*map(id, optimizer.param_groups[0]["params"])] == [*map(id, held)]
 
 
+def in_a_group(optimizer: Optimizer) -> None:
+    group = optimizer.param_groups[0]
+    group["slow"] = [p.detach().clone() for p in group["params"]]
+
+
+def in_a_global_state(optimizer: Optimizer) -> None:
+    optimizer.state["all"] = {"directions": [torch.zeros(sum(p.numel() for p in whole(optimizer)))]}
+
+
+def in_the_first_state(optimizer: Optimizer) -> None:
+    """As home-made quasi-Newton methods do."""
+    state = optimizer.state[whole(optimizer)[-1]]
+    state["directions"] = [torch.zeros(sum(p.numel() for p in whole(optimizer)))]
+
+
+@pytest.mark.parametrize("keep", [in_a_group, in_a_global_state, in_the_first_state])
+def test_so_is_what_is_hidden_elsewhere(keep: Callable[[Optimizer], None]) -> None:
+    model = mlp()
+    optimizer = Keeps(model.parameters(), None)
+    keep(optimizer)
+    with pytest.raises(ValueError, match=r"Keeps holds (values|vectors) .* cannot follow"):
+        dr.factorize(model, 3, layers="0", optimizer=optimizer, moments="reset")
+    assert type(model[0]) is nn.Linear
+
+
 FREE: dict[str, Callable[[nn.Module], Any]] = {
     "other layers": lambda m: (m[2].weight, m[2].bias, {id(m[2].weight)}),
     "scalars": lambda m: [torch.zeros(()), torch.ones(1), 3, "lr", None],

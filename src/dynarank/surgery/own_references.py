@@ -77,6 +77,8 @@ def follow(optimizers: Sequence[Any], edits: Sequence[Edit], regrouped: Contents
                     contents.append((holder, new))
                 elif any(lists.is_value_for(item, olds.values()) for item in items):
                     raise _refusal(one, name, "values for the parameters of layers that change")
+        if not isinstance(one, LBFGS) and lists.has_whole_vector(_state(one), olds):
+            raise _refusal(one, "state", "vectors of all parameters")
     return contents
 
 
@@ -91,6 +93,7 @@ class _Lists:
         self._before = [[*map(id, one)] for one in (*before, chain(*before))]
         self._after = [*after, [*chain(*after)]]
         self._held = {id(p): p.numel() for one in before for p in one}
+        self._entries = sum(self._held.values())
         shared = *groups, *before, *(part for o in optimizers for part in (o.param_groups, o.state))
         self.known = set(map(id, shared))
 
@@ -101,31 +104,41 @@ class _Lists:
         return list(self._after[self._before.index(now)])
 
     def is_value_for(self, item: object, olds: Iterable[Tensor]) -> bool:
-        """Whether it is shaped like a parameter that changes, or like all of them in one vector."""
+        """Whether it has an entry for each of a parameter that changes, or of all of them."""
         if not isinstance(item, Tensor) or id(item) in self._held or item.numel() < 2:
             return False
-        whole = sum(self._held.values())
-        return item.numel() == whole or any(item.shape == old.shape for old in olds)
+        return item.numel() in (self._entries, *(old.numel() for old in olds))
+
+    def has_whole_vector(self, state: Iterable[tuple[Any, Any]], olds: Mapping[int, Tensor]) -> bool:
+        """Whether the state of a parameter that stays has an entry for each of all parameters."""
+        return any(
+            isinstance(item, Tensor) and item.numel() == self._entries != p.numel()
+            for p, values in state
+            if isinstance(p, Tensor) and id(p) not in olds
+            for _, items in _holders(values, self.known)
+            for item in items
+        )
 
 
 def _kept(optimizer: Any) -> dict[str, Any]:
-    """What an optimizer keeps, hooks excepted: its attributes, and the state of no parameter."""
+    """What an optimizer keeps: attributes, other entries of its groups, state of no parameter."""
     own: dict[str, Any] = getattr(optimizer, "__dict__", {})
     kept = {name: value for name, value in own.items() if not name.endswith("_hooks")}
-    if isinstance(optimizer.state, dict):
-        state: dict[Any, Any] = optimizer.state
-        kept |= {f"state[{k!r}]": v for k, v in state.items() if not isinstance(k, Tensor)}
+    for i, group in enumerate(optimizer.param_groups):
+        kept |= {f"param_groups[{i}][{k!r}]": v for k, v in group.items() if k != "params"}
+    kept |= {f"state[{k!r}]": v for k, v in _state(optimizer) if not isinstance(k, Tensor)}
     return kept
+
+
+def _state(optimizer: Any) -> list[tuple[Any, Any]]:
+    return list(optimizer.state.items()) if isinstance(optimizer.state, Mapping) else []  # pyright: ignore
 
 
 def _holders(value: Any, known: set[int]) -> Iterator[tuple[Any, list[Any]]]:
     """Each container within a value (or a tensor itself), and what it holds."""
     if isinstance(value, Tensor):
         yield None, [value]
-    elif (
-        isinstance(value, list | tuple | set | frozenset | deque | Mapping)
-        and id(value) not in known
-    ):
+    elif isinstance(value, _CONTAINERS) and id(value) not in known:
         known.add(id(value))
         items: list[Any] = [*value, *(value.values() if isinstance(value, Mapping) else ())]
         yield value, items
