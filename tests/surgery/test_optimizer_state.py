@@ -306,6 +306,16 @@ def test_a_state_keeps_its_own_dtype() -> None:
     assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
 
 
+def test_a_state_that_is_no_dictionary_is_refused_or_dropped() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model[0].weight] = torch.zeros(8, 8)
+    with pytest.raises(ValueError, match=r"keeps Tensor, which cannot be moved .* moments='reset'"):
+        dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    dr.factorize(model, 2, layers="*", optimizer=optimizer, moments="reset")
+    assert not optimizer.state
+
+
 def test_a_state_of_no_parameter_is_kept() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

@@ -101,6 +101,17 @@ def test_groups_that_a_user_changed_meanwhile_are_followed() -> None:
     ]  # fmt: skip
 
 
+def test_in_groups_that_a_user_made_again_factors_stand_with_their_weight() -> None:
+    model, optimizer = two_groups(LowRank(3))
+    dr.inflate(model, optimizer=optimizer)
+    (first, second), optimizer.param_groups = optimizer.param_groups, []
+    for layer in model:
+        optimizer.add_param_group({**first, "params": list(layer.parameters())})
+    dr.deflate(model, 2, optimizer=optimizer)
+    assert names(model, optimizer) == [["0.down", "0.up", "0.bias"], ["1.down", "1.up", "1.bias"]]
+    assert second["lr"] == 1e-2
+
+
 def test_a_parameter_listed_twice_is_held_once_after_its_change() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.warns(UserWarning, match="duplicate parameters"):

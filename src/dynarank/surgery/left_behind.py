@@ -52,17 +52,17 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         return
     replaced = {id(p): entry for p, entry in _REPLACED.items()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    left: dict[str, list[Parameter]] = {}
-    for path, module, name in (replaced[id(p)] for p in held if id(p) in replaced):
-        left[path] = [p for p in _current(module(), name) if p.grad is not None]
-    left = {path: lost for path, new in left.items() if (lost := _missing(new, held))}
-    if not left:
+    lost: dict[str, list[Parameter]] = {}
+    for path, layer, name in (replaced[id(p)] for p in held if id(p) in replaced):
+        if new := _missing(_current(layer, name), held):
+            lost.setdefault(path, []).extend(new)
+    if not lost:
         return
-    listed = ", ".join(map(repr, [*left][:5])) + (" and others" if len(left) > 5 else "")
+    listed = ", ".join(map(repr, [*lost][:5])) + (" and others" if len(lost) > 5 else "")
     others = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
     held_at_all = [p for one in others for group in one.param_groups for p in group["params"]]
     said = f"this {type(optimizer).__name__} holds old parameters of {listed}, replaced by a change"
-    if any(_missing(new, held_at_all) for new in left.values()):
+    if any(_missing(new, held_at_all) for new in lost.values()):
         raise RuntimeError(
             f"{said} that it was not passed to: it would leave these layers untrained; pass it to "
             "the function that changes forms (optimizer=), or make a new optimizer after the change"
@@ -73,13 +73,13 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         _REPLACED.pop(p, None)
 
 
-def _current(module: nn.Module | None, name: str) -> list[Parameter]:
-    """The parameters that a weight has now, those that train."""
-    if module is None:
+def _current(layer: ref[nn.Module], name: str) -> list[Parameter]:
+    """The parameters that a weight has now, those that have gradients."""
+    if (module := layer()) is None:
         return []
     names = module.resolved(name).names if isinstance(module, RankedLayer) else (name,)
     found = [own_parameters(module).get(one) for one in names]
-    return [p for p in found if p is not None and p.requires_grad]
+    return [p for p in found if p is not None and p.grad is not None]
 
 
 def _missing(parameters: Sequence[Parameter], held: Iterable[Parameter]) -> list[Parameter]:

@@ -90,7 +90,7 @@ def new_contents(
     contents: Contents = []
     for family in families:
         mine, groups = [edit for edit, owner in owners if owner is family], groups_of(family)
-        regrouped = regroup(family[0], groups, mine)
+        regrouped = regroup(family[-1], groups, mine)
         tables = {id(one.state): one for one in family if isinstance(one.state, dict)}
         for one in tables.values():  # of those that share a state, the innermost
             contents += _new_states(one, groups, mine, moments)
@@ -160,7 +160,8 @@ def _states(
     if not any(p in optimizer.state for p in edit.old.values()):
         return []
     old, new = edit.site.trained(), edit.trained.values()
-    states: list[dict[str, Any]] = [optimizer.state.get(p, {}) for p in old]
+    found: list[Any] = [optimizer.state.get(p, {}) for p in old]
+    states = [s if isinstance(s, dict) else {type(s).__name__: s} for s in found]
     options = [g for one in old for g in groups if any(p is one for p in g["params"])]
     moved: list[dict[str, Any]] = [{} for _ in new]
     if moments != "reset":

@@ -77,7 +77,7 @@ def follow(optimizers: Sequence[Any], edits: Sequence[Edit], regrouped: Contents
                     contents.append((holder, new))
                 elif any(lists.is_value_for(item, olds.values()) for item in items):
                     raise _refusal(one, name, "values for the parameters of layers that change")
-        if not isinstance(one, LBFGS) and lists.has_whole_vector(_state(one), olds):
+        if not isinstance(one, LBFGS) and lists.has_whole_vector(one, olds):
             raise _refusal(one, "state", "vectors of all parameters")
     return contents
 
@@ -109,11 +109,11 @@ class _Lists:
             return False
         return item.numel() in (self._entries, *(old.numel() for old in olds))
 
-    def has_whole_vector(self, state: Iterable[tuple[Any, Any]], olds: Mapping[int, Tensor]) -> bool:
+    def has_whole_vector(self, optimizer: Any, olds: Mapping[int, Tensor]) -> bool:
         """Whether the state of a parameter that stays has an entry for each of all parameters."""
         return any(
             isinstance(item, Tensor) and item.numel() == self._entries != p.numel()
-            for p, values in state
+            for p, values in _state(optimizer)
             if isinstance(p, Tensor) and id(p) not in olds
             for _, items in _holders(values, self.known)
             for item in items

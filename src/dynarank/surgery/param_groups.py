@@ -40,8 +40,10 @@ class _Place:
 _Cell: TypeAlias = list[_Place]  # what becomes of one place
 _Free: TypeAlias = list[tuple[int, Key]]  # free places, each with the number of parameters before
 
-# By optimizer: the free places of each group; under -1, of parameters that were in no group.
-_FREE: WeakKeyDictionary[Any, dict[int, _Free]] = WeakKeyDictionary()
+# By optimizer: the free places of each group, by its number and the identity of its list, so that
+# they are forgotten if the user makes other groups; under _NONE, of parameters in no group.
+_FREE: WeakKeyDictionary[Any, dict[tuple[int, int], _Free]] = WeakKeyDictionary()
+_NONE = (-1, 0)
 
 
 def regroup(optimizer: Any, groups: Sequence[Group], edits: Sequence[Edit]) -> Contents:
@@ -49,24 +51,25 @@ def regroup(optimizer: Any, groups: Sequence[Group], edits: Sequence[Edit]) -> C
     if not edits:
         return []
     free = _FREE.setdefault(optimizer, {})
-    rows = [_cells(group, free.get(i, ())) for i, group in enumerate(groups)]
+    keys = [(i, id(group["params"])) for i, group in enumerate(groups)]
+    rows = [_cells(group, free.get(key, ())) for key, group in zip(keys, groups, strict=True)]
     index: dict[object, _Cell] = {}
     for cell in (cell for row in rows for cell in row):
         if index.setdefault(cell[0].key or id(cell[0].parameter), cell) is not cell:
             cell.clear()  # the same parameter twice
-    outside = {key for _, key in free.get(-1, ())}
+    outside = {key for _, key in free.get(_NONE, ())}
     for edit in edits:
         _place(edit, index, outside)
-    left: dict[int, _Free] = {-1: [(0, key) for key in outside]}
+    left: dict[tuple[int, int], _Free] = {_NONE: [(0, key) for key in outside]}
     contents: Contents = [(free, left)]
-    for i, group in enumerate(groups):
+    for at, group, row in zip(keys, groups, rows, strict=True):
         members: list[_Place] = []
-        left[i] = []
-        for place in (place for cell in rows[i] for place in cell):
+        left[at] = []
+        for place in (place for cell in row for place in cell):
             if place.key is None:
                 members.append(place)
             elif place.key[0]() is not None:
-                left[i].append((len(members), place.key))
+                left[at].append((len(members), place.key))
         contents += _columns(group, members)
     return contents
 
@@ -84,11 +87,11 @@ def _cells(group: Group, free: Sequence[tuple[int, Key]]) -> list[_Cell]:
 def _place(edit: Edit, index: dict[object, _Cell], outside: set[Key]) -> None:
     """Free the places of an edit's old parameters, and give its new ones places."""
     module, first, stem = ref(edit.site.module), None, ""
-    trained = [name for name in edit.old if not edit.site.spec.is_base(name)]
-    for name in sorted(edit.old, key=trained.__contains__, reverse=True):  # the base last
+    bases = [name for name in edit.old if edit.site.spec.is_base(name)]
+    for name in (*(name for name in edit.old if name not in bases), *bases):
         cell = index.get(id(edit.old[name]))
         if cell is None:
-            outside |= {(module, name)} if name in trained else set()
+            outside.add((module, name))
             continue
         stem = stem or cell[0].name.rpartition(".")[0]
         first = first or cell
