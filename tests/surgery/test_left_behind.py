@@ -47,6 +47,35 @@ def test_a_live_optimizer_that_was_not_passed_does_not_step(change: str) -> None
     assert torch.equal(model[0].bias, bias)
 
 
+def test_neither_does_one_of_a_layer_that_was_frozen_then() -> None:
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dr.factorize(model, 4, layers="0")
+    backward(model)
+    optimizer.step()
+    model[0].requires_grad_(True)
+    backward(model)
+    with pytest.raises(RuntimeError, match="old parameters of '0'"):
+        optimizer.step()
+
+
+def test_a_closure_is_found_one_step_later() -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 16)).square().mean()
+        loss.backward()
+        return loss
+
+    dr.factorize(model, 4, layers="*")
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="LBFGS holds old parameters"):
+        optimizer.step(closure)
+
+
 def test_neither_does_one_of_two_of_which_the_other_was_passed() -> None:
     model = mlp()
     first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))

@@ -146,3 +146,30 @@ def test_moments_of_factors_in_two_groups_move(decays: tuple[float, float]) -> N
         step(model, optimizer)
     dr.inflate(model, optimizer=optimizer)
     assert optimizer.state[model[0].weight]["momentum_buffer"].any()
+
+
+def scheduled() -> tuple[nn.Sequential, Optimizer, dr.RankScheduler]:
+    model, optimizer = two_groups(LowRank(3))
+    schedule = dr.schedules.dynamic_rank(3, inflate=4, deflate=8)
+    return model, optimizer, dr.RankScheduler(model, optimizer, schedule, 12)
+
+
+def train(run: tuple[nn.Sequential, Optimizer, dr.RankScheduler], start: int, stop: int) -> None:
+    model, optimizer, ranks = run
+    for number in range(start, stop):
+        torch.manual_seed(number)
+        step(model, optimizer)
+        ranks.step()
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 8, 10])
+def test_a_run_with_factors_in_two_groups_resumes_bit_by_bit(stop: int) -> None:
+    one, two = scheduled(), scheduled()
+    train(one, 0, stop)
+    saved = [copy.deepcopy(part.state_dict()) for part in one]
+    for i in (2, 0, 1):  # structure first, then weights, then the optimizer
+        two[i].load_state_dict(saved[i])
+    for run in (one, two):
+        train(run, stop, 12)
+    pairs = zip(one[0].state_dict().values(), two[0].state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

@@ -37,9 +37,8 @@ def watch_replaced(edits: Iterable[Edit]) -> None:
     it warns if another one does.
     """
     for edit in edits:
-        for name, old in edit.old.items():
-            if old.requires_grad and not edit.site.spec.is_base(name):
-                _REPLACED[old] = edit.site.path, ref(edit.site.module), edit.site.spec.name
+        for old in edit.old.values():
+            _REPLACED[old] = edit.site.path, ref(edit.site.module), edit.site.spec.name
     if _REPLACED and not _HOOKS:
         _HOOKS.append(register_optimizer_step_pre_hook(_check))
 
