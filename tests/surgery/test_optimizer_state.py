@@ -316,6 +316,21 @@ def test_a_state_that_is_no_dictionary_is_refused_or_dropped() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"betas": (0.9, 0.92, 0.99)}, {"betas": 0.9}, {"momentum": None, "weight_decay": None}],
+)
+def test_options_of_other_optimizers_are_no_obstacle_to_a_refusal(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = Lion(model.parameters())
+    run(model, optimizer, torch.randn(3, 8), 1)
+    optimizer.param_groups[0] |= options
+    optimizer.state[model[0].weight]["previous_gradient"] = torch.zeros(8, 8)
+    with pytest.raises(ValueError, match=r"keeps previous_gradient, which .* moments='reset'"):
+        dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    dr.factorize(model, 2, layers="*", optimizer=optimizer, moments="reset")
+
+
 def test_a_state_of_no_parameter_is_kept() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)

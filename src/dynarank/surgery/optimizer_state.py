@@ -125,10 +125,15 @@ def _owner(site: Site, families: Sequence[list[Any]]) -> list[Any] | None:
         return found[0]
     if not found and not any(p.requires_grad for p in site.trained()):
         return None
-    count = "two optimizers hold" if found else "no optimizer given holds"
+    held = f"its parameters ({', '.join(site.parameters())})"
+    if found:
+        raise ValueError(
+            f"layer {site.path!r} trains, but two optimizers hold {held}; leave them to one, which "
+            "may have several groups"
+        )
     raise ValueError(
-        f"layer {site.path!r} trains, but {count} its parameters ({', '.join(site.parameters())}); "
-        "pass the one that does as optimizer= (a list if there are several), or freeze it first"
+        f"layer {site.path!r} trains, but no optimizer given holds {held}; pass the one that does "
+        "as optimizer= (a list if there are several), or freeze it first"
     )
 
 
@@ -157,14 +162,15 @@ def _states(
     optimizer: Any, groups: Sequence[Group], edit: Edit, moments: Moments
 ) -> list[tuple[Parameter, dict[str, Any]]]:
     """The states of the edit's new parameters; those that start without state are left out."""
-    if not any(p in optimizer.state for p in edit.old.values()):
-        return []
     old, new = edit.site.trained(), edit.trained.values()
+    if not any(p in optimizer.state for p in old):
+        return []
     found: list[Any] = [optimizer.state.get(p, {}) for p in old]
     states = [s if isinstance(s, dict) else {type(s).__name__: s} for s in found]
     options = [g for one in old for g in groups if any(p is one for p in g["params"])]
     moved: list[dict[str, Any]] = [{} for _ in new]
     if moments != "reset":
+        check_states(edit.site.path, states)
         moved = _moved(edit, states, _averaging(optimizer, options), moments)
     if options[0].get("momentum") and options[0].get("fused"):
         # Fused SGD wants a buffer in all or in none.
@@ -192,7 +198,6 @@ def _moved(
 ) -> list[dict[str, Any]]:
     """The states after :func:`carry` or :func:`prune`, in fp64."""
     site, change = edit.site, edit.change
-    check_states(site.path, states)
     if moments == "prune" and same_weight(change.before, change.after, restarted=True):
         return [prune(state) for state in states]
     old = Side.of(site.spec, change.before, {n: precise(p) for n, p in edit.old.items()})
