@@ -27,7 +27,7 @@ from dynarank.surgery.edit import Edit, restore_on_exit
 from dynarank.surgery.moments import Averaging, GradientSamples, Side, carry, check_states, prune
 from dynarank.surgery.own_references import follow, groups_of, is_optimizer, wrapped
 from dynarank.surgery.param_groups import Contents, Group, regroup
-from dynarank.surgery.sites import Site
+from dynarank.surgery.site import Site
 
 __all__ = [
     "Moments",

@@ -1,6 +1,6 @@
-"""What new parameters take over from the old ones, their values apart.
+"""What new parameters take over from the old ones, apart from their values.
 
-Whether they train, their class and attributes, shared memory, dtype, device and memory format.
+Whether they train, their class and attributes, shared memory.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dynarank.surgery.sites import Site
+from dynarank.surgery.site import Site
 
 __all__ = ["frozen_factors", "new_parameters"]
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parameter]:
@@ -32,7 +29,7 @@ def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parame
     for name, value in values.items():
         first = [old[name]] if name in old else []
         sources = [*first, *(p for n, p in old.items() if n != name)]
-        new[name] = Parameter(_like(value, sources), requires_grad=trains[name])
+        new[name] = Parameter(value, requires_grad=trains[name])
         new[name].__class__ = type(sources[0])
         vars(new[name]).update(_attributes(site.path, sources, new[name]))
         if any(p.device.type == "cpu" and p.is_shared() for p in sources):
@@ -77,14 +74,3 @@ def _attributes(path: str, sources: list[Parameter], new: Tensor) -> dict[str, A
             elif not key.startswith("_dynamo"):  # what the compiler noted of this very tensor
                 kept[key] = value
     return kept
-
-
-def _like(tensor: Tensor, old: list[Parameter]) -> Tensor:
-    """The tensor in the dtype, on the device and in the memory format of the old parameters."""
-    tensor, last = tensor.detach().to(old[0].device, old[0].dtype), _CHANNELS_LAST.get(tensor.ndim)
-    if last is not None and any(
-        p.ndim == tensor.ndim and p.is_contiguous(memory_format=last) and not p.is_contiguous()
-        for p in old
-    ):
-        return tensor.contiguous(memory_format=last)
-    return tensor.contiguous()
