@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -58,16 +59,21 @@ def adapted() -> tuple[nn.Sequential, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def _held(contents: Contents) -> list[nn.Parameter]:
+    return next(new for table, new in contents if isinstance(table, list))
+
+
 def _twice(contents: Contents) -> None:
-    contents[0][1]["params"].append(contents[0][1]["params"][0])
+    _held(contents).append(_held(contents)[0])
 
 
 def _old(contents: Contents, old: nn.Parameter) -> None:
-    contents[0][1]["params"].append(old)
+    _held(contents).append(old)
 
 
 def _state(contents: Contents, value: Tensor) -> None:
-    *_, state = contents[-1][1].values()
+    states = next(new for table, new in contents if isinstance(table, defaultdict))
+    *_, state = states.values()
     state["max_exp_avg_sq"] = value
 
 

@@ -27,7 +27,7 @@ __all__ = ["RankedLayer", "effective", "one_call", "own_parameters"]
 
 _REMEMBERED = 256  # shapes of inputs
 _RESOLVED = ("_weights", "_executions")  # what follows from the forms
-_OWN = ("forms", "last_factored_forms", *_RESOLVED)
+_OWN = ("forms", "last_factored_forms", "frozen_factors", *_RESOLVED)
 
 
 class RankedLayer(nn.Module):
@@ -45,6 +45,7 @@ class RankedLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     forms: dict[str, Form]  # by the weight's name
     last_factored_forms: dict[str, LowRank | Adapted]  # for deflate without a rank
+    frozen_factors: dict[str, frozenset[str]]  # those that were frozen while others trained
     _weights: dict[str, ResolvedWeight]
     _executions: dict[object, Execution]  # chosen so far
 
@@ -86,7 +87,7 @@ class RankedLayer(nn.Module):
             module.__class__ = cls
             assert isinstance(module, RankedLayer)
             module.forms = {spec.name: FullRank() for spec in cls.specs(module)}
-            module.last_factored_forms = {}
+            module.last_factored_forms, module.frozen_factors = {}, {}
             module.form_changed()
         return module
 

@@ -31,7 +31,7 @@ from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.edit import restore_on_exit
-from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
@@ -71,8 +71,9 @@ class RankScheduler:
 
     Raises:
         ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
-            plan is impossible (unknown layer, rank above a layer's limit); the optimizer's state
-            cannot be converted. Every phase that can be predicted is checked before any change.
+            plan is impossible (unknown layer, rank above a layer's limit); a layer trains in no
+            optimizer or in two, or the optimizer's state cannot be converted. Every phase that can
+            be predicted is checked before any change.
 
     Warns:
         UserWarning: no layers are named, and no low-rank phase saves 5% of the model's weights.
@@ -120,6 +121,7 @@ class RankScheduler:
         self._state = self.schedule.start()
         sites = survey(model)
         scheduled = scheduled_layers(sites, self.schedule, total_steps, layers)
+        check_held(scheduled, self.optimizer)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
         check_phases(model, phases := self.phases(), sites)
         if layers is None and not has_factors(sites):

@@ -22,12 +22,14 @@ from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 from dynarank.surgery.bias import bias_shift, usable_statistics
+from dynarank.surgery.settings import frozen_factors, new_parameters
 from dynarank.surgery.sites import Site
 
 __all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_module_on_exit", "restore_on_exit"]
 
 # The largest relative weight error of a change that keeps the function: rounding to the dtype once.
 LOSSLESS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Edit:
 
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
+        frozen = frozen_factors(self.site, self.old)
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)
             layer = _make_ranked(site.module, undo)
             _replace(own_parameters(layer), self.old, self.new)
             layer.set_form(site.spec.name, self.change.after)
+            layer.frozen_factors = {**layer.frozen_factors, site.spec.name: frozen}
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
@@ -77,11 +81,8 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     weight = _effective(site.spec, before, old)
     activity, bias_left = usable_statistics(site, after, activity)
     values, shift = _values(site, weight, after, activity)
-    trains = any(p.requires_grad for p in site.trained())
-    new = {
-        name: Parameter(_like(value, name, site, after), trains and not site.spec.is_base(name))
-        for name, value in zip(site.spec.parameter_names(after), values, strict=True)
-    }
+    names = zip(site.spec.parameter_names(after), values, strict=True)
+    new = new_parameters(site, {name: _like(value, name, site, after) for name, value in names})
     shift = None if shift is None else bias_shift(site, shift)
     return Edit(site, _measured(site, after, weight, new), old, new, shift, bias_left)
 
@@ -201,13 +202,14 @@ def _like(value: Tensor, name: str, site: Site, after: Form) -> Tensor:
     The whole weight and the base follow the old base, the factors the old factors: they may differ,
     as in fp32 adapters on a bf16 model.
     """
-    old, last = list(site.parameters().values()), torch.channels_last
+    old, last = list(site.parameters().values()), _CHANNELS_LAST.get(value.ndim)
     whole = isinstance(after, FullRank) or site.spec.is_base(name)
     model = old[0] if whole else old[-1]
     value = value.detach().to(model.device, model.dtype)
     value = value.clone() if value.is_inference() else value  # which autograd could not save
-    if value.ndim == 4 and any(
-        p.ndim == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous() for p in old
+    if last is not None and any(
+        p.ndim == value.ndim and p.is_contiguous(memory_format=last) and not p.is_contiguous()
+        for p in old
     ):
         return value.contiguous(memory_format=last)
     return value.contiguous()

@@ -61,12 +61,12 @@ class Averaging:
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> Averaging:
-        """That of a parameter group of SGD, Adam, AdamW or RAdam."""
+        """That of a parameter group; its weight decay is L2 unless it says otherwise."""
         decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0))
         if "betas" in group:
-            first, second = group["betas"]
+            first, second, *_ = group["betas"]
             return Averaging((float(first), float(second)), decay, 1.0)
-        momentum, dampening = float(group.get("momentum", 0)), float(group.get("dampening", 0))
+        momentum, dampening = (float(group.get(k) or 0) for k in ("momentum", "dampening"))
         gain = (1 - dampening) / (1 - momentum) if momentum < 1 else 1.0
         return Averaging(None, decay, gain)
 

@@ -83,6 +83,12 @@ class Site:
         factors = sum(map(math.prod, self.spec.factor_shapes(form)))
         return factors if isinstance(form, LowRank) else whole + factors
 
+    @property
+    def frozen_factors(self) -> frozenset[str]:
+        """The names of factors that were frozen when the weight last had them, and others not."""
+        known = self.module.frozen_factors if isinstance(self.module, RankedLayer) else {}
+        return known.get(self.spec.name, frozenset())
+
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that make up the weight in its form, by their names in the module."""
         own, names = own_parameters(self.module), self.spec.parameter_names(self._own_form())

@@ -33,6 +33,7 @@ from dynarank.forms import (
 from dynarank.layers import RankedLayer
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
+from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import (
@@ -68,7 +69,8 @@ def apply_plan(
         model: any module; its modules keep their identity, hooks and names.
         plan: a form for each path.
         optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
-            the old ones, and their state moves with them.
+            the old ones, and their state moves with them. An optimizer that is not passed but
+            holds old parameters raises RuntimeError in its next step.
         moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"`` drops
             them. A :class:`GradientWindow` projects too, but takes second moments from the
             gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
@@ -303,6 +305,7 @@ def change_forms(
         write(contents, stack)
         check_committed(edits, optimizers)
         own.pop_all()  # all is well: nothing to undo
+    watch_replaced(edits)
     return [edit.change for edit in edits]
 
 
