@@ -59,7 +59,7 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
         if isinstance(form, FullRank):
             return super().forward(input)
         if self.execution(weight, _call(self, input)).name in ("joined", "merged"):
-            return F.embedding(input, self.weight, self.padding_idx)
+            return F.embedding(input, self.effective_weight(), self.padding_idx)
         parameters = cast(dict[str, Tensor], self._parameters)
         rows = _rows(input, weight.factors(parameters), self)
         if isinstance(form, LowRank):

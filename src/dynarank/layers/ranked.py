@@ -8,6 +8,7 @@ ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.L
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dynarank.decompositions import Geometry, precise
 from dynarank.decompositions.geometry import apply, linear_map
 from dynarank.forms import Adapted, Form, FullRank, LowRank
+from dynarank.layers.effective_weight import EffectiveWeight, hand_out, is_written
 from dynarank.layers.execution import Call, Execution, choose_execution
 from dynarank.layers.merged import Merging, merged_product
 from dynarank.layers.weight import ResolvedWeight, WeightSpec
@@ -27,7 +29,10 @@ __all__ = ["RankedLayer", "effective", "one_call", "own_parameters"]
 
 _REMEMBERED = 256  # shapes of inputs
 _RESOLVED = ("_weights", "_executions")  # what follows from the forms
-_OWN = ("forms", "last_factored_forms", *_RESOLVED)
+_FULL = FullRank()
+_OWN = ("_forms", "_last_factored_forms", *_RESOLVED)
+# Torch's fused transformer layer only reads weights, and would not run on a subclass of Tensor.
+_ONLY_READS = "torch.nn.modules.transformer"
 
 
 class RankedLayer(nn.Module):
@@ -43,8 +48,8 @@ class RankedLayer(nn.Module):
     """
 
     plain: ClassVar[type[nn.Module]]
-    forms: dict[str, Form]  # by the weight's name
-    last_factored_forms: dict[str, LowRank | Adapted]  # for deflate without a rank
+    _forms: dict[str, Form]
+    _last_factored_forms: dict[str, LowRank | Adapted]
     _weights: dict[str, ResolvedWeight]
     _executions: dict[object, Execution]  # chosen so far
 
@@ -85,8 +90,8 @@ class RankedLayer(nn.Module):
         if not isinstance(module, RankedLayer):
             module.__class__ = cls
             assert isinstance(module, RankedLayer)
-            module.forms = {spec.name: FullRank() for spec in cls.specs(module)}
-            module.last_factored_forms = {}
+            module._forms = {spec.name: FullRank() for spec in cls.specs(module)}
+            module._last_factored_forms = {}
             module.form_changed()
         return module
 
@@ -106,10 +111,10 @@ class RankedLayer(nn.Module):
 
     def set_form(self, name: str, form: Form) -> None:
         """Record that a weight has this form; its parameters have been replaced already."""
-        for factored in (self.forms[name], form):
+        for factored in (self._forms[name], form):
             if not isinstance(factored, FullRank):
-                self.last_factored_forms = {**self.last_factored_forms, name: factored}
-        self.forms = {**self.forms, name: form}
+                self._last_factored_forms = {**self._last_factored_forms, name: factored}
+        self._forms = {**self._forms, name: form}
         self.form_changed()
 
     def form_changed(self) -> None:
@@ -126,10 +131,41 @@ class RankedLayer(nn.Module):
         super().__setstate__(state)
         self.form_changed()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not has_factors(self, name):
+            super().__setattr__(name, value)
+        elif isinstance(value, Parameter):
+            self.register_parameter(name, value)
+        elif not is_written(value, self, name):  # as it is after `layer.weight *= 2`
+            raise TypeError(f"cannot assign to {name!r}: {_with_factors(self, name)}")
+
+    def __delattr__(self, name: str) -> None:
+        if has_factors(self, name):
+            raise TypeError(f"cannot delete {name!r}: {_with_factors(self, name)}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """As of any module; the effective weight of one with factors is no parameter."""
+        if isinstance(param, EffectiveWeight):
+            raise TypeError(f"cannot register {name!r}: {_with_factors(param.reading.owner, param.reading.name)}")
+        if has_factors(self, name):
+            raise KeyError(f"attribute {name!r} already exists: {_with_factors(self, name)}")
+        super().register_parameter(name, param)
+
+    @property
+    def forms(self) -> Mapping[str, Form]:
+        """The form of each weight, by its name; a new table after each change."""
+        return self._forms
+
+    @property
+    def last_factored_forms(self) -> Mapping[str, LowRank | Adapted]:
+        """The last form with factors of each weight that had one: for deflate without a rank."""
+        return self._last_factored_forms
+
     @property
     def form(self) -> Form:
         """The form of the layer's only weight."""
-        return self.forms["weight"]
+        return self._forms["weight"]
 
     def resolved(self, name: str = "weight") -> ResolvedWeight:
         """The weight of this name in its form."""
@@ -206,17 +242,7 @@ class RankedLayer(nn.Module):
             name: the weight's.
             value: as the module stores it.
         """
-        weight, parameters = self._weights[name], cast(dict[str, Tensor], self._parameters)
-        if isinstance(weight.form, LowRank):
-            assert weight.decomposition is not None
-            canonical, rank = weight.spec.to_canonical(precise(value)), weight.form.resolved_rank
-            split = weight.decomposition.split(canonical, rank)
-            for factor, new in zip(weight.factors(parameters), split, strict=True):
-                factor.copy_(new)
-            return
-        weight.base(parameters).copy_(value)
-        if isinstance(weight.form, Adapted):
-            weight.factors(parameters)[-1].zero_()
+        self._weights[name].write_(cast(dict[str, Tensor], self._parameters), value)
 
     def extra_repr(self) -> str:
         """The plain layer's, and the forms."""
@@ -227,13 +253,55 @@ class RankedLayer(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), shown)))
 
 
-def effective(name: str) -> property:
-    """A property that reads a layer's effective weight of this name."""
+class effective:
+    """An attribute of a ranked class: the layer's effective weight, in every form.
 
-    def read(self: RankedLayer) -> Tensor:
-        return self.effective_weight(name)
+    A full-rank weight is the parameter, or what ``torch.nn.utils`` have put in its place. Any other
+    is computed when it is read. What is written to it under ``torch.no_grad()`` goes to the layer:
+    to the base of an adapted weight, whose adapter's output becomes zero; to the factors of a
+    low-rank weight, truncated to the rank if all values are replaced. A change of a low-rank weight
+    (``+=``, ``[0] =``, ``.data =``) that its rank does not hold is a ValueError.
 
-    return property(read, doc="The effective weight: base + scale * join(factors).")
+    Example:
+        >>> layer = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0]
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> torch.allclose(layer(torch.ones(8)), 8 + layer.bias)
+        True
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: RankedLayer | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        if not has_factors(layer, self.name):
+            return nn.Module.__getattr__(layer, self.name)
+        return read_out(layer, self.name)
+
+
+def _with_factors(layer: Any, name: str) -> str:
+    return (
+        f"in the form {layer.forms[name]} the weight is computed from factors. Write its values "
+        f"under torch.no_grad() (layer.{name}.copy_(value)), or call inflate(model) first"
+    )
+
+
+def has_factors(layer: nn.Module, name: str) -> bool:
+    """Whether this is the name of a weight of the layer that is low-rank or adapted."""
+    return not isinstance(layer.__dict__.get("_forms", {}).get(name, _FULL), FullRank)
+
+
+def read_out(layer: RankedLayer, name: str) -> Tensor:
+    """The effective weight for the caller's caller: what it writes to it reaches the layer."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return layer.effective_weight(name)
+    if sys._getframe(2).f_globals.get("__name__") == _ONLY_READS:
+        return layer.effective_weight(name)
+    if torch.is_inference_mode_enabled():  # an inference tensor has no version counter
+        with torch.inference_mode(False), torch.no_grad():
+            return hand_out(layer, name, layer.effective_weight(name))
+    return hand_out(layer, name, layer.effective_weight(name))
 
 
 def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:

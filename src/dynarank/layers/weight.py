@@ -10,15 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition
+from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition, precise
 from dynarank.decompositions.geometry import swap_channels
 from dynarank.forms import Adapted, Form, FullRank, LowRank, resolve_rank
 
 __all__ = ["ResolvedWeight", "WeightSpec"]
 
 _LINEAR = Geometry()
+# What a change that is written to a low-rank weight may lose: its own rounding (in eps), and a share.
+_ROUNDING, _LOST = 4, 0.01
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,58 @@ class ResolvedWeight:
         if isinstance(self.form, LowRank):
             return joined
         return self.base(parameters) + self.form.scale * joined
+
+    def write_(self, parameters: Mapping[str, Tensor], value: Tensor, fit: bool = False) -> float:
+        """Write a value to the parameters, all of it or nothing.
+
+        An adapted weight gets it as its base, and its adapter's output becomes zero; a low-rank
+        weight gets its truncation.
+
+        Args:
+            parameters: the module's.
+            value: in the module's layout.
+            fit: whether it is a change of the old value, which must not be lost.
+
+        Returns:
+            The relative error of what the weight is then.
+
+        Raises:
+            ValueError: the shape is another one, or the rank does not hold the change.
+            UnfitWeightError: the value is not finite or cannot be decomposed.
+        """
+        stored = self.spec.from_canonical(torch.empty(self.spec.shape, device="meta")).shape
+        if value.shape != stored:
+            raise ValueError(
+                f"{self.spec.name} is {tuple(stored)} in this layer, got {tuple(value.shape)}"
+            )
+        if isinstance(self.form, LowRank):
+            return self._truncate_(parameters, value, fit)
+        self.base(parameters).copy_(value)
+        if isinstance(self.form, Adapted):
+            self.factors(parameters)[-1].zero_()
+        return 0.0
+
+    def _truncate_(self, parameters: Mapping[str, Tensor], value: Tensor, fit: bool) -> float:
+        assert self.decomposition is not None and isinstance(self.form, LowRank)
+        factors, weight = self.factors(parameters), self.spec.to_canonical(precise(value))
+        if factors[0].is_meta:
+            return 0.0
+        norm = weight.norm().item()
+        if not norm and all(bool(factor.isfinite().all()) for factor in factors):
+            factors[-1].zero_()  # the others stay, so that it can train
+            return 0.0
+        split = self.decomposition.split(weight, self.form.resolved_rank)
+        lost = (self.decomposition.join(split) - weight).norm().item()
+        change = (weight - precise(self.joined(parameters))).norm().item()
+        if fit and lost > max(_ROUNDING * torch.finfo(value.dtype).eps * norm, _LOST * change):
+            raise ValueError(
+                f"{self.spec.name} has rank {self.form.rank} and would lose {lost / max(change, lost):.0%} of "
+                "this change; call inflate(model) first, or truncate the new value on purpose: "
+                f"layer.set_weight_({self.spec.name!r}, value); the layer is as it was"
+            )
+        for factor, new in zip(factors, split, strict=True):
+            factor.copy_(new)
+        return lost / norm if norm else 0.0
 
     def stages(self, geometry: Geometry) -> tuple[Geometry, ...]:
         """The geometries of the factors if the weight has this ``geometry``."""

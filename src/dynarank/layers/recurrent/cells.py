@@ -58,6 +58,13 @@ class _Cell(RankedLayer):
             )
         }
 
+    def reset_parameters(self) -> None:
+        """As of the plain cell: each weight and bias uniform in +-1 / sqrt(hidden_size)."""
+        bound = cast(Any, self).hidden_size ** -0.5
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            if (weight := getattr(self, name)) is not None:
+                nn.init.uniform_(weight, -bound, bound)
+
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step with the effective weights."""
         cell = cast(Any, self)

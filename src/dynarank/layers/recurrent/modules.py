@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dynarank.decompositions import Factors
 from dynarank.forms import Adapted, FullRank, LowRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer
+from dynarank.layers.ranked import RankedLayer, has_factors, read_out
 from dynarank.layers.recurrent.loop import (
     GATES,
     Direction,
@@ -102,18 +102,25 @@ class _Recurrent(RankedLayer):
         return self
 
     def _init_flat_weights(self) -> None:
-        net, own = cast(Any, self), self._parameters
-        flat = [own.get(name) for name in net._flat_weights_names]
+        net = cast(Any, self)
+        flat = [
+            None if has_factors(self, name) else getattr(self, name, None)
+            for name in net._flat_weights_names
+        ]
         self.__dict__["_flat_weights"] = flat
         self.__dict__["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
         net.flatten_parameters()  # torch's; does nothing while a weight is missing
 
+    def reset_parameters(self) -> None:
+        """As of the plain layer: each weight and bias uniform in +-1 / sqrt(hidden_size)."""
+        net = cast(Any, self)
+        bound = net.hidden_size**-0.5
+        for name in net._flat_weights_names:
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+
     def __getattr__(self, name: str) -> Any:
         """The effective weight, for a weight that is not a parameter under its own name."""
-        forms = cast(dict[str, object], self.__dict__.get("forms", {}))
-        if isinstance(forms.get(name), LowRank | Adapted):
-            return self.effective_weight(name)
-        return super().__getattr__(name)
+        return read_out(self, name) if has_factors(self, name) else super().__getattr__(name)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """The plain layer's checks; that one reads the dtype from the list of parameters."""
