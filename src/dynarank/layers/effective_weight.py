@@ -1,7 +1,7 @@
-"""The effective weight as a layer hands it out: it reads as a tensor, and a write reaches the layer.
+"""The effective weight as a layer hands it out: a tensor, and what is written to it is not lost.
 
-``layer.weight`` of a layer with factors is computed when it is read, so a write to that tensor would
-be lost. Here every operation on it, and on its views, is followed by a look at the tensor's version
+``layer.weight`` of a layer with factors is computed when it is read, so a write to it would have no
+effect. Here every operation on it, and on its views, is followed by a look at the tensor's version
 counter: if it has moved, the layer gets the value, or raises. So ``nn.init``, ``layer.weight.mul_``
 and ``layer.weight.data += update`` act as they do on a Parameter.
 """
@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dynarank.layers.weight import ResolvedWeight
 
@@ -31,21 +31,12 @@ _REPLACING = {
 _WORTH_SAYING = 0.01  # relative error of a given value
 
 
-class Owner(Protocol):
-    """A layer that hands out its effective weights."""
-
-    _parameters: dict[str, Parameter | None]
-
-    def resolved(self, name: str) -> ResolvedWeight:
-        """The weight of this name in its form."""
-        ...
-
-
 class Reading:
     """One reading of a weight: its tensor, which all views share, and the layer it came from."""
 
-    def __init__(self, owner: Owner, name: str, whole: Tensor) -> None:
-        self.owner, self.name, self.whole = owner, name, whole
+    def __init__(self, layer: nn.Module, weight: ResolvedWeight, whole: Tensor) -> None:
+        self.layer, self.weight, self.whole = layer, weight, whole
+        self.name = weight.spec.name
         self._version, self._in_graph = whole._version, whole.requires_grad
         self._replaced = False
         self._read_from = self._state()
@@ -57,57 +48,87 @@ class Reading:
 
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that the weight is computed from."""
-        names, own = self.owner.resolved(self.name).names, self.owner._parameters
-        return {name: cast(Parameter, own[name]) for name in names}
+        own = self.layer._parameters  # pyright: ignore[reportPrivateUsage]
+        return {name: p for name in self.weight.names if (p := own.get(name)) is not None}
 
     def shares(self, tensor: Tensor) -> bool:
         """Whether the tensor is the weight or a view of it."""
-        mine, its = self.whole.untyped_storage(), tensor.untyped_storage()
-        return mine._cdata == its._cdata
+        mine, its = (cast(Any, t.untyped_storage()) for t in (self.whole, tensor))
+        return bool(mine._cdata == its._cdata)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the tensor has been written to since the layer last had its value."""
+        return self.whole._version != self._version
 
     @torch.no_grad()
-    def written(self, function: str, whole: bool, init: bool, graph: bool = False) -> None:
-        """Pass on what an operation has written, if it has.
-
-        Args:
-            function: the operation's name.
-            whole: whether it was called on the whole weight.
-            init: whether it is part of an initialization by ``torch.nn.init``.
-            graph: whether autograd has recorded it.
+    def pass_on(self, write: _Write) -> None:
+        """Give the layer what has been written.
 
         Raises:
             RuntimeError: autograd has recorded the write, or the layer has changed meanwhile.
             ValueError: a change of a low-rank weight does not fit its rank.
         """
-        if self.whole._version == self._version:
-            return
         self._version = self.whole._version
-        if graph or self.whole.requires_grad != self._in_graph:
+        if write.recorded or self.whole.requires_grad != self._in_graph:
             raise RuntimeError(
                 f"{self.name} of a layer with factors was changed in place while autograd records: "
                 "write under torch.no_grad(), or compute with a copy (layer.weight.clone()); "
                 "the layer is as it was"
+            )
+        if any(p.dtype is not self.whole.dtype for p in self.parameters().values()):
+            raise RuntimeError(
+                f"{self.name} was read under autocast, in {self.whole.dtype}, and the layer has "
+                "another precision: write to it outside of autocast; the layer is as it was"
             )
         if not self.is_current:
             raise RuntimeError(
                 f"{self.name} was read before the layer's parameters changed, and is out of date: "
                 "read it again before writing to it; the layer is as it was"
             )
-        self._replaced |= init or (whole and function in _REPLACING)
-        weight = self.owner.resolved(self.name)
-        lost = weight.write_(self.parameters(), self.whole.detach(), fit=not self._replaced)
+        self._replaced |= write.replaces
+        value = self.whole.detach()
+        lost = self.weight.write_(self.parameters(), value, fit=not self._replaced)
         self._read_from = self._state()
-        if lost > _WORTH_SAYING and function == "copy_" and not init:
+        if lost > _WORTH_SAYING and write.copies:
             warnings.warn(
-                f"{self.name} has the form {weight.form} and was truncated: it holds the values "
-                f"copied to it up to a relative error of {lost:.2g}. Call inflate(model) first to "
+                f"{self.name} has the form {self.weight.form}: the values copied to it were "
+                f"truncated, with a relative error of {lost:.2g}; call inflate(model) first to "
                 "keep them",
                 stacklevel=4,
             )
 
     def _state(self) -> tuple[object, ...]:
-        found = [(p, 0 if p.is_inference() else p._version) for p in self.parameters().values()]
-        return self.owner.resolved(self.name), *((id(p), version) for p, version in found)
+        """What the layer computes the weight from, and how often that has been written to."""
+        found = self.parameters().values()
+        return tuple((id(p), 0 if p.is_inference() else p._version) for p in found)
+
+
+@dataclass(frozen=True)
+class _Write:
+    """What is known of an operation that has written to a weight.
+
+    Args:
+        replaces: whether nothing of the old values is meant to stay.
+        copies: whether the new values were given by the user.
+        recorded: whether autograd has recorded it.
+    """
+
+    replaces: bool = False
+    copies: bool = False
+    recorded: bool = False
+
+    @classmethod
+    def of(cls, function: Any, weight: EffectiveWeight, caller: str, records: bool) -> _Write:
+        """By the operation, called on ``weight`` from the module ``caller``."""
+        name, home = getattr(function, "__name__", ""), getattr(function, "__module__", "") or ""
+        init = home.startswith(_INIT) or caller.startswith(_INIT)
+        whole = weight.plain.numel() == weight.reading.whole.numel()
+        return cls(
+            replaces=init or (whole and name in _REPLACING),
+            copies=name == "copy_" and not init,
+            recorded=records and not home.startswith(_INIT),  # those functions record nothing
+        )
 
 
 class EffectiveWeight(Tensor):
@@ -142,26 +163,23 @@ class EffectiveWeight(Tensor):
             handled = _ON_THE_WEIGHT[func](*args, **kwargs)
             if handled is not NotImplemented:
                 return handled
-        weights = [w for w in tree_leaves((args, kwargs)) if isinstance(w, cls)]
-        args, kwargs = tree_map_only(cls, _plain, (args, kwargs))
+        weights: list[EffectiveWeight] = []
+        args, named = _plain(args, weights), cast(dict[str, Any], _plain(kwargs, weights))
         records = torch.is_grad_enabled() and any(w.plain.requires_grad for w in weights)
-        result = func(*args, **kwargs)
-        name, caller = getattr(func, "__name__", ""), sys._getframe(1).f_globals.get("__name__", "")
-        home = getattr(func, "__module__", None) or ""
-        init = home.startswith(_INIT) or caller.startswith(_INIT)
-        graph = records and not home.startswith(_INIT)  # those functions record nothing
+        result = func(*args, **named)
         for w in weights:
-            whole = w.plain.numel() == w.reading.whole.numel()
-            w.reading.written(name, whole, init, graph)
-        if isinstance(result, Tensor | list | tuple):
-            return tree_map_only(Tensor, lambda tensor: _tracked(tensor, weights), result)
+            if w.reading.is_written:
+                caller = cast(Any, sys)._getframe(1).f_globals.get("__name__", "")
+                w.reading.pass_on(_Write.of(func, w, caller, records))
         if hasattr(result, "setflags"):  # a NumPy array: nobody sees what is written to it
             result.setflags(write=False)
-        return result
+        if type(result) in (list, tuple):
+            return type(result)(_tracked(one, weights) for one in result)
+        return _tracked(result, weights)
 
 
-def hand_out(owner: Owner, name: str, value: Tensor) -> Tensor:
-    """The value such that what is written to it reaches the owner.
+def hand_out(layer: nn.Module, weight: ResolvedWeight, value: Tensor) -> Tensor:
+    """The value of a layer's weight such that what is written to it reaches the layer.
 
     Values of other kinds (fake, sharded, inside a transform of torch.func) are left as they are:
     there is nothing to write to.
@@ -169,35 +187,44 @@ def hand_out(owner: Owner, name: str, value: Tensor) -> Tensor:
     if not _is_plain(value):
         return value
     value = value.contiguous()  # as a parameter is, so that it is filled in the same order
-    return EffectiveWeight.of(Reading(owner, name, value), value)
+    return EffectiveWeight.of(Reading(layer, weight, value), value)
 
 
-def is_written(value: object, owner: Owner, name: str) -> bool:
+def is_written(value: object, layer: nn.Module, name: str) -> bool:
     """Whether the value is this weight's own, just read or written."""
     if not isinstance(value, EffectiveWeight) or not value.is_whole:
         return False
     reading = value.reading
-    return reading.owner is owner and reading.name == name and reading.is_current
+    return reading.layer is layer and reading.name == name and reading.is_current
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def _is_plain(tensor: object) -> bool:
+    wrapped = cast(Any, torch)._C._functorch.is_functorch_wrapped_tensor
+    return type(tensor) is Tensor and not wrapped(tensor)
 
 
-def _plain(weight: EffectiveWeight) -> Tensor:
-    return weight.plain
+def _plain(value: Any, found: list[EffectiveWeight]) -> Any:
+    """The value with a plain tensor for each weight in it; the weights are added to ``found``."""
+    if isinstance(value, EffectiveWeight):
+        found.append(value)
+        return value.plain
+    if type(value) in (list, tuple):
+        return type(value)([_plain(one, found) for one in value])
+    if type(value) is dict:
+        return {key: _plain(one, found) for key, one in value.items()}
+    return value
 
 
-def _tracked(tensor: Tensor, weights: list[EffectiveWeight]) -> Tensor:
+def _tracked(result: Any, weights: list[EffectiveWeight]) -> Any:
     """The weight itself, for its plain tensor; a view of a weight, as one; any other as it is."""
-    if not _is_plain(tensor) or tensor.layout is not torch.strided:
-        return tensor
+    if not _is_plain(result) or result.layout is not torch.strided:
+        return result
     for weight in weights:
-        if tensor is weight.plain:
+        if result is weight.plain:
             return weight
-        if weight.reading.shares(tensor):
-            return EffectiveWeight.of(weight.reading, tensor)
-    return tensor
+        if weight.reading.shares(result):
+            return EffectiveWeight.of(weight.reading, result)
+    return result
 
 
 def _data(weight: EffectiveWeight) -> Tensor:
@@ -207,24 +234,29 @@ def _data(weight: EffectiveWeight) -> Tensor:
 
 @torch.no_grad()
 def _set_data(weight: EffectiveWeight, value: Tensor) -> None:
-    if isinstance(value, EffectiveWeight) and value.reading is weight.reading:
+    if isinstance(value, EffectiveWeight):
         value = value.plain
-    if not weight.is_whole or value.shape != weight.plain.shape:
+    mine, its = ((t.shape, t.dtype, t.device) for t in (weight.plain, value))
+    if not weight.is_whole or mine != its:
         raise ValueError(
-            f"{weight.reading.name} is {tuple(weight.plain.shape)} in this layer, got "
-            f"{tuple(value.shape)}; the layer is as it was"
+            f"{weight.reading.name} is {_described(*mine)} in this layer, got {_described(*its)}; "
+            "the layer is as it was"
         )
-    if not (weight.reading.shares(value) and weight.reading.is_current):
-        weight.plain.copy_(value)
-        weight.reading.written("data", True, False)
+    written = value.data_ptr() == weight.plain.data_ptr() and value.stride() == weight.stride()
+    if not (written and weight.reading.is_current):  # as it is after `layer.weight.data += ...`
+        weight.plain.copy_(value.clone())
+        weight.reading.pass_on(_Write())
+
+
+def _described(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{tuple(shape)} in {dtype} on {device}"
 
 
 def _set_requires_grad(weight: EffectiveWeight, requires_grad: bool = True) -> Any:
     if not weight.is_whole:
         return NotImplemented
-    is_base = weight.reading.owner.resolved(weight.reading.name).spec.is_base
     for name, parameter in weight.reading.parameters().items():
-        if not is_base(name):
+        if not weight.reading.weight.spec.is_base(name):
             parameter.requires_grad_(requires_grad)
     return weight
 

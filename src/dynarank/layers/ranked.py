@@ -15,9 +15,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from dynarank.decompositions import Geometry, precise
+from dynarank.decompositions import Geometry
 from dynarank.decompositions.geometry import apply, linear_map
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.effective_weight import EffectiveWeight, hand_out, is_written
@@ -100,7 +101,7 @@ class RankedLayer(nn.Module):
         assert all(isinstance(form, FullRank) for form in self.forms.values()), self.forms
         for name in _OWN:
             del self.__dict__[name]
-        self.__class__ = self.plain  # type: ignore[assignment]
+        self.__class__ = _plain_class(self)  # type: ignore[assignment]
         return self
 
     def plain_like(self) -> nn.Module:
@@ -147,7 +148,9 @@ class RankedLayer(nn.Module):
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         """As of any module; the effective weight of one with factors is no parameter."""
         if isinstance(param, EffectiveWeight):
-            raise TypeError(f"cannot register {name!r}: {_with_factors(param.reading.owner, param.reading.name)}")
+            source = param.reading
+            reason = _with_factors(source.layer, source.name)
+            raise TypeError(f"cannot register {name!r}: {reason}")
         if has_factors(self, name):
             raise KeyError(f"attribute {name!r} already exists: {_with_factors(self, name)}")
         super().register_parameter(name, param)
@@ -173,9 +176,9 @@ class RankedLayer(nn.Module):
 
     def effective_weight(self, name: str = "weight") -> Tensor:
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
-        parameters = cast(dict[str, Tensor], self._parameters)
-        weight = self._weights.get(name)
-        return parameters[name] if weight is None else weight.effective(parameters)
+        if not has_factors(self, name):
+            return cast(Tensor, getattr(self, name))
+        return self._weights[name].effective(cast(dict[str, Tensor], self._parameters))
 
     def multiply(
         self,
@@ -195,8 +198,9 @@ class RankedLayer(nn.Module):
         form, spec = weight.form, weight.spec
         geometry = spec.geometry if geometry is None else geometry
         parameters = cast(dict[str, Tensor], self._parameters)
-        if isinstance(form, FullRank):
-            return linear_map(x, spec.to_canonical(weight.base(parameters)), geometry, bias)
+        if isinstance(form, FullRank):  # the attribute, which torch.nn.utils may have replaced
+            base = weight.base({spec.name: getattr(self, spec.name)})
+            return linear_map(x, spec.to_canonical(base), geometry, bias)
         execution = self._execution(weight, x, geometry)
         if execution.name == "joined":
             return linear_map(x, weight.joined(parameters), geometry, bias)
@@ -294,14 +298,24 @@ def has_factors(layer: nn.Module, name: str) -> bool:
 
 def read_out(layer: RankedLayer, name: str) -> Tensor:
     """The effective weight for the caller's caller: what it writes to it reaches the layer."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return layer.effective_weight(name)
-    if sys._getframe(2).f_globals.get("__name__") == _ONLY_READS:
+    if cast(Any, sys)._getframe(2).f_globals.get("__name__") == _ONLY_READS:
         return layer.effective_weight(name)
     if torch.is_inference_mode_enabled():  # an inference tensor has no version counter
         with torch.inference_mode(False), torch.no_grad():
-            return hand_out(layer, name, layer.effective_weight(name))
-    return hand_out(layer, name, layer.effective_weight(name))
+            return hand_out(layer, layer.resolved(name), layer.effective_weight(name))
+    return hand_out(layer, layer.resolved(name), layer.effective_weight(name))
+
+
+def _plain_class(layer: RankedLayer) -> type[nn.Module]:
+    """The plain class, with what ``torch.nn.utils.parametrize`` has added to the layer's."""
+    if not is_parametrized(layer):
+        return layer.plain
+    plain, added = layer.plain, dict(vars(type(layer)))
+    for name in ("__dict__", "__weakref__"):
+        added.pop(name, None)
+    return type(f"Parametrized{plain.__name__}", (plain,), added)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:

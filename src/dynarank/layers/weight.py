@@ -20,8 +20,8 @@ from dynarank.forms import Adapted, Form, FullRank, LowRank, resolve_rank
 __all__ = ["ResolvedWeight", "WeightSpec"]
 
 _LINEAR = Geometry()
-# What a change that is written to a low-rank weight may lose: its own rounding (in eps), and a share.
-_ROUNDING, _LOST = 4, 0.01
+# What may be lost of a change of a low-rank weight: a share of it, or rounding (in eps).
+_LOST, _ROUNDING = 0.01, 4
 
 
 @dataclass(frozen=True)
@@ -236,9 +236,10 @@ class ResolvedWeight:
         lost = (self.decomposition.join(split) - weight).norm().item()
         change = (weight - precise(self.joined(parameters))).norm().item()
         if fit and lost > max(_ROUNDING * torch.finfo(value.dtype).eps * norm, _LOST * change):
+            share = lost / max(change, lost)
             raise ValueError(
-                f"{self.spec.name} has rank {self.form.rank} and would lose {lost / max(change, lost):.0%} of "
-                "this change; call inflate(model) first, or truncate the new value on purpose: "
+                f"{self.spec.name} has rank {self.form.rank} and would lose {share:.0%} of this "
+                "change; call inflate(model) first, or truncate the new value on purpose: "
                 f"layer.set_weight_({self.spec.name!r}, value); the layer is as it was"
             )
         for factor, new in zip(factors, split, strict=True):

@@ -71,6 +71,7 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     if same_weight(before, after):
         return Edit(site, Change(site.path, before, after, 0.0), {}, {})
     _check_values(site.path, old)
+    _check_names(site, after)
     weight = _effective(site.spec, before, old)
     trains = any(p.requires_grad for p in site.trained())
     values, shift = _values(site, weight, after, activity)
@@ -143,6 +144,17 @@ def _values(
 def _effective(spec: WeightSpec, form: Form, parameters: dict[str, Parameter]) -> Tensor:
     """The canonical weight that the parameters stand for, in fp64."""
     return spec.to_canonical(spec.effective(form, {n: precise(p) for n, p in parameters.items()}))
+
+
+def _check_names(site: Site, after: Form) -> None:
+    """Raise ValueError if the module has something else under a new parameter's name."""
+    new = set(site.spec.parameter_names(after)) - {*site.parameters(), site.spec.name}
+    for place in site.places:
+        if taken := sorted(name for name in new if hasattr(place.module, name)):
+            raise ValueError(
+                f"layer {place.path!r} has an attribute {taken[0]!r} of its own, which is the name "
+                f"of a parameter in the form {after}; rename it"
+            )
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:

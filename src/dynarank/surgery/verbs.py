@@ -33,6 +33,7 @@ from dynarank.forms import (
     same_weight,
 )
 from dynarank.layers import RankedLayer
+from dynarank.layers.ranked import has_factors
 from dynarank.surgery.edit import Edit, prepare_edit
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
@@ -209,7 +210,7 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         <class 'torch.nn.modules.linear.Linear'>
     """
     sites = survey(model)
-    plan = {site.path: FullRank() for site in sites if isinstance(site.module, RankedLayer)}
+    plan = {site.path: FullRank() for site in sites if has_factors(site.module, site.spec.name)}
     change_forms(differences(model, plan, sites), optimizer, moments)
     for module in model.modules():
         if isinstance(module, RankedLayer):

@@ -5,6 +5,7 @@ A cell computes one step, so its two matrices are executed like those of linear 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -60,7 +61,7 @@ class _Cell(RankedLayer):
 
     def reset_parameters(self) -> None:
         """As of the plain cell: each weight and bias uniform in +-1 / sqrt(hidden_size)."""
-        bound = cast(Any, self).hidden_size ** -0.5
+        bound = 1 / math.sqrt(cast(Any, self).hidden_size)
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
             if (weight := getattr(self, name)) is not None:
                 nn.init.uniform_(weight, -bound, bound)

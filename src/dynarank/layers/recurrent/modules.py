@@ -28,6 +28,7 @@ In the adapted form only the factors train, by automatic differentiation through
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -38,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dynarank.decompositions import Factors
-from dynarank.forms import Adapted, FullRank, LowRank
+from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
 from dynarank.layers.ranked import RankedLayer, has_factors, read_out
 from dynarank.layers.recurrent.loop import (
@@ -114,7 +115,7 @@ class _Recurrent(RankedLayer):
     def reset_parameters(self) -> None:
         """As of the plain layer: each weight and bias uniform in +-1 / sqrt(hidden_size)."""
         net = cast(Any, self)
-        bound = net.hidden_size**-0.5
+        bound = 1 / math.sqrt(net.hidden_size)
         for name in net._flat_weights_names:
             nn.init.uniform_(getattr(self, name), -bound, bound)
 

@@ -170,5 +170,4 @@ def _sizes(net: nn.RNNBase, input: Any) -> tuple[int, ...]:
 
 
 def _trains(net: nn.Module, names: Sequence[str]) -> bool:
-    parameters = dict(net.named_parameters(recurse=False))
-    return any(parameters[name].requires_grad for name in names)
+    return any(getattr(net, name).requires_grad for name in names)
