@@ -169,8 +169,31 @@ def test_net_apply() -> None:
 def test_a_layer_set_to_zero_can_train_again() -> None:
     module = build("linear", LowRank(2))
     nn.init.zeros_(module.weight)  # type: ignore[arg-type]
+    assert not module.weight.any()  # type: ignore[operator]
     module(torch.ones(12, dtype=torch.float64)).sum().backward()
     assert any(p.grad.any() for p in (module.down, module.up))  # type: ignore[union-attr]
+
+
+@over_forms
+def test_a_layer_that_has_diverged_can_be_reset(form: Form) -> None:
+    module: Any = build("linear", form)
+    for value in (float("nan"), float("inf")):
+        for write in (reset, INITS["zeros_"], INITS["data.normal_"]):
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.fill_(value)
+            write(module if write is reset else module.weight)
+            assert module.weight.isfinite().all()
+
+
+@over_forms
+def test_on_the_meta_device(form: Form) -> None:
+    module: Any = build("linear", form).to("meta")
+    reset(module)
+    nn.init.zeros_(module.weight)
+    module.to_empty(device="cpu")
+    reset(module)
+    assert module.weight.isfinite().all() and module.weight.any()
 
 
 def test_given_values_are_truncated_with_a_warning() -> None:
@@ -233,7 +256,11 @@ LOSING: dict[str, Callable[[Any, Tensor], object]] = {
 @pytest.mark.parametrize("write", LOSING)
 def test_a_change_that_the_rank_does_not_hold_is_refused(write: str) -> None:
     module, delta = build("linear", LowRank(2)), torch.randn(10, 12, dtype=torch.float64)
-    with torch.no_grad(), untouched(module), pytest.raises(ValueError, match=r"rank 2|finite"):
+    with (
+        torch.no_grad(),
+        untouched(module),
+        pytest.raises(ValueError, match=r"rank=2.*would lose|finite"),
+    ):
         LOSING[write](module, delta)
 
 
@@ -375,8 +402,8 @@ def test_freezing() -> None:
         with torch.no_grad():
             module.weight.requires_grad = False
         assert training() == set()
-        analysed = module.weight.detach().requires_grad_()  # of a copy of one's own
-        assert analysed.requires_grad and training() == set()
+        probe = module.weight.detach().requires_grad_()  # of a copy of one's own
+        assert probe.requires_grad and training() == set()
 
 
 # It reads as a tensor.

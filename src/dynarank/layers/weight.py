@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition, precise
 from dynarank.decompositions.geometry import swap_channels
+from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 
 __all__ = ["ResolvedWeight", "WeightSpec"]
@@ -215,35 +216,48 @@ class ResolvedWeight:
             raise ValueError(
                 f"{self.spec.name} is {tuple(stored)} in this layer, got {tuple(value.shape)}"
             )
+        if parameters[self.names[-1]].is_meta:
+            return 0.0
         if isinstance(self.form, LowRank):
             return self._truncate_(parameters, value, fit)
         self.base(parameters).copy_(value)
         if isinstance(self.form, Adapted):
-            self.factors(parameters)[-1].zero_()
+            self._zero_(self.factors(parameters))
         return 0.0
 
     def _truncate_(self, parameters: Mapping[str, Tensor], value: Tensor, fit: bool) -> float:
         assert self.decomposition is not None and isinstance(self.form, LowRank)
         factors, weight = self.factors(parameters), self.spec.to_canonical(precise(value))
-        if factors[0].is_meta:
-            return 0.0
         norm = weight.norm().item()
-        if not norm and all(bool(factor.isfinite().all()) for factor in factors):
-            factors[-1].zero_()  # the others stay, so that it can train
+        if not norm:
+            self._zero_(factors)
             return 0.0
         split = self.decomposition.split(weight, self.form.resolved_rank)
         lost = (self.decomposition.join(split) - weight).norm().item()
-        change = (weight - precise(self.joined(parameters))).norm().item()
-        if fit and lost > max(_ROUNDING * torch.finfo(value.dtype).eps * norm, _LOST * change):
-            share = lost / max(change, lost)
-            raise ValueError(
-                f"{self.spec.name} has rank {self.form.rank} and would lose {share:.0%} of this "
-                "change; call inflate(model) first, or truncate the new value on purpose: "
-                f"layer.set_weight_({self.spec.name!r}, value); the layer is as it was"
-            )
+        if fit:
+            change = (weight - precise(self.joined(parameters))).norm().item()
+            self._check_fit(lost, change, norm * torch.finfo(value.dtype).eps)
         for factor, new in zip(factors, split, strict=True):
             factor.copy_(new)
-        return lost / norm if norm else 0.0
+        return lost / norm
+
+    def _zero_(self, factors: Factors) -> None:
+        """Make the join zero, such that it can train: only the last factor is zero."""
+        factors[-1].zero_()
+        if not all(bool(factor.isfinite().all()) for factor in factors):
+            shapes = [tuple(factor.shape) for factor in factors]
+            drawn = zero_join_factors(shapes, torch.initial_seed())
+            for factor, new in zip(factors, drawn, strict=True):
+                factor.copy_(new)
+
+    def _check_fit(self, lost: float, change: float, eps: float) -> None:
+        if lost > max(_ROUNDING * eps, _LOST * change):
+            name, share = self.spec.name, lost / max(change, lost)
+            raise ValueError(
+                f"the rank of {name}, {self.form}, would lose {share:.0%} of this change; call "
+                "inflate(model) first, or truncate the new value on purpose: "
+                f"layer.set_weight_({name!r}, value); the layer is as it was"
+            )
 
     def stages(self, geometry: Geometry) -> tuple[Geometry, ...]:
         """The geometries of the factors if the weight has this ``geometry``."""
