@@ -98,7 +98,11 @@ class RankedLayer(nn.Module):
 
     def to_plain(self) -> nn.Module:
         """Make it a module of the plain class again, in place; every weight must be full-rank."""
-        assert all(isinstance(form, FullRank) for form in self.forms.values()), self.forms
+        if factored := {n: f for n, f in self.forms.items() if not isinstance(f, FullRank)}:
+            raise ValueError(
+                f"only a layer of full rank can be made plain, this one has {factored}; "
+                "dr.merge(layer) inflates it first"
+            )
         for name in _OWN:
             del self.__dict__[name]
         self.__class__ = _plain_class(self)  # type: ignore[assignment]
@@ -133,7 +137,7 @@ class RankedLayer(nn.Module):
         self.form_changed()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if not has_factors(self, name):
+        if not self.has_factors(name):
             super().__setattr__(name, value)
         elif isinstance(value, Parameter):
             self.register_parameter(name, value)
@@ -141,7 +145,7 @@ class RankedLayer(nn.Module):
             raise TypeError(f"cannot assign to {name!r}: {_with_factors(self, name)}")
 
     def __delattr__(self, name: str) -> None:
-        if has_factors(self, name):
+        if self.has_factors(name):
             raise TypeError(f"cannot delete {name!r}: {_with_factors(self, name)}")
         super().__delattr__(name)
 
@@ -151,7 +155,7 @@ class RankedLayer(nn.Module):
             source = param.reading
             reason = _with_factors(source.layer, source.name)
             raise TypeError(f"cannot register {name!r}: {reason}")
-        if has_factors(self, name):
+        if self.has_factors(name):
             raise KeyError(f"attribute {name!r} already exists: {_with_factors(self, name)}")
         super().register_parameter(name, param)
 
@@ -170,13 +174,17 @@ class RankedLayer(nn.Module):
         """The form of the layer's only weight."""
         return self._forms["weight"]
 
+    def has_factors(self, name: str) -> bool:
+        """Whether this is the name of a weight that is low-rank or adapted."""
+        return not isinstance(self.__dict__.get("_forms", {}).get(name, _FULL), FullRank)
+
     def resolved(self, name: str = "weight") -> ResolvedWeight:
         """The weight of this name in its form."""
         return self._weights[name]
 
     def effective_weight(self, name: str = "weight") -> Tensor:
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
-        if not has_factors(self, name):
+        if not self.has_factors(name):
             return cast(Tensor, getattr(self, name))
         return self._weights[name].effective(cast(dict[str, Tensor], self._parameters))
 
@@ -279,7 +287,7 @@ class effective:
     def __get__(self, layer: RankedLayer | None, owner: type) -> Any:
         if layer is None:
             return self
-        if not has_factors(layer, self.name):
+        if not layer.has_factors(self.name):
             return nn.Module.__getattr__(layer, self.name)
         return read_out(layer, self.name)
 
@@ -289,11 +297,6 @@ def _with_factors(layer: Any, name: str) -> str:
         f"in the form {layer.forms[name]} the weight is computed from factors. Write its values "
         f"under torch.no_grad() (layer.{name}.copy_(value)), or call inflate(model) first"
     )
-
-
-def has_factors(layer: nn.Module, name: str) -> bool:
-    """Whether this is the name of a weight of the layer that is low-rank or adapted."""
-    return not isinstance(layer.__dict__.get("_forms", {}).get(name, _FULL), FullRank)
 
 
 def read_out(layer: RankedLayer, name: str) -> Tensor:

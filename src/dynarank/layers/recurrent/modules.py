@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dynarank.decompositions import Factors
 from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer, has_factors, read_out
+from dynarank.layers.ranked import RankedLayer, read_out
 from dynarank.layers.recurrent.loop import (
     GATES,
     Direction,
@@ -105,7 +105,7 @@ class _Recurrent(RankedLayer):
     def _init_flat_weights(self) -> None:
         net = cast(Any, self)
         flat = [
-            None if has_factors(self, name) else getattr(self, name, None)
+            None if self.has_factors(name) else getattr(self, name, None)
             for name in net._flat_weights_names
         ]
         self.__dict__["_flat_weights"] = flat
@@ -121,7 +121,7 @@ class _Recurrent(RankedLayer):
 
     def __getattr__(self, name: str) -> Any:
         """The effective weight, for a weight that is not a parameter under its own name."""
-        return read_out(self, name) if has_factors(self, name) else super().__getattr__(name)
+        return read_out(self, name) if self.has_factors(name) else super().__getattr__(name)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """The plain layer's checks; that one reads the dtype from the list of parameters."""
