@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dynarank.forms import Form
-from dynarank.layers.ranked import own_parameters
+from dynarank.layers.own_forward import forward_obstacle
+from dynarank.layers.ranked import RankedLayer, own_parameters
 from dynarank.layers.weight import WeightSpec
 
-__all__ = ["weight_obstacle"]
+__all__ = ["number_obstacle", "weight_obstacle"]
+
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def weight_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
+def weight_obstacle(
+    module: nn.Module, spec: WeightSpec, form: Form, reader: nn.Module | None = None
+) -> str:
     """Why changing the form of this weight would go wrong; empty if it would not.
 
     Args:
         module: the module that owns the weight.
         spec: the weight.
         form: the form it has.
+        reader: the parent that uses the weight instead of calling the module, if any.
 
     Example:
         >>> layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
         >>> weight_obstacle(layer, WeightSpec("weight", (4, 4)), dr.FullRank())
         'it is wrapped by torch.nn.utils.parametrize, which owns its weight'
     """
+    for one in (module, reader):  # the classes that would change
+        if one is None or isinstance(one, RankedLayer):
+            continue
+        if reason := forward_obstacle(one):
+            return (
+                reason if one is module else f"in the {type(one).__name__} it is part of, {reason}"
+            )
     own = own_parameters(module)
     if is_parametrized(module):
         return "it is wrapped by torch.nn.utils.parametrize, which owns its weight"
@@ -33,8 +47,38 @@ def weight_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
         if p is None:
             listed = ", ".join(name for name, p in own.items() if p is not None)
             return f"its weight is computed from {listed} (weight_norm, spectral_norm or prune)"
-        if not p.is_floating_point():
-            return f"its {name} is {p.dtype}: only real floating-point weights are handled"
-        if type(p.data) is not Tensor:
-            return f"its {name} is a {type(p.data).__name__} (quantized, sharded or the like)"
+        if _sharded(p):
+            return f"its {name} is a DTensor, sharded by FSDP or tensor parallelism"
     return ""
+
+
+def number_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
+    """Why the numbers of this weight cannot be computed with; empty if they can.
+
+    Such a weight (quantized, complex, sparse) is left as it is.
+
+    Example:
+        >>> layer = nn.Linear(4, 4).to(torch.float8_e4m3fn)
+        >>> number_obstacle(layer, WeightSpec("weight", (4, 4)), dr.FullRank())
+        'its weight is float8_e4m3fn, not one of float64, float32, bfloat16, float16'
+    """
+    for name in spec.parameter_names(form):
+        p = own_parameters(module).get(name)
+        if p is None:
+            continue
+        if p.dtype not in _NUMBERS:
+            handled = ", ".join(_short(dtype) for dtype in _NUMBERS)
+            return f"its {name} is {_short(p.dtype)}, not one of {handled}"
+        if p.layout is not torch.strided:
+            return f"its {name} is {_short(p.layout)}, not dense"
+        if type(p.data) is not Tensor and not _sharded(p):
+            return f"its {name} is a {type(p.data).__name__} (quantized or the like)"
+    return ""
+
+
+def _sharded(p: Tensor) -> bool:
+    return type(p.data).__name__ == "DTensor"  # by name: torch.distributed is slow to import
+
+
+def _short(name: torch.dtype | torch.layout) -> str:
+    return str(name).removeprefix("torch.")

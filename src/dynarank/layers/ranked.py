@@ -21,13 +21,21 @@ from dynarank.decompositions.geometry import apply, linear_map
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.execution import Call, Execution, choose_execution
 from dynarank.layers.merged import Merging, merged_product
+from dynarank.layers.own_forward import set_class
+from dynarank.layers.tracing import input_shape, is_static
 from dynarank.layers.weight import ResolvedWeight, WeightSpec
 
-__all__ = ["RankedLayer", "effective", "one_call", "own_parameters"]
+__all__ = [
+    "RankedLayer",
+    "effective",
+    "one_call",
+    "own_parameters",
+    "read_parameters",
+]
 
 _REMEMBERED = 256  # shapes of inputs
 _RESOLVED = ("_weights", "_executions")  # what follows from the forms
-_OWN = ("forms", "last_factored_forms", *_RESOLVED)
+_OWN = ("forms", "last_factored_forms", "_specs", *_RESOLVED)
 
 
 class RankedLayer(nn.Module):
@@ -45,12 +53,16 @@ class RankedLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     forms: dict[str, Form]  # by the weight's name
     last_factored_forms: dict[str, LowRank | Adapted]  # for deflate without a rank
+    _specs: dict[str, WeightSpec]  # those of the plain layer
     _weights: dict[str, ResolvedWeight]
     _executions: dict[object, Execution]  # chosen so far
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
-        """The weights of ``module``, which is of the plain class or of this one."""
+        """The weights of ``module``, which is of the plain class or of this one.
+
+        It may read the shape of ``module.weight``; the module's own attributes cost less.
+        """
         raise NotImplementedError
 
     @classmethod
@@ -83,10 +95,12 @@ class RankedLayer(nn.Module):
         A module that is ranked already stays as it is.
         """
         if not isinstance(module, RankedLayer):
-            module.__class__ = cls
+            specs = {spec.name: spec for spec in cls.specs(module)}
+            set_class(module, cls)
             assert isinstance(module, RankedLayer)
-            module.forms = {spec.name: FullRank() for spec in cls.specs(module)}
+            module.forms = dict.fromkeys(specs, FullRank())
             module.last_factored_forms = {}
+            module._specs = specs
             module.form_changed()
         return module
 
@@ -95,7 +109,7 @@ class RankedLayer(nn.Module):
         assert all(isinstance(form, FullRank) for form in self.forms.values()), self.forms
         for name in _OWN:
             del self.__dict__[name]
-        self.__class__ = self.plain  # type: ignore[assignment]
+        set_class(self, self.plain)
         return self
 
     def plain_like(self) -> nn.Module:
@@ -114,8 +128,7 @@ class RankedLayer(nn.Module):
 
     def form_changed(self) -> None:
         """Look up what follows from the forms; called when one has changed."""
-        specs = type(self).specs(self)
-        self._weights = {spec.name: spec.resolved(self.forms[spec.name]) for spec in specs}
+        self._weights = {n: spec.resolved(self.forms[n]) for n, spec in self._specs.items()}
         self._executions = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,6 +138,14 @@ class RankedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.form_changed()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse: ``torch.jit.script`` asks each module for what it is to compile."""
+        raise ValueError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.export or "
+            "torch.jit.trace, or make a copy of the model plain first, "
+            "`dr.merge(copy.deepcopy(model))`"
+        )
 
     @property
     def form(self) -> Form:
@@ -137,8 +158,7 @@ class RankedLayer(nn.Module):
 
     def effective_weight(self, name: str = "weight") -> Tensor:
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
-        parameters = cast(dict[str, Tensor], self._parameters)
-        weight = self._weights.get(name)
+        parameters, weight = read_parameters(self), self._weights.get(name)
         return parameters[name] if weight is None else weight.effective(parameters)
 
     def multiply(
@@ -158,10 +178,10 @@ class RankedLayer(nn.Module):
         """
         form, spec = weight.form, weight.spec
         geometry = spec.geometry if geometry is None else geometry
-        parameters = cast(dict[str, Tensor], self._parameters)
+        parameters = read_parameters(self)
         if isinstance(form, FullRank):
             return linear_map(x, spec.to_canonical(weight.base(parameters)), geometry, bias)
-        execution = self._execution(weight, x, geometry)
+        execution = self._execution(weight, x, geometry, parameters[weight.names[-1]])
         if execution.name == "joined":
             return linear_map(x, weight.joined(parameters), geometry, bias)
         if execution.name == "factored":
@@ -175,28 +195,31 @@ class RankedLayer(nn.Module):
         how = Merging(weight.decomposition, form.scale, geometry, stages, thin, keep)
         return merged_product(x, base, weight.factors(parameters), bias, how)
 
-    def _execution(self, weight: ResolvedWeight, x: Tensor, geometry: Geometry) -> Execution:
+    def _execution(
+        self, weight: ResolvedWeight, x: Tensor, geometry: Geometry, last: Tensor
+    ) -> Execution:
         grad = torch.is_grad_enabled()
-        last = self._parameters[weight.names[-1]]
-        trains = grad and last is not None and last.requires_grad
+        trains = grad and last.requires_grad
         input_grad = grad and x.requires_grad
         key = None
-        if not torch.compiler.is_compiling():  # the usual case, before anything is built
+        if is_static(x.shape):  # the usual case, before anything is built
             key = (weight.spec.name, weight.spec.shape, x.shape, input_grad, trains)
             if (known := self._executions.get(key)) is not None:
                 return known
-        return self.execution(weight, Call(tuple(x.shape), geometry, input_grad, trains), key)
+        call = Call(input_shape(x), geometry, input_grad, trains)
+        return self.execution(weight, call, key)
 
     def execution(self, weight: ResolvedWeight, call: Call, key: object = None) -> Execution:
         """How ``call`` is computed; remembered by the key, or else by the weight and the call."""
-        if torch.compiler.is_compiling():
+        if not is_static(call.shape):
             return choose_execution(weight.spec, weight.form, call)
         key = key or (weight.spec.name, weight.spec.shape, call)
-        if key not in self._executions:
+        if (chosen := self._executions.get(key)) is None:
             if len(self._executions) >= _REMEMBERED:
                 self._executions.clear()
-            self._executions[key] = choose_execution(weight.spec, weight.form, call)
-        return self._executions[key]
+            chosen = choose_execution(weight.spec, weight.form, call)
+            self._executions[key] = chosen
+        return chosen
 
     @torch.no_grad()
     def set_weight_(self, name: str, value: Tensor) -> None:
@@ -233,7 +256,12 @@ def effective(name: str) -> property:
     def read(self: RankedLayer) -> Tensor:
         return self.effective_weight(name)
 
-    return property(read, doc="The effective weight: base + scale * join(factors).")
+    def write(self: RankedLayer, value: Tensor) -> None:
+        if not getattr(self, "_is_replica", False):
+            raise AttributeError(f"property {name!r} of {type(self).__name__!r} has no setter")
+        vars(self)[name] = value
+
+    return property(read, write, doc="The effective weight: base + scale * join(factors).")
 
 
 def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
@@ -241,11 +269,18 @@ def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
     return module._parameters  # pyright: ignore[reportPrivateUsage]
 
 
+def read_parameters(module: nn.Module) -> Mapping[str, Tensor]:
+    """The module's parameters by name, to read; a replica has tensors as attributes instead."""
+    if "_is_replica" in module.__dict__:
+        return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return cast(dict[str, Tensor], own_parameters(module))
+
+
 def one_call(module: nn.Module, x: Tensor, geometry: Geometry) -> Call:
     """One multiplication of ``x`` by the only weight of a module."""
-    own = own_parameters(module).items()
+    own = cast(Mapping[str, "Tensor | None"], read_parameters(module)).items()
     trains = any(p is not None and p.requires_grad and name != "bias" for name, p in own)
-    return Call(tuple(x.shape), geometry, x.requires_grad, trains)
+    return Call(input_shape(x), geometry, x.requires_grad, trains)
 
 
 def _chain(

@@ -20,6 +20,7 @@ from dynarank.decompositions.truncation import ActivationStats, split_activation
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.layers.own_forward import set_class
 from dynarank.surgery.sites import Site
 
 __all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_on_exit"]
@@ -98,7 +99,7 @@ def restore_on_exit(table: dict[Any, Any], undo: ExitStack) -> None:
 
 def _make_ranked(module: nn.Module, undo: ExitStack) -> RankedLayer:
     """Make the module a ranked one, if it is not yet, with a table of parameters to write to."""
-    undo.callback(setattr, module, "__class__", type(module))
+    undo.callback(set_class, module, type(module))
     restore_on_exit(module.__dict__, undo)
     module.__dict__["_parameters"] = dict(own_parameters(module))  # the old one is kept to restore
     ranked = ranked_class(type(module))

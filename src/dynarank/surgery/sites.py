@@ -12,8 +12,15 @@ from torch.nn.utils import parametrize
 
 from dynarank.decompositions import Factors
 from dynarank.forms import Adapted, Form, FullRank, LowRank
-from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class, readers
-from dynarank.layers.obstacles import weight_obstacle
+from dynarank.layers import (
+    RankedLayer,
+    WeightSpec,
+    class_obstacle,
+    own_parameters,
+    ranked_class,
+    readers,
+)
+from dynarank.layers.obstacles import number_obstacle, weight_obstacle
 
 __all__ = ["Site", "current_plan", "survey"]
 
@@ -131,20 +138,21 @@ def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) 
     ranked, own = ranked_class(kind), list(module.parameters(recurse=False))
     unknown = partial(Site, module, paths, _UNKNOWN, None)
     if kind.__module__.startswith(_QUANTIZED):
-        return [unknown("its weight is quantized", True)] if hasattr(module, "weight") else []
+        return [unknown("its weight is quantized")] if hasattr(module, "weight") else []
     if any(map(is_lazy, own)):
         return [unknown("it is lazy: it has no shape before its first use")]
     if not any(p.ndim > 1 for p in own) and not (ranked and parametrize.is_parametrized(module)):
         return []
     if ranked is None:
-        return [unknown(f"{kind.__name__} layers are not handled")]
+        return [unknown(class_obstacle(kind))]
     forms = module.forms if isinstance(module, RankedLayer) else {}
     found: list[Site] = []
     for spec in ranked.specs(module):
         form = forms.get(spec.name, FullRank())
-        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form)
-        known = None if reason else form
-        found.append(Site(module, paths, spec, known, reason, bool(reason), reader=reader))
+        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form, reader)
+        left = number_obstacle(module, spec, form)
+        known, refused = None if left or reason else form, not left and bool(reason)
+        found.append(Site(module, paths, spec, known, left or reason, refused, reader=reader))
     return found
 
 
