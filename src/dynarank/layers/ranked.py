@@ -150,6 +150,8 @@ class RankedLayer(nn.Module):
     @property
     def form(self) -> Form:
         """The form of the layer's only weight."""
+        if "weight" not in self.forms:  # hasattr must be able to ask
+            raise AttributeError(f"{type(self).__name__} has several weights: read its forms")
         return self.forms["weight"]
 
     def resolved(self, name: str = "weight") -> ResolvedWeight:

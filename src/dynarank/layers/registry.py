@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynarank.layers.ranked import RankedLayer
@@ -103,6 +104,8 @@ def class_obstacle(kind: type[nn.Module]) -> str:
     """Why modules of this class cannot change form; empty if they can."""
     if ranked_class(kind) is not None:
         return ""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return "it is compiled by torch.jit: change the model that it was made from"
     if (known := _nearest(kind)) is None:
         return f"{kind.__name__} layers are not handled"
     names = ", ".join(overridden(kind, known))

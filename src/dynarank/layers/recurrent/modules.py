@@ -102,7 +102,7 @@ class _Recurrent(RankedLayer):
         return self
 
     def _init_flat_weights(self) -> None:
-        net, own = cast(Any, self), self._parameters
+        net, own = cast(Any, self), read_parameters(self)
         flat = [own.get(name) for name in net._flat_weights_names]
         self.__dict__["_flat_weights"] = flat
         self.__dict__["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
