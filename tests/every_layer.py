@@ -1,4 +1,4 @@
-"""One model for each kind of layer that is handled, with inputs: for what is not a numerical law."""
+"""A model for each kind of layer that is handled, with inputs."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -75,23 +76,29 @@ def test_mixed_forms_of_one_module() -> None:
     assert torch.equal(replicate(model)["a"](*x)[0], model["a"](*x)[0])
 
 
-def test_threads_share_what_is_remembered() -> None:
+def test_threads_share_what_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     """More shapes than are remembered, at the same time."""
-    model = dr.factorize(nn.Sequential(nn.Linear(4, 4)), 1, layers="*")
+    monkeypatch.setattr("dynarank.layers.ranked._REMEMBERED", 1)
+    interval = sys.getswitchinterval()
+    model = dr.factorize(nn.Sequential(nn.Embedding(4, 4)), 1, layers="*")
     errors: list[Exception] = []
 
     def run(replica: nn.Module) -> None:
         try:
-            for i in range(600):
-                replica(torch.ones(i % 300 + 1, 4))
+            for i in range(3000):
+                replica(torch.zeros(i % 5 + 1, dtype=torch.long))
         except Exception as error:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(replicate(model),)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert not errors
 
 

@@ -1,4 +1,4 @@
-"""A ``forward`` set on a module itself follows a change of class, or the change is refused by name."""
+"""A ``forward`` set on a module itself follows a change of class, or the change is refused."""
 
 from __future__ import annotations
 

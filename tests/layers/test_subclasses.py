@@ -9,7 +9,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from dynarank.layers.linear import RankedLinear
 class Mixin:
     """What a user's base class may add."""
 
-    registry: list[type] = []
+    registry: ClassVar[list[type]] = []
 
     def __init_subclass__(cls, **_: Any) -> None:
         Mixin.registry.append(cls)

@@ -95,10 +95,6 @@ def test_in_any_order(
         assert torch.equal(model(*x), expected)
 
 
-# What plain recurrent layers cannot do either.
-NO_EXPORT = (nn.LSTM, nn.GRU, nn.RNN)
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_every_layer_is_traced_then_exported(kind: Kind, form: str) -> None:
@@ -106,8 +102,7 @@ def test_every_layer_is_traced_then_exported(kind: Kind, form: str) -> None:
     expected = model(*x)
     assert_close(traced(model, x), expected)
     assert all(type(n) is int for n in remembered(model))
-    if kind.plain not in NO_EXPORT:
-        assert_close(exported(model, x), expected)
+    assert_close(exported(model, x), expected)
     assert torch.equal(model(*x), expected)
 
 
@@ -155,5 +150,3 @@ def test_a_model_that_torch_has_compiled_is_refused_by_name() -> None:
         dr.factorize(made, 2)
     with pytest.raises(ValueError, match=r"TopLevelTracedModule.*torch\.jit\.trace"):
         trace(made, x)
-
-

@@ -59,11 +59,15 @@ class RankedLayer(nn.Module):
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
-        """The weights of ``module``, which is of the plain class or of this one.
-
-        It may read the shape of ``module.weight``; the module's own attributes cost less.
-        """
+        """The weights of ``module``, which is of the plain class; it may read their shapes."""
         raise NotImplementedError
+
+    @classmethod
+    def weights_of(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
+        """The weights of ``module``, which is of the plain class or of this one."""
+        if isinstance(module, RankedLayer):
+            return tuple(module._specs.values())
+        return cls.specs(module)
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str:
@@ -77,7 +81,7 @@ class RankedLayer(nn.Module):
         Also the weights of ``fused_children``, under ``child.name``. By default the first argument
         is multiplied by the only weight.
         """
-        (spec,), x = cls.specs(module), cast(Tensor, next(iter(inputs.values())))
+        (spec,), x = cls.weights_of(module), cast(Tensor, next(iter(inputs.values())))
         return {spec.name: [one_call(module, x, spec.geometry)]}
 
     @classmethod

@@ -22,9 +22,9 @@ def input_shape(x: Any) -> tuple[int, ...]:
     """
     if not isinstance(x, Tensor):
         raise ValueError(
-            "torch.fx.symbolic_trace knows no shapes, by which a ranked layer is executed: keep "
-            "the layer whole by is_leaf_module of a torch.fx.Tracer, use torch.export, or merge a copy "
-            "of the model first, `dr.merge(copy.deepcopy(model))`"
+            "torch.fx.symbolic_trace knows no shapes, by which a ranked layer is executed: use "
+            "torch.export, keep the layer whole by is_leaf_module of a torch.fx.Tracer, or make a "
+            "copy of the model plain first, `dr.merge(copy.deepcopy(model))`"
         )
     if not torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
         return tuple(x.shape)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
@@ -147,7 +148,7 @@ def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) 
         return [unknown(class_obstacle(kind))]
     forms = module.forms if isinstance(module, RankedLayer) else {}
     found: list[Site] = []
-    for spec in ranked.specs(module):
+    for spec in ranked.weights_of(module):
         form = forms.get(spec.name, FullRank())
         reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form, reader)
         left = number_obstacle(module, spec, form)
@@ -179,6 +180,7 @@ def _tied(group: list[Site], owners: dict[object, list[str]]) -> list[Site]:
 
 def _identity(parameter: Tensor) -> object:
     """Equal for two parameters that are one object or share memory (a transposed tie does)."""
-    plain = type(parameter.data) is Tensor and not parameter.is_meta
+    plain = type(parameter.data) is Tensor and parameter.layout is torch.strided
+    plain = plain and not parameter.is_meta
     pointer = parameter.data_ptr() if plain else 0
     return ("memory", pointer) if pointer else id(parameter)

@@ -86,7 +86,7 @@ class _Recurrent(RankedLayer):
         forms = module.forms if isinstance(module, RankedLayer) else {}
         names = {
             spec.name: spec.parameter_names(forms.get(spec.name, FullRank()))
-            for spec in cls.specs(module)
+            for spec in cls.weights_of(module)
         }
         return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
 
