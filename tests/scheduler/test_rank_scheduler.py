@@ -66,7 +66,7 @@ def test_a_model_that_is_at_the_plan_already_does_not_change() -> None:
     model = dr.factorize(net(), 2)
     optimizer = sgd(model)
     seen: list[list[Change]] = []
-    schedule = Phases([0, 2], [LOW, LowRank(0.3)])  # .3 of 8 and of 6 is 2 and 1
+    schedule = Phases([0, 2], [LOW, LowRank(0.6)])  # .6 of the cost of 8 x 8 is rank 2
     with untouched(model, optimizer):
         ranks = RankScheduler(model, optimizer, schedule, 9, layers="0", callbacks=[seen.append])
         assert [ranks.step() for _ in range(5)] == [[]] * 5

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dynarank as dr
-from dynarank import Adapted, FullRank, LowRank, Rank, UnfitWeightError
+from dynarank import Adapted, FullRank, LowRank, UnfitWeightError
 from dynarank.forms import Form
 from dynarank.surgery import sites
 from dynarank.surgery.edit import Edit
@@ -245,7 +245,7 @@ def test_what_is_ranked_can_change_beside_layers_that_are_refused() -> None:
 def test_a_share_is_of_each_layer_and_never_above_its_limit() -> None:
     model = dr.factorize(mlp(), 1.0, layers="*")
     assert [dr.current_plan(model)[p].rank for p in "024"] == [16, 32, 4]  # type: ignore[union-attr]
-    dr.factorize(model, Rank(0.5, of="break-even"))
+    dr.factorize(model, 0.5)
     assert [dr.current_plan(model)[p].rank for p in "024"] == [5, 8, 1]  # type: ignore[union-attr]
 
 

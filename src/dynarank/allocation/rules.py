@@ -16,8 +16,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dynarank.decompositions import get_decomposition
 from dynarank.decompositions.truncation import output_energies
-from dynarank.forms import Rank, resolve_rank
+from dynarank.forms import Rank
 from dynarank.monitors.calibration import Calibration
 from dynarank.monitors.singular_values import energy_rank, stable_rank
 from dynarank.surgery.selection import LayerFilter, select
@@ -63,9 +64,9 @@ def uniform(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, i
         >>> uniform({"fc": torch.ones(1, 30)}, 0.5, multiple_of=4)
         {'fc': 12}
     """
-    rank = Rank(share, "min", multiple_of)
+    rank, svd = Rank(share, "min", multiple_of), get_decomposition("svd")
     sizes = {path: values.shape[-1] for path, values in spectra.items()}
-    return {path: resolve_rank(rank, (size, size)) for path, size in sizes.items()}
+    return {path: svd.resolve_rank(rank, (size, size)) for path, size in sizes.items()}
 
 
 def energy_threshold(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition
 from dynarank.decompositions.geometry import swap_channels
-from dynarank.forms import Adapted, Form, FullRank, LowRank, resolve_rank
+from dynarank.forms import Adapted, Form, FullRank, LowRank
 
 __all__ = ["ResolvedWeight", "WeightSpec"]
 
@@ -74,8 +74,7 @@ class WeightSpec:
         """
         if isinstance(form, FullRank):
             return form
-        limit = self.decomposition(form).limit(self.shape)
-        return replace(form, rank=resolve_rank(form.rank, self.unit_shape, limit))
+        return replace(form, rank=self.decomposition(form).resolve_rank(form.rank, self.shape))
 
     def factor_shapes(self, form: LowRank | Adapted) -> tuple[tuple[int, ...], ...]:
         """The shapes of the factors; the form's rank must be resolved."""

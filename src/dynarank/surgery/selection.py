@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from torch import nn
 
-from dynarank.forms import LowRank, RankLike, resolve_rank
+from dynarank.forms import LowRank, RankLike
 from dynarank.surgery.sites import Site
 
 __all__ = ["LayerFilter", "RankMap", "find_sites", "rank_for", "select"]
@@ -93,10 +93,10 @@ def rank_for(rank: RankLike | RankMap, path: str) -> RankLike:
 def _cheaper(form: LowRank, site: Site) -> bool:
     decomposition = site.spec.decomposition(form)  # an unknown one is an error
     try:
-        rank = resolve_rank(form.rank, site.spec.unit_shape, decomposition.limit(site.shape))
+        rank = decomposition.resolve_rank(form.rank, site.shape)
     except ValueError:
         return False  # above this weight's limit, so not cheaper than the weight
-    return sum(map(math.prod, decomposition.shapes(site.shape, rank))) < math.prod(site.shape)
+    return decomposition.size(site.shape, rank) < math.prod(site.shape)
 
 
 def _matching(sites: Sequence[Site], layers: _Filter | str | Sequence[str]) -> list[Site]:

@@ -101,7 +101,7 @@ def factorize(
 
     Args:
         model: changed in place.
-        rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`; or one
+        rank: an int, a share of the layer's own cost (a float in (0, 1]) or a :class:`Rank`; or one
             of these for each glob pattern of paths (``{"*.fc?": 0.25}``); the first match counts.
         layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
             have or had factors; if there are none, every layer that gets cheaper.
