@@ -13,6 +13,11 @@ from dynarank.layers.weight import WeightSpec
 
 __all__ = ["number_obstacle", "weight_obstacle"]
 
+_RANKED_NAMES = {
+    name
+    for name in (*vars(RankedLayer), *RankedLayer.__annotations__)
+    if not hasattr(nn.Module, name)
+}
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -35,6 +40,8 @@ def weight_obstacle(
     for one in (module, reader):  # the classes that would change
         if one is None or isinstance(one, RankedLayer):
             continue
+        if taken := _RANKED_NAMES & {*vars(one), *own_parameters(one), *dict(one.named_children())}:
+            return f"its attribute {min(taken)!r} has the name of one that ranked layers need"
         if reason := forward_obstacle(one):
             return (
                 reason if one is module else f"in the {type(one).__name__} it is part of, {reason}"
