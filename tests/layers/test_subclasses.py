@@ -7,9 +7,10 @@ import pickle
 import subprocess
 import sys
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import dynarank as dr
 from dynarank.layers import RankedLayer, effective, ranked_class, registry
 from dynarank.layers.linear import RankedLinear
+from dynarank.layers.subclasses import overridden
 
 
 class Mixin:
@@ -167,7 +169,7 @@ def test_one_that_overrides_what_it_runs_by_is_left_by_name(layer: nn.Module, re
     with pytest.raises(ValueError, match=reason):
         dr.factorize(nn.Sequential(layer), 1, layers="0")
     if kind is not Mixing:  # its output projection is a layer of its own
-        with pytest.raises(ValueError, match=reason):
+        with pytest.raises(ValueError, match=f"no layer of the model can change form.*{reason}"):
             dr.factorize(nn.Sequential(layer), 1)
     model = nn.Sequential(layer, nn.Linear(64, 64), nn.Linear(64, 64))
     assert type(dr.factorize(model, 1)[0]) is kind
@@ -183,6 +185,36 @@ def test_a_base_class_behind_the_layer_does_not_count() -> None:
 
     model = dr.factorize(nn.Sequential(Behind(8, 8)), 1, layers="0")
     assert isinstance(model[0], Behind) and model(torch.ones(2, 8)).shape == (2, 8)
+
+
+def test_generic_and_abstract_classes_are_taken() -> None:
+    item = TypeVar("item")
+
+    class Described(ABC, Generic[item]):
+        @abstractmethod
+        def describe(self) -> item: ...
+
+    class Concrete(nn.Linear, Described[str]):
+        def describe(self) -> str:
+            return "concrete"
+
+    model = dr.factorize(nn.Sequential(Concrete(8, 8)), 1, layers="0")
+    assert isinstance(model[0], Described) and model[0].describe() == "concrete"
+    assert type(copy.deepcopy(model)[0]) is type(model[0])
+    assert type(dr.merge(model)[0]) is Concrete
+
+
+def test_a_reset_of_its_own_is_left_where_the_ranked_class_has_one() -> None:
+    class Resets(nn.Linear):
+        def reset_parameters(self) -> None:
+            nn.init.orthogonal_(self.weight)
+
+    class RankedResets(RankedLinear):
+        def reset_parameters(self) -> None:
+            """Factors need another one."""
+
+    assert overridden(Resets, RankedLinear) == ()
+    assert overridden(Resets, RankedResets) == ("reset_parameters",)
 
 
 def test_a_materialized_lazy_layer_is_taken() -> None:

@@ -50,8 +50,10 @@ def overridden(kind: type[nn.Module], ranked: type[RankedLayer]) -> tuple[str, .
     """
     plain = ranked.plain
     below = (c for c in (Derived, *ranked.__mro__) if c not in nn.Module.__mro__)
-    names = _RUNS | _COPIES | _defined(below)
-    changed = (n for n in names - _FREE if _attribute(kind, n) is not _attribute(plain, n))
+    names = (_RUNS | _COPIES | _defined(below)) - _FREE
+    if _attribute(ranked, "reset_parameters") is not _attribute(plain, "reset_parameters"):
+        names.add("reset_parameters")  # the ranked class's would be called instead
+    changed = (n for n in names if _attribute(kind, n) is not _attribute(plain, n))
     return tuple(sorted(changed))
 
 
@@ -94,4 +96,5 @@ def _defined(classes: Iterable[type]) -> set[str]:
 
 
 def _attribute(kind: type, name: str) -> object:
-    return next((vars(c)[name] for c in kind.__mro__ if name in vars(c)), None)
+    found = (vars(c)[name] for c in kind.__mro__ if name in vars(c))
+    return next((value for value in found if name != "__slots__" or value), None)
