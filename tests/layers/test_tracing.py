@@ -19,6 +19,7 @@ from dynarank.layers import RankedLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The tensor attributes.*_flat_weights:UserWarning"),
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),  # torch's own layers warn too
 ]
 Inputs = tuple[Tensor, ...]

@@ -3,7 +3,8 @@
 A ranked layer is the user's own module with another class: ``module.__class__`` and its parameters
 change, the object stays. So hooks, names, references held elsewhere and modules shared by several
 parents all survive a change of form, and the root of a model can change form too. The classes are
-ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.Linear)`` work.
+ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.Linear)`` work; those
+of users' subclasses are made when needed, and pickled as what they are made from.
 """
 
 from __future__ import annotations
