@@ -108,3 +108,19 @@ def test_an_attribute_that_a_ranked_layer_needs_is_not_overwritten(name: str) ->
         with pytest.raises(ValueError, match=f"its attribute '{name}' has the name"):
             dr.factorize(nn.Sequential(layer), 2, layers="0")
         assert getattr(layer, name) is value
+
+
+def test_a_method_set_on_the_module_itself_is_refused_by_name() -> None:
+    """As for seamless images: the padding of a convolution, changed on the module."""
+    layer = nn.Conv2d(8, 8, 3)
+
+    def padded(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x = nn.functional.pad(x, (1, 1, 0, 0), mode="circular")
+        return nn.functional.conv2d(x, weight, bias)
+
+    layer._conv_forward = padded.__get__(layer)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="its _conv_forward is set on the module itself"):
+        dr.factorize(nn.Sequential(layer), 2, layers="*")
+    del layer._conv_forward
+    layer.reset_parameters = lambda: None  # type: ignore[method-assign]
+    dr.factorize(nn.Sequential(layer), 2, layers="*")

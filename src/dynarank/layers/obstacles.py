@@ -37,15 +37,10 @@ def weight_obstacle(
         >>> weight_obstacle(layer, WeightSpec("weight", (4, 4)), dr.FullRank())
         'it is wrapped by torch.nn.utils.parametrize, which owns its weight'
     """
-    for one in (module, reader):  # the classes that would change
-        if one is None or isinstance(one, RankedLayer):
-            continue
-        if taken := _RANKED_NAMES & {*vars(one), *own_parameters(one), *dict(one.named_children())}:
-            return f"its attribute {min(taken)!r} has the name of one that ranked layers need"
-        if reason := forward_obstacle(one):
-            return (
-                reason if one is module else f"in the {type(one).__name__} it is part of, {reason}"
-            )
+    if reason := _attribute_obstacle(module):
+        return reason
+    if reader is not None and (reason := _attribute_obstacle(reader)):
+        return f"in the {type(reader).__name__} it is part of, {reason}"
     own = own_parameters(module)
     if is_parametrized(module):
         return "it is wrapped by torch.nn.utils.parametrize, which owns its weight"
@@ -57,6 +52,18 @@ def weight_obstacle(
         if _sharded(p):
             return f"its {name} is a DTensor, sharded by FSDP or tensor parallelism"
     return ""
+
+
+def _attribute_obstacle(module: nn.Module) -> str:
+    """Why an attribute of a plain module would be lost, or do harm, in the ranked class."""
+    if isinstance(module, RankedLayer):
+        return ""
+    held = {*vars(module), *own_parameters(module), *dict(module.named_children())}
+    if taken := _RANKED_NAMES & held:
+        return f"its attribute {min(taken)!r} has the name of one that ranked layers need"
+    if own := _methods(type(module)) & vars(module).keys():
+        return f"its {min(own)} is set on the module itself, which a ranked layer would not use"
+    return forward_obstacle(module)
 
 
 def number_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
@@ -81,6 +88,13 @@ def number_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
         if type(p.data) is not Tensor and not _sharded(p):
             return f"its {name} is a {type(p.data).__name__} (quantized or the like)"
     return ""
+
+
+def _methods(kind: type[nn.Module]) -> set[str]:
+    """The methods of a class of modules that its forward pass may call."""
+    below = (c for c in kind.__mro__ if c not in nn.Module.__mro__)
+    found = {name for c in below for name, value in vars(c).items() if callable(value)}
+    return found - {"forward", "extra_repr", "reset_parameters", "_reset_parameters"}
 
 
 def _sharded(p: Tensor) -> bool:
