@@ -198,11 +198,23 @@ def test_an_exception_while_committing_is_undone(monkeypatch: pytest.MonkeyPatch
     before.assert_unchanged()
 
 
+def test_merge_is_all_or_nothing_where_a_layer_cannot_follow() -> None:
+    model = dr.inflate(dr.factorize(mlp(), 2, layers="*"), layers="0")
+    optimizer = trained(model)
+    handle = model[2].up.register_hook(lambda grad: grad)
+    before = Snapshot(model, optimizer)
+    with pytest.raises(ValueError, match="'2': its up has gradient hooks"):
+        dr.merge(model, optimizer=optimizer)
+    before.assert_unchanged()
+    handle.remove()
+    assert [type(m) for m in dr.merge(model, optimizer=optimizer)] == [type(m) for m in mlp()]
+
+
 def test_an_exception_after_the_optimizer_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dr.factorize(mlp(), 2, layers="*")
     optimizer = trained(model)
     before = Snapshot(model, optimizer)
-    monkeypatch.setattr("dynarank.surgery.verbs._check", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynarank.surgery.verbs.check_committed", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dr.inflate(model, optimizer=optimizer)
     before.assert_unchanged()
@@ -327,7 +339,7 @@ def test_a_plan_of_something_else_is_refused(plan: dict[str, Form]) -> None:
 def test_optimizers_may_come_from_a_generator() -> None:
     model = mlp()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model[0], model[2], model[4])]
-    dr.factorize(model, 2, optimizer=(one for one in optimizers))
+    dr.factorize(model, 2, layers="*", optimizer=(one for one in optimizers))
     assert [len(one.param_groups[0]["params"]) for one in optimizers] == [3, 3, 3]
 
 

@@ -47,7 +47,7 @@ def forward_obstacle(module: nn.Module) -> str:
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
     """Give a module another class, and the methods it has captured too; undone by its inverse."""
     walk, own = _Rebinding(module, type(module), kind), vars(module)
-    module.__class__ = kind
+    object.__setattr__(module, "__class__", kind)  # whatever the class does when it is set
     walk.visit_all(own, [name for name, value in own.items() if callable(value)])
     for attributes in walk.unused:  # the list grows
         walk.visit_all(attributes, list(attributes))

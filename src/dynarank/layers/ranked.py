@@ -111,7 +111,11 @@ class RankedLayer(nn.Module):
 
     def to_plain(self) -> nn.Module:
         """Make it a module of the plain class again, in place; every weight must be full-rank."""
-        assert all(isinstance(form, FullRank) for form in self.forms.values()), self.forms
+        if factored := {n: f for n, f in self.forms.items() if not isinstance(f, FullRank)}:
+            raise ValueError(
+                f"only a layer of full rank can be made plain, this one has {factored}; "
+                "dr.merge(layer) inflates it first"
+            )
         for name in _OWN:
             del self.__dict__[name]
         set_class(self, self.plain)

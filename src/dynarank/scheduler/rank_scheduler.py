@@ -23,7 +23,8 @@ from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
-from dynarank.surgery.selection import LayerFilter, find_sites, select
+from dynarank.surgery.saving import warn_of_little
+from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.verbs import apply_plan, change_forms, differences
 
@@ -45,7 +46,8 @@ class RankScheduler:
         total_steps: how many optimizer steps the run has.
         layers: the scheduled layers, as a filter ``(module, path) -> bool`` or glob patterns. None:
             the layers that are ranked already; if there are none, all that get cheaper in every
-            low-rank phase of the schedule.
+            low-rank phase of the schedule, except embeddings, output layers and small weights
+            (``print(dr.survey(model, rank))`` shows which).
         lr_scheduler: the LR scheduler; a copy of it is run ahead to forecast the learning rate. Or
             the learning rates of the run, evenly spaced. None: there is no forecast.
         moments: how the optimizer's moments are converted, see :func:`dynarank.apply_plan`. With
@@ -60,6 +62,9 @@ class RankScheduler:
         ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
             plan is impossible (unknown layer, rank above a layer's limit); the optimizer's state
             cannot be converted. Every phase that can be predicted is checked before any change.
+
+    Warns:
+        UserWarning: no layers are named, and no low-rank phase saves 5% of the model's weights.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -104,7 +109,9 @@ class RankScheduler:
         sites = survey(model)
         scheduled = scheduled_layers(sites, self.schedule, total_steps, layers)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
-        check_phases(model, self.phases(), sites)
+        check_phases(model, phases := self.phases(), sites)
+        if layers is None and not has_factors(sites):
+            warn_of_little(sites, [phase.plan for phase in phases], stacklevel=2)
         try:
             for one in self.callbacks.values():
                 one.on_start(self)
@@ -273,7 +280,7 @@ def scheduled_layers(
     sites: Sequence[Site], schedule: Schedule, total_steps: int, layers: LayerFilter = None
 ) -> list[Site]:
     """The sites that a schedule applies to: see ``layers`` of :class:`RankScheduler`."""
-    if layers is not None or any(site.last_factored_form is not None for site in sites):
+    if layers is not None or has_factors(sites):
         return select(sites, layers)
     able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
     given: dict[str, set[LowRank]] = {path: set() for path in able}
@@ -283,7 +290,8 @@ def scheduled_layers(
                 given[path].add(form)
     low = set[LowRank]().union(*given.values())
     if not low:
-        return select(sites, lambda module, path: path in able)
+        named = {site.path for site in candidates(sites)}
+        return select(sites, lambda module, path: path in named)
     # A layer that is never low-rank itself (an adapter, say) is measured by all low-rank forms.
     cheaper = {f: {s.path for s in select(sites, None, f.rank, f.decomposition)} for f in low}
     paths = {path for path, own in given.items() if all(path in cheaper[f] for f in own or low)}
