@@ -163,14 +163,14 @@ LEFT = [
 
 @pytest.mark.parametrize(("layer", "reason"), LEFT, ids=lambda case: type(case).__name__)
 def test_one_that_overrides_what_it_runs_by_is_left_by_name(layer: nn.Module, reason: str) -> None:
-    kind = type(layer)
-    obstacles = {site.path: site.obstacle for site in dr.survey(nn.Sequential(layer))}
-    assert obstacles["0"] == f"its class {reason}"
+    kind, model = type(layer), nn.Sequential(layer)
+    site = next(site for site in dr.survey(model) if site.module is layer)
+    assert site.obstacle == f"its class {reason}"
     with pytest.raises(ValueError, match=reason):
-        dr.factorize(nn.Sequential(layer), 1, layers="0")
+        dr.factorize(model, 1, layers=site.path)
     if kind is not Mixing:  # its output projection is a layer of its own
         with pytest.raises(ValueError, match=f"no layer of the model can change form.*{reason}"):
-            dr.factorize(nn.Sequential(layer), 1)
+            dr.factorize(model, 1)
     model = nn.Sequential(layer, nn.Linear(64, 64), nn.Linear(64, 64))
     assert type(dr.factorize(model, 1)[0]) is kind
 
