@@ -79,37 +79,6 @@ def test_a_layer_quantized_by_torch_is_left() -> None:
     assert dr.current_plan(dr.factorize(model, 2))["1"] == dr.LowRank(2)
 
 
-class Gated(nn.Linear):
-    """A subclass with children that have the names of factors or of what a ranked layer has."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(16, 16)
-        setattr(self, name, nn.Linear(16, 16, bias=False))
-
-
-@pytest.mark.parametrize("name", ["down", "up", "base"])
-def test_an_attribute_with_the_name_of_a_factor_is_not_hidden(name: str) -> None:
-    model = nn.ModuleDict({"a": Gated(name), "b": nn.Linear(16, 16)})
-    child = getattr(model["a"], name)
-    with pytest.raises(ValueError, match=f"'a' has an attribute '{name}'.*rename"):
-        dr.deflate(model, 2, layers=["a", "b"])
-    assert type(model["a"]) is Gated and getattr(model["a"], name) is child
-    assert type(model["b"]) is nn.Linear
-    if name == "base":  # low-rank layers have none
-        dr.factorize(model, 2, layers="a")
-
-
-@pytest.mark.parametrize("name", ["forms", "form", "multiply", "plain"])
-def test_an_attribute_that_a_ranked_layer_needs_is_not_overwritten(name: str) -> None:
-    for layer in (Gated(name), nn.Linear(16, 16)):
-        if type(layer) is nn.Linear:
-            setattr(layer, name, "mine")
-        value = getattr(layer, name)
-        with pytest.raises(ValueError, match=f"its attribute '{name}' has the name"):
-            dr.factorize(nn.Sequential(layer), 2, layers="0")
-        assert getattr(layer, name) is value
-
-
 def test_a_method_set_on_the_module_itself_is_refused_by_name() -> None:
     """As for seamless images: the padding of a convolution, changed on the module."""
     layer = nn.Conv2d(8, 8, 3)

@@ -13,11 +13,6 @@ from dynarank.layers.weight import WeightSpec
 
 __all__ = ["number_obstacle", "weight_obstacle"]
 
-_RANKED_NAMES = {
-    name
-    for name in (*vars(RankedLayer), *RankedLayer.__annotations__)
-    if not hasattr(nn.Module, name)
-}
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,12 +50,9 @@ def weight_obstacle(
 
 
 def _attribute_obstacle(module: nn.Module) -> str:
-    """Why an attribute of a plain module would be lost, or do harm, in the ranked class."""
+    """Why an attribute of a plain module itself would not be used by the ranked class."""
     if isinstance(module, RankedLayer):
         return ""
-    held = {*vars(module), *own_parameters(module), *dict(module.named_children())}
-    if taken := _RANKED_NAMES & held:
-        return f"its attribute {min(taken)!r} has the name of one that ranked layers need"
     if own := _methods(type(module)) & vars(module).keys():
         return f"its {min(own)} is set on the module itself, which a ranked layer would not use"
     return forward_obstacle(module)

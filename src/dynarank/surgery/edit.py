@@ -75,7 +75,6 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     if same_weight(before, after):
         return Edit(site, Change(site.path, before, after, 0.0), {}, {})
     _check_values(site.path, old)
-    _check_names(site, after)
     weight = _effective(site.spec, before, old)
     activity, bias_left = usable_statistics(site, after, activity)
     values, shift = _values(site, weight, after, activity)
@@ -163,18 +162,6 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
             )
         if not torch.isfinite(p.detach()).all():
             raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
-
-
-def _check_names(site: Site, after: Form) -> None:
-    """A factor must not hide another attribute of its name, such as a child of a subclass."""
-    names = () if isinstance(after, FullRank) else site.spec.parameter_names(after)
-    for place in site.places:
-        for name in names:
-            if name not in own_parameters(place.module) and hasattr(place.module, name):
-                raise ValueError(
-                    f"layer {place.path!r} has an attribute {name!r}, which a parameter of this "
-                    f"name would hide in the form {after}: rename the attribute"
-                )
 
 
 def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]) -> Change:
