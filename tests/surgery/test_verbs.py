@@ -255,7 +255,7 @@ def test_what_is_ranked_can_change_beside_layers_that_are_refused() -> None:
 
 
 def test_a_share_is_of_each_layer_and_never_above_its_limit() -> None:
-    model = dr.factorize(mlp(), 1.0, layers="*")
+    model = dr.factorize(mlp(), dr.Rank(1.0, of="out"), layers="*")
     assert [dr.current_plan(model)[p].rank for p in "024"] == [16, 32, 4]  # type: ignore[union-attr]
     dr.factorize(model, 0.5)
     assert [dr.current_plan(model)[p].rank for p in "024"] == [5, 8, 1]  # type: ignore[union-attr]
