@@ -469,15 +469,6 @@ def test_a_forward_pass_that_reads_the_weight(form: Form) -> None:
     assert_close(compiled(x), expected)
 
 
-def test_what_a_user_has_under_our_names() -> None:
-    layer: Any = nn.Linear(8, 8)
-    layer.forms, layer.last_factored_forms = "mine", 3
-    model = dr.factorize(nn.Sequential(layer), 2, layers="*")
-    assert layer.forms == {"weight": LowRank(2)}
-    dr.merge(model)
-    assert (layer.forms, layer.last_factored_forms) == ("mine", 3)
-
-
 @pytest.mark.parametrize("name", ["down", "up"])
 @pytest.mark.parametrize("kind", ["parameter", "buffer", "module", "attribute"])
 def test_a_name_that_a_factor_would_take(name: str, kind: str) -> None:

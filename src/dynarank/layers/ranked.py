@@ -3,7 +3,8 @@
 A ranked layer is the user's own module with another class: ``module.__class__`` and its parameters
 change, the object stays. So hooks, names, references held elsewhere and modules shared by several
 parents all survive a change of form, and the root of a model can change form too. The classes are
-ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.Linear)`` work.
+ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.Linear)`` work; those
+of users' subclasses are made when needed, and pickled as what they are made from.
 """
 
 from __future__ import annotations
@@ -24,14 +25,22 @@ from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.effective_weight import EffectiveWeight, hand_out, is_written
 from dynarank.layers.execution import Call, Execution, choose_execution
 from dynarank.layers.merged import Merging, merged_product
+from dynarank.layers.own_forward import set_class
+from dynarank.layers.tracing import input_shape, is_static
 from dynarank.layers.weight import ResolvedWeight, WeightSpec
 
-__all__ = ["RankedLayer", "effective", "one_call", "own_parameters"]
+__all__ = [
+    "RankedLayer",
+    "effective",
+    "one_call",
+    "own_parameters",
+    "read_parameters",
+]
 
 _REMEMBERED = 256  # shapes of inputs
 _RESOLVED = ("_weights", "_executions")  # what follows from the forms
 _FULL = FullRank()
-_OWN = ("_forms", "_last_factored_forms", *_RESOLVED)
+_OWN = ("_forms", "_last_factored_forms", "_specs", *_RESOLVED)
 # Torch's fused transformer layer only reads weights, and would not run on a subclass of Tensor.
 _ONLY_READS = "torch.nn.modules.transformer"
 
@@ -51,13 +60,21 @@ class RankedLayer(nn.Module):
     plain: ClassVar[type[nn.Module]]
     _forms: dict[str, Form]
     _last_factored_forms: dict[str, LowRank | Adapted]
+    _specs: dict[str, WeightSpec]  # those of the plain layer
     _weights: dict[str, ResolvedWeight]
     _executions: dict[object, Execution]  # chosen so far
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
-        """The weights of ``module``, which is of the plain class or of this one."""
+        """The weights of ``module``, which is of the plain class; it may read their shapes."""
         raise NotImplementedError
+
+    @classmethod
+    def weights_of(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
+        """The weights of ``module``, which is of the plain class or of this one."""
+        if isinstance(module, RankedLayer):
+            return tuple(module._specs.values())
+        return cls.specs(module)
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str:
@@ -71,7 +88,7 @@ class RankedLayer(nn.Module):
         Also the weights of ``fused_children``, under ``child.name``. By default the first argument
         is multiplied by the only weight.
         """
-        (spec,), x = cls.specs(module), cast(Tensor, next(iter(inputs.values())))
+        (spec,), x = cls.weights_of(module), cast(Tensor, next(iter(inputs.values())))
         return {spec.name: [one_call(module, x, spec.geometry)]}
 
     @classmethod
@@ -89,10 +106,12 @@ class RankedLayer(nn.Module):
         A module that is ranked already stays as it is.
         """
         if not isinstance(module, RankedLayer):
-            module.__class__ = cls
+            specs = {spec.name: spec for spec in cls.specs(module)}
+            set_class(module, cls)
             assert isinstance(module, RankedLayer)
-            module._forms = {spec.name: FullRank() for spec in cls.specs(module)}
+            module._forms = dict.fromkeys(specs, FullRank())
             module._last_factored_forms = {}
+            module._specs = specs
             module.form_changed()
         return module
 
@@ -105,7 +124,7 @@ class RankedLayer(nn.Module):
             )
         for name in _OWN:
             del self.__dict__[name]
-        self.__class__ = _plain_class(self)  # type: ignore[assignment]
+        set_class(self, _plain_class(self))
         return self
 
     def plain_like(self) -> nn.Module:
@@ -124,8 +143,7 @@ class RankedLayer(nn.Module):
 
     def form_changed(self) -> None:
         """Look up what follows from the forms; called when one has changed."""
-        specs = type(self).specs(self)
-        self._weights = {spec.name: spec.resolved(self.forms[spec.name]) for spec in specs}
+        self._weights = {n: spec.resolved(self.forms[n]) for n, spec in self._specs.items()}
         self._executions = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,9 +187,19 @@ class RankedLayer(nn.Module):
         """The last form with factors of each weight that had one: for deflate without a rank."""
         return self._last_factored_forms
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse: ``torch.jit.script`` asks each module for what it is to compile."""
+        raise ValueError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.export or "
+            "torch.jit.trace, or make a copy of the model plain first, "
+            "`dr.merge(copy.deepcopy(model))`"
+        )
+
     @property
     def form(self) -> Form:
         """The form of the layer's only weight."""
+        if "weight" not in self._forms:  # hasattr must be able to ask
+            raise AttributeError(f"{type(self).__name__} has several weights: read its forms")
         return self._forms["weight"]
 
     def has_factors(self, name: str) -> bool:
@@ -186,7 +214,7 @@ class RankedLayer(nn.Module):
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
         if not self.has_factors(name):
             return cast(Tensor, getattr(self, name))
-        return self._weights[name].effective(cast(dict[str, Tensor], self._parameters))
+        return self._weights[name].effective(read_parameters(self))
 
     def multiply(
         self,
@@ -205,11 +233,11 @@ class RankedLayer(nn.Module):
         """
         form, spec = weight.form, weight.spec
         geometry = spec.geometry if geometry is None else geometry
-        parameters = cast(dict[str, Tensor], self._parameters)
         if isinstance(form, FullRank):  # the attribute, which torch.nn.utils may have replaced
             base = weight.base({spec.name: getattr(self, spec.name)})
             return linear_map(x, spec.to_canonical(base), geometry, bias)
-        execution = self._execution(weight, x, geometry)
+        parameters = read_parameters(self)
+        execution = self._execution(weight, x, geometry, parameters[weight.names[-1]])
         if execution.name == "joined":
             return linear_map(x, weight.joined(parameters), geometry, bias)
         if execution.name == "factored":
@@ -223,28 +251,31 @@ class RankedLayer(nn.Module):
         how = Merging(weight.decomposition, form.scale, geometry, stages, thin, keep)
         return merged_product(x, base, weight.factors(parameters), bias, how)
 
-    def _execution(self, weight: ResolvedWeight, x: Tensor, geometry: Geometry) -> Execution:
+    def _execution(
+        self, weight: ResolvedWeight, x: Tensor, geometry: Geometry, last: Tensor
+    ) -> Execution:
         grad = torch.is_grad_enabled()
-        last = self._parameters[weight.names[-1]]
-        trains = grad and last is not None and last.requires_grad
+        trains = grad and last.requires_grad
         input_grad = grad and x.requires_grad
         key = None
-        if not torch.compiler.is_compiling():  # the usual case, before anything is built
+        if is_static(x.shape):  # the usual case, before anything is built
             key = (weight.spec.name, weight.spec.shape, x.shape, input_grad, trains)
             if (known := self._executions.get(key)) is not None:
                 return known
-        return self.execution(weight, Call(tuple(x.shape), geometry, input_grad, trains), key)
+        call = Call(input_shape(x), geometry, input_grad, trains)
+        return self.execution(weight, call, key)
 
     def execution(self, weight: ResolvedWeight, call: Call, key: object = None) -> Execution:
         """How ``call`` is computed; remembered by the key, or else by the weight and the call."""
-        if torch.compiler.is_compiling():
+        if not is_static(call.shape):
             return choose_execution(weight.spec, weight.form, call)
         key = key or (weight.spec.name, weight.spec.shape, call)
-        if key not in self._executions:
+        if (chosen := self._executions.get(key)) is None:
             if len(self._executions) >= _REMEMBERED:
                 self._executions.clear()
-            self._executions[key] = choose_execution(weight.spec, weight.form, call)
-        return self._executions[key]
+            chosen = choose_execution(weight.spec, weight.form, call)
+            self._executions[key] = chosen
+        return chosen
 
     @torch.no_grad()
     def set_weight_(self, name: str, value: Tensor) -> None:
@@ -326,11 +357,18 @@ def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
     return module._parameters  # pyright: ignore[reportPrivateUsage]
 
 
+def read_parameters(module: nn.Module) -> Mapping[str, Tensor]:
+    """The module's parameters by name, to read; a replica has tensors as attributes instead."""
+    if "_is_replica" in module.__dict__:
+        return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return cast(dict[str, Tensor], own_parameters(module))
+
+
 def one_call(module: nn.Module, x: Tensor, geometry: Geometry) -> Call:
     """One multiplication of ``x`` by the only weight of a module."""
-    own = own_parameters(module).items()
+    own = cast(Mapping[str, "Tensor | None"], read_parameters(module)).items()
     trains = any(p is not None and p.requires_grad and name != "bias" for name, p in own)
-    return Call(tuple(x.shape), geometry, x.requires_grad, trains)
+    return Call(input_shape(x), geometry, x.requires_grad, trains)
 
 
 def _chain(

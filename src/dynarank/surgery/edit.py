@@ -21,6 +21,7 @@ from dynarank.decompositions.truncation import ActivationStats, split_activation
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.layers.own_forward import set_class
 from dynarank.surgery.bias import bias_shift, usable_statistics
 from dynarank.surgery.sites import Site
 
@@ -95,7 +96,7 @@ def restore_on_exit(table: dict[Any, Any], undo: ExitStack) -> None:
 
 def restore_module_on_exit(module: nn.Module, undo: ExitStack) -> None:
     """Have ``undo`` give a module the class, attributes and parameters that it has now."""
-    undo.callback(object.__setattr__, module, "__class__", type(module))
+    undo.callback(set_class, module, type(module))
     restore_on_exit(module.__dict__, undo)
     module.__dict__["_parameters"] = dict(own_parameters(module))  # the old one is kept to restore
 

@@ -31,6 +31,7 @@ from dynarank.forms import (
     same_weight,
 )
 from dynarank.layers import RankedLayer
+from dynarank.layers.own_forward import forward_obstacle
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import prepare_edit, restore_module_on_exit
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
@@ -228,6 +229,9 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
+    for path, module in model.named_modules():
+        if isinstance(module, RankedLayer) and (reason := forward_obstacle(module)):
+            raise ValueError(f"layer {path!r} cannot become a plain layer: {reason}")
     sites = survey(model)
     plan = {
         site.path: FullRank()

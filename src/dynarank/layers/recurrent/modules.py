@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dynarank.decompositions import Factors
 from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer, read_out
+from dynarank.layers.ranked import RankedLayer, read_out, read_parameters
 from dynarank.layers.recurrent.loop import (
     GATES,
     Direction,
@@ -87,7 +87,7 @@ class _Recurrent(RankedLayer):
         forms = module.forms if isinstance(module, RankedLayer) else {}
         names = {
             spec.name: spec.parameter_names(forms.get(spec.name, FullRank()))
-            for spec in cls.specs(module)
+            for spec in cls.weights_of(module)
         }
         return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
 
@@ -131,7 +131,8 @@ class _Recurrent(RankedLayer):
                 f"input must have {dims} dimensions, the last of size {columns}; "
                 f"got {tuple(input.shape)}"
             )
-        dtype, device = next(self.parameters()).dtype, input.device.type
+        dtype = next(iter(read_parameters(self).values())).dtype
+        device = input.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         if input.dtype != dtype and not autocast:
             raise ValueError(
@@ -245,7 +246,7 @@ class _Recurrent(RankedLayer):
     def _branches(self, name: str, execution: str) -> tuple[Factors, ...]:
         if execution not in _APART:
             return ((self._whole(name),),)
-        form, parameters = self.forms[name], cast(dict[str, Tensor], self._parameters)
+        form, parameters = self.forms[name], read_parameters(self)
         assert not isinstance(form, FullRank)
         factors = self.resolved(name).factors(parameters)
         if isinstance(form, LowRank):
@@ -255,10 +256,10 @@ class _Recurrent(RankedLayer):
 
     def _whole(self, name: str) -> Tensor:
         """The parameter or effective weight, in the parameters' dtype even under autocast."""
-        parameter = self._parameters.get(name)
-        if parameter is not None:
+        parameters = read_parameters(self)
+        if (parameter := parameters.get(name)) is not None:
             return parameter
-        device = next(self.parameters()).device.type
+        device = next(iter(parameters.values())).device.type
         if device == "meta":
             return self.effective_weight(name)
         with torch.autocast(device, enabled=False):
