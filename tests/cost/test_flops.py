@@ -80,7 +80,7 @@ def test_the_published_schedule_costs_what_it_costs(
 def test_the_ends_of_the_scale(resnet: nn.Module, convs: list[str]) -> None:
     use = trace(resnet, BATCH)
     assert cost_schedule(use, full_rank(), convs, 10).relative_training == 1.0
-    low = cost_schedule(use, low_rank(0.5), convs, 10)
+    low = cost_schedule(use, low_rank(HALF), convs, 10)
     assert low.relative_training == pytest.approx(0.567, abs=0.003)
     assert low.mean_trainable == low.peak_trainable == 155_170
     assert low.phases[0].state_bytes == 155_170 * 4 * 3

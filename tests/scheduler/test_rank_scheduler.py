@@ -291,6 +291,27 @@ def test_learning_rates_are_the_same_with_and_without_changes(name: str) -> None
     assert len({str(rates) for rates in traces[0]}) >= 5
 
 
+@pytest.mark.parametrize(
+    "value", [lr_scheduler.CosineAnnealingLR, lr_scheduler.LRScheduler, "cosine"]
+)
+def test_an_lr_scheduler_is_an_object(value: Any) -> None:
+    model = net()
+    with pytest.raises(ValueError, match="lr_scheduler is an LR scheduler, such as"):
+        RankScheduler(model, sgd(model), SCHEDULE, STEPS, lr_scheduler=value)
+
+
+def test_the_lr_scheduler_of_another_optimizer_is_refused() -> None:
+    model = net()
+    optimizer, other = sgd(model), sgd(model)
+    kinds = [*LR_SCHEDULERS.values(), lr_scheduler.ReduceLROnPlateau]
+    for kind in kinds[:1] + kinds[2:3] + kinds[4:]:
+        with untouched(model, optimizer), pytest.raises(ValueError, match="of another optimizer"):
+            RankScheduler(model, optimizer, SCHEDULE, STEPS, lr_scheduler=kind(other))
+    both = [optimizer, torch.optim.Adam(net().parameters())]
+    for own in (lr_scheduler.ReduceLROnPlateau(optimizer), sequential(optimizer)):
+        RankScheduler(model, both, SCHEDULE, STEPS, lr_scheduler=own).close()
+
+
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam])
 def test_an_optimizer_whose_state_cannot_move_is_refused_at_once(kind: type) -> None:
     model = net()

@@ -287,6 +287,31 @@ class RankedLayer(nn.Module):
         """
         self._weights[name].write_(cast(dict[str, Tensor], self._parameters), value)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch's, but a state of another form is an error even if not ``strict``."""
+        known, weights = [*self._parameters, *self._buffers], self._weights.values()
+        held = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        foreign = [name for name in held if "." not in name and name not in known]
+        if all(name in held for weight in weights for name in weight.names):  # then only a base
+            foreign = [n for n in foreign if any(weight.spec.is_base(n) for weight in weights)]
+        if foreign:
+            error_msgs.append(
+                f"layer {prefix.rstrip('.')!r} has the parameters {', '.join(known)}, the state "
+                f"has {', '.join(foreign)}: it was saved in another form. Load the rank "
+                "scheduler's state first, or bring the model to those forms by apply_plan"
+            )
+        args = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         """The plain layer's, and the forms."""
         shown = ", ".join(

@@ -18,6 +18,7 @@ from dynarank.decompositions import precise
 from dynarank.forms import same_weight
 from dynarank.surgery.edit import Edit, restore_on_exit
 from dynarank.surgery.moments import Averaging, GradientSamples, Side, carry, check_states, prune
+from dynarank.surgery.unfit import UnfitLayers
 
 __all__ = ["Moments", "Optimizers", "as_list", "check_movable", "new_contents", "write"]
 
@@ -62,6 +63,7 @@ def new_contents(
     Raises:
         ValueError: unknown policy; a layer that trains is in no optimizer, or in two; an optimizer
             keeps state that cannot be moved (unless the policy is ``"reset"``).
+        UnfitWeightError: states that are not finite, or cannot be computed.
     """
     if moments not in POLICIES and not hasattr(moments, "of"):
         raise ValueError(
@@ -69,13 +71,17 @@ def new_contents(
         )
     owners = [(edit, _owner(edit, optimizers)) for edit in edits] if optimizers else []
     contents: Contents = []
+    unfit = UnfitLayers()
     for optimizer in optimizers:
         mine = [edit for edit, owner in owners if owner is optimizer]
         contents += _regroup(optimizer, mine)
         if old := {p for edit in mine for p in edit.old.values() if p in optimizer.state}:
             kept = {p: state for p, state in optimizer.state.items() if p not in old}
-            moved = [pair for edit in mine for pair in _states(optimizer, edit, moments)]
-            contents.append((optimizer.state, {**kept, **dict(moved)}))
+            for edit in mine:
+                with unfit.layer(edit.site.path):
+                    kept |= dict(_states(optimizer, edit, moments))
+            contents.append((optimizer.state, kept))
+    unfit.check()
     return contents
 
 

@@ -85,16 +85,17 @@ def _outcome(
 
 def _lines(rows: Sequence[tuple[str, str, str]]) -> list[str]:
     """The rows, those of like blocks (paths that differ in numbers only) in one line."""
-    groups: dict[tuple[str, str, str], list[list[str]]] = {}
+    groups: dict[tuple[tuple[str, ...], str, str], list[list[str]]] = {}
     for path, shape, note in rows:
         parts = path.split(".")
-        like = ".".join("{}" if part.isdigit() else part for part in parts)
+        like = tuple("" if part.isdigit() else part for part in parts)
         numbers = [part for part in parts if part.isdigit()]
         groups.setdefault((like, shape, note), []).append(numbers)
     lines: list[str] = []
-    for (path, shape, note), numbers in groups.items():
+    for (like, shape, note), numbers in groups.items():
         times = f" x{len(numbers)}" if len(numbers) > 1 else ""
-        named = path.format(*map(_span, zip(*numbers, strict=True))) or "(the model)"
+        spans = map(_span, zip(*numbers, strict=True))
+        named = ".".join(part or next(spans, "") for part in like) or "(the model)"
         first, *more = textwrap.wrap(note, _NOTE)
         name = _short(named, _PATH - len(times)) + times
         lines.append(f"{name:{_PATH}} {shape:{_SHAPE}} {first}")

@@ -33,7 +33,7 @@ from dynarank.forms import (
 from dynarank.layers import RankedLayer
 from dynarank.layers.own_forward import forward_obstacle
 from dynarank.surgery.check import check_committed, warn_of_losses
-from dynarank.surgery.edit import prepare_edit, restore_module_on_exit
+from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import (
@@ -45,6 +45,7 @@ from dynarank.surgery.selection import (
     select,
 )
 from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.unfit import UnfitLayers
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
@@ -295,9 +296,12 @@ def change_forms(
 
     ``undo``: the caller's stack, which takes the change back unless it is emptied.
     """
-    optimizers = as_list(optimizer)
+    optimizers, unfit, edits = as_list(optimizer), UnfitLayers(), list[Edit]()
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits = [prepare_edit(s, form, (calibration or {}).get(s.path)) for s, form in wanted]
+        for site, form in wanted:
+            with unfit.layer(site.path):
+                edits.append(prepare_edit(site, form, (calibration or {}).get(site.path)))
+        unfit.check()
         contents = new_contents(edits, optimizers, moments)
     warn_of_losses(edits)
     with ExitStack() as own:
