@@ -21,6 +21,7 @@ from dynarank.decompositions.truncation import ActivationStats, split_activation
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.layers.own_forward import set_class
 from dynarank.surgery.bias import bias_shift, usable_statistics
 from dynarank.surgery.settings import frozen_factors, new_parameters
 from dynarank.surgery.sites import Site
@@ -56,8 +57,7 @@ class Edit:
                 _make_ranked(site.reader, undo)
             layer = _make_ranked(site.module, undo)
             _replace(own_parameters(layer), self.old, self.new)
-            layer.set_form(site.spec.name, self.change.after)
-            layer.frozen_factors = {**layer.frozen_factors, site.spec.name: frozen}
+            layer.set_form(site.spec.name, self.change.after, frozen)
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
@@ -78,6 +78,7 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     if same_weight(before, after):
         return Edit(site, Change(site.path, before, after, 0.0), {}, {})
     _check_values(site.path, old)
+    _check_names(site, after)
     weight = _effective(site.spec, before, old)
     activity, bias_left = usable_statistics(site, after, activity)
     values, shift = _values(site, weight, after, activity)
@@ -95,7 +96,7 @@ def restore_on_exit(table: dict[Any, Any], undo: ExitStack) -> None:
 
 def restore_module_on_exit(module: nn.Module, undo: ExitStack) -> None:
     """Have ``undo`` give a module the class, attributes and parameters that it has now."""
-    undo.callback(object.__setattr__, module, "__class__", type(module))
+    undo.callback(set_class, module, type(module))
     restore_on_exit(module.__dict__, undo)
     module.__dict__["_parameters"] = dict(own_parameters(module))  # the old one is kept to restore
 
@@ -146,6 +147,17 @@ def _values(
 def _effective(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
     """The canonical weight that the parameters stand for, in fp64."""
     return spec.to_canonical(spec.effective(form, {n: precise(p) for n, p in parameters.items()}))
+
+
+def _check_names(site: Site, after: Form) -> None:
+    """Raise ValueError if the module has something else under a new parameter's name."""
+    new = set(site.spec.parameter_names(after)) - {*site.parameters(), site.spec.name}
+    for place in site.places:
+        if taken := sorted(name for name in new if hasattr(place.module, name)):
+            raise ValueError(
+                f"layer {place.path!r} has an attribute {taken[0]!r} of its own, which is the name "
+                f"of a parameter in the form {after}; rename it"
+            )
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:

@@ -219,6 +219,8 @@ def _nothing(
         why = f"{asked} matches no layer that can change form"
     elif rank is None:
         why = "the model has no ranked layer yet; name the layers by layers=..."
+    elif all(site.form is None for site in sites):
+        why = "no layer of the model can change form"
     else:
         why = (
             f"rank {rank} makes no layer of the model cheaper (each has a limit of min(m, n) and "

@@ -12,8 +12,15 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dynarank.forms import Form, FullRank, RankLike
-from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class, readers
-from dynarank.layers.obstacles import weight_obstacle
+from dynarank.layers import (
+    RankedLayer,
+    WeightSpec,
+    class_obstacle,
+    own_parameters,
+    ranked_class,
+    readers,
+)
+from dynarank.layers.obstacles import number_obstacle, weight_obstacle
 from dynarank.surgery.defaults import with_defaults
 from dynarank.surgery.selection import LayerFilter, RankMap
 from dynarank.surgery.site import Site
@@ -93,22 +100,22 @@ def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) 
     ranked, own = ranked_class(kind), list(module.parameters(recurse=False))
     if kind.__module__.startswith(_QUANTIZED):
         reason = "its weight is quantized"
-        return [_unable(module, paths, reason, refused=True)] if hasattr(module, "weight") else []
+        return [_unable(module, paths, reason)] if hasattr(module, "weight") else []
     if any(map(is_lazy, own)):
         return [_unable(module, paths, "it is lazy: it has no shape before its first use")]
     if not any(p.ndim > 1 for p in own) and not (ranked and parametrize.is_parametrized(module)):
         return []
     if ranked is None:
         named = [(n, p) for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
-        reason = f"{kind.__name__} layers are not handled"
-        return [_unable(module, paths, reason, n, p.shape) for n, p in named]
+        return [_unable(module, paths, class_obstacle(kind), n, p.shape) for n, p in named]
     forms = module.forms if isinstance(module, RankedLayer) else {}
     found: list[Site] = []
-    for spec in ranked.specs(module):
+    for spec in ranked.weights_of(module):
         form = forms.get(spec.name, FullRank())
-        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form)
-        known = None if reason else form
-        found.append(Site(module, paths, spec, known, reason, bool(reason), reader=reader))
+        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form, reader)
+        left = number_obstacle(module, spec, form)
+        known, refused = None if left or reason else form, not left and bool(reason)
+        found.append(Site(module, paths, spec, known, left or reason, refused, reader=reader))
     return found
 
 
@@ -118,11 +125,9 @@ def _unable(
     reason: str,
     name: str = "weight",
     shape: Sequence[int] = (),
-    *,
-    refused: bool = False,
 ) -> Site:
     """A weight of a module whose weights cannot change form."""
-    return Site(module, paths, WeightSpec(name, tuple(shape)), None, reason, refused)
+    return Site(module, paths, WeightSpec(name, tuple(shape)), None, reason)
 
 
 def _tie_key(site: Site) -> object:

@@ -31,6 +31,7 @@ from dynarank.forms import (
     same_weight,
 )
 from dynarank.layers import RankedLayer
+from dynarank.layers.own_forward import forward_obstacle
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
 from dynarank.surgery.left_behind import watch_replaced
@@ -231,8 +232,15 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
+    for path, module in model.named_modules():
+        if isinstance(module, RankedLayer) and (reason := forward_obstacle(module)):
+            raise ValueError(f"layer {path!r} cannot become a plain layer: {reason}")
     sites = survey(model)
-    plan = {site.path: FullRank() for site in sites if isinstance(site.module, RankedLayer)}
+    plan = {
+        site.path: FullRank()
+        for site in sites
+        if isinstance(site.module, RankedLayer) and site.module.has_factors(site.spec.name)
+    }
     with ExitStack() as undo:
         change_forms(differences(model, plan, sites), optimizer, moments, undo=undo)
         for module in model.modules():
