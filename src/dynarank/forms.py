@@ -62,10 +62,10 @@ class Rank:
             is below 1.
 
     Example:
-        >>> layer = nn.Linear(256, 64)
-        >>> [dr.factorize(copy.deepcopy(layer), share, layers="*").form.rank
-        ...  for share in (0.5, Rank(0.5, of="out"))]
-        [25, 32]
+        >>> dr.factorize(nn.Linear(256, 64), 0.5).form.rank
+        25
+        >>> dr.factorize(nn.Linear(256, 64), Rank(0.5, of="out")).form.rank
+        32
     """
 
     value: float

@@ -138,7 +138,9 @@ def test_a_layer_that_is_not_finite_is_left_out(form: Form, bad: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rank", "expected"), [(3, [3, 3]), (0.25, [3, 2]), (Rank(0.5, of="min"), [6, 5])], ids=str
+    ("rank", "expected"),
+    [(3, [3, 3]), (Rank(0.25, of="out"), [3, 2]), (Rank(0.5, of="min"), [6, 5])],
+    ids=str,
 )
 def test_lambda_is_taken_at_the_rank_asked_for(rank: RankLike, expected: list[int]) -> None:
     model = net()

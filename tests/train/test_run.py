@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from training import Silent, images
 
+from dynarank import Rank
 from dynarank.cost.flops import trace
 from dynarank.cost.schedule import cost_schedule
 from dynarank.records import (
@@ -197,12 +198,14 @@ def test_bf16_autocast(schedule: str, digits: ImageData, tmp_path: Path) -> None
 
 # The recipes.
 
+HALF = Rank(0.5, of="out")
+
 
 def test_the_first_experiment_is_the_papers() -> None:
     recipe = load_recipe("cifar10-resnet20")
     assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (150, 128, 0.1)
     assert (recipe.momentum, recipe.label_smoothing, recipe.decay_at) == (0.9, 0.1, (100, 130))
-    assert (recipe.inflate, recipe.deflate, recipe.rank, recipe.alpha) == (55, 120, 0.5, 16)
+    assert (recipe.inflate, recipe.deflate, recipe.rank, recipe.alpha) == (55, 120, HALF, 16)
     assert recipe.augment and recipe.shuffle == "epoch" and recipe.weight_decay == 1e-4
 
 
@@ -221,7 +224,7 @@ def test_the_second_experiment_is_the_papers() -> None:
     recipe = load_recipe("cifar100-wrn28-10")
     assert (recipe.epochs, recipe.batch_size, recipe.learning_rate) == (200, 128, 0.1)
     assert (recipe.momentum, recipe.label_smoothing, recipe.decay_at) == (0.9, 0.1, (150, 180))
-    assert (recipe.inflate, recipe.deflate, recipe.rank, recipe.alpha) == (80, 170, 0.5, 16)
+    assert (recipe.inflate, recipe.deflate, recipe.rank, recipe.alpha) == (80, 170, HALF, 16)
     assert recipe.augment and recipe.shuffle == "epoch" and recipe.weight_decay == 5e-4
     assert recipe.model_options == {"dropout": 0.3}
     published = recipe.published()

@@ -98,7 +98,7 @@ def fit_schedule(
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
         >>> schedule = fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, layers="*")
         >>> schedule.schedule.rank, schedule.schedule.to
-        (0.125, 'low-rank')
+        (0.375, 'low-rank')
     """
     kind, amount = _budget(flops=flops, seconds=seconds, memory=memory)
     total_steps = check_count("total_steps", total_steps)

@@ -108,7 +108,7 @@ def test_modes_that_explain_enough_stay() -> None:
 
 
 def test_no_room_no_growth_and_no_rank_above_the_most() -> None:
-    answers = follow(grown(2, 100, 0.5), [[4.0, 3, 2, 1]] * 3)
+    answers = follow(grown(2, 100, Rank(0.5, of="min")), [[4.0, 3, 2, 1]] * 3)
     assert ranks(answers) == [4, 4, 4]
 
 
