@@ -32,8 +32,8 @@ sharp where it matters and without a count of steps. The new parameters get ``c 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -41,10 +41,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, UnfitWeightError, precise
-from dynarank.forms import Adapted, Form, FullRank
-from dynarank.layers import WeightSpec
+from dynarank.surgery.side import Side
 
-__all__ = ["Averaging", "GradientSamples", "Side", "carry", "check_states", "prune"]
+__all__ = ["Averaging", "GradientSamples", "carry", "check_states", "prune"]
 
 # Keys of optimizer state: SGD's velocity and Adam's averages.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -86,51 +85,6 @@ class GradientSamples(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Side:
-    """A weight in one form, and the maps between moments of W (canonical) and its parameters'."""
-
-    parameters: Factors  # those that train
-    scale: float
-    _pull: Callable[[Factors, Tensor], Factors]
-    _lift: Callable[[Factors, Factors], Tensor]
-    _lift_squares: Callable[[Factors, Factors], Tensor]
-
-    @staticmethod
-    def of(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Side:
-        """The side of these parameters, in their dtype."""
-        if isinstance(form, FullRank):
-
-            def lift(_: Factors, moments: Factors) -> Tensor:
-                return spec.to_canonical(moments[0])
-
-            whole = tuple(parameters.values())
-            return Side(whole, 1.0, lambda _, moment: (spec.from_canonical(moment),), lift, lift)
-        scale = form.scale if isinstance(form, Adapted) else 1.0
-        d, factors = spec.decomposition(form), spec.factors(form, parameters)
-        return Side(factors, scale, d.pull, d.lift, d.lift_squares)
-
-    def to(self, dtype: torch.dtype) -> Side:
-        """The same, computing in ``dtype``."""
-        return replace(self, parameters=tuple(p.to(dtype) for p in self.parameters))
-
-    def pull(self, moment: Tensor) -> Factors:
-        """J: a moment of the parameters from one of W."""
-        return self._pull(self.parameters, self.scale * moment)
-
-    def lift(self, moments: Factors) -> Tensor:
-        """J+: the least moment of W that pulls to these."""
-        return self._lift(self.parameters, moments) / self.scale
-
-    def pull_squares(self, square: Tensor) -> Factors:
-        """Variances of the parameters from those of W, its entries independent."""
-        return self._pull(tuple(p.square() for p in self.parameters), self.scale**2 * square)
-
-    def lift_squares(self, squares: Factors) -> Tensor:
-        """An estimate of W's variances from its parameters'."""
-        return self._lift_squares(self.parameters, squares) / self.scale**2
-
-
 def carry(
     old: Side,
     new: Side,
@@ -151,7 +105,9 @@ def carry(
     one, two = averaging.corrections(step)
     mean = _average(old, states, FIRST_MOMENTS, averaging)
     share = _decay_share(old, mean, averaging)
-    gained = new.pull(old.lift(mean) - share * old.lift(old.parameters))
+    known = tuple(m - share * p for m, p in zip(mean, old.parameters, strict=True))
+    whole = old.lift(mean) - share * old.lift(old.parameters)
+    gained = new.pull(old.limited(whole, known))
     means = tuple(g + share * p for g, p in zip(gained, new.parameters, strict=True))
     values = {key: tuple(one * m for m in means) for key in _present(states, FIRST_MOMENTS)}
     alive = [bool(g.any()) for g in gained]
@@ -247,7 +203,7 @@ def _calibrated(
     totals = tuple(torch.zeros_like(p) for p in new.parameters)
     energy = 0.0
     for sample in (tuple(g.float() for g in one) for one in samples):
-        moved = here.pull(there.lift(sample))
+        moved = here.pull(there.limited(there.lift(sample), sample))
         for total, g, p in zip(totals, moved, here.parameters, strict=True):
             total += (g + share * p).square()
         pairs = zip(sample, there.parameters, strict=True)

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from dynarank.decompositions import precise
 from dynarank.forms import same_weight
 from dynarank.surgery.edit import Edit, restore_on_exit
-from dynarank.surgery.moments import Averaging, GradientSamples, Side, carry, check_states, prune
+from dynarank.surgery.moments import Averaging, GradientSamples, carry, check_states, prune
+from dynarank.surgery.side import Side
 
 __all__ = ["Moments", "Optimizers", "as_list", "check_movable", "new_contents", "write"]
 

@@ -96,14 +96,15 @@ def equal_norms(factors: Sequence[Tensor], scale: float = 1.0) -> Factors:
     return tuple(factor * (size / norm) for factor, norm in zip(factors, norms, strict=True))
 
 
-def lift(join: _Join, factors: Factors, cotangents: Factors) -> Tensor:
+def lift(join: _Join, factors: Factors, cotangents: Factors, most: float = math.inf) -> Tensor:
     """The least-norm solution M of the least-squares problem ``J' M = c``: ``M = (J')+ c``.
 
     By conjugate gradients on ``J J' M = J c`` from zero, in fp64, without forming J (CGLS, Hestenes
     and Stiefel 1952). These equations always have a solution, though the gauge freedom of the
     factors makes ``J' J`` singular; M stays in the range of J, so that its norm is the least.
     Iterations end at a relative residual of 1e-14 (factors in fp64; else 1e-6), or after 500; for a
-    weight of more than 2^18 entries, at 1e-3 or after 25.
+    weight of more than 2^18 entries, at 1e-3 or after 25. Or before M's norm exceeds ``most``: it
+    grows with every iteration, the small directions of J coming last.
     """
     exact = tuple(precise(factor) for factor in factors)
     missing = tuple(precise(cotangent) for cotangent in cotangents)
@@ -119,7 +120,10 @@ def lift(join: _Join, factors: Factors, cotangents: Factors) -> Tensor:
         if size <= enough or curvature == 0:
             break
         step = size / curvature
-        lifted = lifted + step * direction
+        further = lifted + step * direction
+        if not further.norm() <= most:
+            break
+        lifted = further
         missing = tuple(m - step * p for m, p in zip(missing, pulled, strict=True))
         gradient = _push(join, exact, missing)
         before, size = size, gradient.square().sum().item()
