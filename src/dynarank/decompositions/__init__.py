@@ -6,7 +6,12 @@ adds your own. All are pure tensor functions, independent of modules and optimiz
 
 from dynarank.decompositions.base import Decomposition
 from dynarank.decompositions.geometry import Factors, Geometry
-from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError, precise
+from dynarank.decompositions.numerics.linalg import (
+    LinAlgError,
+    UnfitWeightError,
+    as_unfit,
+    precise,
+)
 from dynarank.decompositions.registry import (
     decomposition_names,
     get_decomposition,
@@ -19,6 +24,7 @@ __all__ = [
     "Geometry",
     "LinAlgError",
     "UnfitWeightError",
+    "as_unfit",
     "decomposition_names",
     "get_decomposition",
     "precise",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.decompositions import Factors, UnfitWeightError, precise
+from dynarank.decompositions import Factors, UnfitWeightError, as_unfit, precise
 from dynarank.decompositions.truncation import ActivationStats, split_activation_aware
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Change, Form, FullRank, LowRank, same_weight
@@ -73,7 +73,8 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     _check_values(site.path, old)
     weight = _effective(site.spec, before, old)
     trains = any(p.requires_grad for p in site.trained())
-    values, shift = _values(site, weight, after, activity)
+    with as_unfit(f"layer {site.path!r} cannot be decomposed"):
+        values, shift = _values(site, weight, after, activity)
     new = {
         name: Parameter(_like(value, old), requires_grad=trains and not site.spec.is_base(name))
         for name, value in zip(site.spec.parameter_names(after), values, strict=True)

@@ -14,9 +14,12 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
 - **Second moment, calibrated:** each kept gradient is moved as a first moment is, then squared:
   ``v' = s mean_t (J'(J+(g_t)))^2``; ``s = sum v / sum mean_t g_t^2`` keeps the size of v, which
   averages over about a thousand steps.
-- **Bound:** always ``v' >= m' * m'``, so that the next step is at most the learning rate in every
-  entry; a v near zero under an m that is not would make steps without bound. Adam's own v is below
-  m * m in its first hundred or so steps: a change that early makes the next steps smaller.
+- **Bound:** always ``v' >= m' * m'``, also as rounded to their dtype, so that the next step is at
+  most the learning rate in every entry; a v near zero under an m that is not would make steps
+  without bound. Adam's own v is below m * m in its first hundred or so steps: a change that early
+  makes the next steps smaller.
+- **Limit:** J+ divides by factors that may have become small; see Note [Limit] in
+  :mod:`dynarank.surgery.side`.
 - A parameter that gets nothing (an adapter's ``down``, while ``up`` is zero) starts without state.
 - **Pruned:** from adapter to adapter, as ReLoRA (Lialin et al., arXiv 2307.05695), :func:`prune`.
 
@@ -32,6 +35,7 @@ sharp where it matters and without a count of steps. The new parameters get ``c 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -43,7 +47,7 @@ from torch.nn import Parameter
 from dynarank.decompositions import Factors, UnfitWeightError, precise
 from dynarank.surgery.side import Side
 
-__all__ = ["Averaging", "GradientSamples", "carry", "check_states", "prune"]
+__all__ = ["Averaging", "GradientSamples", "carry", "check_states", "prune", "settled"]
 
 # Keys of optimizer state: SGD's velocity and Adam's averages.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -166,6 +170,38 @@ def check_states(path: str, states: Sequence[Mapping[str, Any]]) -> None:
         raise UnfitWeightError(
             f"layer {path!r}: the optimizer's state holds NaN or infinite values"
         )
+
+
+def settled(
+    path: str, states: Sequence[tuple[Parameter, dict[str, Any]]]
+) -> list[tuple[Parameter, dict[str, Any]]]:
+    """These states of a layer's parameters, ``v >= m * m`` also after rounding to their dtype.
+
+    If a value is not finite in that dtype, the layer's state starts anew, with a warning.
+    """
+    for _, state in states:
+        for key in _present([state], SECOND_MOMENTS):
+            state[key] = torch.maximum(state[key], _square_rounded_up(state["exp_avg"]))
+    values = [v for _, state in states for v in state.values() if isinstance(v, Tensor)]
+    if all(bool(torch.isfinite(v).all()) for v in values):
+        return list(states)
+    warnings.warn(
+        f"layer {path!r}: its optimizer state is not finite in the new form (in "
+        f"{values[-1].dtype}), so it starts anew",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+    # Adam counts its steps from 1 then; a velocity is zero, for fused SGD wants it in all or none.
+    velocities = [(p, state) for p, state in states if "step" not in state]
+    return [(p, {k: torch.zeros_like(p) for k in state}) for p, state in velocities]
+
+
+def _square_rounded_up(mean: Tensor) -> Tensor:
+    """The least numbers of its dtype that are no smaller than its squares."""
+    square = precise(mean).square()
+    rounded = square.to(mean.dtype)
+    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
+    return torch.where(precise(rounded) < square, above, rounded)
 
 
 def _present(states: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:

@@ -14,10 +14,17 @@ import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dynarank.decompositions import precise
+from dynarank.decompositions import as_unfit, precise
 from dynarank.forms import same_weight
 from dynarank.surgery.edit import Edit, restore_on_exit
-from dynarank.surgery.moments import Averaging, GradientSamples, carry, check_states, prune
+from dynarank.surgery.moments import (
+    Averaging,
+    GradientSamples,
+    carry,
+    check_states,
+    prune,
+    settled,
+)
 from dynarank.surgery.side import Side
 
 __all__ = ["Moments", "Optimizers", "as_list", "check_movable", "new_contents", "write"]
@@ -141,7 +148,8 @@ def _states(
         moved = _moved(edit, [optimizer.state.get(p, {}) for p in old], group, moments)
     if group.get("momentum") and group.get("fused"):  # fused SGD wants a buffer in all or in none
         moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
-    return [(p, _fit(state, p)) for p, state in zip(new, moved, strict=True) if state]
+    pairs = zip(new, moved, strict=True)
+    return settled(edit.site.path, [(p, _fit(state, p)) for p, state in pairs if state])
 
 
 def _moved(
@@ -155,7 +163,8 @@ def _moved(
     old = Side.of(site.spec, change.before, {n: precise(p) for n, p in edit.old.items()})
     new = Side.of(site.spec, change.after, {n: precise(p) for n, p in edit.new.items()})
     samples = [] if isinstance(moments, str) else moments.of(site.trained())
-    return carry(old, new, states, Averaging.of(group), samples)
+    with as_unfit(f"the moments of layer {site.path!r} cannot be moved"):
+        return carry(old, new, states, Averaging.of(group), samples)
 
 
 def _fit(state: dict[str, Any], parameter: Parameter) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynarank.decompositions.geometry import Factors
-from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError, precise
+from dynarank.decompositions.numerics.linalg import UnfitWeightError, as_unfit, precise
 
 __all__ = [
     "chain_energies",
@@ -54,18 +54,13 @@ def leading_basis(matrix: Tensor, rank: int, fine: bool = False) -> Tensor:
     Raises:
         UnfitWeightError: the eigenvalues do not converge.
     """
-    try:
+    with as_unfit(f"the singular vectors of an unfolding of shape {tuple(matrix.shape)} failed"):
         if fine:
             return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
         if matrix.shape[0] <= matrix.shape[1]:
             return torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
         right = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
         return torch.linalg.qr(matrix @ right)[0]
-    except LinAlgError as error:
-        shape = tuple(matrix.shape)
-        raise UnfitWeightError(
-            f"the singular vectors of an unfolding of shape {shape} failed: {error}"
-        ) from error
 
 
 def unit_scale(weight: Tensor) -> tuple[Tensor, float]:
