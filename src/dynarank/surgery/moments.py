@@ -177,7 +177,7 @@ def settled(
 ) -> list[tuple[Parameter, dict[str, Any]]]:
     """These states of a layer's parameters, ``v >= m * m`` also after rounding to their dtype.
 
-    If a value is not finite in that dtype, the layer's state starts anew, with a warning.
+    If a value is not finite in that dtype, the layer's state is reset, with a warning.
     """
     for _, state in states:
         for key in _present([state], SECOND_MOMENTS):
@@ -187,7 +187,7 @@ def settled(
         return list(states)
     warnings.warn(
         f"layer {path!r}: its optimizer state is not finite in the new form (in "
-        f"{values[-1].dtype}), so it starts anew",
+        f"{values[-1].dtype}), so it is reset",
         RuntimeWarning,
         stacklevel=6,
     )
