@@ -32,7 +32,9 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "adamw": lambda p: AdamW(p, 3e-3),
     "amsgrad": lambda p: AdamW(p, 3e-3, amsgrad=True),
 }
-MULTIPLE = 10.0  # of 300 random runs three were above 2, the largest 8.6; 2e5 without the limit
+# Of 300 random runs three were above 2, the largest 8.6 (2e5 without the limit); a factor that is a
+# single number may be up to 17.
+MULTIPLE = 20.0
 
 
 def site(model: nn.Module) -> Site:
@@ -252,7 +254,7 @@ def test_a_stale_second_moment_does_not_stop_a_layer() -> None:
     run.change(FullRank())
     state = run.optimizer.state[trained(run.model)[0]]
     second = state["exp_avg_sq"] / (1 - 0.999 ** float(state["step"]))
-    assert second.sum().sqrt().item() <= MULTIPLE * run.largest
+    assert second.sum().sqrt().item() <= 5 * run.largest
 
 
 # As stored.

@@ -96,8 +96,12 @@ class Side:
         """
         energies = zip(self._maps.energies(self.parameters), self.parameters, strict=True)
         gains = [float(e.expand_as(p).sum()) for e, p in energies]
-        sums = zip((float(square.sum()) for square in squares), gains, strict=True)
-        ratios = (c / gain if gain > 0 else math.inf for c, gain in sums if c > 0)
+        sums = zip(squares, gains, strict=True)
+        ratios = [
+            float(s.sum()) / gain * (1 + 30 / s.numel() ** 2) if gain > 0 else math.inf
+            for s, gain in sums
+            if s.any()
+        ]  # the sum of a few squares may be small by chance: up to 31 times for a single one
         return min(ratios, default=0.0) / self.scale**2
 
     def limited(self, lifted: Tensor, moments: Factors) -> Tensor:
