@@ -18,11 +18,11 @@ from dynarank.cost.schedule import cost_schedule
 
 
 def warm_then_low(clock: dr.schedules.Clock, readings: dr.schedules.Readings) -> dict[str, object]:
-    """Return full rank for a fifth of the run, then a share of each layer's break-even rank."""
+    """Return full rank for a fifth of the run, then a share of each layer's own cost."""
     if clock.progress < 0.2:
         return dict.fromkeys(readings.layers, dr.FullRank())
     return {
-        path: dr.LowRank(dr.Rank(0.25 if max(shape) > 256 else 0.5, of="break-even"))
+        path: dr.LowRank(0.25 if max(shape) > 256 else 0.5)
         for path, shape in readings.layers.items()
     }
 

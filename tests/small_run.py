@@ -40,6 +40,12 @@ def train_step(model: nn.Module, optimizer: Optimizer, step: int) -> None:
     optimizer.step()
 
 
+def poison(model: nn.Module, value: float, path: str = "2") -> None:
+    """Set an entry of a layer's first parameter."""
+    with torch.no_grad():
+        next(model.get_submodule(path).parameters())[0, 0] = value
+
+
 def forms(model: nn.Module) -> list[Form]:
     return list(dr.current_plan(model).values())
 

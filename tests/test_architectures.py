@@ -147,7 +147,7 @@ def truncate(run: Run) -> None:
         old = before[change.path]
         actual = (after[change.path] - old).norm() / old.norm()
         assert change.error == pytest.approx(actual.item(), abs=1e-6)
-    assert max(change.error for change in changes) > 1e-3
+    assert max(change.error for change in changes) > 5e-4  # far above what is compared
     check_optimizer(run.model, run.optimizer)
 
 

@@ -22,7 +22,7 @@ ARGUMENTS = {
     "06_custom_layer": [],
 }
 SAYS = {
-    "01_functions": 'deflate(to="adapted")     50,206 trainable, output change 0.0e+00',
+    "01_functions": 'deflate(to="adapted")     23,306 trainable, output change 0.0e+00',
     "02_plain_loop": "layer 3: FullRank() -> LowRank(rank=16, decomposition='svd')",
     "03_custom_schedule": "layer 2: LowRank(rank=25, decomposition='svd')",
     "04_automatic_schedules": "layer 0: effective rank saturates the low rank (effective_rank",

@@ -42,7 +42,7 @@ ORDER = [
 # Narrower than the order: decompositions know no modules, layers no optimizer, schedules no model,
 # surgery no time, reports no model.
 FORBIDDEN = {
-    "decompositions": {"torch.nn.modules", "torch.optim", "dynarank.forms"},
+    "decompositions": {"torch.nn.modules", "torch.optim"},
     "layers": {"torch.optim"},
     "schedules": {"torch", "dynarank.layers", "dynarank.surgery"},
     "report": {"dynarank.layers", "dynarank.surgery"},

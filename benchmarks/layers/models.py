@@ -69,10 +69,10 @@ def images(batch: int) -> Callable[[], tuple[Tensor, Tensor]]:
 
 CASES = {
     "gpt": Case(GPT, tokens, Rank(0.25, of="min"), "blocks*", adamw),
-    "wrn-16-4": Case(WideResNet, images(64), 0.25, "*conv?", sgd),
+    "wrn-16-4": Case(WideResNet, images(64), Rank(0.25, of="out"), "*conv?", sgd),
     "vit": Case(ViT, images(64), Rank(0.25, of="min"), "blocks*", adamw),
-    "resnet-20": Case(ResNet20, images(128), 0.25, "*conv*", sgd),
-    "resnet-20-half": Case(ResNet20, images(128), 0.5, "*conv*", sgd),
+    "resnet-20": Case(ResNet20, images(128), Rank(0.25, of="out"), "*conv*", sgd),
+    "resnet-20-half": Case(ResNet20, images(128), Rank(0.5, of="out"), "*conv*", sgd),
 }
 
 

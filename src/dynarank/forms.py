@@ -33,20 +33,21 @@ __all__ = [
     "Rank",
     "RankLike",
     "form_name",
-    "resolve_rank",
+    "plain_rank",
     "same_weight",
 ]
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank as a share of a layer's size, rounded down, at least 1, at most the layer's limit.
+    """A rank as a share of something, rounded down, at least 1, at most the weight's limit.
 
-    With m = in * kernel positions and n = out, ``Rank(value, of)`` is ``value`` times
+    With m = in * kernel positions and n = out, ``Rank(value, of)`` is
 
-    - ``"out"``: n, as the published code counts;
-    - ``"min"``: min(m, n), the largest rank the weight can have;
-    - ``"break-even"``: mn / (m + n), where factors cost as much as the weight itself.
+    - ``"cost"``: the largest rank whose factors have at most ``value`` times the weight's m n
+      parameters; for an SVD, ``value * m n / (m + n)``. A plain float means this;
+    - ``"out"``: ``value * n``, as the published code counts;
+    - ``"min"``: ``value * min(m, n)``, a share of the largest rank that the weight can have.
 
     For a grouped convolution, m, n and the rank are those of one group.
 
@@ -61,12 +62,14 @@ class Rank:
             is below 1.
 
     Example:
-        >>> resolve_rank(Rank(0.5, of="min"), (64, 16, 3, 3))
-        32
+        >>> layer = nn.Linear(256, 64)
+        >>> [dr.factorize(copy.deepcopy(layer), share, layers="*").form.rank
+        ...  for share in (0.5, Rank(0.5, of="out"))]
+        [25, 32]
     """
 
     value: float
-    of: Literal["out", "min", "break-even"] = "out"
+    of: Literal["cost", "out", "min"] = "cost"
     multiple_of: int = 1
 
     def __post_init__(self) -> None:
@@ -75,8 +78,8 @@ class Rank:
                 f"a rank given as a share must lie in (0, 1], got {self.value!r}; "
                 "give an int for a number of directions"
             )
-        if self.of not in ("out", "min", "break-even"):
-            raise ValueError(f'a rank is a share of "out", "min" or "break-even", got {self.of!r}')
+        if self.of not in ("cost", "out", "min"):
+            raise ValueError(f'a rank is a share of "cost", "out" or "min", got {self.of!r}')
         if isinstance(self.multiple_of, bool) or operator.index(self.multiple_of) < 1:
             raise ValueError(f"multiple_of is a whole number >= 1, got {self.multiple_of!r}")
 
@@ -99,7 +102,7 @@ class _WithFactors:
     decomposition: str = "svd"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", _plain_rank(self.rank))
+        object.__setattr__(self, "rank", plain_rank(self.rank))
 
     def __repr__(self) -> str:
         """How the layer computes and the number of a restart are shown only if set."""
@@ -124,7 +127,7 @@ class LowRank(_WithFactors):
     """The low-rank form: the weight is ``join(factors)``, and the factors train.
 
     Args:
-        rank: an int, a float (share of the output channels) or a :class:`Rank`.
+        rank: an int, a float (share of the layer's own cost) or a :class:`Rank`.
         decomposition: the name of the decomposition.
         execution: ``"factored"`` multiplies by one factor after the other, ``"joined"`` by their
             product, formed in each forward pass; ``"auto"`` takes the one with fewer FLOPs.
@@ -194,12 +197,18 @@ class Change:
 
     ``error`` is ``||W_after - W_before|| / ||W_before||`` (Frobenius): rounding where the function
     is kept, the energy cut off where the weight is truncated.
+
+    ``update_error`` is the share of an adapter's update ``W_before - base`` that rounding took when
+    it was merged, ``||W_after - W_before|| / ||W_before - base||``. In bf16 that may be most of it,
+    however small ``error`` is: a change of an entry by less than 2^-9 of it vanishes. None where no
+    adapter was merged.
     """
 
     path: str
     before: Form
     after: Form
     error: float
+    update_error: float | None = None
 
 
 FORMS: dict[str, type[Form]] = {"full-rank": FullRank, "low-rank": LowRank, "adapted": Adapted}
@@ -224,39 +233,18 @@ def same_weight(one: Form, other: Form, *, restarted: bool = False) -> bool:
     return type(one) is type(other) and values[0] == values[1]
 
 
-def resolve_rank(rank: RankLike, shape: Sequence[int], limit: int | None = None) -> int:
-    """The number that ``rank`` means for a weight (or one group of it) of this shape.
-
-    Args:
-        rank: an int, a share or a :class:`Rank`.
-        shape: (out, in, *kernel).
-        limit: the largest rank allowed; None: min(out, in * kernel positions).
-
-    Raises:
-        ValueError: an int above the limit.
-    """
-    n, m = shape[0], math.prod(shape[1:])
-    limit, rank = min(m, n) if limit is None else limit, _plain_rank(rank)
-    if isinstance(rank, int):
-        if rank > limit:
-            raise ValueError(
-                f"rank {rank} is above the limit {limit} of a weight of shape {tuple(shape)}; "
-                f"ask for at most {limit}, or for a share such as 0.5"
-            )
-        return rank
-    share = rank if isinstance(rank, Rank) else Rank(rank)
-    whole = {"out": n, "min": min(m, n), "break-even": m * n / (m + n)}[share.of]
-    wanted = min(max(int(share.value * whole), 1), limit)
-    return wanted - wanted % share.multiple_of if wanted >= share.multiple_of else wanted
-
-
 def _check_execution(execution: str, known: Sequence[str]) -> None:
     if execution not in known:
         raise ValueError(f"execution is one of {', '.join(map(repr, known))}, got {execution!r}")
 
 
-def _plain_rank(rank: object) -> RankLike:
-    """The rank, checked, with other libraries' numbers made Python's."""
+def plain_rank(rank: object) -> RankLike:
+    """The rank, checked, with other libraries' numbers made Python's.
+
+    Raises:
+        ValueError: an int below 1, or a share outside (0, 1].
+        TypeError: it is neither a number nor a :class:`Rank`.
+    """
     if isinstance(rank, Rank):
         return rank
     if isinstance(rank, SupportsIndex) and not isinstance(rank, bool):

@@ -93,7 +93,7 @@ class PhaseRecord(_Line):
 
 
 class ChangeRecord(_Line):
-    """A layer's change of form; ``error`` is the relative Frobenius error of its weight."""
+    """A layer's change of form; the errors are those of :class:`dynarank.forms.Change`."""
 
     kind: Literal["change"] = "change"
     epoch: float
@@ -102,6 +102,7 @@ class ChangeRecord(_Line):
     before: dict[str, Any]
     after: dict[str, Any]
     error: float
+    update_error: float | None = None
 
 
 class DecisionRecord(_Line):

@@ -123,13 +123,14 @@ def test_the_published_costs_give_the_published_choice() -> None:
 
     model, x = ResNet20(), torch.randn(64, 3, 32, 32)
     rates = tuple(1.0 if i < 667 else 0.1 for i in range(1001))
+    half = dr.Rank(0.5, of="out")
     expected: list[tuple[float, Form]] = [
-        (0.842, Adapted(0.5, "svd", 16.0)),
-        (0.755, LowRank(0.5)),
+        (0.842, Adapted(half, "svd", 16.0)),
+        (0.755, LowRank(half)),
     ]
     for budget, last in expected:
         schedule = dr.fit_schedule(
-            model, x, 1500, flops=budget, layers=["*conv*"], lr_scheduler=rates
+            model, x, 1500, flops=budget, layers=["*conv*"], lr_scheduler=rates, rank=half
         )
         assert isinstance(schedule, FittedCost) and schedule.schedule.last == last
         assert schedule.within(rates).length == pytest.approx(0.44, abs=0.02)

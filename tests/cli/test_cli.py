@@ -241,7 +241,23 @@ def test_a_diverged_run_exits_1(
 
 
 @pytest.mark.parametrize(
-    "rank", ["1.5", "-3", "0", "0.0", "16.0", "nan", "inf", "1e400", "half", ""]
+    "rank",
+    [
+        "1.5",
+        "-3",
+        "0",
+        "0.0",
+        "16.0",
+        "nan",
+        "inf",
+        "1e400",
+        "half",
+        "",
+        "1.5:out",
+        "8:out:min",
+        "0.5:in",
+        "0.5:",
+    ],
 )
 @pytest.mark.parametrize("command", ["train digits", "plan digits", "compare digits",
                                      "sweep digits --inflate 5 --deflate 20",
@@ -258,7 +274,18 @@ def test_a_rank_that_is_neither_whole_nor_a_share_is_refused_by_every_command(
 
 
 @pytest.mark.parametrize(
-    ("rank", "meant"), [("1", 1), ("1.0", 10), ("4", 4), ("0.5", 5), (".25", 2), ("400", 10)]
+    ("rank", "meant"),
+    [
+        ("1", 1),
+        ("4", 4),
+        ("400", 10),
+        ("1.0", 5),  # of 10 x 12, factors of rank 5 have 110 parameters
+        ("0.5", 2),
+        ("1.0:out", 10),
+        ("0.5:out", 5),
+        ("0.35:min", 3),
+        (".25:cost", 1),
+    ],
 )
 def test_a_whole_number_is_a_rank_and_a_number_with_a_point_is_a_share(
     rank: str, meant: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -269,8 +296,10 @@ def test_a_whole_number_is_a_rank_and_a_number_with_a_point_is_a_share(
     assert json.loads(capsys.readouterr().out)["layers"][0]["lambda_rank"] == meant
 
 
-@pytest.mark.parametrize(("rank", "meant"), [("1", [1, 1, 1]), ("1.0", [64, 128, 128])])
-def test_rank_1_and_all_outputs_are_told_apart(
+@pytest.mark.parametrize(
+    ("rank", "meant"), [("1", [1, 1, 1]), ("1.0", [52, 104, 115]), ("1.0:out", [64, 128, 128])]
+)
+def test_rank_1_and_the_whole_cost_are_told_apart(
     rank: str,
     meant: list[int],
     monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import dynarank as dr
-from dynarank import Adapted, FullRank, LowRank
+from dynarank import Adapted, FullRank, LowRank, Rank
 from dynarank.cost.flops import count_flops, form_parameters, trace
 from dynarank.cost.schedule import cost_schedule
 from dynarank.forms import Form
@@ -17,6 +17,7 @@ from dynarank.layers import WeightSpec
 from dynarank.schedules import dynamic_rank, full_rank, low_rank
 from dynarank.train.models import ResNet20
 
+HALF = Rank(0.5, of="out")
 BATCH = torch.empty(128, 3, 32, 32, device="meta")
 
 
@@ -35,9 +36,9 @@ def convs(resnet: nn.Module) -> list[str]:
     ("form", "expected", "tolerance"),
     [
         (FullRank(), 1.0, 0.0),
-        (LowRank(0.5), 0.567, 0.003),
-        (Adapted(0.5, execution="two-branch"), 1.22, 0.01),
-        (Adapted(0.5, execution="merged"), 1.0, 0.01),
+        (LowRank(HALF), 0.567, 0.003),
+        (Adapted(HALF, execution="two-branch"), 1.22, 0.01),
+        (Adapted(HALF, execution="merged"), 1.0, 0.01),
     ],
     ids=str,
 )
@@ -67,7 +68,7 @@ def test_resnet20_relative_training_flops(
 def test_the_published_schedule_costs_what_it_costs(
     resnet: nn.Module, convs: list[str], options: dict[str, str], expected: float
 ) -> None:
-    schedule = dynamic_rank(0.5, inflate=55 / 150, deflate=120 / 150, **options)  # type: ignore[arg-type]
+    schedule = dynamic_rank(HALF, inflate=55 / 150, deflate=120 / 150, **options)  # type: ignore[arg-type]
     cost = cost_schedule(trace(resnet, BATCH), schedule, convs, 150 * 390)
     assert [phase.phase.steps for phase in cost.phases] == [55 * 390, 65 * 390, 30 * 390]
     assert cost.relative_training == pytest.approx(expected, abs=0.005)
@@ -79,7 +80,7 @@ def test_the_published_schedule_costs_what_it_costs(
 def test_the_ends_of_the_scale(resnet: nn.Module, convs: list[str]) -> None:
     use = trace(resnet, BATCH)
     assert cost_schedule(use, full_rank(), convs, 10).relative_training == 1.0
-    low = cost_schedule(use, low_rank(0.5), convs, 10)
+    low = cost_schedule(use, low_rank(HALF), convs, 10)
     assert low.relative_training == pytest.approx(0.567, abs=0.003)
     assert low.mean_trainable == low.peak_trainable == 155_170
     assert low.phases[0].state_bytes == 155_170 * 4 * 3
@@ -174,7 +175,7 @@ def test_the_phase_that_costs_more_than_full_rank_is_known() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     use = trace(model, torch.zeros(32, 64))
     cost = cost_schedule(
-        use, dynamic_rank(0.5, inflate=0.37, deflate=0.8, execution="two-branch"), ["0", "1"], 100
+        use, dynamic_rank(HALF, inflate=0.37, deflate=0.8, execution="two-branch"), ["0", "1"], 100
     )
     assert [phase.adapted_costs_more for phase in cost.phases] == [False, False, True]
     assert cost.at(0) is cost.phases[0]

@@ -11,7 +11,7 @@ import torch
 from small_run import FULL, LOW, SCHEDULE, STEPS, forms, net, sgd, train_step
 
 import dynarank as dr
-from dynarank import LowRank, LRRewarmup, RankScheduler
+from dynarank import LRRewarmup, RankScheduler
 from dynarank.forms import Change, Form
 from dynarank.scheduler.callbacks import Callback, Ranks
 from dynarank.schedules import Phases, low_rank
@@ -121,8 +121,9 @@ def test_a_change_that_is_put_off_is_not_told_after() -> None:
     model = net()
     with torch.no_grad():
         model[2].weight[0, 0] = torch.nan
+    only, told = {"layers": "2"}, [Told("a", log)]
     with pytest.warns(RuntimeWarning, match="no change of form now"):
-        ranks = RankScheduler(model, sgd(model), low_rank(2), 9, callbacks=[Told("a", log)])
+        ranks = RankScheduler(model, sgd(model), low_rank(2), 9, callbacks=told, **only)
     with torch.no_grad():
         model[2].weight[0, 0] = 1.0
     ranks.step()
@@ -193,14 +194,18 @@ def test_states_are_saved_and_loaded_each_its_own() -> None:
 def test_a_saved_callback_that_is_not_there_is_refused_before_anything_changes() -> None:
     model = net()
     ranks = RankScheduler(model, sgd(model), SCHEDULE, STEPS, callbacks=[LRRewarmup(3)])
-    ranks.step()
+    for _ in range(4):
+        ranks.step()
     other = net()
-    again = RankScheduler(other, sgd(other), Phases([0], [LowRank(1)]), STEPS, layers=["0", "2"])
+    again = RankScheduler(other, sgd(other), SCHEDULE, STEPS)
     with pytest.raises(ValueError, match="had the callbacks LRRewarmup, this one has not"):
         again.load_state_dict(ranks.state_dict())
-    assert again.last_step == 0 and forms(other)[0] == LowRank(1)
-    again.load_state_dict({**ranks.state_dict(), "callbacks": {}})
-    assert again.last_step == 1
+    assert again.last_step == 0 and forms(other)[0] == LOW
+    without = {**ranks.state_dict(), "callbacks": {}}
+    with pytest.raises(ValueError, match="this run has the callbacks LRRewarmup, the saved one"):
+        ranks.load_state_dict(without)
+    again.load_state_dict(without)
+    assert again.last_step == 4 and forms(other)[0] == FULL
 
 
 def test_closing_takes_the_hooks_off_and_may_come_twice() -> None:

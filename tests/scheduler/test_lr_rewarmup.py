@@ -74,3 +74,49 @@ def test_a_step_that_raises_leaves_the_rate_as_it_was() -> None:
 def test_a_negative_warm_up_is_refused() -> None:
     with pytest.raises(ValueError, match="steps >= 0, got -1"):
         LRRewarmup(-1)
+
+
+@pytest.mark.parametrize(
+    ("warm_ups", "factors"),
+    [
+        ({"0": [4], "2": [4]}, [1 / 16, 1 / 4, 9 / 16, 1.0]),  # two schedulers
+        ({"0": [4, 2]}, [1 / 8, 1 / 2, 3 / 4, 1.0]),  # two callbacks of one
+    ],
+)
+def test_several_warm_ups_of_one_optimizer_multiply_and_give_the_rate_back(
+    warm_ups: dict[str, list[int]], factors: list[float]
+) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    used: list[float] = []
+    schedulers: list[RankScheduler] = []
+    for layer, steps in warm_ups.items():
+        callbacks, phases = [LRRewarmup(n) for n in steps], Phases([0, 2], [LOW, FULL])
+        ranks = RankScheduler(model, optimizer, phases, 40, layers=layer, callbacks=callbacks)
+        schedulers.append(ranks)
+    optimizer.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+    for step in range(10):
+        train_step(model, optimizer, step)
+        assert optimizer.param_groups[0]["lr"] == 1.0
+        for one in schedulers:
+            one.step()
+    assert used == [1.0, 1.0, *factors, 1.0, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_closing_after_a_step_that_raised_gives_the_rate_back(count: int) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    warm = [LRRewarmup(4) for _ in range(count)]
+    ranks = RankScheduler(model, optimizer, Phases([0, 1], [LOW, FULL]), 9, callbacks=warm)
+    ranks.step()
+
+    def broken() -> float:
+        raise RuntimeError
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            optimizer.step(broken)
+    assert optimizer.param_groups[0]["lr"] == 0.25**count
+    ranks.close()
+    assert optimizer.param_groups[0]["lr"] == 1.0

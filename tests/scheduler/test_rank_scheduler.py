@@ -66,7 +66,7 @@ def test_a_model_that_is_at_the_plan_already_does_not_change() -> None:
     model = dr.factorize(net(), 2)
     optimizer = sgd(model)
     seen: list[list[Change]] = []
-    schedule = Phases([0, 2], [LOW, LowRank(0.3)])  # .3 of 8 and of 6 is 2 and 1
+    schedule = Phases([0, 2], [LOW, LowRank(0.6)])  # .6 of the cost of 8 x 8 is rank 2
     with untouched(model, optimizer):
         ranks = RankScheduler(model, optimizer, schedule, 9, layers="0", callbacks=[seen.append])
         assert [ranks.step() for _ in range(5)] == [[]] * 5
@@ -181,13 +181,13 @@ def test_by_default_the_layers_cheaper_in_every_low_rank_phase() -> None:
     for then in (FULL, Adapted(3)):
         model = net()
         schedule = Phases([0, 4], [LowRank(1), then])
-        assert RankScheduler(model, sgd(model), schedule, STEPS).layers == ("0", "2", "4")
+        assert RankScheduler(model, sgd(model), schedule, STEPS).layers == ("0", "2")
 
 
-def test_by_default_all_layers_if_no_phase_is_low_rank() -> None:
+def test_by_default_all_but_the_output_layer_if_no_phase_is_low_rank() -> None:
     for schedule in (full_rank(), Phases([0], [LAST])):
         model = net()
-        assert RankScheduler(model, sgd(model), schedule, STEPS).layers == ("0", "2", "4")
+        assert RankScheduler(model, sgd(model), schedule, STEPS).layers == ("0", "2")
 
 
 def test_by_default_the_layers_that_are_ranked_already() -> None:
@@ -289,6 +289,27 @@ def test_learning_rates_are_the_same_with_and_without_changes(name: str) -> None
             rates.step()
     assert traces[0] == traces[1]
     assert len({str(rates) for rates in traces[0]}) >= 5
+
+
+@pytest.mark.parametrize(
+    "value", [lr_scheduler.CosineAnnealingLR, lr_scheduler.LRScheduler, "cosine"]
+)
+def test_an_lr_scheduler_is_an_object(value: Any) -> None:
+    model = net()
+    with pytest.raises(ValueError, match="lr_scheduler is an LR scheduler, such as"):
+        RankScheduler(model, sgd(model), SCHEDULE, STEPS, lr_scheduler=value)
+
+
+def test_the_lr_scheduler_of_another_optimizer_is_refused() -> None:
+    model = net()
+    optimizer, other = sgd(model), sgd(model)
+    kinds = [*LR_SCHEDULERS.values(), lr_scheduler.ReduceLROnPlateau]
+    for kind in kinds[:1] + kinds[2:3] + kinds[4:]:
+        with untouched(model, optimizer), pytest.raises(ValueError, match="of another optimizer"):
+            RankScheduler(model, optimizer, SCHEDULE, STEPS, lr_scheduler=kind(other))
+    both = [optimizer, torch.optim.Adam(net().parameters())]
+    for own in (lr_scheduler.ReduceLROnPlateau(optimizer), sequential(optimizer)):
+        RankScheduler(model, both, SCHEDULE, STEPS, lr_scheduler=own).close()
 
 
 @pytest.mark.parametrize("kind", [torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam])

@@ -16,17 +16,17 @@ from small_run import (
     assert_same_bits,
     forms,
     net,
+    poison,
     sgd,
     snapshot,
-    train_step,
 )
 from torch import nn
 from torch.optim import Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler, SpectralMonitor
-from dynarank.forms import Change, Plan
-from dynarank.schedules import Clock, Phases, RankSchedule, Readings, dynamic_rank, low_rank
+from dynarank.forms import Plan
+from dynarank.schedules import Clock, Phases, RankSchedule, Readings, dynamic_rank
 from dynarank.schedules.form_data import form_from_data
 
 # A run saved and resumed is the run uninterrupted.
@@ -82,11 +82,10 @@ def test_a_state_is_the_position_as_plain_data() -> None:
     run.steps(0, 5)
     state = run.ranks.state_dict()
     assert json.loads(json.dumps(state)) == state
-    assert {key: state[key] for key in ("last_step", "total_steps", "patience", "retry_at")} == {
+    assert {key: state[key] for key in ("last_step", "total_steps", "postponed")} == {
         "last_step": 5,
         "total_steps": STEPS,
-        "patience": 0,
-        "retry_at": 0,
+        "postponed": {},
     }
     assert state["forms"] == {"0": {"form": "full-rank"}, "2": {"form": "full-rank"}}
     assert form_from_data(state["last_factored_forms"]["0"]) == LowRank(2)
@@ -133,75 +132,7 @@ def test_a_monitor_reads_the_same_after_resuming() -> None:
     assert SpectralMonitor(resumed.model).read() == SpectralMonitor(run.model).read()
 
 
-# Changes that cannot be made now are postponed.
-
-
-def poison(model: nn.Module, value: float) -> None:
-    with torch.no_grad():
-        next(model.get_submodule("2").parameters())[0, 0] = value
-
-
-@pytest.mark.parametrize(
-    ("heal_at", "changes_at", "tries"),
-    [(5, 5, [4]), (6, 7, [4, 5]), (7, 7, [4, 5]), (8, 11, [4, 5, 7]), (99, None, [4, 5, 7, 11])],
-)
-def test_a_change_of_a_nan_weight_is_put_off_and_tried_again(
-    heal_at: int, changes_at: int | None, tries: list[int]
-) -> None:
-    """Retries after 1, 2, 4, 8 steps; the model is not touched meanwhile; then all is as asked."""
-    model = net()
-    optimizer = sgd(model)
-    ranks = RankScheduler(model, optimizer, Phases([0, 4], [LOW, FULL]), 20)
-    train_step(model, optimizer, 0)
-    poison(model, math.nan)
-    warned: dict[int, str] = {}
-    for step in range(1, 16):
-        if step == heal_at:
-            poison(model, 0.5)
-        before = snapshot(model, optimizer)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            changes = ranks.step()
-        warned.update((step, str(w.message)) for w in caught)
-        assert all((w.category, w.filename) == (RuntimeWarning, __file__) for w in caught)
-        if step == changes_at:
-            assert [change.path for change in changes] == ["0", "2"]
-        else:
-            assert changes == []
-            assert str(snapshot(model, optimizer)) == str(before)  # nan != nan
-    assert list(warned) == tries
-    for count, step in enumerate(tries):
-        assert f"step {step}: " in warned[step] and f"next try in {2**count} steps" in warned[step]
-        assert "layer '2'" in warned[step] and "NaN" in warned[step]
-    assert forms(model) == ([LOW, LOW, FULL] if changes_at is None else [FULL, FULL, FULL])
-
-
-def test_patience_restarts_after_a_change() -> None:
-    model = net()
-    ranks = RankScheduler(model, sgd(model), Phases([0, 1, 5], [LOW, FULL, LOW]), 20)
-    poison(model, math.inf)
-    for _ in range(2):  # tried at 1 and 2, then at 4
-        with pytest.warns(RuntimeWarning, match="no change of form now"):
-            ranks.step()
-    poison(model, 0.5)
-    assert [bool(ranks.step()) for _ in range(2)] == [False, True]
-    poison(model, math.inf)
-    with pytest.warns(RuntimeWarning, match="next try in 1 steps"):
-        ranks.step()
-
-
-def test_a_callback_hears_of_no_change_that_was_put_off() -> None:
-    model = net()
-    poison(model, math.nan)
-    seen: list[list[Change]] = []
-    with pytest.warns(RuntimeWarning, match="step 0: no change of form now, next try in 1 steps"):
-        ranks = RankScheduler(model, sgd(model), low_rank(2), 9, callbacks=[seen.append])
-    assert seen == [] and forms(model) == [FULL, FULL, FULL]
-    poison(model, 1.0)
-    assert seen == [ranks.step()] and forms(model) == [LOW, LOW, FULL]
-
-
-# Putting off and resuming.
+# Resuming while a change is postponed.
 
 
 def diverged(schedule: RankSchedule, steps: int) -> tuple[Running, list[dict[str, object]]]:
@@ -238,7 +169,11 @@ def test_a_state_saved_while_a_change_is_put_off_can_be_loaded() -> None:
     run, _ = diverged(SCHEDULE, 6)
     resumed = running(SCHEDULE)
     resumed.load(run.state())
-    assert forms(resumed.model) == forms(run.model) == [LOW, LOW, FULL]
+    assert forms(resumed.model) == forms(run.model) == [FULL, LOW, FULL]
+    assert resumed.ranks.state_dict() == run.ranks.state_dict()
+    for one in (run, resumed):
+        poison(one.model, 0.5)
+    assert [bool(one.ranks.step()) for one in (run, resumed)] == [True, True]  # at step 7
 
 
 def test_layers_that_only_a_plan_names_resume_too() -> None:

@@ -18,7 +18,7 @@ FORMS: list[Form] = [
     FullRank(),
     LowRank(8),
     LowRank(0.5),
-    LowRank(Rank(0.25, of="break-even"), "other"),
+    LowRank(Rank(0.25, of="out"), "other"),
     Adapted(8),
     Adapted(0.3, alpha=1.5, execution="two-branch"),
     Adapted(Rank(1.0, of="min"), "other", 2.0),

@@ -161,7 +161,7 @@ def test_schedules_within_schedules_ranks_plans_and_all_the_rest(nested: type[Ne
     decision = Decision(3, "a", FullRank(), "a rule", {"x": 0.5})
     schedule = nested(
         nested(rotating(), Rank(0.5), {}, (), "", True),
-        Rank(0.25, "break-even", 8),
+        Rank(0.25, "out", 8),
         plan,
         (1, 0.5, None, math.inf),
         "form",

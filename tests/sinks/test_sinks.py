@@ -258,3 +258,11 @@ def test_a_backend_that_cannot_be_opened_is_warned_of(
 def test_names_that_cannot_be_are_errors(names: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         open_sinks(names, tmp_path)
+
+
+def test_a_change_says_how_much_of_an_update_rounding_took() -> None:
+    change = dict(epoch=1.0, step=10, path="a", before=LOW, after=FULL, error=4e-4)
+    texts = [event_of(ChangeRecord(**change, update_error=e))[1] for e in (None, 1e-5, 0.84)]  # type: ignore[arg-type, index]
+    assert [text.partition("error ")[2] for text in texts] == [
+        "4.0e-04", "4.0e-04", "4.0e-04, 84% of the update",
+    ]  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from laws import LAYERS, LayerCase
+from laws import DECOMPOSITIONS, LAYERS, LayerCase
 from torch import Tensor, nn
 
 import dynarank as dr
@@ -150,3 +152,210 @@ def test_training_goes_on_in_every_variant(kind: str, moments: str) -> None:
         for p, state in optimizer.state.items():
             assert all(v.shape in (p.shape, ()) for v in state.values() if v is not None)
         optimizer.load_state_dict(optimizer.state_dict())
+
+
+# Every optimizer of torch: its state moves, or it is refused by name and can be reset.
+
+MOVES = {"SGD", "Adam", "AdamW", "RAdam", "Muon"}
+ALL = sorted(
+    name
+    for name, kind in vars(torch.optim).items()
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)
+    if name not in ("Optimizer", "SparseAdam")  # which takes no gradients of a layer that changes
+)
+
+
+def taught(kind: str, **options: object) -> tuple[nn.Sequential, torch.optim.Optimizer, Any]:
+    """A model of matrices, an optimizer, and a function that steps once; three steps are done."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 6, bias=False))
+    x = torch.randn(16, 8)
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=0.01, **options)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) + 0.1).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    return model, optimizer, lambda: optimizer.step(closure)
+
+
+def assert_goes_on(model: nn.Module, optimizer: torch.optim.Optimizer, step: Any) -> None:
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        step()
+    for name, p in model.named_parameters():
+        assert torch.equal(p, old[name]) != p.requires_grad and p.isfinite().all(), name
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_optimizer_of_torch_moves_or_is_refused(kind: str) -> None:
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    model, optimizer, step = taught(kind, **options)
+    weight = model[1].weight
+    if kind in MOVES:
+        dr.factorize(model, 3, layers="1", optimizer=optimizer)
+        assert all(p in optimizer.state for p in (model[1].down, model[1].up))
+    else:
+        with pytest.raises(ValueError, match="moments='reset'"):
+            dr.factorize(model, 3, layers="1", optimizer=optimizer)
+        assert model[1].weight is weight and optimizer.state
+    assert_goes_on(model, optimizer, step)
+    for form in (LowRank(3), dr.FullRank(), Adapted(2), LowRank(2)):
+        dr.apply_plan(model, {"1": form, "0": form}, optimizer=optimizer, moments="reset")
+        assert_goes_on(model, optimizer, step)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_the_scheduler_refuses_at_once_what_it_could_not_move(kind: str) -> None:
+    model, optimizer, _ = taught(kind)
+    schedule = dr.schedules.dynamic_rank(2, inflate=3, deflate=6)
+    if kind in MOVES:
+        dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
+    else:
+        with pytest.raises(ValueError, match=rf"{kind} cannot be moved .* moments='reset'"):
+            dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
+
+
+def test_only_the_rows_of_a_sparse_table_train_with_sparse_adam() -> None:
+    model = nn.Sequential(nn.Embedding(8, 8, sparse=True))
+    optimizer = torch.optim.SparseAdam(model.parameters())
+    with pytest.raises(ValueError, match="sparse acts on rows"):
+        dr.factorize(model, 2, layers="*", optimizer=optimizer)
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al., arXiv 2302.06675: its decay is decoupled, which its groups do not say."""
+
+    def __init__(self, parameters: Any, lr: float = 1e-3, weight_decay: float = 0.1) -> None:
+        super().__init__(parameters, {"lr": lr, "betas": (0.9, 0.99), "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            one, two = group["betas"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                mean = self.state[p].setdefault("exp_avg", torch.zeros_like(p))
+                p.sub_(torch.lerp(p.grad, mean, one).sign(), alpha=group["lr"])
+                mean.lerp_(p.grad, 1 - two)
+
+
+DECOUPLED = {
+    "AdamW": lambda p, decay: torch.optim.AdamW(p, 1e-3, weight_decay=decay),
+    "Adam": lambda p, decay: torch.optim.Adam(
+        p, 1e-3, weight_decay=decay, decoupled_weight_decay=True
+    ),
+    "Muon": lambda p, decay: torch.optim.Muon(p, 1e-3, weight_decay=decay),
+    "Lion": lambda p, decay: Lion(p, 1e-3, decay),
+}
+
+
+@pytest.mark.parametrize("form", [LowRank(3), Adapted(3)], ids=str)
+@pytest.mark.parametrize("kind", sorted(DECOUPLED))
+def test_decoupled_decay_is_no_part_of_a_moment(kind: str, form: LowRank | Adapted) -> None:
+    """The moments move as without decay."""
+    moved: list[list[Tensor]] = []
+    for decay in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        optimizer = DECOUPLED[kind](model.parameters(), 0.0)
+        run(model, optimizer, torch.randn(16, 8), 3)
+        optimizer.param_groups[0]["weight_decay"] = decay
+        states = []
+        for one in (form, dr.FullRank()):
+            dr.apply_plan(model, {"0": one}, optimizer=optimizer)
+            states += [v for s in optimizer.state.values() for v in s.values()]
+        moved.append(states)
+    assert all(torch.equal(one, two) for one, two in zip(*moved, strict=True))
+
+
+def test_l2_decay_is_separated_also_in_a_subclass() -> None:
+    class Own(torch.optim.SGD):
+        pass
+
+    moved: list[Tensor] = []
+    for kind in (torch.optim.SGD, Own):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        optimizer = kind(model.parameters(), 0.01, momentum=0.9, weight_decay=0.5)
+        run(model, optimizer, torch.randn(16, 8), 3)
+        dr.apply_plan(model, {"0": LowRank(3)}, optimizer=optimizer)
+        moved.append(optimizer.state[model[0].up]["momentum_buffer"])
+    assert torch.equal(*moved)
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_factors_of_a_matrix_are_matrices_as_muon_needs_them(decomposition: str) -> None:
+    model, optimizer, step = taught("Muon")
+    for form in (LowRank(2, decomposition), Adapted(2, decomposition), dr.FullRank()):
+        dr.apply_plan(model, {"1": form}, optimizer=optimizer)
+        assert_goes_on(model, optimizer, step)
+
+
+def test_a_state_keeps_its_own_dtype() -> None:
+    """As optimizers with fp32 averages for bf16 weights need it."""
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).to(torch.bfloat16)
+    optimizer = Lion(model.parameters())
+    optimizer.state[model[0].weight]["exp_avg"] = torch.randn(8, 8)
+    dr.factorize(model, 3, layers="*", optimizer=optimizer)
+    assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
+
+
+def test_a_state_that_is_no_dictionary_is_refused_or_dropped() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model[0].weight] = torch.zeros(8, 8)
+    with pytest.raises(ValueError, match=r"keeps Tensor, which cannot be moved .* moments='reset'"):
+        dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    dr.factorize(model, 2, layers="*", optimizer=optimizer, moments="reset")
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"betas": (0.9, 0.92, 0.99)}, {"betas": 0.9}, {"momentum": None, "weight_decay": None}],
+)
+def test_options_of_other_optimizers_are_no_obstacle_to_a_refusal(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = Lion(model.parameters())
+    run(model, optimizer, torch.randn(3, 8), 1)
+    optimizer.param_groups[0] |= options
+    optimizer.state[model[0].weight]["previous_gradient"] = torch.zeros(8, 8)
+    with pytest.raises(ValueError, match=r"keeps previous_gradient, which .* moments='reset'"):
+        dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    dr.factorize(model, 2, layers="*", optimizer=optimizer, moments="reset")
+
+
+def test_a_state_of_no_parameter_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    run(model, optimizer, torch.randn(3, 8), 1)
+    optimizer.state["steps"] = 7
+    dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    assert optimizer.state["steps"] == 7
+
+
+def test_a_shared_state_stays_shared() -> None:
+    """As training in several processes (Hogwild) has it."""
+    model = nn.Sequential(nn.Linear(8, 8)).share_memory()
+    optimizer = torch.optim.AdamW(model.parameters())
+    run(model, optimizer, torch.randn(3, 8), 1)
+    optimizer.state[model[0].weight]["exp_avg"].share_memory_()
+    dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    assert optimizer.state[model[0].up]["exp_avg"].is_shared()
+    assert not optimizer.state[model[0].up]["exp_avg_sq"].is_shared()
+
+
+def test_the_scheduler_refuses_at_once_a_layer_in_no_optimizer_that_changes_later() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    schedule = dr.schedules.pufferfish(2, switch=5)
+    optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"'1' trains, but no optimizer given holds"):
+        dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
+    model[1].weight.requires_grad_(False)
+    dr.RankScheduler(model, optimizer, schedule, 9, layers="*")

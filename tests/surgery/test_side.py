@@ -96,6 +96,7 @@ class Run:
         part[how].mul_(by)
 
 
+@pytest.mark.filterwarnings("ignore:merging rounds away")  # bf16
 @settings(max_examples=15, deadline=None)
 @given(
     case=st.sampled_from(CASES),

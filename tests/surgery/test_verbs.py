@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import dynarank as dr
-from dynarank import Adapted, FullRank, LowRank, Rank, UnfitWeightError
+from dynarank import Adapted, FullRank, LowRank, UnfitWeightError
 from dynarank.forms import Form
 from dynarank.surgery import sites
 from dynarank.surgery.edit import Edit
@@ -198,11 +198,23 @@ def test_an_exception_while_committing_is_undone(monkeypatch: pytest.MonkeyPatch
     before.assert_unchanged()
 
 
+def test_merge_is_all_or_nothing_where_a_layer_cannot_follow() -> None:
+    model = dr.inflate(dr.factorize(mlp(), 2, layers="*"), layers="0")
+    optimizer = trained(model)
+    handle = model[2].up.register_hook(lambda grad: grad)
+    before = Snapshot(model, optimizer)
+    with pytest.raises(ValueError, match="'2': its up has gradient hooks"):
+        dr.merge(model, optimizer=optimizer)
+    before.assert_unchanged()
+    handle.remove()
+    assert [type(m) for m in dr.merge(model, optimizer=optimizer)] == [type(m) for m in mlp()]
+
+
 def test_an_exception_after_the_optimizer_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dr.factorize(mlp(), 2, layers="*")
     optimizer = trained(model)
     before = Snapshot(model, optimizer)
-    monkeypatch.setattr("dynarank.surgery.verbs._check", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynarank.surgery.verbs.check_committed", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dr.inflate(model, optimizer=optimizer)
     before.assert_unchanged()
@@ -243,9 +255,9 @@ def test_what_is_ranked_can_change_beside_layers_that_are_refused() -> None:
 
 
 def test_a_share_is_of_each_layer_and_never_above_its_limit() -> None:
-    model = dr.factorize(mlp(), 1.0, layers="*")
+    model = dr.factorize(mlp(), dr.Rank(1.0, of="out"), layers="*")
     assert [dr.current_plan(model)[p].rank for p in "024"] == [16, 32, 4]  # type: ignore[union-attr]
-    dr.factorize(model, Rank(0.5, of="break-even"))
+    dr.factorize(model, 0.5)
     assert [dr.current_plan(model)[p].rank for p in "024"] == [5, 8, 1]  # type: ignore[union-attr]
 
 
@@ -282,14 +294,16 @@ def test_layers_that_are_not_handled_are_left_and_listed(caplog: pytest.LogCaptu
         dr.factorize(model, 2, layers="*")
 
 
-def test_lazy_and_subclassed_layers_are_left_alone() -> None:
+def test_lazy_layers_and_other_forward_passes_are_left_alone() -> None:
     class Own(nn.Linear):
-        pass
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).relu()
 
     model = nn.Sequential(nn.LazyLinear(8), nn.Linear(16, 32), Own(32, 32))
     dr.factorize(model, 2)
     obstacles = {site.path: site.obstacle for site in dr.survey(model)}
-    assert obstacles["2"] == "Own layers are not handled" and "lazy" in obstacles["0"]
+    assert obstacles["2"] == "its class Own overrides forward of Linear"
+    assert "lazy" in obstacles["0"]
     assert dr.current_plan(model) == {"1": LowRank(2)}
 
 
@@ -325,7 +339,7 @@ def test_a_plan_of_something_else_is_refused(plan: dict[str, Form]) -> None:
 def test_optimizers_may_come_from_a_generator() -> None:
     model = mlp()
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model[0], model[2], model[4])]
-    dr.factorize(model, 2, optimizer=(one for one in optimizers))
+    dr.factorize(model, 2, layers="*", optimizer=(one for one in optimizers))
     assert [len(one.param_groups[0]["params"]) for one in optimizers] == [3, 3, 3]
 
 

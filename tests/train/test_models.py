@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dynarank import LowRank
+from dynarank import LowRank, Rank
 from dynarank.cost.flops import trace
 from dynarank.train.batches import Batches
 from dynarank.train.data import load_digits_data
@@ -131,7 +131,10 @@ def test_wrn_28_10_has_the_published_numbers() -> None:
     assert sum(b.numel() for name, b in model.named_buffers() if "running" in name) == 20_192
     assert low_rank_count(model) == 20_590_236
     use = trace(model, torch.empty(1, 3, 32, 32, device="meta"))
-    assert use.parameters({path: LowRank(0.5) for path in convs(model)})[0] == 20_590_236
+    assert (
+        use.parameters({path: LowRank(Rank(0.5, of="out")) for path in convs(model)})[0]
+        == 20_590_236
+    )
 
 
 def test_wrn_28_10_glob_selects_what_the_published_code_factorizes() -> None:

@@ -39,7 +39,7 @@ def measure(steps: int, seed: int) -> list[dict[str, Any]]:
     true = {path: torch.zeros(()) for path in PATHS}
     for step in range(100 + steps):
         if step == 100:
-            plan = dict.fromkeys(PATHS, dr.Adapted(0.5))
+            plan = dict.fromkeys(PATHS, dr.Adapted(dr.Rank(0.5, of="out")))
             dr.apply_plan(model, plan, optimizer=optimizer, moments="reset")
         rows = torch.randint(0, len(data.train_labels), (64,), generator=generator)
         x, y = data.train_images[rows], data.train_labels[rows]

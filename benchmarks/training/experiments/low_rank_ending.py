@@ -63,7 +63,7 @@ def plan_of(arm: str, share: float, model: nn.Module, recipe: Recipe, data: Imag
             calibration: Any) -> dict[str, Any]:  # fmt: skip
     """The arm's plan; budgeted ones cost no more than the uniform one of the same share."""
     paths = [site.path for site in select(survey(model), recipe.layers)]
-    uniform = {path: dr.LowRank(Rank(share)) for path in paths}
+    uniform = {path: dr.LowRank(Rank(share, of="out")) for path in paths}
     if not arm.startswith("budgeted"):
         return uniform
     sample = data.train_images[: recipe.batch_size]

@@ -33,7 +33,7 @@ from dynarank.train.models import DigitsNet
 
 FOLDER = Path(__file__).with_suffix("")
 POLICIES = ("reset", "project", "calibrated")
-RANK, BATCH = 0.25, 64
+RANK, BATCH = dr.Rank(0.25, of="out"), 64
 LENGTH = 32  # gradients kept before a change; `errors` tries others
 PHASE = {"mlp": 100, "conv": 50}  # steps; three phases a run
 LOW, FULL, ADAPTED = dr.LowRank(RANK), dr.FullRank(), dr.Adapted(RANK)

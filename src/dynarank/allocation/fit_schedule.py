@@ -30,7 +30,7 @@ from dynarank.surgery.selection import LayerFilter
 __all__ = ["RANKS", "fit_schedule"]
 
 RANKS = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
-"""The ranks to choose from, as shares of the output channels: the paper's and smaller ones."""
+"""The ranks to choose from, as shares of each layer's own cost."""
 
 _UNITS = {
     "flops": "a share of those at full rank (float)",

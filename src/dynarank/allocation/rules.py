@@ -16,11 +16,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dynarank.decompositions import get_decomposition
 from dynarank.decompositions.truncation import output_energies
-from dynarank.forms import Rank, resolve_rank
+from dynarank.forms import Rank
 from dynarank.monitors.calibration import Calibration
 from dynarank.monitors.singular_values import energy_rank, stable_rank
 from dynarank.surgery.selection import LayerFilter, select
+from dynarank.surgery.selection import candidates as default_candidates
 from dynarank.surgery.sites import Site, survey
 
 __all__ = [
@@ -44,7 +46,7 @@ def spectra(
     Args:
         model: any model.
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight except
-            embedding tables.
+            embeddings, output layers and small ones.
         calibration: activation statistics; weights without statistics, or all of them with None,
             use their singular values.
 
@@ -63,9 +65,9 @@ def uniform(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, i
         >>> uniform({"fc": torch.ones(1, 30)}, 0.5, multiple_of=4)
         {'fc': 12}
     """
-    rank = Rank(share, "min", multiple_of)
+    rank, svd = Rank(share, "min", multiple_of), get_decomposition("svd")
     sizes = {path: values.shape[-1] for path, values in spectra.items()}
-    return {path: resolve_rank(rank, (size, size)) for path, size in sizes.items()}
+    return {path: svd.resolve_rank(rank, (size, size)) for path, size in sizes.items()}
 
 
 def energy_threshold(spectra: Spectra, share: float, multiple_of: int = 1) -> dict[str, int]:
@@ -127,10 +129,10 @@ def stable_rank_rule(now: Spectra, start: Spectra, multiple_of: int = 1) -> dict
 
 
 def candidates(model: nn.Module, layers: LayerFilter = None) -> list[Site]:
-    """The weights selected by ``layers``; None: all that can change form, except embeddings."""
+    """The weights selected by ``layers``; None: all that no default leaves out."""
     if layers is not None:
         return select(survey(model), layers)
-    return [s for s in survey(model) if s.form is not None and not s.spec.lookup]
+    return default_candidates(survey(model))
 
 
 def spectrum(site: Site, calibration: Calibration | None = None) -> Tensor:

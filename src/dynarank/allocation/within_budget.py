@@ -53,13 +53,13 @@ def plan_within(
             (0, 1]) or a number (int).
         flops: a budget for the FLOPs of a training step on ``sample``: a share of the full-rank
             number (float in (0, 1]) or a number (int).
-        seconds: a budget for the time of the layers in a training step.
+        seconds: a budget for the time of these layers in a training step.
         calibration: statistics from :func:`dynarank.calibrate`: the share kept is that of the
             energy of the outputs. For weights without statistics, or all of them with None, it is
             that of the weight's own energy.
         multiple_of: ranks are multiples of this number, except in weights with fewer directions.
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight except
-            embedding tables.
+            embeddings, output layers and small ones.
         decomposition: the decomposition's name; if it does not truncate optimally, the share kept
             is measured by splitting the weight at every rank.
         timings: a function from path and form to seconds per training step; None: measured now, on
@@ -72,8 +72,8 @@ def plan_within(
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
         >>> plan = plan_within(model, params=0.6)
-        >>> [form if isinstance(form, FullRank) else form.rank for form in plan.values()]
-        [16, FullRank()]
+        >>> {path: form.rank for path, form in plan.items()}
+        {'0': 16}
     """
     sites = candidates(model, layers)
     budget = _budget(model, sites, sample, params, flops, seconds, timings)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias, cast
 
 import typer
 
 from dynarank.decompositions.registry import decomposition_names
+from dynarank.forms import Rank, RankLike, plain_rank
 from dynarank.schedules.catalog import SCHEDULES
 
 __all__ = [
@@ -25,28 +26,33 @@ __all__ = [
     "parse_rank",
 ]
 
-RANK_HELP = "16 is a rank, 0.25 a share of the outputs; 1 is rank 1, 1.0 all outputs."
+RANK_HELP = (
+    "16 is a rank; 0.25 a share of the layer's own cost, 0.25:out of its outputs, 0.25:min of its "
+    "largest rank."
+)
 
 
-def parse_rank(text: str | float) -> int | float:
+def parse_rank(text: str | float) -> RankLike:
     """The value of ``--rank``: as in Python, an int is a rank and a float is a share.
 
     Raises:
-        typer.BadParameter: a rank below 1, or a share outside (0, 1].
+        typer.BadParameter: a rank below 1, a share outside (0, 1], or one of something unknown.
 
     Example:
         >>> parse_rank("16"), parse_rank("0.25"), parse_rank("1"), parse_rank("1.0")
         (16, 0.25, 1, 1.0)
+        >>> parse_rank("0.5:out")
+        Rank(value=0.5, of='out', multiple_of=1)
     """
+    value, colon, of = str(text).partition(":")
     with suppress(ValueError):
-        if (rank := int(str(text))) >= 1:
-            return rank
+        if not colon:
+            return plain_rank(int(value))
     with suppress(ValueError):
-        if 0 < (share := float(text)) <= 1:
-            return share
+        return Rank(float(value), cast("Any", of)) if colon else plain_rank(float(value))
     raise typer.BadParameter(
-        f"{text} is neither a rank (a whole number such as 16) nor a share of the outputs (above "
-        "0 and up to 1.0, such as 0.25)"
+        f"{text} is neither a rank (a whole number such as 16) nor a share (above 0 and up to 1.0, "
+        "such as 0.25, of the layer's cost; 0.25:out of its outputs, 0.25:min of its largest rank)"
     )
 
 

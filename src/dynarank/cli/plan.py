@@ -16,7 +16,7 @@ from dynarank.cli.show import console, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
-from dynarank.forms import Adapted, Form, FullRank, form_name
+from dynarank.forms import Adapted, Form, FullRank, Rank, RankLike, form_name
 from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.schedules.form_data import form_to_data
 from dynarank.schedules.timelines import Phase
@@ -210,8 +210,12 @@ def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:
     return use.flops(plan).training / cost.full_rank.training
 
 
-def _rank_text(rank: int | float) -> str:
-    return f"{rank}" if isinstance(rank, int) else f"{rank} of the outputs"
+def _rank_text(rank: RankLike) -> str:
+    if isinstance(rank, int):
+        return f"rank {rank}"
+    share = rank if isinstance(rank, Rank) else Rank(rank)
+    names = {"cost": "the layer's cost", "out": "the outputs", "min": "the largest rank"}
+    return f"rank {share.value} of {names[share.of]}"
 
 
 def _remarks(
@@ -221,7 +225,7 @@ def _remarks(
         f"[bold yellow]The adapted phase costs more than full-rank training: "
         f"{one.relative_training:.3f}x a step ({_two_branch(use, one, cost):.3f}x as two branches, "
         f"as published).[/] The frozen weight still takes part in forward and backward, and the "
-        f"adapter (rank {_rank_text(recipe.rank)}) is added to it. `--schedule "
+        f"adapter ({_rank_text(recipe.rank)}) is added to it. `--schedule "
         f"dynamic-rank-low` deflates to low-rank instead."
         for one in cost.phases
         if one.adapted_costs_more

@@ -14,7 +14,8 @@ from rich.console import Console
 from dynarank.cli.options import RANK_HELP, parse_rank
 from dynarank.cli.show import console
 from dynarank.cli.streaming import StreamedTable
-from dynarank.forms import resolve_rank
+from dynarank.decompositions import get_decomposition
+from dynarank.forms import RankLike
 from dynarank.monitors.file_spectra import (
     StoredWeight,
     WeightSpectrum,
@@ -57,7 +58,7 @@ def spectrum(
     rank: Annotated[
         float,
         typer.Option(parser=parse_rank, metavar="RANK", help=f"The rank r of lambda: {RANK_HELP}"),
-    ] = 0.5,
+    ] = "0.5:out",  # pyright: ignore[reportArgumentType]
     plot: Annotated[
         Path | None,
         typer.Option(help="Figure file (.png, .svg, .pdf); default: STEM-spectrum.png."),
@@ -97,7 +98,7 @@ def spectrum(
 class _Model:
     """A checkpoint: its weights by name, and the spectra read so far."""
 
-    def __init__(self, path: Path, rank: float) -> None:
+    def __init__(self, path: Path, rank: RankLike) -> None:
         self.files: WeightFiles = open_weights(path)
         self.weights: dict[str, StoredWeight] = {w.name: w for w in stored_weights(self.files)}
         self.label, self._rank = str(path), rank
@@ -134,7 +135,7 @@ def _rows(models: list[_Model], terminal: Console, title: str | None) -> Iterato
             yield row
 
 
-def _row(weight: WeightSpectrum, rank: float) -> dict[str, Any]:
+def _row(weight: WeightSpectrum, rank: RankLike) -> dict[str, Any]:
     row: dict[str, Any] = {"layer": weight.name, "shape": list(weight.shape)}
     if weight.values is None:
         return row | {"finite": False}
@@ -192,9 +193,10 @@ def _sparkline(values: list[float], width: int = 16) -> str:
     return "".join(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)] for share in places)
 
 
-def _lambda_rank(rank: float, shape: tuple[int, ...], limit: int) -> int:
+def _lambda_rank(rank: RankLike, shape: tuple[int, ...], limit: int) -> int:
     """The rank of lambda: a share by the usual rule; an int is capped at the layer's limit."""
-    return min(rank, limit) if isinstance(rank, int) else resolve_rank(rank, shape)
+    svd = get_decomposition("svd")
+    return min(rank, limit) if isinstance(rank, int) else svd.resolve_rank(rank, shape)
 
 
 def _shape(shape: tuple[int, ...] | list[int]) -> str:

@@ -9,7 +9,6 @@ from dynarank.decompositions.geometry import Factors, Geometry
 from dynarank.decompositions.numerics.linalg import (
     LinAlgError,
     UnfitWeightError,
-    as_unfit,
     precise,
 )
 from dynarank.decompositions.registry import (
@@ -24,7 +23,6 @@ __all__ = [
     "Geometry",
     "LinAlgError",
     "UnfitWeightError",
-    "as_unfit",
     "decomposition_names",
     "get_decomposition",
     "precise",

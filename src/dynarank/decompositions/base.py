@@ -9,7 +9,9 @@ in each factor. A decomposition sees the weight of one group; several groups are
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cache
 
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import (
 
 from dynarank.decompositions.geometry import Factors, Geometry
 from dynarank.decompositions.numerics.multilinear import equal_norms, lift, lift_squares
+from dynarank.forms import Rank, RankLike, plain_rank
 
 __all__ = ["Decomposition"]
 
@@ -56,6 +59,45 @@ class Decomposition(ABC):
     @abstractmethod
     def shapes(self, shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], ...]:
         """The factors' shapes; each is a weight (out, in / its stage's groups, *kernel)."""
+
+    def size(self, shape: Sequence[int], rank: int) -> int:
+        """The number of the factors' parameters."""
+        return sum(map(math.prod, self.shapes(shape, rank)))
+
+    def resolve_rank(self, rank: RankLike, shape: Sequence[int]) -> int:
+        """The number that ``rank`` means for a weight of this shape.
+
+        Args:
+            rank: an int, a share or a :class:`Rank`.
+            shape: (out, in, *kernel).
+
+        Raises:
+            ValueError: an int above the limit.
+
+        Example:
+            >>> svd = dr.decompositions.get_decomposition("svd")
+            >>> svd.resolve_rank(0.5, (64, 64)), svd.resolve_rank(dr.Rank(0.5, "out"), (64, 64))
+            (16, 32)
+        """
+        limit, rank = self.limit(shape), plain_rank(rank)
+        if isinstance(rank, int):
+            if rank > limit:
+                raise ValueError(
+                    f"rank {rank} is above the limit {limit} of a weight of shape {tuple(shape)}; "
+                    f"ask for at most {limit}, or for a share such as 0.5"
+                )
+            return rank
+        share = rank if isinstance(rank, Rank) else Rank(rank)
+        wanted = min(max(self._rank_for(share, shape), 1), limit)
+        return wanted - wanted % share.multiple_of if wanted >= share.multiple_of else wanted
+
+    def _rank_for(self, share: Rank, shape: Sequence[int]) -> int:
+        """The rank for a share, which may be 0 or above the limit."""
+        n, m = shape[0] // self.groups, math.prod(shape[1:])
+        if share.of == "cost":
+            ranks, most = range(1, self.limit(shape) + 1), share.value * math.prod(shape)
+            return bisect_right(ranks, most, key=lambda rank: self.size(shape, rank))
+        return int(share.value * (n if share.of == "out" else min(m, n)))
 
     @abstractmethod
     def split(self, weight: Tensor, rank: int) -> Factors:

@@ -73,6 +73,14 @@ class ActivationStats:
                 f"group, this one, of shape {tuple(shape)}, has {size}; calibrate this model"
             )
 
+    def uncentered(self) -> ActivationStats:
+        """The second moments instead of the covariance, for a layer whose bias must stay."""
+        if self.mean is None:
+            return self
+        mean = self.mean.to(self.second)
+        second = self.second + mean[:, :, None] * mean[:, None]
+        return ActivationStats(self.side, second, self.count)
+
 
 def split_activation_aware(
     decomposition: Decomposition, weight: Tensor, rank: int, activity: ActivationStats | None

@@ -212,12 +212,12 @@ def _plain_shell(site: Site) -> nn.Module:
     assert isinstance(site.module, RankedLayer)
     shell = site.module.plain_like()
     own: dict[str, Any] = {}
-    for spec in type(site.module).specs(site.module):
+    for spec in type(site.module).weights_of(site.module):
         stored = spec.from_canonical(torch.empty(spec.shape, dtype=torch.float64))
         own[spec.name] = Parameter(stored.contiguous())
     factors = {
         name
-        for spec in type(site.module).specs(site.module)
+        for spec in type(site.module).weights_of(site.module)
         for name in spec.parameter_names(site.module.forms.get(spec.name, FullRank()))
     }
     for name, p in _own(site.module).items():

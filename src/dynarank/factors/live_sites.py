@@ -38,4 +38,4 @@ class LiveSites:
 
 
 def _forms(module: nn.Module) -> object:
-    return module.__dict__.get("forms")
+    return module.__dict__.get("_forms")

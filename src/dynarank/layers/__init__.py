@@ -6,7 +6,7 @@ own.
 
 from dynarank.layers.execution import Call, Execution, Flops, choose_execution, executions
 from dynarank.layers.ranked import RankedLayer, effective, own_parameters
-from dynarank.layers.registry import ranked_class, readers, register_layer
+from dynarank.layers.registry import class_obstacle, ranked_class, readers, register_layer
 from dynarank.layers.weight import WeightSpec
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RankedLayer",
     "WeightSpec",
     "choose_execution",
+    "class_obstacle",
     "effective",
     "executions",
     "own_parameters",

@@ -119,14 +119,6 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         shown = weights.mean(1) if average_attn_weights else weights
         return self._output(weights @ v, query.ndim), shown.squeeze(0) if query.ndim == 2 else shown
 
-    def _reset_parameters(self) -> None:
-        super()._reset_parameters()
-        for name, form in self.forms.items():
-            if not isinstance(form, FullRank):
-                self.set_weight_(
-                    name, nn.init.xavier_uniform_(self.effective_weight(name).detach())
-                )
-
     def _is_full_rank(self) -> bool:
         """Whether every weight is full-rank, including that of the output projection."""
         forms = list(self.forms.values())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dynarank.decompositions import Factors, Geometry
 from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer, effective, one_call
+from dynarank.layers.ranked import RankedLayer, effective, one_call, read_parameters
 from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedEmbedding"]
@@ -59,8 +59,8 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
         if isinstance(form, FullRank):
             return super().forward(input)
         if self.execution(weight, _call(self, input)).name in ("joined", "merged"):
-            return F.embedding(input, self.weight, self.padding_idx)
-        parameters = cast(dict[str, Tensor], self._parameters)
+            return F.embedding(input, self.effective_weight(), self.padding_idx)
+        parameters = read_parameters(self)
         rows = _rows(input, weight.factors(parameters), self)
         if isinstance(form, LowRank):
             return rows

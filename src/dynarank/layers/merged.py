@@ -92,7 +92,8 @@ class MergedProduct(torch.autograd.Function):
         x: Tensor, weight: Tensor, base: Tensor, bias: Tensor | None, how: Merging, *factors: Tensor
     ) -> Tensor:
         """One multiplication by the merged weight."""
-        return linear_map(x, weight, how.geometry, bias)
+        y = linear_map(x, weight, how.geometry, bias)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view, so it may be written to in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from dynarank.forms import Form
-from dynarank.layers.ranked import own_parameters
+from dynarank.layers.own_forward import forward_obstacle
+from dynarank.layers.ranked import RankedLayer, own_parameters
 from dynarank.layers.weight import WeightSpec
 
-__all__ = ["weight_obstacle"]
+__all__ = ["number_obstacle", "weight_obstacle"]
+
+_NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def weight_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
+def weight_obstacle(
+    module: nn.Module, spec: WeightSpec, form: Form, reader: nn.Module | None = None
+) -> str:
     """Why changing the form of this weight would go wrong; empty if it would not.
 
     Args:
         module: the module that owns the weight.
         spec: the weight.
         form: the form it has.
+        reader: the parent that uses the weight instead of calling the module, if any.
 
     Example:
         >>> layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
         >>> weight_obstacle(layer, WeightSpec("weight", (4, 4)), dr.FullRank())
         'it is wrapped by torch.nn.utils.parametrize, which owns its weight'
     """
+    if reason := _attribute_obstacle(module):
+        return reason
+    if reader is not None and (reason := _attribute_obstacle(reader)):
+        return f"in the {type(reader).__name__} it is part of, {reason}"
     own = own_parameters(module)
     if is_parametrized(module):
         return "it is wrapped by torch.nn.utils.parametrize, which owns its weight"
@@ -33,8 +44,54 @@ def weight_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
         if p is None:
             listed = ", ".join(name for name, p in own.items() if p is not None)
             return f"its weight is computed from {listed} (weight_norm, spectral_norm or prune)"
-        if not p.is_floating_point():
-            return f"its {name} is {p.dtype}: only real floating-point weights are handled"
-        if type(p.data) is not Tensor:
-            return f"its {name} is a {type(p.data).__name__} (quantized, sharded or the like)"
+        if _sharded(p):
+            return f"its {name} is a DTensor, sharded by FSDP or tensor parallelism"
     return ""
+
+
+def _attribute_obstacle(module: nn.Module) -> str:
+    """Why an attribute of a plain module itself would not be used by the ranked class."""
+    if isinstance(module, RankedLayer):
+        return ""
+    if own := _methods(type(module)) & vars(module).keys():
+        return f"its {min(own)} is set on the module itself, which a ranked layer would not use"
+    return forward_obstacle(module)
+
+
+def number_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
+    """Why the numbers of this weight cannot be computed with; empty if they can.
+
+    Such a weight (quantized, complex, sparse) is left as it is.
+
+    Example:
+        >>> layer = nn.Linear(4, 4).to(torch.float8_e4m3fn)
+        >>> number_obstacle(layer, WeightSpec("weight", (4, 4)), dr.FullRank())
+        'its weight is float8_e4m3fn, not one of float64, float32, bfloat16, float16'
+    """
+    for name in spec.parameter_names(form):
+        p = own_parameters(module).get(name)
+        if p is None:
+            continue
+        if p.dtype not in _NUMBERS:
+            handled = ", ".join(_short(dtype) for dtype in _NUMBERS)
+            return f"its {name} is {_short(p.dtype)}, not one of {handled}"
+        if p.layout is not torch.strided:
+            return f"its {name} is {_short(p.layout)}, not dense"
+        if type(p.data) is not Tensor and not _sharded(p):
+            return f"its {name} is a {type(p.data).__name__} (quantized or the like)"
+    return ""
+
+
+def _methods(kind: type[nn.Module]) -> set[str]:
+    """The methods of a class of modules that its forward pass may call."""
+    below = (c for c in kind.__mro__ if c not in nn.Module.__mro__)
+    found = {name for c in below for name, value in vars(c).items() if callable(value)}
+    return found - {"forward", "extra_repr", "reset_parameters", "_reset_parameters"}
+
+
+def _sharded(p: Tensor) -> bool:
+    return type(p.data).__name__ == "DTensor"  # by name: torch.distributed is slow to import
+
+
+def _short(name: torch.dtype | torch.layout) -> str:
+    return str(name).removeprefix("torch.")

@@ -3,31 +3,46 @@
 A ranked layer is the user's own module with another class: ``module.__class__`` and its parameters
 change, the object stays. So hooks, names, references held elsewhere and modules shared by several
 parents all survive a change of form, and the root of a model can change form too. The classes are
-ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.Linear)`` work.
+ordinary module-level ones, hence copying, pickling and ``isinstance(layer, nn.Linear)`` work; those
+of users' subclasses are made when needed, and pickled as what they are made from.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from dynarank.decompositions import Geometry, precise
+from dynarank.decompositions import Geometry
 from dynarank.decompositions.geometry import apply, linear_map
 from dynarank.forms import Adapted, Form, FullRank, LowRank
+from dynarank.layers.effective_weight import EffectiveWeight, hand_out, is_written
 from dynarank.layers.execution import Call, Execution, choose_execution
 from dynarank.layers.merged import Merging, merged_product
+from dynarank.layers.own_forward import set_class
+from dynarank.layers.tracing import input_shape, is_static
 from dynarank.layers.weight import ResolvedWeight, WeightSpec
 
-__all__ = ["RankedLayer", "effective", "one_call", "own_parameters"]
+__all__ = [
+    "RankedLayer",
+    "effective",
+    "one_call",
+    "own_parameters",
+    "read_parameters",
+]
 
 _REMEMBERED = 256  # shapes of inputs
 _RESOLVED = ("_weights", "_executions")  # what follows from the forms
-_OWN = ("forms", "last_factored_forms", *_RESOLVED)
+_FULL = FullRank()
+_OWN = ("_forms", "_last_factored_forms", "_frozen_factors", "_specs", *_RESOLVED)
+# Torch's fused transformer layer only reads weights, and would not run on a subclass of Tensor.
+_ONLY_READS = "torch.nn.modules.transformer"
 
 
 class RankedLayer(nn.Module):
@@ -43,15 +58,24 @@ class RankedLayer(nn.Module):
     """
 
     plain: ClassVar[type[nn.Module]]
-    forms: dict[str, Form]  # by the weight's name
-    last_factored_forms: dict[str, LowRank | Adapted]  # for deflate without a rank
+    _forms: dict[str, Form]
+    _last_factored_forms: dict[str, LowRank | Adapted]
+    _frozen_factors: dict[str, frozenset[str]]  # those that were frozen while others trained
+    _specs: dict[str, WeightSpec]  # those of the plain layer
     _weights: dict[str, ResolvedWeight]
     _executions: dict[object, Execution]  # chosen so far
 
     @classmethod
     def specs(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
-        """The weights of ``module``, which is of the plain class or of this one."""
+        """The weights of ``module``, which is of the plain class; it may read their shapes."""
         raise NotImplementedError
+
+    @classmethod
+    def weights_of(cls, module: nn.Module) -> tuple[WeightSpec, ...]:
+        """The weights of ``module``, which is of the plain class or of this one."""
+        if isinstance(module, RankedLayer):
+            return tuple(module._specs.values())
+        return cls.specs(module)
 
     @classmethod
     def unsupported_reason(cls, module: nn.Module) -> str:
@@ -65,7 +89,7 @@ class RankedLayer(nn.Module):
         Also the weights of ``fused_children``, under ``child.name``. By default the first argument
         is multiplied by the only weight.
         """
-        (spec,), x = cls.specs(module), cast(Tensor, next(iter(inputs.values())))
+        (spec,), x = cls.weights_of(module), cast(Tensor, next(iter(inputs.values())))
         return {spec.name: [one_call(module, x, spec.geometry)]}
 
     @classmethod
@@ -83,19 +107,25 @@ class RankedLayer(nn.Module):
         A module that is ranked already stays as it is.
         """
         if not isinstance(module, RankedLayer):
-            module.__class__ = cls
+            specs = {spec.name: spec for spec in cls.specs(module)}
+            set_class(module, cls)
             assert isinstance(module, RankedLayer)
-            module.forms = {spec.name: FullRank() for spec in cls.specs(module)}
-            module.last_factored_forms = {}
+            module._forms = dict.fromkeys(specs, FullRank())
+            module._last_factored_forms, module._frozen_factors = {}, {}
+            module._specs = specs
             module.form_changed()
         return module
 
     def to_plain(self) -> nn.Module:
         """Make it a module of the plain class again, in place; every weight must be full-rank."""
-        assert all(isinstance(form, FullRank) for form in self.forms.values()), self.forms
+        if factored := {n: f for n, f in self.forms.items() if not isinstance(f, FullRank)}:
+            raise ValueError(
+                f"only a layer of full rank can be made plain, this one has {factored}; "
+                "dr.merge(layer) inflates it first"
+            )
         for name in _OWN:
             del self.__dict__[name]
-        self.__class__ = self.plain  # type: ignore[assignment]
+        set_class(self, _plain_class(self))
         return self
 
     def plain_like(self) -> nn.Module:
@@ -104,18 +134,21 @@ class RankedLayer(nn.Module):
         shell.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN})
         return shell
 
-    def set_form(self, name: str, form: Form) -> None:
-        """Record that a weight has this form; its parameters have been replaced already."""
-        for factored in (self.forms[name], form):
+    def set_form(self, name: str, form: Form, frozen: frozenset[str] = frozenset()) -> None:
+        """Record that a weight has this form; its parameters have been replaced already.
+
+        ``frozen``: the factors that stay frozen when they come back.
+        """
+        for factored in (self._forms[name], form):
             if not isinstance(factored, FullRank):
-                self.last_factored_forms = {**self.last_factored_forms, name: factored}
-        self.forms = {**self.forms, name: form}
+                self._last_factored_forms = {**self._last_factored_forms, name: factored}
+        self._forms = {**self._forms, name: form}
+        self._frozen_factors = {**self._frozen_factors, name: frozen}
         self.form_changed()
 
     def form_changed(self) -> None:
         """Look up what follows from the forms; called when one has changed."""
-        specs = type(self).specs(self)
-        self._weights = {spec.name: spec.resolved(self.forms[spec.name]) for spec in specs}
+        self._weights = {n: spec.resolved(self.forms[n]) for n, spec in self._specs.items()}
         self._executions = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,10 +159,62 @@ class RankedLayer(nn.Module):
         super().__setstate__(state)
         self.form_changed()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self.has_factors(name):
+            super().__setattr__(name, value)
+        elif isinstance(value, Parameter):
+            self.register_parameter(name, value)
+        elif not is_written(value, self, name):  # as it is after `layer.weight *= 2`
+            raise TypeError(f"cannot assign to {name!r}: {_with_factors(self, name)}")
+
+    def __delattr__(self, name: str) -> None:
+        if self.has_factors(name):
+            raise TypeError(f"cannot delete {name!r}: {_with_factors(self, name)}")
+        super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Parameter | None) -> None:
+        """As of any module; the effective weight of one with factors is no parameter."""
+        if isinstance(param, EffectiveWeight):
+            source = param.reading
+            reason = _with_factors(source.layer, source.name)
+            raise TypeError(f"cannot register {name!r}: {reason}")
+        if self.has_factors(name):
+            raise KeyError(f"attribute {name!r} already exists: {_with_factors(self, name)}")
+        super().register_parameter(name, param)
+
+    @property
+    def forms(self) -> Mapping[str, Form]:
+        """The form of each weight, by its name; a new table after each change."""
+        return self._forms
+
+    @property
+    def last_factored_forms(self) -> Mapping[str, LowRank | Adapted]:
+        """The last form with factors of each weight that had one: for deflate without a rank."""
+        return self._last_factored_forms
+
+    @property
+    def frozen_factors(self) -> Mapping[str, frozenset[str]]:
+        """The factors of each weight that were frozen while others trained."""
+        return self._frozen_factors
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse: ``torch.jit.script`` asks each module for what it is to compile."""
+        raise ValueError(
+            f"torch.jit.script cannot compile {type(self).__name__}: use torch.export or "
+            "torch.jit.trace, or make a copy of the model plain first, "
+            "`dr.merge(copy.deepcopy(model))`"
+        )
+
     @property
     def form(self) -> Form:
         """The form of the layer's only weight."""
-        return self.forms["weight"]
+        if "weight" not in self._forms:  # hasattr must be able to ask
+            raise AttributeError(f"{type(self).__name__} has several weights: read its forms")
+        return self._forms["weight"]
+
+    def has_factors(self, name: str) -> bool:
+        """Whether this is the name of a weight that is low-rank or adapted."""
+        return not isinstance(self.__dict__.get("_forms", {}).get(name, _FULL), FullRank)
 
     def resolved(self, name: str = "weight") -> ResolvedWeight:
         """The weight of this name in its form."""
@@ -137,9 +222,9 @@ class RankedLayer(nn.Module):
 
     def effective_weight(self, name: str = "weight") -> Tensor:
         """The parameter itself if full-rank, else ``base + scale * join(factors)``."""
-        parameters = cast(dict[str, Tensor], self._parameters)
-        weight = self._weights.get(name)
-        return parameters[name] if weight is None else weight.effective(parameters)
+        if not self.has_factors(name):
+            return cast(Tensor, getattr(self, name))
+        return self._weights[name].effective(read_parameters(self))
 
     def multiply(
         self,
@@ -158,10 +243,11 @@ class RankedLayer(nn.Module):
         """
         form, spec = weight.form, weight.spec
         geometry = spec.geometry if geometry is None else geometry
-        parameters = cast(dict[str, Tensor], self._parameters)
-        if isinstance(form, FullRank):
-            return linear_map(x, spec.to_canonical(weight.base(parameters)), geometry, bias)
-        execution = self._execution(weight, x, geometry)
+        if isinstance(form, FullRank):  # the attribute, which torch.nn.utils may have replaced
+            base = weight.base({spec.name: getattr(self, spec.name)})
+            return linear_map(x, spec.to_canonical(base), geometry, bias)
+        parameters = read_parameters(self)
+        execution = self._execution(weight, x, geometry, parameters[weight.names[-1]])
         if execution.name == "joined":
             return linear_map(x, weight.joined(parameters), geometry, bias)
         if execution.name == "factored":
@@ -175,28 +261,31 @@ class RankedLayer(nn.Module):
         how = Merging(weight.decomposition, form.scale, geometry, stages, thin, keep)
         return merged_product(x, base, weight.factors(parameters), bias, how)
 
-    def _execution(self, weight: ResolvedWeight, x: Tensor, geometry: Geometry) -> Execution:
+    def _execution(
+        self, weight: ResolvedWeight, x: Tensor, geometry: Geometry, last: Tensor
+    ) -> Execution:
         grad = torch.is_grad_enabled()
-        last = self._parameters[weight.names[-1]]
-        trains = grad and last is not None and last.requires_grad
+        trains = grad and last.requires_grad
         input_grad = grad and x.requires_grad
         key = None
-        if not torch.compiler.is_compiling():  # the usual case, before anything is built
+        if is_static(x.shape):  # the usual case, before anything is built
             key = (weight.spec.name, weight.spec.shape, x.shape, input_grad, trains)
             if (known := self._executions.get(key)) is not None:
                 return known
-        return self.execution(weight, Call(tuple(x.shape), geometry, input_grad, trains), key)
+        call = Call(input_shape(x), geometry, input_grad, trains)
+        return self.execution(weight, call, key)
 
     def execution(self, weight: ResolvedWeight, call: Call, key: object = None) -> Execution:
         """How ``call`` is computed; remembered by the key, or else by the weight and the call."""
-        if torch.compiler.is_compiling():
+        if not is_static(call.shape):
             return choose_execution(weight.spec, weight.form, call)
         key = key or (weight.spec.name, weight.spec.shape, call)
-        if key not in self._executions:
+        if (chosen := self._executions.get(key)) is None:
             if len(self._executions) >= _REMEMBERED:
                 self._executions.clear()
-            self._executions[key] = choose_execution(weight.spec, weight.form, call)
-        return self._executions[key]
+            chosen = choose_execution(weight.spec, weight.form, call)
+            self._executions[key] = chosen
+        return chosen
 
     @torch.no_grad()
     def set_weight_(self, name: str, value: Tensor) -> None:
@@ -206,17 +295,32 @@ class RankedLayer(nn.Module):
             name: the weight's.
             value: as the module stores it.
         """
-        weight, parameters = self._weights[name], cast(dict[str, Tensor], self._parameters)
-        if isinstance(weight.form, LowRank):
-            assert weight.decomposition is not None
-            canonical, rank = weight.spec.to_canonical(precise(value)), weight.form.resolved_rank
-            split = weight.decomposition.split(canonical, rank)
-            for factor, new in zip(weight.factors(parameters), split, strict=True):
-                factor.copy_(new)
-            return
-        weight.base(parameters).copy_(value)
-        if isinstance(weight.form, Adapted):
-            weight.factors(parameters)[-1].zero_()
+        self._weights[name].write_(cast(dict[str, Tensor], self._parameters), value)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As torch's, but a state of another form is an error even if not ``strict``."""
+        known, weights = [*self._parameters, *self._buffers], self._weights.values()
+        held = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        foreign = [name for name in held if "." not in name and name not in known]
+        if all(name in held for weight in weights for name in weight.names):  # then only a base
+            foreign = [n for n in foreign if any(weight.spec.is_base(n) for weight in weights)]
+        if foreign:
+            error_msgs.append(
+                f"layer {prefix.rstrip('.')!r} has the parameters {', '.join(known)}, the state "
+                f"has {', '.join(foreign)}: it was saved in another form. Load the rank "
+                "scheduler's state first, or bring the model to those forms by apply_plan"
+            )
+        args = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """The plain layer's, and the forms."""
@@ -227,13 +331,60 @@ class RankedLayer(nn.Module):
         return ", ".join(filter(None, (super().extra_repr(), shown)))
 
 
-def effective(name: str) -> property:
-    """A property that reads a layer's effective weight of this name."""
+class effective:
+    """An attribute of a ranked class: the layer's effective weight, in every form.
 
-    def read(self: RankedLayer) -> Tensor:
-        return self.effective_weight(name)
+    A full-rank weight is the parameter, or what ``torch.nn.utils`` have put in its place. Any other
+    is computed when it is read. What is written to it under ``torch.no_grad()`` goes to the layer:
+    to the base of an adapted weight, whose adapter's output becomes zero; to the factors of a
+    low-rank weight, truncated to the rank if all values are replaced. A change of a low-rank weight
+    (``+=``, ``[0] =``, ``.data =``) that its rank does not hold is a ValueError.
 
-    return property(read, doc="The effective weight: base + scale * join(factors).")
+    Example:
+        >>> layer = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0]
+        >>> _ = nn.init.ones_(layer.weight)
+        >>> torch.allclose(layer(torch.ones(8)), 8 + layer.bias)
+        True
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: RankedLayer | None, owner: type) -> Any:
+        if layer is None:
+            return self
+        if not layer.has_factors(self.name):
+            return nn.Module.__getattr__(layer, self.name)
+        return read_out(layer, self.name)
+
+
+def _with_factors(layer: Any, name: str) -> str:
+    return (
+        f"in the form {layer.forms[name]} the weight is computed from factors. Write its values "
+        f"under torch.no_grad() (layer.{name}.copy_(value)), or call inflate(model) first"
+    )
+
+
+def read_out(layer: RankedLayer, name: str) -> Tensor:
+    """The effective weight for the caller's caller: what it writes to it reaches the layer."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        return layer.effective_weight(name)
+    if cast(Any, sys)._getframe(2).f_globals.get("__name__") == _ONLY_READS:
+        return layer.effective_weight(name)
+    if torch.is_inference_mode_enabled():  # an inference tensor has no version counter
+        with torch.inference_mode(False), torch.no_grad():
+            return hand_out(layer, layer.resolved(name), layer.effective_weight(name))
+    return hand_out(layer, layer.resolved(name), layer.effective_weight(name))
+
+
+def _plain_class(layer: RankedLayer) -> type[nn.Module]:
+    """The plain class, with what ``torch.nn.utils.parametrize`` has added to the layer's."""
+    if not is_parametrized(layer):
+        return layer.plain
+    plain, added = layer.plain, dict(vars(type(layer)))
+    for name in ("__dict__", "__weakref__"):
+        added.pop(name, None)
+    return type(f"Parametrized{plain.__name__}", (plain,), added)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
@@ -241,11 +392,18 @@ def own_parameters(module: nn.Module) -> dict[str, Parameter | None]:
     return module._parameters  # pyright: ignore[reportPrivateUsage]
 
 
+def read_parameters(module: nn.Module) -> Mapping[str, Tensor]:
+    """The module's parameters by name, to read; a replica has tensors as attributes instead."""
+    if "_is_replica" in module.__dict__:
+        return {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    return cast(dict[str, Tensor], own_parameters(module))
+
+
 def one_call(module: nn.Module, x: Tensor, geometry: Geometry) -> Call:
     """One multiplication of ``x`` by the only weight of a module."""
-    own = own_parameters(module).items()
+    own = cast(Mapping[str, "Tensor | None"], read_parameters(module)).items()
     trains = any(p is not None and p.requires_grad and name != "bias" for name, p in own)
-    return Call(tuple(x.shape), geometry, x.requires_grad, trains)
+    return Call(input_shape(x), geometry, x.requires_grad, trains)
 
 
 def _chain(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from dynarank.layers.ranked import RankedLayer
+from dynarank.layers.subclasses import derived_class, overridden
 
-__all__ = ["ranked_class", "readers", "register_layer"]
+__all__ = ["class_obstacle", "ranked_class", "readers", "register_layer"]
 
 _TORCH, _CONVOLUTIONS = "torch.nn.modules", ("Conv", "ConvTranspose")
 # Plain class -> module of dynarank.layers, ranked class. By name, so that nothing is imported.
@@ -40,7 +42,8 @@ def register_layer(plain: type[nn.Module], ranked: type[RankedLayer]) -> None:
     """Register the ranked class of a module class, so that its modules can change form.
 
     Args:
-        plain: the class of the modules; its subclasses are not included.
+        plain: the class of the modules. Its subclasses are included, unless they override what a
+            forward pass uses or are registered themselves.
         ranked: a class that derives from :class:`RankedLayer` and ``plain``, in this order, has
             ``plain`` as an attribute, and defines ``specs``, which lists its weights.
 
@@ -56,7 +59,7 @@ def register_layer(plain: type[nn.Module], ranked: type[RankedLayer]) -> None:
     """
     if reason := _unfit(plain, ranked):
         raise ValueError(reason)
-    if known := ranked_class(plain):
+    if known := _registered(plain):
         raise ValueError(
             f"{plain.__name__} has a ranked class already, {known.__name__}: "
             "a second one would not be used"
@@ -88,9 +91,34 @@ def _unfit(plain: Any, ranked: Any) -> str:
 
 
 def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
-    """The ranked class of modules of exactly this class; None if they cannot change form."""
+    """The ranked class of modules of this class; None if they cannot change form."""
     if issubclass(kind, RankedLayer):
         return kind
+    known = _nearest(kind)
+    if known is None or known.plain is kind:
+        return known
+    return None if overridden(kind, known) else derived_class(kind, known)
+
+
+def class_obstacle(kind: type[nn.Module]) -> str:
+    """Why modules of this class cannot change form; empty if they can."""
+    if ranked_class(kind) is not None:
+        return ""
+    if issubclass(kind, torch.jit.ScriptModule):
+        return "it is compiled by torch.jit: change the model that it was made from"
+    if (known := _nearest(kind)) is None:
+        return f"{kind.__name__} layers are not handled"
+    names = ", ".join(overridden(kind, known))
+    return f"its class {kind.__name__} overrides {names} of {known.plain.__name__}"
+
+
+def _nearest(kind: type[nn.Module]) -> type[RankedLayer] | None:
+    """The ranked class of this class, else of the first of its bases that has one."""
+    return next(filter(None, map(_registered, kind.__mro__)), None)
+
+
+def _registered(kind: type[nn.Module]) -> type[RankedLayer] | None:
+    """The ranked class of exactly this class."""
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind not in _RANKED and name in _BUILT_IN:
         module, ranked_name = _BUILT_IN[name]

@@ -170,7 +170,13 @@ def _devices(model: nn.Module) -> dict[str, list[int]]:
 
 def _signature(model: nn.Module) -> inspect.Signature:
     """The signature of the forward pass; for a transparent wrapper, that of the inner module."""
-    signature = inspect.signature(model.forward)
+    try:
+        signature = inspect.signature(model.forward)
+    except ValueError:
+        raise ValueError(
+            f"{type(model).__name__}.forward has no signature, as after torch.jit.trace: "
+            "give the model that was traced instead"
+        ) from None
     passing = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     if all(p.kind in passing for p in signature.parameters.values()):
         for name in ("_orig_mod", "module"):

@@ -10,15 +10,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
-from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition
+from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomposition, precise
 from dynarank.decompositions.geometry import swap_channels
-from dynarank.forms import Adapted, Form, FullRank, LowRank, resolve_rank
+from dynarank.decompositions.zero_join import zero_join_factors
+from dynarank.forms import Adapted, Form, FullRank, LowRank
 
 __all__ = ["ResolvedWeight", "WeightSpec"]
 
 _LINEAR = Geometry()
+# What may be lost of a change of a low-rank weight: a share of it, or rounding (in eps).
+_LOST, _ROUNDING = 0.01, 4
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,7 @@ class WeightSpec:
         """
         if isinstance(form, FullRank):
             return form
-        limit = self.decomposition(form).limit(self.shape)
-        return replace(form, rank=resolve_rank(form.rank, self.unit_shape, limit))
+        return replace(form, rank=self.decomposition(form).resolve_rank(form.rank, self.shape))
 
     def factor_shapes(self, form: LowRank | Adapted) -> tuple[tuple[int, ...], ...]:
         """The shapes of the factors; the form's rank must be resolved."""
@@ -189,6 +192,72 @@ class ResolvedWeight:
         if isinstance(self.form, LowRank):
             return joined
         return self.base(parameters) + self.form.scale * joined
+
+    def write_(self, parameters: Mapping[str, Tensor], value: Tensor, fit: bool = False) -> float:
+        """Write a value to the parameters, all of it or nothing.
+
+        An adapted weight gets it as its base, and its adapter's output becomes zero; a low-rank
+        weight gets its truncation.
+
+        Args:
+            parameters: the module's.
+            value: in the module's layout.
+            fit: whether it is a change of the old value, which must not be lost.
+
+        Returns:
+            The relative error of what the weight is then.
+
+        Raises:
+            ValueError: the shape is another one, or the rank does not hold the change.
+            UnfitWeightError: the value is not finite or cannot be decomposed.
+        """
+        stored = self.spec.from_canonical(torch.empty(self.spec.shape, device="meta")).shape
+        if value.shape != stored:
+            raise ValueError(
+                f"{self.spec.name} is {tuple(stored)} in this layer, got {tuple(value.shape)}"
+            )
+        if parameters[self.names[-1]].is_meta:
+            return 0.0
+        if isinstance(self.form, LowRank):
+            return self._truncate_(parameters, value, fit)
+        self.base(parameters).copy_(value)
+        if isinstance(self.form, Adapted):
+            self._zero_(self.factors(parameters))
+        return 0.0
+
+    def _truncate_(self, parameters: Mapping[str, Tensor], value: Tensor, fit: bool) -> float:
+        assert self.decomposition is not None and isinstance(self.form, LowRank)
+        factors, weight = self.factors(parameters), self.spec.to_canonical(precise(value))
+        norm = weight.norm().item()
+        if not norm:
+            self._zero_(factors)
+            return 0.0
+        split = self.decomposition.split(weight, self.form.resolved_rank)
+        lost = (self.decomposition.join(split) - weight).norm().item()
+        if fit:
+            change = (weight - precise(self.joined(parameters))).norm().item()
+            self._check_fit(lost, change, norm * torch.finfo(value.dtype).eps)
+        for factor, new in zip(factors, split, strict=True):
+            factor.copy_(new)
+        return lost / norm
+
+    def _zero_(self, factors: Factors) -> None:
+        """Make the join zero, such that it can train: only the last factor is zero."""
+        factors[-1].zero_()
+        if not all(bool(factor.isfinite().all()) for factor in factors):
+            shapes = [tuple(factor.shape) for factor in factors]
+            drawn = zero_join_factors(shapes, torch.initial_seed())
+            for factor, new in zip(factors, drawn, strict=True):
+                factor.copy_(new)
+
+    def _check_fit(self, lost: float, change: float, eps: float) -> None:
+        if lost > max(_ROUNDING * eps, _LOST * change):
+            name, share = self.spec.name, lost / max(change, lost)
+            raise ValueError(
+                f"the rank of {name}, {self.form}, would lose {share:.0%} of this change; call "
+                "inflate(model) first, or truncate the new value on purpose: "
+                f"layer.set_weight_({name!r}, value); the layer is as it was"
+            )
 
     def stages(self, geometry: Geometry) -> tuple[Geometry, ...]:
         """The geometries of the factors if the weight has this ``geometry``."""

@@ -89,8 +89,8 @@ def calibrate(
         for path, meter in meters.items():
             for module in meter.modules():
                 hook = _hook(meter, path, met)
-                handle = module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-                hooks.callback(handle.remove)
+                hooks.callback(_remove, hook, module)  # first: no interrupt leaves the hook behind
+                module.register_forward_hook(hook, prepend=True, with_kwargs=True)
         _run(model, batches, forward or call_model)
     if not met:
         raise ValueError(
@@ -164,9 +164,19 @@ def _hook(meter: _Meter, path: str, met: list[str]) -> Callable[..., None]:
         if meter.side == "input":
             meter.add(inputs[0] if inputs else next(iter(named.values())), None)
         else:
-            meter.add(output, own_parameters(module).get("bias"))
+            bias = getattr(module, "bias", None)  # a tensor that is computed too, as by prune
+            meter.add(output, bias if isinstance(bias, Tensor) else None)
 
     return hook
+
+
+def _remove(hook: Callable[..., None], module: nn.Module) -> None:
+    """Take a forward hook off a module, if it is there."""
+    table, with_named = module._forward_hooks, module._forward_hooks_with_kwargs  # pyright: ignore[reportPrivateUsage]
+    for key, one in list(table.items()):
+        if one is hook:
+            del table[key]
+            with_named.pop(key, None)
 
 
 def _beyond_reach(site: Site) -> str:

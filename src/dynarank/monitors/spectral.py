@@ -78,7 +78,8 @@ class SpectralMonitor:
         self._layers = layers
         self._values = values
         self._pace = Cadence(every, share, clock)
-        starts = {s.path: LayerWeight.of(s) for s in self._watched()} if updates else {}
+        watched = self._watched()  # now, so that a pattern without a layer is refused at once
+        starts = {s.path: LayerWeight.of(s) for s in watched} if updates else {}
         self._starts = {path: weight.kept() for path, weight in starts.items() if weight.finite}
 
     @property

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import RankLike, resolve_rank
+from dynarank.decompositions import UnfitWeightError, get_decomposition
+from dynarank.forms import Rank, RankLike
 from dynarank.monitors.effective_weight import LayerWeight, layer_values, update_values
 from dynarank.monitors.singular_values import (
     effective_rank,
@@ -76,7 +76,8 @@ def _update_rank(weight: LayerWeight, start: LayerWeight | None, values: Tensor)
 def _lambda_rank(site: Site, rank: RankLike | None) -> int:
     shape = site.shape
     if rank is not None or site.last_factored_form is None:
-        return resolve_rank(0.5 if rank is None else rank, shape)
+        half = Rank(0.5, of="out")
+        return get_decomposition("svd").resolve_rank(half if rank is None else rank, shape)
     limit = min(shape[0], math.prod(shape[1:]))  # below that of some decompositions
     return min(site.last_factored_form.resolved_rank, limit)
 

@@ -178,7 +178,9 @@ def _form_text(form: dict[str, object]) -> str:
 def _path_text(change: ChangeRecord) -> str:
     ranks = [f"{form['rank']}" for form in (change.before, change.after) if "rank" in form]
     rank = f", rank {' → '.join(ranks)}" if ranks else ""
-    return f"{change.path}{rank}, error {error_text(change.error)}"
+    lost = change.update_error or 0
+    of_update = f" ({lost:.0%} of the update)" if lost > 0.005 else ""
+    return f"{change.path}{rank}, error {error_text(change.error)}{of_update}"
 
 
 def _largest(changes: Sequence[ChangeRecord]) -> float:

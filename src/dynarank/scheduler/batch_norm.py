@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
+from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Change, LowRank, same_weight
 from dynarank.layers.running import call_model, preserve_state
 from dynarank.scheduler.callbacks import Callback, Ranks
 
-__all__ = ["BatchNormRecalibration", "recalibrate_batch_norms"]
+__all__ = ["BatchNormRecalibration", "check_batches", "recalibrate_batch_norms"]
 
 
 class BatchNormRecalibration(Callback):
     """Recalibrates BatchNorm after each truncation during training.
 
+    Statistics that are not finite, because a weight is not, are not stored: a warning says so.
+
     Args:
-        batches: a function that returns the batches for :func:`recalibrate_batch_norms`.
+        batches: a function that returns the batches for :func:`recalibrate_batch_norms`, called at
+            each truncation.
+
+    Raises:
+        ValueError: it is not a function, such as an iterator, which has batches only once.
     """
 
     def __init__(self, batches: Callable[[], Iterable[Any]]) -> None:
-        self.batches = batches
+        self.batches = check_batches(batches)
 
     def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
         """Recalibrate if a weight was truncated; the first plan is of an untrained model."""
@@ -33,7 +42,11 @@ class BatchNormRecalibration(Callback):
             for change in changes
         )
         if ranks.last_step and any(truncated):
-            recalibrate_batch_norms(ranks.model, self.batches())
+            try:
+                recalibrate_batch_norms(ranks.model, self.batches())
+            except UnfitWeightError as error:
+                said = f"step {ranks.last_step}: {error}"
+                warnings.warn(said, RuntimeWarning, stacklevel=2)
 
 
 @torch.no_grad()
@@ -43,7 +56,9 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     Truncating a weight changes the inputs of the BatchNorm that follows. Its running statistics
     adapt within about 1 / momentum steps; until then evaluation uses outdated ones. Weights, other
     buffers, module modes and the global random state do not change, nor do the running statistics
-    if an exception is raised. A model without BatchNorm is not run.
+    if an exception is raised, or of a BatchNorm that no batch reaches or that is frozen: in
+    evaluation mode while the model trains, or with a frozen weight. A model without BatchNorm is
+    not run.
 
     Args:
         model: run in training mode, without gradients.
@@ -51,6 +66,7 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises:
         ValueError: no batch, such as from an iterator that is exhausted.
+        UnfitWeightError: statistics that are not finite.
 
     Example:
         >>> norm = nn.BatchNorm1d(1, affine=False)
@@ -58,26 +74,55 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
         >>> norm.running_mean.item()
         2.0
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    every = {path: m for path, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    frozen = {path for path, norm in every.items() if _frozen(norm, model)}
+    norms = {p: n for p, n in every.items() if p not in frozen and n.running_mean is not None}
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
-    found: list[dict[str, Tensor]] = []
-    with preserve_state(model, training=True, grad=False):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean of all batches
-            empty = True
-            for batch in batches:
-                call_model(model, batch)
-                empty = False
-            if empty:
-                raise ValueError("there is no batch to recalibrate BatchNorm on; give a few")
-            found = [dict(norm.named_buffers(recurse=False)) for norm in norms]
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-    for norm, statistics in zip(norms, found, strict=True):
-        for name, buffer in norm.named_buffers(recurse=False):
-            buffer.copy_(statistics[name])
+    with preserve_state(model, training=True, grad=False), ExitStack() as momenta:
+        for path in frozen:
+            every[path].eval()
+        for norm in norms.values():
+            momenta.callback(setattr, norm, "momentum", norm.momentum)
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+        _run(model, batches)
+        found = {path: dict(norm.named_buffers(recurse=False)) for path, norm in norms.items()}
+    for path, statistics in found.items():
+        if not all(value.isfinite().all() for value in statistics.values()):
+            raise UnfitWeightError(
+                f"the inputs of BatchNorm {path!r} are not finite; all running statistics are left"
+            )
+    for path, statistics in found.items():
+        for name, buffer in norms[path].named_buffers(recurse=False):
+            if statistics["num_batches_tracked"]:
+                buffer.copy_(statistics[name])
+
+
+def check_batches(batches: Callable[[], Iterable[Any]]) -> Callable[[], Iterable[Any]]:
+    """Raise ValueError unless it is a function that returns batches."""
+    if not callable(batches):
+        raise ValueError(
+            "batches is a function that returns batches, called at each truncation, got "
+            f"{batches!r}; give lambda: batches, which must not be an iterator: that ends"
+        )
+    return batches
+
+
+def _frozen(norm: _BatchNorm, model: nn.Module) -> bool:
+    """Whether its statistics are the user's choice: they do not move while the model trains."""
+    still = norm.weight is not None and not norm.weight.requires_grad  # pyright: ignore[reportUnnecessaryComparison]
+    others = any(p.requires_grad for p in model.parameters())
+    return not norm.training and (model.training or (still and others))
+
+
+def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+    empty = True
+    for batch in batches:
+        call_model(model, batch)
+        empty = False
+    if empty:
+        raise ValueError(
+            "there is no batch to recalibrate BatchNorm on; give a few, and not an iterator that "
+            "has ended: a function that returns batches is called at each truncation"
+        )

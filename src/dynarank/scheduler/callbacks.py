@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, Protocol, TypeAlias
 
 from torch import nn
@@ -11,9 +13,17 @@ from torch.optim import Optimizer
 
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import Change, Form
+from dynarank.surgery.edit import restore_on_exit
 from dynarank.surgery.sites import Site
 
-__all__ = ["Callback", "CallbackLike", "Ranks", "named_callbacks"]
+__all__ = [
+    "Callback",
+    "CallbackLike",
+    "Ranks",
+    "load_callback",
+    "named_callbacks",
+    "stateful_callbacks",
+]
 
 
 class Ranks(Protocol):
@@ -49,21 +59,25 @@ class Callback:
     def before_change(
         self, ranks: Ranks, wanted: Sequence[tuple[Site, Form]]
     ) -> Mapping[str, ActivationStats] | None:
-        """Called before layers change form, with each weight that will and its new form.
+        """Called before layers change form, with each weight that is to and its new form.
+
+        A weight that turns out to be unfit keeps its form, and comes again at its next try. If
+        :class:`UnfitWeightError` is raised, truncations are postponed; then this is called again
+        for the other changes.
 
         Returns:
             A calibration for the weights that are truncated, from one callback at most.
         """
 
     def after_change(self, ranks: Ranks, changes: list[Change]) -> None:
-        """Called after layers have changed form; not if the change was postponed."""
+        """Called after layers have changed form; not for changes that were postponed."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know, as plain data."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`; raises ValueError for what it cannot have returned."""
 
     def close(self) -> None:
         """Called by ``RankScheduler.close``, possibly twice: remove hooks, close files."""
@@ -102,3 +116,29 @@ def named_callbacks(values: Iterable[CallbackLike]) -> dict[str, Callback]:
         seen[name] += 1
         named[name if seen[name] == 1 else f"{name}-{seen[name]}"] = one
     return named
+
+
+def stateful_callbacks(callbacks: Mapping[str, Callback]) -> dict[str, Callback]:
+    """The callbacks that have a state, by name."""
+    base = Callback.state_dict
+    return {name: one for name, one in callbacks.items() if type(one).state_dict is not base}
+
+
+def load_callback(name: str, callback: Callback, state: Mapping[str, Any], undo: ExitStack) -> None:
+    """Load a callback's state; ``undo`` can take it back, even if only half of it was loaded."""
+    before = copy.deepcopy(callback.state_dict())
+
+    def reload() -> None:
+        with suppress(Exception), ExitStack() as attributes:
+            restore_on_exit(vars(callback), attributes)  # if it refuses its own state
+            callback.load_state_dict(before)
+            attributes.pop_all()
+
+    undo.callback(reload)
+    restore_on_exit(vars(callback), undo)
+    try:
+        callback.load_state_dict(state)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"the callback {name} refuses the saved state {dict(state)!r}: {error!r}"
+        ) from error

@@ -7,16 +7,19 @@ model's parameters, so the user's scheduler, optimizer and model are not touched
 from __future__ import annotations
 
 import copy
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-__all__ = ["POINTS", "Forecast"]
+from dynarank.scheduler.optimizer_loads import inner_optimizer
+
+__all__ = ["POINTS", "Forecast", "check_lr_scheduler"]
 
 POINTS = 1001
 """How many learning rates a forecast holds, from the first step of a run to its last."""
@@ -53,7 +56,7 @@ class Forecast:
             if wrong := [rate for rate in source if not 0 <= rate < float("inf")]:
                 raise ValueError(f"learning rates are finite and at least 0, got {wrong[0]}")
             self.rates, source = tuple(map(float, source)), None
-        elif not (source is None or hasattr(source, "step")):
+        elif source is not None and (isinstance(source, type) or not hasattr(source, "step")):
             raise ValueError(
                 "lr_scheduler is an LR scheduler, such as CosineAnnealingLR(optimizer, steps), or "
                 f"a list of the learning rates of the run, got {source!r}"
@@ -85,10 +88,43 @@ class Forecast:
         return {**known, "every": self._every, "rises": self._rises}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.rates = tuple(state["rates"])
-        self._seen = (int(state["seen"][0]), int(state["seen"][1]))
-        self._every, self._rises = state["every"], int(state["rises"])
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is not what that returned. Nothing has changed then.
+        """
+        rates, every = state.get("rates"), state.get("every")
+        seen, rises = state.get("seen"), state.get("rises")
+        if (
+            set(state) != set(self.state_dict())
+            or not (isinstance(rates, Sequence) and all(map(_is_rate, rates)))
+            or len(rates) not in (0, POINTS, len(self.rates))
+            or not (every is None or (_is_rate(every) and every > 0))
+            or not (isinstance(seen, Sequence) and [*map(type, seen)] == [int, int])
+            or not (seen[0] >= 0 and seen[1] >= -1)
+            or not (type(rises) is int and 0 <= rises <= 2)
+        ):
+            raise ValueError(
+                "the state of a forecast is its learning rates, finite and at least 0, and when "
+                f"they were found: rates, seen, every and rises, got {reprlib.repr(dict(state))}"
+            )
+        self.rates, self._seen = tuple(rates), (seen[0], seen[1])
+        self._every, self._rises = every, rises
+
+
+def check_lr_scheduler(source: Any, optimizers: Sequence[Optimizer]) -> None:
+    """Raise ValueError for the LR scheduler of an optimizer that is not one of these."""
+    one = inner_optimizer(source)
+    if isinstance(one, Optimizer) and not any(one is inner_optimizer(o) for o in optimizers):
+        raise ValueError(
+            f"lr_scheduler is a {type(source).__name__} of another optimizer "
+            f"({type(one).__name__}) than the one given; give that of this optimizer, or the "
+            "learning rates of the run as a list"
+        )
+
+
+def _is_rate(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= cast(float, value) < float("inf")
 
 
 def _foresee(lr_scheduler: Any, total_steps: int, every: float) -> tuple[float, ...]:

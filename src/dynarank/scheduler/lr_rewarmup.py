@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch.optim import Optimizer
 
 from dynarank.forms import Change
 from dynarank.scheduler.callbacks import Callback, Ranks
+from dynarank.scheduler.optimizer_loads import inner_optimizer
 
 __all__ = ["LRRewarmup"]
 
@@ -17,7 +20,8 @@ class LRRewarmup(Callback):
     """Scales the learning rate by 1/n, 2/n, ..., 1 in the n steps after each change of form.
 
     The rate is scaled only during ``optimizer.step()`` and restored afterward, so an LR scheduler
-    that computes the next rate from the current one never sees the scaled rate.
+    that computes the next rate from the current one never sees the scaled rate. Several warm-ups of
+    one optimizer multiply their factors.
 
     Args:
         steps: n; with 0 or 1 nothing is scaled.
@@ -43,8 +47,8 @@ class LRRewarmup(Callback):
             raise ValueError(f"the rate is warmed up over a number of steps >= 0, got {steps}")
         self.steps = steps
         self.done = steps  # of a warm-up: all, as long as there was no change
-        self._rates: dict[int, list[Any]] = {}
         self._hooks: list[Any] = []
+        self._optimizers: list[Optimizer] = []
 
     @property
     def factor(self) -> float:
@@ -53,7 +57,8 @@ class LRRewarmup(Callback):
 
     def on_start(self, ranks: Ranks) -> None:
         """Register hooks around the steps of the scheduler's optimizers."""
-        for optimizer in ranks.optimizer if self.steps > 1 else ():
+        self._optimizers = [inner_optimizer(o) for o in ranks.optimizer if self.steps > 1]
+        for optimizer in self._optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._scale))
             self._hooks.append(optimizer.register_step_post_hook(self._restore))
 
@@ -71,23 +76,50 @@ class LRRewarmup(Callback):
         return {"done": self.done}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a warm-up."""
-        self.done = int(state["done"])
+        """Go on with a warm-up.
+
+        Raises:
+            ValueError: it is not the state of a warm-up of so many steps.
+        """
+        done = state.get("done")
+        if set(state) != {"done"} or type(done) is not int or not 0 <= done <= self.steps:
+            raise ValueError(
+                f"a warm-up of {self.steps} steps has done 0 to {self.steps} of them, the saved "
+                f"one is {dict(state)!r}; give the same number of steps"
+            )
+        self.done = done
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks; a rate that is still scaled, because a step raised, is restored."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        for optimizer in self._optimizers:
+            if optimizer in _SCALED and self in _SCALED[optimizer].by:
+                self._restore(optimizer)
+        self._hooks, self._optimizers = [], []
 
     def _scale(self, optimizer: Optimizer, *_: object) -> None:
-        if id(optimizer) in self._rates:  # the last step raised before it could be put back
+        scaled = _SCALED.get(optimizer)
+        if scaled is not None and self in scaled.by:  # the last step raised before its end
             self._restore(optimizer)
-        self._rates[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        _SCALED.setdefault(optimizer, _Scaled(rates)).by.append(self)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * self.factor
 
     def _restore(self, optimizer: Optimizer, *_: object) -> None:
-        rates = self._rates.pop(id(optimizer))
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+        """Give back the user's rates; the first warm-up of a step does it for all."""
+        if (scaled := _SCALED.pop(optimizer, None)) is not None:
+            for group, rate in zip(optimizer.param_groups, scaled.rates, strict=True):
+                group["lr"] = rate
+
+
+@dataclass
+class _Scaled:
+    """The user's rates during a step, and the warm-ups that have scaled them."""
+
+    rates: list[Any]
+    by: list[LRRewarmup] = field(default_factory=list["LRRewarmup"])
+
+
+_SCALED: WeakKeyDictionary[Optimizer, _Scaled] = WeakKeyDictionary()  # only during a step

@@ -5,27 +5,38 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from dynarank.decompositions import UnfitWeightError
-from dynarank.forms import Change, LowRank, Plan
+from dynarank.decompositions import LinAlgError, UnfitWeightError
+from dynarank.forms import Change, Form, LowRank, Plan
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
-from dynarank.scheduler.callbacks import CallbackLike, named_callbacks
-from dynarank.scheduler.lr_forecast import Forecast
+from dynarank.scheduler.callbacks import (
+    CallbackLike,
+    load_callback,
+    named_callbacks,
+    stateful_callbacks,
+)
+from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler
+from dynarank.scheduler.optimizer_loads import OptimizerLoads
+from dynarank.scheduler.postponed import Postponed, change_fit_layers
+from dynarank.scheduler.saved_state import SavedState, schedule_identity
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, ask, step_of
-from dynarank.schedules.form_data import form_from_data, form_to_data
+from dynarank.schedules.form_data import form_to_data
 from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
-from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 from dynarank.schedules.timelines import Phase, timeline
-from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_movable
-from dynarank.surgery.selection import LayerFilter, find_sites, select
+from dynarank.surgery.edit import restore_on_exit
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
+from dynarank.surgery.restore import restore_forms
+from dynarank.surgery.saving import warn_of_little
+from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
 from dynarank.surgery.sites import Site, survey
-from dynarank.surgery.verbs import apply_plan, change_forms, differences
+from dynarank.surgery.verbs import differences, truncates
 
 __all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
 
@@ -34,9 +45,10 @@ class RankScheduler:
     """Changes the forms of layers during training, as an LR scheduler changes the learning rate.
 
     The constructor applies the schedule's first plan. Call :meth:`step` once after each
-    ``optimizer.step()``. A weight that cannot be changed now (not finite, or its decomposition does
-    not converge) does not end the run: the change is postponed with a warning and retried after 1,
-    2, 4, ... steps.
+    ``optimizer.step()``. A layer that cannot be changed now (its weight or optimizer state is not
+    finite, or its decomposition does not converge) does not end the run or hold back the others:
+    its change is postponed with a warning and retried after 1, 2, 4, ... steps, at most 1% of the
+    run (within 8 and 64 steps), and once more at the last step.
 
     Args:
         model: the model; it may be ranked already.
@@ -45,7 +57,8 @@ class RankScheduler:
         total_steps: how many optimizer steps the run has.
         layers: the scheduled layers, as a filter ``(module, path) -> bool`` or glob patterns. None:
             the layers that are ranked already; if there are none, all that get cheaper in every
-            low-rank phase of the schedule.
+            low-rank phase of the schedule, except embeddings, output layers and small weights
+            (``print(dr.survey(model, rank))`` shows which).
         lr_scheduler: the LR scheduler; a copy of it is run ahead to forecast the learning rate. Or
             the learning rates of the run, evenly spaced. None: there is no forecast.
         moments: how the optimizer's moments are converted, see :func:`dynarank.apply_plan`. With
@@ -58,8 +71,12 @@ class RankScheduler:
 
     Raises:
         ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
-            plan is impossible (unknown layer, rank above a layer's limit); the optimizer's state
-            cannot be converted. Every phase that can be predicted is checked before any change.
+            plan is impossible (unknown layer, rank above a layer's limit); a layer trains in no
+            optimizer or in two, or the optimizer's state cannot be converted. Every phase that can
+            be predicted is checked before any change.
+
+    Warns:
+        UserWarning: no layers are named, and no low-rank phase saves 5% of the model's weights.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -93,18 +110,23 @@ class RankScheduler:
         if moments == "calibrated":
             self.moments = GradientWindow(model, self.optimizer)
         self.gradients = self.moments if isinstance(self.moments, GradientWindow) else None
+        check_lr_scheduler(lr_scheduler, self.optimizer)
         self.forecast = Forecast(lr_scheduler, total_steps)
         self.callbacks = named_callbacks(callbacks)
         self.last_step = 0
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
-        self._patience = self._retry_at = 0
-        self._plan: Plan | None = None  # as last applied
+        self._postponed = Postponed(total_steps)
+        self._plan: Plan | None = None  # as last applied, but for what is postponed
         self._state = self.schedule.start()
         sites = survey(model)
         scheduled = scheduled_layers(sites, self.schedule, total_steps, layers)
+        check_held(scheduled, self.optimizer)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
-        check_phases(model, self.phases(), sites)
+        check_phases(model, phases := self.phases(), sites)
+        if layers is None and not has_factors(sites):
+            warn_of_little(sites, [phase.plan for phase in phases], stacklevel=2)
+        self._loads = OptimizerLoads(self.optimizer)
         try:
             for one in self.callbacks.values():
                 one.on_start(self)
@@ -125,6 +147,7 @@ class RankScheduler:
     def step(self) -> list[Change]:
         """Count one optimizer step, bring the model to the next step's plan, return the changes."""
         self.last_step += 1
+        self._loads.forget()
         for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
@@ -132,26 +155,30 @@ class RankScheduler:
 
     def close(self) -> None:
         """Take every hook off the optimizers, the last callback first; the model stays as it is."""
-        for one in reversed(self.callbacks.values()):
-            one.close()
-        if self.gradients is not None:
-            self.gradients.watch(())
+        with ExitStack() as all_of_them:  # whatever one of them raises
+            all_of_them.callback(self._loads.close)
+            if self.gradients is not None:
+                all_of_them.callback(self.gradients.watch, ())
+            for one in self.callbacks.values():
+                all_of_them.callback(one.close)
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data."""
-        paths = {**self._layers, **(self._plan or {})}
-        sites = find_sites(self.model, survey(self.model), paths)
+        plan = None if self._plan is None else dict(self._plan)
+        sites = find_sites(self.model, survey(self.model), {**self._layers, **(plan or {})})
         last = {path: site.last_factored_form for path, site in sites.items()}
+        callbacks = stateful_callbacks(self.callbacks).items()
         return {
             "last_step": self.last_step,
             "total_steps": self.total_steps,
-            "patience": self._patience,
-            "retry_at": self._retry_at,
+            "layers": {path: list(shape) for path, shape in self._layers.items()},
+            "scheduled_by": schedule_identity(self.schedule),
             "schedule": dict(self._state),
-            "fitted": schedule_to_data(self.schedule) if self.schedule.fitted else None,
+            "postponed": {path: one.to_data() for path, one in self._postponed.layers.items()},
             "forecast": self.forecast.state_dict(),
-            "callbacks": {n: s for n, one in self.callbacks.items() if (s := one.state_dict())},
+            "callbacks": {name: one.state_dict() for name, one in callbacks},
             "decisions": [decision.to_data() for decision in self.decisions],
+            "plan": None if plan is None else {p: form_to_data(form) for p, form in plan.items()},
             "last_factored_forms": {p: form_to_data(form) for p, form in last.items() if form},
             "forms": {p: form_to_data(site.form) for p, site in sites.items() if site.form},
         }
@@ -160,59 +187,52 @@ class RankScheduler:
         """Restore a saved position and the forms that the layers had then.
 
         Load this before the model's and the optimizer's ``state_dict``: structure first, then
-        weights. Weights that are not finite are set to zero until then.
+        weights. Weights that are not finite are set to zero until then. Another order is refused if
+        the model or the optimizer has other parameters than the saved one, and gives the same run
+        otherwise. All or nothing: after an exception everything is as it was.
 
         Raises:
-            ValueError: the state is of a run of another length or with other layers, or a callback
-                that it has state for is missing.
+            ValueError: it is not the state of such a run: other steps, layers, schedule or
+                callbacks; a key is missing or unknown; a value is not what was saved.
         """
-        if state["total_steps"] != self.total_steps:
-            raise ValueError(
-                f"the saved rank schedule is of a run of {state['total_steps']} steps, this one "
-                f"has {self.total_steps}; give the same total_steps"
-            )
-        if missing := state["callbacks"].keys() - self.callbacks.keys():
-            raise ValueError(
-                f"the saved run had the callbacks {', '.join(sorted(missing))}, this one has not; "
-                "give the same callbacks"
-            )
-        for name, one in state["callbacks"].items():
-            self.callbacks[name].load_state_dict(one)
-        for key in ("last_factored_forms", "forms"):  # a deflation without a rank needs both
-            self._restore({path: form_from_data(form) for path, form in state[key].items()})
-        self.last_step = int(state["last_step"])
-        self._patience, self._retry_at = int(state["patience"]), int(state["retry_at"])
-        if state["fitted"] is not None:  # fitting again could give another schedule
-            self.schedule = schedule_from_data(state["fitted"])
-        self._state, self._plan = state["schedule"], None
-        self.forecast.load_state_dict(state["forecast"])
-        self.decisions = [Decision.from_data(data) for data in state["decisions"]]
-
-    def _restore(self, plan: Plan) -> None:
-        """Bring the model to the plan; its weights are loaded afterwards, so they do not matter."""
-        try:
-            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
-        except UnfitWeightError:
-            for site in find_sites(self.model, survey(self.model), plan).values():
-                for parameter in site.parameters().values():
-                    parameter.data.nan_to_num_(0, 0, 0)
-            apply_plan(self.model, plan, optimizer=self.optimizer, moments="reset")
+        sites = survey(self.model)
+        own = self.schedule, self.total_steps, self._layers, self.callbacks
+        shapes = {site.path: site.spec.unit_shape for site in sites if site.form is not None}
+        saved = SavedState.of(state, *own, shapes)
+        for plan in saved.plans():
+            differences(self.model, plan, sites)  # each is possible
+        with ExitStack() as undo:
+            for part in (self, self.forecast, self._postponed):
+                restore_on_exit(vars(part), undo)
+            if restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo):
+                self._loads.again(undo)
+            self.last_step, self._plan = saved.last_step, saved.plan
+            self._layers = {path: tuple(shape) for path, shape in saved.layers.items()}
+            self.schedule, self._state = saved.schedule, saved.schedule_state
+            self.decisions, self._postponed.layers = saved.decisions, saved.postponed
+            self.forecast.load_state_dict(state["forecast"])
+            for name, one in saved.callbacks.items():
+                load_callback(name, self.callbacks[name], one, undo)
+            self._watch_gradients()
+            undo.pop_all()
 
     def _readings(self) -> Readings:
         one = self.optimizer[0] if len(self.optimizer) == 1 else None
         rate = float(one.param_groups[0]["lr"]) if one else None
-        return Readings(self._layers, rate, self.forecast.rates, self._plan or {})
+        waiting = {path: layer.before for path, layer in self._postponed.layers.items()}
+        forms = {**(self._plan or {}), **waiting}
+        return Readings(self._layers, rate, self.forecast.rates, forms)
 
     def _with_spectra(self, readings: Readings, sites: Sequence[Site]) -> Readings:
         """The readings, with the rank metrics of the scheduled layers and the forms they have."""
         own = find_sites(self.model, sites, self._layers)
         values = sys.maxsize if "singular_values" in self.schedule.requires else 0
-        # The layers' own forms, not the plan's: a change may be postponed.
+        # The layers' own forms: before the first plan there are no others.
         forms = {path: site.form for path, site in own.items() if site.form is not None}
         return replace(readings, forms=forms, spectra=read_spectra(own.values(), values=values))
 
     def _advance(self, sites: Sequence[Site] | None = None) -> list[Change]:
-        """Ask the schedule for a plan, and apply it unless changes are postponed."""
+        """Ask the schedule for a plan, and apply it."""
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
         readings, every = self._readings(), self.schedule.spectra_every
         if every is not None and self.last_step % max(1, step_of(every, self.total_steps)) == 0:
@@ -221,27 +241,38 @@ class RankScheduler:
         self.spectra = readings.spectra
         plan, self._state, decisions = ask(self.schedule, self._state, clock, readings)
         self.decisions += decisions
-        changes = self._apply(plan, sites) if self.last_step >= self._retry_at else []
+        changes = self._apply(plan, sites)
         self._watch_gradients()
         return changes
 
     def _apply(self, plan: Plan, sites: Sequence[Site] | None) -> list[Change]:
-        if plan == self._plan:  # the usual step: no traversal of the model
+        step, postponed = self.last_step, self._postponed
+        if plan == self._plan and not postponed.due_at(step):  # the usual step: no traversal
             return []
-        wanted = differences(self.model, plan, sites)
-        callbacks = self.callbacks.values() if wanted else ()
-        try:
-            given = [c for one in callbacks if (c := one.before_change(self, wanted)) is not None]
-            if len(given) > 1:
-                raise ValueError(f"{len(given)} callbacks calibrate one change; leave one of them")
-            changes = change_forms(wanted, self.optimizer, self.moments, *given)
-        except UnfitWeightError as error:
-            self._put_off(error)
-            return []
-        self._patience, self._plan = 0, dict(plan)
-        for one in callbacks:
+        due = postponed.due(differences(self.model, plan, sites), step)
+        changes, unfit = self._change(due)
+        self._plan = dict(plan)
+        postponed.record(due, unfit, step)
+        for one in self.callbacks.values() if changes else ():
             one.after_change(self, changes)
+        if unfit:
+            warnings.warn(postponed.warning(unfit, step), RuntimeWarning, stacklevel=4)
         return changes
+
+    def _change(self, due: Sequence[tuple[Site, Form]]) -> tuple[list[Change], dict[str, str]]:
+        """Make the changes that can be made; also the reasons why the others cannot, by path."""
+        if not due:
+            return [], {}
+        callbacks = self.callbacks.values()
+        try:
+            given = [c for one in callbacks if (c := one.before_change(self, due)) is not None]
+        except (UnfitWeightError, LinAlgError) as error:  # of a calibration: for truncations only
+            held = [pair for pair in due if truncates([pair])] or due
+            changes, unfit = self._change([pair for pair in due if pair not in held])
+            return changes, unfit | {s.path: f"layer {s.path!r}: {error}" for s, _ in held}
+        if len(given) > 1:
+            raise ValueError(f"{len(given)} callbacks calibrate one change; leave one of them")
+        return change_fit_layers(due, self.optimizer, self.moments, *given)
 
     def _watch_gradients(self) -> None:
         """Keep the gradients of the layers that will have another form before long."""
@@ -249,15 +280,8 @@ class RankScheduler:
             return
         ahead = min(self.last_step + self.gradients.length, self.total_steps - 1)
         clock, readings = Clock(ahead, self.total_steps), self._readings()
-        plan = self.schedule.update(self._state, clock, readings).plan
-        now = self._plan or {}
+        plan, now = self.schedule.update(self._state, clock, readings).plan, readings.forms
         self.gradients.watch(path for path, form in plan.items() if form != now.get(path, form))
-
-    def _put_off(self, error: UnfitWeightError) -> None:
-        self._patience = max(1, 2 * self._patience)
-        self._retry_at = self.last_step + self._patience
-        said = f"no change of form now, next try in {self._patience} steps: {error}"
-        warnings.warn(f"step {self.last_step}: {said}", RuntimeWarning, stacklevel=5)
 
 
 def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site]) -> None:
@@ -273,7 +297,7 @@ def scheduled_layers(
     sites: Sequence[Site], schedule: Schedule, total_steps: int, layers: LayerFilter = None
 ) -> list[Site]:
     """The sites that a schedule applies to: see ``layers`` of :class:`RankScheduler`."""
-    if layers is not None or any(site.last_factored_form is not None for site in sites):
+    if layers is not None or has_factors(sites):
         return select(sites, layers)
     able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
     given: dict[str, set[LowRank]] = {path: set() for path in able}
@@ -283,7 +307,8 @@ def scheduled_layers(
                 given[path].add(form)
     low = set[LowRank]().union(*given.values())
     if not low:
-        return select(sites, lambda module, path: path in able)
+        named = {site.path for site in candidates(sites)}
+        return select(sites, lambda module, path: path in named)
     # A layer that is never low-rank itself (an adapter, say) is measured by all low-rank forms.
     cheaper = {f: {s.path for s in select(sites, None, f.rank, f.decomposition)} for f in low}
     paths = {path for path, own in given.items() if all(path in cheaper[f] for f in own or low)}

@@ -9,6 +9,7 @@ from torch import nn
 
 from dynarank.forms import Form
 from dynarank.monitors.calibration import Calibration, calibrate
+from dynarank.scheduler.batch_norm import check_batches
 from dynarank.scheduler.callbacks import Callback, Ranks
 from dynarank.surgery.sites import Site
 from dynarank.surgery.verbs import truncates
@@ -24,6 +25,9 @@ class ActivationAwareTruncation(Callback):
     Args:
         batches: a function that returns the batches for :func:`dynarank.calibrate`.
         forward: ``(model, batch) -> anything``, if a batch is not just the model's arguments.
+
+    Raises:
+        ValueError: ``batches`` is not a function.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class ActivationAwareTruncation(Callback):
         *,
         forward: Callable[[nn.Module, Any], object] | None = None,
     ) -> None:
-        self.batches, self.forward = batches, forward
+        self.batches, self.forward = check_batches(batches), forward
 
     def before_change(
         self, ranks: Ranks, wanted: Sequence[tuple[Site, Form]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
@@ -175,6 +175,14 @@ class RankSchedule:
         """The plan for this step and the next state; ``state`` is not modified."""
         return Answer(self(clock, readings), state)
 
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a saved state that cannot be one of this schedule and its layers.
+
+        By default, the state of a stateless schedule must be that of :meth:`start`.
+        """
+        if not self.stateful and dict(state) != dict(self.start()):
+            raise ValueError(f"{type(self).__name__} has no state, got {dict(state)!r}")
+
     @property
     def stateful(self) -> bool:
         """Whether the plan depends on earlier steps, so that no step may be skipped."""
@@ -321,6 +329,10 @@ class Mapped(RankSchedule):
     def start(self) -> State:
         """The initial state of the wrapped schedule."""
         return self.schedule.start()
+
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        self.schedule.check_state(state, layers)
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The wrapped schedule's answer, with the function applied to its plan."""

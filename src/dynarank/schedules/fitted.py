@@ -7,6 +7,7 @@ recomputes the transition points as a pure function of the forecast.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -44,6 +45,10 @@ class FittedCost(RankSchedule):
     def start(self) -> State:
         """The initial state of dynamic rank."""
         return self.schedule.start()
+
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        self.schedule.check_state(state, layers)
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The plan of the schedule fitted to the current learning-rate forecast."""
@@ -101,6 +106,10 @@ class FittedMemory(RankSchedule):
     def start(self) -> State:
         """The initial state of the wrapped schedule."""
         return self.schedule.start()
+
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        self.schedule.check_state(state, layers)
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The wrapped schedule's answer."""

@@ -15,7 +15,7 @@ give (54, 120) and (81, 170); the experiments used (55, 120) and (80, 170).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
 
@@ -23,6 +23,13 @@ from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
 from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When, step_of
 from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
 from dynarank.schedules.phases import Phases
+from dynarank.schedules.state_rules import (
+    Rule,
+    check_fields,
+    is_count,
+    is_number,
+    is_step_or_none,
+)
 
 __all__ = ["DynamicRank", "decisive_decay", "full_rank_window"]
 
@@ -119,6 +126,16 @@ class DynamicRank(RankSchedule):
     def start(self) -> State:
         """The initial state; ``began`` and ``decayed`` are steps."""
         return {"phase": 0, "peak": 0.0, "began": None, "decayed": None} if self.stateful else {}
+
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        rules: dict[str, Rule] = {
+            "phase": lambda phase: is_count(phase) and phase <= 2,
+            "peak": lambda peak: is_number(peak) and peak >= 0,
+            "began": is_step_or_none,
+            "decayed": is_step_or_none,
+        }
+        check_fields(state, rules if self.stateful else {})
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The form of the current phase, for every layer; phases never go backwards."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, Literal, SupportsIndex, TypeAlias
 
 from dynarank.decompositions import get_decomposition
-from dynarank.forms import Adapted, LowRank, RankLike, resolve_rank
+from dynarank.forms import Adapted, LowRank, RankLike
 from dynarank.schedules.base import When
 
 __all__ = [
@@ -108,7 +108,9 @@ def rank_within(rank: RankLike, shape: tuple[int, ...], decomposition: str) -> i
 
     Example:
         >>> rank_within(100, (16, 8, 3, 3), "svd"), rank_within(0.5, (16, 8, 3, 3), "svd")
-        (16, 8)
+        (16, 6)
     """
-    limit = get_decomposition(decomposition).limit(shape)
-    return min(rank, limit) if isinstance(rank, int) else resolve_rank(rank, shape, limit)
+    known = get_decomposition(decomposition)
+    if isinstance(rank, int):
+        return min(rank, known.limit(shape))
+    return known.resolve_rank(rank, shape)

@@ -102,7 +102,9 @@ def event_of(record: Record) -> tuple[str, str] | None:
     """
     if isinstance(record, ChangeRecord):
         before, after = form_from_data(record.before), form_from_data(record.after)
-        return "changes", f"{record.path}: {before} -> {after}, relative error {record.error:.1e}"
+        error, lost = f"relative error {record.error:.1e}", record.update_error or 0
+        error += f", {lost:.0%} of the update" if lost > 0.005 else ""
+        return "changes", f"{record.path}: {before} -> {after}, {error}"
     if isinstance(record, DecisionRecord):
         figures = ", ".join(f"{name} {value:.4g}" for name, value in record.readings.items())
         form, because = form_from_data(record.form), f"{record.reason} ({figures})"

@@ -1,12 +1,13 @@
 """One weight's change of form: the new parameters are computed and verified, then committed.
 
-Preparing changes nothing. Committing only moves references, and every move can be undone.
+Preparing changes nothing. Committing only moves references (and adds to a bias), and how to undo a
+move is registered before it is made: an exception at any line, Ctrl-C included, leaves no half.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.decompositions import Factors, UnfitWeightError, as_unfit, precise
+from dynarank.decompositions import Factors, UnfitWeightError, precise
 from dynarank.decompositions.truncation import ActivationStats, split_activation_aware
 from dynarank.decompositions.zero_join import zero_join_factors
-from dynarank.forms import Change, Form, FullRank, LowRank, same_weight
+from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
+from dynarank.layers.own_forward import set_class
+from dynarank.surgery.bias import bias_shift, usable_statistics
+from dynarank.surgery.settings import frozen_factors, new_parameters
 from dynarank.surgery.sites import Site
 
-__all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_on_exit"]
+__all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_module_on_exit", "restore_on_exit"]
 
 # The largest relative weight error of a change that keeps the function: rounding to the dtype once.
 LOSSLESS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Edit:
     old: dict[str, Parameter]
     new: dict[str, Parameter]
     shift: Tensor | None = None  # what is added to the module's bias
+    bias_left: str = ""  # why the bias stays, though the activation statistics would move it
 
     @property
     def trained(self) -> dict[str, Parameter]:
@@ -45,16 +51,17 @@ class Edit:
 
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
+        frozen = frozen_factors(self.site, self.old)
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)
             layer = _make_ranked(site.module, undo)
             _replace(own_parameters(layer), self.old, self.new)
-            layer.set_form(site.spec.name, self.change.after)
+            layer.set_form(site.spec.name, self.change.after, frozen)
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
-            bias.data.add_(self.shift.to(bias.device, bias.dtype))
+            bias.data.add_(self.shift)
 
 
 def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = None) -> Edit:
@@ -63,32 +70,22 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     Raises:
         ValueError: the weight is on the meta device or has gradient hooks, or the activation
             statistics are of another weight.
-        UnfitWeightError: it is not finite, its decomposition fails, or a change that must keep the
-            function would not.
+        UnfitWeightError: it is not finite, its decomposition fails, a new value overflows its
+            dtype, or a change that must keep the function would not.
     """
     old, before = site.parameters(), site.form
     assert before is not None
     if same_weight(before, after):
         return Edit(site, Change(site.path, before, after, 0.0), {}, {})
     _check_values(site.path, old)
+    _check_names(site, after)
     weight = _effective(site.spec, before, old)
-    trains = any(p.requires_grad for p in site.trained())
-    with as_unfit(f"layer {site.path!r} cannot be decomposed"):
-        values, shift = _values(site, weight, after, activity)
-    new = {
-        name: Parameter(_like(value, old), requires_grad=trains and not site.spec.is_base(name))
-        for name, value in zip(site.spec.parameter_names(after), values, strict=True)
-    }
-    norm, error = weight.norm().item(), (_effective(site.spec, after, new) - weight).norm().item()
-    error = error / norm if norm > 0 else error
-    dtype = next(iter(old.values())).dtype
-    tolerance = math.inf if isinstance(after, LowRank) else LOSSLESS.get(dtype, 1e-2)
-    if not error <= tolerance:
-        raise UnfitWeightError(
-            f"layer {site.path!r}: {before} -> {after} would change the weight by {error:.1e} "
-            f"relative, above {tolerance:.0e} for {dtype}; the layer is left as it was"
-        )
-    return Edit(site, Change(site.path, before, after, error), old, new, shift)
+    activity, bias_left = usable_statistics(site, after, activity)
+    values, shift = _values(site, weight, after, activity)
+    names = zip(site.spec.parameter_names(after), values, strict=True)
+    new = new_parameters(site, {name: _like(value, name, site, after) for name, value in names})
+    shift = None if shift is None else bias_shift(site, shift)
+    return Edit(site, _measured(site, after, weight, new), old, new, shift, bias_left)
 
 
 def restore_on_exit(table: dict[Any, Any], undo: ExitStack) -> None:
@@ -97,11 +94,16 @@ def restore_on_exit(table: dict[Any, Any], undo: ExitStack) -> None:
     undo.callback(table.clear)  # called before the update: last in, first out
 
 
-def _make_ranked(module: nn.Module, undo: ExitStack) -> RankedLayer:
-    """Make the module a ranked one, if it is not yet, with a table of parameters to write to."""
-    undo.callback(setattr, module, "__class__", type(module))
+def restore_module_on_exit(module: nn.Module, undo: ExitStack) -> None:
+    """Have ``undo`` give a module the class, attributes and parameters that it has now."""
+    undo.callback(set_class, module, type(module))
     restore_on_exit(module.__dict__, undo)
     module.__dict__["_parameters"] = dict(own_parameters(module))  # the old one is kept to restore
+
+
+def _make_ranked(module: nn.Module, undo: ExitStack) -> RankedLayer:
+    """Make the module a ranked one, if it is not yet, with a table of parameters to write to."""
+    restore_module_on_exit(module, undo)
     ranked = ranked_class(type(module))
     assert ranked is not None
     return ranked.from_plain(module)
@@ -132,7 +134,8 @@ def _values(
         same = isinstance(before, LowRank) and before.decomposition == after.decomposition
         if same and activity is None:
             return decomposition.refactor(site.factors(), rank), None
-        return split_activation_aware(decomposition, weight.to(old.dtype), rank, activity)
+        stored = torch.promote_types(old.dtype, torch.float32)  # bf16 would round a merged weight
+        return split_activation_aware(decomposition, weight.to(stored), rank, activity)
     # The base of what was full-rank is the old weight's own memory.
     base = old.detach() if isinstance(before, FullRank) else spec.from_canonical(weight)
     # Seeded by the run, the layer and the restart, so that no two adapters are the same.
@@ -141,9 +144,20 @@ def _values(
     return (base, *zero_join_factors(decomposition.shapes(spec.shape, rank), seed)), None
 
 
-def _effective(spec: WeightSpec, form: Form, parameters: dict[str, Parameter]) -> Tensor:
+def _effective(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
     """The canonical weight that the parameters stand for, in fp64."""
     return spec.to_canonical(spec.effective(form, {n: precise(p) for n, p in parameters.items()}))
+
+
+def _check_names(site: Site, after: Form) -> None:
+    """Raise ValueError if the module has something else under a new parameter's name."""
+    new = set(site.spec.parameter_names(after)) - {*site.parameters(), site.spec.name}
+    for place in site.places:
+        if taken := sorted(name for name in new if hasattr(place.module, name)):
+            raise ValueError(
+                f"layer {place.path!r} has an attribute {taken[0]!r} of its own, which is the name "
+                f"of a parameter in the form {after}; rename it"
+            )
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
@@ -151,22 +165,63 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"layer {path!r}: its {name} is on the meta device and has no values")
+        if not p.is_leaf:
+            raise ValueError(f"layer {path!r}: its {name} is computed from other tensors")
         if any(getattr(p, kind, None) for kind in hooks):
             raise ValueError(
                 f"layer {path!r}: its {name} has gradient hooks, which would be lost with it; "
                 "remove them first and register them on the new parameters"
             )
-        if not torch.isfinite(p).all():
+        if not torch.isfinite(p.detach()).all():
             raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
 
 
-def _like(tensor: Tensor, old: dict[str, Parameter]) -> Tensor:
-    """The tensor in the dtype, on the device and in the memory format of the old parameters."""
-    first, last = next(iter(old.values())), torch.channels_last
-    tensor = tensor.detach().to(first.device, first.dtype)
-    if tensor.ndim == 4 and any(
-        p.ndim == 4 and p.is_contiguous(memory_format=last) and not p.is_contiguous()
-        for p in old.values()
+def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]) -> Change:
+    """The change and its errors.
+
+    Raises:
+        UnfitWeightError: a value overflows, or a change that must keep the function would not.
+    """
+    before, spec = site.form, site.spec
+    assert before is not None
+    name = f"layer {site.path!r}: {before} -> {after}"
+    for parameter in new.values():
+        if not torch.isfinite(parameter).all():
+            raise UnfitWeightError(
+                f"{name} has values too large for {parameter.dtype}, the dtype of the layer; "
+                "convert it to fp32 or bf16 first; it is left as it was"
+            )
+    lost, whole = (_effective(spec, after, new) - weight).norm().item(), weight.norm().item()
+    error = lost / whole if whole > 0 else lost
+    tolerance = max(LOSSLESS.get(p.dtype, 1e-2) for p in new.values())
+    if isinstance(after, LowRank):
+        return Change(site.path, before, after, error)
+    if not error <= tolerance:
+        raise UnfitWeightError(
+            f"{name} would change the weight by {error:.1e} relative, above {tolerance:.0e} for "
+            f"{next(iter(new.values())).dtype}; the layer is left as it was"
+        )
+    if not isinstance(before, Adapted):
+        return Change(site.path, before, after, error)
+    base = spec.to_canonical(precise(spec.base(before, site.parameters())))
+    update = (weight - base).norm().item()
+    return Change(site.path, before, after, error, lost / update if update > 0 else 0.0)
+
+
+def _like(value: Tensor, name: str, site: Site, after: Form) -> Tensor:
+    """The value as its predecessor is stored: dtype, device, memory format.
+
+    The whole weight and the base follow the old base, the factors the old factors: they may differ,
+    as in fp32 adapters on a bf16 model.
+    """
+    old, last = list(site.parameters().values()), _CHANNELS_LAST.get(value.ndim)
+    whole = isinstance(after, FullRank) or site.spec.is_base(name)
+    model = old[0] if whole else old[-1]
+    value = value.detach().to(model.device, model.dtype)
+    value = value.clone() if value.is_inference() else value  # which autograd could not save
+    if last is not None and any(
+        p.ndim == value.ndim and p.is_contiguous(memory_format=last) and not p.is_contiguous()
+        for p in old
     ):
-        return tensor.contiguous(memory_format=last)
-    return tensor.contiguous()
+        return value.contiguous(memory_format=last)
+    return value.contiguous()

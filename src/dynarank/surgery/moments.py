@@ -64,12 +64,12 @@ class Averaging:
 
     @staticmethod
     def of(group: Mapping[str, Any]) -> Averaging:
-        """That of a parameter group of SGD, Adam, AdamW or RAdam."""
+        """That of a parameter group; its weight decay is L2 unless it says otherwise."""
         decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0))
         if "betas" in group:
-            first, second = group["betas"]
+            first, second, *_ = group["betas"]
             return Averaging((float(first), float(second)), decay, 1.0)
-        momentum, dampening = float(group.get("momentum", 0)), float(group.get("dampening", 0))
+        momentum, dampening = (float(group.get(k) or 0) for k in ("momentum", "dampening"))
         gain = (1 - dampening) / (1 - momentum) if momentum < 1 else 1.0
         return Averaging(None, decay, gain)
 
@@ -111,7 +111,7 @@ def carry(
     share = _decay_share(old, mean, averaging)
     known = tuple(m - share * p for m, p in zip(mean, old.parameters, strict=True))
     whole = old.lift(mean) - share * old.lift(old.parameters)
-    gained = new.pull(old.limited(whole, known))
+    gained = new.pull(old.limited(whole, known, averaging.decay * averaging.gain))
     means = tuple(g + share * p for g, p in zip(gained, new.parameters, strict=True))
     values = {key: tuple(one * m for m in means) for key in _present(states, FIRST_MOMENTS)}
     alive = [bool(g.any()) for g in gained]

@@ -104,16 +104,19 @@ class Side:
         ]  # the sum of a few squares may be small by chance: up to 31 times for a single one
         return min(ratios, default=0.0) / self.scale**2
 
-    def limited(self, lifted: Tensor, moments: Factors) -> Tensor:
+    def limited(self, lifted: Tensor, moments: Factors, decay: float = 0.0) -> Tensor:
         """The lift of these moments, of a plausible size; see Note [Limit].
 
         Args:
             lifted: ``self.lift(moments)``, which is returned unless it is too large.
             moments: of the parameters.
+            decay: the largest share of a parameter in its moment that may be weight decay; a
+                moment no larger than that tells nothing of the gradient's size.
         """
-        squares = tuple(precise(m).square() for m in moments)
+        told = [m.norm() > decay * p.norm() for m, p in zip(moments, self.parameters, strict=True)]
+        squares = tuple(precise(m).square() * t for m, t in zip(moments, told, strict=True))
         most = LIMIT * math.sqrt(self.even(squares) * lifted.numel())
-        if float(lifted.norm()) <= most:
+        if not any(told) or float(lifted.norm()) <= most:
             return lifted
         return lift(self._maps.join, self.parameters, moments, most * abs(self.scale)) / self.scale
 

@@ -2,112 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from dynarank.decompositions import Factors
-from dynarank.forms import Adapted, Form, FullRank, LowRank
-from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class, readers
-from dynarank.layers.obstacles import weight_obstacle
+from dynarank.forms import Form, FullRank, RankLike
+from dynarank.layers import (
+    RankedLayer,
+    WeightSpec,
+    class_obstacle,
+    own_parameters,
+    ranked_class,
+    readers,
+)
+from dynarank.layers.obstacles import number_obstacle, weight_obstacle
+from dynarank.surgery.defaults import with_defaults
+from dynarank.surgery.selection import LayerFilter, RankMap
+from dynarank.surgery.site import Site
+from dynarank.surgery.survey_table import Survey
 
 __all__ = ["Site", "current_plan", "survey"]
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
-_UNKNOWN = WeightSpec("weight", ())
+# The extent and path of every parameter and buffer, by the memory that it is in.
+_Owners: TypeAlias = dict[object, list[tuple[int, int, str]]]
 
 
-@dataclass(frozen=True)
-class Site:
-    """A weight of a module: where it is, its form, or why it cannot change form.
-
-    Args:
-        module: the module that owns the weight.
-        module_paths: the module's paths in the model, several if it has several parents.
-        spec: the weight's name, shape and geometry; no shape if such modules are not handled.
-        form: the form it has; None if it cannot change form.
-        obstacle: why it cannot; empty if it can.
-        refused: whether selecting it is an error, because it could change form but is wrapped or
-            tied so that the result would be wrong; otherwise it is left as it is.
-        tied: other sites of the very same weight, which change with this one.
-        reader: the parent, if its forward pass reads the weight instead of calling the module.
-    """
-
-    module: nn.Module
-    module_paths: tuple[str, ...]
-    spec: WeightSpec
-    form: Form | None
-    obstacle: str = ""
-    refused: bool = False
-    tied: tuple[Site, ...] = ()
-    reader: nn.Module | None = None
-
-    @property
-    def path(self) -> str:
-        """The module's first path, followed by the weight's name unless that is ``weight``."""
-        module_path, name = self.module_paths[0], self.spec.name
-        return module_path if name == "weight" else f"{module_path}.{name}".lstrip(".")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The canonical shape, (out, in / groups, *kernel)."""
-        return self.spec.shape
-
-    @property
-    def places(self) -> tuple[Site, ...]:
-        """This site and those tied to it."""
-        return self, *self.tied
-
-    @property
-    def last_factored_form(self) -> LowRank | Adapted | None:
-        """The last form with factors that the weight had, if any."""
-        known = self.module.last_factored_forms if isinstance(self.module, RankedLayer) else {}
-        return known.get(self.spec.name)
-
-    def parameters(self) -> dict[str, Parameter]:
-        """The parameters that make up the weight in its form, by their names in the module."""
-        assert self.form is not None
-        own, names = own_parameters(self.module), self.spec.parameter_names(self.form)
-        return {name: p for name in names if (p := own[name]) is not None}
-
-    def trained(self) -> list[Parameter]:
-        """The parameters that train in this form: all but the base of an adapted one."""
-        return [p for name, p in self.parameters().items() if not self.spec.is_base(name)]
-
-    def factors(self) -> Factors:
-        """The factors, in the order the input meets them; none if full-rank."""
-        if self.form is None or isinstance(self.form, FullRank):
-            return ()
-        return self.spec.factors(self.form, self.parameters())
-
-    def effective(self) -> Tensor:
-        """The effective weight, canonical."""
-        assert self.form is not None
-        return self.spec.to_canonical(self.spec.effective(self.form, self.parameters()))
-
-
-def survey(model: nn.Module) -> list[Site]:
+def survey(
+    model: nn.Module,
+    rank: RankLike | RankMap | None = None,
+    *,
+    layers: LayerFilter = None,
+    decomposition: str = "svd",
+) -> Survey:
     """Every weight of two or more dimensions that a module of the model owns, in order.
 
-    A weight that several modules share is listed once, at its first place.
+    A weight that several modules share is listed once, at its first place. The list prints as a
+    table: each weight's form, with its parameters and FLOPs against full rank, or the reason why
+    it is left. With a rank the forms are those that ``factorize`` would give; nothing is changed.
+
+    Args:
+        model: any model.
+        rank: the rank to show; None: the forms that the weights have.
+        layers: see :func:`dynarank.factorize`; used with ``rank``.
+        decomposition: see :func:`dynarank.factorize`; used with ``rank``.
 
     Example:
-        >>> [(site.path, site.obstacle) for site in survey(nn.Sequential(nn.Linear(4, 2)))]
-        [('0', '')]
+        >>> survey(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)), rank=16)
+        layer                            weight         form            params   FLOPs
+        0                                128x64         low-rank 16     0.375x  0.375x
+        2                                10x128         last linear: taken as output
+        1 of 2 weights: 0.375x of 8,192 parameters
+        the model: 0.467x of 9,610 parameters
     """
+    sites = _traverse(model)
+    return Survey(with_defaults(model, sites), model, rank, layers, decomposition)
+
+
+def _traverse(model: nn.Module) -> list[Site]:
     modules: dict[nn.Module, list[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, parametrize.ParametrizationList):
             modules.setdefault(module, []).append(path)
-    owners: dict[object, list[str]] = {}  # the paths of each parameter, by its identity
+    owners: _Owners = {}
     for module, paths in modules.items():
-        for name, parameter in module.named_parameters(recurse=False):
-            if not is_lazy(parameter):
-                owners.setdefault(_identity(parameter), []).append(f"{paths[0]}.{name}".lstrip("."))
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in own:
+            if not is_lazy(tensor):
+                memory, start, end = _extent(tensor)
+                path = f"{paths[0]}.{name}".lstrip(".")
+                owners.setdefault(memory, []).append((start, end, path))
     parents, together = readers(model), dict[object, list[Site]]()
     for module, paths in modules.items():
         for site in _sites(module, tuple(paths), parents.get(module)):
@@ -129,23 +98,36 @@ def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) 
     """The weights of one module."""
     kind = parametrize.type_before_parametrizations(module)
     ranked, own = ranked_class(kind), list(module.parameters(recurse=False))
-    unknown = partial(Site, module, paths, _UNKNOWN, None)
     if kind.__module__.startswith(_QUANTIZED):
-        return [unknown("its weight is quantized", True)] if hasattr(module, "weight") else []
+        reason = "its weight is quantized"
+        return [_unable(module, paths, reason)] if hasattr(module, "weight") else []
     if any(map(is_lazy, own)):
-        return [unknown("it is lazy: it has no shape before its first use")]
+        return [_unable(module, paths, "it is lazy: it has no shape before its first use")]
     if not any(p.ndim > 1 for p in own) and not (ranked and parametrize.is_parametrized(module)):
         return []
     if ranked is None:
-        return [unknown(f"{kind.__name__} layers are not handled")]
+        named = [(n, p) for n, p in module.named_parameters(recurse=False) if p.ndim > 1]
+        return [_unable(module, paths, class_obstacle(kind), n, p.shape) for n, p in named]
     forms = module.forms if isinstance(module, RankedLayer) else {}
     found: list[Site] = []
-    for spec in ranked.specs(module):
+    for spec in ranked.weights_of(module):
         form = forms.get(spec.name, FullRank())
-        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form)
-        known = None if reason else form
-        found.append(Site(module, paths, spec, known, reason, bool(reason), reader=reader))
+        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form, reader)
+        left = number_obstacle(module, spec, form)
+        known, refused = None if left or reason else form, not left and bool(reason)
+        found.append(Site(module, paths, spec, known, left or reason, refused, reader=reader))
     return found
+
+
+def _unable(
+    module: nn.Module,
+    paths: tuple[str, ...],
+    reason: str,
+    name: str = "weight",
+    shape: Sequence[int] = (),
+) -> Site:
+    """A weight of a module whose weights cannot change form."""
+    return Site(module, paths, WeightSpec(name, tuple(shape)), None, reason)
 
 
 def _tie_key(site: Site) -> object:
@@ -156,21 +138,36 @@ def _tie_key(site: Site) -> object:
     return ids, replace(site.spec, lookup=False), site.form
 
 
-def _tied(group: list[Site], owners: dict[object, list[str]]) -> list[Site]:
+def _tied(group: list[Site], owners: _Owners) -> list[Site]:
     """One site for all places of a weight; all refused if it is tied to something else too."""
     first, *others = group
     if first.form is None:
         return group
     covered = {f"{s.module_paths[0]}.{n}".lstrip(".") for s in group for n in s.parameters()}
     for name, p in first.parameters().items():
-        if foreign := [owner for owner in owners[_identity(p)] if owner not in covered]:
+        if foreign := [path for path in _sharing(p, owners) if path not in covered]:
             obstacle = f"its {name} is tied to {', '.join(foreign)}"
             return [replace(s, form=None, obstacle=obstacle, refused=True) for s in group]
-    return [replace(first, tied=tuple(others))]
+    bias = own_parameters(first.module).get("bias")
+    shared = () if bias is None else _sharing(bias, owners)
+    own = f"{first.module_paths[0]}.bias".lstrip(".")
+    return [
+        replace(first, tied=tuple(others), bias_shared_with=tuple(o for o in shared if o != own))
+    ]
 
 
-def _identity(parameter: Tensor) -> object:
-    """Equal for two parameters that are one object or share memory (a transposed tie does)."""
-    plain = type(parameter.data) is Tensor and not parameter.is_meta
-    pointer = parameter.data_ptr() if plain else 0
-    return ("memory", pointer) if pointer else id(parameter)
+def _sharing(tensor: Tensor, owners: _Owners) -> list[str]:
+    """The paths of the parameters and buffers in the memory of this one, its own included."""
+    memory, start, end = _extent(tensor)
+    return [path for low, high, path in owners.get(memory, ()) if low < end and start < high]
+
+
+def _extent(tensor: Tensor) -> tuple[object, int, int]:
+    """The memory that a tensor is in, and where: two that overlap are tied, as views are."""
+    plain = type(tensor.data) is Tensor and tensor.layout is torch.strided and not tensor.is_meta
+    if not plain or tensor.numel() == 0:
+        return id(tensor), 0, 1
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in steps)
+    start = tensor.data_ptr()
+    return tensor.untyped_storage().data_ptr(), start, start + span * tensor.element_size()

@@ -6,19 +6,17 @@ optimizer's groups and states, commit by moving references, check. An exception 
 model and optimizer exactly as they were.
 
 Call them between ``optimizer.step()`` and the next forward pass: gradients of the layers that
-change are dropped with their parameters.
+change are dropped with their parameters, those of an unfinished accumulation too.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Literal, TypeVar
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import (
@@ -33,10 +31,22 @@ from dynarank.forms import (
     same_weight,
 )
 from dynarank.layers import RankedLayer
-from dynarank.surgery.edit import Edit, prepare_edit
+from dynarank.layers.own_forward import forward_obstacle
+from dynarank.surgery.check import check_committed, warn_of_losses
+from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
+from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
-from dynarank.surgery.selection import LayerFilter, RankMap, find_sites, rank_for, select
+from dynarank.surgery.saving import warn_of_little
+from dynarank.surgery.selection import (
+    LayerFilter,
+    RankMap,
+    find_sites,
+    has_factors,
+    rank_for,
+    select,
+)
 from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.unfit import UnfitLayers
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
@@ -60,23 +70,28 @@ def apply_plan(
         model: any module; its modules keep their identity, hooks and names.
         plan: a form for each path.
         optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
-            the old ones, and their state moves with them.
+            the old ones, and their state moves with them. An optimizer that is not passed but
+            holds old parameters raises RuntimeError in its next step.
         moments: ``"project"`` moves the optimizer's moments through the change, ``"reset"`` drops
             them. A :class:`GradientWindow` projects too, but takes second moments from the
             gradients it holds of the layer, if any. ``"calibrated"`` is the same under a
             :class:`RankScheduler`, which keeps gradients; here it projects. ``"prune"`` zeroes 90%
             of them where a new adapter replaces another, else projects.
         calibration: from :func:`dynarank.calibrate`: weights that become low-rank (by an SVD) keep
-            the directions in which their outputs have energy, instead of their own largest.
+            the directions in which their outputs have energy, instead of their own largest, and
+            their biases make up for the mean of the rest. A bias that is frozen or shared with
+            another layer stays, with a warning.
 
     Returns:
-        One change for each layer that changed form.
+        One change for each layer that changed form. If rounding takes more than 10% of an adapter's
+        update as it is merged (``Change.update_error``), there is a warning.
 
     Raises:
         ValueError: a path does not exist or cannot change form, a rank is above the layer's limit,
             a trainable layer is in no optimizer, a weight has gradient hooks, the model is already
             wrapped, or the calibration is of another model. Nothing has changed then.
-        UnfitWeightError: a weight is not finite or cannot be decomposed. Nothing has changed then.
+        UnfitWeightError: a weight is not finite, cannot be decomposed, or overflows its dtype.
+            Nothing has changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -100,26 +115,35 @@ def factorize(
 
     Args:
         model: changed in place.
-        rank: an int, a share of the output channels (a float in (0, 1]) or a :class:`Rank`; or one
+        rank: an int, a share of the layer's own cost (a float in (0, 1]) or a :class:`Rank`; or one
             of these for each glob pattern of paths (``{"*.fc?": 0.25}``); the first match counts.
         layers: a filter ``(module, path) -> bool`` or glob patterns of paths. None: the layers that
-            have or had factors; if there are none, every layer that gets cheaper.
+            have or had factors; if there are none, every layer that gets cheaper, except
+            embeddings, output layers and weights with a side below 16. ``print(dr.survey(model,
+            rank))`` shows which, :mod:`dynarank.surgery.defaults` says why.
         decomposition: the decomposition's name.
         optimizer: see :func:`apply_plan`.
         moments: see :func:`apply_plan`.
         calibration: see :func:`apply_plan`.
 
     Raises:
-        ValueError: as :func:`apply_plan`; or no layer is selected, or a selected layer cannot be
-            handled correctly (parametrized, tied).
+        ValueError: as :func:`apply_plan`; or no layer is selected, a pattern matches none, or a
+            selected layer cannot be handled correctly (parametrized, tied).
+
+    Warns:
+        UserWarning: no layers are named, and less than 5% of the model's weights is saved.
 
     Example:
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
         torch.Size([8, 2])
     """
-    sites = select(survey(model), layers, rank, decomposition)
-    plan = {s.path: LowRank(rank_for(rank, s.path), decomposition) for s in sites}
-    change_forms(differences(model, plan, sites), optimizer, moments, calibration)
+    every = survey(model)
+    sites = select(every, layers, rank, decomposition)
+    plan = {s.path: LowRank(rank_for(rank, s), decomposition) for s in sites}
+    wanted = differences(model, plan, sites)
+    if layers is None and not isinstance(rank, Mapping) and not has_factors(every):
+        warn_of_little(every, [plan], stacklevel=2)
+    change_forms(wanted, optimizer, moments, calibration)
     return model
 
 
@@ -193,7 +217,7 @@ def deflate(
         if asked is None:
             raise ValueError(f"layer {site.path!r} never had factors to return to; give rank=")
         name = decomposition or (last.decomposition if last else "svd")
-        how = rank_for(asked, site.path), name
+        how = rank_for(asked, site), name
         plan[site.path] = LowRank(*how) if to == "low-rank" else Adapted(*how, alpha, execution)
     change_forms(differences(model, plan, sites), optimizer, moments, calibration)
     return model
@@ -208,12 +232,22 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
+    for path, module in model.named_modules():
+        if isinstance(module, RankedLayer) and (reason := forward_obstacle(module)):
+            raise ValueError(f"layer {path!r} cannot become a plain layer: {reason}")
     sites = survey(model)
-    plan = {site.path: FullRank() for site in sites if isinstance(site.module, RankedLayer)}
-    change_forms(differences(model, plan, sites), optimizer, moments)
-    for module in model.modules():
-        if isinstance(module, RankedLayer):
-            module.to_plain()
+    plan = {
+        site.path: FullRank()
+        for site in sites
+        if isinstance(site.module, RankedLayer) and site.module.has_factors(site.spec.name)
+    }
+    with ExitStack() as undo:
+        change_forms(differences(model, plan, sites), optimizer, moments, undo=undo)
+        for module in model.modules():
+            if isinstance(module, RankedLayer):
+                restore_module_on_exit(module, undo)
+                module.to_plain()
+        undo.pop_all()
     return model
 
 
@@ -257,18 +291,29 @@ def change_forms(
     optimizer: Optimizers = None,
     moments: Moments = "project",
     calibration: Mapping[str, ActivationStats] | None = None,
+    *,
+    undo: ExitStack | None = None,
 ) -> list[Change]:
-    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`."""
-    optimizers = as_list(optimizer)
+    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`.
+
+    ``undo``: the caller's stack, which takes the change back unless it is emptied.
+    """
+    optimizers, unfit, edits = as_list(optimizer), UnfitLayers(), list[Edit]()
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits = [prepare_edit(s, form, (calibration or {}).get(s.path)) for s, form in wanted]
+        for site, form in wanted:
+            with unfit.layer(site.path):
+                edits.append(prepare_edit(site, form, (calibration or {}).get(site.path)))
+        unfit.check()
         contents = new_contents(edits, optimizers, moments)
-    with ExitStack() as undo:
+    warn_of_losses(edits)
+    with ExitStack() as own:
+        stack = own if undo is None else undo
         for edit in edits:
-            edit.commit(undo)
-        write(contents, undo)
-        _check(edits, optimizers)
-        undo.pop_all()  # all is well: nothing to undo
+            edit.commit(stack)
+        write(contents, stack)
+        check_committed(edits, optimizers)
+        own.pop_all()  # all is well: nothing to undo
+    watch_replaced(edits)
     return [edit.change for edit in edits]
 
 
@@ -281,17 +326,3 @@ def _check_unwrapped(model: nn.Module) -> None:
                     f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
                     "the old parameters, silently out of step; change forms before wrapping"
                 )
-
-
-def _check(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
-    """The invariants of a change: each trainable parameter in exactly one group, none left over."""
-    held = Counter(id(p) for o in optimizers for g in o.param_groups for p in g["params"])
-    for edit in edits if optimizers else ():
-        for name, p in edit.new.items():
-            count, trains = held[id(p)], not edit.site.spec.is_base(name)
-            assert count == trains or (count == 0 and not p.requires_grad), edit.site.path
-        assert not any(held[id(p)] for p in edit.old.values()), edit.site.path
-    for p, state in (item for optimizer in optimizers for item in optimizer.state.items()):
-        for key in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
-            value = state.get(key)
-            assert value is None or value.shape == p.shape, key

@@ -141,6 +141,7 @@ class Recorder:
                     before=form_to_data(change.before),
                     after=form_to_data(change.after),
                     error=change.error,
+                    update_error=change.update_error,
                 )
             )
         if changes:

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from dynarank import Adapted, FullRank, LowRank
+from dynarank import Adapted, FullRank, LowRank, Rank
 from dynarank.schedules import Clock, Readings, get_preset, published, timeline
 from dynarank.schedules.library.published import PUBLISHED_ALPHAS
 
 LAYERS = Readings({"a": (16, 16)})
+HALF = Rank(0.5, of="out")
 
 
 def test_the_epochs_of_cifar_10() -> None:
@@ -14,7 +15,7 @@ def test_the_epochs_of_cifar_10() -> None:
     phases = timeline(published(), LAYERS, 150 * 390)
     assert [phase.steps / 390 for phase in phases] == [55, 65, 30]
     forms = [phase.plan["a"] for phase in phases]
-    assert forms == [LowRank(0.5), FullRank(), Adapted(0.5, alpha=16.0, execution="two-branch")]
+    assert forms == [LowRank(HALF), FullRank(), Adapted(HALF, alpha=16.0, execution="two-branch")]
 
 
 def test_the_epochs_of_cifar_100() -> None:

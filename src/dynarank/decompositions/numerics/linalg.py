@@ -12,7 +12,7 @@ resolved, falls back to the next method: Gram matrix in fp32, in fp64, SVD in fp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -43,7 +43,17 @@ RESOLVED = {torch.float32: 2e-3, torch.float64: 1e-7}
 
 
 class UnfitWeightError(ValueError):
-    """Raised for a weight that cannot be decomposed: not finite, or the decomposition fails."""
+    """Raised for a weight that cannot be decomposed: not finite, or the decomposition fails.
+
+    Args:
+        message: what is wrong.
+        layers: the reason for each layer that is unfit, by its path; empty where only a weight, and
+            not its layer, is known.
+    """
+
+    def __init__(self, message: str = "", layers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.layers = dict(layers or {})
 
 
 @contextmanager

@@ -5,6 +5,7 @@ A cell computes one step, so its two matrices are executed like those of linear 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -57,6 +58,13 @@ class _Cell(RankedLayer):
                 ("weight_hh", state, cast(Any, module).hidden_size),
             )
         }
+
+    def reset_parameters(self) -> None:
+        """As of the plain cell: each weight and bias uniform in +-1 / sqrt(hidden_size)."""
+        bound = 1 / math.sqrt(cast(Any, self).hidden_size)
+        for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+            if (weight := getattr(self, name)) is not None:
+                nn.init.uniform_(weight, -bound, bound)
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """One step with the effective weights."""

@@ -28,6 +28,7 @@ In the adapted form only the factors train, by automatic differentiation through
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -38,9 +39,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from dynarank.decompositions import Factors
-from dynarank.forms import Adapted, FullRank, LowRank
+from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer
+from dynarank.layers.ranked import RankedLayer, read_out, read_parameters
 from dynarank.layers.recurrent.loop import (
     GATES,
     Direction,
@@ -86,7 +87,7 @@ class _Recurrent(RankedLayer):
         forms = module.forms if isinstance(module, RankedLayer) else {}
         names = {
             spec.name: spec.parameter_names(forms.get(spec.name, FullRank()))
-            for spec in cls.specs(module)
+            for spec in cls.weights_of(module)
         }
         return recurrent_calls(cast(Any, module), inputs["input"], inputs.get("hx"), names)
 
@@ -102,18 +103,25 @@ class _Recurrent(RankedLayer):
         return self
 
     def _init_flat_weights(self) -> None:
-        net, own = cast(Any, self), self._parameters
-        flat = [own.get(name) for name in net._flat_weights_names]
+        net = cast(Any, self)
+        flat = [
+            None if self.has_factors(name) else getattr(self, name, None)
+            for name in net._flat_weights_names
+        ]
         self.__dict__["_flat_weights"] = flat
         self.__dict__["_flat_weight_refs"] = [None if p is None else weakref.ref(p) for p in flat]
         net.flatten_parameters()  # torch's; does nothing while a weight is missing
 
+    def reset_parameters(self) -> None:
+        """As of the plain layer: each weight and bias uniform in +-1 / sqrt(hidden_size)."""
+        net = cast(Any, self)
+        bound = 1 / math.sqrt(net.hidden_size)
+        for name in net._flat_weights_names:
+            nn.init.uniform_(getattr(self, name), -bound, bound)
+
     def __getattr__(self, name: str) -> Any:
         """The effective weight, for a weight that is not a parameter under its own name."""
-        forms = cast(dict[str, object], self.__dict__.get("forms", {}))
-        if isinstance(forms.get(name), LowRank | Adapted):
-            return self.effective_weight(name)
-        return super().__getattr__(name)
+        return read_out(self, name) if self.has_factors(name) else super().__getattr__(name)
 
     def check_input(self, input: Tensor, batch_sizes: Tensor | None) -> None:
         """The plain layer's checks; that one reads the dtype from the list of parameters."""
@@ -123,7 +131,8 @@ class _Recurrent(RankedLayer):
                 f"input must have {dims} dimensions, the last of size {columns}; "
                 f"got {tuple(input.shape)}"
             )
-        dtype, device = next(self.parameters()).dtype, input.device.type
+        dtype = next(iter(read_parameters(self).values())).dtype
+        device = input.device.type
         autocast = device != "meta" and torch.is_autocast_enabled(device)
         if input.dtype != dtype and not autocast:
             raise ValueError(
@@ -237,7 +246,7 @@ class _Recurrent(RankedLayer):
     def _branches(self, name: str, execution: str) -> tuple[Factors, ...]:
         if execution not in _APART:
             return ((self._whole(name),),)
-        form, parameters = self.forms[name], cast(dict[str, Tensor], self._parameters)
+        form, parameters = self.forms[name], read_parameters(self)
         assert not isinstance(form, FullRank)
         factors = self.resolved(name).factors(parameters)
         if isinstance(form, LowRank):
@@ -247,10 +256,10 @@ class _Recurrent(RankedLayer):
 
     def _whole(self, name: str) -> Tensor:
         """The parameter or effective weight, in the parameters' dtype even under autocast."""
-        parameter = self._parameters.get(name)
-        if parameter is not None:
+        parameters = read_parameters(self)
+        if (parameter := parameters.get(name)) is not None:
             return parameter
-        device = next(self.parameters()).device.type
+        device = next(iter(parameters.values())).device.type
         if device == "meta":
             return self.effective_weight(name)
         with torch.autocast(device, enabled=False):

@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dynarank.decompositions import Geometry
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.execution import Call, Execution, Flops
+from dynarank.layers.tracing import input_shape
 from dynarank.layers.weight import WeightSpec
 
 __all__ = ["SequenceCall", "recurrent_calls"]
@@ -111,7 +112,7 @@ def recurrent_calls(
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
     given = tuple(grad and s.requires_grad for s in states) or (False,)
     sequence = _Sequence(_sizes(net, input), given, x.device.type)
-    width, flows, directions = x.shape[-1], grad and x.requires_grad, 1 + net.bidirectional
+    width, flows, directions = input_shape(x)[-1], grad and x.requires_grad, 1 + net.bidirectional
     found: dict[str, list[Call]] = {}
     listed = cast(list[list[str]], cast(Any, net)._all_weights)
     for layer in range(net.num_layers):
@@ -164,11 +165,12 @@ def _sizes(net: nn.RNNBase, input: Any) -> tuple[int, ...]:
     if isinstance(input, PackedSequence):
         return tuple(input.batch_sizes.tolist())
     if input.dim() == 2:
-        return (1,) * len(input)
-    steps, batch = input.shape[:2][::-1] if net.batch_first else input.shape[:2]
+        return (1,) * input_shape(input)[0]
+    steps, batch, _ = input_shape(input)
+    if net.batch_first:
+        steps, batch = batch, steps
     return (batch,) * steps
 
 
 def _trains(net: nn.Module, names: Sequence[str]) -> bool:
-    parameters = dict(net.named_parameters(recurse=False))
-    return any(parameters[name].requires_grad for name in names)
+    return any(getattr(net, name).requires_grad for name in names)

@@ -15,9 +15,9 @@ oscillate. ``most_changes`` limits the number of changes in any case.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from functools import cached_property, partial
 from typing import Any
 
 from dynarank.forms import AdaptedExecution, Form, FullRank, LowRank, RankLike, form_name
@@ -40,6 +40,7 @@ from dynarank.schedules.options import (
     low_form,
 )
 from dynarank.schedules.readings import SpectralReading
+from dynarank.schedules.state_rules import Rule, check_fields, is_count, is_number, mapping_of
 
 __all__ = ["ClosedLoop", "Evidence", "Thresholds"]
 
@@ -227,6 +228,12 @@ class ClosedLoop(RankSchedule):
         """The empty state: no layer has been read."""
         return {"layers": {}}
 
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        counts = ("changes", "changed", "skipped")
+        rules: dict[str, Rule] = {**dict.fromkeys(counts, is_count), "evidence": _is_evidence}
+        check_fields(state, {"layers": mapping_of(partial(_follows, rules), layers)})
+
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The form of each layer, after its own spectrum, if one was read, has been judged."""
         kept: Mapping[str, Mapping[str, Any]] = state["layers"]
@@ -324,6 +331,22 @@ class ClosedLoop(RankSchedule):
 
 
 _Found = tuple[str, dict[str, float]]
+
+
+def _follows(rules: Mapping[str, Rule], value: Any) -> bool:
+    check_fields(value, rules)
+    return True
+
+
+def _is_evidence(value: Any) -> bool:
+    counts, seen = ("fallen", "saturated", "settled"), Evidence()
+    ranks = [f.name for f in fields(seen) if f.name not in counts]
+    rules = {**dict.fromkeys(counts, is_count), **dict.fromkeys(ranks, _is_rank_or_none)}
+    return _follows(rules, value)
+
+
+def _is_rank_or_none(value: Any) -> bool:
+    return value is None or (is_number(value) and value >= 0)
 
 
 def _recalled(kept: Mapping[str, Any]) -> _Layer:

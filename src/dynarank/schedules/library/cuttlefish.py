@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from dynarank.decompositions import get_decomposition
 from dynarank.forms import Form, FullRank, LowRank, Plan
 from dynarank.schedules.base import Answer, Clock, Decision, RankSchedule, Readings, State, When
 from dynarank.schedules.options import rank_within
+from dynarank.schedules.state_rules import Rule, check_fields, is_count, is_number, mapping_of
 
 __all__ = ["Cuttlefish", "mean_slope"]
 
@@ -84,6 +85,15 @@ class Cuttlefish(RankSchedule):
         """The empty state: no readings."""
         return {"count": 0, "first": {}, "smooth": {}, "settled": []}
 
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        counts, smooth = mapping_of(is_count, layers), mapping_of(_are_averages, layers)
+        if "ranks" in state:
+            check_fields(state, {"ranks": counts})
+            return
+        rules: dict[str, Rule] = {"count": is_count, "first": counts, "smooth": smooth}
+        check_fields(state, {**rules, "settled": lambda paths: _are_paths(paths, layers)})
+
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The plan for this step; a reading counts if it has finite values for every layer."""
         full: Plan = dict.fromkeys(readings.layers, FullRank())
@@ -145,6 +155,14 @@ class Cuttlefish(RankSchedule):
 
     def _form(self, rank: int) -> Form:
         return LowRank(rank, self.decomposition) if rank else FullRank()
+
+
+def _are_paths(values: Any, layers: Mapping[str, Any]) -> bool:
+    return isinstance(values, list) and set(cast(list[Any], values)) <= set(layers)
+
+
+def _are_averages(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(map(is_number, cast(Sequence[Any], values)))
 
 
 def mean_slope(values: Sequence[float]) -> float:

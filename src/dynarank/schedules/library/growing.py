@@ -18,6 +18,7 @@ from dynarank.schedules.base import (
     step_of,
 )
 from dynarank.schedules.options import rank_within
+from dynarank.schedules.state_rules import check_fields, is_count, mapping_of
 
 __all__ = ["Growing", "explained"]
 
@@ -88,6 +89,11 @@ class Growing(RankSchedule):
     def start(self) -> State:
         """The initial state, before any growth."""
         return {"modes": {}, "cut": False}
+
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        modes = mapping_of(lambda count: is_count(count) and count > 0, layers)
+        check_fields(state, {"modes": modes, "cut": lambda cut: isinstance(cut, bool)})
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The plan for this step; ranks grow where a reading requires it.

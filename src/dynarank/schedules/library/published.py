@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
-from dynarank.forms import Adapted, FullRank, LowRank, Plan, RankLike
+from dynarank.forms import Adapted, FullRank, LowRank, Plan, Rank, RankLike
 from dynarank.schedules.base import Clock, RankSchedule, Readings, When
 from dynarank.schedules.phases import Phases
 
@@ -13,6 +13,7 @@ __all__ = ["PUBLISHED_ALPHAS", "Published"]
 
 # By decomposition; what the published code calls CP is "separable" here.
 PUBLISHED_ALPHAS = {"svd": 16.0, "tucker": 1.0, "separable": 64.0}
+_HALF = Rank(0.5, of="out")
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,15 @@ class Published(RankSchedule):
         ValueError: transition points that do not increase, or an impossible rank.
 
     Example:
-        >>> Published(0.5, decomposition="tucker").last
-        Adapted(rank=0.5, decomposition='tucker', alpha=1.0, execution='two-branch')
+        >>> Published(8, decomposition="tucker").last
+        Adapted(rank=8, decomposition='tucker', alpha=1.0, execution='two-branch')
 
     Reference:
         Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
         Training", arXiv 2508.08625, 2025, and its code.
     """
 
-    rank: RankLike = 0.5
+    rank: RankLike = _HALF
     _: KW_ONLY
     inflate: When = 55 / 150
     deflate: When = 120 / 150

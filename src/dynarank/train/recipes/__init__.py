@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dynarank.forms import AdaptedExecution
+from dynarank.forms import AdaptedExecution, Rank, RankLike
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.catalog import get_preset
 from dynarank.train.registry import DATA, MODELS
@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     shuffle: Literal["epoch", "once"] = "epoch"
     init: Literal["spectral", "published"] = "spectral"
 
-    rank: float | int = 0.5
+    rank: int | float | Rank = 0.5
     decomposition: str = "svd"
     inflate: float | None = Field(default=None, gt=0)
     deflate: float | None = Field(default=None, gt=0)
@@ -131,7 +131,7 @@ class Recipe(BaseModel):
             )
         return Recipe.model_validate({**self.model_dump(), **self.as_published})
 
-    def with_factors(self, rank: int | float | None, decomposition: str | None) -> Recipe:
+    def with_factors(self, rank: RankLike | None, decomposition: str | None) -> Recipe:
         """The recipe with another rank or decomposition; None: unchanged."""
         changed: dict[str, Any] = {}
         if rank is not None:

@@ -1,0 +1,100 @@
+"""The structure of a saved run: its weights' forms, before or after their values are loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dynarank.decompositions import UnfitWeightError
+from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan
+from dynarank.layers import RankedLayer
+from dynarank.surgery.edit import Edit, restore_on_exit
+from dynarank.surgery.selection import find_sites
+from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.verbs import change_forms, differences
+
+__all__ = ["restore_forms"]
+
+
+def restore_forms(
+    model: nn.Module,
+    forms: Plan,
+    last: Mapping[str, LowRank | Adapted],
+    optimizers: list[Optimizer],
+    undo: ExitStack,
+) -> list[Change]:
+    """Give weights the forms that they had in a saved run; ``undo`` can take it all back.
+
+    A weight whose parameters keep their names and shapes keeps them, with their optimizer state:
+    values that were loaded before stay. The others are re-expressed and lose their state, and what
+    is not finite becomes zero: their values are loaded afterwards.
+
+    Args:
+        model: the model.
+        forms: the form of each weight, its rank a number.
+        last: the form in which a weight last had factors, for those that ever had.
+        optimizers: the model's optimizers.
+        undo: a stack of what takes the changes back.
+
+    Returns:
+        The changes after which optimizer states must be loaded again.
+
+    Raises:
+        ValueError: as :func:`dynarank.apply_plan`. Nothing has changed then.
+    """
+    wanted = differences(model, forms)
+    alike = [pair for pair in wanted if _same_parameters(*pair)]
+    others = [pair for pair in wanted if not _same_parameters(*pair)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what is lost is loaded again
+        try:
+            changes = change_forms(others, optimizers, "reset", undo=undo)
+        except UnfitWeightError as error:
+            for site in (site for site, _ in others if site.path in error.layers):
+                _zero(site, undo)
+            changes = change_forms(others, optimizers, "reset", undo=undo)
+    for site, after in alike:
+        _relabel(site, after, undo)
+    for path, site in find_sites(model, survey(model), forms).items():
+        _remember(site, last.get(path), undo)
+    return changes
+
+
+def _zero(site: Site, undo: ExitStack) -> None:
+    for parameter in site.parameters().values():
+        undo.callback(parameter.data.copy_, parameter.data.clone())
+        parameter.data.zero_()
+
+
+def _same_parameters(site: Site, after: Form) -> bool:
+    """Whether the form has parameters of the same names and shapes."""
+    before = site.form
+    if isinstance(before, FullRank) or isinstance(after, FullRank) or before is None:
+        return before == after
+    names = [site.spec.parameter_names(form) for form in (before, after)]
+    shapes = [site.spec.factor_shapes(form) for form in (before, after)]
+    return names[0] == names[1] and shapes[0] == shapes[1]
+
+
+def _relabel(site: Site, after: Form, undo: ExitStack) -> None:
+    """Record another form of the same parameters."""
+    assert site.form is not None
+    Edit(site, Change(site.path, site.form, after, 0.0), {}, {}).commit(undo)
+
+
+def _remember(site: Site, last: LowRank | Adapted | None, undo: ExitStack) -> None:
+    """Set the form in which the weight last had factors."""
+    if last == site.last_factored_form:
+        return
+    if not all(isinstance(place.module, RankedLayer) for place in site.places):
+        _relabel(site, FullRank(), undo)
+    for place in site.places:
+        layer, name = place.module, place.spec.name
+        assert isinstance(layer, RankedLayer)
+        restore_on_exit(layer.__dict__, undo)
+        others = {n: form for n, form in layer.last_factored_forms.items() if n != name}
+        layer.last_factored_forms = others | ({name: last} if last else {})

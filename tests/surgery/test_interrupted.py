@@ -1,0 +1,160 @@
+"""Ctrl-C at any line of a change: model and optimizer are wholly as before, or wholly as after."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import linecache
+import sys
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dynarank as dr
+from dynarank.layers import RankedLayer
+
+SOURCE = Path(dr.__file__).parent
+WRITERS = {
+    str(SOURCE / file)
+    for file in (
+        "surgery/edit.py", "surgery/verbs.py", "surgery/optimizer_state.py", "surgery/check.py",
+        "layers/ranked.py", "layers/recurrent/modules.py", "monitors/calibration.py",
+    )
+}  # fmt: skip
+STACK = ("callback", "_push_exit_callback", "pop_all")  # of an ExitStack
+
+
+class Mixed(nn.Module):
+    """A convolution, a recurrent layer, attention that reads its child's weight, a tied pair."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(3, 4, 2)
+        self.recurrent = nn.GRU(4, 4)
+        self.attention = nn.MultiheadAttention(4, 1)
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.two.weight = self.one.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.recurrent(self.conv(x).permute(2, 0, 1))[0]
+        return self.two(self.one(self.attention(y, y, y)[0]))
+
+
+X = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+Pair = tuple[Mixed, torch.optim.Optimizer]
+CHANGES: dict[str, Callable[[Mixed, torch.optim.Optimizer], object]] = {
+    "factorize": lambda m, o: dr.factorize(
+        m, 2, layers="*", optimizer=o, calibration=dr.calibrate(m, [X])
+    ),
+    "inflate": lambda m, o: dr.inflate(m, optimizer=o),
+    "deflate": lambda m, o: dr.deflate(m, 1, optimizer=o),
+    "merge": lambda m, o: dr.merge(m, optimizer=o),
+}
+
+
+def trained(ranked: bool) -> Pair:
+    torch.manual_seed(0)
+    model = Mixed()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if ranked:
+        dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    model(X).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return model, optimizer
+
+
+def picture(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Everything that a change may touch, by name."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    modules = [
+        (path, type(m), sorted(vars(m)), m.forms if isinstance(m, RankedLayer) else None,
+         *(len(vars(m)[table]) for table in ("_forward_hooks", "_forward_hooks_with_kwargs")))
+        for path, m in model.named_modules()
+    ]  # fmt: skip
+    values = [(n, p.requires_grad, p.tolist()) for n, p in model.named_parameters()]
+    groups = [[names.get(id(p), "foreign") for p in g["params"]] for g in optimizer.param_groups]
+    states = [
+        (names.get(id(p), "foreign"), {key: value.tolist() for key, value in state.items()})
+        for p, state in optimizer.state.items()
+    ]
+    return [modules, values, groups, sorted(states, key=lambda s: s[0])]
+
+
+def identities(model: nn.Module) -> list[tuple[str, int]]:
+    return [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
+
+
+@cache
+def is_with(file: str, line: int) -> bool:
+    return linecache.getline(file, line).lstrip().startswith("with ")
+
+
+class Lines:
+    """Counts the lines that run, of files that write and of stacks, and raises at one of them.
+
+    Not at the line of a ``with`` (tracing shows it again when the block is left, before the context
+    exits, where Python takes no signal), and not in a clean-up that has begun.
+    """
+
+    def __init__(self, stop: int | None = None) -> None:
+        self.stop, self.seen = stop, list[tuple[str, int]]()
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> Lines | None:
+        file, stack = frame.f_code.co_filename, frame.f_code.co_name in STACK
+        if file not in WRITERS and not (file == contextlib.__file__ and stack):
+            return None
+        if frame.f_back is not None and frame.f_back.f_code.co_name == "_exit_wrapper":
+            return None
+        if event == "line" and not is_with(file, frame.f_lineno):
+            self.seen.append((file, frame.f_lineno))
+            if len(self.seen) - 1 == self.stop:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self
+
+    def run(self, change: Callable[..., object], *args: object) -> Lines:
+        outer = sys.gettrace()
+        sys.settrace(self)
+        try:
+            change(*args)
+        finally:
+            sys.settrace(outer)
+        return self
+
+
+def points(lines: list[tuple[str, int]]) -> list[int]:
+    """When each line runs for the first time, and for the last."""
+    last = {line: i for i, line in enumerate(lines)}
+    first = {line: i for i, line in reversed(list(enumerate(lines)))}
+    return sorted({*first.values(), *last.values()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", CHANGES)
+def test_a_change_interrupted_at_any_line(verb: str) -> None:
+    change, start = CHANGES[verb], trained(ranked=verb != "factorize")
+    change(*copy.deepcopy(start))  # imports what it needs
+    done = copy.deepcopy(start)
+    lines = Lines().run(change, *done).seen
+    after, before, outcomes = picture(*done), picture(*start), Counter[str]()
+    model, optimizer = copy.deepcopy(start)
+    for point in points(lines):
+        held = identities(model)
+        with pytest.raises(KeyboardInterrupt):
+            Lines(point).run(change, model, optimizer)
+        now = picture(model, optimizer)
+        assert now in (before, after), f"half changed by an interrupt at {lines[point]}"
+        if now == before:
+            assert identities(model) == held
+        else:
+            model, optimizer = copy.deepcopy(start)
+        outcomes["before" if now == before else "after"] += 1
+    assert outcomes.keys() == {"before", "after"} and model(X).shape == (4, 2, 4)

@@ -1,0 +1,170 @@
+"""Law 10: an optimizer that would go on with old parameters is found in its next step."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+import dynarank as dr
+from dynarank.surgery import left_behind
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 8))
+
+
+def backward(model: nn.Module) -> None:
+    model(torch.randn(4, 16)).square().mean().backward()
+
+
+CHANGES: dict[str, Callable[[nn.Module], object]] = {
+    "factorize": lambda m: dr.factorize(m, 4, layers="*"),
+    "adapt": lambda m: dr.deflate(m, 4, layers="*"),
+    "one layer": lambda m: dr.factorize(m, 4, layers="0"),
+    "and inflate": lambda m: dr.inflate(dr.factorize(m, 4, layers="*")),
+    "and merge": lambda m: dr.merge(dr.factorize(m, 4, layers="*")),
+    "scheduler": lambda m: dr.RankScheduler(m, (), dr.schedules.low_rank(4), 9, layers="*"),
+}
+
+
+@pytest.mark.parametrize("change", sorted(CHANGES))
+def test_a_live_optimizer_that_was_not_passed_does_not_step(change: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    CHANGES[change](model)
+    backward(model)
+    bias = model[0].bias.detach().clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"Adam holds old parameters of '0'.*optimizer="):
+            optimizer.step()
+    assert torch.equal(model[0].bias, bias)
+
+
+def test_neither_does_one_of_a_layer_that_was_frozen_then() -> None:
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dr.factorize(model, 4, layers="0")
+    backward(model)
+    optimizer.step()
+    model[0].requires_grad_(True)
+    backward(model)
+    with pytest.raises(RuntimeError, match="old parameters of '0'"):
+        optimizer.step()
+
+
+def test_a_closure_is_found_one_step_later() -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 16)).square().mean()
+        loss.backward()
+        return loss
+
+    dr.factorize(model, 4, layers="*")
+    optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="LBFGS holds old parameters"):
+        optimizer.step(closure)
+
+
+def test_neither_does_one_of_two_of_which_the_other_was_passed() -> None:
+    model = mlp()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    dr.factorize(model, 4, layers="*", optimizer=first)
+    backward(model)
+    first.step()
+    with pytest.warns(RuntimeWarning, match=r"of '0', '2'.* are in another optimizer"):
+        second.step()
+    second.step()  # said once
+
+
+WELL: dict[str, Callable[[], list[torch.optim.Optimizer]]] = {}
+
+
+def well(
+    make: Callable[[], list[torch.optim.Optimizer]],
+) -> Callable[[], list[torch.optim.Optimizer]]:
+    WELL[make.__name__] = make
+    return make
+
+
+@well
+def made_after_the_change() -> list[torch.optim.Optimizer]:
+    model = mlp()
+    old = torch.optim.SGD(model.parameters(), lr=0.1)
+    dr.factorize(model, 4, layers="*")
+    new = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(model)
+    return [new] if old.param_groups else []
+
+
+@well
+def given_the_new_parameters_as_a_group() -> list[torch.optim.Optimizer]:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dr.factorize(model, 4, layers="*")
+    factors = [p for name, p in model.named_parameters() if "bias" not in name]
+    optimizer.add_param_group({"params": factors})
+    backward(model)
+    return [optimizer]
+
+
+@well
+def of_another_model_too_which_alone_trains() -> list[torch.optim.Optimizer]:
+    model, other = mlp(), mlp()
+    optimizer = torch.optim.SGD([*model.parameters(), *other.parameters()], lr=0.1)
+    dr.factorize(model, 4, layers="*")
+    backward(other)
+    return [optimizer]
+
+
+@well
+def of_a_frozen_layer() -> list[torch.optim.Optimizer]:
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dr.factorize(model, 4, layers="0")
+    backward(model)
+    return [optimizer]
+
+
+@well
+def of_a_model_whose_copy_changed() -> list[torch.optim.Optimizer]:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    backward(dr.factorize(copy.deepcopy(model), 4, layers="*"))
+    backward(model)
+    return [optimizer]
+
+
+@well
+def passed() -> list[torch.optim.Optimizer]:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    dr.factorize(model, 4, layers="*", optimizer=optimizer)
+    backward(model)
+    return [optimizer]
+
+
+@pytest.mark.parametrize("case", sorted(WELL))
+def test_all_others_step(case: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for optimizer in WELL[case]():
+            optimizer.step()
+
+
+def test_old_parameters_are_garbage_and_then_nothing_is_watched() -> None:
+    passed()[0].step()
+    gc.collect()
+    passed()[0].step()
+    assert not left_behind._HOOKS  # pyright: ignore[reportPrivateUsage]
