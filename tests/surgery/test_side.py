@@ -75,7 +75,8 @@ class Run:
 
     def step(self, count: int) -> None:
         for _ in range(count):
-            gradient = 0.01 * (self.mean + torch.randn_like(self.mean)).to(self.dtype)
+            spread = torch.randn_like(self.mean) * self.mean.std()
+            gradient = 0.01 * (self.mean + spread).to(self.dtype)
             self.largest = max(self.largest, gradient.double().norm().item())
             loss = (site(self.model).effective() * gradient).sum()
             parameters = trained(self.model)
@@ -156,6 +157,23 @@ def test_what_is_of_a_plausible_size_stays_as_it_is(
         moments = side.pull(torch.randn(site(model).shape, dtype=F64))
         lifted = side.lift(moments)
         assert side.limited(lifted, moments) is lifted
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0])
+def test_decay_hides_no_gradient_and_is_none(size: float) -> None:
+    """Spoiled factors under weight decay, be the gradients above or far below it."""
+    run = Run(CASES[0], "sgd-l2", F64)
+    run.mean *= size
+    run.change(LowRank(4))
+    for form in (LowRank(4), Adapted(3, alpha=3.0)):
+        run.change(form)
+        run.step(1)
+        if isinstance(form, LowRank):
+            run.spoil(1, "column", 1e-4)
+    run.change(FullRank())
+    (weight,) = trained(run.model)
+    moment = first(run.optimizer, weight, run.steps).norm().item()
+    assert 0 < moment <= 5 * (run.largest + 5e-4 * weight.detach().norm().item())
 
 
 @pytest.mark.parametrize("groups", [1, 2])

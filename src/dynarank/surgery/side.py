@@ -113,10 +113,12 @@ class Side:
             decay: the largest share of a parameter in its moment that may be weight decay; a
                 moment no larger than that tells nothing of the gradient's size.
         """
-        told = [m.norm() > decay * p.norm() for m, p in zip(moments, self.parameters, strict=True)]
+        pairs = zip(moments, self.parameters, strict=True)
+        told = [bool(m.norm() > decay * p.norm()) for m, p in pairs]
+        told = told if any(told) else [True] * len(told)
         squares = tuple(precise(m).square() * t for m, t in zip(moments, told, strict=True))
         most = LIMIT * math.sqrt(self.even(squares) * lifted.numel())
-        if not any(told) or float(lifted.norm()) <= most:
+        if float(lifted.norm()) <= most:
             return lifted
         return lift(self._maps.join, self.parameters, moments, most * abs(self.scale)) / self.scale
 
