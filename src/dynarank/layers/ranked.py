@@ -141,10 +141,15 @@ class RankedLayer(nn.Module):
         """
         for factored in (self._forms[name], form):
             if not isinstance(factored, FullRank):
-                self._last_factored_forms = {**self._last_factored_forms, name: factored}
+                self.remember(name, factored)
         self._forms = {**self._forms, name: form}
         self._frozen_factors = {**self._frozen_factors, name: frozen}
         self.form_changed()
+
+    def remember(self, name: str, form: LowRank | Adapted | None) -> None:
+        """Record the last form with factors that a weight had; None: it had none."""
+        others = {n: known for n, known in self._last_factored_forms.items() if n != name}
+        self._last_factored_forms = others if form is None else {**others, name: form}
 
     def form_changed(self) -> None:
         """Look up what follows from the forms; called when one has changed."""

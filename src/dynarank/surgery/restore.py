@@ -96,5 +96,4 @@ def _remember(site: Site, last: LowRank | Adapted | None, undo: ExitStack) -> No
         layer, name = place.module, place.spec.name
         assert isinstance(layer, RankedLayer)
         restore_on_exit(layer.__dict__, undo)
-        others = {n: form for n, form in layer.last_factored_forms.items() if n != name}
-        layer.last_factored_forms = others | ({name: last} if last else {})
+        layer.remember(name, last)
