@@ -19,7 +19,8 @@ import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.decompositions import Factors, get_decomposition
 from dynarank.forms import Form, same_weight
-from dynarank.surgery.moments import Averaging, Side, carry
+from dynarank.surgery.moments import Averaging, carry
+from dynarank.surgery.side import Side
 from dynarank.surgery.sites import Site, survey
 
 F64 = torch.float64

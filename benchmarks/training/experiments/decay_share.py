@@ -18,8 +18,9 @@ import torch.nn.functional as F
 
 import dynarank as dr
 from dynarank.decompositions import precise
-from dynarank.surgery.moments import Averaging, Side
+from dynarank.surgery.moments import Averaging
 from dynarank.surgery.selection import find_sites
+from dynarank.surgery.side import Side
 from dynarank.surgery.sites import Site, survey
 from dynarank.train.data import load_digits_data
 from dynarank.train.models import DigitsNet

@@ -6,7 +6,11 @@ adds your own. All are pure tensor functions, independent of modules and optimiz
 
 from dynarank.decompositions.base import Decomposition
 from dynarank.decompositions.geometry import Factors, Geometry
-from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError, precise
+from dynarank.decompositions.numerics.linalg import (
+    LinAlgError,
+    UnfitWeightError,
+    precise,
+)
 from dynarank.decompositions.registry import (
     decomposition_names,
     get_decomposition,

@@ -18,7 +18,7 @@ from torch import Tensor
 from dynarank.decompositions.base import Decomposition
 from dynarank.decompositions.geometry import Factors, Geometry
 from dynarank.decompositions.numerics.als import fit
-from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError
+from dynarank.decompositions.numerics.linalg import as_unfit
 from dynarank.decompositions.numerics.multilinear import unit_scale
 from dynarank.decompositions.separable import AXES
 from dynarank.decompositions.svd import SVD
@@ -98,12 +98,8 @@ class CP(Decomposition):
         fine = weight.dtype == torch.float64
         if not fine and weight.numel() > MANY:
             unit = unit.float()
-        try:
+        with as_unfit(f"the CP decomposition of a weight of shape {tuple(weight.shape)} failed"):
             up, down, *kernels = _even_sizes(fit(unit, rank, fine), scale)
-        except LinAlgError as error:
-            raise UnfitWeightError(
-                f"the CP decomposition of a weight of shape {tuple(weight.shape)} failed: {error}"
-            ) from error
         factors = [down.T, *(kernel.T for kernel in kernels), up]
         shapes = self.shapes(weight.shape, rank)
         return tuple(f.double().reshape(s) for f, s in zip(factors, shapes, strict=True))

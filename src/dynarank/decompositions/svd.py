@@ -14,6 +14,7 @@ from torch import Tensor
 from dynarank.decompositions.base import Decomposition
 from dynarank.decompositions.geometry import Factors, Geometry
 from dynarank.decompositions.numerics.linalg import (
+    as_unfit,
     as_unit,
     balance,
     leading_directions,
@@ -73,6 +74,7 @@ class SVD(Decomposition):
         shapes = self.shapes(shape, down.shape[0])
         return down.reshape(shapes[0]), up.reshape(shapes[1])
 
+    @as_unfit("the factors cannot be balanced")
     def balanced(self, factors: Factors) -> Factors:
         """``U'U == D D' == diag(s)``, by two QR and one r x r SVD.
 
@@ -112,6 +114,13 @@ class SVD(Decomposition):
     def stages(self, geometry: Geometry, rank: int) -> tuple[Geometry, ...]:
         """``down`` slides as the weight does; ``up`` is pointwise."""
         return geometry, Geometry.pointwise(len(geometry.stride))
+
+    def energies(self, factors: Factors) -> Factors:
+        """``||U_k||^2`` for each row k of ``down``, ``||D_k||^2`` for each column of ``up``."""
+        down, up = factors
+        rows, columns = up.flatten(1).square().sum(0), down.flatten(1).square().sum(1)
+        of_down = rows.view(-1, *(1,) * (down.ndim - 1)).expand_as(down)
+        return of_down, columns.view(1, -1, *(1,) * (up.ndim - 2)).expand_as(up)
 
     def lift(self, factors: Factors, cotangents: Factors) -> Tensor:
         """The least M with ``M down' = C_up`` and ``up' M = C_down``.

@@ -14,9 +14,12 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
 - **Second moment, calibrated:** each kept gradient is moved as a first moment is, then squared:
   ``v' = s mean_t (J'(J+(g_t)))^2``; ``s = sum v / sum mean_t g_t^2`` keeps the size of v, which
   averages over about a thousand steps.
-- **Bound:** always ``v' >= m' * m'``, so that the next step is at most the learning rate in every
-  entry; a v near zero under an m that is not would make steps without bound. Adam's own v is below
-  m * m in its first hundred or so steps: a change that early makes the next steps smaller.
+- **Bound:** always ``v' >= m' * m'``, also as rounded to their dtype, so that the next step is at
+  most the learning rate in every entry; a v near zero under an m that is not would make steps
+  without bound. Adam's own v is below m * m in its first hundred or so steps: a change that early
+  makes the next steps smaller.
+- **Limit:** J+ divides by factors that may have become small; see Note [Limit] in
+  :mod:`dynarank.surgery.side`.
 - A parameter that gets nothing (an adapter's ``down``, while ``up`` is zero) starts without state.
 - **Pruned:** from adapter to adapter, as ReLoRA (Lialin et al., arXiv 2307.05695), :func:`prune`.
 
@@ -32,8 +35,9 @@ sharp where it matters and without a count of steps. The new parameters get ``c 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -41,10 +45,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, UnfitWeightError, precise
-from dynarank.forms import Adapted, Form, FullRank
-from dynarank.layers import WeightSpec
+from dynarank.surgery.side import Side
 
-__all__ = ["Averaging", "GradientSamples", "Side", "carry", "check_states", "prune"]
+__all__ = ["Averaging", "GradientSamples", "carry", "check_states", "prune", "settled"]
 
 # Keys of optimizer state: SGD's velocity and Adam's averages.
 FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
@@ -86,51 +89,6 @@ class GradientSamples(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Side:
-    """A weight in one form, and the maps between moments of W (canonical) and its parameters'."""
-
-    parameters: Factors  # those that train
-    scale: float
-    _pull: Callable[[Factors, Tensor], Factors]
-    _lift: Callable[[Factors, Factors], Tensor]
-    _lift_squares: Callable[[Factors, Factors], Tensor]
-
-    @staticmethod
-    def of(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Side:
-        """The side of these parameters, in their dtype."""
-        if isinstance(form, FullRank):
-
-            def lift(_: Factors, moments: Factors) -> Tensor:
-                return spec.to_canonical(moments[0])
-
-            whole = tuple(parameters.values())
-            return Side(whole, 1.0, lambda _, moment: (spec.from_canonical(moment),), lift, lift)
-        scale = form.scale if isinstance(form, Adapted) else 1.0
-        d, factors = spec.decomposition(form), spec.factors(form, parameters)
-        return Side(factors, scale, d.pull, d.lift, d.lift_squares)
-
-    def to(self, dtype: torch.dtype) -> Side:
-        """The same, computing in ``dtype``."""
-        return replace(self, parameters=tuple(p.to(dtype) for p in self.parameters))
-
-    def pull(self, moment: Tensor) -> Factors:
-        """J: a moment of the parameters from one of W."""
-        return self._pull(self.parameters, self.scale * moment)
-
-    def lift(self, moments: Factors) -> Tensor:
-        """J+: the least moment of W that pulls to these."""
-        return self._lift(self.parameters, moments) / self.scale
-
-    def pull_squares(self, square: Tensor) -> Factors:
-        """Variances of the parameters from those of W, its entries independent."""
-        return self._pull(tuple(p.square() for p in self.parameters), self.scale**2 * square)
-
-    def lift_squares(self, squares: Factors) -> Tensor:
-        """An estimate of W's variances from its parameters'."""
-        return self._lift_squares(self.parameters, squares) / self.scale**2
-
-
 def carry(
     old: Side,
     new: Side,
@@ -151,7 +109,9 @@ def carry(
     one, two = averaging.corrections(step)
     mean = _average(old, states, FIRST_MOMENTS, averaging)
     share = _decay_share(old, mean, averaging)
-    gained = new.pull(old.lift(mean) - share * old.lift(old.parameters))
+    known = tuple(m - share * p for m, p in zip(mean, old.parameters, strict=True))
+    whole = old.lift(mean) - share * old.lift(old.parameters)
+    gained = new.pull(old.limited(whole, known, averaging.decay * averaging.gain))
     means = tuple(g + share * p for g, p in zip(gained, new.parameters, strict=True))
     values = {key: tuple(one * m for m in means) for key in _present(states, FIRST_MOMENTS)}
     alive = [bool(g.any()) for g in gained]
@@ -212,6 +172,38 @@ def check_states(path: str, states: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
+def settled(
+    path: str, states: Sequence[tuple[Parameter, dict[str, Any]]]
+) -> list[tuple[Parameter, dict[str, Any]]]:
+    """These states of a layer's parameters, ``v >= m * m`` also after rounding to their dtype.
+
+    If a value is not finite in that dtype, the layer's state is reset, with a warning.
+    """
+    for _, state in states:
+        for key in _present([state], SECOND_MOMENTS):
+            state[key] = torch.maximum(state[key], _square_rounded_up(state["exp_avg"]))
+    values = [v for _, state in states for v in state.values() if isinstance(v, Tensor)]
+    if all(bool(torch.isfinite(v).all()) for v in values):
+        return list(states)
+    warnings.warn(
+        f"layer {path!r}: its optimizer state is not finite in the new form (in "
+        f"{values[-1].dtype}), so it is reset",
+        RuntimeWarning,
+        stacklevel=6,
+    )
+    # Adam counts its steps from 1 then; a velocity is zero, for fused SGD wants it in all or none.
+    velocities = [(p, state) for p, state in states if "step" not in state]
+    return [(p, {k: torch.zeros_like(p) for k in state}) for p, state in velocities]
+
+
+def _square_rounded_up(mean: Tensor) -> Tensor:
+    """The least numbers of its dtype that are no smaller than its squares."""
+    square = precise(mean).square()
+    rounded = square.to(mean.dtype)
+    above = torch.nextafter(rounded, torch.full_like(rounded, math.inf))
+    return torch.where(precise(rounded) < square, above, rounded)
+
+
 def _present(states: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
     return [key for key in keys if any(s.get(key) is not None for s in states)]
 
@@ -247,7 +239,7 @@ def _calibrated(
     totals = tuple(torch.zeros_like(p) for p in new.parameters)
     energy = 0.0
     for sample in (tuple(g.float() for g in one) for one in samples):
-        moved = here.pull(there.lift(sample))
+        moved = here.pull(there.limited(there.lift(sample), sample))
         for total, g, p in zip(totals, moved, here.parameters, strict=True):
             total += (g + share * p).square()
         pairs = zip(sample, there.parameters, strict=True)

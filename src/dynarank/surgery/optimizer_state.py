@@ -24,9 +24,17 @@ from torch.optim import LBFGS, Optimizer
 from dynarank.decompositions import precise
 from dynarank.forms import same_weight
 from dynarank.surgery.edit import Edit, restore_on_exit
-from dynarank.surgery.moments import Averaging, GradientSamples, Side, carry, check_states, prune
+from dynarank.surgery.moments import (
+    Averaging,
+    GradientSamples,
+    carry,
+    check_states,
+    prune,
+    settled,
+)
 from dynarank.surgery.own_references import follow, groups_of, is_optimizer, wrapped
 from dynarank.surgery.param_groups import Contents, Group, regroup
+from dynarank.surgery.side import Side
 from dynarank.surgery.site import Site
 from dynarank.surgery.unfit import UnfitLayers
 
@@ -193,7 +201,8 @@ def _states(
     like = {key: v for s in states for key, v in s.items() if isinstance(v, Tensor)}
     pairs = zip(new, moved, strict=True)
     whole = not any(p.requires_grad for p in new)  # frozen; else a frozen factor has no state
-    return [(p, _fit(s, p, like)) for p, s in pairs if s and (p.requires_grad or whole)]
+    kept = [(p, _fit(s, p, like)) for p, s in pairs if s and (p.requires_grad or whole)]
+    return settled(edit.site.path, kept)
 
 
 def _averaging(optimizer: Any, groups: Sequence[Group]) -> Averaging:

@@ -12,7 +12,8 @@ resolved, falls back to the next method: Gram matrix in fp32, in fp64, SVD in fp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = [
     "LinAlgError",
     "UnfitWeightError",
     "as_stored",
+    "as_unfit",
     "as_unit",
     "balance",
     "cholesky_qr2",
@@ -52,6 +54,15 @@ class UnfitWeightError(ValueError):
     def __init__(self, message: str = "", layers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.layers = dict(layers or {})
+
+
+@contextmanager
+def as_unfit(failure: str) -> Generator[None]:
+    """Raise a LinAlgError from within as an UnfitWeightError, its message after ``failure``."""
+    try:
+        yield
+    except LinAlgError as error:
+        raise UnfitWeightError(f"{failure}: {error}") from error
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -266,9 +277,5 @@ def recompress(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _core_vectors(core: Tensor) -> Tensor:
     """All left singular vectors (p, p) of a small matrix, computed in fp64."""
-    try:
-        vectors = torch.linalg.svd(precise(core))[0]
-    except LinAlgError as error:
-        shape = tuple(core.shape)
-        raise UnfitWeightError(f"the SVD of a core of shape {shape} failed: {error}") from error
-    return vectors.to(core.dtype)
+    with as_unfit(f"the SVD of a core of shape {tuple(core.shape)} failed"):
+        return torch.linalg.svd(precise(core))[0].to(core.dtype)

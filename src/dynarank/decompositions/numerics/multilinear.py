@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dynarank.decompositions.geometry import Factors
-from dynarank.decompositions.numerics.linalg import LinAlgError, UnfitWeightError, precise
+from dynarank.decompositions.numerics.linalg import UnfitWeightError, as_unfit, precise
 
 __all__ = [
     "chain_energies",
@@ -54,18 +54,13 @@ def leading_basis(matrix: Tensor, rank: int, fine: bool = False) -> Tensor:
     Raises:
         UnfitWeightError: the eigenvalues do not converge.
     """
-    try:
+    with as_unfit(f"the singular vectors of an unfolding of shape {tuple(matrix.shape)} failed"):
         if fine:
             return torch.linalg.svd(matrix, full_matrices=False)[0][:, :rank]
         if matrix.shape[0] <= matrix.shape[1]:
             return torch.linalg.eigh(matrix @ matrix.T)[1].flip(1)[:, :rank]
         right = torch.linalg.eigh(matrix.T @ matrix)[1].flip(1)[:, :rank]
         return torch.linalg.qr(matrix @ right)[0]
-    except LinAlgError as error:
-        shape = tuple(matrix.shape)
-        raise UnfitWeightError(
-            f"the singular vectors of an unfolding of shape {shape} failed: {error}"
-        ) from error
 
 
 def unit_scale(weight: Tensor) -> tuple[Tensor, float]:
@@ -96,14 +91,15 @@ def equal_norms(factors: Sequence[Tensor], scale: float = 1.0) -> Factors:
     return tuple(factor * (size / norm) for factor, norm in zip(factors, norms, strict=True))
 
 
-def lift(join: _Join, factors: Factors, cotangents: Factors) -> Tensor:
+def lift(join: _Join, factors: Factors, cotangents: Factors, most: float = math.inf) -> Tensor:
     """The least-norm solution M of the least-squares problem ``J' M = c``: ``M = (J')+ c``.
 
     By conjugate gradients on ``J J' M = J c`` from zero, in fp64, without forming J (CGLS, Hestenes
     and Stiefel 1952). These equations always have a solution, though the gauge freedom of the
     factors makes ``J' J`` singular; M stays in the range of J, so that its norm is the least.
     Iterations end at a relative residual of 1e-14 (factors in fp64; else 1e-6), or after 500; for a
-    weight of more than 2^18 entries, at 1e-3 or after 25.
+    weight of more than 2^18 entries, at 1e-3 or after 25. Or before M's norm exceeds ``most``: it
+    grows with every iteration, the small directions of J coming last.
     """
     exact = tuple(precise(factor) for factor in factors)
     missing = tuple(precise(cotangent) for cotangent in cotangents)
@@ -119,7 +115,10 @@ def lift(join: _Join, factors: Factors, cotangents: Factors) -> Tensor:
         if size <= enough or curvature == 0:
             break
         step = size / curvature
-        lifted = lifted + step * direction
+        further = lifted + step * direction
+        if not further.norm() <= most:
+            break
+        lifted = further
         missing = tuple(m - step * p for m, p in zip(missing, pulled, strict=True))
         gradient = _push(join, exact, missing)
         before, size = size, gradient.square().sum().item()
