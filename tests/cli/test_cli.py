@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -418,3 +419,15 @@ def test_tables_are_wrapped_between_words_at_80_columns(
         assert set(words.split()) <= set(heading.split())
         assert "dynamic-rank-low" in rows and "1.000x" in rows and "241,898" in rows
         assert max(map(len, lines[rule - 3 : rule + 5])) <= 80
+
+
+def test_the_phases_of_a_plan_fit_80_columns_with_whole_numbers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    narrow = Console(width=80, highlight=False)
+    plan = sys.modules["dynarank.cli.plan"]
+    monkeypatch.setattr(plan, "console", Mock(return_value=narrow))
+    assert call(monkeypatch, "plan", "text-gpt") == 0
+    phases = capsys.readouterr().out.split("Per phase, whole model")[1]
+    assert "1,902,720" in phases and "2,492,544" in phases and "trainable" in phases
+    assert max(map(len, phases.splitlines())) <= 80

@@ -53,6 +53,7 @@ USERS: dict[str, Callable[[nn.Module, Any], object]] = {
     [
         ("fc_2", r"'fc_2' matches no layer that can change form; nearest: 'fc2'"),
         ("*.fc2", r"'\*.fc2' matches no layer that can change form; nearest: 'fc2'"),
+        ("fc1.weight", r"'fc1.weight' matches no layer that can change form; nearest: 'fc1'"),
         ("bag", r"'bag' matches no layer .*only 'bag' \(EmbeddingBag layers are not handled\)"),
         ("norm", r"'norm' matches no layer that can change form"),
         ("block", r"'block' matches no layer .*inside it give 'block.\*'"),
@@ -84,3 +85,8 @@ def test_a_shared_or_tied_weight_is_found_by_any_of_its_paths() -> None:
     model.block[0].weight = model.fc2.weight
     plan = dr.current_plan(dr.factorize(model, {"again": 4, "block.0": 8}))
     assert plan == {"fc1": LowRank(4), "fc2": LowRank(8)}
+
+
+def test_a_class_of_layers_is_refused_with_the_filter_it_means() -> None:
+    with pytest.raises(TypeError, match=r"got the class Linear.*isinstance\(module, Linear\)"):
+        dr.factorize(Net(), 4, layers=nn.Linear)  # pyright: ignore[reportArgumentType]

@@ -21,15 +21,22 @@ def test_it_fits_and_prints_every_weight(arch: Architecture, rank: float | None)
     assert isinstance(table, list) and all(isinstance(site, Site) for site in table)
     lines = str(table).splitlines()
     assert max(map(len, lines)) <= 80 and repr(table) == str(table)
-    rows = re.findall(r"^\S+(?: +x(\d+))? +\d+x\d+", str(table), re.MULTILINE)
+    rows = re.findall(r"^\S+(?: +x(\d+))?\s+\d+x\d+", str(table), re.MULTILINE)
     assert sum(int(times or 1) for times in rows) == len(table)
 
 
 def test_like_blocks_are_one_line() -> None:
     lines = str(dr.survey(BY_NAME["llama"].build(), 0.5)).splitlines()
-    (down,) = [line for line in lines if "down_proj" in line]
-    assert down.startswith("model.l..{0..1}.mlp.down_proj x2 32x64 ")
-    assert down.endswith(" low-rank 10     0.469x  0.469x")
+    row = lines.index("model.layers.{0..1}.mlp.down_proj x2") + 1  # too long for its column
+    assert lines[row] == f"{'':33}32x64          low-rank 10     0.469x  0.469x"
+
+
+def test_no_two_layers_look_the_same() -> None:
+    model = nn.Transformer(32, 4, 1, 2, 64, batch_first=True)
+    lines = str(dr.survey(model, 0.5)).splitlines()
+    attention = [line for line in lines if line.endswith("in_proj_weight x2")]
+    paths = "self_attn.in_proj_weight x2", "multihead_attn.in_proj_weight x2"
+    assert attention == [f"decoder.layers.{{0..1}}.{path}" for path in paths]
 
 
 def test_what_it_says_is_what_factorize_does() -> None:
@@ -59,7 +66,8 @@ def test_the_reasons() -> None:
     model = nn.Sequential(nn.EmbeddingBag(20, 64), *(nn.Linear(*side) for side in sides))
     table = str(dr.survey(model, 16))
     assert "EmbeddingBag layers are not" in table and "low-rank 16" in table
-    assert "no cheaper at rank 16 (break-" in table and "last linear: taken as output" in table
+    assert "no cheaper at rank 16" in table and "(break-even 13.4)" in table
+    assert "last linear: taken as output" in table
     assert "not in layers" in str(dr.survey(model, 16, layers="1"))
     assert "others have factors already" in str(dr.survey(dr.factorize(model, 16, layers="1"), 8))
 

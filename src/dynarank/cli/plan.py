@@ -12,7 +12,7 @@ from torch import nn
 
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
-from dynarank.cli.show import console, right_aligned
+from dynarank.cli.show import console, print_whole_words, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
@@ -192,8 +192,8 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
         )
     table.add_section()
     mean, total = count(cost.mean_trainable), ratio(cost.relative_training)
-    table.add_row("whole run", "mean over steps", mean, "", "", total, "")
-    terminal.print(table)
+    table.add_row("whole run", "mean", mean, "", "", total, "")
+    print_whole_words(terminal, table)
     terminal.print(
         "Trainable and all: parameters. Forward and training: FLOPs relative to full-rank. State: "
         "parameters, gradients and optimizer state in fp32, without activations.\n"

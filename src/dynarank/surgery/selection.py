@@ -164,6 +164,12 @@ def _no_cheaper(form: LowRank, site: Site) -> str:
 
 def _matching(sites: Sequence[Site], layers: _Filter | str | Sequence[str]) -> list[bool]:
     """Whether each site is meant by a filter, or by one of the patterns, all of which mean some."""
+    if isinstance(layers, type):
+        name = layers.__name__
+        raise TypeError(
+            f"layers are a filter or glob patterns of paths (str), got the class {name}; for its "
+            f"layers give lambda module, path: isinstance(module, {name})"
+        )
     if callable(layers):
         return [any(layers(one.module, one.path) for one in site.places) for site in sites]
     patterns = [layers] if isinstance(layers, str) else list(layers)
@@ -191,7 +197,8 @@ def _check_pattern(pattern: str, sites: Sequence[Site]) -> None:
     if inside := [path for path in paths if path.startswith(f"{pattern}.")]:
         raise ValueError(f"{asked}; for those inside it give {f'{pattern}.*'!r} ({inside[0]!r})")
     has = _listed(sites, [site.obstacle or str(site.form) for site in sites])
-    raise ValueError(f"{asked}{_nearest(pattern.strip('*.'), paths)}; the model has: {has}")
+    near = _nearest(pattern.removesuffix(".weight").strip("*."), paths)
+    raise ValueError(f"{asked}{near}; the model has: {has}")
 
 
 def _check_order(rank: RankMap, sites: Sequence[Site]) -> None:

@@ -23,7 +23,8 @@ _ROWS, _SIDE = 1 << 20, 64  # a large batch: rows of a linear layer, positions o
 class Survey(list[Site]):
     """The weights of a model; a list, which prints as a table of 80 columns.
 
-    FLOPs are those of a training step at each position of the input, relative to full rank.
+    A path too long for its column has a line of its own. FLOPs are those of a training step at each
+    position of a large input, relative to full rank.
     """
 
     def __init__(
@@ -96,8 +97,11 @@ def _lines(rows: Sequence[tuple[str, str, str]]) -> list[str]:
         times = f" x{len(numbers)}" if len(numbers) > 1 else ""
         spans = map(_span, zip(*numbers, strict=True))
         named = ".".join(part or next(spans, "") for part in like) or "(the model)"
-        first, *more = textwrap.wrap(note, _NOTE)
-        name = _short(named, _PATH - len(times)) + times
+        first, *more = textwrap.wrap(note, _NOTE, break_on_hyphens=False)
+        name = named + times
+        if len(name) > _PATH:  # on a line of its own: cut, two layers could look the same
+            lines.append(name)
+            name = ""
         lines.append(f"{name:{_PATH}} {shape:{_SHAPE}} {first}")
         lines += [" " * (_PATH + _SHAPE + 2) + line for line in more]
     return lines
@@ -110,12 +114,6 @@ def _span(numbers: tuple[str, ...]) -> str:
         return str(values[0])
     dense = values == list(range(values[0], values[-1] + 1))
     return f"{{{values[0]}..{values[-1]}}}" if dense else f"{{{','.join(map(str, values))}}}"
-
-
-def _short(path: str, width: int) -> str:
-    """The path, its middle left out if it is longer than this."""
-    start = width // 4
-    return path if len(path) <= width else f"{path[:start]}..{path[start + 2 - width :]}"
 
 
 def _shape(site: Site) -> str:
