@@ -130,6 +130,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: Net(body=linear(), decode_head=Net(classifier=linear(20), fuse=linear())),
         {"decode_head.classifier": OUTPUT},
     ),
+    "a head that PEFT copies": (
+        lambda: Net(
+            body=linear(),
+            classifier=Net(
+                original_module=linear(20),
+                modules_to_save=nn.ModuleDict({"default": linear(20)}),
+            ),
+        ),
+        {"classifier.original_module": OUTPUT, "classifier.modules_to_save.default": OUTPUT},
+    ),
     "a dictionary of models": (
         lambda: nn.ModuleDict({"a": mlp(64, 64, 20), "b": Net(head=linear(20), body=linear())}),
         {"a.2": LAST, "b.head": OUTPUT},

@@ -100,7 +100,8 @@ def _declared(module: nn.Module) -> list[nn.Module]:
 
 def _ends(part: nn.Module, owners: dict[nn.Module, Site]) -> Iterator[nn.Module]:
     """The last layer of each entry of a list, each child with such a name, or else of the part."""
-    if isinstance(part, nn.ModuleList | nn.ModuleDict):
+    copied = hasattr(part, "modules_to_save")  # PEFT: a frozen original beside its trained copies
+    if copied or isinstance(part, nn.ModuleList | nn.ModuleDict):
         for entry in part.children():
             yield from _ends(entry, owners)
         return
