@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from dynarank import Adapted, FullRank, LowRank, Rank
 from dynarank.forms import form_name
@@ -86,6 +87,11 @@ def test_resolving_a_form_changes_its_rank_alone() -> None:
     assert resolve(form) == Adapted(3, alpha=3.0, execution="two-branch")
     assert resolve(LowRank(Rank(0.5, of="out"))) == LowRank(4)
     assert resolve(FullRank()) == FullRank()
+
+
+def test_a_rank_may_be_a_number_of_another_library() -> None:
+    assert LowRank(torch.tensor(0.5)).rank == 0.5  # type: ignore[arg-type]
+    assert LowRank(torch.tensor(4)).rank == 4  # type: ignore[arg-type]
 
 
 def test_a_form_has_a_name_whatever_its_rank() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Literal, SupportsFloat, SupportsIndex, TypeAlias, get_args
 
@@ -248,9 +249,10 @@ def plain_rank(rank: object) -> RankLike:
     if isinstance(rank, Rank):
         return rank
     if isinstance(rank, SupportsIndex) and not isinstance(rank, bool):
-        if (value := operator.index(rank)) < 1:
-            raise ValueError(f"a rank must be at least 1, got {value}")
-        return value
+        with suppress(TypeError):  # a tensor of a float has __index__ too
+            if (value := operator.index(rank)) < 1:
+                raise ValueError(f"a rank must be at least 1, got {value}")
+            return value
     if isinstance(rank, SupportsFloat) and not isinstance(rank, bool):
         return Rank(float(rank)).value
     raise TypeError(f"a rank is an int, a float in (0, 1] or a Rank, got {rank!r}")

@@ -264,6 +264,43 @@ def test_a_change_that_the_rank_does_not_hold_is_refused(write: str) -> None:
         LOSING[write](module, delta)
 
 
+def test_a_change_to_nearly_zero_keeps_the_new_value() -> None:
+    torch.manual_seed(0)
+    module = dr.factorize(nn.Sequential(nn.Linear(48, 48)), 4, layers="*")[0]
+    with torch.no_grad():
+        with untouched(module), pytest.raises(ValueError, match=r"would lose .* of the new value"):
+            module.weight.clamp_(-1e-4, 1e-4)  # type: ignore[operator]
+        expected = module.weight.detach().clone() * 1e-4  # type: ignore[operator]
+        module.weight.mul_(1e-4)  # type: ignore[operator]
+    assert_close(module.weight.detach().clone(), expected)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_writes_that_torch_does_not_count(form: Form) -> None:
+    module: Any = build("linear", form)
+    twice = 2 * module.weight.detach().clone()
+    module.weight.data.apply_(lambda x: 2 * x)
+    assert_close(module.weight.detach().clone(), twice)
+    module.weight.data.map_(twice, lambda x, y: x + y)
+    assert_close(module.weight.detach().clone(), 2 * twice)
+    with untouched(module):
+        torch.zeros_like(twice).map_(module.weight.detach(), lambda x, y: y)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_its_storage_and_the_tensor_itself_are_not_exchanged(form: Form) -> None:
+    module: Any = build("linear", form)
+    other = torch.zeros(10, 12, dtype=torch.float64)
+    with untouched(module), torch.no_grad():
+        with pytest.raises(RuntimeError, match="no storage to replace"):
+            module.weight.set_(other)
+        with pytest.raises(RuntimeError, match="different slots"):
+            torch.utils.swap_tensors(module.weight, other)
+        with pytest.raises(RuntimeError, match="different slots"):
+            torch.utils.swap_tensors(other, module.weight)
+    assert type(other) is Tensor
+
+
 @pytest.mark.parametrize("write", [name for name in LOSING if name != "not finite"])
 def test_an_adapted_layer_holds_every_change(write: str) -> None:
     module, delta = build("linear", Adapted(2)), torch.randn(10, 12, dtype=torch.float64)

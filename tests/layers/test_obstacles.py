@@ -93,3 +93,12 @@ def test_a_method_set_on_the_module_itself_is_refused_by_name() -> None:
     del layer._conv_forward
     layer.reset_parameters = lambda: None  # type: ignore[method-assign]
     dr.factorize(nn.Sequential(layer), 2, layers="*")
+
+
+@pytest.mark.parametrize("name", ["form", "resolved", "execution", "_weights", "plain"])
+def test_an_attribute_with_a_name_of_ranked_layers_is_refused_by_name(name: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    setattr(model[0], name, "mine")
+    with pytest.raises(ValueError, match=f"attribute {name} has a name .* rename it"):
+        dr.factorize(model, 2, layers="*")
+    assert type(model[0]) is nn.Linear and getattr(model[0], name) == "mine"

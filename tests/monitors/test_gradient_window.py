@@ -5,9 +5,12 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from small_run import LAST, LOW, STEPS, net, train_step
 from torch import nn
 from torch.optim import AdamW
@@ -158,3 +161,23 @@ def test_an_optimizer_without_second_moments_is_not_read() -> None:
     gradients = dr.GradientWindow(model, optimizer, ["0"])
     train_step(model, optimizer, 0)
     assert gradients.nbytes == 0 and not optimizer._optimizer_step_pre_hooks
+
+
+class Wrapper:
+    """A wrapper that is no optimizer of torch, as Lookahead often is."""
+
+    def __init__(self, optimizer: AdamW) -> None:
+        self.optimizer, self.state = optimizer, optimizer.state
+        self.param_groups = optimizer.param_groups
+        self.zero_grad, self.step = optimizer.zero_grad, optimizer.step
+
+
+@pytest.mark.parametrize("wrap", [Accelerator(cpu=True).prepare, Wrapper])
+def test_the_steps_of_a_wrapped_optimizer_are_read(wrap: Callable[[AdamW], Any]) -> None:
+    model = net()
+    optimizer = wrap(adamw(model))
+    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    for step in range(2):
+        train_step(model, optimizer, step)
+    assert len(gradients.of([model[0].weight])) == 2
+    gradients.watch([])

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from small_run import FULL, LOW, SCHEDULE, net, train_step
@@ -9,6 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from dynarank import RankScheduler
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.schedules import Phases
+from dynarank.surgery.own_references import innermost
 
 
 def rates(rewarmup: int) -> tuple[list[float], list[float]]:
@@ -120,3 +124,63 @@ def test_closing_after_a_step_that_raised_gives_the_rate_back(count: int) -> Non
     assert optimizer.param_groups[0]["lr"] == 0.25**count
     ranks.close()
     assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+class SAM(torch.optim.Optimizer):
+    """As https://github.com/davda54/sam writes it: its own ``step`` is not called."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1.0})
+        self.base_optimizer = torch.optim.SGD(self.param_groups, lr=1.0)
+        self.param_groups = self.base_optimizer.param_groups
+
+    def second_step(self) -> None:
+        self.base_optimizer.step()
+
+
+class Several(torch.optim.Optimizer):
+    """Steps an optimizer for each parameter."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.optimizers = [torch.optim.SGD([p], lr=1.0) for p in parameters]
+        groups = [group for one in self.optimizers for group in one.param_groups]
+        super().__init__(groups, {})
+        self.param_groups = groups
+
+    def second_step(self) -> None:
+        for one in self.optimizers:
+            one.step()
+
+
+@pytest.mark.parametrize("wrapper", [SAM, Several])
+def test_the_optimizers_that_a_wrapper_steps_are_warmed_up(
+    wrapper: Callable[[Any], Any],
+) -> None:
+    model = net()
+    optimizer = wrapper(model.parameters())
+    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(2)])
+    used: list[float] = []
+    for one in innermost(optimizer):
+        one.register_step_pre_hook(lambda o, *_: used.append(o.param_groups[0]["lr"]))
+    for _ in range(5):
+        used.clear()
+        optimizer.second_step()
+        ranks.step()
+    assert set(used) == {0.5}
+    assert {group["lr"] for group in optimizer.param_groups} == {1.0}
+
+
+def test_a_checkpoint_after_a_step_that_raised_has_the_users_rate() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ranks = RankScheduler(model, optimizer, SCHEDULE, 12, callbacks=[LRRewarmup(4)])
+    for step in range(4):
+        train_step(model, optimizer, step)
+        ranks.step()
+
+    def interrupted() -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(interrupted)
+    assert optimizer.state_dict()["param_groups"][0]["lr"] == 1.0

@@ -21,6 +21,7 @@ from dynarank.layers import RankedLayer
 from dynarank.scheduler.rank_scheduler import scheduled_layers
 
 EMBEDDING, OUTPUT, LAST = "embedding: rows", "output layer", "last linear"
+LAST_CONV = "last convolution"
 
 
 class Net(nn.Module):
@@ -30,6 +31,14 @@ class Net(nn.Module):
         super().__init__()
         for name, child in children.items():
             self.add_module(name, child)
+
+
+class WithParameter(Net):
+    """With a matrix of its own, as a position embedding or class token is."""
+
+    def __init__(self, **children: nn.Module) -> None:
+        super().__init__(**children)
+        self.own = nn.Parameter(torch.zeros(1, 64))
 
 
 def linear(n: int = 64, m: int = 64) -> nn.Linear:
@@ -68,7 +77,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "mlp": (lambda: mlp(64, 128, 128, 20), {"4": LAST}),
     "like layers": (lambda: mlp(64, 64, 64, 64), {"4": LAST}),
     "cnn": (lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.Flatten(), linear(20)), {"2": LAST}),
-    "no linear layer": (lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 16, 3)), {}),
+    "no linear layer": (
+        lambda: nn.Sequential(nn.Conv2d(16, 32, 3), nn.Conv2d(32, 16, 3)),
+        {"1": LAST_CONV},
+    ),
     "one layer": (lambda: nn.Sequential(linear()), {}),
     "a bare layer": (linear, {}),
     "a bare attention": (lambda: nn.MultiheadAttention(64, 4), {}),
@@ -94,6 +106,44 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         lambda: Net(multi_head_attn=linear(), headroom=linear(), readout_norm=nn.LayerNorm(64)),
         {"headroom": LAST},
     ),
+    "a parameter of the model's own": (
+        lambda: WithParameter(body=linear(), head=linear(20)),
+        {"head": OUTPUT, "own": "too small"},
+    ),
+    "a wrapper with a parameter": (
+        lambda: WithParameter(net=Net(head=linear(20), body=linear())),
+        {"net.head": OUTPUT, "own": "too small"},
+    ),
+    "heads beside the last": (
+        lambda: Net(body=mlp(64, 64), age=linear(20), race=linear(30)), {"age": LAST, "race": LAST},
+    ),
+    "fc before an encoder": (lambda: Net(fc=linear(20), body=encoder(2)), {"fc": LAST}),
+    "a convolution after linear layers": (
+        lambda: Net(time=linear(), body=nn.Conv2d(16, 32, 3), end=nn.Conv2d(32, 16, 1)),
+        {"time": LAST, "end": LAST_CONV},
+    ),
+    "actor and critic": (
+        lambda: Net(critic=mlp(64, 64, 16), actor=mlp(64, 64, 18), body=linear()),
+        {"critic.2": OUTPUT, "actor.2": OUTPUT},
+    ),
+    "an output in a head": (
+        lambda: Net(body=linear(), decode_head=Net(classifier=linear(20), fuse=linear())),
+        {"decode_head.classifier": OUTPUT},
+    ),
+    "a head that PEFT copies": (
+        lambda: Net(
+            body=linear(),
+            classifier=Net(
+                original_module=linear(20),
+                modules_to_save=nn.ModuleDict({"default": linear(20)}),
+            ),
+        ),
+        {"classifier.original_module": OUTPUT, "classifier.modules_to_save.default": OUTPUT},
+    ),
+    "a dictionary of models": (
+        lambda: nn.ModuleDict({"a": mlp(64, 64, 20), "b": Net(head=linear(20), body=linear())}),
+        {"a.2": LAST, "b.head": OUTPUT},
+    ),
     "a wrapper": (lambda: Net(module=Net(net=mlp(64, 64, 20))), {"module.net.2": LAST}),
     "a head of another class": (
         lambda: nn.Sequential(linear(), linear(), Own(64, 20)), {"2": LAST},
@@ -107,8 +157,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         {"gate": "too small: side 8 < 16", "fc": LAST},
     ),
     "depthwise": (
-        lambda: nn.Sequential(nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 1)),
-        {"0": "too small: side 1 < 16"},
+        lambda: nn.Sequential(
+            nn.Conv2d(64, 64, 3, groups=64), nn.Conv2d(64, 64, 1), nn.Conv2d(64, 16, 1)
+        ),
+        {"0": "too small: side 1 < 16", "2": LAST_CONV},
     ),
     "nothing but small ones": (lambda: mlp(8, 8, 8, 2), {"4": LAST}),
     "embeddings": (
@@ -213,6 +265,25 @@ def test_a_head_that_cannot_change_form_is_no_obstacle() -> None:
     model = mlp(64, 64, 64, 20)
     nn.utils.parametrizations.weight_norm(model[4])
     assert dr.current_plan(dr.factorize(model, 8)) == {"0": LowRank(8), "2": LowRank(8)}
+
+
+@pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm", "orthogonal"])
+def test_a_wrapped_weight_is_left_by_default_and_refused_by_name(wrap: str) -> None:
+    model = mlp(64, 64, 64, 64, 20)
+    getattr(nn.utils.parametrizations, wrap)(model[2])
+    for layers in ("*", "2"):
+        with pytest.raises(ValueError, match=r"'2': it is wrapped by .*parametrize"):
+            dr.factorize(model, 8, layers=layers)
+    assert "it is wrapped by" in str(dr.survey(model, 8))
+    assert dr.current_plan(dr.factorize(model, 8)).keys() == {"0", "4", "6"}
+    with pytest.raises(ValueError, match=r"no layer .* can change form.*parametrize"):
+        dr.factorize(nn.Sequential(nn.utils.parametrizations.weight_norm(linear())), 8)
+
+
+def test_nothing_but_embeddings_can_change_form() -> None:
+    model = Net(embed=nn.Embedding(40, 64), own=Own(64, 64))
+    with pytest.raises(ValueError, match=r"^no layer that is taken by default can change form"):
+        dr.factorize(model, 0.5)
 
 
 def t5() -> nn.Module:

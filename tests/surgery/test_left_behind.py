@@ -168,3 +168,15 @@ def test_old_parameters_are_garbage_and_then_nothing_is_watched() -> None:
     gc.collect()
     passed()[0].step()
     assert not left_behind._HOOKS  # pyright: ignore[reportPrivateUsage]
+
+
+def test_an_optimizer_whose_constructor_raised_is_none() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(ValueError, match="Invalid learning rate") as kept:
+        torch.optim.Adam(model.parameters(), lr=-1.0)
+    dr.factorize(model, 4, layers="*")
+    backward(model)
+    with pytest.raises(RuntimeError, match="old parameters"):
+        optimizer.step()
+    assert kept.tb  # whose frames hold it

@@ -18,7 +18,7 @@ import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.decompositions import Decomposition, UnfitWeightError, get_decomposition
 from dynarank.forms import Form
-from dynarank.surgery.side import Side
+from dynarank.surgery.side import SHRUNK, Side
 from dynarank.surgery.sites import Site, survey
 
 F64 = torch.float64
@@ -98,7 +98,7 @@ class Run:
 
 
 @pytest.mark.filterwarnings("ignore:merging rounds away")  # bf16
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     kind=st.sampled_from(sorted(OPTIMIZERS)),
@@ -157,6 +157,29 @@ def test_what_is_of_a_plausible_size_stays_as_it_is(
         moments = side.pull(torch.randn(site(model).shape, dtype=F64))
         lifted = side.lift(moments)
         assert side.limited(lifted, moments) is lifted
+
+
+@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+@pytest.mark.parametrize("by", [0.3, 1e-3, 1e-5])
+@pytest.mark.parametrize("how", ["factors", "weight"])
+def test_factors_that_are_made_small_all_at_once(
+    kind: str, decomposition: str, by: float, how: str
+) -> None:
+    """They agree with each other, so that only their sizes when made tell."""
+    run = Run(CASES[2], kind, torch.float32)
+    run.change(LowRank(3, decomposition))
+    run.step(3)
+    if how == "factors":
+        for factor in trained(run.model):
+            factor.data.mul_(by)
+    else:
+        with torch.no_grad():
+            run.model[0].weight.mul_(by)
+    run.change(FullRank())
+    (weight,) = trained(run.model)
+    moment = first(run.optimizer, weight, run.steps).norm().item()
+    assert 0 < moment <= SHRUNK * run.largest
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0])

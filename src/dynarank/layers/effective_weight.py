@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from dynarank.layers.weight import ResolvedWeight
@@ -28,6 +29,7 @@ _REPLACING = {
     "bernoulli_", "cauchy_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_",
     "normal_", "random_", "uniform_", "zero_",
 }  # fmt: skip
+_UNCOUNTED = {Tensor.apply_, Tensor.map_, Tensor.map2_}  # torch does not count what they write
 _WORTH_SAYING = 0.01  # relative error of a given value
 
 
@@ -134,6 +136,7 @@ class _Write:
 class EffectiveWeight(Tensor):
     """A tensor that a layer has computed from its parameters, or a view of it."""
 
+    __slots__ = ("plain", "reading")  # which torch.utils.swap_tensors refuses
     reading: Reading
     plain: Tensor
 
@@ -148,6 +151,13 @@ class EffectiveWeight(Tensor):
     def is_whole(self) -> bool:
         """Whether it is what the layer handed out, not a view of it."""
         return self.plain is self.reading.whole
+
+    def set_(self, *_: object, **__: object) -> Any:
+        """Refuse; torch ignores what ``__torch_function__`` says of this operation."""
+        raise RuntimeError(
+            f"{self.reading.name} is computed from factors and has no storage to replace: copy the "
+            "values (copy_ under torch.no_grad()), or call inflate(model) first"
+        )
 
     @classmethod
     def __torch_function__(
@@ -167,6 +177,8 @@ class EffectiveWeight(Tensor):
         args, named = _plain(args, weights), cast(dict[str, Any], _plain(kwargs, weights))
         records = torch.is_grad_enabled() and any(w.plain.requires_grad for w in weights)
         result = func(*args, **named)
+        if func in _UNCOUNTED and args[0] is weights[0].plain:
+            increment_version(args[0])
         for w in weights:
             if w.reading.is_written:
                 caller = cast(Any, sys)._getframe(1).f_globals.get("__name__", "")

@@ -9,10 +9,12 @@ from torch.nn.utils.parametrize import is_parametrized
 from dynarank.forms import Form
 from dynarank.layers.own_forward import forward_obstacle
 from dynarank.layers.ranked import RankedLayer, own_parameters
+from dynarank.layers.subclasses import defined
 from dynarank.layers.weight import WeightSpec
 
 __all__ = ["number_obstacle", "weight_obstacle"]
 
+_RANKED = defined((RankedLayer,)) - defined(nn.Module.__mro__)
 _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -55,6 +57,8 @@ def _attribute_obstacle(module: nn.Module) -> str:
         return ""
     if own := _methods(type(module)) & vars(module).keys():
         return f"its {min(own)} is set on the module itself, which a ranked layer would not use"
+    if own := _RANKED & vars(module).keys():
+        return f"its attribute {min(own)} has a name that ranked layers use themselves; rename it"
     return forward_obstacle(module)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from dynarank.layers.ranked import RankedLayer
 
-__all__ = ["derived_class", "overridden"]
+__all__ = ["defined", "derived_class", "overridden"]
 
 # What any layer runs by, besides what its own class defines; the rest of Module a subclass may
 # override.
@@ -50,7 +50,7 @@ def overridden(kind: type[nn.Module], ranked: type[RankedLayer]) -> tuple[str, .
     """
     plain = ranked.plain
     below = (c for c in (Derived, *ranked.__mro__) if c not in nn.Module.__mro__)
-    names = (_RUNS | _COPIES | _defined(below)) - _FREE
+    names = (_RUNS | _COPIES | defined(below)) - _FREE
     if _attribute(ranked, "reset_parameters") is not _attribute(plain, "reset_parameters"):
         names.add("reset_parameters")  # the ranked class's would be called instead
     changed = (n for n in names if _attribute(kind, n) is not _attribute(plain, n))
@@ -90,7 +90,7 @@ def _blank(kind: type[nn.Module], ranked: type[RankedLayer]) -> nn.Module:
     return made.__new__(made)
 
 
-def _defined(classes: Iterable[type]) -> set[str]:
+def defined(classes: Iterable[type]) -> set[str]:
     """The names that classes define or annotate."""
     return {name for c in classes for name in (*vars(c), *vars(c).get("__annotations__", ()))}
 

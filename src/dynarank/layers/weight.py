@@ -21,7 +21,8 @@ from dynarank.forms import Adapted, Form, FullRank, LowRank
 __all__ = ["ResolvedWeight", "WeightSpec"]
 
 _LINEAR = Geometry()
-# What may be lost of a change of a low-rank weight: a share of it, or rounding (in eps).
+# What may be lost when a low-rank weight changes: a share of the change and of the new value, or
+# rounding (in eps).
 _LOST, _ROUNDING = 0.01, 4
 
 
@@ -236,7 +237,7 @@ class ResolvedWeight:
         lost = (self.decomposition.join(split) - weight).norm().item()
         if fit:
             change = (weight - precise(self.joined(parameters))).norm().item()
-            self._check_fit(lost, change, norm * torch.finfo(value.dtype).eps)
+            self._check_fit(lost, change, norm, torch.finfo(value.dtype).eps)
         for factor, new in zip(factors, split, strict=True):
             factor.copy_(new)
         return lost / norm
@@ -250,11 +251,14 @@ class ResolvedWeight:
             for factor, new in zip(factors, drawn, strict=True):
                 factor.copy_(new)
 
-    def _check_fit(self, lost: float, change: float, eps: float) -> None:
-        if lost > max(_ROUNDING * eps, _LOST * change):
-            name, share = self.spec.name, lost / max(change, lost)
+    def _check_fit(self, lost: float, change: float, norm: float, eps: float) -> None:
+        part = min(change, norm)  # a change to nearly zero is larger than what is left
+        if lost > max(_ROUNDING * eps * max(change, norm), _LOST * part):
+            name, share, what = self.spec.name, lost / max(part, lost), "of this change"
+            if norm < change:
+                what = "of the new value"
             raise ValueError(
-                f"the rank of {name}, {self.form}, would lose {share:.0%} of this change; call "
+                f"the rank of {name}, {self.form}, would lose {share:.0%} {what}; call "
                 "inflate(model) first, or truncate the new value on purpose: "
                 f"layer.set_weight_({name!r}, value); the layer is as it was"
             )

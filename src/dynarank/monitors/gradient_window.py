@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dynarank.surgery.optimizer_state import as_list
+from dynarank.surgery.own_references import innermost
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import survey
 
@@ -71,8 +73,8 @@ class GradientWindow:
         if length < 1:
             raise ValueError(f"length must be at least 1, got length={length}")
         self.model, self.length = model, length
-        given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-        self._optimizers = [o for o in given if any("betas" in g for g in o.param_groups)]
+        steps = [one for given in as_list(optimizer) for one in innermost(given)]
+        self._optimizers = [o for o in steps if any("betas" in g for g in o.param_groups)]
         self._rings: dict[str, _Ring] = {}
         self._hooks: list[Any] = []
         self.watch(paths)

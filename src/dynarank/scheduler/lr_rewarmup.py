@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from dynarank.forms import Change
 from dynarank.scheduler.callbacks import Callback, Ranks
-from dynarank.scheduler.optimizer_loads import inner_optimizer
+from dynarank.surgery.own_references import innermost
 
 __all__ = ["LRRewarmup"]
 
@@ -57,10 +57,12 @@ class LRRewarmup(Callback):
 
     def on_start(self, ranks: Ranks) -> None:
         """Register hooks around the steps of the scheduler's optimizers."""
-        self._optimizers = [inner_optimizer(o) for o in ranks.optimizer if self.steps > 1]
+        self._optimizers = [i for o in ranks.optimizer if self.steps > 1 for i in innermost(o)]
         for optimizer in self._optimizers:
             self._hooks.append(optimizer.register_step_pre_hook(self._scale))
             self._hooks.append(optimizer.register_step_post_hook(self._restore))
+            # A checkpoint made after a step that raised has the user's rate too.
+            self._hooks.append(optimizer.register_state_dict_pre_hook(self._restore))
 
     def after_step(self, ranks: Ranks) -> None:
         """Count the step."""

@@ -1,4 +1,4 @@
-"""Which weights no call takes by default: lookups, output layers and weights too small to matter.
+"""Which weights no call takes by default: lookups, output layers, wrapped and small weights.
 
 Legend: n, m the sides of a weight (of one group, if there are several) as a matrix.
 
@@ -7,6 +7,8 @@ Written here once for every default: of the verbs, the rank scheduler and the al
 
 - *Embeddings*: their rows are looked up, which costs nothing. Weights tied to one stay with it.
 - *Output layers*, see :mod:`dynarank.surgery.outputs`.
+- *Wrapped weights*, which ``weight_norm``, ``spectral_norm``, ``parametrize`` or ``prune`` compute:
+  wav2vec2 has one. Naming them is an error.
 - *Small weights*: a side below 16. At half its cost, such a weight has a rank below mn / 2(m + n) <
   8, less than the narrowest tile of matrix hardware (8 fp32 lanes of AVX2, m16n8k16 of NVIDIA's
   tensor cores since 2020), so that nothing is saved but padding.
@@ -23,6 +25,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from dynarank.layers import own_parameters
 from dynarank.surgery.outputs import output_layers
 from dynarank.surgery.site import Site
 
@@ -35,6 +38,7 @@ _LOOKUP = "embedding: rows are looked up"
 def with_defaults(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """The sites of a model, with the reason why a default leaves them, if it does."""
     lookups = {id(s): _LOOKUP for s in sites if any(one.spec.lookup for one in s.places)}
+    lookups |= {id(s): s.obstacle for s in sites if s.refused and _computed(s)}
     multiplied = [s for s in sites if id(s) not in lookups]
     ends = output_layers(model, [one for s in sites for one in s.places])
     outputs = {id(s): why for s in multiplied for one in s.places if (why := ends.get(one.module))}
@@ -44,6 +48,11 @@ def with_defaults(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
             break
     reasons = lookups | reasons
     return [replace(s, left_out=reasons[id(s)]) if id(s) in reasons else s for s in sites]
+
+
+def _computed(site: Site) -> bool:
+    """Whether the weight is computed from other parameters, so that it has a meaning of its own."""
+    return site.spec.name not in own_parameters(site.module)
 
 
 def _small(site: Site) -> str:

@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit
+from dynarank.surgery.own_references import is_optimizer
 
 __all__ = ["watch_replaced"]
 
@@ -59,7 +60,8 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
         return
     listed = ", ".join(map(repr, [*lost][:5])) + (" and others" if len(lost) > 5 else "")
     others = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
-    held_at_all = [p for one in others for group in one.param_groups for p in group["params"]]
+    made = [one for one in others if is_optimizer(one)]  # its constructor may have raised
+    held_at_all = [p for one in made for group in one.param_groups for p in group["params"]]
     said = f"this {type(optimizer).__name__} holds old parameters of {listed}, replaced by a change"
     if any(_missing(new, held_at_all) for new in lost.values()):
         raise RuntimeError(

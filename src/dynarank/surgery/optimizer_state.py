@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from dynarank.decompositions import precise
 from dynarank.forms import same_weight
@@ -45,6 +46,7 @@ __all__ = [
     "check_held",
     "check_movable",
     "new_contents",
+    "note_norms",
     "write",
 ]
 
@@ -53,6 +55,8 @@ Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
 
 POLICIES = ("project", "calibrated", "reset", "prune")
 MOVABLE = ("SGD", "Adam", "AdamW", "RAdam", "Muon")  # of torch; of others their states decide
+# The norm of each parameter when a change made it, see Note [Limit] in surgery.side.
+_BEGAN = WeakTensorKeyDictionary()
 L2_DECAY = ("SGD", "Adam", "RAdam")  # see Note [Decoupled decay]
 
 
@@ -108,6 +112,12 @@ def new_contents(
         contents += regrouped + follow(family, mine, regrouped)
     unfit.check()
     return contents
+
+
+def note_norms(edits: Iterable[Edit]) -> None:
+    """Remember how large factors are as they are made."""
+    for p in (p for edit in edits for p in edit.trained.values()):
+        _BEGAN[p] = float(p.detach().double().norm())
 
 
 def write(contents: Contents, undo: ExitStack) -> None:
@@ -220,7 +230,9 @@ def _moved(
     site, change = edit.site, edit.change
     if moments == "prune" and same_weight(change.before, change.after, restarted=True):
         return [prune(state) for state in states]
-    old = Side.of(site.spec, change.before, {n: precise(p) for n, p in edit.old.items()})
+    own = [p for name, p in edit.old.items() if not site.spec.is_base(name)]
+    began = [] if site.spec.span else [_BEGAN.get(p) or 0.0 for p in own]
+    old = Side.of(site.spec, change.before, {n: precise(p) for n, p in edit.old.items()}, began)
     new = Side.of(site.spec, change.after, {n: precise(p) for n, p in edit.new.items()})
     samples = [] if isinstance(moments, str) else moments.of(site.trained())
     return carry(old, new, states, averaging, samples)

@@ -5,12 +5,14 @@ Nothing is run. In this order:
 1. what the model declares, by ``get_output_embeddings`` (transformers) or ``get_classifier``
    (timm), in any module of it;
 2. the last layer of each child with the name of an output: ``head``, ``lm_head``, ``classifier``,
-   ``score``, ``output``, each of ``heads``, ...;
-3. if neither is found, the linear layer registered last, unless it belongs to one of several
-   like blocks: the end of an encoder without a head is no output layer.
+   ``score``, ``output``, ``actor``, each of ``heads``, ...;
+3. if neither is found, the layers at the end: the linear layer registered last, a convolution
+   registered after it, and the heads beside either, which read the same width. Not if it belongs
+   to one of several like blocks: the end of an encoder without a head is no output layer. And a
+   linear child ``fc``.
 
-Wrappers (a module with nothing but one child) are looked through. A single layer has no output
-layer.
+Wrappers (a module with one child) are looked through, and each entry of a dictionary of models is
+taken by itself. A single layer has no output layer.
 """
 
 from __future__ import annotations
@@ -27,9 +29,12 @@ from dynarank.surgery.site import Site
 __all__ = ["output_layers"]
 
 _DECLARED = ("get_output_embeddings", "get_classifier")
-_WORDS = "(head|classifier|score|logit|output|out|predictor|prediction|readout)"
+_WORDS = (
+    "(head|classifier|score|logit|output|out|outc|predictor|prediction|predict|pred|readout"
+    "|segmentation|actor|critic|policy|advantage|action_net|generator|discriminator|student|teacher)"
+)
 _NAMED = re.compile(rf"((^|_){_WORDS}s?_?\d*$)|(^{_WORDS}s?_)")
-_OUTPUT, _LAST = "output layer", "last linear: taken as output"
+_OUTPUT, _LAST = "output layer", "last {}: taken as output"
 
 
 def output_layers(model: nn.Module, sites: Sequence[Site]) -> dict[nn.Module, str]:
@@ -46,28 +51,36 @@ def output_layers(model: nn.Module, sites: Sequence[Site]) -> dict[nn.Module, st
         ['last linear: taken as output']
     """
     owners = {site.module: site for site in sites}
-    chain = list(_wrappers(model, owners))
+    chain = list(_wrappers(model))
     core = chain[-1]
-    if ranked_class(type(core)) is not None or core in owners:
+    if ranked_class(type(core)) is not None or not any(core.children()):
         return {}
     declared = {module: _declared(module) for module in model.modules()}
     named = [child for name, child in core.named_children() if _NAMED.search(name)]
     own = [*named, *(part for module in chain for part in declared[module])]
     nested = [part for parts in declared.values() for part in parts]
     found = {end: _OUTPUT for part in (*own, *nested) for end in _ends(part, owners)}
-    if not any(True for part in own for _ in _ends(part, owners)):
-        last = _last_linear(core, owners)
-        found = found if last is None else {last: _LAST, **found}
-    return found
+    if any(True for part in own for _ in _ends(part, owners)):
+        return found
+    if models := _models(core):
+        for one in models:
+            found |= output_layers(one, sites)
+        return found
+    return _last(core, owners) | found
 
 
-def _wrappers(model: nn.Module, owners: dict[nn.Module, Site]) -> Iterator[nn.Module]:
+def _wrappers(model: nn.Module) -> Iterator[nn.Module]:
     """The model, and inside it what each wrapper holds, down to one that is no wrapper."""
     yield model
     children = [child for child in model.children() if any(True for _ in child.parameters())]
-    alone = len(children) == 1 and not any(True for _ in model.parameters(recurse=False))
-    if alone and model not in owners:
-        yield from _wrappers(children[0], owners)
+    if len(children) == 1 and ranked_class(type(model)) is None:
+        yield from _wrappers(children[0])
+
+
+def _models(core: nn.Module) -> list[nn.Module]:
+    """The models that a dictionary of models holds; empty if it is something else."""
+    entries = list(core.children()) if isinstance(core, nn.ModuleDict) else []
+    return entries if all(any(True for _ in entry.children()) for entry in entries) else []
 
 
 def _declared(module: nn.Module) -> list[nn.Module]:
@@ -86,26 +99,57 @@ def _declared(module: nn.Module) -> list[nn.Module]:
 
 
 def _ends(part: nn.Module, owners: dict[nn.Module, Site]) -> Iterator[nn.Module]:
-    """The last layer of a part of the model; of each entry, if it is a list of parts."""
-    if isinstance(part, nn.ModuleList | nn.ModuleDict):
+    """The last layer of each entry of a list, each child with such a name, or else of the part."""
+    copied = hasattr(part, "modules_to_save")  # PEFT: a frozen original beside its trained copies
+    if copied or isinstance(part, nn.ModuleList | nn.ModuleDict):
         for entry in part.children():
             yield from _ends(entry, owners)
+        return
+    named = [child for name, child in part.named_children() if _NAMED.search(name)]
+    if ends := [end for child in named for end in _ends(child, owners)]:
+        yield from ends
     else:
         yield from [module for module in part.modules() if module in owners][-1:]
 
 
-def _last_linear(core: nn.Module, owners: dict[nn.Module, Site]) -> nn.Module | None:
-    for path, module in reversed(list(core.named_modules())):
-        if module in owners and _is_linear(owners[module]):
-            return None if _in_like_blocks(core, path, owners) else module
-    return None
+def _last(core: nn.Module, owners: dict[nn.Module, Site]) -> dict[nn.Module, str]:
+    """The layers at the end of a model that names no output."""
+    fc = getattr(core, "fc", None)
+    found: dict[nn.Module, str] = {}
+    if isinstance(fc, nn.Linear) and fc in owners:
+        found[fc] = _LAST.format("linear")
+    paths = {m: path for path, m in core.named_modules() if m in owners and _is_layer(owners[m])}
+    layers = list(paths)
+    for index in reversed(range(len(layers))):
+        last = layers[index]
+        linear = not owners[last].spec.dims
+        if (linear or not found) and not _in_like_blocks(core, paths[last], owners):
+            why = _LAST.format("linear" if linear else "convolution")
+            found |= dict.fromkeys(_beside(layers[: index + 1], paths, owners), why)
+        if linear:
+            break
+    return found
 
 
-def _is_linear(site: Site) -> bool:
-    """Whether it is a linear layer that is called itself, of a class that is handled or not."""
-    if site.spec.name != "weight" or site.spec.lookup or site.reader is not None:
+def _beside(
+    layers: Sequence[nn.Module], paths: dict[nn.Module, str], owners: dict[nn.Module, Site]
+) -> Iterator[nn.Module]:
+    """The last of the layers, and heads right before it: of one parent, reading the same width."""
+    last = layers[-1]
+    parent, width = paths[last].rpartition(".")[0], owners[last].shape[1:]
+    yield last
+    for layer in reversed(layers[:-1]):
+        n, *m = owners[layer].shape
+        if paths[layer].rpartition(".")[0] != parent or tuple(m) != width or n == width[0]:
+            return
+        yield layer
+
+
+def _is_layer(site: Site) -> bool:
+    """Whether it is a linear layer or convolution that is called itself, if handled or not."""
+    if site.spec.name != "weight" or site.spec.lookup or site.reader is not None or not site.shape:
         return False
-    return isinstance(site.module, nn.Linear) or (site.form is not None and not site.spec.dims)
+    return isinstance(site.module, nn.Linear) or site.form is not None
 
 
 def _in_like_blocks(core: nn.Module, path: str, owners: dict[nn.Module, Site]) -> bool:

@@ -18,7 +18,7 @@ from torch.optim import LBFGS
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.param_groups import Contents, Group
 
-__all__ = ["follow", "groups_of", "is_optimizer", "wrapped"]
+__all__ = ["follow", "groups_of", "innermost", "is_optimizer", "wrapped"]
 
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
 
@@ -43,6 +43,11 @@ def wrapped(optimizer: Any) -> list[Any]:
             inside = value if isinstance(value, list | tuple) else [value]
             found += [v for v in inside if is_optimizer(v) and not any(v is f for f in found)]
     return found
+
+
+def innermost(optimizer: Any) -> list[Any]:
+    """Those that take the steps: the optimizers within it that wrap no other."""
+    return [one for one in wrapped(optimizer) if len(wrapped(one)) == 1]
 
 
 def groups_of(optimizers: Sequence[Any]) -> list[Group]:

@@ -228,6 +228,8 @@ def _nothing(
         why = "the model has no ranked layer yet; name the layers by layers=..."
     elif all(site.form is None for site in sites):
         why = "no layer of the model can change form"
+    elif all(site.form is None or site.left_out for site in sites):
+        why = "no layer that is taken by default can change form"
     else:
         why = (
             f"rank {rank} makes no layer of the model cheaper (each has a limit of min(m, n) and "

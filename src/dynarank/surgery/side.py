@@ -18,13 +18,14 @@ apart, and 5 to 5,000 times where factors had been spoiled. Above LIMIT, M comes
 from conjugate gradients, stopped at that size as in trust-region methods (Steihaug 1983): they
 find first what the large directions of the factors tell, which is what can be trusted. A lifted
 second moment has the mean LIMIT^2 times such a mean square at most: with more, Adam's steps all
-but end. What cannot be seen is that all factors became small at once, for then they agree.
+but end. Factors that became small all at once agree with each other. So where that made J+ more
+than SHRUNK times what it was when a change made them, their norms at that time are used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,9 +36,10 @@ from dynarank.decompositions.numerics.multilinear import lift
 from dynarank.forms import Adapted, Form, FullRank
 from dynarank.layers import WeightSpec
 
-__all__ = ["Side"]
+__all__ = ["SHRUNK", "Side"]
 
 LIMIT = 3.0
+SHRUNK = 100.0  # far more than training shrinks the factors of a layer that is alive
 
 
 class _Whole:
@@ -70,12 +72,15 @@ class Side:
     _maps: Decomposition | _Whole
 
     @staticmethod
-    def of(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Side:
-        """The side of these parameters, in their dtype."""
+    def of(
+        spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor], began: Sequence[float] = ()
+    ) -> Side:
+        """The side of these parameters, in their dtype; ``began``: the factors' norms when made."""
         if isinstance(form, FullRank):
             return Side(tuple(parameters.values()), 1.0, _Whole(spec))
         scale = form.scale if isinstance(form, Adapted) else 1.0
-        return Side(spec.factors(form, parameters), scale, spec.decomposition(form))
+        factors = spec.factors(form, parameters)
+        return Side(_unshrunk(factors, began), scale, spec.decomposition(form))
 
     def to(self, dtype: torch.dtype) -> Side:
         """The same, computing in ``dtype``."""
@@ -133,3 +138,12 @@ class Side:
         lifted = self._maps.lift_squares(self.parameters, squares) / self.scale**2
         most, mean = LIMIT**2 * self.even(squares), float(lifted.mean())
         return lifted if mean <= most else lifted * (most / mean)
+
+
+def _unshrunk(factors: Factors, began: Sequence[float]) -> Factors:
+    """Factors as large as they began, if they became so small that J+ exaggerates."""
+    norms = [float(factor.norm()) for factor in factors]
+    by = [max(1.0, size / now) if now > 0 else 1.0 for size, now in zip(began, norms, strict=False)]
+    if not by or math.prod(by) <= SHRUNK * min(by):
+        return factors
+    return tuple(factor * one for factor, one in zip(factors, by, strict=True))
