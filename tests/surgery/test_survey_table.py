@@ -85,4 +85,4 @@ def test_weights_that_cannot_change_form_have_a_shape_and_a_teaching_error() -> 
 
 
 def test_an_empty_model() -> None:
-    assert str(dr.survey(nn.ReLU())).splitlines()[1:] == ["no weight has factors; 0 parameters"]
+    assert str(dr.survey(nn.ReLU())).splitlines()[1:] == ["no weight with factors; 0 parameters"]

@@ -225,7 +225,10 @@ def _nothing(
         asked = "the filter" if callable(layers) else repr(layers)
         why = f"{asked} matches no layer that can change form"
     elif rank is None:
-        why = "the model has no ranked layer yet; name the layers by layers=..."
+        why = (
+            "no layer has or had factors: factorize the model first, give a rank (deflate), or "
+            "name the layers by layers=..."
+        )
     elif all(site.form is None for site in sites):
         why = "no layer of the model can change form"
     elif all(site.form is None or site.left_out for site in sites):

@@ -58,7 +58,7 @@ class Survey(list[Site]):
         whole = self._parameters + sum(math.prod(s.shape) - s.entries() for s, _ in pairs)
         then = self._parameters + sum(s.entries(form) - s.entries() for s, form in pairs)
         if not chosen:
-            return [f"no weight has factors; {whole:,} parameters"]
+            return [f"no weight with factors; {whole:,} parameters"]
         return [
             f"{len(chosen)} of {len(self)} weights: {_ratio(after, full)} of {full:,} parameters",
             f"the model: {_ratio(then, whole)} of {whole:,} parameters",
