@@ -40,7 +40,7 @@ __all__ = [
 _REMEMBERED = 256  # shapes of inputs
 _RESOLVED = ("_weights", "_executions")  # what follows from the forms
 _FULL = FullRank()
-_OWN = ("_forms", "_last_factored_forms", "_frozen_factors", "_specs", *_RESOLVED)
+_OWN = ("_forms", "_last_factored_forms", "_frozen_factors", "_factor_norms", "_specs", *_RESOLVED)
 # Torch's fused transformer layer only reads weights, and would not run on a subclass of Tensor.
 _ONLY_READS = "torch.nn.modules.transformer"
 
@@ -61,6 +61,7 @@ class RankedLayer(nn.Module):
     _forms: dict[str, Form]
     _last_factored_forms: dict[str, LowRank | Adapted]
     _frozen_factors: dict[str, frozenset[str]]  # those that were frozen while others trained
+    _factor_norms: dict[str, tuple[float, ...]]  # when a change made them
     _specs: dict[str, WeightSpec]  # those of the plain layer
     _weights: dict[str, ResolvedWeight]
     _executions: dict[object, Execution]  # chosen so far
@@ -112,6 +113,7 @@ class RankedLayer(nn.Module):
             assert isinstance(module, RankedLayer)
             module._forms = dict.fromkeys(specs, FullRank())
             module._last_factored_forms, module._frozen_factors = {}, {}
+            module._factor_norms = {}
             module._specs = specs
             module.form_changed()
         return module
@@ -134,16 +136,23 @@ class RankedLayer(nn.Module):
         shell.__dict__.update({k: v for k, v in self.__dict__.items() if k not in _OWN})
         return shell
 
-    def set_form(self, name: str, form: Form, frozen: frozenset[str] = frozenset()) -> None:
+    def set_form(
+        self,
+        name: str,
+        form: Form,
+        frozen: frozenset[str] = frozenset(),
+        norms: tuple[float, ...] = (),
+    ) -> None:
         """Record that a weight has this form; its parameters have been replaced already.
 
-        ``frozen``: the factors that stay frozen when they come back.
+        ``frozen``: the factors that stay frozen when they come back; ``norms``: of new factors.
         """
         for factored in (self._forms[name], form):
             if not isinstance(factored, FullRank):
                 self.remember(name, factored)
         self._forms = {**self._forms, name: form}
         self._frozen_factors = {**self._frozen_factors, name: frozen}
+        self._factor_norms = {**self._factor_norms, name: norms}
         self.form_changed()
 
     def remember(self, name: str, form: LowRank | Adapted | None) -> None:
@@ -201,6 +210,11 @@ class RankedLayer(nn.Module):
     def frozen_factors(self) -> Mapping[str, frozenset[str]]:
         """The factors of each weight that were frozen while others trained."""
         return self._frozen_factors
+
+    @property
+    def factor_norms(self) -> Mapping[str, tuple[float, ...]]:
+        """The norms that the factors of each weight had when a change made them."""
+        return self._factor_norms
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse: ``torch.jit.script`` asks each module for what it is to compile."""

@@ -51,13 +51,14 @@ class Edit:
 
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
-        frozen = frozen_factors(self.site, self.old)
+        frozen, factors = frozen_factors(self.site, self.old), self.trained.values()
+        norms = tuple(float(p.detach().double().norm()) for p in factors) or self.site.factor_norms
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)
             layer = _make_ranked(site.module, undo)
             _replace(own_parameters(layer), self.old, self.new)
-            layer.set_form(site.spec.name, self.change.after, frozen)
+            layer.set_form(site.spec.name, self.change.after, frozen, norms)
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())

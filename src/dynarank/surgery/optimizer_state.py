@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dynarank.decompositions import precise
 from dynarank.forms import same_weight
@@ -46,7 +45,6 @@ __all__ = [
     "check_held",
     "check_movable",
     "new_contents",
-    "note_norms",
     "write",
 ]
 
@@ -55,8 +53,6 @@ Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
 
 POLICIES = ("project", "calibrated", "reset", "prune")
 MOVABLE = ("SGD", "Adam", "AdamW", "RAdam", "Muon")  # of torch; of others their states decide
-# The norm of each parameter when a change made it, see Note [Limit] in surgery.side.
-_BEGAN = WeakTensorKeyDictionary()
 L2_DECAY = ("SGD", "Adam", "RAdam")  # see Note [Decoupled decay]
 
 
@@ -112,12 +108,6 @@ def new_contents(
         contents += regrouped + follow(family, mine, regrouped)
     unfit.check()
     return contents
-
-
-def note_norms(edits: Iterable[Edit]) -> None:
-    """Remember how large factors are as they are made."""
-    for p in (p for edit in edits for p in edit.trained.values()):
-        _BEGAN[p] = float(p.detach().double().norm())
 
 
 def write(contents: Contents, undo: ExitStack) -> None:
@@ -230,8 +220,7 @@ def _moved(
     site, change = edit.site, edit.change
     if moments == "prune" and same_weight(change.before, change.after, restarted=True):
         return [prune(state) for state in states]
-    own = [p for name, p in edit.old.items() if not site.spec.is_base(name)]
-    began = [] if site.spec.span else [_BEGAN.get(p) or 0.0 for p in own]
+    began = () if site.spec.span else site.factor_norms
     old = Side.of(site.spec, change.before, {n: precise(p) for n, p in edit.old.items()}, began)
     new = Side.of(site.spec, change.after, {n: precise(p) for n, p in edit.new.items()})
     samples = [] if isinstance(moments, str) else moments.of(site.trained())

@@ -74,6 +74,12 @@ class Site:
         known = self.module.last_factored_forms if isinstance(self.module, RankedLayer) else {}
         return known.get(self.spec.name)
 
+    @property
+    def factor_norms(self) -> tuple[float, ...]:
+        """The norms that the factors had when a change made them; empty if unknown."""
+        known = self.module.factor_norms if isinstance(self.module, RankedLayer) else {}
+        return known.get(self.spec.name, ())
+
     def entries(self, form: Form | None = None) -> int:
         """The number of entries of the weight in ``form``; None: in the form it has."""
         form = self.spec.resolve(form or self.form or FullRank())

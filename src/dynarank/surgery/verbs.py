@@ -35,14 +35,7 @@ from dynarank.layers.own_forward import forward_obstacle
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
 from dynarank.surgery.left_behind import watch_replaced
-from dynarank.surgery.optimizer_state import (
-    Moments,
-    Optimizers,
-    as_list,
-    new_contents,
-    note_norms,
-    write,
-)
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import (
     LayerFilter,
@@ -320,7 +313,6 @@ def change_forms(
         write(contents, stack)
         check_committed(edits, optimizers)
         own.pop_all()  # all is well: nothing to undo
-    note_norms(edits)
     watch_replaced(edits)
     return [edit.change for edit in edits]
 
