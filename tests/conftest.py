@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 from covering import selected
@@ -23,6 +24,16 @@ def pytest_collection_finish() -> None:
     """Leave what is loaded by now out of garbage collections, which many tests ask for."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def fresh_accelerate() -> Iterator[None]:
+    """Accelerate keeps one state a process, of whichever precision was asked for first."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def _id(value: object) -> str:

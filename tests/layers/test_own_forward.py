@@ -6,7 +6,7 @@ import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from accelerate.state import AcceleratorState
 from every_layer import FORMS, KINDS, Kind, in_form
 from laws import assert_close
 from torch import Tensor, nn
@@ -278,14 +277,6 @@ def test_a_change_that_fails_gives_the_methods_back(
         dr.factorize(model, 2, layers="*")
     assert type(model[0]) is nn.Linear and model[0].forward is forward
     assert torch.equal(model(x), before)
-
-
-@pytest.fixture
-def fresh_accelerate() -> Iterator[None]:
-    """Accelerate keeps one state a process, of whichever precision was asked for first."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerate")

@@ -172,7 +172,12 @@ class Wrapper:
         self.zero_grad, self.step = optimizer.zero_grad, optimizer.step
 
 
-@pytest.mark.parametrize("wrap", [Accelerator(cpu=True).prepare, Wrapper])
+def by_accelerate(optimizer: AdamW) -> Any:
+    return Accelerator(cpu=True).prepare(optimizer)
+
+
+@pytest.mark.usefixtures("fresh_accelerate")
+@pytest.mark.parametrize("wrap", [by_accelerate, Wrapper])
 def test_the_steps_of_a_wrapped_optimizer_are_read(wrap: Callable[[AdamW], Any]) -> None:
     model = net()
     optimizer = wrap(adamw(model))
