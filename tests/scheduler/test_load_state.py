@@ -135,6 +135,7 @@ POSSIBLE = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_corrupted_state_changes_nothing_or_is_loaded_as_it_is(name: str) -> None:
     saved, run = build(SCHEDULES[name]()), build(SCHEDULES[name]())
@@ -261,6 +262,7 @@ ORDERED: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("name", ORDERED)
 def test_every_order_gives_the_run_uninterrupted_or_is_refused(name: str, optimizer: str) -> None:

@@ -97,6 +97,7 @@ class Run:
         part[how].mul_(by)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:merging rounds away")  # bf16
 @settings(max_examples=6, deadline=None)
 @given(
