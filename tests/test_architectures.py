@@ -109,7 +109,7 @@ def assert_tied(model: nn.Module, arch: Architecture) -> None:
 def test_a_whole_run(arch: Architecture, kind: str, autocast: bool) -> None:
     run = Run(arch, kind, autocast)
     run.skip_if_plain_fails()
-    dr.factorize(run.model, Rank(0.25, of="min"), optimizer=run.optimizer)
+    dr.factorize(run.model, Rank(0.125, of="min"), optimizer=run.optimizer)
     check_optimizer(run.model, run.optimizer)
     factorized = {p for p, form in dr.current_plan(run.model).items() if form != FullRank()}
     assert factorized
@@ -147,7 +147,7 @@ def truncate(run: Run) -> None:
         old = before[change.path]
         actual = (after[change.path] - old).norm() / old.norm()
         assert change.error == pytest.approx(actual.item(), abs=1e-6)
-    assert max(change.error for change in changes) > 5e-4  # far above what is compared
+    assert max(change.error for change in changes) > 1e-3
     check_optimizer(run.model, run.optimizer)
 
 

@@ -99,7 +99,7 @@ class Run:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:merging rounds away")  # bf16
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     case=st.sampled_from(CASES),
     kind=st.sampled_from(sorted(OPTIMIZERS)),
