@@ -1,0 +1,1 @@
+"""How files are written whole and read with care: all or nothing, limits, no pickle."""
