@@ -32,7 +32,7 @@ from dynarank.forms import (
 )
 from dynarank.layers import RankedLayer
 from dynarank.layers.own_forward import forward_obstacle
-from dynarank.surgery.check import check_committed, warn_of_losses
+from dynarank.surgery.committed import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
 from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
@@ -47,11 +47,11 @@ from dynarank.surgery.selection import (
 )
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.unfit import UnfitLayers
+from dynarank.surgery.wrappers import WRAPPERS
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def apply_plan(
@@ -321,7 +321,7 @@ def _check_unwrapped(model: nn.Module) -> None:
     """Raise ValueError if a wrapper holds the model's parameters and would miss a change."""
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
+            if cls.__name__ in WRAPPERS:
                 raise ValueError(
                     f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
                     "the old parameters, silently out of step; change forms before wrapping"
