@@ -5,21 +5,24 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import dynarank as dr
-from dynarank.surgery import verbs
+from dynarank.surgery import edit, verbs
 from dynarank.surgery.optimizer_state import Contents
 
 SCRIPT = """
 import dynarank as dr, torch
 from contextlib import ExitStack
-from dynarank.surgery import verbs
+from dynarank.surgery import edit, verbs
 
 assert False, "not run under -O"
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
@@ -117,3 +120,39 @@ def test_to_plain_needs_full_rank() -> None:
     with pytest.raises(ValueError, match=r"dr\.merge"):
         layer.to_plain()
     assert dr.current_plan(layer) == {"": dr.LowRank(2)}
+
+
+@pytest.mark.slow
+def test_verification_costs_under_5_percent_of_the_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the processor time of all four changes, AdamW's state moved too."""
+    spent: list[float] = []
+
+    def timed(module: ModuleType, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(*args: object) -> object:
+            start = time.process_time()
+            try:
+                return original(*args)
+            finally:
+                spent.append(time.process_time() - start)
+
+        monkeypatch.setattr(module, name, call)
+
+    timed(edit, "_check_values")
+    timed(edit, "_measured")
+    timed(verbs, "check_committed")
+    shares: list[float] = []
+    for _ in range(4):
+        model = nn.Sequential(nn.Linear(640, 640), nn.Linear(640, 640))
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(4, 640)).sum().backward()
+        optimizer.step()
+        spent.clear()
+        start = time.process_time()
+        dr.factorize(model, 160, layers="*", optimizer=optimizer)
+        dr.inflate(model, optimizer=optimizer)
+        dr.deflate(model, 160, optimizer=optimizer)
+        dr.merge(model, optimizer=optimizer)
+        shares.append(sum(spent) / (time.process_time() - start))
+    assert len(spent) == 3 * 8 - 4 and median(shares[1:]) < 0.05

@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from dynarank.layers import own_parameters
@@ -77,10 +78,16 @@ def _in_states(edit: Edit, optimizers: Sequence[Optimizer]) -> Iterator[str]:
     for name, p in edit.new.items():
         states = [one.state[p] for one in optimizers if p in one.state]
         for key, value in (item for state in states for item in entries_of(state)):
-            if value.ndim > 0 and value.shape != p.shape:
+            if value.ndim > 0 and not _fits(value, p):
                 yield f"{key} of {name} has shape {shape(value)}, not {shape(p)}"
             if value.ndim > 0 and not is_finite(value):
                 yield f"{key} of {name} is not finite"
+
+
+def _fits(value: Tensor, p: Tensor) -> bool:
+    """Whether it has the parameter's shape, or sides of 1 (means of rows or columns)."""
+    sides = zip(value.shape, p.shape, strict=False)
+    return value.ndim == p.ndim and all(own in (1, side) for own, side in sides)
 
 
 def _in_groups(edit: Edit, held: Counter[int]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynarank.decompositions import all_finite
 from dynarank.surgery.own_references import groups_of, wrapped
 from dynarank.surgery.problem import Problem, shape
 
@@ -119,7 +120,7 @@ def is_finite(tensor: Tensor, *, infinite: bool = False) -> bool:
     plain = type(tensor.data) is Tensor and tensor.layout == torch.strided and not tensor.is_meta
     if not plain or tensor.dtype not in _NUMBERS:
         return True
-    return not bool(tensor.isnan().any() if infinite else (~tensor.isfinite()).any())
+    return all_finite(tensor) or (infinite and not bool(tensor.isnan().any()))
 
 
 def entries_of(state: Any) -> list[tuple[str, Tensor]]:
