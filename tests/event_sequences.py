@@ -309,7 +309,7 @@ class Run:
             self.optimizer.load_state_dict(self.optimizer.state_dict())
 
     def copied(self) -> None:
-        """Training goes on with a copy, and an optimizer of it made anew."""
+        """Training goes on with a copy, and a new optimizer of it."""
         before, other = self.output(), copy.deepcopy(self.model)
         place = {id(p): q for p, q in zip(self.model.parameters(), other.parameters(), strict=True)}
         groups = [{**g, "params": [place[id(p)] for p in g["params"]]} for g in self.groups()]

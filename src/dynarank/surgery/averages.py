@@ -14,7 +14,7 @@ __all__ = ["average_problems"]
 
 _INSIDE = ("module", "ema_model", "averaged_model", "ema", "model")
 _PREFIXES = ("module.", "_orig_mod.")
-_WAY = "make the average anew from the model, or bring it to the same forms by apply_plan"
+_WAY = "make a new average of the model, or bring it to the same forms by apply_plan"
 
 
 def average_problems(model: nn.Module, ema: Any) -> Iterator[Problem]:

@@ -109,10 +109,10 @@ def _problems(
 def _rank_problems(model: nn.Module, optimizers: list[Any], ranks: Any) -> Iterator[Problem]:
     """I7: the rank scheduler is of this model, and its layers have the forms that it gave them."""
     if unwrapped(ranks.model) is not model:
-        yield Problem("I7", "ranks", "it changes another model; make it anew of this one")
+        yield Problem("I7", "ranks", "it changes another model; make a new one of this model")
         return
     if other := [o for o in ranks.optimizer if optimizers and not any(o is k for k in optimizers)]:
-        text = f"it changes another {type(other[0]).__name__} than those given; make it anew"
+        text = f"it changes another {type(other[0]).__name__} than those given; make a new one"
         yield Problem("I7", "ranks", text)
     forms = ranks._readings().forms  # of its last plan, and of what is postponed
     for site, form in differences(model, forms):

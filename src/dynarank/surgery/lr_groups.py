@@ -38,7 +38,7 @@ def lr_problems(lr_scheduler: Any, optimizers: Sequence[Any]) -> Iterator[Proble
             "I4",
             name,
             f"it drives another {type(own).__name__} than the optimizers given, whose rates would "
-            "stay as they are: make it anew of the optimizer that takes the steps",
+            "stay as they are: make a new one of the optimizer that takes the steps",
         )
         return
     groups, kept = own.param_groups, vars(lr_scheduler)
@@ -48,7 +48,7 @@ def lr_problems(lr_scheduler: Any, optimizers: Sequence[Any]) -> Iterator[Proble
                 "I4",
                 name,
                 f"it has {len(kept[key])} {key}, its optimizer {len(groups)} groups: add groups "
-                "before the LR scheduler is made, or make it anew",
+                "before the LR scheduler is made, or make a new one",
             )
     keys = [key for cls in type(lr_scheduler).__mro__ for key in _KEYS.get(cls.__name__, ())]
     for key in [*(["initial_lr"] if "base_lrs" in kept else []), *keys]:
@@ -57,7 +57,7 @@ def lr_problems(lr_scheduler: Any, optimizers: Sequence[Any]) -> Iterator[Proble
                 "I4",
                 name,
                 f"group {without[0]} of its optimizer has no {key!r}, which it reads: set it, or "
-                "make the LR scheduler anew",
+                "make a new LR scheduler",
             )
 
 
