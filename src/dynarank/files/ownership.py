@@ -77,6 +77,7 @@ def move_aside(path: Path) -> Path:
         >>> move_aside(path).name
         'digits.aside'
     """
+    path = Path(os.path.abspath(path))
     return rename_free(path, f"{path.name}.aside")
 
 
