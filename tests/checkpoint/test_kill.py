@@ -98,7 +98,8 @@ def test_killed_while_a_checkpoint_is_replaced(tmp_path: Path) -> None:
         return tmp_path / name / "checkpoint"
 
     seen = set[int]()
-    for at in range(1, len(count_calls(lambda: replace(fresh("whole")))) + 1):
+    whole = fresh("whole")
+    for at in range(1, len(count_calls(lambda: replace(whole))) + 1):
         folder = fresh(str(at))
 
         def run(_: int, at: int = at, folder: Path = folder) -> None:

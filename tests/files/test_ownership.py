@@ -177,14 +177,14 @@ def test_without_locks_what_cannot_be_judged_stays_owned(
     path = tmp_path / ".owner"
     with pytest.warns(UserWarning, match="has no file locks"), owned(tmp_path):
         assert path.exists()
-    for text in ('{"pid": 1, "host": "elsewhere", "since": "2026"}', "", "[]", "\0"):
+    for text in ('{"pid": 1, "host": "elsewhere", "since": "2026", "token": ""}', "", "[]", "\0"):
         path.write_text(text)
         with pytest.raises(FolderInUseError, match=r"if it is gone, delete .*\.owner"):
             owned(tmp_path).__enter__()
         path.unlink()
 
 
-def test_a_folder_that_was_moved_while_it_was_owned(tmp_path: Path) -> None:
+def test_a_folder_that_was_moved_while_it_was_owned(tmp_path: Path, before: str) -> None:
     folder = tmp_path / "run"
     with owned(folder):
         aside = move_aside(folder)

@@ -19,7 +19,8 @@ from dynarank.files.tensors import _NAMES, load_tensors, save_tensors
 def same(one: Tensor, other: Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    plain = [t.detach().resolve_conj().contiguous().reshape(-1) for t in (one, other)]
+    plain = [t.detach().resolve_conj().resolve_neg().flatten() for t in (one, other)]
+    plain = [t.clone(memory_format=torch.contiguous_format) for t in plain]
     return torch.equal(plain[0].view(torch.uint8), plain[1].view(torch.uint8))
 
 
