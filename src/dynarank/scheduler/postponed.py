@@ -8,8 +8,8 @@ from typing import Any
 
 from dynarank.decompositions import UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Change, Form
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.surgery.optimizer_state import Moments, Optimizers
 from dynarank.surgery.sites import Site
 from dynarank.surgery.verbs import change_forms

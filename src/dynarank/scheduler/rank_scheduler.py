@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from dynarank.decompositions import LinAlgError, UnfitWeightError
+from dynarank.form_data import form_to_data
 from dynarank.forms import Change, Form, LowRank, Plan
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
@@ -26,11 +27,11 @@ from dynarank.scheduler.optimizer_loads import OptimizerLoads
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, ask, step_of
-from dynarank.schedules.form_data import form_to_data
 from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.edit import restore_on_exit
+from dynarank.surgery.loading import follow_loads
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
@@ -131,6 +132,7 @@ class RankScheduler:
             for one in self.callbacks.values():
                 one.on_start(self)
             self._advance(sites)
+            follow_loads(model)
         except BaseException:
             self.close()
             raise

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.scheduler.callbacks import Callback, stateful_callbacks
 from dynarank.scheduler.postponed import Waiting
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule, State
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 
 __all__ = ["KEYS", "SavedState", "schedule_identity"]

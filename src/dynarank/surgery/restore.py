@@ -75,9 +75,7 @@ def _same_parameters(site: Site, after: Form) -> bool:
     before = site.form
     if isinstance(before, FullRank) or isinstance(after, FullRank) or before is None:
         return before == after
-    names = [site.spec.parameter_names(form) for form in (before, after)]
-    shapes = [site.spec.factor_shapes(form) for form in (before, after)]
-    return names[0] == names[1] and shapes[0] == shapes[1]
+    return site.spec.same_parameters(before, after)
 
 
 def _relabel(site: Site, after: Form, undo: ExitStack) -> None:

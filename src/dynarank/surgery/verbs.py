@@ -35,6 +35,7 @@ from dynarank.layers.own_forward import forward_obstacle
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
 from dynarank.surgery.left_behind import watch_replaced
+from dynarank.surgery.loading import follow_loads, unfollow_loads
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import (
@@ -47,11 +48,11 @@ from dynarank.surgery.selection import (
 )
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.unfit import UnfitLayers
+from dynarank.surgery.wrappers import check_unwrapped
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def apply_plan(
@@ -98,7 +99,9 @@ def apply_plan(
         >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
         ['2']
     """
-    return change_forms(differences(model, plan), optimizer, moments, calibration)
+    changes = change_forms(differences(model, plan), optimizer, moments, calibration)
+    follow_loads(model)
+    return changes
 
 
 def factorize(
@@ -144,6 +147,7 @@ def factorize(
     if layers is None and not isinstance(rank, Mapping) and not has_factors(every):
         warn_of_little(every, [plan], stacklevel=2)
     change_forms(wanted, optimizer, moments, calibration)
+    follow_loads(model)
     return model
 
 
@@ -165,6 +169,7 @@ def inflate(
     sites = select(survey(model), layers)
     plan = {site.path: FullRank() for site in sites}
     change_forms(differences(model, plan, sites), optimizer, moments)
+    follow_loads(model)
     return model
 
 
@@ -220,6 +225,7 @@ def deflate(
         how = rank_for(asked, site), name
         plan[site.path] = LowRank(*how) if to == "low-rank" else Adapted(*how, alpha, execution)
     change_forms(differences(model, plan, sites), optimizer, moments, calibration)
+    follow_loads(model)
     return model
 
 
@@ -248,6 +254,7 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
                 restore_module_on_exit(module, undo)
                 module.to_plain()
         undo.pop_all()
+    unfollow_loads(model)
     return model
 
 
@@ -261,7 +268,7 @@ def differences(
     for path, form in plan.items():
         if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
-    _check_unwrapped(model)
+    check_unwrapped(model)
     sites = survey(model) if sites is None else sites
     named: dict[int, tuple[str, Form]] = {}
     wanted: list[tuple[Site, Form]] = []
@@ -315,14 +322,3 @@ def change_forms(
         own.pop_all()  # all is well: nothing to undo
     watch_replaced(edits)
     return [edit.change for edit in edits]
-
-
-def _check_unwrapped(model: nn.Module) -> None:
-    """Raise ValueError if a wrapper holds the model's parameters and would miss a change."""
-    for path, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
-                raise ValueError(
-                    f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
-                    "the old parameters, silently out of step; change forms before wrapping"
-                )
