@@ -23,6 +23,7 @@ _T = TypeVar("_T")
 KEYS = (
     "last_step",
     "total_steps",
+    "seed",
     "layers",
     "scheduled_by",
     "schedule",
@@ -42,6 +43,7 @@ class SavedState:
 
     Args:
         last_step: the number of optimizer steps that were done.
+        seed: that of new adapters.
         layers: the scheduled layers, with their shapes.
         schedule: the schedule that goes on: the scheduler's own, or a fitted one that was saved.
         schedule_state: its state.
@@ -54,6 +56,7 @@ class SavedState:
     """
 
     last_step: int
+    seed: int
     layers: Mapping[str, Sequence[int]]
     schedule: RankSchedule
     schedule_state: State
@@ -70,11 +73,13 @@ class SavedState:
         state: Mapping[str, Any],
         schedule: RankSchedule,
         total_steps: int,
-        layers: Mapping[str, Sequence[int]],
+        layers: Mapping[str, Sequence[int]] | None,
         callbacks: Mapping[str, Callback],
         shapes: Mapping[str, Sequence[int]],
     ) -> SavedState:
         """Read a state for a scheduler with these arguments, and a model of these shapes.
+
+        ``layers`` is None if nobody has named them: those of the state.
 
         Raises:
             ValueError: a key is missing or unknown, a value is not what ``state_dict`` returns, or
@@ -83,14 +88,15 @@ class SavedState:
         _check_run(state, total_steps, callbacks)
         goes_on = _schedule(state["scheduled_by"], schedule)
         # Which layers get cheaper may differ from one fitted schedule to another.
-        able = layers if goes_on is schedule else {p: shapes.get(p, ()) for p in state["layers"]}
-        _check_layers(state["layers"], able)
-        layers = able
+        if layers is None or goes_on is not schedule:
+            layers = {path: shapes.get(path, ()) for path in state["layers"]}
+        _check_layers(state["layers"], layers)
         with _reading("schedule", state["schedule"]):
             goes_on.check_state(state["schedule"], layers)
         forms = _each(state, "forms", _resolved_form)
         saved = cls(
             last_step=_count(state, "last_step"),
+            seed=_count(state, "seed"),
             layers=layers,
             schedule=goes_on,
             schedule_state=state["schedule"],

@@ -36,7 +36,9 @@ from dynarank.surgery.sites import survey
 from dynarank.surgery.unfit import UnfitLayers
 from dynarank.surgery.wrappers import check_unwrapped, is_wrapper
 
-__all__ = ["follow_loads", "unfollow_loads"]
+__all__ = ["follow_loads", "forms_loaded", "note_forms_loaded", "unfollow_loads"]
+
+_LOADED: list[None] = []  # one for each load that has changed forms
 
 
 def follow_loads(model: nn.Module) -> None:
@@ -50,6 +52,16 @@ def unfollow_loads(model: nn.Module) -> None:
     for hooks in map(_hooks, model.modules()):
         for number in _ours(hooks):
             del hooks[number]
+
+
+def forms_loaded() -> int:
+    """How many loads have changed forms so far, of any model."""
+    return len(_LOADED)
+
+
+def note_forms_loaded() -> None:
+    """Count a load that has changed forms."""
+    _LOADED.append(None)
 
 
 def _hooks(module: nn.Module) -> dict[int, Any]:
@@ -161,6 +173,8 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
                     restore_on_exit(layer.__dict__, undo)
                     layer.adopt({one.site.spec.name: one.saved})
         undo.pop_all()
+    if edits:
+        note_forms_loaded()
     watch_replaced(edits)
 
 

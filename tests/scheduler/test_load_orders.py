@@ -1,0 +1,171 @@
+"""A run saved at any step and loaded in any order is the run that was never interrupted."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import warnings
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from small_run import STEPS, assert_same_bits, net, train_step
+from torch import nn
+
+import dynarank as dr
+from dynarank import LRRewarmup, RankScheduler
+from dynarank.schedules import dynamic_rank
+
+CHANGES = (4, 8)
+SAVED = (1, 3, 4, 5, 7, 8, 9, 11)  # in each phase, and right before and after each change
+SCHEDULES = {
+    "adapted": dynamic_rank(2, inflate=4, deflate=8),
+    "low-rank": dynamic_rank(2, inflate=4, deflate=8, to="low-rank"),
+}
+Run = dict[str, Any]
+
+
+def optimizer_of(model: nn.Module, kind: str) -> Any:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if kind == "sgd":
+        return torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=0.01)
+    return torch.optim.AdamW(trained, lr=0.01, amsgrad=True)
+
+
+def scheduler(run: Run, ending: str, state: Any = None) -> None:
+    callbacks = [LRRewarmup(3)]
+    run["ranks"] = RankScheduler(
+        run["model"], run["optimizer"], SCHEDULES[ending], STEPS, callbacks=callbacks, state=state
+    )
+
+
+def train(run: Run, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        train_step(run["model"], run["optimizer"], step)
+        run["ranks"].step()
+
+
+def states(run: Run) -> dict[str, Any]:
+    return {name: copy.deepcopy(run[name].state_dict()) for name in ("model", "optimizer", "ranks")}
+
+
+def original(ending: str, kind: str) -> Run:
+    model = net()
+    run: Run = {"model": model, "optimizer": optimizer_of(model, kind)}
+    scheduler(run, ending)
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """The states of uninterrupted runs after each step, by ending and optimizer."""
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for ending in SCHEDULES:
+        for kind in ("sgd", "adamw"):
+            run = original(ending, kind)
+            runs[ending, kind] = [states(run)]
+            for step in range(STEPS):
+                train(run, step, step + 1)
+                runs[ending, kind].append(states(run))
+    return runs
+
+
+def other_net() -> nn.Sequential:
+    """Its own weights must not matter."""
+    model = net()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(-2).add_(0.5)
+    return model
+
+
+def plain(kind: str) -> Run:
+    model = other_net()
+    return {"model": model, "optimizer": optimizer_of(model, kind)}
+
+
+def factorized(kind: str) -> Run:
+    model = dr.factorize(other_net(), 2, layers=["0", "2"])
+    return {"model": model, "optimizer": optimizer_of(model, kind)}
+
+
+def factorized_with_optimizer(kind: str) -> Run:
+    run = plain(kind)
+    dr.factorize(run["model"], 2, layers=["0", "2"], optimizer=run["optimizer"])
+    return run
+
+
+def in_this_process(saved: dict[str, Any]) -> dict[str, Any]:
+    return copy.deepcopy(saved)
+
+
+def through_files(saved: dict[str, Any]) -> dict[str, Any]:
+    """As ``torch.save``, JSON and safetensors give it back; the last one has no metadata."""
+    file = io.BytesIO()
+    torch.save(saved["optimizer"], file)
+    file.seek(0)
+    return {
+        "model": load(save({n: v.contiguous() for n, v in saved["model"].items()})),
+        "optimizer": torch.load(file, weights_only=True),
+        "ranks": json.loads(json.dumps(saved["ranks"])),
+    }
+
+
+PASSED = {"process": in_this_process, "files": through_files}
+BUILDS = {"plain": plain, "factorized": factorized, "passed": factorized_with_optimizer}
+# C: the constructor, S: the constructor with state=, the others are loads.
+ORDERS = [
+    *(f"plain: C {' '.join(order)}" for order in permutations("MOR")),
+    "plain: S M O", "plain: S O M",
+    "factorized: M O C R", "factorized: M C O R", "factorized: M C R O", "factorized: M O S",
+    "factorized: M S O",
+    *(f"passed: {order}" for order in ("M O C R", "O M C R", "M C O R", "M C R O", "O C M R")),
+    *(f"passed: {order}" for order in ("M O S", "O M S", "O S M")),
+]  # fmt: skip
+
+
+def resumed(order: str, ending: str, kind: str, saved: dict[str, Any]) -> Run:
+    build, steps = order.split(": ")
+    run = BUILDS[build](kind)
+    names = {"M": "model", "O": "optimizer", "R": "ranks"}
+    for letter in steps.split():
+        if letter in names:
+            run[names[letter]].load_state_dict(saved[names[letter]])
+        else:
+            scheduler(run, ending, saved["ranks"] if letter == "S" else None)
+    return run
+
+
+@pytest.mark.parametrize("ending", SCHEDULES)
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("passed", PASSED)
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_order_goes_on_as_the_run_uninterrupted(
+    order: str, passed: str, kind: str, ending: str, whole: dict[Any, Any]
+) -> None:
+    for step in SAVED:
+        saved = whole[ending, kind][step]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # a file does not say what is full-rank
+            run = resumed(order, ending, kind, PASSED[passed](saved))
+        now = states(run)
+        assert_same_bits(now, saved)
+        train(run, step, STEPS)
+        assert_same_bits(states(run), whole[ending, kind][-1])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize("order", ["M O C R", "M C O R", "M C R O", "M O S", "M S O"])
+def test_a_plain_model_takes_a_full_rank_state_before_the_scheduler_is_made(
+    order: str, kind: str, whole: dict[Any, Any]
+) -> None:
+    """The first plan, which the constructor applies, would truncate what was loaded."""
+    for step in (4, 5, 7):
+        saved = whole["adapted", kind][step]
+        run = resumed(f"plain: {order}", "adapted", kind, through_files(saved))
+        assert_same_bits(states(run), saved)
+        train(run, step, STEPS)
+        assert_same_bits(states(run), whole["adapted", kind][-1])
