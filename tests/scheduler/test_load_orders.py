@@ -49,7 +49,9 @@ def train(run: Run, start: int, stop: int) -> None:
 
 
 def states(run: Run) -> dict[str, Any]:
-    return {name: copy.deepcopy(run[name].state_dict()) for name in ("model", "optimizer", "ranks")}
+    made = {name: copy.deepcopy(run[name].state_dict()) for name in ("model", "optimizer", "ranks")}
+    made["optimizer"]["state"] = dict(sorted(made["optimizer"]["state"].items()))
+    return made
 
 
 def original(ending: str, kind: str) -> Run:
@@ -127,6 +129,11 @@ ORDERS = [
 ]  # fmt: skip
 
 
+# An optimizer that was made after ``factorize``, and a file that does not say what is full-rank: the
+# optimizer's state is loaded before anything has brought it to the forms, and torch refuses it.
+REFUSED = ("factorized: M O C R", "factorized: M O S")
+
+
 def resumed(order: str, ending: str, kind: str, saved: dict[str, Any]) -> Run:
     build, steps = order.split(": ")
     run = BUILDS[build](kind)
@@ -148,6 +155,10 @@ def test_every_order_goes_on_as_the_run_uninterrupted(
 ) -> None:
     for step in SAVED:
         saved = whole[ending, kind][step]
+        if order in REFUSED and passed == "files" and "0.weight" in saved["model"]:
+            with pytest.raises(ValueError, match="match the size"), pytest.warns(UserWarning):
+                resumed(order, ending, kind, PASSED[passed](saved))
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # a file does not say what is full-rank
             run = resumed(order, ending, kind, PASSED[passed](saved))

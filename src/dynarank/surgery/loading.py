@@ -31,6 +31,7 @@ from dynarank.surgery.incoming import Incoming, Load, incoming
 from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import new_contents, write
 from dynarank.surgery.own_references import is_optimizer, wrapped
+from dynarank.surgery.replaced import returning_states
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.sites import survey
 from dynarank.surgery.unfit import UnfitLayers
@@ -167,6 +168,7 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
             check_committed(mine, [one])
             if not isinstance(one, LBFGS):
                 _keep_states(mine, states)
+        write(returning_states(replaced), undo)
         for one in saved:
             for layer in (place.module for place in one.site.places):
                 if isinstance(layer, RankedLayer) and one.saved is not None:

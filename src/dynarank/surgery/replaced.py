@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from dynarank.forms import Change, Form, FullRank
-from dynarank.layers import own_parameters
-from dynarank.surgery.edit import Edit, like_old
+from dynarank.forms import Adapted, Change, Form, FullRank, LowRank
+from dynarank.layers import RankedLayer, own_parameters
+from dynarank.surgery.edit import Edit, like_old, restore_on_exit
 from dynarank.surgery.exact_weights import kept
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
 from dynarank.surgery.own_references import wrapped
@@ -28,7 +28,7 @@ from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.site import Site
 
-__all__ = ["forget_replaced", "given_back", "keep_replaced", "returning_states"]
+__all__ = ["forget_replaced", "given_back", "keep_replaced", "recall", "returning_states"]
 
 
 @dataclass
@@ -36,8 +36,11 @@ class _Replaced:
     """A weight as it was before a change, and what tells that nothing was written to it since."""
 
     form: Form
+    last: LowRank | Adapted | None
+    frozen: frozenset[str]
+    norms: tuple[float, ...]
     parameters: dict[str, Parameter]
-    states: list[tuple[ref[Any], dict[Any, Any]]]  # by optimizer
+    states: list[tuple[ref[Any], dict[str, Any]]]  # by optimizer, and the parameter's name
     bias: tuple[Parameter, Tensor, int] | None  # its value and version, if the change moved it
     new: list[ref[Parameter]]
     versions: list[int] | None  # of the new parameters; None: do not look
@@ -61,6 +64,9 @@ def keep_replaced(edits: Iterable[Edit], optimizers: Sequence[Any], undo: ExitSt
             bias = own_parameters(site.module).get("bias")
             one = _Replaced(
                 form=edit.change.before,
+                last=site.last_factored_form,
+                frozen=site.frozen_factors,
+                norms=site.factor_norms,
                 parameters=edit.old,
                 states=_states(edit, optimizers),
                 bias=None if edit.shift is None or bias is None else _moved(bias),
@@ -83,8 +89,8 @@ def given_back(site: Site, after: Form, undo: ExitStack) -> Edit | None:
     if isinstance(after, FullRank) and (weight := kept(site)) is not None:
         value = like_old(weight, site.spec.name, site, after).clone()
         return Edit(site, change, old, new_parameters(site, {site.spec.name: value}))
-    one = _REPLACED.get(site.module, {}).get(site.spec.name)
-    if one is None or one.form != after or not one.stands_for(site):
+    one = _kept_of(site, after)
+    if one is None or not one.stands_for(site):
         return None
     if one.bias is not None and one.bias[0]._version == one.bias[2]:
         undo.callback(one.bias[0].data.copy_, one.bias[0].detach().clone())
@@ -98,15 +104,29 @@ def given_back(site: Site, after: Form, undo: ExitStack) -> Edit | None:
 
 
 def returning_states(edits: Iterable[Edit]) -> Contents:
-    """What the optimizers are to hold once these edits have given parameters back."""
+    """What the optimizers are to hold once these edits have given weights their old forms again."""
     tables: dict[int, tuple[Any, dict[Any, Any]]] = {}
     for edit in edits:
-        one = _REPLACED.get(edit.site.module, {}).get(edit.site.spec.name)
+        one = _kept_of(edit.site, edit.change.after)
         for optimizer, states in () if one is None else one.states:
-            if (owner := optimizer()) is not None and one.parameters is edit.new:
-                table = tables.setdefault(id(owner), (owner.state, dict(owner.state)))
-                table[1].update(states)
+            if (owner := optimizer()) is not None:
+                _, held = tables.setdefault(id(owner), (owner.state, dict(owner.state)))
+                for p in edit.new.values():
+                    held.pop(p, None)
+                held.update({edit.new[name]: state for name, state in states.items()})
     return list(tables.values())
+
+
+def recall(edits: Iterable[Edit], undo: ExitStack) -> None:
+    """Note of these weights what was noted of them beside the form when they last had it."""
+    for edit in edits:
+        one = _kept_of(edit.site, edit.change.after)
+        for place in () if one is None else edit.site.places:
+            layer, name = place.module, place.spec.name
+            if one is not None and isinstance(layer, RankedLayer):
+                restore_on_exit(layer.__dict__, undo)
+                layer.set_form(name, one.form, one.frozen, one.norms)
+                layer.remember(name, one.last)
 
 
 def forget_replaced(*modules: nn.Module) -> None:
@@ -117,14 +137,20 @@ def forget_replaced(*modules: nn.Module) -> None:
         unwatch_steps(_before_step)
 
 
+def _kept_of(site: Site, form: Form) -> _Replaced | None:
+    """What is kept of a weight that had this form."""
+    one = _REPLACED.get(site.module, {}).get(site.spec.name)
+    return one if one is not None and one.form == form else None
+
+
 def _moved(bias: Parameter) -> tuple[Parameter, Tensor, int]:
     return bias, bias.detach().clone(), bias._version
 
 
-def _states(edit: Edit, optimizers: Sequence[Any]) -> list[tuple[ref[Any], dict[Any, Any]]]:
+def _states(edit: Edit, optimizers: Sequence[Any]) -> list[tuple[ref[Any], dict[str, Any]]]:
     """The states of the parameters that an edit replaces, by optimizer."""
     return [
-        (ref(one), {p: one.state[p] for p in edit.old.values() if p in one.state})
+        (ref(one), {name: one.state[p] for name, p in edit.old.items() if p in one.state})
         for given in optimizers
         for one in wrapped(given)
         if isinstance(one.state, dict)

@@ -14,7 +14,7 @@ from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan
 from dynarank.layers import RankedLayer
 from dynarank.surgery.edit import Edit, restore_on_exit
 from dynarank.surgery.optimizer_state import write
-from dynarank.surgery.replaced import given_back, returning_states
+from dynarank.surgery.replaced import given_back, recall, returning_states
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import change_forms, differences
@@ -61,6 +61,7 @@ def restore_forms(
                 _zero(site, undo)
             change_forms(others, optimizers, "reset", prepared=exact, undo=undo)
     write(returning_states(exact), undo)
+    recall(exact, undo)
     for site, after in alike:
         _relabel(site, after, undo)
     for path, site in () if last is None else find_sites(model, survey(model), forms).items():
