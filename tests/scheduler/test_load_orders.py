@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import warnings
+import weakref
 from itertools import permutations
 from typing import Any
 
@@ -16,8 +18,8 @@ from small_run import STEPS, assert_same_bits, net, train_step
 from torch import nn
 
 import dynarank as dr
-from dynarank import LRRewarmup, RankScheduler
-from dynarank.schedules import dynamic_rank
+from dynarank import FullRank, LowRank, LRRewarmup, RankScheduler
+from dynarank.schedules import Phases, dynamic_rank
 
 CHANGES = (4, 8)
 SAVED = (1, 3, 4, 5, 7, 8, 9, 11)  # in each phase, and right before and after each change
@@ -129,8 +131,8 @@ ORDERS = [
 ]  # fmt: skip
 
 
-# An optimizer that was made after ``factorize``, and a file that does not say what is full-rank: the
-# optimizer's state is loaded before anything has brought it to the forms, and torch refuses it.
+# An optimizer made after ``factorize``, and a file that does not say what is full-rank: nothing has
+# brought the optimizer to the forms of its state yet, and torch refuses it.
 REFUSED = ("factorized: M O C R", "factorized: M O S")
 
 
@@ -180,3 +182,129 @@ def test_a_plain_model_takes_a_full_rank_state_before_the_scheduler_is_made(
         assert_same_bits(states(run), saved)
         train(run, step, STEPS)
         assert_same_bits(states(run), whole["adapted", kind][-1])
+
+
+# Where a run goes on.
+
+
+def test_a_state_given_to_the_constructor_is_checked_as_one_that_is_loaded() -> None:
+    run = original("adapted", "adamw")
+    train(run, 0, 6)
+    state = run["ranks"].state_dict()
+    fresh = plain("adamw")
+    before = states_of(fresh)
+    with pytest.raises(ValueError, match="'last_step' cannot be loaded"):
+        scheduler(fresh, "adapted", {**state, "last_step": -1})
+    with pytest.raises(ValueError, match="the state of a rank scheduler is a dict"):
+        scheduler(fresh, "adapted", [])
+    with pytest.raises(ValueError, match="followed the schedule"):
+        scheduler(fresh, "low-rank", state)
+    assert_same_bits(states_of(fresh), before)
+    assert not fresh["optimizer"]._optimizer_load_state_dict_pre_hooks
+
+
+def states_of(run: Run) -> list[Any]:
+    return [copy.deepcopy(run[name].state_dict()) for name in ("model", "optimizer")]
+
+
+def test_the_layers_are_those_of_the_state_if_none_are_named() -> None:
+    """A layer that had no factors yet in the saved run is scheduled all the same."""
+    schedule = Phases([0, 4], [LowRank(2), FullRank()])
+
+    def made(model: nn.Module, **options: Any) -> RankScheduler:
+        return RankScheduler(model, optimizer_of(model, "sgd"), schedule, STEPS, **options)
+
+    saved = made(net(), layers=["0", "2"]).state_dict()
+    assert made(other_net(), state=saved, layers=["0", "2"]).layers == ("0", "2")
+    assert made(other_net(), state=saved).layers == ("0", "2")
+    assert made(dr.factorize(other_net(), 2, layers="0"), state=saved).layers == ("0", "2")
+    later = made(dr.factorize(other_net(), 2, layers="0"))
+    later.load_state_dict(saved)
+    assert later.layers == ("0", "2")
+
+
+def test_adapters_are_drawn_from_the_seed_of_the_saved_run() -> None:
+    whole: Run = {"model": net(), "optimizer": None}
+    whole["optimizer"] = optimizer_of(whole["model"], "adamw")
+    torch.manual_seed(7)
+    scheduler(whole, "adapted")
+    train(whole, 0, 6)
+    saved = copy.deepcopy(states(whole))
+    train(whole, 6, STEPS)
+    torch.manual_seed(99)
+    run = plain("adamw")
+    torch.manual_seed(99)
+    scheduler(run, "adapted")
+    for name in ("ranks", "model", "optimizer"):
+        run[name].load_state_dict(saved[name])
+    assert run["ranks"].state_dict()["seed"] == 7
+    train(run, 6, STEPS)
+    assert_same_bits(states(run), states(whole))
+
+
+def test_a_model_loaded_from_another_phase_is_brought_to_the_plan_at_the_next_step() -> None:
+    early, late = original("adapted", "sgd"), original("adapted", "sgd")
+    train(early, 0, 2)
+    train(late, 0, 6)
+    late["model"].load_state_dict(early["model"].state_dict())
+    assert isinstance(late["model"][0].form, LowRank)
+    train(late, 6, 7)
+    assert late["model"][0].form == FullRank()
+    early["optimizer"].load_state_dict(copy.deepcopy(late["optimizer"].state_dict()))
+    assert early["model"][0].form == FullRank()
+    train(early, 2, 3)
+    assert isinstance(early["model"][0].form, LowRank)
+
+
+def test_after_the_first_step_nothing_of_before_the_constructor_is_kept() -> None:
+    run = plain("adamw")
+    before = weakref.ref(run["model"][0].weight)
+    scheduler(run, "adapted")
+    gc.collect()
+    assert before() is not None
+    train_step(run["model"], run["optimizer"], 0)
+    gc.collect()
+    assert before() is None
+
+
+def test_closing_a_scheduler_drops_what_is_kept() -> None:
+    run = plain("adamw")
+    before = weakref.ref(run["model"][0].weight)
+    scheduler(run, "adapted")
+    run["ranks"].close()
+    gc.collect()
+    assert before() is None
+
+
+def test_what_the_constructor_replaced_returns_as_the_model_is_by_then() -> None:
+    """Frozen and converted after the constructor, and with its momentum."""
+    saved = original("adapted", "sgd")
+    train(saved, 0, 6)
+    run = plain("sgd")
+    for name in ("model", "optimizer"):
+        run[name].load_state_dict(copy.deepcopy(saved[name].state_dict()))
+    scheduler(run, "adapted")
+    run["model"].float()
+    run["model"][2].requires_grad_(False)
+    run["ranks"].load_state_dict(saved["ranks"].state_dict())
+    weight, frozen = run["model"][0].weight, run["model"][2].weight
+    assert torch.equal(weight, saved["model"][0].weight.float())
+    assert not frozen.requires_grad and weight.requires_grad
+    assert run["optimizer"].state[weight]["momentum_buffer"].shape == weight.shape
+
+
+def test_a_truncated_bias_returns_too() -> None:
+    saved = original("adapted", "sgd")
+    train(saved, 0, 6)
+    run = plain("sgd")
+    for name in ("model", "optimizer"):
+        run[name].load_state_dict(copy.deepcopy(saved[name].state_dict()))
+    x = torch.randn(16, 6, dtype=torch.float64) + 3
+    calibrated = dr.ActivationAwareTruncation(lambda: [x])
+    moved = RankScheduler(
+        run["model"], run["optimizer"], SCHEDULES["adapted"], STEPS,
+        callbacks=[LRRewarmup(3), calibrated],
+    )  # fmt: skip
+    assert not torch.equal(run["model"][0].bias, saved["model"][0].bias)
+    moved.load_state_dict(saved["ranks"].state_dict())
+    assert_same_bits(run["model"].state_dict(), saved["model"].state_dict())

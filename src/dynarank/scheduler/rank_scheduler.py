@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynarank.decompositions import LinAlgError, UnfitWeightError
 from dynarank.form_data import form_to_data
@@ -23,6 +24,7 @@ from dynarank.scheduler.callbacks import (
     named_callbacks,
     stateful_callbacks,
 )
+from dynarank.scheduler.copies import check_picklable
 from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
@@ -181,7 +183,10 @@ class RankScheduler:
                 all_of_them.callback(one.close)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the run and the forms the layers have, as plain data."""
+        """The position in the run and the forms the layers have, as plain data.
+
+        With ``moments="calibrated"``, also the gradients kept for the next change, as tensors.
+        """
         plan = None if self._plan is None else dict(self._plan)
         sites = find_sites(self.model, survey(self.model), {**self._layers, **(plan or {})})
         last = {path: site.last_factored_form for path, site in sites.items()}
@@ -200,6 +205,7 @@ class RankScheduler:
             "plan": None if plan is None else {p: form_to_data(form) for p, form in plan.items()},
             "last_factored_forms": {p: form_to_data(form) for p, form in last.items() if form},
             "forms": {p: form_to_data(site.form) for p, site in sites.items() if site.form},
+            "gradients": None if self.gradients is None else self.gradients.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -234,8 +240,25 @@ class RankScheduler:
             self.forecast.load_state_dict(state["forecast"])
             for name, one in saved.callbacks.items():
                 load_callback(name, self.callbacks[name], one, undo)
-            self._watch_gradients()
+            self._load_gradients(saved.gradients)
             undo.pop_all()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forms_loaded = forms_loaded()
+        follow_loads(self.model)
+        sign_states(self.model, self.optimizer)
+        for one in self.callbacks.values():
+            one.on_copy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(vars(self), memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        check_picklable(self, ("schedule", "callbacks", "forecast"))
+        return super().__reduce_ex__(protocol)
 
     def _readings(self) -> Readings:
         one = self.optimizer[0] if len(self.optimizer) == 1 else None
@@ -298,6 +321,16 @@ class RankScheduler:
         first = self._plan is None  # of a model that may have been loaded already
         how = {"seed": self._seed, "keep": first}
         return change_fit_layers(due, self.optimizer, self.moments, *given, **how)
+
+    def _load_gradients(self, saved: dict[str, list[list[Tensor]]] | None) -> None:
+        if self.gradients is not None and saved is not None:
+            self.gradients.load_state_dict(saved)
+        elif saved is not None:
+            raise ValueError(
+                "the saved run kept gradients for its next change (moments='calibrated'), this one "
+                "does not; give the same moments=, or set the state's 'gradients' to None"
+            )
+        self._watch_gradients()
 
     def _watch_gradients(self) -> None:
         """Keep the gradients of the layers that will have another form before long."""

@@ -64,8 +64,9 @@ def restore_forms(
     recall(exact, undo)
     for site, after in alike:
         _relabel(site, after, undo)
-    for path, site in () if last is None else find_sites(model, survey(model), forms).items():
-        _remember(site, last.get(path), undo)
+    if last is not None:
+        for path, site in find_sites(model, survey(model), forms).items():
+            _remember(site, last.get(path), undo)
 
 
 def _zero(site: Site, undo: ExitStack) -> None:
