@@ -35,7 +35,6 @@ def test_the_exact_weight_is_kept_until_the_layer_trains() -> None:
     assert exact_weights.kept(site) is kept
     train_step(model, torch.optim.SGD(model.parameters()), 0)
     assert exact_weights.kept(site) is None
-    assert not exact_weights._HOOKS
 
 
 def test_nothing_is_kept_of_a_model_that_is_gone() -> None:

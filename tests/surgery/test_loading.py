@@ -324,7 +324,8 @@ def test_an_adapters_alpha_is_that_of_the_layer_or_refused() -> None:
     was = dr.inflate(dr.deflate(net(), 1, alpha=4.0))
     for model in (dr.deflate(net(), 3, alpha=4.0), was):
         model.load_state_dict(state)
-        assert_taken(model, saved)
+        assert dr.current_plan(model) == dr.current_plan(saved)
+        assert torch.equal(model[0].weight, saved[0].weight)
     for model in (dr.inflate(dr.factorize(net(), 1)), dr.factorize(net(), 2)):
         with nothing_changed(model), pytest.raises(ValueError, match="nothing says its alpha"):
             model.load_state_dict(state)
@@ -429,16 +430,12 @@ def test_a_damaged_entry_is_one_error_and_changes_nothing(what: str) -> None:
 
 
 @pytest.mark.parametrize("note", [1, "x", [1], {"0": 1}, {"0": "["}, {"0": '{"weight":1}'}])
-def test_damaged_metadata_is_an_error_or_ignored(note: Any) -> None:
+def test_damaged_metadata_is_an_error(note: Any) -> None:
     saved, model = dr.inflate(dr.factorize(net(), 2)), dr.deflate(net(), 2)
     state: Any = saved.state_dict()
     state._metadata[""][KEY] = note
-    if isinstance(note, dict):
-        with nothing_changed(model), pytest.raises(ValueError, match="layer '0'"):
-            model.load_state_dict(state)
-    else:
-        with pytest.warns(UserWarning, match="full-rank weights"):
-            model.load_state_dict(state)
+    with nothing_changed(model), pytest.raises(ValueError, match="does not say of which forms"):
+        model.load_state_dict(state)
 
 
 def test_the_state_of_a_wider_model_is_refused() -> None:
@@ -540,8 +537,9 @@ def hooks(model: nn.Module) -> int:
 
 
 def test_a_model_has_one_hook_and_so_have_its_copies() -> None:
+    dynamic_rank = dr.schedules.dynamic_rank
     model = dr.inflate(dr.factorize(dr.deflate(net(), 2), 1))
-    ranks = dr.RankScheduler(model, torch.optim.SGD(model.parameters()), LowRank(2), 5)
+    ranks = dr.RankScheduler(model, torch.optim.SGD(model.parameters()), dynamic_rank(2), 9)
     assert hooks(model) == 1
     saved = dr.deflate(net(), 3)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -564,7 +562,7 @@ def test_nothing_is_left_of_it_on_a_merged_model() -> None:
 def test_a_failed_change_leaves_no_hook() -> None:
     model = net()
     with pytest.raises(ValueError, match="above the limit"):
-        dr.factorize(model, 100)
+        dr.factorize(model, 100, layers="*")
     assert hooks(model) == 0
 
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dynarank.layers import own_parameters
 from dynarank.surgery.site import Site
@@ -20,7 +20,7 @@ from dynarank.surgery.site import Site
 __all__ = ["forget", "keep", "kept"]
 
 _KEPT: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
-_HOOKS: list[Any] = []
+_HOOKS: list[Any] = []  # stays: torch may be going through its hooks when all has trained
 
 
 def keep(site: Site, weight: Tensor) -> None:
@@ -28,7 +28,7 @@ def keep(site: Site, weight: Tensor) -> None:
     for place in site.places:
         _KEPT.setdefault(place.module, {})[place.spec.name] = weight
     if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_trained))
+        _HOOKS.append(register_optimizer_step_post_hook(_trained))
 
 
 def kept(site: Site) -> Tensor | None:
@@ -39,8 +39,6 @@ def kept(site: Site) -> Tensor | None:
 def forget(module: nn.Module) -> None:
     """Drop what is kept of a module's weights."""
     _KEPT.pop(module, None)
-    while _HOOKS and not _KEPT:
-        _HOOKS.pop().remove()
 
 
 def _trained(optimizer: Optimizer, *_: Any) -> None:

@@ -25,7 +25,7 @@ from dynarank.layers import RankedLayer, own_parameters
 from dynarank.layers.form_entry import KEY
 from dynarank.surgery.check import check_committed
 from dynarank.surgery.edit import Edit, check_names, check_replaceable, like_old, restore_on_exit
-from dynarank.surgery.exact_weights import keep
+from dynarank.surgery.exact_weights import forget, keep
 from dynarank.surgery.incoming import Incoming, Load, incoming
 from dynarank.surgery.left_behind import live, watch_replaced
 from dynarank.surgery.optimizer_state import new_contents, write
@@ -71,6 +71,8 @@ def _before_load(
     refactored = _refactored(plain)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
         _commit(edits, [one for one in found if one.saved is not None])
+    for one in found:
+        forget(one.site.module)
     for one, values in zip(plain, refactored, strict=True):
         keep(one.site, one.tensors[one.site.spec.name].detach().clone())
         for path in one.paths:
