@@ -20,7 +20,16 @@ from torch import Tensor
 from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 
-__all__ = ["KEY", "SavedForm", "SavedForms", "from_tensor", "from_text", "to_tensor", "to_text"]
+__all__ = [
+    "KEY",
+    "SavedForm",
+    "SavedForms",
+    "from_tensor",
+    "from_text",
+    "read_notes",
+    "to_tensor",
+    "to_text",
+]
 
 KEY = "saved_forms"
 _BLOCK = 256  # bytes: a longer number rarely makes a longer entry, which in-place loaders refuse
@@ -88,6 +97,19 @@ def from_text(text: object) -> dict[str, SavedForm]:
         return {name: SavedForm.from_data(data) for name, data in found.items()}
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"it does not say of which forms its weights are: {error}") from None
+
+
+def read_notes(metadata: Mapping[str, Any]) -> dict[str, dict[str, SavedForm]]:
+    """What a module's metadata says of the full-rank layers in it, by their path in the module.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    notes = metadata.get(KEY, {})
+    if not isinstance(notes, Mapping):
+        raise ValueError(f"its metadata does not say of which forms its weights are: {notes!r}")
+    found = cast(Mapping[str, object], notes)
+    return {path: from_text(text) for path, text in found.items()}
 
 
 def to_tensor(saved: SavedForms) -> Tensor:

@@ -24,7 +24,7 @@ from dynarank.decompositions.geometry import apply, linear_map
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.effective_weight import EffectiveWeight, hand_out, is_written
 from dynarank.layers.execution import Call, Execution, choose_execution
-from dynarank.layers.form_entry import KEY, SavedForm, from_tensor, from_text, to_tensor, to_text
+from dynarank.layers.form_entry import KEY, SavedForm, from_tensor, read_notes, to_tensor, to_text
 from dynarank.layers.merged import Merging, merged_product
 from dynarank.layers.own_forward import set_class
 from dynarank.layers.tracing import input_shape, is_static
@@ -363,12 +363,10 @@ class RankedLayer(nn.Module):
             destination[prefix + KEY] = entry
             return
         metadata: Mapping[str, dict[str, Any]] = getattr(destination, "_metadata", {})
-        parts = prefix.split(".")[:-1]
+        parts, note = prefix.split(".")[:-1], to_text(self._saved())
         for i in range(len(parts) + 1):
-            if (own := metadata.get(".".join(parts[:i]))) is not None:
-                own.setdefault(KEY, {})["".join(f"{p}." for p in parts[i:])] = to_text(
-                    self._saved()
-                )
+            if (around := metadata.get(".".join(parts[:i]))) is not None:
+                around.setdefault(KEY, {})[".".join(parts[i:])] = note
 
     def _load_from_state_dict(
         self,
@@ -388,10 +386,8 @@ class RankedLayer(nn.Module):
         held = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
         try:
             self._check_held([name for name in held if name != KEY])
-            marker = local_metadata.get(KEY, {}).get("")
-            saved = {} if marker is None else from_text(marker)
-            if KEY in held:
-                saved = from_tensor(state_dict[prefix + KEY])
+            entry = state_dict.get(prefix + KEY)
+            saved = read_notes(local_metadata).get("", {}) if entry is None else from_tensor(entry)
             self.adopt({name: one for name, one in saved.items() if self._holds(name, held)})
         except ValueError as error:
             error_msgs.append(

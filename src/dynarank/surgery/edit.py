@@ -61,7 +61,8 @@ class Edit:
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
         frozen, factors = self.site.frozen_factors, self.trained.values()
-        norms = tuple(float(p.detach().double().norm()) for p in factors) or self.site.factor_norms
+        known = [p.detach().double() for p in factors if not p.is_meta]
+        norms = tuple(float(p.norm()) for p in known) or self.site.factor_norms
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)

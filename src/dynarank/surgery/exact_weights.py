@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynarank.layers import own_parameters
-from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
+from dynarank.surgery.optimizer_steps import trains, unwatch_steps, watch_steps
 from dynarank.surgery.site import Site
 
 __all__ = ["forget", "keep", "kept"]
@@ -41,6 +41,8 @@ def forget(module: nn.Module) -> None:
 
 
 def _trained(optimizer: Optimizer) -> None:
+    if not trains(optimizer):
+        return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for module in list(_KEPT):
         if any(id(p) in held for p in own_parameters(module).values()):

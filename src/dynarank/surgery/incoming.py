@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from dynarank.decompositions import decomposition_names
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer
-from dynarank.layers.form_entry import KEY, SavedForm, from_tensor, from_text
+from dynarank.layers.form_entry import KEY, SavedForm, from_tensor, read_notes
 from dynarank.surgery.site import Site
 
 __all__ = ["Incoming", "Load", "incoming"]
@@ -32,13 +32,11 @@ class Load:
         tables: its tensors by name, by the path of their module in the state.
         root: the model's path in the state.
         notes: what the metadata says of the forms of full-rank layers, by path in the model.
-        entries: what has been read of each module.
     """
 
     tables: Mapping[str, Mapping[str, Tensor]]
     root: str
-    notes: Mapping[str, Any]
-    entries: dict[str, Mapping[str, SavedForm]] = field(default_factory=dict)
+    notes: Mapping[str, Mapping[str, SavedForm]]
 
     @classmethod
     def of(cls, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any]) -> Load:
@@ -48,8 +46,7 @@ class Load:
             if isinstance(value, Tensor):
                 module, _, name = key.rpartition(".")
                 tables.setdefault(module, {})[name] = value
-        notes = metadata.get(KEY, {})
-        return cls(tables, prefix[:-1], cast(Any, notes) if isinstance(notes, Mapping) else {})
+        return cls(tables, prefix[:-1], read_notes(metadata))
 
     @property
     def is_ours(self) -> bool:
@@ -67,16 +64,13 @@ class Load:
 
     def saved(self, path: str) -> Mapping[str, SavedForm]:
         """What the state says of the forms of a module's weights."""
-        if path not in self.entries:
-            entry = self.tables.get(self.key(path), {}).get(KEY)
-            try:
-                note = self.notes.get(path, "{}")
-                self.entries[path] = from_text(note) if entry is None else from_tensor(entry)
-            except ValueError as error:
-                raise ValueError(
-                    f"layer {path!r}: the state's {KEY!r} is damaged: {error}"
-                ) from None
-        return self.entries[path]
+        entry = self.tables.get(self.key(path), {}).get(KEY)
+        if entry is None:
+            return self.notes.get(path, {})
+        try:
+            return from_tensor(entry)
+        except ValueError as error:
+            raise ValueError(f"layer {path!r}: the state's {KEY} is damaged: {error}") from None
 
 
 @dataclass(frozen=True)

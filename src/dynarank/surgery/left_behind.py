@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 from weakref import ref
 
 from torch import nn
@@ -23,7 +24,7 @@ from dynarank.surgery.edit import Edit
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
 from dynarank.surgery.own_references import is_optimizer
 
-__all__ = ["watch_replaced"]
+__all__ = ["live", "watch_replaced"]
 
 # Of each replaced parameter: its layer's path, its module, and its weight's name in the module.
 _REPLACED = WeakTensorKeyDictionary()
@@ -42,6 +43,13 @@ def watch_replaced(edits: Iterable[Edit]) -> None:
         watch_steps(_check)
 
 
+def live(*classes: type) -> list[Any]:
+    """The objects of these classes (and subclasses) that are alive, half-made ones included."""
+    found = gc.get_objects()
+    kinds = {kind for kind in set(map(type, found)) if issubclass(kind, classes)}
+    return [one for one in found if type(one) in kinds]
+
+
 def _check(optimizer: Optimizer) -> None:
     """Raise RuntimeError if an optimizer is about to leave changed layers untrained."""
     if not _REPLACED:
@@ -56,9 +64,8 @@ def _check(optimizer: Optimizer) -> None:
     if not lost:
         return
     listed = ", ".join(map(repr, [*lost][:5])) + (" and others" if len(lost) > 5 else "")
-    others = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
-    made = [one for one in others if is_optimizer(one)]  # its constructor may have raised
-    held_at_all = [p for one in made for group in one.param_groups for p in group["params"]]
+    others = [one for one in live(Optimizer) if is_optimizer(one)]
+    held_at_all = [p for one in others for group in one.param_groups for p in group["params"]]
     said = f"this {type(optimizer).__name__} holds old parameters of {listed}, replaced by a change"
     if any(_missing(new, held_at_all) for new in lost.values()):
         raise RuntimeError(

@@ -10,7 +10,6 @@ All is worked out before anything changes; what cannot be loaded rightly is a Va
 
 from __future__ import annotations
 
-import gc
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,9 +25,9 @@ from dynarank.layers import RankedLayer, own_parameters
 from dynarank.layers.form_entry import KEY
 from dynarank.surgery.check import check_committed
 from dynarank.surgery.edit import Edit, check_names, check_replaceable, like_old, restore_on_exit
-from dynarank.surgery.exact_weights import keep
+from dynarank.surgery.exact_weights import forget, keep
 from dynarank.surgery.incoming import Incoming, Load, incoming
-from dynarank.surgery.left_behind import watch_replaced
+from dynarank.surgery.left_behind import live, watch_replaced
 from dynarank.surgery.optimizer_state import new_contents, write
 from dynarank.surgery.own_references import is_optimizer, wrapped
 from dynarank.surgery.replaced import returning_states
@@ -85,6 +84,8 @@ def _before_load(
     refactored = _refactored(plain)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
         _commit(edits, [one for one in found if one.saved is not None])
+    for one in found:
+        forget(one.site.module)
     for one, values in zip(plain, refactored, strict=True):
         keep(one.site, one.tensors[one.site.spec.name].detach().clone())
         for path in one.paths:
@@ -190,15 +191,28 @@ def _holders(edits: Sequence[Edit]) -> list[Any]:
         return []
     changed = {id(place.module) for edit in edits for place in edit.site.places}
     found: list[Any] = []
-    for one in gc.get_objects():
-        kind = type(one)
-        if issubclass(kind, Optimizer) and is_optimizer(one):  # its constructor may have raised
+    for one in live(Optimizer, nn.Module):
+        if is_optimizer(one) and _held_by(one, edits):
             found.append(one)
-        elif issubclass(kind, nn.Module) and is_wrapper(kind) and "_modules" in vars(one):
-            if any(id(module) in changed for module in one.modules()):
-                check_unwrapped(one)
+        elif is_wrapper(type(one)) and any(id(module) in changed for module in one.modules()):
+            check_unwrapped(one)
     inner = {id(each) for one in found for each in wrapped(one)[1:]}
-    return [one for one in found if id(one) not in inner and _held_by(one, edits)]
+    outer = [one for one in found if id(one) not in inner]
+    for edit in edits:
+        _check_together(edit, outer)
+    return outer
+
+
+def _check_together(edit: Edit, optimizers: Iterable[Any]) -> None:
+    """Raise ValueError if parameters of one weight are in different optimizers."""
+    old = {id(p) for p in edit.old.values()}
+    parts = [old & {id(p) for g in one.param_groups for p in g["params"]} for one in optimizers]
+    if len({frozenset(part) for part in parts if part}) > 1:
+        raise ValueError(
+            f"layer {edit.site.path!r} is {edit.change.after} in the state, and its parameters "
+            f"({', '.join(edit.old)}) are spread over several optimizers, which cannot be told "
+            "where the new ones belong; leave them to one, which may have several groups"
+        )
 
 
 def _held_by(optimizer: Any, edits: Sequence[Edit]) -> list[Edit]:
@@ -209,14 +223,17 @@ def _held_by(optimizer: Any, edits: Sequence[Edit]) -> list[Edit]:
 
 def _keep_states(edits: Iterable[Edit], states: Iterable[tuple[Any, dict[Any, Any]]]) -> None:
     """Leave new parameters the states of old ones that fit: they may be of this very load."""
-    pairs = [(edit.old[n], p) for edit in edits for n, p in edit.new.items() if n in edit.old]
+    new = {edit.old[n]: p for edit in edits for n, p in edit.new.items() if n in edit.old}
     for table, before in states:
-        for old, new in pairs:
-            state = before.get(old)
-            if isinstance(state, dict) and _fits(state, old, new):
-                table[new] = state
+        kept = {new.get(p, p): s for p, s in before.items() if p in table or _fits(s, p, new)}
+        made = {p: state for p, state in table.items() if p not in kept}
+        table.clear()
+        table.update({**kept, **made})
 
 
-def _fits(state: Mapping[str, Any], old: Parameter, new: Parameter) -> bool:
+def _fits(state: Any, old: Any, new: Mapping[Any, Parameter]) -> bool:
+    if old not in new or not isinstance(state, dict):
+        return False
     shaped = [v for v in state.values() if isinstance(v, Tensor) and v.ndim > 0]
-    return old.shape == new.shape or all(value.shape == new.shape for value in shaped)
+    shape = new[old].shape
+    return old.shape == shape or all(value.shape == shape for value in shaped)

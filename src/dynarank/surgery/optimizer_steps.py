@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["unwatch_steps", "watch_steps"]
+__all__ = ["trains", "unwatch_steps", "watch_steps"]
 
 Watcher = Callable[[Optimizer], None]
 _WATCHERS: list[Watcher] = []
@@ -30,6 +31,12 @@ def unwatch_steps(watcher: Watcher) -> None:
     """Call it no more."""
     if watcher in _WATCHERS:
         _WATCHERS.remove(watcher)
+
+
+def trains(optimizer: Optimizer) -> bool:
+    """Whether its next step may change a parameter: one of rate 0 is to make states (torch's DCP)."""
+    rates = [torch.as_tensor(group.get("lr", 1)) for group in optimizer.param_groups]
+    return any(bool(rate.any()) for rate in rates)
 
 
 def _before_step(optimizer: Optimizer, *_: object) -> None:
