@@ -42,6 +42,7 @@ __all__ = [
     "SummaryRecord",
     "find_runs",
     "read_run",
+    "read_runs",
 ]
 
 
@@ -340,6 +341,28 @@ def read_run(folder: Path) -> Run:
         raise DamagedFileError(path, f"it does not begin with a run record{why}")
     config, damage = _config(folder / "config.json")
     return Run(folder, config, lines.records, [*lines.damage(), *damage], lines.notes())
+
+
+def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """Read all runs at or below ``folder``, oldest first; one that cannot be read ends no other.
+
+    Returns:
+        the runs, and why each of the others cannot be read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: none of them can be read.
+    """
+    runs: list[Run] = []
+    unreadable: list[str] = []
+    for place in find_runs(folder):
+        try:
+            runs.append(read_run(place))
+        except (OSError, DamagedFileError) as error:
+            unreadable.append(f"a run is not shown: {printable(str(error), 500)}.")
+    if not runs:
+        raise DamagedFileError(folder, f"none of its runs can be ({unreadable[0]})")
+    return runs, unreadable
 
 
 class _Lines:
