@@ -56,6 +56,7 @@ class TensorFile:
     Raises:
         FileNotFoundError: the file does not exist.
         DamagedFileError: it is not a complete safetensors file, or not a regular file.
+        ValueError: this process may not address so much memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,6 +67,9 @@ class TensorFile:
             self._file = safe_open(_regular(path), "pt", backend="pread")
         except SafetensorError as error:
             raise _incomplete(path, error) from error
+        except MemoryError as error:
+            size = path.stat().st_size
+            raise ValueError(f"{path} cannot be opened, {size:,} bytes: {error}") from error
         check_header(path.resolve())  # a cache of models has links to files elsewhere
         self.tensors = {name: self._stored(name) for name in self._file.offset_keys()}
 
