@@ -41,7 +41,9 @@ def site(model: nn.Module) -> Site:
     return one
 
 
-def trained(kind: str, case: LayerCase = LAYERS[0], steps: int = 6) -> tuple[nn.Module, Optimizer]:
+def trained(
+    kind: str, case: LayerCase = LAYERS[0], steps: int = 6
+) -> tuple[nn.Sequential, Optimizer]:
     torch.manual_seed(0)
     model = nn.Sequential(case.make()).to(F64)
     optimizer = OPTIMIZERS[kind](model.parameters())
@@ -62,7 +64,7 @@ def to_low_rank(kind: str) -> tuple[dict[str, Any], Any, list[tuple[dict[str, An
     before = {k: copy.deepcopy(v) for k, v in optimizer.state[model[0].weight].items()}
     dr.apply_plan(model, {"0": LowRank(3)}, optimizer=optimizer)
     down, up = model[0].down.detach(), model[0].up.detach()
-    parts = [
+    parts: list[tuple[dict[str, Any], Any, Any]] = [
         (optimizer.state[model[0].up], lambda m: m @ down.T, lambda v: v @ down.T.square()),
         (optimizer.state[model[0].down], lambda m: up.T @ m, lambda v: up.T.square() @ v),
     ]
