@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -47,7 +47,7 @@ from dynarank.decompositions import Factors, UnfitWeightError, precise
 from dynarank.surgery.side import Side
 from dynarank.surgery.state_layout import Averaging, StateLayout
 
-__all__ = ["GradientSamples", "carry", "check_states", "prune", "scalars", "settled"]
+__all__ = ["GradientSamples", "carry", "check_known", "check_states", "prune", "scalars", "settled"]
 ADAM_SQUARES = StateLayout().squares
 
 
@@ -145,15 +145,21 @@ def prune(
 
 def check_states(path: str, states: Sequence[Mapping[str, Any]], layout: StateLayout) -> None:
     """Raise ValueError if states hold what cannot be moved, UnfitWeightError if not finite."""
-    held = [(key, v) for state in states for key, v in state.items() if v is not None]
-    if unknown := {key: None for key, _ in held if key not in layout.keys}:
+    check_known(path, states, layout)
+    values = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+    if not all(torch.isfinite(v).all() for v in values):
+        raise UnfitWeightError(
+            f"layer {path!r}: the optimizer's state holds NaN or infinite values"
+        )
+
+
+def check_known(path: str, states: Iterable[Mapping[str, Any]], layout: StateLayout) -> None:
+    """Raise ValueError if states hold what cannot be moved."""
+    held = {key: None for state in states for key, v in state.items() if v is not None}
+    if unknown := [key for key in held if key not in layout.keys]:
         raise ValueError(
             f"layer {path!r}: the optimizer keeps {', '.join(unknown)}, which cannot be moved "
             f"(only {', '.join(layout.keys)} can); use moments='reset'"
-        )
-    if not all(torch.isfinite(v).all() for _, v in held if isinstance(v, Tensor)):
-        raise UnfitWeightError(
-            f"layer {path!r}: the optimizer's state holds NaN or infinite values"
         )
 
 

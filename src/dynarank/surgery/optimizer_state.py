@@ -23,6 +23,7 @@ from dynarank.surgery.edit import Edit, restore_on_exit
 from dynarank.surgery.moments import (
     GradientSamples,
     carry,
+    check_known,
     check_states,
     prune,
     scalars,
@@ -69,14 +70,25 @@ def as_list(optimizers: Optimizers) -> list[Optimizer]:
     return found
 
 
-def check_movable(optimizers: Iterable[Any], moments: Moments) -> None:
-    """Raise ValueError for a torch optimizer whose state cannot be moved, unless it is reset."""
-    for one in (one for optimizer in optimizers for one in wrapped(optimizer)):
-        if moments != "reset" and torch_class(one) not in ("Optimizer", *MOVABLE):
+def check_movable(optimizers: Iterable[Any], moments: Moments, sites: Iterable[Site] = ()) -> None:
+    """Raise ValueError for an optimizer whose state cannot be moved, unless it is reset.
+
+    Of torch's optimizers the class tells; of others, the states that the weights of ``sites`` have.
+    """
+    if moments == "reset":
+        return
+    families = [wrapped(optimizer) for optimizer in optimizers]
+    for one in (one for family in families for one in family):
+        if torch_class(one) not in ("Optimizer", *MOVABLE):
             raise ValueError(
                 f"the state of {type(one).__name__} cannot be moved through a change of form (only "
                 f"that of {', '.join(MOVABLE)}); use moments='reset'"
             )
+    stores = [one for family in families for one in _stores(family)]
+    for site in sites:
+        for one in stores:
+            found = [one.state[p] for p in site.trained() if p in one.state]
+            check_known(site.path, map(_as_dict, found), layout_of(one))
 
 
 def new_contents(
@@ -104,9 +116,8 @@ def new_contents(
     for family in families:
         mine, groups = [edit for edit, owner in owners if owner is family], groups_of(family)
         regrouped = regroup(family[-1], groups, mine)
-        tables = {id(one.state): one for one in family if isinstance(one.state, dict)}
         homes = _homes(groups, regrouped)
-        for one in tables.values():  # of those that share a state, the innermost
+        for one in _stores(family):
             contents += _new_states(one, groups, homes, mine, moments, unfit)
         contents += regrouped + follow(family, mine, regrouped)
     unfit.check()
@@ -175,6 +186,11 @@ def _new_states(
     return [(state, {**kept, **moved})]
 
 
+def _stores(family: Sequence[Any]) -> list[Any]:
+    """Those of an optimizer and the ones it wraps that keep states; of one state, the innermost."""
+    return [*{id(one.state): one for one in family if isinstance(one.state, dict)}.values()]
+
+
 def _homes(groups: Sequence[Group], regrouped: Contents) -> dict[int, Group]:
     """The group of each parameter after a change, by the parameter's id."""
     new = {id(table): one for table, one in regrouped}
@@ -194,7 +210,7 @@ def _states(
     if not any(p in optimizer.state for p in old):
         return []
     found: list[Any] = [optimizer.state.get(p, {}) for p in old]
-    states = [s if isinstance(s, dict) else {type(s).__name__: s} for s in found]
+    states = list(map(_as_dict, found))
     like = {key: v for s in states for key, v in s.items() if isinstance(v, Tensor)}
     known = {id(p): group for group in groups for p in group["params"]}
     options = [known[id(p)] for p in old if id(p) in known]
@@ -217,6 +233,10 @@ def _states(
     pairs = zip(new, moved, strict=True)
     kept = [(p, _fit(s, p, like, layout)) for p, s in pairs if s and (p.requires_grad or whole)]
     return settled(edit.site.path, kept)
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+    return state if isinstance(state, dict) else {type(state).__name__: state}
 
 
 def _averaging(layout: StateLayout, groups: Sequence[Group]) -> Averaging:
