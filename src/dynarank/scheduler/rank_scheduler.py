@@ -251,9 +251,13 @@ class RankScheduler:
 
     def _check_states(self) -> None:
         """Once optimizers have states: raise ValueError if a later change could not move them."""
-        if self._states_checked or not any(o.state for one in self.optimizer for o in wrapped(one)):
+        inner = [one for optimizer in self.optimizer for one in wrapped(optimizer)]
+        if self._states_checked or not any(one.state for one in inner):
             return
-        self._states_checked, sites = True, survey(self.model)
+        self._states_checked = True
+        if all(type(one).__module__.startswith("torch.optim") for one in inner):  # known by class
+            return
+        sites = survey(self.model)
         later = [phase.plan for phase in self.phases() if phase.start > self.last_step]
         ahead = [site for plan in later for site, _ in differences(self.model, plan, sites)]
         if self.schedule.spectra_every is not None:  # it decides as it goes
