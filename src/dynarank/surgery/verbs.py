@@ -5,8 +5,8 @@ them in one transaction (:func:`change_forms`): compute and verify the new weigh
 optimizer's groups and states, commit by moving references, check. An exception anywhere leaves
 model and optimizer exactly as they were.
 
-Call them between ``optimizer.step()`` and the next forward pass: gradients of the layers that
-change are dropped with their parameters, those of an unfinished accumulation too.
+Call them between ``optimizer.step()`` and the next forward pass. Gradients move with their weights,
+so an unfinished accumulation goes on, see :mod:`dynarank.surgery.gradients`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from dynarank.layers import RankedLayer
 from dynarank.layers.own_forward import forward_obstacle
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
+from dynarank.surgery.gradients import move_gradients
 from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.saving import warn_of_little
@@ -305,6 +306,10 @@ def change_forms(
                 edits.append(prepare_edit(site, form, (calibration or {}).get(site.path)))
         unfit.check()
         contents = new_contents(edits, optimizers, moments)
+        for edit in edits:
+            with unfit.layer(edit.site.path):
+                move_gradients(edit)
+        unfit.check()
     warn_of_losses(edits)
     with ExitStack() as own:
         stack = own if undo is None else undo
