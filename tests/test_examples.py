@@ -20,6 +20,7 @@ ARGUMENTS = {
     "04_automatic_schedules": ["--steps", "100"],
     "05_custom_decomposition": [],
     "06_custom_layer": [],
+    "07_save_and_resume": ["--steps", "20"],
 }
 SAYS = {
     "01_functions": 'deflate(to="adapted")     23,306 trainable, output change 0.0e+00',
@@ -28,6 +29,7 @@ SAYS = {
     "04_automatic_schedules": "layer 0: effective rank saturates the low rank (effective_rank",
     "05_custom_decomposition": "True Sequential",
     "06_custom_layer": "True Sequential",
+    "07_save_and_resume": "bit by bit the same weights: True",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150
 

@@ -14,6 +14,7 @@ from dynarank import schedules
 from dynarank.allocation import rules
 from dynarank.allocation.fit_schedule import fit_schedule
 from dynarank.allocation.within_budget import plan_within
+from dynarank.checkpoint.save import load, save
 from dynarank.decompositions import UnfitWeightError, register_decomposition
 from dynarank.factors import regularizers
 from dynarank.factors.init import initialize_factors
@@ -51,12 +52,14 @@ __all__ = [
     "fit_schedule",
     "inflate",
     "initialize_factors",
+    "load",
     "merge",
     "plan_within",
     "register_decomposition",
     "register_layer",
     "regularizers",
     "rules",
+    "save",
     "schedules",
     "survey",
 ]

@@ -1,0 +1,129 @@
+"""Save a whole training state into one folder, and load it: any form, any order, no pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from dynarank.checkpoint.folder import read_folder, write_folder
+from dynarank.checkpoint.snapshot import restore, take
+
+__all__ = ["load", "save"]
+
+
+def save(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Any = None,
+    ranks: Any = None,
+    lr_scheduler: Any = None,
+    ema: Any = None,
+    scaler: Any = None,
+    extra: Any = None,
+    random_states: bool = True,
+) -> Path:
+    """Save a training state into a folder, whole or not at all; one that is there is replaced.
+
+    Tensors are stored as safetensors, everything else as JSON; nothing is pickled. A manifest with
+    sizes and SHA-256 is written last, and the folder is renamed into place when all is on disk.
+
+    Args:
+        folder: where; its parent is created.
+        model: any model, ranked or not, with the gradients of an unfinished accumulation.
+        optimizer: its optimizer, or several in a list.
+        ranks: the :class:`RankScheduler`, or several.
+        lr_scheduler: the LR scheduler, or several.
+        ema: an averaged copy of the model: a module, a dictionary of tensors, or an object with
+            ``state_dict`` and ``load_state_dict``.
+        scaler: the ``GradScaler``.
+        extra: what else the run needs: nested data with tensors, such as the epoch, or the
+            ``get_state()`` of a generator.
+        random_states: whether to save the states of Python's, NumPy's and torch's generators.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: something in a state is neither plain data nor a tensor; the message names it.
+        OSError: it cannot be written; what was in the folder before is still there.
+
+    Example:
+        >>> import tempfile
+        >>> model = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> place = tempfile.mkdtemp() + "/last"
+        >>> folder = dr.save(place, model=model, optimizer=optimizer, extra={"epoch": 3})
+        >>> fresh = nn.Sequential(nn.Linear(8, 8))
+        >>> optimizer = torch.optim.AdamW(fresh.parameters())
+        >>> dr.load(folder, model=fresh, optimizer=optimizer)
+        {'epoch': 3}
+        >>> fresh[0].form
+        LowRank(rank=2, decomposition='svd')
+    """
+    folder = Path(folder)
+    write_folder(
+        folder,
+        take(
+            model=model,
+            optimizer=optimizer,
+            ranks=ranks,
+            lr_scheduler=lr_scheduler,
+            ema=ema,
+            scaler=scaler,
+            extra=extra,
+            random_states=random_states,
+        ),
+    )
+    return folder
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    optimizer: Any = None,
+    ranks: Any = None,
+    lr_scheduler: Any = None,
+    ema: Any = None,
+    scaler: Any = None,
+    random_states: bool = True,
+    verify: Literal["full", "size"] = "full",
+) -> Any:
+    """Load a training state that :func:`save` wrote: the structure first, then the values.
+
+    The model is brought to the saved forms, whatever it has now, and new parameters take the old
+    ones' places in the optimizer. Parameters and states are matched by name, so the optimizer may
+    have been made before or after, of the plain or of the ranked model.
+
+    Args:
+        folder: a folder written by :func:`save`, or one checkpoint of a run (``step-…``).
+        model: a model built as the saved one was, plain or ranked; on any device.
+        optimizer: the optimizer or optimizers; None: their states are not loaded. So for each of
+            the others.
+        ranks: see :func:`save`.
+        lr_scheduler: see :func:`save`.
+        ema: see :func:`save`.
+        scaler: see :func:`save`.
+        random_states: whether to restore the states of the random generators, if they were saved.
+        verify: ``"full"`` checks every file's SHA-256, ``"size"`` its size only.
+
+    Returns:
+        What was saved as ``extra``.
+
+    Raises:
+        DamagedFileError: a file is missing, cut, or not what was written; nothing has changed.
+        ValueError: it is the state of another model or optimizer; nothing has changed.
+    """
+    return restore(
+        read_folder(Path(folder), verify=verify),
+        model=model,
+        optimizer=optimizer,
+        ranks=ranks,
+        lr_scheduler=lr_scheduler,
+        ema=ema,
+        scaler=scaler,
+        random_states=random_states,
+    )
