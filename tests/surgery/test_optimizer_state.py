@@ -362,6 +362,25 @@ def test_the_scheduler_refuses_at_once_a_layer_in_no_optimizer_that_changes_late
     dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
 
 
+class SquaresOnly(Lion):
+    """An optimizer that averages nothing but squares."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for state in self.state.values():
+            state["exp_avg_sq"] = state.pop("exp_avg").square()
+
+
+def test_squares_move_without_a_first_moment() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = SquaresOnly(model.parameters())
+    run(model, optimizer, torch.randn(3, 8), 1)
+    square = optimizer.state[model[0].weight]["exp_avg_sq"]
+    dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    moved = optimizer.state[model[0].up]["exp_avg_sq"]
+    torch.testing.assert_close(moved, square @ model[0].down.detach().T.square())
+
+
 # What cannot be moved is refused early, wherever it hides.
 
 

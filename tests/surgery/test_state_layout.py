@@ -151,6 +151,24 @@ def test_adafactor_moves_the_product_of_rows_and_columns() -> None:
         assert_close(state["col_var"], square.mean(-2, keepdim=True), 1e-9)
 
 
+@pytest.mark.parametrize("kind", ["RMSprop", "Adagrad", "Adadelta", "Adafactor"])
+def test_recent_gradients_calibrate_every_kind_of_squares(kind: str) -> None:
+    """Those of one entry only: no entry that they do not reach has a square."""
+    model, optimizer = trained(kind)
+    window = dr.GradientWindow(model, optimizer, ["0"])
+    model[0].weight.grad = torch.zeros_like(model[0].weight)
+    model[0].weight.grad[2, 3] = 0.1
+    optimizer.step()
+    assert window.nbytes > 0
+    dr.apply_plan(model, {"0": LowRank(3)}, optimizer=optimizer, moments=window)
+    state = optimizer.state[model[0].up]
+    square = state["row_var"] if kind == "Adafactor" else state[SQUARES[kind]]
+    assert (square[2] > 1e-9).any() and (square[[0, 1, 3]].abs() < 1e-9).all()
+
+
+SQUARES = {"RMSprop": "square_avg", "Adagrad": "sum", "Adadelta": "square_avg"}
+
+
 # ASGD's average of the weight.
 
 

@@ -2,8 +2,8 @@
 
 They move as a first moment does, see :mod:`dynarank.surgery.moments`: to factors by the vjp of
 ``join``, exactly; from factors to the least gradient of W that agrees with theirs, which is all
-that they tell of it. Gradients that a step has used already move too, for nobody can tell them
-apart; ``zero_grad`` clears them as it would have cleared the old ones.
+that they say of it. Gradients that a step has used already move too, since they look the same;
+``zero_grad`` clears them as it would have cleared the old ones.
 """
 
 from __future__ import annotations

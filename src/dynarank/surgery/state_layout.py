@@ -29,7 +29,15 @@ from torch import Tensor
 
 from dynarank.decompositions import precise
 
-__all__ = ["MOVABLE", "Averaging", "StateLayout", "layout_of", "torch_class"]
+__all__ = [
+    "MOVABLE",
+    "SHAPED",
+    "Averaging",
+    "StateLayout",
+    "keeps_squares",
+    "layout_of",
+    "torch_class",
+]
 
 State: TypeAlias = Mapping[str, Any]
 
@@ -206,6 +214,10 @@ _LAYOUTS = {
     "ASGD": StateLayout((), (), ("step", "eta", "mu"), ("ax",)),
 }
 MOVABLE = tuple(_LAYOUTS)
+# The entries that have the shape of the parameter.
+SHAPED = tuple(
+    {key: None for one in _LAYOUTS.values() for key in (*one.means, *one.squares, *one.weights)}
+)
 
 
 def torch_class(optimizer: Any) -> str:
@@ -217,3 +229,9 @@ def torch_class(optimizer: Any) -> str:
 def layout_of(optimizer: Any) -> StateLayout:
     """What an optimizer keeps; one that is not of torch: no more than SGD and Adam do."""
     return _LAYOUTS.get(torch_class(optimizer), StateLayout())
+
+
+def keeps_squares(optimizer: Any) -> bool:
+    """Whether it keeps averages of squares, as its class or its groups tell."""
+    own = layout_of(optimizer).squares
+    return any("betas" in g for g in optimizer.param_groups) or own not in ((), _ADAM.squares)
