@@ -21,6 +21,7 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
 - **Limit:** J+ divides by factors that may have become small; see Note [Limit] in
   :mod:`dynarank.surgery.side`.
 - A parameter that gets nothing (an adapter's ``down``, while ``up`` is zero) starts without state.
+- Optimizers that keep other averages: :mod:`dynarank.surgery.state_layout`.
 - **Pruned:** from adapter to adapter, as ReLoRA (Lialin et al., arXiv 2307.05695), :func:`prune`.
 
 Note [Weight decay]
@@ -45,10 +46,9 @@ from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, UnfitWeightError, precise
 from dynarank.surgery.side import Side
-from dynarank.surgery.state_layout import Averaging, StateLayout
+from dynarank.surgery.state_layout import AVERAGES, Averaging, StateLayout
 
-__all__ = ["GradientSamples", "carry", "check_known", "check_states", "prune", "scalars", "settled"]
-ADAM_SQUARES = StateLayout().squares
+__all__ = ["GradientSamples", "carry", "check_known", "check_states", "prune", "settled"]
 
 
 class GradientSamples(Protocol):
@@ -65,7 +65,7 @@ def carry(
     states: Sequence[Mapping[str, Any]],
     averaging: Averaging,
     samples: Sequence[Factors] = (),
-    layout: StateLayout = StateLayout(),  # noqa: B008 (it is frozen)
+    layout: StateLayout = AVERAGES,
 ) -> list[dict[str, Any]]:
     """The states of the new side's parameters; empty for one that starts without state.
 
@@ -78,7 +78,7 @@ def carry(
         samples: gradients of the old parameters, to calibrate the second moments by.
         layout: which entries of the states are averages, and of what.
     """
-    counted = scalars(states, layout)
+    counted = layout.common(states)
     one, two = averaging.corrections(counted.get("step"))
     mean = means = tuple(map(torch.zeros_like, old.parameters))
     share, values, alive = 0.0, dict[str, Factors](), [False] * len(new.parameters)
@@ -105,17 +105,10 @@ def carry(
     return [state if live else {} for state, live in zip(moved, alive, strict=True)]
 
 
-def scalars(states: Sequence[Mapping[str, Any]], layout: StateLayout) -> dict[str, Any]:
-    """The numbers that a weight's states have in common: those of the one with most steps."""
-    counted = [s for s in states if s.get("step") is not None]
-    latest = max(counted, key=lambda s: float(s["step"]), default={})
-    return {key: latest[key] for key in layout.scalars if key in latest}
-
-
 def prune(
     state: Mapping[str, Any],
     share: float = 0.9,
-    layout: StateLayout = StateLayout(),  # noqa: B008 (it is frozen)
+    layout: StateLayout = AVERAGES,
 ) -> dict[str, Any]:
     """A parameter's state with the smallest entries of each average set to zero.
 
@@ -171,7 +164,7 @@ def settled(
     If a value is not finite in that dtype, the layer's state is reset, with a warning.
     """
     for _, state in states:
-        for key in _present([state], ADAM_SQUARES) if "exp_avg" in state else ():
+        for key in _present([state], AVERAGES.squares) if "exp_avg" in state else ():
             state[key] = torch.maximum(state[key], _square_rounded_up(state["exp_avg"]))
     values = [v for _, state in states for v in state.values() if isinstance(v, Tensor)]
     if all(bool(torch.isfinite(v).all()) for v in values):

@@ -26,7 +26,6 @@ from dynarank.surgery.moments import (
     check_known,
     check_states,
     prune,
-    scalars,
     settled,
 )
 from dynarank.surgery.own_references import follow, groups_of, is_optimizer, wrapped
@@ -215,17 +214,16 @@ def _states(
     known = {id(p): group for group in groups for p in group["params"]}
     options = [known[id(p)] for p in old if id(p) in known]
     layout, moved = layout_of(optimizer), list[dict[str, Any]]([{}] * len(new))
-    counted = {key: deepcopy(v) for key, v in scalars(states, layout).items()}
-    if moments == "reset":
-        counted = {key: 0 * v for key, v in counted.items()}
-    else:
+    if not (restart := moments == "reset"):
         check_states(edit.site.path, states, layout)
         own = [known.get(id(p), options[0]) for p in old]
         states = [layout.read(s, g) for s, g in zip(states, own, strict=True)]
         moved = _moved(edit, states, layout, options, moments)
-    homes_of_new = [homes.get(id(p), options[0]) for p in new]
-    pairs = list(zip(moved, homes_of_new, strict=True))
-    moved = [layout.written(s, g) if s else layout.fresh(counted, g) for s, g in pairs]
+    there = [homes.get(id(p), options[0]) for p in new]
+    moved = [
+        layout.written(state, group) if state else layout.fresh(states, group, restart)
+        for state, group in zip(moved, there, strict=True)
+    ]
     if options[0].get("momentum") and options[0].get("fused"):
         # Fused SGD wants a buffer in all or in none.
         moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
@@ -263,7 +261,7 @@ def _moved(
     moved = carry(old, new, states, _averaging(layout, groups), samples, layout)
     for key in layout.weights:
         averages = moved_average(edit, new, [state.get(key) for state in states])
-        counted = scalars(states, layout)
+        counted = layout.common(states)
         moved = [{**counted, **s, key: v} for s, v in zip(moved, averages, strict=True)]
     return moved
 

@@ -20,7 +20,7 @@ decay in it: most of them decouple it (AdamW, Muon, Lion), and a group does not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from dynarank.decompositions import precise
 
 __all__ = [
+    "AVERAGES",
     "MOVABLE",
     "SHAPED",
     "Averaging",
@@ -94,6 +95,12 @@ class StateLayout:
         """All entries that it knows."""
         return (*self.means, *self.squares, *self.scalars, *self.weights, *self.stored)
 
+    def common(self, states: Sequence[State]) -> dict[str, Any]:
+        """The scalars of a weight's states: those of the one with most steps."""
+        counted = [s for s in states if s.get("step") is not None]
+        latest = max(counted, key=lambda s: float(s["step"]), default={})
+        return {key: latest[key] for key in self.scalars if key in latest}
+
     def averaging(self, group: Mapping[str, Any]) -> Averaging:
         """That of a parameter in this group."""
         return Averaging.of(group if self.l2 else {**group, "weight_decay": 0})
@@ -108,8 +115,16 @@ class StateLayout:
             return {"max_exp_avg_sq": state["exp_avg_sq"], **state}
         return dict(state)
 
-    def fresh(self, scalars: State, group: Mapping[str, Any]) -> dict[str, Any]:
-        """The state of a parameter that gets none of the old one's; empty: made at its step."""
+    def fresh(
+        self, states: Sequence[State], group: Mapping[str, Any], restart: bool
+    ) -> dict[str, Any]:
+        """The state of a parameter that gets none of the old ones; empty: made at its step.
+
+        Args:
+            states: the old ones of its weight.
+            group: its parameter group.
+            restart: whether it counts its steps from zero.
+        """
         return {}
 
 
@@ -167,9 +182,13 @@ class _Adagrad(StateLayout):
     def written(self, state: State, group: Mapping[str, Any]) -> dict[str, Any]:
         return {**state, "sum": state["sum"] + self._began(group)} if state else {}
 
-    def fresh(self, scalars: State, group: Mapping[str, Any]) -> dict[str, Any]:
+    def fresh(
+        self, states: Sequence[State], group: Mapping[str, Any], restart: bool
+    ) -> dict[str, Any]:
         # Until torch 2.12 it makes its state only once.
-        return {**scalars, "sum": torch.tensor(self._began(group))}
+        step = self.common(states)["step"]
+        new = torch.zeros_like(step) if restart else step
+        return {"step": new, "sum": torch.tensor(self._began(group))}
 
     def _began(self, group: Mapping[str, Any]) -> float:
         return float(group["initial_accumulator_value"])
@@ -197,14 +216,15 @@ class _Adafactor(StateLayout):
         return {**kept, "row_var": rows, "col_var": columns}
 
 
+AVERAGES = StateLayout()  # what SGD and Adam keep
 # Of torch's optimizers, by class; Rprop, LBFGS and SparseAdam have nothing that could be moved.
 _ADAM = StateLayout(l2=True)
 _LAYOUTS = {
     "SGD": _ADAM,
     "Adam": _ADAM,
-    "AdamW": StateLayout(),
+    "AdamW": AVERAGES,
     "RAdam": _ADAM,
-    "Muon": StateLayout(),
+    "Muon": AVERAGES,
     "NAdam": StateLayout(scalars=("step", "mu_product"), l2=True),
     "Adamax": _Adamax(("exp_avg",), ("exp_inf",), l2=True),
     "RMSprop": _RMSprop(("grad_avg", "momentum_buffer"), ("square_avg",), l2=True),
@@ -228,10 +248,10 @@ def torch_class(optimizer: Any) -> str:
 
 def layout_of(optimizer: Any) -> StateLayout:
     """What an optimizer keeps; one that is not of torch: no more than SGD and Adam do."""
-    return _LAYOUTS.get(torch_class(optimizer), StateLayout())
+    return _LAYOUTS.get(torch_class(optimizer), AVERAGES)
 
 
 def keeps_squares(optimizer: Any) -> bool:
     """Whether it keeps averages of squares, as its class or its groups tell."""
     own = layout_of(optimizer).squares
-    return any("betas" in g for g in optimizer.param_groups) or own not in ((), _ADAM.squares)
+    return any("betas" in g for g in optimizer.param_groups) or own not in ((), AVERAGES.squares)
