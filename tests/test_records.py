@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.files.reading import DamagedFileError
 from dynarank.files.sealed_json import sealed
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.records import (
     ChangeRecord,
     EpochRecord,
@@ -27,7 +28,6 @@ from dynarank.records import (
     find_runs,
     read_run,
 )
-from dynarank.schedules.form_data import form_from_data, form_to_data
 
 RUN = RunRecord(
     recipe="digits",
