@@ -9,6 +9,7 @@ lengths share an axis.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -220,6 +221,8 @@ Record = Annotated[
 ]
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 _R = TypeVar("_R", bound=_Line)
+_PASSED_OVER = re.compile(r"^\.|\.aside(-\d+)?$")  # folders
+_HEADER_BYTES = 1 << 20  # more than any header has
 
 
 class RecordWriter:
@@ -262,20 +265,33 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Find the run folders at or below ``folder``, oldest first.
+    """Find the run folders at or below ``folder``, oldest first; one without a header comes last.
+
+    Runs that were moved aside and what lies in hidden folders are passed over.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if not folder.exists():
         raise FileNotFoundError(f"no run folder at {folder}")
-    found = sorted(path.parent for path in folder.rglob("records.jsonl"))
+    places = [path.parent for path in folder.rglob("records.jsonl")]
+    names = {place: place.relative_to(folder).parts for place in places}
+    found = [place for place in places if not any(map(_PASSED_OVER.search, names[place]))]
     if not found:
         raise FileNotFoundError(
             f"{folder} holds no run: there is no records.jsonl in it or below; "
             "pass a run folder written by `dynarank train`"
         )
-    return sorted(found, key=lambda run: read_run(run).header.started)
+    return sorted(found, key=lambda run: (_started(run), run))
+
+
+def _started(run: Path) -> str:
+    """When a run started, as its header says it; after all others if it has none."""
+    try:
+        with (run / "records.jsonl").open("rb") as file:
+            return RunRecord.model_validate_json(file.readline(_HEADER_BYTES)).started
+    except (OSError, ValidationError):
+        return "~"
 
 
 def read_run(folder: Path) -> Run:

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from string import Template
 
+from dynarank.files.atomic import write_text
 from dynarank.records import EpochRecord, Run, find_runs, read_run
 from dynarank.report.embed import packaged, policy, script, style
 from dynarank.report.formats import joined, number, plural
@@ -38,7 +39,7 @@ def write_report(folder: Path, output: Path | None = None) -> Path:
     page = build_page([read_run(path) for path in find_runs(folder)])
     output = folder / "report.html" if output is None else output
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8", newline="\n")
+    write_text(output, page)
     return output
 
 
