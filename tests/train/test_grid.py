@@ -222,7 +222,8 @@ def test_runs_on_other_data_are_not_mixed(
         (tmp_path / f"{name}.txt").write_text(f"{name} two three four\n" * 3000)
     shutil.copy(tmp_path / "one.txt", tmp_path / "same.txt")
     words = ["compare", "text-gpt", "--epochs", "1", "--train-limit", "64", "--test-limit", "8",
-             "--schedules", "low-rank", "--seeds", "1", "--out", str(tmp_path / "runs")]  # fmt: skip
+             "--schedules", "low-rank", "--seeds", "1",
+             "--out", str(tmp_path / "runs")]  # fmt: skip
     assert call(monkeypatch, *words, "--data", str(tmp_path / "one.txt")) == 0
     before = snapshot(tmp_path / "runs" / "seed0")
     capsys.readouterr()

@@ -67,8 +67,10 @@ class JobRunner:
     backends: Sequence[str] = ()
     diverged: dict[Path, DivergedError] = field(default_factory=dict[Path, DivergedError])
     finished_before: list[Job] = field(default_factory=list[Job])
+    resumed: list[Job] = field(default_factory=list[Job])
     _settings: dict[str, Any] = field(default_factory=dict[str, Any])
     _tasks: dict[int, Task] = field(default_factory=dict[int, Task])
+    _checked: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
     _disk_error: OSError | None = None
 
     def common(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
@@ -138,13 +140,14 @@ class JobRunner:
 
     def _left(self, folder: Path, jobs: Sequence[Job]) -> list[Job]:
         """The jobs that are not finished, none of which another process may be at work on."""
-        done = [job for job in jobs if find(job, self._settings).state == "finished"]
-        left = [job for job in jobs if job not in done]
+        found = [(job, find(job, self._settings, folder).state) for job in jobs]
+        self.finished_before = [job for job, state in found if state == "finished"]
+        self.resumed = [job for job, state in found if state == "unfinished"]
+        left = [job for job, state in found if state != "finished"]
         for job in left:
             if job.folder != folder and job.folder.exists():
                 with owned(job.folder):
                     pass
-        self.finished_before = done
         return left
 
     def check(self, jobs: Sequence[Job]) -> str:
@@ -155,7 +158,9 @@ class JobRunner:
         """
         task = self._task(jobs[0])
         chosen = {(id(j.recipe), j.schedule): (j.recipe, j.schedule) for j in jobs}
-        check_schedules(chosen.values(), task, self.epochs, measure=self.machine.measure)
+        new = [value for key, value in chosen.items() if key not in self._checked]
+        check_schedules(new, task, self.epochs, measure=self.machine.measure)
+        self._checked |= chosen.keys()
         return data_digest(task)
 
     def goes_on(self, folder: Path, jobs: Sequence[Job], common: dict[str, Any]) -> bool:
@@ -172,8 +177,12 @@ class JobRunner:
 
     def status(self, folder: Path) -> dict[str, Any]:
         """What is printed as JSON about the folder and its runs."""
-        before = [str(job.folder) for job in self.finished_before]
-        return {"folder": str(folder), "status": "finished", "finished_before": before}
+        return {
+            "folder": str(folder),
+            "status": "finished",
+            "finished_before": [str(job.folder) for job in self.finished_before],
+            "resumed": [str(job.folder) for job in self.resumed],
+        }
 
     def runs(self, jobs: Sequence[Job], folder: Path) -> Iterator[tuple[Job, Run]]:
         """Yield each job with its finished run, which is trained unless it was finished before."""
@@ -186,10 +195,11 @@ class JobRunner:
         if self.command != "train":
             self.terminal.print(f"{job.folder}:")
         sinks = open_sinks(self.backends, job.folder)
+        stop = StopSignals()
         try:
             with (
                 ProgressListener(self.terminal, name, self.epochs, task.metric) as listener,
-                StopSignals() as stop,
+                stop,
             ):
                 run_schedule(
                     job.recipe,
@@ -275,9 +285,11 @@ def _location(data: str | None) -> str | None:
 
 
 def _read_or_move(folder: Path) -> dict[str, Any]:
-    """The stored settings of a folder; if they are damaged, they are moved aside."""
+    """The stored settings of a folder; if they are ours and damaged, they are moved aside."""
     try:
         return read_common(folder) or {}
     except DamagedFileError as error:
+        if b'"command"' not in (folder / COMMON).read_bytes():
+            raise
         _say(f"{error}; moved to {move_aside(folder / COMMON)}; each run is checked by its own")
         return {}

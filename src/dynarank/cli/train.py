@@ -141,6 +141,7 @@ def _place(settings: TrainSettings, runner: JobRunner) -> Path:
     for folder in sorted(Path("runs").glob(f"{name}-*"), reverse=True):
         with suppress(ValueError, OSError):
             if runner.goes_on(folder, settings.jobs(folder), common):
+                runner.terminal.print(f"{folder} was interrupted: it goes on (--out for another)")
                 return folder
     return new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
 

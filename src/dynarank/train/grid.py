@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -139,17 +140,20 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str 
     return found
 
 
-def find(job: Job, settings: Mapping[str, Any]) -> Found:
+def find(job: Job, settings: Mapping[str, Any], common: Path | None = None) -> Found:
     """What the folder of a job holds; nothing is changed.
 
     Args:
         job: the job.
         settings: what else the configuration of its run must say, such as the number of epochs.
+        common: the folder of all runs; if it is that of the job, other files may lie in it.
 
     Raises:
         RecipeError: another run, or files that are not of a run.
     """
     names = _names(job.folder)
+    if job.folder == common:
+        names = [name for name in names if name in _FILES]
     if not names:
         return Found("new")
     if not _ours(job.folder):
@@ -181,14 +185,14 @@ def run_jobs(
         run: a function that trains one job, or goes on with it.
         settings: see :func:`find`.
         say: called with what the user must know.
-        held: a folder that the caller owns already.
+        held: the folder of all runs, which the caller owns.
 
     Raises:
         RecipeError: the folder of a job holds another run, or files that are not of a run.
         FolderInUseError: another process writes to it.
     """
     for job in jobs:
-        found = find(job, settings)
+        found = find(job, settings, held)
         if found.state == "unreadable":
             if job.folder == held:
                 raise RecipeError(f"{found.why}; move {held} away, or pass another --out")
@@ -199,7 +203,7 @@ def run_jobs(
         if found.state != "finished":
             with nullcontext() if job.folder == held else owned(job.folder):
                 run(job)
-                found = find(job, settings)
+                found = find(job, settings, held)
                 if found.state == "finished":
                     _seal(job.folder)
         if found.run is not None:
@@ -233,7 +237,7 @@ def _read(job: Job, settings: Mapping[str, Any]) -> Found:
 
 def _seal(folder: Path) -> None:
     """Write the SHA-256 of a finished run's files, with which any change to them is noticed."""
-    sums = [f"{sha256(folder / name)}  {name}\n" for name in _FILES]
+    sums = [f"{_sum(folder / name)}  {name}\n" for name in _FILES]
     write_text(folder / SUMS, "".join(sums))
 
 
@@ -248,9 +252,20 @@ def _verify(folder: Path) -> bool:
         return False
     lines = read_bytes(folder / SUMS, _MARK_BYTES).decode(errors="replace").splitlines()
     for name in _FILES:
-        if f"{sha256(folder / name)}  {name}" not in lines:
+        if f"{_sum(folder / name)}  {name}" not in lines:
             raise DamagedFileError(folder / name, f"it has changed since the run ended, by {SUMS}")
     return True
+
+
+def _sum(path: Path) -> str:
+    state = path.stat()
+    return _sum_of(path, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@cache
+def _sum_of(path: Path, *state: int) -> str:
+    """The SHA-256 of a file, computed once for each state of it."""
+    return sha256(path)
 
 
 def _refuse_another(
