@@ -83,6 +83,7 @@ DAMAGE = {  # a finished run that cannot be read, or is not what was written
     "records, empty": lambda run: (run / "records.jsonl").write_bytes(b""),
     "config, no JSON": lambda run: flip(run / "config.json", b'"seed"'),
     "config, another number": lambda run: flip(run / "config.json", b'"train_size": '),
+    "config, another seed": lambda run: flip(run / "config.json", b'"seed": '),
     "config, cut": lambda run: cut(run / "config.json", 0.5),
     "config, gone": lambda run: (run / "config.json").unlink(),
     "weights, gone": lambda run: (run / "model.safetensors").unlink(),
@@ -148,7 +149,7 @@ def test_compare_trains_a_run_again_that_cannot_be_read(
 def test_fields_of_a_newer_version_are_not_asked_for(runs: Path) -> None:
     config = runs / "seed0" / "low-rank" / "config.json"
     known = json.loads(config.read_text())
-    config.write_text(json.dumps({**known, "colour": "blue"}))
+    config.write_text(json.dumps({**known, "color": "blue"}))
     (config.parent / "SHA256SUMS").unlink()
     job = Job(config.parent, load_recipe("digits"), "low-rank", 0)
     assert find(job, {"epochs": 2}).state == "finished"

@@ -116,13 +116,12 @@ def check_folder(folder: Path, common: Mapping[str, Any]) -> None:
         )
 
 
-def differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str = "") -> list[str]:
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
     """Each setting that is asked for and was another, with both values.
 
     Args:
         there: the stored settings; those of newer versions that nobody asks for are passed over.
         asked: the settings asked for; a recipe is compared field by field.
-        within: what their names begin with.
 
     Example:
         >>> differences({"epochs": 3, "seed": 0}, {"epochs": 4, "seed": 0})
@@ -132,12 +131,20 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any], within: str 
     for key, value in cast("dict[str, Any]", json.loads(json.dumps(asked))).items():
         old = there.get(key)
         if key == "recipe" and isinstance(value, dict) and isinstance(old, dict):
-            told = {"summary": None}  # words about the recipe, no setting
-            fields = dict.fromkeys([*old, *value])  # pyright: ignore[reportUnknownArgumentType]
-            found += differences({**old, **told}, {**fields, **value, **told}, "recipe.")
+            found += _recipe_differences(cast("dict[str, Any]", old), cast("dict[str, Any]", value))
         elif old != value:
-            found.append(f"{within}{key}: {old} there, {value} now")
+            found.append(f"{key}: {old} there, {value} now")
     return found
+
+
+def _recipe_differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """The differences of two recipes; of two names, no other. The summary is no setting."""
+    names = ["name"] if there.get("name") != asked["name"] else [*there, *asked]
+    return [
+        f"recipe.{name}: {there.get(name)} there, {asked.get(name)} now"
+        for name in dict.fromkeys(names)
+        if name != "summary" and there.get(name) != asked.get(name)
+    ]
 
 
 def find(job: Job, settings: Mapping[str, Any], common: Path | None = None) -> Found:
@@ -218,10 +225,10 @@ def _read(job: Job, settings: Mapping[str, Any]) -> Found:
         ValueError: a file is damaged.
         FileNotFoundError: a file is missing.
     """
+    ended = _verify(job.folder)
     asked = {"recipe": job.recipe.model_dump(mode="json"), "schedule": job.schedule,
              "seed": job.seed, **settings}  # fmt: skip
     _refuse_another(job.folder, "config.json", _mapping(job.folder / "config.json"), asked)
-    ended = _verify(job.folder)
     if not (job.folder / "records.jsonl").exists():
         return Found("unfinished")
     run = read_run(job.folder)
