@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -12,13 +12,16 @@ from safetensors.torch import save_file
 from dynarank.records import Record, RecordWriter, SummaryRecord
 from dynarank.sinks import Sink
 from dynarank.surgery.verbs import merge
+from dynarank.train.checkpoint_plan import CheckpointPlan
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe
 from dynarank.train.recorder import Recorder, header
 from dynarank.train.task import Task
 
-__all__ = ["run_schedule"]
+__all__ = ["CheckpointPlan", "run_schedule"]
+
+_DEFAULT = CheckpointPlan()
 
 
 def run_schedule(
@@ -32,6 +35,9 @@ def run_schedule(
     epochs: int,
     machine: Machine,
     sinks: Sequence[Sink] = (),
+    checkpoints: CheckpointPlan = _DEFAULT,
+    stop: Callable[[], int | None] = lambda: None,
+    say: Callable[[str], None] = print,
 ) -> SummaryRecord:
     """Train a recipe under a schedule; write config, records and the merged weights to ``folder``.
 
@@ -46,9 +52,15 @@ def run_schedule(
         machine: the device and execution options.
         sinks: logging backends that get each record too, see :func:`dynarank.sinks.open_sinks`;
             closed at the end.
+        checkpoints: when checkpoints are written; a run that has one goes on from there.
+        stop: called after each step; a signal's number ends the run with a checkpoint.
+        say: called with what the user should know: where the run goes on, a checkpoint that could
+            not be written or read.
 
     Raises:
-        ValueError: the schedule is refused; nothing is written.
+        ValueError: the schedule is refused, or the folder holds a run with other settings; nothing
+            is written.
+        Interrupted: ``stop`` asked for it; the same call goes on.
         DivergedError: the training loss is not finite; the records so far are kept.
     """
     trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
