@@ -74,7 +74,7 @@ class RunCheckpoints:
         if wait and self._checkpoints is not None:
             self._checkpoints.drain()
             self._look()
-        if self.saved != step:
+        if self.saved != step and (wait or self._writing != step):
             self._begun, self._writing = self._clock(), step
             self._open().save(step, self._take(), wait=wait)
             self._look()
