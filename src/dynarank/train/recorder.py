@@ -14,6 +14,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from dynarank.cost.flops import count_flops
+from dynarank.form_data import form_to_data
 from dynarank.forms import Change, form_name
 from dynarank.records import (
     ChangeRecord,
@@ -24,7 +25,6 @@ from dynarank.records import (
     RunRecord,
     SummaryRecord,
 )
-from dynarank.schedules.form_data import form_to_data
 from dynarank.train.host import commit, hardware
 from dynarank.train.listener import Listener, Progress
 from dynarank.train.loop import EpochResult, Machine, Trainer
