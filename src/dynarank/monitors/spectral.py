@@ -15,7 +15,6 @@ from dynarank.monitors.cadence import Cadence
 from dynarank.monitors.effective_weight import LayerWeight
 from dynarank.monitors.singular_values import singular_values
 from dynarank.monitors.spectral_reading import read_spectra
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.schedules.readings import SpectralReading
 from dynarank.surgery.selection import LayerFilter, find_sites, select
 from dynarank.surgery.sites import Site, survey
@@ -125,30 +124,6 @@ class SpectralMonitor:
         """A reading for each watched layer, except for layers that are not finite."""
         sites = self._watched()
         return read_spectra(sites, rank=self._rank, values=self._values, starts=self._starts)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The weights with which updates are compared: a resumed run compares with the same."""
-        return {
-            "starts": {
-                path: {"form": form_to_data(start.form), "parameters": dict(start.parameters)}
-                for path, start in self._starts.items()
-            }
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Compare updates with the weights of another monitor.
-
-        Raises:
-            ValueError: a layer is not in the model.
-        """
-        starts = state["starts"]
-        sites = find_sites(self._model, survey(self._model), starts)
-        self._starts = {
-            path: LayerWeight(
-                sites[path].spec, form_from_data(start["form"]), dict(start["parameters"])
-            )
-            for path, start in starts.items()
-        }
 
     def _watched(self) -> list[Site]:
         sites = survey(self._model)
