@@ -229,10 +229,10 @@ def test_runs_on_other_data_are_not_mixed(
     before = snapshot(tmp_path / "runs" / "seed0")
     capsys.readouterr()
     assert call(monkeypatch, *words, "--data", str(tmp_path / "two.txt")) == 2
-    assert "digest: " in capsys.readouterr().err
+    assert "data_digest: " in capsys.readouterr().err
     (tmp_path / "runs" / "common.json").unlink()  # then the run itself says so
     assert call(monkeypatch, *words, "--data", str(tmp_path / "two.txt")) == 2
-    assert "digest: " in capsys.readouterr().err
+    assert "data_digest: " in capsys.readouterr().err
     assert snapshot(tmp_path / "runs" / "seed0") == before
     assert call(monkeypatch, *words, "--data", str(tmp_path / "same.txt")) == 0
 

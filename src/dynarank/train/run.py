@@ -9,10 +9,12 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from dynarank.files.atomic import write_text
 from dynarank.records import Record, RecordWriter, SummaryRecord
 from dynarank.sinks import Sink
 from dynarank.surgery.verbs import merge
 from dynarank.train.checkpoint_plan import CheckpointPlan
+from dynarank.train.data_digest import data_digest
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe
@@ -65,7 +67,7 @@ def run_schedule(
     """
     trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
     folder.mkdir(parents=True, exist_ok=True)  # a run that is refused leaves nothing behind
-    _write_config(folder, recipe, schedule, task, seed=seed, epochs=epochs)
+    _write_config(folder, recipe, schedule, task, machine, seed=seed, epochs=epochs)
     takers: list[Sink] = [RecordWriter(folder), *sinks]
 
     def write(record: Record) -> None:
@@ -89,14 +91,23 @@ def run_schedule(
 
 
 def _write_config(
-    folder: Path, recipe: Recipe, schedule: str, task: Task, *, seed: int, epochs: int
+    folder: Path,
+    recipe: Recipe,
+    schedule: str,
+    task: Task,
+    machine: Machine,
+    *,
+    seed: int,
+    epochs: int,
 ) -> None:
     config = {
         "recipe": recipe.model_dump(mode="json"),
         "schedule": schedule,
         "seed": seed,
         "epochs": epochs,
+        "precision": machine.precision,
         "train_size": task.train_size,
+        "data_digest": data_digest(task),
         "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
