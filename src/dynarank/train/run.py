@@ -10,6 +10,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dynarank.files.atomic import write_text
+from dynarank.files.reading import sha256
+from dynarank.files.sealed_json import sealed
 from dynarank.records import Record, RecordWriter, SummaryRecord
 from dynarank.sinks import Sink
 from dynarank.surgery.verbs import merge
@@ -84,7 +86,8 @@ def run_schedule(
         model = merge(trainer.model)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        return recorder.end(time.perf_counter() - begun)
+        digest = sha256(folder / "model.safetensors")
+        return recorder.end(time.perf_counter() - begun, model_sha256=digest)
     finally:
         for taker in takers:
             taker.close()
@@ -110,4 +113,4 @@ def _write_config(
         "data_digest": data_digest(task),
         "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
     }
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "config.json", sealed(json.dumps(config, indent=2)) + "\n")
