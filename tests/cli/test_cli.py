@@ -38,7 +38,7 @@ def test_train_digits(
     for schedule in ("full-rank", "low-rank", "dynamic-rank"):
         assert schedule in out
         names = {path.name for path in (folder / schedule).iterdir()}
-        assert names == {"config.json", "records.jsonl", "model.safetensors", "SHA256SUMS"}
+        assert names == {"config.json", "records.jsonl", "model.safetensors"}
     assert "0.294x" in out and "1.000x" in out
     page = (folder / "report.html").read_text()
     assert page.startswith("<!") and "dynamic-rank" in page
@@ -54,8 +54,7 @@ def test_train_json_and_report_and_spectrum(
     assert set(result["runs"]) == {"dynamic-rank-low"}
     assert 0 < result["runs"]["dynamic-rank-low"]["relative_flops"] < 1
     assert {p.name for p in (here / "one").iterdir()} == {
-        "common.json", "config.json", "records.jsonl", "model.safetensors", "SHA256SUMS",
-        "report.html",
+        "common.json", "config.json", "records.jsonl", "model.safetensors", "report.html",
     }  # fmt: skip
 
     assert call(monkeypatch, "report", "one", "--out", "page.html", "--json") == 0

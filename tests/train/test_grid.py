@@ -13,6 +13,7 @@ from command_line import call
 
 from dynarank.cli.sweep import grid, parse_epochs
 from dynarank.files.ownership import owned
+from dynarank.files.sealed_json import sealed, unsealed
 from dynarank.records import find_runs, read_run
 from dynarank.train.grid import Job, find, open_folder, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe
@@ -148,9 +149,12 @@ def test_compare_trains_a_run_again_that_cannot_be_read(
 
 def test_fields_of_a_newer_version_are_not_asked_for(runs: Path) -> None:
     config = runs / "seed0" / "low-rank" / "config.json"
-    known = json.loads(config.read_text())
-    config.write_text(json.dumps({**known, "color": "blue"}))
-    (config.parent / "SHA256SUMS").unlink()
+    known = json.loads(unsealed(config.read_bytes()))
+    config.write_text(sealed(json.dumps({**known, "color": "blue"})))
+    records = config.with_name("records.jsonl")
+    first, *rest = records.read_bytes().splitlines(keepends=True)
+    newer = sealed(json.dumps({**json.loads(unsealed(first.strip())), "color": "blue"}))
+    records.write_bytes(b"".join([newer.encode() + b"\n", *rest]))
     job = Job(config.parent, load_recipe("digits"), "low-rank", 0)
     assert find(job, {"epochs": 2}).state == "finished"
 
@@ -229,10 +233,10 @@ def test_runs_on_other_data_are_not_mixed(
     before = snapshot(tmp_path / "runs" / "seed0")
     capsys.readouterr()
     assert call(monkeypatch, *words, "--data", str(tmp_path / "two.txt")) == 2
-    assert "digest: " in capsys.readouterr().err
+    assert "data_digest: " in capsys.readouterr().err
     (tmp_path / "runs" / "common.json").unlink()  # then the run itself says so
     assert call(monkeypatch, *words, "--data", str(tmp_path / "two.txt")) == 2
-    assert "digest: " in capsys.readouterr().err
+    assert "data_digest: " in capsys.readouterr().err
     assert snapshot(tmp_path / "runs" / "seed0") == before
     assert call(monkeypatch, *words, "--data", str(tmp_path / "same.txt")) == 0
 

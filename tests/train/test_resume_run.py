@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,19 +14,16 @@ import torch
 from torch import Tensor
 from training import Silent
 
-from dynarank.checkpoint.folder import Contents, discard, read_folder
-from dynarank.files.reading import DamagedFileError
+from dynarank.checkpoint.folder import read_folder
 from dynarank.records import ChangeRecord, SummaryRecord, read_run
-from dynarank.train import run as run_module
-from dynarank.train.batches import Batches
 from dynarank.train.bert import BERT
 from dynarank.train.bilstm import BiLSTM
 from dynarank.train.data import limit, limit_test, load_digits_data
 from dynarank.train.images import ImageTask
 from dynarank.train.interruption import Interrupted
 from dynarank.train.language_task import LanguageModelTask
-from dynarank.train.loop import DivergedError, Machine, Trainer
-from dynarank.train.recipes import Recipe, RecipeError, load_recipe
+from dynarank.train.loop import Machine
+from dynarank.train.recipes import Recipe, load_recipe
 from dynarank.train.run import CheckpointPlan, run_schedule
 from dynarank.train.run_checkpoints import RunCheckpoints
 from dynarank.train.sentence_task import ACCURACY, ClassificationTask, Examples

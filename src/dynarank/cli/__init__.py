@@ -18,12 +18,14 @@ from dynarank.cli.report import report
 from dynarank.cli.spectrum import spectrum
 from dynarank.cli.sweep import sweep
 from dynarank.cli.train import train
+from dynarank.files.printable import printable
 from dynarank.train.interruption import Interrupted
 from dynarank.train.loop import DivergedError
 
 __all__ = ["app", "main"]
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # the disk's fault, not the request's
+_LONGEST = 2_000  # characters of an error message
 
 app = typer.Typer(
     name="dynarank",
@@ -60,5 +62,5 @@ def _of_the_disk(error: OSError) -> str:
 
 
 def _complain(error: object, code: int) -> int:
-    print(f"dynarank: error: {error}", file=sys.stderr)
+    print(f"dynarank: error: {printable(str(error), _LONGEST)}", file=sys.stderr)
     return code

@@ -20,6 +20,7 @@ from dynarank.report import write_report
 from dynarank.report.formats import plural
 from dynarank.sinks import open_sinks
 from dynarank.train.checkpoint_plan import CheckpointPlan
+from dynarank.train.data_digest import data_digest
 from dynarank.train.grid import (
     COMMON,
     Job,
@@ -32,7 +33,7 @@ from dynarank.train.grid import (
 from dynarank.train.interruption import Interrupted, StopSignals
 from dynarank.train.loop import DivergedError, Machine
 from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.run import data_digest, run_schedule
+from dynarank.train.run import run_schedule
 from dynarank.train.schedules import check_schedules
 from dynarank.train.task import Task
 from dynarank.train.tasks import make_task
@@ -121,13 +122,13 @@ class JobRunner:
         check_folder(folder, common)
         self._settings = {key: common[key] for key in ("epochs", "precision")}
         left = self._left(folder, jobs)
-        if left or "digest" not in there or there.get("data") != common["data"]:
+        if left or "data_digest" not in there or there.get("data") != common["data"]:
             digest = self.check(left or jobs[:1])
         else:
-            digest = there["digest"]
-        common = {**common, "digest": digest}
+            digest = there["data_digest"]
+        common = {**common, "data_digest": digest}
         check_folder(folder, common)
-        self._settings["digest"] = digest
+        self._settings["data_digest"] = digest
         self._left(folder, jobs)
         return common
 
@@ -169,7 +170,7 @@ class JobRunner:
         Raises:
             ValueError: it cannot be read, or has other runs.
         """
-        if not (there := read_common(folder)) or there.get("digest") != common["digest"]:
+        if not (there := read_common(folder)) or there.get("data_digest") != common["data_digest"]:
             return False
         check_folder(folder, common)
         with owned(folder):

@@ -137,7 +137,7 @@ def _common(settings: TrainSettings, runner: JobRunner) -> dict[str, Any]:
 def _place(settings: TrainSettings, runner: JobRunner) -> Path:
     """The folder in which the same run was interrupted, or a new one; a refused run has none."""
     name = settings.recipe.name
-    common = {**_common(settings, runner), "digest": runner.check(settings.jobs(Path()))}
+    common = {**_common(settings, runner), "data_digest": runner.check(settings.jobs(Path()))}
     for folder in sorted(Path("runs").glob(f"{name}-*"), reverse=True):
         with suppress(ValueError, OSError):
             if runner.goes_on(folder, settings.jobs(folder), common):

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from dynarank.files.atomic import write_text
-from dynarank.files.json_data import read_json
+from dynarank.files.json_data import parse_json
 from dynarank.files.ownership import move_aside, owned
 from dynarank.files.reading import DamagedFileError, read_bytes, sha256
-from dynarank.files.tensors import load_tensors
+from dynarank.files.sealed_json import sealed, unsealed
 from dynarank.records import Run, read_run
 from dynarank.train.recipes import Recipe, RecipeError
 
@@ -36,11 +36,11 @@ __all__ = [
 ]
 
 COMMON = "common.json"
-SUMS = "SHA256SUMS"  # of a finished run, as `sha256sum --check` takes them
 _FILES = ("config.json", "records.jsonl", "model.safetensors")
 _NOTES = ("data", "log")  # where data was and what was logged: they make no other experiment
 _MARKS = {"config.json": (b'"recipe"', b'"schedule"'), "records.jsonl": (b'"kind"', b'"run"')}
 _MARK_BYTES = 1 << 20  # a marker is looked for in so much of a file
+_SETTINGS_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def open_folder(folder: Path, common: Mapping[str, Any]) -> None:
     """
     check_folder(folder, common)
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / COMMON, json.dumps(common, indent=2) + "\n")
+    write_text(folder / COMMON, sealed(json.dumps(common, indent=2)) + "\n")
 
 
 def check_folder(folder: Path, common: Mapping[str, Any]) -> None:
@@ -133,7 +133,8 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
         if key == "recipe" and isinstance(value, dict) and isinstance(old, dict):
             found += _recipe_differences(cast("dict[str, Any]", old), cast("dict[str, Any]", value))
         elif old != value:
-            found.append(f"{key}: {old} there, {value} now")
+            digits = 12 if key == "data_digest" else None  # enough to tell two apart
+            found.append(f"{key}: {str(old)[:digits]} there, {str(value)[:digits]} now")
     return found
 
 
@@ -210,9 +211,7 @@ def run_jobs(
         if found.state != "finished":
             with nullcontext() if job.folder == held else owned(job.folder):
                 run(job)
-                found = find(job, settings, held)
-                if found.state == "finished":
-                    _seal(job.folder)
+            found = find(job, settings, held)
         if found.run is not None:
             yield job, found.run
 
@@ -225,52 +224,32 @@ def _read(job: Job, settings: Mapping[str, Any]) -> Found:
         ValueError: a file is damaged.
         FileNotFoundError: a file is missing.
     """
-    ended = _verify(job.folder)
     asked = {"recipe": job.recipe.model_dump(mode="json"), "schedule": job.schedule,
              "seed": job.seed, **settings}  # fmt: skip
     _refuse_another(job.folder, "config.json", _mapping(job.folder / "config.json"), asked)
     if not (job.folder / "records.jsonl").exists():
         return Found("unfinished")
     run = read_run(job.folder)
+    if run.damage:
+        raise DamagedFileError(job.folder, "; ".join(run.damage))
     header = run.header.model_dump(mode="json")
     told = {**asked, "recipe": job.recipe.name}
     _refuse_another(job.folder, "records.jsonl", header, {k: told[k] for k in told if k in header})
     if run.summary is None:
         return Found("unfinished")
-    if not ended:  # killed between its last record and the sums
-        load_tensors(job.folder / "model.safetensors")
+    weights = job.folder / "model.safetensors"
+    if run.summary.model_sha256 != _sha256(weights):
+        raise DamagedFileError(weights, "it has changed since it was written (SHA-256 differs)")
     return Found("finished", run)
 
 
-def _seal(folder: Path) -> None:
-    """Write the SHA-256 of a finished run's files, with which any change to them is noticed."""
-    sums = [f"{_sum(folder / name)}  {name}\n" for name in _FILES]
-    write_text(folder / SUMS, "".join(sums))
-
-
-def _verify(folder: Path) -> bool:
-    """Check the files of a run that has ended by their SHA-256; False: it has not.
-
-    Raises:
-        DamagedFileError: a file is not what was written.
-        FileNotFoundError: a file is missing.
-    """
-    if not (folder / SUMS).exists():
-        return False
-    lines = read_bytes(folder / SUMS, _MARK_BYTES).decode(errors="replace").splitlines()
-    for name in _FILES:
-        if f"{_sum(folder / name)}  {name}" not in lines:
-            raise DamagedFileError(folder / name, f"it has changed since the run ended, by {SUMS}")
-    return True
-
-
-def _sum(path: Path) -> str:
+def _sha256(path: Path) -> str:
     state = path.stat()
-    return _sum_of(path, state.st_size, state.st_mtime_ns, state.st_ino)
+    return _sha256_of(path, state.st_size, state.st_mtime_ns, state.st_ino)
 
 
 @cache
-def _sum_of(path: Path, *state: int) -> str:
+def _sha256_of(path: Path, *state: int) -> str:
     """The SHA-256 of a file, computed once for each state of it."""
     return sha256(path)
 
@@ -286,7 +265,18 @@ def _refuse_another(
 
 
 def _mapping(place: Path) -> dict[str, Any]:
-    found = read_json(place)
+    """The settings in a file.
+
+    Raises:
+        DamagedFileError: it has changed since it was written, or holds none.
+    """
+    try:
+        data = unsealed(read_bytes(place, _SETTINGS_BYTES))
+    except DamagedFileError:
+        raise
+    except ValueError as error:
+        raise DamagedFileError(place, str(error)) from error
+    found = parse_json(data, str(place))
     if not isinstance(found, dict):
         raise DamagedFileError(place, "it does not hold settings")
     return cast("dict[str, Any]", found)

@@ -11,13 +11,13 @@ from typing import Any
 from torch import nn
 
 from dynarank.checkpoint.folder import Contents
+from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
 from dynarank.forms import Change
 from dynarank.records import Record, RecordWriter, RunRecord, SummaryRecord, read_run
 from dynarank.sinks import Sink
 from dynarank.surgery.verbs import merge
 from dynarank.train.checkpoint_plan import CheckpointPlan
-from dynarank.train.digest import data_digest
 from dynarank.train.interruption import Interrupted
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
@@ -27,7 +27,7 @@ from dynarank.train.run_checkpoints import RunCheckpoints
 from dynarank.train.run_config import check_config, run_config, write_config
 from dynarank.train.task import Task
 
-__all__ = ["CheckpointPlan", "data_digest", "run_schedule"]
+__all__ = ["CheckpointPlan", "run_schedule"]
 
 _DEFAULT = CheckpointPlan()
 
@@ -137,7 +137,8 @@ class _Run:
         """
         try:
             _write_model(self.trainer.model, self.folder / "model.safetensors")
-            summary = self.recorder.end(self._seconds())
+            digest = sha256(self.folder / "model.safetensors")
+            summary = self.recorder.end(self._seconds(), model_sha256=digest)
             self.records.position()  # on the device
         except OSError as error:
             self.checkpoints.save(self.trainer.done, wait=True)

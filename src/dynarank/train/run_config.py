@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from dynarank.files.atomic import write_text
-from dynarank.files.json_data import read_json
-from dynarank.files.reading import DamagedFileError
-from dynarank.train.digest import data_digest
+from dynarank.files.json_data import parse_json
+from dynarank.files.reading import DamagedFileError, read_bytes
+from dynarank.files.sealed_json import sealed, unsealed
+from dynarank.train.data_digest import data_digest
 from dynarank.train.grid import differences
 from dynarank.train.loop import Machine
 from dynarank.train.recipes import Recipe, RecipeError
@@ -19,6 +20,7 @@ __all__ = ["check_config", "run_config", "write_config"]
 
 _CONFIG = "config.json"
 _FORMAT = 1
+_MAX_BYTES = 64 << 20
 
 
 def run_config(
@@ -35,7 +37,7 @@ def run_config(
         "measure": machine.measure,
         "noise": machine.noise,
         "train_size": task.train_size,
-        "digest": data_digest(task),
+        "data_digest": data_digest(task),
         "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
     }
 
@@ -52,7 +54,7 @@ def check_config(folder: Path, config: dict[str, Any]) -> bool:
         if (folder / "records.jsonl").exists():
             raise RecipeError(f"{folder} holds a run without {_CONFIG}; pass another folder")
         return False
-    there = read_json(path)
+    there = parse_json(unsealed(read_bytes(path, _MAX_BYTES)), path.name, allow_nan=True)
     if not isinstance(there, dict):
         raise DamagedFileError(path, "it does not hold settings", "pass another folder")
     _refuse_others(folder, cast("dict[str, Any]", there), config)
@@ -71,4 +73,4 @@ def _refuse_others(folder: Path, there: dict[str, Any], config: dict[str, Any]) 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     """Write the configuration of a new run; its folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _CONFIG, json.dumps(config, indent=2) + "\n")
+    write_text(folder / _CONFIG, sealed(json.dumps(config, indent=2)) + "\n")
