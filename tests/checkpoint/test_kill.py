@@ -1,4 +1,4 @@
-"""A writer killed at any moment and at every call of the system: what it acknowledged is there."""
+"""A writer killed at random and at every call of the system: what it acknowledged is there."""
 
 from __future__ import annotations
 

@@ -95,26 +95,8 @@ def test_answers_are_kept_and_not_measured_again(tmp_path: Path) -> None:
     assert 7.0 not in other.seconds["0"].values()  # another precision is another question
 
 
-BROKEN = [
-    "",
-    "{",
-    "[1]",
-    '{"a": ',
-    "\x00",
-    '{"a": "1"}',
-    '{"a": NaN}',
-    '{"a": -1.0}',
-    '{"a": true}',
-]
-BROKEN += [
-    '{"a": ',
-    '{"a": 1.0, "a": 2.0}',
-    '{"a": [1.0]}',
-    "[" * 100_000,
-    '{"a": 1e999}',
-    '{"a": 0}',
-    "7",
-]
+BROKEN = ["", "{", "[1]", '{"a": ', "\x00", "7", "[" * 100_000, '{"a": 1.0, "a": 2.0}']
+BROKEN += [f'{{"a": {x}}}' for x in ('"1"', "NaN", "-1.0", "true", "[1.0]", "1e999", "0")]
 
 
 @pytest.mark.parametrize("content", BROKEN, ids=lambda content: ascii(content[:12]))

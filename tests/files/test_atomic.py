@@ -116,9 +116,9 @@ def test_a_read_only_file_is_not_replaced(path: Path, monkeypatch: pytest.Monkey
 
 
 def test_long_names(tmp_path: Path) -> None:
-    name = "n" * 255
-    write_text(tmp_path / name, "new")
-    assert os.listdir(tmp_path) == [name]
+    for name in ("n" * 255, "漢" * 85, "a\nb"):
+        write_text(tmp_path / name, "new")
+    assert len(os.listdir(tmp_path)) == 3
 
 
 def test_a_short_write_goes_on(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

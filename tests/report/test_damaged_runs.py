@@ -53,7 +53,7 @@ def test_a_run_cut_before_any_record_is_shown(tmp_path: Path) -> None:
     write_run(tmp_path / "whole")
     cut = write_run(tmp_path / "cut", "low-rank")
     lines = (cut / "records.jsonl").read_bytes().splitlines(keepends=True)
-    for count in range(1, 9):
+    for count in (1, 2, 4):
         (cut / "records.jsonl").write_bytes(b"".join(lines[:count]))
         page, told = page_and_warnings(tmp_path)
         assert "1 run of 2 did not finish: low-rank" in page.text
@@ -94,17 +94,26 @@ def test_damaged_lines_and_configurations_are_noted(tmp_path: Path) -> None:
     assert all(one in page.text for one in told)
 
 
-@pytest.mark.parametrize("name", HOSTILE, ids=lambda name: ascii(name[:12]))
-def test_names_of_any_kind_are_shown_and_stop_nothing(tmp_path: Path, name: str) -> None:
-    run = write_run(tmp_path, pictures=True)
-    header = {"recipe": name, "schedule": name, "hardware": name, "metric": {"name": name}}
-    edited(run, 0, **header)
-    page, told = page_and_warnings(tmp_path)
+def hostile_runs(folder: Path) -> Path:
+    for i, name in enumerate(HOSTILE):
+        run = write_run(folder / str(i), pictures=i == 0)
+        header = {"recipe": name, "schedule": f"{name}{i}", "hardware": name}
+        edited(run, 0, **header, metric={"name": HOSTILE[0]})
+    return folder
+
+
+def test_names_of_any_kind_are_shown_and_stop_nothing(tmp_path: Path) -> None:
+    page, told = page_and_warnings(hostile_runs(tmp_path))
     assert told == []
     assert page.tags.count("script") == 3  # its own
     source = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f\u202e\u2066]", source)
-    assert name != "a" * 10_000 or name not in source
+    assert "a" * 300 not in source.partition("<h2>Configuration")[0]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE[:3], ""])
+def test_a_metric_of_any_name_is_drawn(tmp_path: Path, name: str) -> None:
+    edited(write_run(tmp_path, layers=4), 0, metric={"name": name})
     write_figures(tmp_path, tmp_path / "figures", ["png"], warn=pytest.fail)
 
 
@@ -164,11 +173,7 @@ def test_the_command_warns_and_ends_well_unless_nothing_can_be_read(tmp_path: Pa
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 def test_a_browser_shows_a_page_full_of_hostile_names(tmp_path: Path) -> None:
-    for i, name in enumerate(HOSTILE):
-        run = write_run(tmp_path / str(i), pictures=True)
-        update = {"schedule": f"{i}{name}", "recipe": name, "metric": {"name": HOSTILE[0]}}
-        edited(run, 0, **update)
-    page = write_report(tmp_path, warn=pytest.fail)
+    page = write_report(hostile_runs(tmp_path), warn=pytest.fail)
     with Browser() as browser:
         browser.open(page)
         assert browser.complaints == []

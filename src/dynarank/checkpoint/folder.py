@@ -268,14 +268,15 @@ def _check_replaceable(folder: Path) -> None:
     """Refuse to write over anything but a checkpoint; a damaged one is moved aside."""
     if not folder.exists():
         return
-    names = _names(folder) if folder.is_dir() else {folder.name}
+    foreign = _names(folder) if folder.is_dir() else {folder.name}
     try:
-        foreign = names - {MANIFEST, *read_manifest(folder).files} if names else set()
+        if folder.is_dir() and foreign:
+            foreign -= {MANIFEST, *read_manifest(folder).files}
+    except FileNotFoundError:
+        pass
     except DamagedFileError:
         rename_free(folder, f"{folder.name}.damaged")
         return
-    except (FileNotFoundError, NotADirectoryError):
-        foreign = names
     if foreign:
         raise ValueError(
             f"{folder} is no checkpoint, or holds more than one ({printable(min(foreign))}):"

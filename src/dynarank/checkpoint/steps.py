@@ -72,7 +72,7 @@ class Checkpoints:
                 f"keep={keep} checkpoints: keep at least 2, so that one is left if the other is"
                 " damaged"
             )
-        self.folder, self.keep = Path(folder), keep
+        self.folder, self.keep = Path(os.path.abspath(folder)), keep
         self.last_acknowledged: int | None = None  # the last step that is whole on the device
         self._background, self._warn = background, warn
         self._writer: threading.Thread | None = None

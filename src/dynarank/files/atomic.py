@@ -33,9 +33,8 @@ __all__ = [
 ]
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:60]
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
 _CLOEXEC = getattr(os, "O_CLOEXEC", 0)
-_STEM = 120  # characters of a name that its temporary name keeps
 _in_use: set[str] = set()  # names of this process's temporary files and folders
 _PIECE = 4 << 20  # bytes: hashed while they are in the processor's cache
 _DAY = 24 * 3600.0  # seconds; no write takes that long
@@ -116,7 +115,7 @@ def write_chunks(
 @contextmanager
 def temporary_beside(path: Path) -> Generator[Path]:
     """A free name beside ``path``; what is left under it after the block is removed."""
-    name = f".{path.name[:_STEM]}.{HOST}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+    name = f".{_stem(path.name)}.{HOST}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     beside = path.with_name(name)
     _in_use.add(name)
     try:
@@ -141,7 +140,7 @@ def remove_orphans(folder: Path, name: str = "") -> None:
     Those of another machine count as orphans after a day.
     """
     for path in folder.iterdir():
-        if path.name.startswith(f".{name[:_STEM]}") and _orphan(path):
+        if path.name.startswith(f".{_stem(name)}") and _orphan(path):
             remove(path)
 
 
@@ -154,6 +153,11 @@ def alive(pid: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+def _stem(name: str) -> str:
+    """As much of a name as leaves room for the rest in the 255 bytes of a name."""
+    return os.fsencode(name)[:120].decode("utf-8", "ignore")
 
 
 def _orphan(path: Path) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -163,7 +164,7 @@ def _before_step(optimizer: Optimizer) -> None:
     )
     for module, weights in list(_REPLACED.items()):
         if any(id(one()) in held for each in weights.values() for one in each.new):
-            if trains(optimizer):
+            if trains:
                 forget_replaced(module)
             for each in weights.values():  # a step of rate 0 leaves the values
                 each.versions = None

@@ -54,11 +54,20 @@ def check_config(folder: Path, config: dict[str, Any]) -> bool:
         if (folder / "records.jsonl").exists():
             raise RecipeError(f"{folder} holds a run without {_CONFIG}; pass another folder")
         return False
-    there = parse_json(unsealed(read_bytes(path, _MAX_BYTES)), path.name, allow_nan=True)
+    _refuse_others(folder, _read(path), config)
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        there = parse_json(unsealed(read_bytes(path, _MAX_BYTES)), path.name, allow_nan=True)
+    except DamagedFileError:
+        raise
+    except ValueError as error:
+        raise DamagedFileError(path, str(error), "pass another folder") from None
     if not isinstance(there, dict):
         raise DamagedFileError(path, "it does not hold settings", "pass another folder")
-    _refuse_others(folder, cast("dict[str, Any]", there), config)
-    return True
+    return cast("dict[str, Any]", there)
 
 
 def _refuse_others(folder: Path, there: dict[str, Any], config: dict[str, Any]) -> None:
