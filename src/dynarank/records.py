@@ -11,15 +11,19 @@ the rest of the run is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from dynarank.files.atomic import write_bytes
 from dynarank.files.json_data import parse_json
 from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError, read_bytes, reading
@@ -238,19 +242,73 @@ _SHOWN = 3  # lines that a message names
 
 
 class RecordWriter:
-    """Writes records to a run's ``records.jsonl``, flushed line by line."""
+    """Writes records to a run's ``records.jsonl``, each at once.
 
-    def __init__(self, folder: Path) -> None:
-        self._file = (folder / "records.jsonl").open("w", encoding="utf-8")
+    Args:
+        folder: the folder of the run.
+        position: where to go on, from :meth:`position`: what was written after it is cut off.
+            None: the file is begun anew, with its first record.
+
+    Raises:
+        DamagedFileError: the records before the position are not those that were written.
+    """
+
+    def __init__(self, folder: Path, position: Mapping[str, Any] | None = None) -> None:
+        self._path = folder / "records.jsonl"
+        self._file: FileIO | None = None
+        self._digest, self._bytes = hashlib.sha256(), 0
+        if position is not None:
+            self._go_on(self._open(), position)
 
     def write(self, record: _Line) -> None:
-        """Append one record."""
-        self._file.write(sealed(record.model_dump_json()) + "\n")
-        self._file.flush()
+        """Append one record: the whole line, or nothing of it."""
+        line = sealed(record.model_dump_json()).encode() + b"\n"
+        if self._file is None:
+            write_bytes(self._path, line)  # at no time is there a file without its header
+            self._open().seek(len(line))
+        else:
+            self._append(self._file, line)
+        self._digest.update(line)
+        self._bytes += len(line)
+
+    def position(self) -> dict[str, Any]:
+        """The end of the records so far, which are now on the device, as plain data."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+    def _open(self) -> FileIO:
+        self._file = cast(FileIO, self._path.open("r+b", buffering=0))
+        return self._file
+
+    def _append(self, file: FileIO, line: bytes) -> None:
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(self._bytes)
+                file.seek(self._bytes)
+            raise
+
+    def _go_on(self, file: FileIO, position: Mapping[str, Any]) -> None:
+        kept = file.read(position["bytes"])
+        self._digest.update(kept)
+        self._bytes = len(kept)
+        if self.position() != dict(position):
+            self.close()
+            raise DamagedFileError(
+                self._path,
+                f"its first {position['bytes']:,} bytes are not those that were written",
+                "put the file back as it was; the weights are in the folder's checkpoints",
+            )
+        file.truncate(self._bytes)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class Run:

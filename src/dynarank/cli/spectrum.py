@@ -31,6 +31,7 @@ from dynarank.monitors.singular_values import (
 )
 from dynarank.monitors.weight_files import WeightFiles, open_weights
 from dynarank.records import read_run
+from dynarank.report.plotting import save_figure
 from dynarank.report.spectra import spectrum_figure
 from dynarank.report.spectra_pair import spectrum_pair_figure
 
@@ -253,7 +254,7 @@ def _save_figure(terminal: Console, place: Path, models: list[_Model]) -> None:
             figure = spectrum_figure(models[0].values)
         else:
             figure = spectrum_pair_figure({model.label: model.values for model in models})
-        figure.savefig(place)
+        save_figure(figure, place)
         terminal.print(f"Figure: {place}", soft_wrap=True, markup=False)
     except ImportError as error:
         terminal.print(f"No figure: {error}", markup=False)

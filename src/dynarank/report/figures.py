@@ -23,7 +23,7 @@ from dynarank.report.grouping import comparable, first_of_each
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
 from dynarank.report.noise import noise_figure
-from dynarank.report.plotting import require_matplotlib
+from dynarank.report.plotting import require_matplotlib, save_figure
 from dynarank.report.rank_metrics import rank_metrics_figure
 from dynarank.report.rank_timeline import rank_timeline_figure
 from dynarank.report.spectra_over_time import spectra_over_time_figure, spectrum_names
@@ -116,4 +116,4 @@ def _save(figure: Figure, path: Path) -> None:
 
     metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(path.suffix[1:], {})
     with rc_context({"svg.hashsalt": "dynarank", "svg.fonttype": "none"}):
-        figure.savefig(path, dpi=200, metadata=metadata)
+        save_figure(figure, path, dpi=200, metadata=metadata)

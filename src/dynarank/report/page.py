@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from string import Template
 
+from dynarank.files.atomic import write_text
 from dynarank.files.printable import printable
 from dynarank.records import EpochRecord, Run, read_runs
 from dynarank.report.embed import packaged, policy, script, style
@@ -47,7 +48,7 @@ def write_report(
     page = build_page(runs, unreadable, warn)
     output = folder / "report.html" if output is None else output
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page, encoding="utf-8", newline="\n")
+    write_text(output, page)
     return output
 
 
