@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from pydantic import ValidationError
 
 from dynarank import Adapted, FullRank, LowRank
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.records import (
     ChangeRecord,
     EpochRecord,
@@ -23,7 +24,6 @@ from dynarank.records import (
     find_runs,
     read_run,
 )
-from dynarank.schedules.form_data import form_from_data, form_to_data
 
 RUN = RunRecord(
     recipe="digits",

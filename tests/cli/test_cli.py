@@ -54,11 +54,8 @@ def test_train_json_and_report_and_spectrum(
     assert set(result["runs"]) == {"dynamic-rank-low"}
     assert 0 < result["runs"]["dynamic-rank-low"]["relative_flops"] < 1
     assert {p.name for p in (here / "one").iterdir()} == {
-        "config.json", "records.jsonl", "model.safetensors", "report.html",
+        "common.json", "config.json", "records.jsonl", "model.safetensors", "report.html",
     }  # fmt: skip
-
-    assert call(monkeypatch, *words) == 2
-    assert "one already holds a run" in capsys.readouterr().err
 
     assert call(monkeypatch, "report", "one", "--out", "page.html", "--json") == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["schedule"] == "dynamic-rank-low"
@@ -236,7 +233,7 @@ def test_a_diverged_run_exits_1(
     def diverge(*_: object, **__: object) -> None:
         raise DivergedError("the training loss of epoch 1 is nan")
 
-    monkeypatch.setattr(sys.modules["dynarank.cli.train"], "run_schedule", diverge)
+    monkeypatch.setattr(sys.modules["dynarank.cli.job_runner"], "run_schedule", diverge)
     assert call(monkeypatch, "train", "digits", "--epochs", "1") == 1
     assert "loss of epoch 1 is nan" in capsys.readouterr().err
 
@@ -345,13 +342,15 @@ def test_help_is_there_and_every_command_has_json(
 OPTIONS = {
     "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
               "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
-              "measure", "log", "budget", "noise"},
+              "measure", "log", "budget", "noise", "resume", "checkpoint-every"},
     "plan": {"budget", "schedule", "as-published", "json", "help", "rank", "decomposition",
              "measure", "device", "precision"},
     "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",
-                "test-limit", "out", "device", "precision", "json", "help", "budget"},
+                "test-limit", "out", "device", "precision", "json", "help", "budget",
+                "checkpoint-every"},
     "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
-              "train-limit", "test-limit", "out", "device", "precision", "json", "help"},
+              "train-limit", "test-limit", "out", "device", "precision", "json", "help",
+              "checkpoint-every"},
     "spectrum": {"rank", "plot", "no-plot", "json", "help"},
     "report": {"out", "figures", "format", "json", "help"},
 }  # fmt: skip

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 import dynarank as dr
-from dynarank.surgery import edit, verbs
+from dynarank.surgery import edit, transaction
 from dynarank.surgery.optimizer_state import Contents
 
 SCRIPT = """
 import dynarank as dr, torch
 from contextlib import ExitStack
-from dynarank.surgery import edit, verbs
+from dynarank.surgery import edit, transaction
 
 assert False, "not run under -O"
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 held, weights = list(optimizer.param_groups[0]["params"]), [model[0].weight, model[1].weight]
-verbs.write = lambda contents, undo: None  # the optimizer keeps the old parameters
+transaction.write = lambda contents, undo: None  # the optimizer keeps the old parameters
 try:
     dr.factorize(model, 2, layers="*", optimizer=optimizer)
 except RuntimeError as error:
@@ -99,14 +99,14 @@ def test_a_fault_is_named_and_the_change_undone(
     model, optimizer = adapted()
     weights = [m.weight for m in model]
     held, states = list(optimizer.param_groups[0]["params"]), list(optimizer.state)
-    original = verbs.new_contents
+    original = transaction.new_contents
 
     def faulty(edits, optimizers, moments):  # type: ignore[no-untyped-def]
         contents = original(edits, optimizers, moments)
         FAULTS[words](contents, weights[0])
         return contents
 
-    monkeypatch.setattr(verbs, "new_contents", faulty)
+    monkeypatch.setattr(transaction, "new_contents", faulty)
     with pytest.raises(RuntimeError, match=words + ".*as they were before"):
         dr.factorize(model, 2, layers="*", optimizer=optimizer)
     assert [type(m) for m in model] == [nn.Linear, nn.Linear]
@@ -141,7 +141,7 @@ def test_verification_costs_under_5_percent_of_the_changes(monkeypatch: pytest.M
 
     timed(edit, "_check_values")
     timed(edit, "_measured")
-    timed(verbs, "check_committed")
+    timed(transaction, "check_committed")
     shares: list[float] = []
     for _ in range(4):
         model = nn.Sequential(nn.Linear(640, 640), nn.Linear(640, 640))

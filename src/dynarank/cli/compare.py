@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from dynarank.cli.job_runner import JobRunner, write_page
+from dynarank.cli.interruption import same_command
+from dynarank.cli.job_runner import JobRunner
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import (
     BudgetOption,
+    CheckpointOption,
     DataOption,
     DecompositionOption,
     DeviceOption,
@@ -37,7 +39,7 @@ from dynarank.report.formats import (
     spread_text,
 )
 from dynarank.schedules.catalog import get_preset
-from dynarank.train.grid import Job, run_jobs
+from dynarank.train.grid import Job
 from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
 
 __all__ = ["compare"]
@@ -59,15 +61,17 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; default: runs/compare-RECIPE.")
     ] = None,
+    checkpoint_every: CheckpointOption = "10",  # pyright: ignore[reportArgumentType]
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train RECIPE under several schedules and seeds, and test which differences are significant.
 
-    Can be interrupted and rerun: finished runs are kept, and more seeds or schedules are added to
-    them. For each seed all schedules share initial weights and data order. Mean and standard
-    deviation are over seeds.
+    Can be interrupted and rerun: finished runs are kept, an unfinished one goes on where it was,
+    and more seeds or schedules are added to them. Runs with other settings or data are refused,
+    never mixed or deleted. For each seed all schedules share initial weights and data order. Mean
+    and standard deviation are over seeds.
     """
     chosen = load_recipe(recipe).with_factors(rank, decomposition).with_budget(budget)
     names = list(dict.fromkeys(name.strip() for name in schedules.split(",")))
@@ -76,38 +80,41 @@ def compare(
     require_scipy()
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
-    runner = JobRunner(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
+    runner = JobRunner("compare", terminal, machine, data, epochs or chosen.epochs, train_limit,
+                       test_limit, checkpoint_every)  # fmt: skip
     folder = out or Path("runs") / f"compare-{recipe}"
     jobs = [
         Job(folder / f"seed{seed}" / name, chosen, name, seed)
         for seed in range(seeds)
         for name in names
     ]
-    runner.open_folder(folder, chosen, jobs)
-    done = list(run_jobs(jobs, runner.run))
-    if not done:
-        raise RecipeError(f"no run in {folder} finished")
-    grouped = {n: [run for job, run in done if job.schedule == n] for n in names}
-    _print_result(
-        terminal,
-        f"{chosen.name}, {plural(runner.epochs, 'epoch')}",
-        {name: runs for name, runs in grouped.items() if runs},
-        folder,
-        as_json,
-    )
-    runner.finish()
+    with runner.working_in(folder, jobs, runner.common(chosen), same_command(folder, as_json)):
+        done = list(runner.runs(jobs, folder))
+        if not done:
+            runner.finish()
+            raise RecipeError(f"no run in {folder} finished")
+        grouped = {n: [run for job, run in done if job.schedule == n] for n in names}
+        title = f"{chosen.name}, {plural(runner.epochs, 'epoch')}"
+        finished = {name: runs for name, runs in grouped.items() if runs}
+        _print_result(terminal, title, finished, folder, runner, as_json)
+        runner.finish()
 
 
 def _print_result(
-    terminal: Console, title: str, grouped: Mapping[str, Sequence[Run]], folder: Path, as_json: bool
+    terminal: Console,
+    title: str,
+    grouped: Mapping[str, Sequence[Run]],
+    folder: Path,
+    runner: JobRunner,
+    as_json: bool,
 ) -> None:
     """Print the scores and costs of each schedule, and which differences are significant."""
     metric = next(iter(grouped.values()))[0].header.metric
     sentences = compare_scores({n: _scores(runs) for n, runs in grouped.items()}, metric)
-    page = write_page(folder, terminal)
+    page = runner.write_page(folder)
     if as_json:
         found = {name: _figures(runs) for name, runs in grouped.items()}
-        result = {"folder": str(folder), "report": page, "metric": metric.model_dump(),
+        result = {**runner.status(folder), "report": page, "metric": metric.model_dump(),
                   "schedules": found, "sentences": sentences}  # fmt: skip
         print(json.dumps(result, indent=2))
         return

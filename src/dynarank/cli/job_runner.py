@@ -1,77 +1,207 @@
-"""The job runner of ``compare`` and ``sweep``: it trains jobs one after another on one machine."""
+"""The job runner of ``train``, ``compare`` and ``sweep``: it trains jobs one after another."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from dynarank.cli.interruption import GoOn
 from dynarank.cli.show import ProgressListener
+from dynarank.files.json_data import DamagedFileError
+from dynarank.files.ownership import move_aside, owned
+from dynarank.records import Run, find_runs
 from dynarank.report import write_report
-from dynarank.train.grid import Job, finished, open_folder
+from dynarank.report.formats import plural
+from dynarank.sinks import open_sinks
+from dynarank.train.checkpoint_plan import CheckpointPlan
+from dynarank.train.data_digest import data_digest
+from dynarank.train.grid import (
+    COMMON,
+    Job,
+    check_folder,
+    find,
+    open_folder,
+    read_common,
+    run_jobs,
+)
+from dynarank.train.interruption import Interrupted, StopSignals
 from dynarank.train.loop import DivergedError, Machine
-from dynarank.train.recipes import Recipe
+from dynarank.train.recipes import Recipe, RecipeError
 from dynarank.train.run import run_schedule
 from dynarank.train.schedules import check_schedules
 from dynarank.train.task import Task
 from dynarank.train.tasks import make_task
 
-__all__ = ["JobRunner", "write_page"]
+__all__ = ["JobRunner"]
 
 
 @dataclass
 class JobRunner:
-    """Runs jobs one after another on one machine.
+    """Runs jobs one after another on one machine, in a folder that it owns.
 
     Args:
+        command: the command, such as ``compare``.
         terminal: where progress is shown.
         machine: device and precision.
         data: where the data set is.
         epochs: the length of each run.
         train_limit: number of training examples; None: all.
         test_limit: number of test examples; None: all.
+        checkpoints: when checkpoints are written.
+        backends: the logging backends.
     """
 
+    command: str
     terminal: Console
     machine: Machine
     data: str | None
     epochs: int
     train_limit: int | None
     test_limit: int | None
-    diverged: list[Job] = field(default_factory=list[Job])
+    checkpoints: CheckpointPlan = field(default_factory=CheckpointPlan)
+    backends: Sequence[str] = ()
+    diverged: dict[Path, DivergedError] = field(default_factory=dict[Path, DivergedError])
+    finished_before: list[Job] = field(default_factory=list[Job])
+    resumed: list[Job] = field(default_factory=list[Job])
+    _settings: dict[str, Any] = field(default_factory=dict[str, Any])
     _tasks: dict[int, Task] = field(default_factory=dict[int, Task])
+    _checked: set[tuple[int, str]] = field(default_factory=set[tuple[int, str]])
+    _disk_error: OSError | None = None
 
-    def open_folder(self, folder: Path, recipe: Recipe, jobs: Sequence[Job], **more: Any) -> None:
-        """Start or resume a folder of runs, see :func:`dynarank.train.grid.open_folder`.
-
-        The schedules of the jobs that are left are checked first.
-
-        Raises:
-            ValueError: a schedule is refused, or the folder has runs with other settings.
-        """
-        if left := [job for job in jobs if finished(job.folder) is None]:
-            chosen = {(id(j.recipe), j.schedule): (j.recipe, j.schedule) for j in left}
-            check_schedules(chosen.values(), self._task(left[0]), self.epochs)
-        common = {
+    def common(self, recipe: Recipe, **more: Any) -> dict[str, Any]:
+        """The settings that all runs of a folder share."""
+        return {
+            "command": self.command,
             "recipe": recipe.model_dump(mode="json"),
             "epochs": self.epochs,
             "train_limit": self.train_limit,
             "test_limit": self.test_limit,
             "precision": self.machine.precision,
             **more,
+            "data": _location(self.data),
         }
-        open_folder(folder, common)
 
-    def run(self, job: Job) -> None:
-        """Train one job; if it diverges, say so and leave it unfinished."""
-        task = self._task(job)
-        name = f"{job.schedule}, seed {job.seed}"
-        self.terminal.print(f"{job.folder}:")
+    @contextmanager
+    def working_in(
+        self, folder: Path, jobs: Sequence[Job], common: dict[str, Any], go_on: GoOn
+    ) -> Generator[None]:
+        """Own a folder of runs, new or with the same settings, until the end of the block.
+
+        Every job's folder, and the schedules of the jobs that are left, are checked first. A signal
+        ends the command with the words of ``go_on``.
+
+        Raises:
+            ValueError: a schedule is refused, the folder has runs with other settings, a job's
+                folder has another run or files that are not of a run, or another process writes
+                to one of them.
+        """
         try:
-            with ProgressListener(self.terminal, name, self.epochs, task.metric) as listener:
+            with ExitStack() as held:
+                if here := folder.exists():
+                    held.enter_context(owned(folder))
+                common = self._check(folder, jobs, common)
+                if not here:
+                    held.enter_context(owned(folder))
+                open_folder(folder, common)
+                self._say_what_is_there(jobs)
+                yield
+        except Interrupted as stop:
+            go_on.leave(stop)
+
+    def _check(self, folder: Path, jobs: Sequence[Job], common: dict[str, Any]) -> dict[str, Any]:
+        """Check the settings and every job's folder; read data only if there is a need to."""
+        there = _read_or_move(folder)
+        if self.command == "train":
+            _refuse_other_runs(folder, jobs)
+        check_folder(folder, common)
+        self._settings = {key: common[key] for key in ("epochs", "precision")}
+        left = self._left(folder, jobs)
+        if left or "data_digest" not in there or there.get("data") != common["data"]:
+            digest = self.check(left or jobs[:1])
+        else:
+            digest = there["data_digest"]
+        common = {**common, "data_digest": digest}
+        check_folder(folder, common)
+        self._settings["data_digest"] = digest
+        self._left(folder, jobs)
+        return common
+
+    def _say_what_is_there(self, jobs: Sequence[Job]) -> None:
+        if len(self.finished_before) == len(jobs):
+            self.terminal.print("Finished already: the results again.")
+        elif self.finished_before:
+            kept = plural(len(self.finished_before), "run")
+            self.terminal.print(f"{kept} of {len(jobs)} finished before.")
+
+    def _left(self, folder: Path, jobs: Sequence[Job]) -> list[Job]:
+        """The jobs that are not finished, none of which another process may be at work on."""
+        found = [(job, find(job, self._settings, folder).state) for job in jobs]
+        self.finished_before = [job for job, state in found if state == "finished"]
+        self.resumed = [job for job, state in found if state == "unfinished"]
+        left = [job for job, state in found if state != "finished"]
+        for job in left:
+            if job.folder != folder and job.folder.exists():
+                with owned(job.folder):
+                    pass
+        return left
+
+    def check(self, jobs: Sequence[Job]) -> str:
+        """Check the schedules of jobs on the data, and return the digest of the data.
+
+        Raises:
+            ValueError: a schedule is refused.
+        """
+        task = self._task(jobs[0])
+        chosen = {(id(j.recipe), j.schedule): (j.recipe, j.schedule) for j in jobs}
+        new = [value for key, value in chosen.items() if key not in self._checked]
+        check_schedules(new, task, self.epochs, measure=self.machine.measure)
+        self._checked |= chosen.keys()
+        return data_digest(task)
+
+    def goes_on(self, folder: Path, jobs: Sequence[Job], common: dict[str, Any]) -> bool:
+        """Whether a folder has runs with these settings that are not finished, and is free.
+
+        Raises:
+            ValueError: it cannot be read, or has other runs.
+        """
+        if not (there := read_common(folder)) or there.get("data_digest") != common["data_digest"]:
+            return False
+        check_folder(folder, common)
+        with owned(folder):
+            return bool(self._left(folder, jobs))
+
+    def status(self, folder: Path) -> dict[str, Any]:
+        """What is printed as JSON about the folder and its runs."""
+        return {
+            "folder": str(folder),
+            "status": "finished",
+            "finished_before": [str(job.folder) for job in self.finished_before],
+            "resumed": [str(job.folder) for job in self.resumed],
+        }
+
+    def runs(self, jobs: Sequence[Job], folder: Path) -> Iterator[tuple[Job, Run]]:
+        """Yield each job with its finished run, which is trained unless it was finished before."""
+        return run_jobs(jobs, self._train, self._settings, _say, held=folder)
+
+    def _train(self, job: Job) -> None:
+        """Train one job, or go on with it; if it diverges, say so and leave it unfinished."""
+        task = self._task(job)
+        name = job.schedule if self.command == "train" else f"{job.schedule}, seed {job.seed}"
+        if self.command != "train":
+            self.terminal.print(f"{job.folder}:")
+        sinks = open_sinks(self.backends, job.folder)
+        stop = StopSignals()
+        try:
+            with (
+                ProgressListener(self.terminal, name, self.epochs, task.metric) as listener,
+                stop,
+            ):
                 run_schedule(
                     job.recipe,
                     job.schedule,
@@ -81,10 +211,15 @@ class JobRunner:
                     seed=job.seed,
                     epochs=self.epochs,
                     machine=self.machine,
+                    sinks=sinks,
+                    checkpoints=self.checkpoints,
+                    stop=stop.requested,
+                    say=_say,
                 )
         except DivergedError as error:
-            self.diverged.append(job)
+            self.diverged[job.folder] = error
             self.terminal.print(f"{name} diverged: {error}")
+        stop.check()  # a signal after the last step
 
     def _task(self, job: Job) -> Task:
         """The task of a seed, cached while consecutive jobs have that seed."""
@@ -101,21 +236,61 @@ class JobRunner:
             }
         return self._tasks[job.seed]
 
+    def write_page(self, folder: Path) -> str | None:
+        """Write the report of all runs in the folder; None if it cannot be written."""
+        with self.showing("report.html"):
+            return str(write_report(folder))
+        return None
+
+    @contextmanager
+    def showing(self, what: str) -> Generator[None]:
+        """A block without which the results can be printed all the same.
+
+        Why there is no figure is said; an error of the disk is raised by :meth:`finish`.
+        """
+        try:
+            yield
+        except ImportError as error:
+            self.terminal.print(f"No {what}: {error}")
+        except OSError as error:
+            self.terminal.print(f"No {what}: {error}")
+            self._disk_error = error
+
     def finish(self) -> None:
-        """Raise an error if any run diverged.
+        """Raise an error if any run diverged, or if a report or a figure could not be written.
 
         Raises:
             DivergedError: with the folders of the runs.
+            OSError: why it could not be written.
         """
         if self.diverged:
-            told = ", ".join(str(job.folder) for job in self.diverged)
+            told = ", ".join(f"{folder} ({error})" for folder, error in self.diverged.items())
             raise DivergedError(f"diverged and left unfinished: {told}")
+        if self._disk_error is not None:
+            raise self._disk_error
 
 
-def write_page(folder: Path, terminal: Console) -> str | None:
-    """Write the report of all runs in the folder; None, with the reason, without matplotlib."""
+def _say(text: str) -> None:
+    print(f"dynarank: {text}", file=sys.stderr)
+
+
+def _refuse_other_runs(folder: Path, jobs: Sequence[Job]) -> None:
+    with suppress(FileNotFoundError):
+        if others := set(find_runs(folder)) - {job.folder for job in jobs}:
+            raise RecipeError(f"{folder} already holds a run: {min(others)}; pass another --out")
+
+
+def _location(data: str | None) -> str | None:
+    """Where --data is, whatever folder the next command is called from."""
+    return str(Path(data).resolve()) if data and Path(data).exists() else data
+
+
+def _read_or_move(folder: Path) -> dict[str, Any]:
+    """The stored settings of a folder; if they are ours and damaged, they are moved aside."""
     try:
-        return str(write_report(folder))
-    except ImportError as error:
-        terminal.print(f"No report.html: {error}")
-        return None
+        return read_common(folder) or {}
+    except DamagedFileError as error:
+        if b'"command"' not in (folder / COMMON).read_bytes():
+            raise
+        _say(f"{error}; moved to {move_aside(folder / COMMON)}; each run is checked by its own")
+        return {}

@@ -10,10 +10,12 @@ import typer
 from dynarank.decompositions.registry import decomposition_names
 from dynarank.forms import Rank, RankLike, plain_rank
 from dynarank.schedules.catalog import SCHEDULES
+from dynarank.train.checkpoint_plan import CheckpointPlan
 
 __all__ = [
     "RANK_HELP",
     "BudgetOption",
+    "CheckpointOption",
     "DataOption",
     "DecompositionOption",
     "DeviceOption",
@@ -23,6 +25,7 @@ __all__ = [
     "ScheduleOption",
     "TestLimitOption",
     "TrainLimitOption",
+    "parse_checkpoints",
     "parse_rank",
 ]
 
@@ -54,6 +57,23 @@ def parse_rank(text: str | float) -> RankLike:
         f"{text} is neither a rank (a whole number such as 16) nor a share (above 0 and up to 1.0, "
         "such as 0.25, of the layer's cost; 0.25:out of its outputs, 0.25:min of its largest rank)"
     )
+
+
+def parse_checkpoints(text: str | CheckpointPlan) -> CheckpointPlan:
+    """The value of ``--checkpoint-every``: minutes, or ``off``.
+
+    Raises:
+        typer.BadParameter: neither.
+
+    Example:
+        >>> parse_checkpoints("2.5").minutes, parse_checkpoints("off").minutes
+        (2.5, None)
+    """
+    if isinstance(text, CheckpointPlan):
+        return text
+    with suppress(ValueError):
+        return CheckpointPlan(None if text == "off" else float(text))
+    raise typer.BadParameter(f"{text} is neither a number of minutes (0 or more) nor off")
 
 
 RankOption: TypeAlias = Annotated[
@@ -91,6 +111,15 @@ TrainLimitOption: TypeAlias = Annotated[
 ]
 TestLimitOption: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="Test on at most this many examples.")
+]
+CheckpointOption: TypeAlias = Annotated[
+    CheckpointPlan,
+    typer.Option(
+        parser=parse_checkpoints,
+        metavar="MINUTES",
+        help="The longest time between two checkpoints; 0: after each step, off: only when "
+        "interrupted.",
+    ),
 ]
 DeviceOption: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 PrecisionOption: TypeAlias = Annotated[

@@ -10,9 +10,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from dynarank.cli.interruption import same_command
 from dynarank.cli.job_runner import JobRunner
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import (
+    CheckpointOption,
     DataOption,
     DecompositionOption,
     DeviceOption,
@@ -25,8 +27,9 @@ from dynarank.cli.options import (
 from dynarank.cli.show import console, right_aligned
 from dynarank.records import Metric
 from dynarank.report.formats import number, score_text
+from dynarank.report.plotting import save_figure
 from dynarank.report.sweep import best_cell, sweep_figure
-from dynarank.train.grid import Job, run_jobs
+from dynarank.train.grid import Job
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 
 __all__ = ["sweep"]
@@ -54,6 +57,7 @@ def sweep(
     out: Annotated[
         Path | None, typer.Option(help="Folder of the runs; default: runs/sweep-RECIPE.")
     ] = None,
+    checkpoint_every: CheckpointOption = "10",  # pyright: ignore[reportArgumentType]
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -61,7 +65,8 @@ def sweep(
     """Train RECIPE over a grid of inflation and deflation epochs, and draw a heat-map.
 
     Cells that would deflate before they inflate are skipped. Can be interrupted and rerun: finished
-    runs are kept, so that a finer grid adds to a coarse one.
+    runs are kept, so that a finer grid adds to a coarse one, and an unfinished one goes on where it
+    was. Runs with other settings or data are refused, never mixed or deleted.
     """
     if schedule not in ("dynamic-rank", "dynamic-rank-low"):
         raise RecipeError(
@@ -72,23 +77,21 @@ def sweep(
     cells = grid(parse_epochs(inflate), parse_epochs(deflate), chosen.epochs)
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
-    runner = JobRunner(terminal, machine, data, epochs or chosen.epochs, train_limit, test_limit)
+    runner = JobRunner("sweep", terminal, machine, data, epochs or chosen.epochs, train_limit,
+                       test_limit, checkpoint_every)  # fmt: skip
     folder = out or Path("runs") / f"sweep-{recipe}"
-    jobs = [
-        (Job(_place(folder, cell, seed), _at(chosen, cell), schedule, seed), cell)
-        for seed in range(seeds)
-        for cell in cells
-    ]
-    runner.open_folder(folder, chosen, [job for job, _ in jobs], schedule=schedule)
-    at = {job.folder: cell for job, cell in jobs}
-    scores: dict[Cell, list[float]] = {cell: [] for cell in cells}
-    metric = Metric()
-    for job, run in run_jobs([job for job, _ in jobs], runner.run):
-        assert run.summary is not None
-        metric = run.header.metric
-        scores[at[job.folder]].append(run.summary.test_score)
-    _print_result(terminal, chosen.name, scores, metric, folder, as_json)
-    runner.finish()
+    at = {_place(folder, cell, seed): (seed, cell) for seed in range(seeds) for cell in cells}
+    jobs = [Job(place, _at(chosen, cell), schedule, seed) for place, (seed, cell) in at.items()]
+    common = runner.common(chosen, schedule=schedule)
+    with runner.working_in(folder, jobs, common, same_command(folder, as_json)):
+        scores: dict[Cell, list[float]] = {cell: [] for cell in cells}
+        metric = Metric()
+        for job, run in runner.runs(jobs, folder):
+            assert run.summary is not None
+            metric = run.header.metric
+            scores[at[job.folder][1]].append(run.summary.test_score)
+        _print_result(terminal, chosen.name, scores, metric, folder, runner, as_json)
+        runner.finish()
 
 
 def _print_result(
@@ -97,13 +100,14 @@ def _print_result(
     scores: dict[Cell, list[float]],
     metric: Metric,
     folder: Path,
+    runner: JobRunner,
     as_json: bool,
 ) -> None:
     """Draw the heat-map, and print the grid as a table or as JSON."""
-    pictures = _draw(folder, scores, metric, name, terminal)
+    pictures = _draw(folder, scores, metric, name, runner)
     if as_json:
         rows = [{"inflate": i, "deflate": d, "scores": s} for (i, d), s in scores.items()]
-        result = {"folder": str(folder), "pictures": pictures, "metric": metric.model_dump(),
+        result = {**runner.status(folder), "pictures": pictures, "metric": metric.model_dump(),
                   "cells": rows, "best": best_cell(scores, metric)}  # fmt: skip
         print(json.dumps(result, indent=2))
         return
@@ -160,17 +164,15 @@ def _place(folder: Path, cell: Cell, seed: int) -> Path:
 
 
 def _draw(
-    folder: Path, scores: dict[Cell, list[float]], metric: Metric, name: str, terminal: Console
+    folder: Path, scores: dict[Cell, list[float]], metric: Metric, name: str, runner: JobRunner
 ) -> list[str]:
-    try:
+    with runner.showing("figure"):
         figure = sweep_figure(scores, metric, f"{name}: mean test {metric.name}")
-    except ImportError as error:
-        terminal.print(f"No figure: {error}")
-        return []
-    pictures = [folder / f"sweep.{suffix}" for suffix in ("png", "svg")]
-    for place in pictures:
-        figure.savefig(place)
-    return list(map(str, pictures))
+        pictures = [folder / f"sweep.{suffix}" for suffix in ("png", "svg")]
+        for place in pictures:
+            save_figure(figure, place)
+        return list(map(str, pictures))
+    return []
 
 
 def _show(terminal: Console, scores: dict[Cell, list[float]], metric: Metric, name: str) -> None:

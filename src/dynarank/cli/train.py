@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from dynarank.cli.job_runner import write_page
+from dynarank.cli.interruption import GoOn
+from dynarank.cli.job_runner import JobRunner
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import (
     BudgetOption,
+    CheckpointOption,
     DataOption,
     DecompositionOption,
     DeviceOption,
@@ -24,24 +28,27 @@ from dynarank.cli.options import (
     TestLimitOption,
     TrainLimitOption,
 )
-from dynarank.cli.show import ProgressListener, console, print_whole_words, right_aligned
-from dynarank.records import Metric, SummaryRecord
+from dynarank.cli.show import console, print_whole_words, right_aligned
+from dynarank.cli.train_settings import TrainSettings, find_train
+from dynarank.files.ownership import new_folder
+from dynarank.records import Metric, Run, SummaryRecord
 from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
-from dynarank.schedules.catalog import get_preset
 from dynarank.sinks import BACKENDS, open_sinks
-from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
-from dynarank.train.run import run_schedule
-from dynarank.train.schedules import check_schedules
-from dynarank.train.tasks import make_task
+from dynarank.train.checkpoint_plan import CheckpointPlan
+from dynarank.train.recipes import RecipeError, recipe_names
 
 __all__ = ["train"]
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    recipe: Annotated[
+        str | None, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")
+    ] = None,
     data: DataOption = None,
     schedule: ScheduleOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, data and order.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of weights, data and order; default: 0.")
+    ] = None,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
     budget: BudgetOption = None,
@@ -51,7 +58,16 @@ def train(
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Reproduce the published code, bugs included.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/RECIPE-TIME.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Run folder; default: that of the same run if it was interrupted, else "
+                     "runs/RECIPE-TIME."),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with this run folder and its settings."),
+    ] = None,
+    checkpoint_every: CheckpointOption = "10",  # pyright: ignore[reportArgumentType]
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
@@ -72,49 +88,82 @@ def train(
 
     All schedules share the seed, initial weights and data order. The run folder holds config.json,
     records.jsonl and model.safetensors for each schedule, and one report.html for all.
+
+    Ctrl-C (or SIGTERM) finishes the step and saves; the same command goes on, and so does
+    `dynarank train --resume RUN`. A second Ctrl-C exits at once. Nothing is ever overwritten: a
+    folder with other settings is refused.
     """
-    chosen = load_recipe(recipe)
-    chosen = chosen.published() if as_published else chosen
-    chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
-    schedules = _schedules(schedule, chosen)
-    backends = [name.strip() for name in log.split(",")] if log else []
-    machine = choose_machine(device, precision, compile, measure, noise)
-    folder = out or Path("runs") / f"{recipe}-{datetime.now():%Y%m%d-%H%M%S}"
-    if any(folder.rglob("records.jsonl")):
-        raise RecipeError(f"{folder} already holds a run; pass another folder with --out")
-    open_sinks(backends, folder)  # fail on an unknown backend before reading any data
-    task = make_task(
-        chosen, data, seed=seed, device=machine.device, train_limit=train_limit,
-        test_limit=test_limit,
-    )  # fmt: skip
+    if resume is not None and out is not None:
+        raise RecipeError(f"either --out or --resume, got --out {out} and --resume {resume}")
+    home, stored = find_train(resume) if resume is not None else (out, None)
     terminal = console(quiet_stdout=as_json)
-    length = epochs or chosen.epochs
-    check_schedules([(chosen, name) for name in schedules], task, length, measure=measure)
+    settings = TrainSettings.of(recipe, stored)
+    chosen = settings.recipe.published() if as_published else settings.recipe
+    chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
+    settings = settings.with_options(
+        schedule, recipe=chosen, seed=seed, epochs=epochs, train_limit=train_limit,
+        test_limit=test_limit, compile=compile, measure=measure, noise=noise, data=data, log=log,
+        precision=None if precision == "auto" else precision,
+    )  # fmt: skip
+    open_sinks(settings.backends, Path())  # fail on an unknown backend before reading any data
+    runner = _runner(settings, terminal, device, checkpoint_every)
+    folder = home if home is not None else _place(settings, runner)
+    jobs = settings.jobs(folder)
+    go_on = GoOn(folder, ("dynarank", "train", "--resume", str(folder)), as_json)
+    with runner.working_in(folder, jobs, _common(settings, runner), go_on):
+        runs = {job.schedule: run for job, run in runner.runs(jobs, folder)}
+        if runs:
+            _print_result(terminal, settings, folder, runs, runner, as_json)
+        runner.finish()
 
-    def run(name: str) -> SummaryRecord:
-        place = folder / name if len(schedules) > 1 else folder
-        with ProgressListener(terminal, name, length, task.metric) as listener:
-            return run_schedule(
-                chosen, name, task, place, listener, seed=seed, epochs=length, machine=machine,
-                sinks=open_sinks(backends, place),
-            )  # fmt: skip
 
-    summaries = {name: run(name) for name in schedules}
-    report = write_page(folder, terminal)
+def _runner(
+    settings: TrainSettings, terminal: Console, device: str, checkpoints: CheckpointPlan
+) -> JobRunner:
+    machine = choose_machine(
+        device, settings.precision, settings.compile, settings.measure, settings.noise
+    )
+    return JobRunner(
+        "train", terminal, machine, settings.data, settings.epochs, settings.train_limit,
+        settings.test_limit, checkpoints, settings.backends,
+    )  # fmt: skip
+
+
+def _common(settings: TrainSettings, runner: JobRunner) -> dict[str, Any]:
+    own = {"schedules", "seed", "compile", "measure", "noise", "log"}
+    return runner.common(settings.recipe, **settings.model_dump(include=own))
+
+
+def _place(settings: TrainSettings, runner: JobRunner) -> Path:
+    """The folder in which the same run was interrupted, or a new one; a refused run has none."""
+    name = settings.recipe.name
+    common = {**_common(settings, runner), "data_digest": runner.check(settings.jobs(Path()))}
+    for folder in sorted(Path("runs").glob(f"{name}-*"), reverse=True):
+        with suppress(ValueError, OSError):
+            if runner.goes_on(folder, settings.jobs(folder), common):
+                runner.terminal.print(f"{folder} was interrupted: it goes on (--out for another)")
+                return folder
+    return new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _print_result(
+    terminal: Console,
+    settings: TrainSettings,
+    folder: Path,
+    runs: Mapping[str, Run],
+    runner: JobRunner,
+    as_json: bool,
+) -> None:
+    """Print the table of all schedules, or the same as JSON; write the page."""
+    summaries = {name: run.summary for name, run in runs.items() if run.summary is not None}
+    report = runner.write_page(folder)
     if as_json:
-        runs = {name: summary.model_dump() for name, summary in summaries.items()}
-        print(json.dumps({"folder": str(folder), "report": report, "runs": runs}, indent=2))
+        told = {name: summary.model_dump() for name, summary in summaries.items()}
+        print(json.dumps({**runner.status(folder), "report": report, "runs": told}, indent=2))
         return
-    title = f"{chosen.name}, seed {seed}, {plural(length, 'epoch')}"
-    _show(terminal, title, task.metric, summaries)
+    title = f"{settings.recipe.name}, seed {settings.seed}, {plural(settings.epochs, 'epoch')}"
+    _show(terminal, title, next(iter(runs.values())).header.metric, summaries)
     terminal.print(f"Run folder: {folder}" + (f"; report: {report}" if report else ""))
-
-
-def _schedules(asked: str | None, recipe: Recipe) -> list[str]:
-    names = [name.strip() for name in asked.split(",")] if asked else list(recipe.schedules)
-    for name in names:
-        get_preset(name)
-    return list(dict.fromkeys(names))
 
 
 def _show(

@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +206,22 @@ class NoiseMonitor:
             raise ValueError(f"norms of {differing[0]!r} were given for one batch only")
         return self._average({p: from_norms(small[p], large[p], samples) for p in small})
 
+    def state_dict(self) -> dict[str, Any]:
+        """The averages so far, as plain data."""
+        return {
+            path: {"layout": [list(shape) for shape in layout], **average.state_dict()}
+            for path, (layout, average) in self._averages.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the averages of another monitor."""
+        self._averages = {}
+        for path, saved in state.items():
+            average = Average(self._decay)
+            average.load_state_dict(saved)
+            layout = tuple(tuple(shape) for shape in saved["layout"])
+            self._averages[path] = layout, average
+
     def _read(self, parameters: Sequence[Parameter], estimates: list[Estimate]) -> NoiseReading:
         layers = self._layers()
         found: dict[str, Estimate] = {}
@@ -341,6 +357,14 @@ class Average:
             *(keep * a + new * b for a, b in zip(self._sum, estimate, strict=True))
         )
         self._weight = keep * self._weight + new
+
+    def state_dict(self) -> dict[str, Any]:
+        """The weighted sums."""
+        return {"sum": list(self._sum), "weight": self._weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these sums."""
+        self._sum, self._weight = Estimate(*state["sum"]), state["weight"]
 
     @property
     def value(self) -> Estimate:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from io import StringIO
-from typing import TYPE_CHECKING, ParamSpec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
 
+from dynarank.files.atomic import replacing
 from dynarank.records import Metric
 from dynarank.report.theme import INK, NEUTRAL, SERIES, depth_hexes, themed
 from dynarank.sinks.extras import import_extra
@@ -31,6 +33,7 @@ __all__ = [
     "percent_tick",
     "plain_tick",
     "require_matplotlib",
+    "save_figure",
     "score_axis",
     "styled",
 ]
@@ -173,3 +176,15 @@ def inline_svg(figure: Figure, prefix: str) -> str:
 def _prefixed(tag: str, prefix: str) -> str:
     tag = re.sub(r' id="', f' id="{prefix}-', tag)
     return tag.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+
+
+def save_figure(figure: Figure, path: Path, **options: Any) -> None:
+    """Write a figure whole, or leave the file that is there; the name's ending is its format.
+
+    Args:
+        figure: the figure.
+        path: the file.
+        options: those of ``Figure.savefig``.
+    """
+    with replacing(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:], **options)

@@ -14,9 +14,9 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import dynarank.schedules as schedules
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, FullRank, LowRank, Rank
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule
-from dynarank.schedules.form_data import form_from_data, form_to_data
 
 __all__ = ["schedule_from_data", "schedule_to_data", "serializable"]
 

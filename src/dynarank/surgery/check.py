@@ -14,8 +14,8 @@ from dynarank.surgery.optimizer_fit import group_problems, state_problems, value
 from dynarank.surgery.optimizer_state import Optimizers, as_list
 from dynarank.surgery.problem import Problem
 from dynarank.surgery.structure import structure_problems, tie_problems
-from dynarank.surgery.verbs import differences
-from dynarank.surgery.wrappers import key_problems, unwrapped, wrapper_problems
+from dynarank.surgery.transaction import differences
+from dynarank.surgery.wrapper_fit import key_problems, unwrapped, wrapper_problems
 
 __all__ = ["InvariantError", "check"]
 

@@ -106,9 +106,13 @@ class ImageTask:
         """A batch of images ``(B, C, H, W)``."""
         return self.data.train_images[: self.recipe.batch_size]
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches of images ``(B, C, H, W)`` and labels ``(B,)``."""
-        return self.batches.epoch(epoch)
+        return self.batches.epoch(epoch, start=start)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The images and labels."""
+        return (value for value in vars(self.data).values() if isinstance(value, Tensor))
 
     def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The cross-entropy with the recipe's label smoothing, and the accuracy of the batch."""

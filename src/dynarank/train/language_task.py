@@ -114,11 +114,15 @@ class LanguageModelTask:
         """A batch of bytes ``(B, T)``, int64."""
         return self._windows(self.data.train, self._starts(0)[: self.recipe.batch_size])[:, :-1]
 
-    def epoch(self, epoch: int) -> Iterator[Tensor]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Tensor]:
         """Yield batches of windows ``(B, T + 1)``, int64."""
         starts, size = self._starts(epoch), self.recipe.batch_size
-        for step in range(self.steps_per_epoch):
+        for step in range(start, self.steps_per_epoch):
             yield self._windows(self.data.train, starts[step * size : (step + 1) * size])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The bytes, and the windows of them."""
+        yield from (self.data.train, self.windows, self.data.test, self.test_starts)
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy in nats per byte, with the recipe's label smoothing; bits per byte."""

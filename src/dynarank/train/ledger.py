@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from dynarank.cost.flops import Flops, ModelUse
 from dynarank.forms import FullRank, Plan
 
 __all__ = ["Ledger"]
+
+_COUNTS = (
+    "steps",
+    "training_flops",
+    "_trainable_steps",
+    "trainable_peak",
+    "last_trainable",
+    "last_relative_step",
+)
 
 
 class Ledger:
@@ -49,6 +61,15 @@ class Ledger:
         self._trainable_steps += self.trainable
         self.trainable_peak = max(self.trainable_peak, self.trainable)
         self.last_trainable, self.last_relative_step = self.trainable, self.relative_step
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts so far."""
+        return {name: getattr(self, name) for name in _COUNTS}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from these counts."""
+        for name in _COUNTS:
+            setattr(self, name, state[name])
 
     @property
     def relative_step(self) -> float:

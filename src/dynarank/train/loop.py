@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynarank.checkpoint.folder import Contents
+from dynarank.checkpoint.snapshot import restore, take
 from dynarank.cost.flops import trace
 from dynarank.cost.memory import probe_memory
 from dynarank.cost.schedule import ScheduleCost, cost_schedule
@@ -85,6 +87,20 @@ class EpochResult:
     scores: dict[str, float]
 
 
+@dataclass
+class _Sums:
+    """What an epoch has summed up: its first learning rate, losses and scores."""
+
+    learning_rate: float
+    losses: Tensor
+    scores: Tensor | None = None
+
+    def add(self, loss: Tensor, score: Tensor | None) -> None:
+        self.losses = self.losses + loss
+        if score is not None:
+            self.scores = score if self.scores is None else self.scores + score
+
+
 class Trainer:
     """Trains a recipe under one schedule.
 
@@ -124,7 +140,9 @@ class Trainer:
             self.model.compile()
         self.done = 0
         self.train_seconds = 0.0
+        self._begun: float | None = None  # when the time that was not counted yet began
         self._new_phase = True
+        self._sums = _Sums(self.learning_rate, torch.zeros((), device=machine.device))
 
     def _build(self, name: str) -> None:
         """Create the optimizer, both schedulers and the predicted cost of the run."""
@@ -219,23 +237,22 @@ class Trainer:
         )
 
     def train_epoch(self, epoch: int) -> EpochResult:
-        """Train for one epoch, then evaluate on the test set.
+        """Train for one epoch, or what is left of it, then evaluate on the test set.
 
         Raises:
             DivergedError: the training loss is not finite.
         """
         self.model.train()
-        begun, rate = time.perf_counter(), self.learning_rate
-        losses = torch.zeros((), device=self.machine.device)
-        scores: Tensor | None = None
-        for batch in self.task.epoch(epoch):
-            loss, score = self._step(batch)
-            losses += loss
-            if score is not None:
-                scores = score if scores is None else scores + score
         steps = self.task.steps_per_epoch
-        train_loss = losses.item() / steps  # waits for the device
-        self.train_seconds += time.perf_counter() - begun
+        if not (start := self.done - epoch * steps):
+            self._sums = _Sums(self.learning_rate, torch.zeros((), device=self.machine.device))
+        self._begun = time.perf_counter()
+        for batch in self.task.epoch(epoch, start):
+            self.on_step(self._step(batch))
+        rate, scores = self._sums.learning_rate, self._sums.scores
+        train_loss = self._sums.losses.item() / steps  # waits for the device
+        self._count_seconds()
+        self._begun = None
         if not math.isfinite(train_loss):
             raise DivergedError(
                 f"the training loss of epoch {epoch + 1} is {train_loss} at learning rate {rate}; "
@@ -247,7 +264,13 @@ class Trainer:
         score = found.scores[self.task.metric.name]
         return EpochResult(rate, train_loss, train_score, found.loss, score, others)
 
-    def _step(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+    def _count_seconds(self) -> None:
+        if self._begun is not None:
+            now = time.perf_counter()
+            self.train_seconds += now - self._begun
+            self._begun = now
+
+    def _step(self, batch: Any) -> list[Change]:
         """Run one optimizer step; in the first step of a phase, measure its peak memory."""
         first, self._new_phase = self._new_phase, False
         measure = probe_memory(self.model, [self.optimizer], self.machine.device) if first else None
@@ -264,17 +287,48 @@ class Trainer:
         self.lr_scheduler.step()
         self.done += 1
         self.ledger.step()
-        self._change()
-        return loss.detach(), score
+        self._sums.add(loss.detach(), score)
+        return self._change()
 
-    def _change(self) -> None:
+    def _change(self) -> list[Change]:
         """Step the rank scheduler; a change of form starts a new phase."""
         changes = self.ranks.step()
         if changes:
             self._new_phase = True
             self.plan = current_plan(self.model)
             self.ledger.turn(self.plan)
-        self.on_step(changes)
+        return changes
+
+    def take(self, extra: Mapping[str, Any]) -> Contents:
+        """Copy the whole state between two steps, with what else the run needs."""
+        self._count_seconds()
+        own = {
+            "done": self.done,
+            "train_seconds": self.train_seconds,
+            "new_phase": self._new_phase,
+            "sums": vars(self._sums),
+            "ledger": self.ledger.state_dict(),
+        }
+        return take(**self._parts, extra={**extra, "trainer": own})
+
+    def restore(self, contents: Contents) -> Any:
+        """Go on from a copied state; returns the rest of what was copied with it."""
+        extra = restore(contents, **self._parts)
+        own = extra.pop("trainer")
+        self.done, self.train_seconds = own["done"], own["train_seconds"]
+        self._new_phase = own["new_phase"]
+        device = self.machine.device
+        sums = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in own["sums"].items()}
+        self._sums = _Sums(**sums)
+        self.plan = current_plan(self.model)
+        self.ledger.turn(self.plan)
+        self.ledger.load_state_dict(own["ledger"])
+        return extra
+
+    @property
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "optimizer": self.optimizer, "ranks": self.ranks}
+        return {**parts, "lr_scheduler": self.lr_scheduler}
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:

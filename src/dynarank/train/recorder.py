@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import platform
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from datetime import UTC, datetime
 from importlib.metadata import version
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from dynarank.cost.flops import count_flops
+from dynarank.form_data import form_to_data
 from dynarank.forms import Change, form_name
 from dynarank.records import (
     ChangeRecord,
@@ -23,7 +25,6 @@ from dynarank.records import (
     RunRecord,
     SummaryRecord,
 )
-from dynarank.schedules.form_data import form_to_data
 from dynarank.train.host import commit, hardware
 from dynarank.train.listener import Listener, Progress
 from dynarank.train.loop import EpochResult, Machine, Trainer
@@ -69,7 +70,7 @@ class Recorder:
         self, trainer: Trainer, write: Callable[[Record], None], listener: Listener
     ) -> None:
         self.trainer, self.write, self.listener = trainer, write, listener
-        trainer.on_phase, trainer.on_step = self._phase, self._step
+        trainer.on_phase, trainer.on_step = self._phase, self.step
         self.rank_metrics = RankMetricsRecorder(trainer, write)
         self.noise = NoiseRecorder(trainer, write) if trainer.machine.noise else None
         self.memory_bytes = 0
@@ -80,6 +81,29 @@ class Recorder:
         """Record the initial weights."""
         self._decided()
         self.rank_metrics.read(0)
+
+    @property
+    def epochs(self) -> int:
+        """The number of epochs recorded."""
+        return len(self._results)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the records to come depend on."""
+        return {
+            "memory_bytes": self.memory_bytes,
+            "results": [dict(vars(result)) for result in self._results],
+            "rank_metrics": self.rank_metrics.monitor.state_dict(),
+            "noise": None if self.noise is None else self.noise.monitor.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another recorder was; the trainer's state is loaded before."""
+        self.memory_bytes = state["memory_bytes"]
+        self._results = [EpochResult(**result) for result in state["results"]]
+        self._decisions = len(self.trainer.ranks.decisions)
+        self.rank_metrics.monitor.load_state_dict(state["rank_metrics"])
+        if self.noise is not None:
+            self.noise.monitor.load_state_dict(state["noise"])
 
     def epoch(self, result: EpochResult) -> None:
         """Record the results of an epoch, and the weights after it."""
@@ -99,8 +123,8 @@ class Recorder:
         if self.noise is not None:
             self.noise.read(len(self._results))
 
-    def end(self, wall_seconds: float) -> SummaryRecord:
-        """Record and return the summary of the run."""
+    def end(self, wall_seconds: float, model_sha256: str | None = None) -> SummaryRecord:
+        """Record and return the summary of the run, with the digest of its weights' file."""
         ledger, metric = self.trainer.ledger, self.trainer.task.metric
         scores = [result.test_score for result in self._results]
         summary = SummaryRecord(
@@ -114,11 +138,13 @@ class Recorder:
             memory_bytes=self.memory_bytes,
             train_seconds=self.trainer.train_seconds,
             wall_seconds=wall_seconds,
+            model_sha256=model_sha256,
         )
         self.write(summary)
         return summary
 
-    def _step(self, changes: list[Change]) -> None:
+    def step(self, changes: list[Change]) -> None:
+        """Record a step's decisions and changes of form."""
         trainer = self.trainer
         self.listener.step(
             Progress(

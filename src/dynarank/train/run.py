@@ -1,24 +1,35 @@
-"""A complete run, written to its folder."""
+"""A complete run, written to its folder; one that was stopped goes on, bit for bit."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import save_file
+from torch import nn
 
-from dynarank.records import Record, RecordWriter, SummaryRecord
+from dynarank.checkpoint.folder import Contents
+from dynarank.files.reading import sha256
+from dynarank.files.tensors import save_tensors
+from dynarank.forms import Change
+from dynarank.records import Record, RecordWriter, RunRecord, SummaryRecord, read_run
 from dynarank.sinks import Sink
 from dynarank.surgery.verbs import merge
+from dynarank.train.checkpoint_plan import CheckpointPlan
+from dynarank.train.interruption import Interrupted
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe
 from dynarank.train.recorder import Recorder, header
+from dynarank.train.run_checkpoints import RunCheckpoints
+from dynarank.train.run_config import check_config, run_config, write_config
 from dynarank.train.task import Task
 
-__all__ = ["run_schedule"]
+__all__ = ["CheckpointPlan", "run_schedule"]
+
+_DEFAULT = CheckpointPlan()
 
 
 def run_schedule(
@@ -32,8 +43,15 @@ def run_schedule(
     epochs: int,
     machine: Machine,
     sinks: Sequence[Sink] = (),
+    checkpoints: CheckpointPlan = _DEFAULT,
+    stop: Callable[[], int | None] = lambda: None,
+    say: Callable[[str], None] = print,
 ) -> SummaryRecord:
     """Train a recipe under a schedule; write config, records and the merged weights to ``folder``.
+
+    If the folder holds this very run, unfinished, it goes on from its newest checkpoint, and its
+    weights and records are those of a run that was never stopped (but for the times). Checkpoints
+    are removed when the run is finished. If it is finished already, nothing is trained.
 
     Args:
         recipe: the recipe to train.
@@ -46,45 +64,140 @@ def run_schedule(
         machine: the device and execution options.
         sinks: logging backends that get each record too, see :func:`dynarank.sinks.open_sinks`;
             closed at the end.
+        checkpoints: when checkpoints are written; a run that has one goes on from there.
+        stop: called after each step; a signal's number ends the run with a checkpoint.
+        say: called with what the user should know: where the run goes on, a checkpoint that could
+            not be written or read.
 
     Raises:
-        ValueError: the schedule is refused; nothing is written.
-        DivergedError: the training loss is not finite; the records so far are kept.
+        ValueError: the schedule is refused, or the folder holds a run with other settings or one
+            that cannot be read; nothing is written.
+        Interrupted: ``stop`` asked for it; the same call goes on.
+        DivergedError: the training loss is not finite; records and checkpoints so far are kept.
+        OSError: the trained model could not be written; the same call finishes the run.
     """
-    trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
-    folder.mkdir(parents=True, exist_ok=True)  # a run that is refused leaves nothing behind
-    _write_config(folder, recipe, schedule, task, seed=seed, epochs=epochs)
-    takers: list[Sink] = [RecordWriter(folder), *sinks]
+    with ExitStack() as closing:
+        for sink in sinks:
+            closing.callback(sink.close)
+        config = run_config(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
+        there = check_config(folder, config)
+        if there and (summary := _finished(folder)) is not None:
+            say(f"{folder} is finished already; nothing is trained")
+            return summary
+        trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
+        run = _Run(trainer, folder, listener, sinks, checkpoints, stop, say)
+        closing.callback(run.close)
+        if not there:  # a run that is refused leaves nothing behind
+            write_config(folder, config)
+        run.begin(header(recipe, schedule, task, machine, seed=seed, epochs=epochs))
+        run.train()
+        return run.end()
 
-    def write(record: Record) -> None:
-        for taker in takers:
+
+class _Run:
+    """A trainer with its records and checkpoints."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        listener: Listener,
+        sinks: Sequence[Sink],
+        plan: CheckpointPlan,
+        stop: Callable[[], int | None],
+        say: Callable[[str], None],
+    ) -> None:
+        self.trainer, self.folder, self.sinks = trainer, folder, sinks
+        self.stop, self.say = stop, say
+        self.recorder = Recorder(trainer, self._write, listener)
+        trainer.on_step = self._after_step
+        self.checkpoints = RunCheckpoints(folder, plan, say, self._take)
+        self.records = RecordWriter(folder)
+        self._begun = time.perf_counter()
+
+    def begin(self, first: RunRecord) -> None:
+        """Go on from the newest checkpoint, or begin with the first record."""
+        if (found := self.checkpoints.newest()) is not None:
+            self._go_on(found)
+            return
+        self._write(first)
+        self.recorder.begin()
+
+    def train(self) -> None:
+        """Train the epochs that are left."""
+        for epoch in range(self.recorder.epochs, self.trainer.epochs):
+            self.recorder.epoch(self.trainer.train_epoch(epoch))
+            self.checkpoints.after_step(self.trainer.done, event=True)
+
+    def end(self) -> SummaryRecord:
+        """Write the weights, then the summary that says that the run is finished.
+
+        Raises:
+            OSError: one of them could not be written; the state is in a checkpoint if possible.
+        """
+        try:
+            _write_model(self.trainer.model, self.folder / "model.safetensors")
+            digest = sha256(self.folder / "model.safetensors")
+            summary = self.recorder.end(self._seconds(), model_sha256=digest)
+            self.records.position()  # on the device
+        except OSError as error:
+            self.checkpoints.save(self.trainer.done, wait=True)
+            raise OSError(error.errno, self._not_written(error), error.filename) from error
+        self.checkpoints.remove()
+        return summary
+
+    def close(self) -> None:
+        """Close the records; wait for the last checkpoint."""
+        self.records.close()
+        self.checkpoints.close()
+
+    def _write(self, record: Record) -> None:
+        for taker in (self.records, *self.sinks):
             taker.write(record)
 
-    try:
-        write(header(recipe, schedule, task, machine, seed=seed, epochs=epochs))
-        begun = time.perf_counter()
-        recorder = Recorder(trainer, write, listener)
-        recorder.begin()
-        for epoch in range(epochs):
-            recorder.epoch(trainer.train_epoch(epoch))
-        model = merge(trainer.model)
-        state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-        save_file(state, folder / "model.safetensors")
-        return recorder.end(time.perf_counter() - begun)
-    finally:
-        for taker in takers:
-            taker.close()
+    def _after_step(self, changes: list[Change]) -> None:
+        self.recorder.step(changes)
+        if (signum := self.stop()) is not None:
+            self.checkpoints.save(self.trainer.done, wait=True)
+            raise Interrupted(signum, self.folder, self.checkpoints.saved or 0)
+        self.checkpoints.after_step(self.trainer.done, event=bool(changes))
+
+    def _take(self) -> Contents:
+        return self.trainer.take(
+            {
+                "recorder": self.recorder.state_dict(),
+                "records": self.records.position(),
+                "wall_seconds": self._seconds(),
+            }
+        )
+
+    def _go_on(self, contents: Contents) -> None:
+        saved: dict[str, Any] = self.trainer.restore(contents)
+        self.recorder.load_state_dict(saved["recorder"])
+        self.records = RecordWriter(self.folder, saved["records"])
+        self._begun -= saved["wall_seconds"]
+        done, steps = self.trainer.done, self.trainer.total_steps
+        self.say(f"{self.folder} goes on from its checkpoint of step {done:,} of {steps:,}")
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._begun
+
+    def _not_written(self, error: OSError) -> str:
+        saved = self.checkpoints.saved
+        kept = f"the state of step {saved:,} is" if saved is not None else "no state of training is"
+        return (
+            f"the trained model could not be written ({error.strerror or error}); {kept} saved; "
+            "make room, and the same command goes on from there"
+        )
 
 
-def _write_config(
-    folder: Path, recipe: Recipe, schedule: str, task: Task, *, seed: int, epochs: int
-) -> None:
-    config = {
-        "recipe": recipe.model_dump(mode="json"),
-        "schedule": schedule,
-        "seed": seed,
-        "epochs": epochs,
-        "train_size": task.train_size,
-        "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _finished(folder: Path) -> SummaryRecord | None:
+    """The summary of a run that is finished: its last record is written after its weights."""
+    if not ((folder / "records.jsonl").exists() and (folder / "model.safetensors").exists()):
+        return None
+    return read_run(folder).summary
+
+
+def _write_model(model: nn.Module, path: Path) -> None:
+    state = merge(model).state_dict()
+    save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})

@@ -130,13 +130,18 @@ class _SentenceTask:
         """A batch's arguments of the forward pass."""
         return self.train.rows(slice(self.recipe.batch_size)).inputs
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of the examples in random order; an incomplete last batch is dropped."""
         size, which = self.recipe.batch_size, 0 if self.recipe.shuffle == "once" else epoch
         generator = epoch_generator(self.seed, _ORDER, which)
         order = torch.randperm(self.train_size, generator=generator).to(self.train.labels.device)
-        for step in range(self.steps_per_epoch):
+        for step in range(start, self.steps_per_epoch):
             yield self.train.rows(order[step * size : (step + 1) * size])
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The inputs and labels."""
+        for part in (self.train, self.test):
+            yield from (*part.inputs, part.labels)
 
     def evaluate(
         self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]

@@ -48,8 +48,12 @@ class Task(Protocol):
         """A batch's arguments of the forward pass, as ``dynarank.cost.trace`` takes them."""
         ...
 
-    def epoch(self, epoch: int) -> Iterator[Any]:
-        """The batches of an epoch, a pure function of seed and epoch."""
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Any]:
+        """The batches of an epoch from the one at ``start`` on, a pure function of the seed."""
+        ...
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All examples that train and test, by which one data set is told from another."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:

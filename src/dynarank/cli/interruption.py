@@ -1,0 +1,100 @@
+"""What a command does on SIGINT and SIGTERM: it says what is kept and how to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from dynarank.records import find_runs
+from dynarank.train.interruption import Interrupted
+
+__all__ = ["GoOn", "raising_on_signals", "same_command"]
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+@contextmanager
+def raising_on_signals() -> Generator[None]:
+    """Within, a signal to stop raises :class:`Interrupted`; a second one exits at once.
+
+    This is for all that has no step to finish: reading data, reports. Training takes the signals
+    itself. One that is ignored stays ignored (``nohup``), and outside the main thread nothing
+    changes.
+    """
+    got: list[int] = []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if got:
+            os._exit(128 + signum)
+        got.append(signum)
+        raise Interrupted(signum)
+
+    before: dict[int, object] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (getattr(signal, name) for name in _NAMES if hasattr(signal, name)):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class GoOn:
+    """What an interrupted command says.
+
+    Args:
+        folder: the folder of its runs.
+        command: the words that go on with them.
+        as_json: print it as JSON on stdout too.
+    """
+
+    folder: Path
+    command: tuple[str, ...]
+    as_json: bool
+
+    def leave(self, stop: Interrupted) -> NoReturn:
+        """Say what is kept, which command goes on and which shows the page, and exit."""
+        name = signal.Signals(stop.signum).name
+        go_on = shlex.join(self.command)
+        report = shlex.join(("dynarank", "report", str(self.folder)))
+        shown = report if _has_runs(self.folder) else None
+        print(f"dynarank: interrupted ({name}): {_kept(stop, self.folder)}", file=sys.stderr)
+        print(f"  go on:    {go_on}", file=sys.stderr)
+        if shown:
+            print(f"  the page: {shown}", file=sys.stderr)
+        if self.as_json:
+            at = {"run": str(stop.folder), "step": stop.step} if stop.folder else {}
+            told = {"folder": str(self.folder), "status": "interrupted", "signal": name, **at}
+            print(json.dumps({**told, "go_on": go_on, "show": shown}, indent=2))
+        sys.exit(stop.exit_code)
+
+
+def same_command(folder: Path, as_json: bool) -> GoOn:
+    """What a command says with which the same command goes on."""
+    return GoOn(folder, ("dynarank", *sys.argv[1:]), as_json)
+
+
+def _kept(stop: Interrupted, folder: Path) -> str:
+    if stop.folder is not None:
+        return f"step {stop.step} is done and saved in {stop.folder}"
+    return f"finished runs are kept in {folder}" if _has_runs(folder) else "nothing was begun"
+
+
+def _has_runs(folder: Path) -> bool:
+    try:
+        return bool(find_runs(folder))
+    except FileNotFoundError:
+        return False
