@@ -1,32 +1,292 @@
-"""STUB"""
+"""A checkpoint is a folder: tensors as safetensors, the rest as JSON, a manifest written last.
+
+It is written beside its place and renamed, so that a folder of its name is whole. Where it replaces
+another, that one is kept until the new one is in place: at no time is there none.
+"""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from dynarank.checkpoint.manifest import (
+    MANIFEST,
+    Entry,
+    Manifest,
+    check_name,
+    read_manifest,
+)
+from dynarank.files.atomic import remove, remove_orphans, temporary_beside, write_chunks
+from dynarank.files.json_data import dump_json, read_json
+from dynarank.files.ownership import rename_free
+from dynarank.files.printable import printable
+from dynarank.files.reading import DamagedFileError, sha256
+from dynarank.files.tensors import load_tensors, tensor_chunks
+from dynarank.files.volume import MISSING, missing, sync_folder
+
+__all__ = ["Contents", "discard", "read_folder", "settle", "verify_folder", "write_folder"]
+
+_SPARE = 1.2  # free space asked for, relative to the size: other processes write too
+_MAX_JSON = 64 << 20
+_OF_THE_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
+_WAY_OUT = "use another checkpoint"
 
 
 @dataclass(frozen=True)
 class Contents:
-    tensors: dict[str, dict[str, Tensor]]
-    data: dict[str, Any]
+    """What a checkpoint holds: a safetensors or JSON file for each entry.
+
+    Args:
+        tensors: tensors by name, for each file ``<name>.safetensors``.
+        data: plain data, for each file ``<name>.json``.
+    """
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
 
 
-def write_folder(folder: Path, contents: Contents, *, sync: bool = True) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for n, t in contents.tensors.items():
-        save_file({k: v.contiguous() for k, v in t.items()}, folder / f"{n}.safetensors")
-    for n, d in contents.data.items():
-        (folder / f"{n}.json").write_text(json.dumps(d, allow_nan=False))
+def write_folder(
+    folder: Path, contents: Contents, *, sync: bool = True, step: int | None = None
+) -> None:
+    """Write a checkpoint: all of it, or what was there stays.
+
+    Args:
+        folder: its path. An existing checkpoint is replaced; nothing else is.
+        contents: what to write.
+        sync: wait until it is on the device.
+        step: the step of the run, written into the manifest.
+
+    Raises:
+        ValueError: the folder holds something else than a checkpoint, or the contents cannot be
+            written.
+        OSError: the volume is full, read-only or fails.
+
+    Example:
+        >>> folder = getfixture("tmp_path") / "checkpoint"
+        >>> write_folder(folder, Contents({"model": {"weight": torch.ones(2)}}, {"state": [1]}))
+        >>> sorted(path.name for path in folder.iterdir())
+        ['MANIFEST.json', 'model.safetensors', 'state.json']
+        >>> read_folder(folder).data
+        {'state': [1]}
+    """
+    folder = Path(os.path.realpath(folder))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_orphans(folder.parent, f"{folder.name}.")
+    settle(folder)
+    _check_replaceable(folder)
+    files = _files(contents)
+    _check_space(folder.parent, contents)
+    with temporary_beside(folder) as beside:
+        beside.mkdir()
+        _fill(beside, files, step, sync)
+        if not _put(beside, folder, sync):
+            _fill_in_place(folder, contents, step, sync)
 
 
-def read_folder(folder: Path, verify: Literal["full", "size"] = "full") -> Contents:
-    return Contents(
-        {p.stem: load_file(p) for p in folder.glob("*.safetensors")},
-        {p.stem: json.loads(p.read_text()) for p in folder.glob("*.json")},
-    )
+def read_folder(
+    folder: Path, verify: Literal["full", "size"] = "full", *, step: int | None = None
+) -> Contents:
+    """Read a checkpoint, and refuse it if a file is not as it was written.
+
+    Args:
+        folder: its path.
+        verify: "full" compares sizes and SHA-256, "size" only sizes: faster, and does not see a
+            flipped bit in a tensor.
+        step: the step that it must be of.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        DamagedFileError: a file has changed, is missing, was added or is not a regular file: which.
+        NewerFormatError: a newer version wrote it.
+    """
+    folder = _whole(folder)
+    manifest = verify_folder(folder, verify, step=step)
+    contents = Contents()
+    for name in manifest.files:
+        stem, _, kind = name.partition(".")
+        if kind == "safetensors":
+            contents.tensors[stem] = load_tensors(folder / name)
+        else:
+            contents.data[stem] = read_json(folder / name, max_bytes=_MAX_JSON)
+    return contents
+
+
+def verify_folder(
+    folder: Path, verify: Literal["full", "size"] = "full", *, step: int | None = None
+) -> Manifest:
+    """Compare a checkpoint's files with its manifest, and the step with that of its name.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        DamagedFileError: a file has changed, is missing, was added or is not a regular file: which.
+        NewerFormatError: a newer version wrote it.
+    """
+    if verify not in ("full", "size"):
+        raise ValueError(f"verify is 'full' or 'size', not {verify!r}")
+    folder = _whole(folder)
+    if not folder.exists():
+        raise FileNotFoundError(f"no checkpoint {folder}")
+    if not folder.is_dir():
+        raise DamagedFileError(folder, "it is not a folder", _WAY_OUT)
+    try:
+        manifest = read_manifest(folder)
+    except FileNotFoundError:
+        raise DamagedFileError(folder, f"it has no {MANIFEST}", _WAY_OUT) from None
+    if step is not None and manifest.step != step:
+        raise DamagedFileError(folder, f"it is the checkpoint of step {manifest.step}", _WAY_OUT)
+    for name in sorted({MANIFEST, *manifest.files} ^ (_names(folder))):
+        problem = "it is missing" if name in manifest.files else f"it is not in {MANIFEST}"
+        raise DamagedFileError(folder / printable(name), problem, _WAY_OUT)
+    for name, entry in manifest.files.items():
+        _compare(folder / name, entry, verify)
+    return manifest
+
+
+def settle(folder: Path) -> None:
+    """Finish a replacement that was cut: the old checkpoint returns if the new is not there."""
+    previous = _previous(folder)
+    if previous.is_dir():
+        if folder.exists():
+            discard(previous, folder)
+        else:
+            os.rename(previous, folder)
+
+
+def discard(path: Path, of: Path | None = None) -> None:
+    """Remove a folder (``of`` another) such that, if that is cut, nothing of its name is left."""
+    with temporary_beside(of or path) as beside:
+        os.rename(path, beside)
+
+
+def _whole(folder: Path) -> Path:
+    """The folder, or the one that it was to replace when the writer was cut."""
+    folder = Path(os.path.realpath(folder))
+    return _previous(folder) if not folder.exists() and _previous(folder).is_dir() else folder
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _names(folder: Path) -> set[str]:
+    """What lies in a folder, but for what file systems and file managers leave there."""
+    return {name for name in os.listdir(folder) if not _of_the_system(name)}
+
+
+def _of_the_system(name: str) -> bool:
+    return name in _OF_THE_SYSTEM or name.startswith(".nfs")
+
+
+def _compare(path: Path, entry: Entry, verify: str) -> None:
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        raise DamagedFileError(path, "it is missing", _WAY_OUT) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedFileError(path, "it is not a regular file", _WAY_OUT)
+    if status.st_size != entry.size:
+        problem = f"it has {status.st_size:,} bytes, and was written with {entry.size:,}"
+        raise DamagedFileError(path, problem, _WAY_OUT)
+    if verify == "full" and sha256(path) != entry.sha256:
+        problem = "it has changed since it was written (SHA-256 differs)"
+        raise DamagedFileError(path, problem, _WAY_OUT)
+
+
+def _files(contents: Contents) -> dict[str, Iterable[bytes | memoryview]]:
+    """The bytes of every file; what cannot be written is refused before anything is."""
+    files: dict[str, Iterable[bytes | memoryview]] = {}
+    for stem, tensors in contents.tensors.items():
+        files[f"{stem}.safetensors"] = tensor_chunks(tensors)
+    for stem, data in contents.data.items():
+        text = dump_json(data).encode()
+        if len(text) > _MAX_JSON:
+            raise ValueError(
+                f"{stem}.json would have {len(text):,} bytes, at most {_MAX_JSON:,} are"
+                " read: put arrays into tensors"
+            )
+        files[f"{stem}.json"] = [text]
+    for name in files:
+        check_name(name)
+    return files
+
+
+def _fill(
+    folder: Path, files: Mapping[str, Iterable[bytes | memoryview]], step: int | None, sync: bool
+) -> None:
+    entries = {
+        name: Entry(*write_chunks(folder / name, chunks, sync=sync))
+        for name, chunks in files.items()
+    }
+    write_chunks(folder / MANIFEST, [Manifest(entries, step).dump()], sync=sync)
+    if sync:
+        sync_folder(folder)
+
+
+def _put(beside: Path, folder: Path, sync: bool) -> bool:
+    """Rename into place, keeping what was there until then; False if the volume cannot."""
+    previous = _previous(folder)
+    replaces = folder.exists()
+    if replaces:
+        os.rename(folder, previous)
+    try:
+        os.rename(beside, folder)
+    except OSError as error:
+        if replaces:
+            os.rename(previous, folder)
+        if replaces or error.errno not in {*MISSING, errno.EXDEV}:
+            raise
+        return False
+    if sync:
+        sync_folder(folder.parent)
+    if replaces:
+        discard(previous, folder)
+    return True
+
+
+def _fill_in_place(folder: Path, contents: Contents, step: int | None, sync: bool) -> None:
+    """Write a new checkpoint where folders cannot be renamed: it counts once it has a manifest."""
+    missing(folder, "rename", f"a folder without {MANIFEST} is a checkpoint that was not finished")
+    folder.mkdir()
+    try:
+        _fill(folder, _files(contents), step, sync)
+        if sync:
+            sync_folder(folder.parent)
+    except BaseException:
+        remove(folder)
+        raise
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to write over anything but a checkpoint; a damaged one is moved aside."""
+    if not folder.exists():
+        return
+    foreign = _names(folder) if folder.is_dir() else {folder.name}
+    try:
+        if folder.is_dir() and foreign:
+            foreign -= {MANIFEST, *read_manifest(folder).files}
+    except FileNotFoundError:
+        pass
+    except DamagedFileError:
+        rename_free(folder, f"{folder.name}.damaged")
+        return
+    if foreign:
+        raise ValueError(
+            f"{folder} is no checkpoint, or holds more than one ({printable(min(foreign))}):"
+            " nothing was written; give a new folder, or move it away"
+        )
+
+
+def _check_space(parent: Path, contents: Contents) -> None:
+    size = sum(t.nbytes for file in contents.tensors.values() for t in file.values())
+    total, _, free = shutil.disk_usage(parent)
+    if total and free < _SPARE * size:  # object stores report no size at all
+        text = f"{os.strerror(errno.ENOSPC)}: a checkpoint of {size:,} bytes, {free:,} are free"
+        raise OSError(errno.ENOSPC, text, str(parent))

@@ -75,8 +75,16 @@ class Edit:
             bias.data.add_(self.shift)
 
 
-def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = None) -> Edit:
+def prepare_edit(
+    site: Site, after: Form, activity: ActivationStats | None = None, seed: int | None = None
+) -> Edit:
     """Compute and verify a weight's parameters in the form ``after``.
+
+    Args:
+        site: the weight.
+        after: its new form.
+        activity: the activation statistics for a truncation.
+        seed: of new adapters; None: ``torch.initial_seed()``.
 
     Raises:
         ValueError: the weight is on the meta device or has gradient hooks, or the activation
@@ -93,7 +101,8 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     check_names(site, after)
     weight = _effective(site.spec, before, old)
     activity, bias_left = usable_statistics(site, after, activity)
-    values, shift = _values(site, weight, after, activity)
+    seed = torch.initial_seed() if seed is None else seed
+    values, shift = _values(site, weight, after, activity, seed)
     names = zip(site.spec.parameter_names(after), values, strict=True)
     new = new_parameters(site, {name: like_old(value, name, site, after) for name, value in names})
     shift = None if shift is None else bias_shift(site, shift)
@@ -135,7 +144,7 @@ def _replace(
 
 
 def _values(
-    site: Site, weight: Tensor, after: Form, activity: ActivationStats | None
+    site: Site, weight: Tensor, after: Form, activity: ActivationStats | None, seed: int
 ) -> tuple[Factors, Tensor | None]:
     """New values, base first, and the change of the bias; ``weight`` is canonical, in fp64."""
     old, before, spec = next(iter(site.parameters().values())), site.form, site.spec
@@ -152,8 +161,8 @@ def _values(
     base = old.detach() if isinstance(before, FullRank) else spec.from_canonical(weight)
     # Seeded by the run, the layer and the restart, so that no two adapters are the same.
     label = f"{site.path}#{after.restart}" if after.restart else site.path
-    seed = torch.initial_seed() ^ zlib.crc32(label.encode())
-    return (base, *zero_join_factors(decomposition.shapes(spec.shape, rank), seed)), None
+    own = seed ^ zlib.crc32(label.encode())
+    return (base, *zero_join_factors(decomposition.shapes(spec.shape, rank), own)), None
 
 
 def _effective(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -7,28 +7,25 @@ say so, the exact value is still here.
 
 from __future__ import annotations
 
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dynarank.layers import own_parameters
+from dynarank.surgery.optimizer_steps import trains, unwatch_steps, watch_steps
 from dynarank.surgery.site import Site
 
 __all__ = ["forget", "keep", "kept"]
 
 _KEPT: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
-_HOOKS: list[Any] = []  # stays: torch may be going through its hooks when all has trained
 
 
 def keep(site: Site, weight: Tensor) -> None:
     """Remember a weight, as the module stores it, until an optimizer steps with its layer."""
     for place in site.places:
         _KEPT.setdefault(place.module, {})[place.spec.name] = weight
-    if not _HOOKS:
-        _HOOKS.append(register_optimizer_step_post_hook(_trained))
+    watch_steps(_trained)
 
 
 def kept(site: Site) -> Tensor | None:
@@ -39,9 +36,13 @@ def kept(site: Site) -> Tensor | None:
 def forget(module: nn.Module) -> None:
     """Drop what is kept of a module's weights."""
     _KEPT.pop(module, None)
+    if not _KEPT:
+        unwatch_steps(_trained)
 
 
-def _trained(optimizer: Optimizer, *_: Any) -> None:
+def _trained(optimizer: Optimizer) -> None:
+    if not trains(optimizer):
+        return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for module in list(_KEPT):
         if any(id(p) in held for p in own_parameters(module).values()):

@@ -30,12 +30,15 @@ from dynarank.surgery.incoming import Incoming, Load, incoming
 from dynarank.surgery.left_behind import live, watch_replaced
 from dynarank.surgery.optimizer_state import new_contents, write
 from dynarank.surgery.own_references import is_optimizer, wrapped
+from dynarank.surgery.replaced import returning_states
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.sites import survey
 from dynarank.surgery.unfit import UnfitLayers
 from dynarank.surgery.wrappers import check_unwrapped, is_wrapper
 
-__all__ = ["follow_loads", "unfollow_loads"]
+__all__ = ["follow_loads", "forms_loaded", "note_forms_loaded", "unfollow_loads"]
+
+_LOADED: list[None] = []  # one for each load that has changed forms
 
 
 def follow_loads(model: nn.Module) -> None:
@@ -49,6 +52,16 @@ def unfollow_loads(model: nn.Module) -> None:
     for hooks in map(_hooks, model.modules()):
         for number in _ours(hooks):
             del hooks[number]
+
+
+def forms_loaded() -> int:
+    """How many loads have changed forms so far, of any model."""
+    return len(_LOADED)
+
+
+def note_forms_loaded() -> None:
+    """Count a load that has changed forms."""
+    _LOADED.append(None)
 
 
 def _hooks(module: nn.Module) -> dict[int, Any]:
@@ -156,12 +169,15 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
             check_committed(mine, [one])
             if not isinstance(one, LBFGS):
                 _keep_states(mine, states)
+        write(returning_states(replaced), undo)
         for one in saved:
             for layer in (place.module for place in one.site.places):
                 if isinstance(layer, RankedLayer) and one.saved is not None:
                     restore_on_exit(layer.__dict__, undo)
                     layer.adopt({one.site.spec.name: one.saved})
         undo.pop_all()
+    if edits:
+        note_forms_loaded()
     watch_replaced(edits)
 
 
