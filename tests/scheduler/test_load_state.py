@@ -315,6 +315,6 @@ def test_a_model_takes_the_state_of_other_forms_and_a_layer_alone_refuses_it(ste
         with pytest.raises(RuntimeError, match="oad the rank scheduler's state first"):
             run["model"][0].load_state_dict(saved["model"][0].state_dict(), strict=strict)
     run["model"].load_state_dict(saved["model"].state_dict())
-    assert forms(run["model"]) == forms(saved["model"])
+    assert str(run["model"]) == str(saved["model"])
     part = {name: value for name, value in run["model"].state_dict().items() if "0." in name}
     run["model"].load_state_dict(part, strict=False)  # of some layers, as torch allows
