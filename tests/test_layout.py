@@ -23,6 +23,7 @@ ROOT = TESTS.parent
 ORDER = [
     "files",
     "forms",
+    "form_data",
     "decompositions",
     "layers",
     "surgery",

@@ -149,7 +149,7 @@ def test_the_bias_takes_up_the_mean_and_stays_the_same_parameter() -> None:
         dr.factorize(model, {"0": 99}, calibration=calibration)
     before = model(x).mean(0)
     with pytest.raises(AssertionError), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dynarank.surgery.verbs.check_committed", lambda *a: _fail())
+        patch.setattr("dynarank.surgery.transaction.check_committed", lambda *a: _fail())
         dr.factorize(model, 2, layers="0", calibration=calibration)
     assert torch.equal(model[0].bias, values)
     dr.factorize(model, 2, layers="0", calibration=calibration)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from small_run import LAST, LOW, STEPS, net, train_step
+from small_run import LAST, LOW, STEPS, assert_same_bits, net, train_step
 from torch import nn
 from torch.optim import AdamW
 
@@ -126,33 +126,44 @@ def test_gradients_keep_no_parameter_alive_and_are_in_no_state() -> None:
     gradients.watch(["0"])  # the factors now
     train_step(model, optimizer, 2)
     assert [len(s) for s in gradients.of([model[0].down, model[0].up])] == [2]
-    assert set(optimizer.state_dict()) == {"state", "param_groups"}
+    assert set(optimizer.state_dict()) == {"state", "param_groups", "dynarank"}
     copied = copy.deepcopy(optimizer)
     assert not copied._optimizer_step_pre_hooks
 
 
-def test_a_run_resumed_within_the_window_has_fewer_gradients() -> None:
+@pytest.mark.parametrize("saved_at", range(7))
+def test_a_run_resumed_within_the_window_calibrates_with_the_same_gradients(saved_at: int) -> None:
+    runs: list[Any] = []
+    for _ in range(2):
+        model = net()
+        optimizer = adamw(model)
+        window = dr.GradientWindow(model, optimizer, length=3)
+        ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=window)
+        runs.append((model, optimizer, ranks))
+    for step in range(saved_at):
+        train_step(*runs[0][:2], step)
+        runs[0][2].step()
+    for one, other in zip(runs[1][::-1], runs[0][::-1], strict=True):
+        one.load_state_dict(copy.deepcopy(other.state_dict()))
+    for model, optimizer, ranks in runs:
+        for step in range(saved_at, STEPS):
+            train_step(model, optimizer, step)
+            ranks.step()
+    for one, other in zip(*runs, strict=True):
+        assert_same_bits(one.state_dict(), other.state_dict())
+
+
+def test_gradients_of_other_parameters_are_refused() -> None:
     model = net()
     optimizer = adamw(model)
-    window = dr.GradientWindow(model, optimizer, length=3)
-    ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=window)
-    for step in range(1, 4):
-        train_step(model, optimizer, step)
-        ranks.step()
-    again = net()
-    other = adamw(again)
-    window = dr.GradientWindow(again, other, length=3)
-    resumed = dr.RankScheduler(again, other, PHASES, STEPS, moments=window)
-    resumed.load_state_dict(ranks.state_dict())
-    again.load_state_dict(model.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    train_step(again, other, 4)
-    resumed.step()
-    assert "gradients" not in resumed.state_dict()
-    train_step(again, other, 5)
-    assert resumed.gradients is not None
-    assert len(resumed.gradients.of([again[0].down, again[0].up])) <= 2
-    assert resumed.step()
+    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    train_step(model, optimizer, 0)
+    state = gradients.state_dict()
+    dr.deflate(model, 2, layers="0", optimizer=optimizer)
+    other = dr.GradientWindow(model, optimizer, ["2"])
+    with pytest.raises(ValueError, match="layer '0' trains parameters of the shapes"):
+        other.load_state_dict(state)
+    assert list(other.state_dict()) == ["2"]
 
 
 def test_an_optimizer_without_second_moments_is_not_read() -> None:

@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -387,3 +388,35 @@ def test_singular_values_are_kept_evenly_from_first_to_last(count: int, kept: in
 def test_fewer_than_no_values_are_an_error() -> None:
     with pytest.raises(ValueError, match="values=-1"):
         SpectralMonitor(net(), values=-1)
+
+
+# Its state.
+
+
+@pytest.mark.parametrize("before", [FullRank(), LowRank(3)])
+def test_a_monitor_goes_on_from_its_state_with_the_updates_since_its_creation(before: Form) -> None:
+    def made() -> tuple[nn.Sequential, SpectralMonitor]:
+        model = net()
+        dr.apply_plan(model, {"3": before})
+        return model, SpectralMonitor(model, layers=["0", "3"], every=3, updates=True)
+
+    (model, monitor), (again, _) = made(), made()
+    randomize(model, 1)
+    monitor.step()
+    randomize(again, 2)
+    every: dict[str, Any] = {"layers": ["0", "3"], "every": 3, "updates": True}
+    late, unloaded = SpectralMonitor(again, **every), SpectralMonitor(again, **every)
+    late.load_state_dict(copy.deepcopy(monitor.state_dict()))
+    dr.apply_plan(again, dr.current_plan(model))
+    again.load_state_dict(model.state_dict())
+    assert [late.step() for _ in range(2)] == [monitor.step() for _ in range(2)]
+    assert unloaded.read() != late.read()
+
+
+def test_the_monitor_of_another_model_is_refused() -> None:
+    monitor = SpectralMonitor(nn.Sequential(nn.Linear(4, 4)), updates=True)
+    other = SpectralMonitor(nn.Sequential(nn.Linear(5, 4)), updates=True)
+    with pytest.raises(ValueError, match="the state of another model"):
+        monitor.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="the state of a cadence"):
+        monitor.load_state_dict({**monitor.state_dict(), "cadence": {"steps": -1}})

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import FULL, LOW, SCHEDULE, STEPS, assert_same_bits, forms, net, poison, train_step
+from small_run import FULL, LOW, SCHEDULE, STEPS, assert_same_bits, net, poison, train_step
 from torch import nn
 
 from dynarank import Adapted, LowRank, LRRewarmup, RankScheduler
@@ -265,31 +265,20 @@ ORDERED: dict[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("name", ORDERED)
-def test_every_order_gives_the_run_uninterrupted_or_is_refused(name: str, optimizer: str) -> None:
-    """Refused only if the model or the optimizer comes before and has other parameters."""
+def test_every_order_gives_the_run_uninterrupted(name: str, optimizer: str) -> None:
     whole, saved = build(ORDERED[name], optimizer), {}
     for step in range(STEPS):
         saved[step] = states(whole)
         train(whole, step, step + 1)
-    refused = 0
     for step in (1, 3, 5, 7, 10):
         for order in permutations(HOLDERS):
             run = build(ORDERED[name], optimizer)
-            same = forms(run["model"])
-            try:
-                for holder in order:
-                    run[holder].load_state_dict(copy.deepcopy(saved[step][holder]))
-            except (ValueError, RuntimeError) as error:
-                refused += 1
-                ours, torchs = "the rank scheduler's state first", "Unexpected key(s)"
-                assert ours in str(error) or torchs in str(error)  # of a layer never factored
-                assert order[0] != "ranks" and forms(run["model"]) == same
-                continue
+            for holder in order:
+                run[holder].load_state_dict(copy.deepcopy(saved[step][holder]))
             run["rates"].load_state_dict(saved[step]["rates"])
             assert_same_bits(states(run), saved[step])
             train(run, step, STEPS)
             assert_same_bits(states(run), states(whole))
-    assert refused < 20
 
 
 def test_an_optimizer_loaded_first_keeps_its_moments_through_a_change_of_form() -> None:
@@ -301,12 +290,13 @@ def test_an_optimizer_loaded_first_keeps_its_moments_through_a_change_of_form() 
     assert_same_bits(states(run)["optimizer"], states(saved)["optimizer"])
 
 
-def test_an_optimizer_state_of_other_forms_is_refused_and_changes_nothing() -> None:
+def test_an_unsigned_optimizer_state_of_other_forms_is_refused_and_changes_nothing() -> None:
     saved, run = build(), build()
     train(saved, 0, 6)
     before = str(everything(run))
+    state = saved["optimizer"].state_dict()
     with pytest.raises(ValueError, match="oad the rank scheduler's state first"):
-        run["optimizer"].load_state_dict(saved["optimizer"].state_dict())
+        run["optimizer"].load_state_dict({name: state[name] for name in ("state", "param_groups")})
     assert str(everything(run)) == before
 
 

@@ -25,9 +25,9 @@ from torch.optim import Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, LowRank, RankScheduler, SpectralMonitor
+from dynarank.form_data import form_from_data
 from dynarank.forms import Plan
 from dynarank.schedules import Clock, Phases, RankSchedule, Readings, dynamic_rank
-from dynarank.schedules.form_data import form_from_data
 
 # A run saved and resumed is the run uninterrupted.
 

@@ -24,7 +24,8 @@ SOURCE = Path(dr.__file__).parent
 WRITERS = {
     str(SOURCE / file)
     for file in (
-        "surgery/edit.py", "surgery/verbs.py", "surgery/optimizer_state.py", "surgery/check.py",
+        "surgery/edit.py", "surgery/verbs.py", "surgery/transaction.py", "surgery/check.py",
+        "surgery/optimizer_state.py",
         "layers/ranked.py", "layers/recurrent/modules.py", "monitors/calibration.py",
     )
 }  # fmt: skip

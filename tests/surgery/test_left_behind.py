@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import dynarank as dr
-from dynarank.surgery import left_behind
+from dynarank.surgery import left_behind, optimizer_steps
 
 
 def mlp() -> nn.Sequential:
@@ -168,7 +168,8 @@ def test_old_parameters_are_garbage_and_then_nothing_is_watched() -> None:
     passed()[0].step()
     gc.collect()
     passed()[0].step()
-    assert not left_behind._HOOKS  # pyright: ignore[reportPrivateUsage]
+    watched = optimizer_steps._WATCHERS  # pyright: ignore[reportPrivateUsage]
+    assert left_behind._check not in watched  # pyright: ignore[reportPrivateUsage]
 
 
 def test_an_optimizer_whose_constructor_raised_is_none() -> None:

@@ -23,8 +23,8 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import same_weight
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.surgery.edit import LOSSLESS
 from dynarank.surgery.moments import prune
 from dynarank.surgery.sites import Site, survey

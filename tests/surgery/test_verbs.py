@@ -215,7 +215,7 @@ def test_an_exception_after_the_optimizer_is_undone(monkeypatch: pytest.MonkeyPa
     model = dr.factorize(mlp(), 2, layers="*")
     optimizer = trained(model)
     before = Snapshot(model, optimizer)
-    monkeypatch.setattr("dynarank.surgery.verbs.check_committed", lambda *_: 1 / 0)
+    monkeypatch.setattr("dynarank.surgery.transaction.check_committed", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         dr.inflate(model, optimizer=optimizer)
     before.assert_unchanged()

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, Form, LowRank
 from dynarank.layers import RankedLayer
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.surgery.edit import restore_on_exit
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.selection import find_sites

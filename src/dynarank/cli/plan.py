@@ -16,9 +16,9 @@ from dynarank.cli.show import console, print_whole_words, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
+from dynarank.form_data import form_to_data
 from dynarank.forms import Adapted, Form, FullRank, Rank, RankLike, form_name
 from dynarank.report.formats import bytes_text, count, ratio
-from dynarank.schedules.form_data import form_to_data
 from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey

@@ -12,8 +12,8 @@ from rich.progress import Progress
 from dynarank.cli.show import right_aligned
 from dynarank.cost.flops import ModelUse
 from dynarank.cost.timing import Timings, default_cache, measure
+from dynarank.form_data import form_to_data
 from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan, form_name
-from dynarank.schedules.form_data import form_to_data
 from dynarank.train.loop import Machine
 
 __all__ = ["show_timings", "time_layers", "timings_data"]

@@ -24,6 +24,7 @@ from dynarank.decompositions.geometry import apply, linear_map
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers.effective_weight import EffectiveWeight, hand_out, is_written
 from dynarank.layers.execution import Call, Execution, choose_execution
+from dynarank.layers.form_entry import KEY, SavedForm, from_tensor, read_notes, to_tensor, to_text
 from dynarank.layers.merged import Merging, merged_product
 from dynarank.layers.own_forward import set_class
 from dynarank.layers.tracing import input_shape, is_static
@@ -50,7 +51,8 @@ class RankedLayer(nn.Module):
 
     Its parameters, and so its ``state_dict`` keys, are those of the plain layer, except that a
     low-rank weight is replaced by its factors (``down``, ``up``), and an adapted one by ``base``
-    and its factors. The effective weight can be read under its own name in every form.
+    and its factors; the state of a layer with factors also says of which forms it is
+    (``saved_forms``). The effective weight can be read under its own name in every form.
 
     To add a layer, set ``plain``, write ``specs`` and ``forward`` (and ``calls``, if it is not one
     multiplication of the first argument), and pass both classes to
@@ -208,13 +210,25 @@ class RankedLayer(nn.Module):
 
     @property
     def frozen_factors(self) -> Mapping[str, frozenset[str]]:
-        """The factors of each weight that were frozen while others trained."""
-        return self._frozen_factors
+        """The factors of each weight that are frozen while others train, or were when last seen."""
+        return {name: self._frozen(weight) for name, weight in self._weights.items()}
 
     @property
     def factor_norms(self) -> Mapping[str, tuple[float, ...]]:
         """The norms that the factors of each weight had when a change made them."""
         return self._factor_norms
+
+    @property
+    def saved_forms(self) -> Tensor | None:
+        """The entry of a state that says of which forms it is; None if every weight is full-rank.
+
+        Nothing happens when it is set, as ``torch.func.functional_call(model, state)`` does.
+        """
+        return to_tensor(self._saved()) if any(map(self.has_factors, self._forms)) else None
+
+    @saved_forms.setter
+    def saved_forms(self, value: object) -> None:
+        pass
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuse: ``torch.jit.script`` asks each module for what it is to compile."""
@@ -316,6 +330,44 @@ class RankedLayer(nn.Module):
         """
         self._weights[name].write_(cast(dict[str, Tensor], self._parameters), value)
 
+    def _frozen(self, weight: ResolvedWeight) -> frozenset[str]:
+        own, known = self._parameters, self._frozen_factors.get(weight.spec.name, frozenset())
+        found = {n: p for n in weight.names if (p := own.get(n)) is not None}
+        trains = {n: p.requires_grad for n, p in found.items() if not weight.spec.is_base(n)}
+        if not any(trains.values()):
+            return known
+        return (known | trains.keys()) - {name for name, does in trains.items() if does}
+
+    def _saved(self) -> dict[str, SavedForm]:
+        last, norms = self._last_factored_forms, self._factor_norms
+        return {
+            name: SavedForm(
+                form=weight.form,
+                last=last.get(name) if isinstance(weight.form, FullRank) else None,
+                frozen=self._frozen(weight),
+                norms=norms.get(name, ()),
+            )
+            for name, weight in self._weights.items()
+        }
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """As torch's, with what the tensors do not tell: as an entry, if there are factors.
+
+        If there are none, the keys are the plain layer's: it is written to the state's metadata, of
+        this module and of those around it, since a part of a state is loaded with its own only.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if (entry := self.saved_forms) is not None:
+            destination[prefix + KEY] = entry
+            return
+        metadata: Mapping[str, dict[str, Any]] = getattr(destination, "_metadata", {})
+        parts, note = prefix.split(".")[:-1], to_text(self._saved())
+        for i in range(len(parts) + 1):
+            if (around := metadata.get(".".join(parts[:i]))) is not None:
+                around.setdefault(KEY, {})[".".join(parts[i:])] = note
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -327,19 +379,58 @@ class RankedLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         """As torch's, but a state of another form is an error even if not ``strict``."""
-        known, weights = [*self._parameters, *self._buffers], self._weights.values()
+        args = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if prefix + KEY in unexpected_keys:
+            unexpected_keys.remove(prefix + KEY)
         held = [key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)]
+        try:
+            self._check_held([name for name in held if name != KEY])
+            entry = state_dict.get(prefix + KEY)
+            saved = read_notes(local_metadata).get("", {}) if entry is None else from_tensor(entry)
+            self.adopt({name: one for name, one in saved.items() if self._holds(name, held)})
+        except ValueError as error:
+            error_msgs.append(
+                f"layer {prefix.rstrip('.')!r}: {error}. Load the state into the whole model "
+                "(model.load_state_dict brings it to the saved forms), load the rank scheduler's "
+                "state first, or bring the model to those forms by apply_plan"
+            )
+
+    def _check_held(self, held: list[str]) -> None:
+        """Raise ValueError for the names of a state of another form."""
+        known, weights = [*self._parameters, *self._buffers], self._weights.values()
         foreign = [name for name in held if "." not in name and name not in known]
         if all(name in held for weight in weights for name in weight.names):  # then only a base
             foreign = [n for n in foreign if any(weight.spec.is_base(n) for weight in weights)]
         if foreign:
-            error_msgs.append(
-                f"layer {prefix.rstrip('.')!r} has the parameters {', '.join(known)}, the state "
-                f"has {', '.join(foreign)}: it was saved in another form. Load the rank "
-                "scheduler's state first, or bring the model to those forms by apply_plan"
+            raise ValueError(
+                f"it has the parameters {', '.join(known)}, the state has {', '.join(foreign)}: it "
+                "was saved in another form"
             )
-        args = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _holds(self, name: str, held: list[str]) -> bool:
+        """Whether a state of these names has all parameters of a weight."""
+        return name in self._weights and {*self._weights[name].names} <= {*held}
+
+    def adopt(self, saved: Mapping[str, SavedForm]) -> None:
+        """Take over the forms of a state that has been loaded.
+
+        Raises:
+            ValueError: they are forms of other parameters.
+        """
+        for name, one in saved.items():
+            spec, form = self._specs[name], self._specs[name].resolve(one.form)
+            if not spec.same_parameters(self._forms[name], form):
+                raise ValueError(
+                    f"its {name} has the form {self._forms[name]}, the state's has {form}"
+                )
+        own = self._saved()
+        for name, one in saved.items():
+            if one == own[name]:
+                continue
+            self.set_form(name, one.form, one.frozen, one.norms)
+            if isinstance(one.form, FullRank):
+                self.remember(name, one.last)
 
     def extra_repr(self) -> str:
         """The plain layer's, and the forms."""

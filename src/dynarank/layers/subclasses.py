@@ -25,7 +25,7 @@ _COPIES = {"__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__slots__
 # What a subclass may override: construction and display, which a forward pass does not use.
 _FREE = {
     "__init__", "reset_parameters", "_reset_parameters", "extra_repr", "__repr__",
-    "__getstate__", "__setstate__", "__init_subclass__", "__constants__",
+    "__getstate__", "__setstate__", "__init_subclass__", "__constants__", "_save_to_state_dict",
     "__module__", "__qualname__", "__doc__", "__annotations__", "__annotate__", "__dict__",
     "__weakref__", "__firstlineno__", "__static_attributes__", "__orig_bases__", "__parameters__",
     "__abstractmethods__", "_abc_impl",

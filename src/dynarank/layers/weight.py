@@ -85,6 +85,21 @@ class WeightSpec:
         """The shapes of the factors; the form's rank must be resolved."""
         return self.decomposition(form).shapes(self.shape, form.resolved_rank)
 
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in the module's layout."""
+        return tuple(self.from_canonical(torch.empty(self.shape, device="meta")).shape)
+
+    def parameter_shapes(self, form: Form) -> dict[str, tuple[int, ...]]:
+        """The shapes of the parameters in this form, by name; its rank must be resolved."""
+        factors = () if isinstance(form, FullRank) else self.factor_shapes(form)
+        whole = () if isinstance(form, LowRank) else (self.stored_shape,)
+        return dict(zip(self.parameter_names(form), (*whole, *factors), strict=True))
+
+    def same_parameters(self, one: Form, other: Form) -> bool:
+        """Whether two forms have parameters of the same names and shapes."""
+        return self.parameter_shapes(one) == self.parameter_shapes(other)
+
     def stages(self, form: LowRank | Adapted, geometry: Geometry) -> tuple[Geometry, ...]:
         """The geometries of the factors; the form's rank must be resolved."""
         return self.decomposition(form).stages(geometry, form.resolved_rank)
@@ -212,10 +227,10 @@ class ResolvedWeight:
             ValueError: the shape is another one, or the rank does not hold the change.
             UnfitWeightError: the value is not finite or cannot be decomposed.
         """
-        stored = self.spec.from_canonical(torch.empty(self.spec.shape, device="meta")).shape
+        stored = self.spec.stored_shape
         if value.shape != stored:
             raise ValueError(
-                f"{self.spec.name} is {tuple(stored)} in this layer, got {tuple(value.shape)}"
+                f"{self.spec.name} is {stored} in this layer, got {tuple(value.shape)}"
             )
         if parameters[self.names[-1]].is_meta:
             return 0.0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
 
 __all__ = ["Cadence"]
 
@@ -75,6 +76,43 @@ class Cadence:
         self._spent += self._cost
         return done
 
+    def state_dict(self) -> dict[str, Any]:
+        """The steps counted and the seconds spent, as plain data."""
+        elapsed = self.elapsed() if self._steps else 0.0
+        return {
+            "steps": self._steps,
+            "elapsed": elapsed,
+            "spent": self._spent,
+            "expected": self._cost,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting.
+
+        Raises:
+            ValueError: it is not what :meth:`state_dict` returned.
+        """
+        steps, elapsed, spent, expected = (
+            state.get(key) for key in ("steps", "elapsed", "spent", "expected")
+        )
+        if (
+            set(state) != set(self.state_dict())
+            or type(steps) is not int
+            or steps < 0
+            or not (_is_time(elapsed) and _is_time(spent))
+            or not (expected is None or _is_time(expected))
+        ):
+            raise ValueError(
+                "the state of a cadence is a count of steps and times in seconds (steps, elapsed, "
+                f"spent, expected), got {dict(state)!r}"
+            )
+        self._steps, self._spent, self._cost = steps, cast(float, spent), cast(Any, expected)
+        self._began = self.clock() - cast(float, elapsed)
+
     def elapsed(self) -> float:
         """The time since the first step, in seconds."""
         return self.clock() - self._began
+
+
+def _is_time(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= cast(float, value) < math.inf

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dynarank.decompositions import Factors, precise
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Form, FullRank, LowRank, same_weight
 from dynarank.layers import WeightSpec
 from dynarank.monitors.singular_values import product_singular_values, singular_values
@@ -39,6 +41,26 @@ class LayerWeight:
     def on(self, device: torch.device) -> LayerWeight:
         """The weight, moved to a device."""
         return replace(self, parameters={n: p.to(device) for n, p in self.parameters.items()})
+
+    def state_dict(self) -> dict[str, Any]:
+        """The form as plain data, and the parameters."""
+        return {"form": form_to_data(self.form), "parameters": dict(self.parameters)}
+
+    @staticmethod
+    def saved(spec: WeightSpec, state: Mapping[str, Any]) -> LayerWeight:
+        """The weight of this description that a state holds.
+
+        Raises:
+            ValueError: it is that of another weight.
+        """
+        form = spec.resolve(form_from_data(state["form"]))
+        found = {name: tuple(p.shape) for name, p in state["parameters"].items()}
+        if found != (wanted := spec.parameter_shapes(form)):
+            raise ValueError(
+                f"the saved {spec.name} has the parameters {found}, in the form {form} this "
+                f"layer's has {wanted}; it is the state of another model"
+            )
+        return LayerWeight(spec, form, {n: p.to("cpu") for n, p in state["parameters"].items()})
 
     @property
     def first(self) -> Tensor:

@@ -9,7 +9,7 @@ stored, and each is transformed by the change as the first moment is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import ref
 
@@ -22,6 +22,7 @@ from dynarank.surgery.optimizer_state import as_list
 from dynarank.surgery.own_references import innermost
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import survey
+from dynarank.surgery.state_layout import keeps_squares
 
 __all__ = ["WINDOW", "GradientWindow"]
 
@@ -38,8 +39,7 @@ class GradientWindow:
     copy of each of the last ``length`` gradients is kept on its device, ``2 * length`` bytes per
     trainable entry (see ``nbytes``). Sparse gradients and steps that the gradient scaler will skip
     are not stored, nor is anything for optimizers without second moments (SGD), which need no
-    calibration. Gradients are not part of checkpoints: a run resumed shortly before a change has
-    fewer of them.
+    calibration. They are part of the state of a :class:`RankScheduler`.
 
     Args:
         model: the model.
@@ -74,7 +74,7 @@ class GradientWindow:
             raise ValueError(f"length must be at least 1, got length={length}")
         self.model, self.length = model, length
         steps = [one for given in as_list(optimizer) for one in innermost(given)]
-        self._optimizers = [o for o in steps if any("betas" in g for g in o.param_groups)]
+        self._optimizers = [one for one in steps if keeps_squares(one)]
         self._rings: dict[str, _Ring] = {}
         self._hooks: list[Any] = []
         self.watch(paths)
@@ -103,6 +103,41 @@ class GradientWindow:
             for hook in self._hooks:
                 hook.remove()
             self._hooks = []
+
+    def state_dict(self) -> dict[str, list[list[Tensor]]]:
+        """The stored gradients of each watched weight, oldest first: of each parameter a tensor."""
+        return {p: [list(sample) for sample in ring.samples] for p, ring in self._rings.items()}
+
+    def load_state_dict(self, state: Mapping[str, Sequence[Sequence[Tensor]]]) -> None:
+        """Watch the weights of a state and go on with their gradients.
+
+        Raises:
+            ValueError: they are gradients of other parameters. Nothing has changed then.
+        """
+        sites = find_sites(self.model, survey(self.model), state) if state else {}
+        for path, site in sites.items():
+            shapes = [p.shape for p in site.trained()]
+            if wrong := [one for one in state[path] if [g.shape for g in one] != shapes]:
+                raise ValueError(
+                    f"layer {path!r} trains parameters of the shapes {[*map(tuple, shapes)]}, its "
+                    f"saved gradients have {[tuple(g.shape) for g in wrong[0]]}; bring the model "
+                    "to the forms of the saved run first"
+                )
+        self.watch(())
+        self.watch(state)
+        for path, site in sites.items():
+            for sample in state[path]:
+                pairs = zip(sample, site.trained(), strict=True)
+                self._rings[path].samples.append(tuple(g.to(p.device) for g, p in pairs))
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {k: v for k, v in vars(self).items() if k not in ("_rings", "_hooks")}
+        return own | {"gradients": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        gradients = state.pop("gradients")
+        vars(self).update(state, _rings={}, _hooks=[])
+        self.load_state_dict(gradients)
 
     def of(self, parameters: Sequence[Parameter]) -> list[tuple[Tensor, ...]]:
         """The stored gradients of the weight with these parameters; empty if it is not watched."""

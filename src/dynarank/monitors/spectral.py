@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from dynarank.monitors.effective_weight import LayerWeight
 from dynarank.monitors.singular_values import singular_values
 from dynarank.monitors.spectral_reading import read_spectra
 from dynarank.schedules.readings import SpectralReading
-from dynarank.surgery.selection import LayerFilter, select
+from dynarank.surgery.selection import LayerFilter, find_sites, select
 from dynarank.surgery.sites import Site, survey
 
 __all__ = ["SpectralMonitor"]
@@ -90,6 +91,24 @@ class SpectralMonitor:
     def step(self) -> Mapping[str, SpectralReading] | None:
         """Count an optimizer step; return a reading if one is due after it, else None."""
         return self._pace.step(self.read, self._guess)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps counted, and the weights that updates are measured from."""
+        return {
+            "cadence": self._pace.state_dict(),
+            "starts": {path: start.state_dict() for path, start in self._starts.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on as the monitor whose state it is: updates are those since its creation.
+
+        Raises:
+            ValueError: it is the state of a monitor of another model. Nothing has changed then.
+        """
+        sites = find_sites(self._model, survey(self._model), state["starts"])
+        starts = {p: LayerWeight.saved(s.spec, state["starts"][p]) for p, s in sites.items()}
+        self._pace.load_state_dict(state["cadence"])
+        self._starts = starts
 
     def _guess(self) -> float:
         """The expected duration of the first reading in seconds, from the time of a small one."""

@@ -53,6 +53,9 @@ class Callback:
     def on_start(self, ranks: Ranks) -> None:
         """Called once, after all checks and before the first plan is applied."""
 
+    def on_copy(self, ranks: Ranks) -> None:
+        """Called in place of :meth:`on_start` when copied or unpickled: register hooks again."""
+
     def after_step(self, ranks: Ranks) -> None:
         """Called after each optimizer step, before the schedule is asked for the next."""
 

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from dynarank.scheduler.optimizer_loads import inner_optimizer
+from dynarank.surgery.own_references import inner_optimizer
 
 __all__ = ["POINTS", "Forecast", "check_lr_scheduler"]
 

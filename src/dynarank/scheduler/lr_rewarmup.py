@@ -64,6 +64,13 @@ class LRRewarmup(Callback):
             # A checkpoint made after a step that raised has the user's rate too.
             self._hooks.append(optimizer.register_state_dict_pre_hook(self._restore))
 
+    def on_copy(self, ranks: Ranks) -> None:
+        """Register the hooks on the copied optimizers."""
+        self.on_start(ranks)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hooks": [], "_optimizers": []}
+
     def after_step(self, ranks: Ranks) -> None:
         """Count the step."""
         self.done = min(self.done + 1, self.steps)

@@ -8,11 +8,11 @@ from typing import Any
 
 from dynarank.decompositions import UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Change, Form
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.surgery.optimizer_state import Moments, Optimizers
 from dynarank.surgery.sites import Site
-from dynarank.surgery.verbs import change_forms
+from dynarank.surgery.transaction import change_forms
 
 __all__ = ["Postponed", "Waiting", "change_fit_layers"]
 
@@ -107,12 +107,19 @@ def change_fit_layers(
     optimizer: Optimizers,
     moments: Moments,
     calibration: Mapping[str, ActivationStats] | None = None,
+    *,
+    seed: int | None = None,
+    keep: bool = False,
 ) -> tuple[list[Change], dict[str, str]]:
-    """Change the layers that can be changed; also the reasons why the others cannot, by path."""
+    """Change the layers that can be changed; also the reasons why the others cannot, by path.
+
+    The arguments are those of :func:`change_forms`.
+    """
     unfit: dict[str, str] = {}
     while left := [(site, form) for site, form in wanted if site.path not in unfit]:
         try:
-            return change_forms(left, optimizer, moments, calibration), unfit
+            changes = change_forms(left, optimizer, moments, calibration, seed=seed, keep=keep)
+            return changes, unfit
         except UnfitWeightError as error:
             paths = [site.path for site, _ in left]
             known = {path: why for path, why in error.layers.items() if path in paths}

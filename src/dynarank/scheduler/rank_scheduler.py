@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,9 +10,11 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dynarank.decompositions import LinAlgError, UnfitWeightError
+from dynarank.form_data import form_to_data
 from dynarank.forms import Change, Form, LowRank, Plan
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
@@ -21,22 +24,25 @@ from dynarank.scheduler.callbacks import (
     named_callbacks,
     stateful_callbacks,
 )
+from dynarank.scheduler.copies import check_picklable
 from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler
-from dynarank.scheduler.optimizer_loads import OptimizerLoads
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, ask, step_of
-from dynarank.schedules.form_data import form_to_data
 from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.edit import restore_on_exit
+from dynarank.surgery.loading import follow_loads, forms_loaded
+from dynarank.surgery.optimizer_signature import sign_states, unsign_states
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
+from dynarank.surgery.own_references import wrapped
+from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
 from dynarank.surgery.sites import Site, survey
-from dynarank.surgery.verbs import differences, truncates
+from dynarank.surgery.transaction import differences, truncates
 
 __all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
 
@@ -44,11 +50,11 @@ __all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
 class RankScheduler:
     """Changes the forms of layers during training, as an LR scheduler changes the learning rate.
 
-    The constructor applies the schedule's first plan. Call :meth:`step` once after each
-    ``optimizer.step()``. A layer that cannot be changed now (its weight or optimizer state is not
-    finite, or its decomposition does not converge) does not end the run or hold back the others:
-    its change is postponed with a warning and retried after 1, 2, 4, ... steps, at most 1% of the
-    run (within 8 and 64 steps), and once more at the last step.
+    The constructor applies the schedule's first plan, or goes on from a saved ``state``. Call
+    :meth:`step` once after each ``optimizer.step()``. A layer that cannot be changed now (its
+    weight or optimizer state is not finite, or its decomposition does not converge) does not end
+    the run or hold back the others: its change is postponed with a warning and retried after 1, 2,
+    4, ... steps, at most 1% of the run (within 8 and 64 steps), and once more at the last step.
 
     Args:
         model: the model; it may be ranked already.
@@ -68,12 +74,16 @@ class RankScheduler:
         callbacks: called around each change, in the order of the list: ``LRRewarmup``,
             ``BatchNormRecalibration``, ``ActivationAwareTruncation``, a subclass of
             :class:`~dynarank.scheduler.callbacks.Callback`, or a function of the list of changes.
+        state: what :meth:`state_dict` returned: the run goes on from there. It is loaded as by
+            :meth:`load_state_dict`, in place of the first plan; the layers are those of the state
+            if none are named.
 
     Raises:
         ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
             plan is impossible (unknown layer, rank above a layer's limit); a layer trains in no
-            optimizer or in two, or the optimizer's state cannot be converted. Every phase that can
-            be predicted is checked before any change.
+            optimizer or in two, or the optimizer's state cannot be converted (by the first step,
+            if it is not an optimizer of torch). Every phase that can be predicted is checked before
+            any change.
 
     Warns:
         UserWarning: no layers are named, and no low-rank phase saves 5% of the model's weights.
@@ -101,6 +111,7 @@ class RankScheduler:
         lr_scheduler: Any | Sequence[float] | None = None,
         moments: Moments = "project",
         callbacks: Sequence[CallbackLike] = (),
+        state: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.optimizer = model, as_list(optimizer)
         check_movable(self.optimizer, moments)
@@ -119,18 +130,29 @@ class RankScheduler:
         self._postponed = Postponed(total_steps)
         self._plan: Plan | None = None  # as last applied, but for what is postponed
         self._state = self.schedule.start()
+        self._seed = torch.initial_seed()
+        self._forms_loaded = forms_loaded()
         sites = survey(model)
-        scheduled = scheduled_layers(sites, self.schedule, total_steps, layers)
+        self._by_form = layers is None and has_factors(
+            sites
+        )  # which layers: a saved run may differ
+        named = layers if state is None or layers is not None else named_in(state)
+        scheduled = scheduled_layers(sites, self.schedule, total_steps, named)
         check_held(scheduled, self.optimizer)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
         check_phases(model, phases := self.phases(), sites)
-        if layers is None and not has_factors(sites):
+        if named is None and not has_factors(sites):
             warn_of_little(sites, [phase.plan for phase in phases], stacklevel=2)
-        self._loads = OptimizerLoads(self.optimizer)
+        self._states_checked = False
         try:
             for one in self.callbacks.values():
                 one.on_start(self)
-            self._advance(sites)
+            if state is None:
+                self._advance(sites)
+            else:
+                self.load_state_dict(state)
+            follow_loads(model)
+            sign_states(model, self.optimizer)
         except BaseException:
             self.close()
             raise
@@ -147,7 +169,8 @@ class RankScheduler:
     def step(self) -> list[Change]:
         """Count one optimizer step, bring the model to the next step's plan, return the changes."""
         self.last_step += 1
-        self._loads.forget()
+        forget_replaced(*self.model.modules())
+        self._check_states()
         for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
@@ -156,14 +179,18 @@ class RankScheduler:
     def close(self) -> None:
         """Take every hook off the optimizers, the last callback first; the model stays as it is."""
         with ExitStack() as all_of_them:  # whatever one of them raises
-            all_of_them.callback(self._loads.close)
+            all_of_them.callback(forget_replaced, *self.model.modules())
+            all_of_them.callback(unsign_states, self.model, self.optimizer)
             if self.gradients is not None:
                 all_of_them.callback(self.gradients.watch, ())
             for one in self.callbacks.values():
                 all_of_them.callback(one.close)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the run and the forms the layers have, as plain data."""
+        """The position in the run and the forms the layers have, as plain data.
+
+        With ``moments="calibrated"``, also the gradients kept for the next change, as tensors.
+        """
         plan = None if self._plan is None else dict(self._plan)
         sites = find_sites(self.model, survey(self.model), {**self._layers, **(plan or {})})
         last = {path: site.last_factored_form for path, site in sites.items()}
@@ -171,6 +198,7 @@ class RankScheduler:
         return {
             "last_step": self.last_step,
             "total_steps": self.total_steps,
+            "seed": self._seed,
             "layers": {path: list(shape) for path, shape in self._layers.items()},
             "scheduled_by": schedule_identity(self.schedule),
             "schedule": dict(self._state),
@@ -181,22 +209,25 @@ class RankScheduler:
             "plan": None if plan is None else {p: form_to_data(form) for p, form in plan.items()},
             "last_factored_forms": {p: form_to_data(form) for p, form in last.items() if form},
             "forms": {p: form_to_data(site.form) for p, site in sites.items() if site.form},
+            "gradients": None if self.gradients is None else self.gradients.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore a saved position and the forms that the layers had then.
 
-        Load this before the model's and the optimizer's ``state_dict``: structure first, then
-        weights. Weights that are not finite are set to zero until then. Another order is refused if
-        the model or the optimizer has other parameters than the saved one, and gives the same run
-        otherwise. All or nothing: after an exception everything is as it was.
+        The states of the model, the optimizer and the rank scheduler may be loaded in any order:
+        the first one brings the model to the forms of the saved run. A weight that the constructor
+        has changed since it was loaded returns exactly, until the first optimizer step. A weight
+        of another form is re-expressed (zero if it is not finite) until the model's state is
+        loaded. All or nothing: after an exception everything is as it was.
 
         Raises:
             ValueError: it is not the state of such a run: other steps, layers, schedule or
                 callbacks; a key is missing or unknown; a value is not what was saved.
         """
         sites = survey(self.model)
-        own = self.schedule, self.total_steps, self._layers, self.callbacks
+        layers = None if self._by_form else self._layers
+        own = self.schedule, self.total_steps, layers, self.callbacks
         shapes = {site.path: site.spec.unit_shape for site in sites if site.form is not None}
         saved = SavedState.of(state, *own, shapes)
         for plan in saved.plans():
@@ -204,17 +235,34 @@ class RankScheduler:
         with ExitStack() as undo:
             for part in (self, self.forecast, self._postponed):
                 restore_on_exit(vars(part), undo)
-            if restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo):
-                self._loads.again(undo)
-            self.last_step, self._plan = saved.last_step, saved.plan
+            restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo)
+            self.last_step, self._plan, self._seed = saved.last_step, saved.plan, saved.seed
+            self._forms_loaded = forms_loaded()
             self._layers = {path: tuple(shape) for path, shape in saved.layers.items()}
             self.schedule, self._state = saved.schedule, saved.schedule_state
             self.decisions, self._postponed.layers = saved.decisions, saved.postponed
             self.forecast.load_state_dict(state["forecast"])
             for name, one in saved.callbacks.items():
                 load_callback(name, self.callbacks[name], one, undo)
-            self._watch_gradients()
+            self._load_gradients(saved.gradients)
             undo.pop_all()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forms_loaded = forms_loaded()
+        follow_loads(self.model)
+        sign_states(self.model, self.optimizer)
+        for one in self.callbacks.values():
+            one.on_copy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(vars(self), memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        check_picklable(self, ("schedule", "callbacks", "forecast"))
+        return super().__reduce_ex__(protocol)
 
     def _readings(self) -> Readings:
         one = self.optimizer[0] if len(self.optimizer) == 1 else None
@@ -245,10 +293,27 @@ class RankScheduler:
         self._watch_gradients()
         return changes
 
+    def _check_states(self) -> None:
+        """Once optimizers have states: raise ValueError if a later change could not move them."""
+        inner = [one for optimizer in self.optimizer for one in wrapped(optimizer)]
+        if self._states_checked or not any(one.state for one in inner):
+            return
+        self._states_checked = True
+        if all(type(one).__module__.startswith("torch.optim") for one in inner):  # known by class
+            return
+        sites = survey(self.model)
+        later = [phase.plan for phase in self.phases() if phase.start > self.last_step]
+        ahead = [site for plan in later for site, _ in differences(self.model, plan, sites)]
+        if self.schedule.spectra_every is not None:  # it decides as it goes
+            ahead = find_sites(self.model, sites, self._layers).values()
+        check_movable(self.optimizer, self.moments, ahead)
+
     def _apply(self, plan: Plan, sites: Sequence[Site] | None) -> list[Change]:
         step, postponed = self.last_step, self._postponed
-        if plan == self._plan and not postponed.due_at(step):  # the usual step: no traversal
+        as_it_was = plan == self._plan and self._forms_loaded == forms_loaded()
+        if as_it_was and not postponed.due_at(step):  # the usual step: no traversal
             return []
+        self._forms_loaded = forms_loaded()
         due = postponed.due(differences(self.model, plan, sites), step)
         changes, unfit = self._change(due)
         self._plan = dict(plan)
@@ -272,7 +337,19 @@ class RankScheduler:
             return changes, unfit | {s.path: f"layer {s.path!r}: {error}" for s, _ in held}
         if len(given) > 1:
             raise ValueError(f"{len(given)} callbacks calibrate one change; leave one of them")
-        return change_fit_layers(due, self.optimizer, self.moments, *given)
+        first = self._plan is None  # of a model that may have been loaded already
+        how = {"seed": self._seed, "keep": first}
+        return change_fit_layers(due, self.optimizer, self.moments, *given, **how)
+
+    def _load_gradients(self, saved: dict[str, list[list[Tensor]]] | None) -> None:
+        if self.gradients is not None and saved is not None:
+            self.gradients.load_state_dict(saved)
+        elif saved is not None:
+            raise ValueError(
+                "the saved run kept gradients for its next change (moments='calibrated'), this one "
+                "does not; give the same moments=, or set the state's 'gradients' to None"
+            )
+        self._watch_gradients()
 
     def _watch_gradients(self) -> None:
         """Keep the gradients of the layers that will have another form before long."""
@@ -291,6 +368,14 @@ def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site
             differences(model, phase.plan, sites)
         except ValueError as error:
             raise ValueError(f"from step {phase.start}, {error}") from None
+
+
+def named_in(state: object) -> LayerFilter:
+    """The layers of a rank scheduler's state; None if it is none, which its checks will tell."""
+    found = state.get("layers") if isinstance(state, Mapping) else None
+    if not isinstance(found, Mapping):
+        return None
+    return lambda module, path: path in found
 
 
 def scheduled_layers(

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+from torch import Tensor
+
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.scheduler.callbacks import Callback, stateful_callbacks
 from dynarank.scheduler.postponed import Waiting
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule, State
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data
 
 __all__ = ["KEYS", "SavedState", "schedule_identity"]
@@ -23,6 +25,7 @@ _T = TypeVar("_T")
 KEYS = (
     "last_step",
     "total_steps",
+    "seed",
     "layers",
     "scheduled_by",
     "schedule",
@@ -33,6 +36,7 @@ KEYS = (
     "plan",
     "last_factored_forms",
     "forms",
+    "gradients",
 )
 
 
@@ -42,6 +46,7 @@ class SavedState:
 
     Args:
         last_step: the number of optimizer steps that were done.
+        seed: that of new adapters.
         layers: the scheduled layers, with their shapes.
         schedule: the schedule that goes on: the scheduler's own, or a fitted one that was saved.
         schedule_state: its state.
@@ -51,9 +56,11 @@ class SavedState:
         plan: the schedule's last plan; None if it had not been asked.
         last: the form in which each weight last had factors.
         forms: the form of each weight.
+        gradients: those kept for the next change, by path; None if none are to be kept.
     """
 
     last_step: int
+    seed: int
     layers: Mapping[str, Sequence[int]]
     schedule: RankSchedule
     schedule_state: State
@@ -63,6 +70,7 @@ class SavedState:
     plan: dict[str, Form] | None
     last: dict[str, LowRank | Adapted]
     forms: dict[str, Form]
+    gradients: dict[str, list[list[Tensor]]] | None
 
     @classmethod
     def of(
@@ -70,11 +78,13 @@ class SavedState:
         state: Mapping[str, Any],
         schedule: RankSchedule,
         total_steps: int,
-        layers: Mapping[str, Sequence[int]],
+        layers: Mapping[str, Sequence[int]] | None,
         callbacks: Mapping[str, Callback],
         shapes: Mapping[str, Sequence[int]],
     ) -> SavedState:
         """Read a state for a scheduler with these arguments, and a model of these shapes.
+
+        ``layers`` is None if nobody has named them: those of the state.
 
         Raises:
             ValueError: a key is missing or unknown, a value is not what ``state_dict`` returns, or
@@ -83,14 +93,15 @@ class SavedState:
         _check_run(state, total_steps, callbacks)
         goes_on = _schedule(state["scheduled_by"], schedule)
         # Which layers get cheaper may differ from one fitted schedule to another.
-        able = layers if goes_on is schedule else {p: shapes.get(p, ()) for p in state["layers"]}
-        _check_layers(state["layers"], able)
-        layers = able
+        if layers is None or goes_on is not schedule:
+            layers = {path: shapes.get(path, ()) for path in state["layers"]}
+        _check_layers(state["layers"], layers)
         with _reading("schedule", state["schedule"]):
             goes_on.check_state(state["schedule"], layers)
         forms = _each(state, "forms", _resolved_form)
         saved = cls(
             last_step=_count(state, "last_step"),
+            seed=_seed(state),
             layers=layers,
             schedule=goes_on,
             schedule_state=state["schedule"],
@@ -100,6 +111,7 @@ class SavedState:
             plan=None if state["plan"] is None else _each(state, "plan", _form),
             last=_each(state, "last_factored_forms", _factored_form),
             forms=forms,
+            gradients=_gradients(state["gradients"]),
         )
         _same("forms", forms, [*layers, *(saved.plan or {})], "the layers and the last plan name")
         for key, named in (("postponed", saved.postponed), ("last_factored_forms", saved.last)):
@@ -196,6 +208,12 @@ def _count(data: Mapping[str, Any], key: str, least: int = 0) -> int:
     return value
 
 
+def _seed(data: Mapping[str, Any]) -> int:
+    if (seed := _count(data, "seed")) >= 2**64:
+        raise ValueError(_wrong("seed", seed, "a seed of torch's is below 2**64"))
+    return seed
+
+
 def _each(
     state: Mapping[str, Any], key: str, read: Callable[[Mapping[str, Any]], _T]
 ) -> dict[str, _T]:
@@ -251,6 +269,19 @@ def _decisions(states: Any) -> list[Decision]:
             if not (typed and _equal(one.to_data(), data)):
                 raise ValueError(f"{dict(data)!r} is not the data of a decision")
         return made
+
+
+def _gradients(found: Any) -> dict[str, list[list[Tensor]]] | None:
+    """The kept gradients: for each path a list of samples, each of a tensor for each parameter."""
+    if found is None:
+        return None
+    with _reading("gradients", found):
+        samples = [sample for one in found.values() for sample in one]
+        if not all(isinstance(g, Tensor) for sample in samples for g in sample):
+            raise ValueError("they are tensors")
+        if wrong := [path for path in found if type(path) is not str]:
+            raise ValueError(f"a path is a string, got {wrong[0]!r}")
+        return {path: [list(sample) for sample in one] for path, one in found.items()}
 
 
 def _number(value: object) -> bool:

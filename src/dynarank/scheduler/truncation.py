@@ -12,7 +12,7 @@ from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.scheduler.batch_norm import check_batches
 from dynarank.scheduler.callbacks import Callback, Ranks
 from dynarank.surgery.sites import Site
-from dynarank.surgery.verbs import truncates
+from dynarank.surgery.transaction import truncates
 
 __all__ = ["ActivationAwareTruncation"]
 

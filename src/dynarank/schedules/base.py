@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Form, Plan
-from dynarank.schedules.form_data import form_from_data, form_to_data
 from dynarank.schedules.readings import SpectralReading
 
 __all__ = [

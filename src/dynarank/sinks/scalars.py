@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dynarank.form_data import form_from_data
 from dynarank.records import (
     ChangeRecord,
     DecisionRecord,
@@ -28,7 +29,6 @@ from dynarank.records import (
     SpectrumRecord,
     SummaryRecord,
 )
-from dynarank.schedules.form_data import form_from_data
 
 __all__ = ["event_of", "scalars_of"]
 

@@ -23,10 +23,19 @@ from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 from dynarank.layers.own_forward import set_class
 from dynarank.surgery.bias import bias_shift, usable_statistics
-from dynarank.surgery.settings import frozen_factors, new_parameters
+from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.sites import Site
 
-__all__ = ["LOSSLESS", "Edit", "prepare_edit", "restore_module_on_exit", "restore_on_exit"]
+__all__ = [
+    "LOSSLESS",
+    "Edit",
+    "check_names",
+    "check_replaceable",
+    "like_old",
+    "prepare_edit",
+    "restore_module_on_exit",
+    "restore_on_exit",
+]
 
 # The largest relative weight error of a change that keeps the function: rounding to the dtype once.
 LOSSLESS = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -51,8 +60,9 @@ class Edit:
 
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
-        frozen, factors = frozen_factors(self.site, self.old), self.trained.values()
-        norms = tuple(float(p.detach().double().norm()) for p in factors) or self.site.factor_norms
+        frozen, factors = self.site.frozen_factors, self.trained.values()
+        known = [p.detach().double() for p in factors if not p.is_meta]
+        norms = tuple(float(p.norm()) for p in known) or self.site.factor_norms
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)
@@ -65,8 +75,16 @@ class Edit:
             bias.data.add_(self.shift)
 
 
-def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = None) -> Edit:
+def prepare_edit(
+    site: Site, after: Form, activity: ActivationStats | None = None, seed: int | None = None
+) -> Edit:
     """Compute and verify a weight's parameters in the form ``after``.
+
+    Args:
+        site: the weight.
+        after: its new form.
+        activity: the activation statistics for a truncation.
+        seed: of new adapters; None: ``torch.initial_seed()``.
 
     Raises:
         ValueError: the weight is on the meta device or has gradient hooks, or the activation
@@ -78,13 +96,15 @@ def prepare_edit(site: Site, after: Form, activity: ActivationStats | None = Non
     assert before is not None
     if same_weight(before, after):
         return Edit(site, Change(site.path, before, after, 0.0), {}, {})
+    check_replaceable(site.path, old)
     _check_values(site.path, old)
-    _check_names(site, after)
+    check_names(site, after)
     weight = _effective(site.spec, before, old)
     activity, bias_left = usable_statistics(site, after, activity)
-    values, shift = _values(site, weight, after, activity)
+    seed = torch.initial_seed() if seed is None else seed
+    values, shift = _values(site, weight, after, activity, seed)
     names = zip(site.spec.parameter_names(after), values, strict=True)
-    new = new_parameters(site, {name: _like(value, name, site, after) for name, value in names})
+    new = new_parameters(site, {name: like_old(value, name, site, after) for name, value in names})
     shift = None if shift is None else bias_shift(site, shift)
     return Edit(site, _measured(site, after, weight, new), old, new, shift, bias_left)
 
@@ -124,7 +144,7 @@ def _replace(
 
 
 def _values(
-    site: Site, weight: Tensor, after: Form, activity: ActivationStats | None
+    site: Site, weight: Tensor, after: Form, activity: ActivationStats | None, seed: int
 ) -> tuple[Factors, Tensor | None]:
     """New values, base first, and the change of the bias; ``weight`` is canonical, in fp64."""
     old, before, spec = next(iter(site.parameters().values())), site.form, site.spec
@@ -141,8 +161,8 @@ def _values(
     base = old.detach() if isinstance(before, FullRank) else spec.from_canonical(weight)
     # Seeded by the run, the layer and the restart, so that no two adapters are the same.
     label = f"{site.path}#{after.restart}" if after.restart else site.path
-    seed = torch.initial_seed() ^ zlib.crc32(label.encode())
-    return (base, *zero_join_factors(decomposition.shapes(spec.shape, rank), seed)), None
+    own = seed ^ zlib.crc32(label.encode())
+    return (base, *zero_join_factors(decomposition.shapes(spec.shape, rank), own)), None
 
 
 def _effective(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -150,7 +170,7 @@ def _effective(spec: WeightSpec, form: Form, parameters: Mapping[str, Tensor]) -
     return spec.to_canonical(spec.effective(form, {n: precise(p) for n, p in parameters.items()}))
 
 
-def _check_names(site: Site, after: Form) -> None:
+def check_names(site: Site, after: Form) -> None:
     """Raise ValueError if the module has something else under a new parameter's name."""
     new = set(site.spec.parameter_names(after)) - {*site.parameters(), site.spec.name}
     for place in site.places:
@@ -162,10 +182,18 @@ def _check_names(site: Site, after: Form) -> None:
 
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
-    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    """Raise ValueError for parameters that have no values, UnfitWeightError for NaN."""
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"layer {path!r}: its {name} is on the meta device and has no values")
+        if not torch.isfinite(p.detach()).all():
+            raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
+
+
+def check_replaceable(path: str, parameters: dict[str, Parameter]) -> None:
+    """Raise ValueError for parameters with which something would be lost."""
+    hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    for name, p in parameters.items():
         if not p.is_leaf:
             raise ValueError(f"layer {path!r}: its {name} is computed from other tensors")
         if any(getattr(p, kind, None) for kind in hooks):
@@ -173,8 +201,6 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
                 f"layer {path!r}: its {name} has gradient hooks, which would be lost with it; "
                 "remove them first and register them on the new parameters"
             )
-        if not torch.isfinite(p.detach()).all():
-            raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
 
 
 def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]) -> Change:
@@ -209,8 +235,10 @@ def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]
     return Change(site.path, before, after, error, lost / update if update > 0 else 0.0)
 
 
-def _like(value: Tensor, name: str, site: Site, after: Form) -> Tensor:
-    """The value as its predecessor is stored: dtype, device, memory format.
+def like_old(
+    value: Tensor, name: str, site: Site, after: Form, dtype: torch.dtype | None = None
+) -> Tensor:
+    """The value as its predecessor is stored: dtype (if none is given), device, memory format.
 
     The whole weight and the base follow the old base, the factors the old factors: they may differ,
     as in fp32 adapters on a bf16 model.
@@ -218,7 +246,7 @@ def _like(value: Tensor, name: str, site: Site, after: Form) -> Tensor:
     old, last = list(site.parameters().values()), _CHANNELS_LAST.get(value.ndim)
     whole = isinstance(after, FullRank) or site.spec.is_base(name)
     model = old[0] if whole else old[-1]
-    value = value.detach().to(model.device, model.dtype)
+    value = value.detach().to(model.device, dtype or model.dtype)
     value = value.clone() if value.is_inference() else value  # which autograd could not save
     if last is not None and any(
         p.ndim == value.ndim and p.is_contiguous(memory_format=last) and not p.is_contiguous()

@@ -17,18 +17,17 @@ from weakref import ref
 from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit
+from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
 from dynarank.surgery.own_references import is_optimizer
 
-__all__ = ["watch_replaced"]
+__all__ = ["live", "watch_replaced"]
 
 # Of each replaced parameter: its layer's path, its module, and its weight's name in the module.
 _REPLACED = WeakTensorKeyDictionary()
-_HOOKS: list[Any] = []
 
 
 def watch_replaced(edits: Iterable[Edit]) -> None:
@@ -40,15 +39,21 @@ def watch_replaced(edits: Iterable[Edit]) -> None:
     for edit in edits:
         for old in edit.old.values():
             _REPLACED[old] = edit.site.path, ref(edit.site.module), edit.site.spec.name
-    if _REPLACED and not _HOOKS:
-        _HOOKS.append(register_optimizer_step_pre_hook(_check))
+    if _REPLACED:
+        watch_steps(_check)
 
 
-def _check(optimizer: Optimizer, *_: Any) -> None:
+def live(*classes: type) -> list[Any]:
+    """The objects of these classes (and subclasses) that are alive, half-made ones included."""
+    found = gc.get_objects()
+    kinds = {kind for kind in set(map(type, found)) if issubclass(kind, classes)}
+    return [one for one in found if type(one) in kinds]
+
+
+def _check(optimizer: Optimizer) -> None:
     """Raise RuntimeError if an optimizer is about to leave changed layers untrained."""
     if not _REPLACED:
-        while _HOOKS:
-            _HOOKS.pop().remove()
+        unwatch_steps(_check)
         return
     replaced = {id(p): entry for p, entry in _REPLACED.items()}
     held = [p for group in optimizer.param_groups for p in group["params"]]
@@ -59,9 +64,8 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
     if not lost:
         return
     listed = ", ".join(map(repr, [*lost][:5])) + (" and others" if len(lost) > 5 else "")
-    others = [one for one in gc.get_objects() if issubclass(type(one), Optimizer)]
-    made = [one for one in others if is_optimizer(one)]  # its constructor may have raised
-    held_at_all = [p for one in made for group in one.param_groups for p in group["params"]]
+    others = [one for one in live(Optimizer) if is_optimizer(one)]
+    held_at_all = [p for one in others for group in one.param_groups for p in group["params"]]
     said = f"this {type(optimizer).__name__} holds old parameters of {listed}, replaced by a change"
     if any(_missing(new, held_at_all) for new in lost.values()):
         raise RuntimeError(
@@ -69,7 +73,7 @@ def _check(optimizer: Optimizer, *_: Any) -> None:
             "the function that changes forms (optimizer=), or make a new optimizer after the change"
         )
     said += "; their new parameters are in another optimizer"
-    warnings.warn(said, RuntimeWarning, stacklevel=3)
+    warnings.warn(said, RuntimeWarning, stacklevel=4)
     for p in held:
         _REPLACED.pop(p, None)
 

@@ -18,7 +18,7 @@ from torch.optim import LBFGS
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.param_groups import Contents, Group
 
-__all__ = ["follow", "groups_of", "innermost", "is_optimizer", "wrapped"]
+__all__ = ["follow", "groups_of", "inner_optimizer", "innermost", "is_optimizer", "wrapped"]
 
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
 
@@ -43,6 +43,15 @@ def wrapped(optimizer: Any) -> list[Any]:
             inside = value if isinstance(value, list | tuple) else [value]
             found += [v for v in inside if is_optimizer(v) and not any(v is f for f in found)]
     return found
+
+
+def inner_optimizer(optimizer: Any) -> Any:
+    """The optimizer inside a wrapper that has it as ``optimizer`` (accelerate's, for example)."""
+    seen = {id(optimizer)}
+    while (inner := getattr(optimizer, "optimizer", None)) is not None and id(inner) not in seen:
+        optimizer = inner
+        seen.add(id(inner))
+    return optimizer
 
 
 def innermost(optimizer: Any) -> list[Any]:

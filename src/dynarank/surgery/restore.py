@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from torch import nn
@@ -13,9 +13,11 @@ from dynarank.decompositions import UnfitWeightError
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan
 from dynarank.layers import RankedLayer
 from dynarank.surgery.edit import Edit, restore_on_exit
+from dynarank.surgery.optimizer_state import write
+from dynarank.surgery.replaced import given_back, recall, returning_states
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import Site, survey
-from dynarank.surgery.verbs import change_forms, differences
+from dynarank.surgery.transaction import change_forms, differences
 
 __all__ = ["restore_forms"]
 
@@ -23,45 +25,48 @@ __all__ = ["restore_forms"]
 def restore_forms(
     model: nn.Module,
     forms: Plan,
-    last: Mapping[str, LowRank | Adapted],
-    optimizers: list[Optimizer],
+    last: Mapping[str, LowRank | Adapted] | None,
+    optimizers: Sequence[Optimizer],
     undo: ExitStack,
-) -> list[Change]:
+) -> None:
     """Give weights the forms that they had in a saved run; ``undo`` can take it all back.
 
-    A weight whose parameters keep their names and shapes keeps them, with their optimizer state:
+    A weight that had the form until a change since the last step gets exactly what it had, with its
+    optimizer state. One whose parameters keep their names and shapes keeps them, with their state:
     values that were loaded before stay. The others are re-expressed and lose their state, and what
     is not finite becomes zero: their values are loaded afterwards.
 
     Args:
         model: the model.
         forms: the form of each weight, its rank a number.
-        last: the form in which a weight last had factors, for those that ever had.
+        last: the form in which a weight last had factors, for those that ever had; None: as it is.
         optimizers: the model's optimizers.
         undo: a stack of what takes the changes back.
-
-    Returns:
-        The changes after which optimizer states must be loaded again.
 
     Raises:
         ValueError: as :func:`dynarank.apply_plan`. Nothing has changed then.
     """
-    wanted = differences(model, forms)
-    alike = [pair for pair in wanted if _same_parameters(*pair)]
-    others = [pair for pair in wanted if not _same_parameters(*pair)]
+    exact, others, alike = list[Edit](), list[tuple[Site, Form]](), list[tuple[Site, Form]]()
+    for site, after in differences(model, forms):
+        if (edit := given_back(site, after, undo)) is not None:
+            exact.append(edit)
+        else:
+            (alike if _same_parameters(site, after) else others).append((site, after))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what is lost is loaded again
         try:
-            changes = change_forms(others, optimizers, "reset", undo=undo)
+            change_forms(others, optimizers, "reset", prepared=exact, undo=undo)
         except UnfitWeightError as error:
             for site in (site for site, _ in others if site.path in error.layers):
                 _zero(site, undo)
-            changes = change_forms(others, optimizers, "reset", undo=undo)
+            change_forms(others, optimizers, "reset", prepared=exact, undo=undo)
+    write(returning_states(exact), undo)
+    recall(exact, undo)
     for site, after in alike:
         _relabel(site, after, undo)
-    for path, site in find_sites(model, survey(model), forms).items():
-        _remember(site, last.get(path), undo)
-    return changes
+    if last is not None:
+        for path, site in find_sites(model, survey(model), forms).items():
+            _remember(site, last.get(path), undo)
 
 
 def _zero(site: Site, undo: ExitStack) -> None:
@@ -75,9 +80,7 @@ def _same_parameters(site: Site, after: Form) -> bool:
     before = site.form
     if isinstance(before, FullRank) or isinstance(after, FullRank) or before is None:
         return before == after
-    names = [site.spec.parameter_names(form) for form in (before, after)]
-    shapes = [site.spec.factor_shapes(form) for form in (before, after)]
-    return names[0] == names[1] and shapes[0] == shapes[1]
+    return site.spec.same_parameters(before, after)
 
 
 def _relabel(site: Site, after: Form, undo: ExitStack) -> None:

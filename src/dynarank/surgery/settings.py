@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from dynarank.surgery.site import Site
 
-__all__ = ["frozen_factors", "new_parameters"]
+__all__ = ["new_parameters"]
 
 
 def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parameter]:
@@ -35,14 +35,6 @@ def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parame
         if any(p.device.type == "cpu" and p.is_shared() for p in sources):
             new[name].share_memory_()
     return new
-
-
-def frozen_factors(site: Site, old: Mapping[str, Parameter]) -> frozenset[str]:
-    """The names of factors that are frozen while others train, or were when last seen."""
-    now = {name: p.requires_grad for name, p in old.items() if not site.spec.is_base(name)}
-    if not any(now.values()):
-        return site.frozen_factors
-    return frozenset({*now, *site.frozen_factors} - {name for name, does in now.items() if does})
 
 
 def _trains(site: Site, names: Mapping[str, Any]) -> dict[str, bool]:

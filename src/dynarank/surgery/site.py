@@ -91,7 +91,7 @@ class Site:
 
     @property
     def frozen_factors(self) -> frozenset[str]:
-        """The names of factors that were frozen when the weight last had them, and others not."""
+        """The names of factors that are frozen while others train, or were when last seen."""
         known = self.module.frozen_factors if isinstance(self.module, RankedLayer) else {}
         return known.get(self.spec.name, frozenset())
 

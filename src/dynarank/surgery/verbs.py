@@ -1,21 +1,19 @@
 """The functions that change the forms of a model's weights, and its optimizer, all or nothing.
 
-Each surveys the model once, finds which weights get another form (:func:`differences`), and changes
-them in one transaction (:func:`change_forms`): compute and verify the new weights, compute the
-optimizer's groups and states, commit by moving references, check. An exception anywhere leaves
-model and optimizer exactly as they were.
+Each surveys the model once, finds which weights get another form, and changes them in one
+transaction (:mod:`dynarank.surgery.transaction`). An exception anywhere leaves model and optimizer
+exactly as they were.
 
-Call them between ``optimizer.step()`` and the next forward pass: gradients of the layers that
-change are dropped with their parameters, those of an unfinished accumulation too.
+Call them between ``optimizer.step()`` and the next forward pass. Gradients move with their weights,
+so an unfinished accumulation goes on, see :mod:`dynarank.surgery.gradients`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Literal, TypeVar
 
-import torch
 from torch import nn
 
 from dynarank.decompositions.truncation import ActivationStats
@@ -28,30 +26,27 @@ from dynarank.forms import (
     LowRank,
     Plan,
     RankLike,
-    same_weight,
 )
 from dynarank.layers import RankedLayer
 from dynarank.layers.own_forward import forward_obstacle
-from dynarank.surgery.check import check_committed, warn_of_losses
-from dynarank.surgery.edit import Edit, prepare_edit, restore_module_on_exit
-from dynarank.surgery.left_behind import watch_replaced
-from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
+from dynarank.surgery.edit import restore_module_on_exit
+from dynarank.surgery.loading import follow_loads, unfollow_loads
+from dynarank.surgery.optimizer_signature import sign_states, unsign_states
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import (
     LayerFilter,
     RankMap,
-    find_sites,
     has_factors,
     rank_for,
     select,
 )
-from dynarank.surgery.sites import Site, survey
-from dynarank.surgery.unfit import UnfitLayers
+from dynarank.surgery.sites import survey
+from dynarank.surgery.transaction import change_forms, differences
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 def apply_plan(
@@ -98,7 +93,9 @@ def apply_plan(
         >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
         ['2']
     """
-    return change_forms(differences(model, plan), optimizer, moments, calibration)
+    changes = change_forms(differences(model, plan), optimizer, moments, calibration)
+    _follow(model, optimizer)
+    return changes
 
 
 def factorize(
@@ -144,6 +141,7 @@ def factorize(
     if layers is None and not isinstance(rank, Mapping) and not has_factors(every):
         warn_of_little(every, [plan], stacklevel=2)
     change_forms(wanted, optimizer, moments, calibration)
+    _follow(model, optimizer)
     return model
 
 
@@ -165,6 +163,7 @@ def inflate(
     sites = select(survey(model), layers)
     plan = {site.path: FullRank() for site in sites}
     change_forms(differences(model, plan, sites), optimizer, moments)
+    _follow(model, optimizer)
     return model
 
 
@@ -220,6 +219,7 @@ def deflate(
         how = rank_for(asked, site), name
         plan[site.path] = LowRank(*how) if to == "low-rank" else Adapted(*how, alpha, execution)
     change_forms(differences(model, plan, sites), optimizer, moments, calibration)
+    _follow(model, optimizer)
     return model
 
 
@@ -248,81 +248,12 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
                 restore_module_on_exit(module, undo)
                 module.to_plain()
         undo.pop_all()
+    unfollow_loads(model)
+    unsign_states(model)
     return model
 
 
-def differences(
-    model: nn.Module, plan: Plan, sites: Sequence[Site] | None = None
-) -> list[tuple[Site, Form]]:
-    """The weights whose form differs from the plan's, and the plan's form, its rank resolved.
-
-    ``sites``: the result of a survey, if there was one. Raises as :func:`apply_plan` does.
-    """
-    for path, form in plan.items():
-        if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
-    _check_unwrapped(model)
-    sites = survey(model) if sites is None else sites
-    named: dict[int, tuple[str, Form]] = {}
-    wanted: list[tuple[Site, Form]] = []
-    for path, site in find_sites(model, sites, plan).items():
-        try:
-            after = site.spec.resolve(plan[path])
-        except ValueError as error:
-            raise ValueError(f"layer {path!r}: {error}") from None
-        other, form = named.setdefault(id(site), (path, after))
-        if form != after:
-            raise ValueError(f"{other!r} and {path!r} are one weight with two forms")
-        if after != site.form and other == path:
-            wanted.append((site, after))
-    return wanted
-
-
-def truncates(wanted: Sequence[tuple[Site, Form]]) -> bool:
-    """Whether one of these changes truncates a weight, which is what a calibration is for."""
-    return any(
-        isinstance(after, LowRank) and site.form is not None and not same_weight(site.form, after)
-        for site, after in wanted
-    )
-
-
-def change_forms(
-    wanted: Sequence[tuple[Site, Form]],
-    optimizer: Optimizers = None,
-    moments: Moments = "project",
-    calibration: Mapping[str, ActivationStats] | None = None,
-    *,
-    undo: ExitStack | None = None,
-) -> list[Change]:
-    """Give weights the forms that :func:`differences` found; the rest as :func:`apply_plan`.
-
-    ``undo``: the caller's stack, which takes the change back unless it is emptied.
-    """
-    optimizers, unfit, edits = as_list(optimizer), UnfitLayers(), list[Edit]()
-    with torch.inference_mode(False):  # parameters made in inference mode could never train
-        for site, form in wanted:
-            with unfit.layer(site.path):
-                edits.append(prepare_edit(site, form, (calibration or {}).get(site.path)))
-        unfit.check()
-        contents = new_contents(edits, optimizers, moments)
-    warn_of_losses(edits)
-    with ExitStack() as own:
-        stack = own if undo is None else undo
-        for edit in edits:
-            edit.commit(stack)
-        write(contents, stack)
-        check_committed(edits, optimizers)
-        own.pop_all()  # all is well: nothing to undo
-    watch_replaced(edits)
-    return [edit.change for edit in edits]
-
-
-def _check_unwrapped(model: nn.Module) -> None:
-    """Raise ValueError if a wrapper holds the model's parameters and would miss a change."""
-    for path, module in model.named_modules():
-        for cls in type(module).__mro__:
-            if cls.__name__ in _WRAPPERS:
-                raise ValueError(
-                    f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
-                    "the old parameters, silently out of step; change forms before wrapping"
-                )
+def _follow(model: nn.Module, optimizer: Optimizers) -> None:
+    """From now on, states that are saved tell the forms, and those that are loaded bring them."""
+    follow_loads(model)
+    sign_states(model, as_list(optimizer))

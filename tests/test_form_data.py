@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 
 from dynarank import Adapted, FullRank, LowRank, Rank
+from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Form, RankLike
-from dynarank.schedules.form_data import form_from_data, form_to_data
 
 shares = st.floats(0, 1, exclude_min=True)
 FORMS: list[Form] = [

@@ -1,0 +1,111 @@
+"""The transaction of a change of form: which weights change, and all that changes with them.
+
+Compute and verify the new weights, compute the optimizer's groups and states, commit by moving
+references, check. An exception anywhere leaves model and optimizer exactly as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from dynarank.decompositions.truncation import ActivationStats
+from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, same_weight
+from dynarank.surgery.check import check_committed, warn_of_losses
+from dynarank.surgery.edit import Edit, prepare_edit
+from dynarank.surgery.gradients import move_gradients
+from dynarank.surgery.left_behind import watch_replaced
+from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
+from dynarank.surgery.replaced import keep_replaced
+from dynarank.surgery.selection import find_sites
+from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.unfit import UnfitLayers
+from dynarank.surgery.wrappers import check_unwrapped
+
+__all__ = ["change_forms", "differences", "truncates"]
+
+
+def differences(
+    model: nn.Module, plan: Plan, sites: Sequence[Site] | None = None
+) -> list[tuple[Site, Form]]:
+    """The weights whose form differs from the plan's, and the plan's form, its rank resolved.
+
+    ``sites``: the result of a survey, if there was one. Raises as :func:`dynarank.apply_plan` does.
+    """
+    for path, form in plan.items():
+        if not isinstance(path, str) or not isinstance(form, FullRank | LowRank | Adapted):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"a plan maps paths (str) to forms, got {path!r}: {form!r}")
+    check_unwrapped(model)
+    sites = survey(model) if sites is None else sites
+    named: dict[int, tuple[str, Form]] = {}
+    wanted: list[tuple[Site, Form]] = []
+    for path, site in find_sites(model, sites, plan).items():
+        try:
+            after = site.spec.resolve(plan[path])
+        except ValueError as error:
+            raise ValueError(f"layer {path!r}: {error}") from None
+        other, form = named.setdefault(id(site), (path, after))
+        if form != after:
+            raise ValueError(f"{other!r} and {path!r} are one weight with two forms")
+        if after != site.form and other == path:
+            wanted.append((site, after))
+    return wanted
+
+
+def truncates(wanted: Sequence[tuple[Site, Form]]) -> bool:
+    """Whether one of these changes truncates a weight, which is what a calibration is for."""
+    return any(
+        isinstance(after, LowRank) and site.form is not None and not same_weight(site.form, after)
+        for site, after in wanted
+    )
+
+
+def change_forms(
+    wanted: Sequence[tuple[Site, Form]],
+    optimizer: Optimizers = None,
+    moments: Moments = "project",
+    calibration: Mapping[str, ActivationStats] | None = None,
+    *,
+    prepared: Sequence[Edit] = (),
+    seed: int | None = None,
+    keep: bool = False,
+    undo: ExitStack | None = None,
+) -> list[Change]:
+    """Give weights the forms that :func:`differences` found; raises as ``apply_plan``.
+
+    Args:
+        wanted: the weights and their new forms.
+        optimizer: as of :func:`dynarank.apply_plan`, whose are the next two as well.
+        moments: their policy.
+        calibration: the activation statistics.
+        prepared: changes of other weights, to be made with these.
+        seed: of new adapters; None: ``torch.initial_seed()``.
+        keep: whether what is replaced is kept until the next optimizer step, to return exactly.
+        undo: the caller's stack, which takes the change back unless it is emptied.
+    """
+    optimizers, unfit, edits = as_list(optimizer), UnfitLayers(), list(prepared)
+    with torch.inference_mode(False):  # parameters made in inference mode could never train
+        for site, form in wanted:
+            with unfit.layer(site.path):
+                edits.append(prepare_edit(site, form, (calibration or {}).get(site.path), seed))
+        unfit.check()
+        contents = new_contents(edits, optimizers, moments)
+        for edit in edits:
+            with unfit.layer(edit.site.path):
+                move_gradients(edit)
+        unfit.check()
+    warn_of_losses(edits)
+    with ExitStack() as own:
+        stack = own if undo is None else undo
+        if keep:
+            keep_replaced(edits, optimizers, stack)
+        for edit in edits:
+            edit.commit(stack)
+        write(contents, stack)
+        check_committed(edits, optimizers)
+        own.pop_all()  # all is well: nothing to undo
+    watch_replaced(edits)
+    return [edit.change for edit in edits]
