@@ -158,9 +158,6 @@ def _states(edit: Edit, optimizers: Sequence[Any]) -> list[tuple[ref[Any], dict[
 
 def _before_step(optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trains = any(
-        bool(torch.as_tensor(group.get("lr", 1)).any()) for group in optimizer.param_groups
-    )
     for module, weights in list(_REPLACED.items()):
         if any(id(one()) in held for each in weights.values() for one in each.new):
             if trains(optimizer):
