@@ -21,7 +21,7 @@ from dynarank.forms import Adapted, Change, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit, like_old, restore_on_exit
 from dynarank.surgery.exact_weights import kept
-from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
+from dynarank.surgery.optimizer_steps import trains, unwatch_steps, watch_steps
 from dynarank.surgery.own_references import wrapped
 from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.settings import new_parameters
