@@ -10,7 +10,7 @@ CORE := tests/test_forms.py tests/test_covering.py tests/test_laws.py tests/test
         tests/surgery tests/scheduler \
         $(addprefix src/dynarank/,forms.py decompositions layers surgery scheduler)
 
-.PHONY: demo test test-core test-laws-full check clean
+.PHONY: demo test test-core test-laws-full test-faults check clean
 
 demo: .venv/.demo  ## train the embedded default under three schedules
 	$(BIN)/dynarank train digits
@@ -23,6 +23,9 @@ test-core: .venv/.dev  ## the core without its slow tests, in under a minute
 
 test-laws-full: .venv/.dev  ## each law over its whole product, not only a covering set
 	$(PYTEST) --all-laws -m product tests
+
+test-faults: .venv/.dev  ## kills, flips, full disks and mutated files, all of docs/checkpoints.md
+	DYNARANK_FAULTS=full $(PYTEST) --timeout=3600 tests/checkpoint tests/files
 
 check: .venv/.dev  ## style and types
 	$(BIN)/ruff check .

@@ -4,17 +4,26 @@ A run folder holds ``config.json`` (the recipe as it ran), ``records.jsonl`` (th
 ``model.safetensors`` (the final weights, merged) and ``report.html``. A folder of runs, one per
 schedule, is a comparison. Times are fractional epochs, so that runs of different batch sizes and
 lengths share an axis.
+
+Each line ends with a checksum. What is damaged, or of a newer version, is left out and said so;
+the rest of the run is read.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+import os
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from dynarank.files.json_data import parse_json
+from dynarank.files.printable import printable
+from dynarank.files.reading import DamagedFileError, read_bytes, reading
+from dynarank.files.sealed_json import sealed, unsealed
 
 __all__ = [
     "ChangeRecord",
@@ -33,6 +42,7 @@ __all__ = [
     "SummaryRecord",
     "find_runs",
     "read_run",
+    "read_runs",
 ]
 
 
@@ -190,7 +200,7 @@ class SummaryRecord(_Line):
     """The last record of a run: final scores and total cost.
 
     Means are over steps; ``relative_flops`` is the training FLOPs of the whole run over those of
-    the same run at full rank.
+    the same run at full rank. ``model_sha256`` is the digest of ``model.safetensors``.
     """
 
     kind: Literal["summary"] = "summary"
@@ -204,6 +214,7 @@ class SummaryRecord(_Line):
     memory_bytes: int
     train_seconds: float
     wall_seconds: float
+    model_sha256: str | None = None
 
 
 Record = Annotated[
@@ -220,6 +231,10 @@ Record = Annotated[
 ]
 _RECORD: TypeAdapter[Record] = TypeAdapter(Record)
 _R = TypeVar("_R", bound=_Line)
+_PASSED_OVER = re.compile(r"^\.|\.aside(-\d+)?$")  # folders
+_MAX_LINE = 64 << 20  # bytes; the heat-maps of 3,000 layers take that much
+_MAX_CONFIG = 64 << 20  # bytes
+_SHOWN = 3  # lines that a message names
 
 
 class RecordWriter:
@@ -230,7 +245,7 @@ class RecordWriter:
 
     def write(self, record: _Line) -> None:
         """Append one record."""
-        self._file.write(record.model_dump_json() + "\n")
+        self._file.write(sealed(record.model_dump_json()) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -239,12 +254,30 @@ class RecordWriter:
 
 
 class Run:
-    """A run read from its folder: configuration and records."""
+    """A run read from its folder: configuration and records.
 
-    def __init__(self, folder: Path, config: dict[str, Any], records: list[Record]) -> None:
+    Args:
+        folder: its folder.
+        config: the content of ``config.json``.
+        records: the records that can be read.
+        damage: what cannot be read, one sentence for each file.
+        notes: what else a reader should know: a last line that is not complete, records and fields
+            of a newer version.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        records: list[Record],
+        damage: Sequence[str] = (),
+        notes: Sequence[str] = (),
+    ) -> None:
         self.folder = folder
         self.config = config
         self.records = records
+        self.damage = tuple(damage)
+        self.notes = tuple(notes)
 
     def all(self, kind: type[_R]) -> list[_R]:
         """All records of one kind, in order."""
@@ -262,44 +295,180 @@ class Run:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Find the run folders at or below ``folder``, oldest first.
+    """Find the run folders at or below ``folder``, oldest first; one without a header comes last.
+
+    Runs that were moved aside and what lies in hidden folders are passed over.
 
     Raises:
         FileNotFoundError: there is none.
     """
     if not folder.exists():
         raise FileNotFoundError(f"no run folder at {folder}")
-    found = sorted(path.parent for path in folder.rglob("records.jsonl"))
+    places = [path.parent for path in folder.rglob("records.jsonl")]
+    names = {place: place.relative_to(folder).parts for place in places}
+    found = [place for place in places if not any(map(_PASSED_OVER.search, names[place]))]
     if not found:
         raise FileNotFoundError(
             f"{folder} holds no run: there is no records.jsonl in it or below; "
             "pass a run folder written by `dynarank train`"
         )
-    return sorted(found, key=lambda run: read_run(run).header.started)
+    return sorted(found, key=lambda run: (_started(run), run))
+
+
+def _started(run: Path) -> str:
+    """When a run started, as its header says it; after all others if it has none."""
+    try:
+        first, _ = _parsed(next(_lines(run / "records.jsonl"), b""))
+    except (OSError, ValueError):
+        return "~"
+    return first.started if isinstance(first, RunRecord) else "~"
 
 
 def read_run(folder: Path) -> Run:
-    """Read one run folder; a last line truncated by an interrupted run is ignored.
+    """Read one run folder, as far as it can be read; ``damage`` and ``notes`` say what is missing.
 
     Raises:
         FileNotFoundError: there is no records.jsonl.
-        ValueError: a line is not a known record, or the first is not a run record.
+        DamagedFileError: there is no run record to begin with, or the file cannot be read at all.
     """
     path = folder / "records.jsonl"
-    *lines, tail = path.read_bytes().split(b"\n")  # a whole line ends with a newline
-    records = list(_parse(path, lines))
-    with suppress(ValidationError):
-        records += [_RECORD.validate_json(tail)]
-    if not records or not isinstance(records[0], RunRecord):
-        raise ValueError(f"{path} does not begin with a run record")
-    config = folder / "config.json"
-    text = config.read_text(encoding="utf-8") if config.exists() else "{}"
-    return Run(folder, json.loads(text), records)
+    lines = _Lines()
+    for number, line in enumerate(_lines(path), start=1):
+        lines.take(number, line)
+    if not lines.records or not isinstance(lines.records[0], RunRecord):
+        told = [*lines.damage(), *lines.notes()] or (["it is empty"] if not lines.records else [])
+        why = f" ({'; '.join(told)})" if told else ""
+        raise DamagedFileError(path, f"it does not begin with a run record{why}")
+    config, damage = _config(folder / "config.json")
+    return Run(folder, config, lines.records, [*lines.damage(), *damage], lines.notes())
 
 
-def _parse(path: Path, lines: list[bytes]) -> Iterator[Record]:
-    for number, line in enumerate(lines, start=1):
+def read_runs(folder: Path) -> tuple[list[Run], list[str]]:
+    """Read all runs at or below ``folder``, oldest first; one that cannot be read ends no other.
+
+    Returns:
+        the runs, and why each of the others cannot be read.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedFileError: none of them can be read.
+    """
+    runs: list[Run] = []
+    unreadable: list[str] = []
+    for place in find_runs(folder):
         try:
-            yield _RECORD.validate_json(line)
-        except ValidationError as error:
-            raise ValueError(f"{path}, line {number}: not a record: {error}") from error
+            runs.append(read_run(place))
+        except (OSError, DamagedFileError) as error:
+            unreadable.append(f"a run is not shown: {printable(str(error), 500)}.")
+    if not runs:
+        raise DamagedFileError(folder, f"none of its runs can be ({unreadable[0]})")
+    return runs, unreadable
+
+
+class _Lines:
+    """The records of a file, and what is wrong with its other lines."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self._damaged, self._newer, self._torn = _Some(), _Some(), False
+
+    def take(self, number: int, line: bytes) -> None:
+        """Parse a line, which ends with a newline unless it is the last and not complete."""
+        try:
+            record, newer = _parsed(line.removesuffix(b"\n"))
+        except ValueError as error:
+            if line.endswith(b"\n") or len(line) > _MAX_LINE:
+                self._damaged.add(number, str(error))
+            else:
+                self._torn = True
+            return
+        if record is not None:
+            self.records.append(record)
+        if newer:
+            self._newer.add(number, newer)
+
+    def damage(self) -> list[str]:
+        """What is lost, in one sentence."""
+        told = self._damaged.told()
+        return [f"records.jsonl, {told} (left out)"] if told else []
+
+    def notes(self) -> list[str]:
+        """What else a reader should know."""
+        torn = ["the last line of records.jsonl is not complete (left out)"] if self._torn else []
+        told = self._newer.told()
+        return [*torn, f"records.jsonl, {told} (of a newer version, left out)"] if told else torn
+
+
+class _Some:
+    """Lines and what is said of them: the first few, and the number of the others."""
+
+    def __init__(self) -> None:
+        self._first: list[str] = []
+        self._more = 0
+
+    def add(self, number: int, why: str) -> None:
+        if len(self._first) < _SHOWN:
+            self._first.append(f"line {number:,}: {why}")
+        else:
+            self._more += 1
+
+    def told(self) -> str:
+        more = [f"and {self._more:,} more lines"] if self._more else []
+        return "; ".join([*self._first, *more])
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines with their newlines; of one that is too long, the beginning."""
+    with reading(path) as descriptor, os.fdopen(os.dup(descriptor), "rb") as file:
+        while line := file.readline(_MAX_LINE + 1):
+            yield line
+            while len(line) > _MAX_LINE and not line.endswith(b"\n"):
+                line = file.readline(_MAX_LINE + 1) or b"\n"
+
+
+def _parsed(line: bytes) -> tuple[Record | None, str]:
+    """The record in a line, or None for one of an unknown kind; and what a newer version added.
+
+    Raises:
+        ValueError: it is damaged; the message is short, whatever the line holds.
+    """
+    if len(line) > _MAX_LINE:
+        raise ValueError(f"it is longer than {_MAX_LINE:,} bytes")
+    text = unsealed(line)
+    try:
+        return _RECORD.validate_json(text), ""
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+    kinds = {one["type"] for one in errors}
+    if kinds == {"union_tag_invalid"}:
+        return None, f"kind {printable(repr(errors[0].get('ctx', {}).get('tag')), 60)}"
+    if kinds != {"extra_forbidden"}:
+        where = ".".join(map(str, errors[0]["loc"]))
+        raise ValueError(
+            f"not a record: {printable(f'{where}: ' if where else '', 100)}"
+            f"{printable(errors[0]['msg'])}"
+        )
+    data = json.loads(text)
+    for one in errors:
+        _remove(data, one["loc"][1:])  # the first is the kind
+    unknown = printable(", ".join(dict.fromkeys(str(one["loc"][-1]) for one in errors)), 100)
+    return _RECORD.validate_python(data), f"unknown field {unknown}"
+
+
+def _remove(data: Any, place: Sequence[int | str]) -> None:
+    for key in place[:-1]:
+        data = data[key]
+    del data[place[-1]]
+
+
+def _config(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The configuration, and what is wrong with it."""
+    try:
+        data = parse_json(unsealed(read_bytes(path, _MAX_CONFIG)), path.name, allow_nan=True)
+    except FileNotFoundError:
+        return {}, []
+    except ValueError as error:
+        return {}, [f"config.json cannot be read: {getattr(error, 'problem', error)}"]
+    if not isinstance(data, dict):
+        return {}, ["config.json cannot be read: it is not a JSON object"]
+    return data, []

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from damage import mutated
+from hypothesis import given, settings
 from torch import nn
 
 from dynarank import Adapted, FullRank, LowRank
@@ -92,11 +95,42 @@ def test_answers_are_kept_and_not_measured_again(tmp_path: Path) -> None:
     assert 7.0 not in other.seconds["0"].values()  # another precision is another question
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", '{"a": ', "\x00"])
-def test_a_broken_file_of_answers_counts_as_empty(tmp_path: Path, content: str) -> None:
+BROKEN = ["", "{", "[1]", '{"a": ', "\x00", "7", "[" * 100_000, '{"a": 1.0, "a": 2.0}']
+BROKEN += [f'{{"a": {x}}}' for x in ('"1"', "NaN", "-1.0", "true", "[1.0]", "1e999", "0")]
+
+
+@pytest.mark.parametrize("content", BROKEN, ids=lambda content: ascii(content[:12]))
+def test_a_broken_file_of_answers_counts_as_empty_and_is_replaced(
+    tmp_path: Path, content: str
+) -> None:
     file = tmp_path / "timings.json"
     file.write_text(content)
-    assert Cache(file).known == {}
+    use = trace(nn.Sequential(nn.Linear(32, 32)), torch.ones(4, 32))
+    with pytest.warns(UserWarning, match=r"timings\.json cannot be read: .*; all layers are timed"):
+        first = measure(use, [{"0": LowRank(4)}], rounds=1, cache=file)
+    again = measure(use, [{"0": LowRank(4)}], rounds=1, cache=file)  # no warning
+    assert again.seconds == first.seconds
+
+
+def test_answers_that_cannot_be_stored_end_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    use = trace(nn.Sequential(nn.Linear(32, 32)), torch.ones(4, 32))
+    with pytest.warns(UserWarning, match="the timings are not cached: "):
+        measure(use, [{"0": LowRank(4)}], rounds=1, cache=tmp_path / "file" / "timings.json")
+
+
+@settings(deadline=None, max_examples=100)
+@given(mutated(b'{"cpu|2.0|Linear": 0.25, "cpu|2.0|Conv2d": 1e-05}'))
+def test_damaged_files_of_answers_are_read_or_ignored(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    file = tmp_path_factory.mktemp("cache") / "timings.json"
+    file.write_bytes(data)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        known = Cache(file).known
+    assert all(0 < seconds < float("inf") for seconds in known.values())
+    assert len(told) <= 1 and (known == {} or not told)
 
 
 def test_the_file_of_answers_follows_the_environment(

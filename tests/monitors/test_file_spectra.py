@@ -143,14 +143,14 @@ def test_a_truncated_file_is_an_error_that_names_it(tmp_path: Path, cut: int) ->
     path = tmp_path / "cut.safetensors"
     save_file({"a.weight": weight(4, 3)}, path)
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(ValueError, match=r"cut\.safetensors is not a complete safetensors file"):
+    with pytest.raises(ValueError, match=r"cut\.safetensors cannot be read: .*not a complete"):
         list(file_spectra(path))
 
 
 def test_a_file_of_another_kind_is_an_error_that_names_it(tmp_path: Path) -> None:
     path = tmp_path / "model.pt"
     torch.save({"a": weight(4, 3)}, path)
-    with pytest.raises(ValueError, match=r"model\.pt is not a complete safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.pt cannot be read: .*not a complete safetensors"):
         list(file_spectra(path))
 
 

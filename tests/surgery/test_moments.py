@@ -19,9 +19,10 @@ import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.decompositions import Factors, get_decomposition
 from dynarank.forms import Form, same_weight
-from dynarank.surgery.moments import Averaging, carry
+from dynarank.surgery.moments import carry
 from dynarank.surgery.side import Side
 from dynarank.surgery.sites import Site, survey
+from dynarank.surgery.state_layout import Averaging
 
 F64 = torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's

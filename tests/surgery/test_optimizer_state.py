@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -60,10 +61,10 @@ def test_plain_sgd_has_no_moments() -> None:
 
 def test_an_unknown_state_is_refused_under_project_and_dropped_under_reset() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    optimizer = torch.optim.Adagrad(model.parameters())
+    optimizer = torch.optim.Rprop(model.parameters())
     run(model, optimizer, torch.randn(3, 8), 1)
     before = model[0].weight
-    with pytest.raises(ValueError, match=r"keeps sum, which cannot be moved .* moments='reset'"):
+    with pytest.raises(ValueError, match=r"keeps prev, step_size, which cannot be .*'reset'"):
         dr.factorize(model, 2, optimizer=optimizer)
     assert model[0].weight is before and type(model[0]) is nn.Linear
     with pytest.raises(
@@ -156,7 +157,7 @@ def test_training_goes_on_in_every_variant(kind: str, moments: str) -> None:
 
 # Every optimizer of torch: its state moves, or it is refused by name and can be reset.
 
-MOVES = {"SGD", "Adam", "AdamW", "RAdam", "Muon"}
+STAYS = {"LBFGS", "Rprop"}
 ALL = sorted(
     name
     for name, kind in vars(torch.optim).items()
@@ -197,7 +198,7 @@ def test_every_optimizer_of_torch_moves_or_is_refused(kind: str) -> None:
     options = {"momentum": 0.9} if kind == "SGD" else {}
     model, optimizer, step = taught(kind, **options)
     weight = model[1].weight
-    if kind in MOVES:
+    if kind not in STAYS:
         dr.factorize(model, 3, layers="1", optimizer=optimizer)
         assert all(p in optimizer.state for p in (model[1].down, model[1].up))
     else:
@@ -214,7 +215,7 @@ def test_every_optimizer_of_torch_moves_or_is_refused(kind: str) -> None:
 def test_the_scheduler_refuses_at_once_what_it_could_not_move(kind: str) -> None:
     model, optimizer, _ = taught(kind)
     schedule = dr.schedules.dynamic_rank(2, inflate=3, deflate=6)
-    if kind in MOVES:
+    if kind not in STAYS:
         dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
     else:
         with pytest.raises(ValueError, match=rf"{kind} cannot be moved .* moments='reset'"):
@@ -359,3 +360,129 @@ def test_the_scheduler_refuses_at_once_a_layer_in_no_optimizer_that_changes_late
         dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
     model[1].weight.requires_grad_(False)
     dr.RankScheduler(model, optimizer, schedule, 9, layers="*")
+
+
+class SquaresOnly(Lion):
+    """An optimizer that averages nothing but squares."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for state in self.state.values():
+            state["exp_avg_sq"] = state.pop("exp_avg").square()
+
+
+def test_squares_move_without_a_first_moment() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    optimizer = SquaresOnly(model.parameters())
+    run(model, optimizer, torch.randn(3, 8), 1)
+    square = optimizer.state[model[0].weight]["exp_avg_sq"]
+    dr.factorize(model, 2, layers="*", optimizer=optimizer)
+    moved = optimizer.state[model[0].up]["exp_avg_sq"]
+    torch.testing.assert_close(moved, square @ model[0].down.detach().T.square())
+
+
+# What cannot be moved is refused early, wherever it hides.
+
+
+class WithMemory(Lion):
+    """An optimizer with an entry that no one but its author knows."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["memory"] = torch.zeros_like(p)
+
+
+def scheduled(
+    optimizer: Callable[[Any], Any], schedule: Any, moments: Any = "project"
+) -> Callable[[], object]:
+    """A function that makes one step of a run of ten."""
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
+    made = optimizer(model.parameters())
+    ranks = dr.RankScheduler(model, made, schedule, 10, layers="*", moments=moments)
+
+    def step() -> None:
+        made.zero_grad()
+        model(x).square().mean().backward()
+        made.step()
+        ranks.step()
+
+    return step
+
+
+LATE = dr.schedules.dynamic_rank(2, inflate=6, deflate=8)
+
+
+def test_a_state_that_cannot_be_moved_later_is_refused_at_the_first_step() -> None:
+    step = scheduled(WithMemory, LATE)
+    with pytest.raises(ValueError, match=r"keeps memory, which cannot .* moments='reset'"):
+        step()
+
+
+def test_it_is_no_obstacle_where_nothing_has_to_be_moved() -> None:
+    for moments, schedule in (("reset", LATE), ("project", dr.schedules.low_rank(2))):
+        step = scheduled(WithMemory, schedule, moments)
+        for _ in range(9):
+            step()
+
+
+def test_a_schedule_that_decides_as_it_goes_may_change_every_layer() -> None:
+    step = scheduled(WithMemory, dr.schedules.closed_loop(4))
+    with pytest.raises(ValueError, match="keeps memory"):
+        step()
+
+
+class Wrapper:
+    """As Lightning and accelerate wrap an optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_optimizer"], name)
+
+
+def accelerated(optimizer: torch.optim.Optimizer) -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True).prepare_optimizer(optimizer)
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, accelerated])
+def test_wrappers_hide_nothing(wrap: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"state of Rprop cannot be moved .* moments='reset'"):
+        scheduled(lambda p: wrap(torch.optim.Rprop(p)), LATE)
+    step = scheduled(lambda p: wrap(WithMemory(p)), LATE)
+    with pytest.raises(ValueError, match=r"keeps memory, which cannot .* moments='reset'"):
+        step()
+    step = scheduled(lambda p: wrap(torch.optim.Adafactor(p)), LATE)
+    for _ in range(9):
+        step()
+
+
+# Several groups.
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"),
+    [
+        ("Adam", {"amsgrad": True}),
+        ("RMSprop", {"momentum": 0.9}),
+        ("RMSprop", {"centered": True}),
+        ("SGD", {"momentum": 0.9}),
+        ("NAdam", {"momentum_decay": 1e-2}),
+        ("Adagrad", {"initial_accumulator_value": 0.5}),
+    ],
+)
+def test_a_parameter_gets_what_its_own_group_needs(kind: str, option: dict[str, Any]) -> None:
+    """Factors in two groups, one with the option: through full rank and back."""
+    torch.manual_seed(0)
+    model, x = dr.factorize(nn.Sequential(nn.Linear(8, 8)), 3, layers="*"), torch.randn(4, 8)
+    groups = [{"params": [model[0].down]}, {"params": [model[0].up, model[0].bias], **option}]
+    optimizer = getattr(torch.optim, kind)(groups, lr=1e-3)
+    for form in (dr.FullRank(), LowRank(2), Adapted(2), dr.FullRank()):
+        run(model, optimizer, x, 3)
+        dr.apply_plan(model, {"0": form}, optimizer=optimizer)
+        run(model, optimizer, x, 3)
+        assert all(p.isfinite().all() for p in model.parameters())

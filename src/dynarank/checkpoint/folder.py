@@ -24,7 +24,7 @@ from dynarank.checkpoint.manifest import (
     check_name,
     read_manifest,
 )
-from dynarank.files.atomic import remove, temporary_beside, write_chunks
+from dynarank.files.atomic import remove, remove_orphans, temporary_beside, write_chunks
 from dynarank.files.json_data import dump_json, read_json
 from dynarank.files.ownership import rename_free
 from dynarank.files.printable import printable
@@ -79,6 +79,7 @@ def write_folder(
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
+    remove_orphans(folder.parent, f"{folder.name}.")
     settle(folder)
     _check_replaceable(folder)
     files = _files(contents)
@@ -131,8 +132,10 @@ def verify_folder(
     if verify not in ("full", "size"):
         raise ValueError(f"verify is 'full' or 'size', not {verify!r}")
     folder = _whole(folder)
-    if not folder.is_dir():
+    if not folder.exists():
         raise FileNotFoundError(f"no checkpoint {folder}")
+    if not folder.is_dir():
+        raise DamagedFileError(folder, "it is not a folder", _WAY_OUT)
     try:
         manifest = read_manifest(folder)
     except FileNotFoundError:
@@ -152,19 +155,20 @@ def settle(folder: Path) -> None:
     previous = _previous(folder)
     if previous.is_dir():
         if folder.exists():
-            discard(previous)
+            discard(previous, folder)
         else:
             os.rename(previous, folder)
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder such that, if that is cut, nothing of its name is left."""
-    with temporary_beside(folder) as beside:
-        os.rename(folder, beside)
+def discard(path: Path, of: Path | None = None) -> None:
+    """Remove a folder (``of`` another) such that, if that is cut, nothing of its name is left."""
+    with temporary_beside(of or path) as beside:
+        os.rename(path, beside)
 
 
 def _whole(folder: Path) -> Path:
     """The folder, or the one that it was to replace when the writer was cut."""
+    folder = Path(os.path.realpath(folder))
     return _previous(folder) if not folder.exists() and _previous(folder).is_dir() else folder
 
 
@@ -243,7 +247,7 @@ def _put(beside: Path, folder: Path, sync: bool) -> bool:
     if sync:
         sync_folder(folder.parent)
     if replaces:
-        discard(previous)
+        discard(previous, folder)
     return True
 
 
@@ -264,14 +268,15 @@ def _check_replaceable(folder: Path) -> None:
     """Refuse to write over anything but a checkpoint; a damaged one is moved aside."""
     if not folder.exists():
         return
-    names = _names(folder) if folder.is_dir() else {folder.name}
+    foreign = _names(folder) if folder.is_dir() else {folder.name}
     try:
-        foreign = names - {MANIFEST, *read_manifest(folder).files} if names else set()
+        if folder.is_dir() and foreign:
+            foreign -= {MANIFEST, *read_manifest(folder).files}
+    except FileNotFoundError:
+        pass
     except DamagedFileError:
         rename_free(folder, f"{folder.name}.damaged")
         return
-    except (FileNotFoundError, NotADirectoryError):
-        foreign = names
     if foreign:
         raise ValueError(
             f"{folder} is no checkpoint, or holds more than one ({printable(min(foreign))}):"

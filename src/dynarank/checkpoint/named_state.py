@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dynarank.surgery.state_layout import SHAPED
+
 __all__ = ["load_named_state", "named_state", "place_parameters"]
 
 
@@ -108,7 +110,7 @@ def _states(saved: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]
 
 def _check_shapes(name: str, parameter: Tensor | None, entries: Mapping[str, Any]) -> None:
     """Raise ValueError for a state that cannot be this parameter's: more entries than it has."""
-    for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+    for key in SHAPED:
         value = entries.get(key)
         if parameter is not None and isinstance(value, Tensor) and value.shape != parameter.shape:
             raise ValueError(

@@ -22,6 +22,7 @@ from dynarank.checkpoint.folder import (
     verify_folder,
     write_folder,
 )
+from dynarank.checkpoint.manifest import NewerFormatError
 from dynarank.files.atomic import remove_orphans
 from dynarank.files.ownership import rename_free
 from dynarank.files.reading import DamagedFileError
@@ -71,13 +72,13 @@ class Checkpoints:
                 f"keep={keep} checkpoints: keep at least 2, so that one is left if the other is"
                 " damaged"
             )
-        self.folder, self.keep = folder, keep
+        self.folder, self.keep = Path(os.path.abspath(folder)), keep
         self.last_acknowledged: int | None = None  # the last step that is whole on the device
         self._background, self._warn = background, warn
         self._writer: threading.Thread | None = None
         self._failures = 0
         self._error: BaseException | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._clean()
 
     def save(self, step: int, contents: Contents, *, wait: bool = False) -> None:
@@ -95,11 +96,12 @@ class Checkpoints:
             Exception: what a save before this one could not write, other than by the volume.
         """
         self.drain()
+        if wait or not self._background:
+            self._write(step, contents)
+            return self.drain()
         # Not a daemon: the interpreter waits for it at exit.
         self._writer = threading.Thread(target=self._write, args=(step, contents))
         self._writer.start()
-        if wait or not self._background:
-            self.drain()
 
     def newest(self) -> tuple[int, Contents] | None:
         """The newest checkpoint that is as it was written; None if none was ever written.
@@ -113,7 +115,7 @@ class Checkpoints:
         self.drain()
         for step in sorted(self._steps(), reverse=True):
             try:
-                return step, read_folder(self._path(step), step=step)
+                return step, self._read(step)
             except DamagedFileError as error:
                 self._set_aside(step, error)
         damaged = [name for name in sorted(os.listdir(self.folder)) if _DAMAGED.fullmatch(name)]
@@ -145,43 +147,61 @@ class Checkpoints:
         found = map(_STEP.fullmatch, os.listdir(self.folder))
         return [int(match[1]) for match in found if match]
 
+    def _read(self, step: int) -> Contents:
+        if self._path(step).is_symlink():
+            raise DamagedFileError(self._path(step), "it is a symbolic link")
+        return read_folder(self._path(step), step=step)
+
     def _write(self, step: int, contents: Contents) -> None:
         try:
-            write_folder(self._path(step), contents, step=step)
-            self._failures, self.last_acknowledged = 0, step
+            path = self._path(step)
+            if path.is_symlink() or path.is_file():
+                self._set_aside(step, DamagedFileError(path, "it is not a folder"))
+            write_folder(path, contents, step=step)
             self._prune(step)
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self._report(step, error)
         except BaseException as error:  # raised by the next call
             self._error = error
 
-    def _report(self, step: int, error: OSError) -> None:
+    def _report(self, step: int, error: OSError | MemoryError) -> None:
         """Warn of the first failure in a row, the second, the fourth and so on."""
         self._failures += 1
         if self._failures & (self._failures - 1):
             return
-        name = errno.errorcode.get(error.errno or 0, type(error).__name__)
+        reason = str(error) or type(error).__name__
+        if isinstance(error, OSError) and error.errno is not None:
+            reason = f"{errno.errorcode.get(error.errno, error.errno)}, {error.strerror}"
         kept = self._steps()
         safe = f"{self._path(max(kept))} is kept" if kept else "no checkpoint is there yet"
         self._warn(
-            f"the checkpoint of step {step:,} was not written ({name}: {error.strerror or error});"
-            f" {safe}, training goes on, and the next save tries again"
+            f"the checkpoint of step {step:,} was not written ({reason}); {safe}, training goes"
+            " on, and the next save tries again"
         )
 
     def _prune(self, saved: int) -> None:
-        """Remove the oldest, once enough newer ones are verified."""
+        """Verify the one just saved, and older ones until enough are kept; remove the rest."""
         verified = 0
-        for step in sorted(self._steps(), reverse=True):
+        for step in sorted((s for s in self._steps() if s <= saved), reverse=True):
+            if verified >= self.keep:
+                self._remove(step)
+                continue
             try:
-                if verified >= self.keep and step != saved:
-                    discard(self._path(step))
-                    continue
                 verify_folder(self._path(step), step=step)
-                verified += 1
             except DamagedFileError as error:
                 self._set_aside(step, error)
-            except OSError as error:
-                self._warn(f"{self._path(step)} was not removed: {error}")
+                continue
+            except NewerFormatError:  # not ours to judge
+                continue
+            verified += 1
+            if step == saved:
+                self._failures, self.last_acknowledged = 0, saved
+
+    def _remove(self, step: int) -> None:
+        try:
+            discard(self._path(step))
+        except OSError as error:
+            self._warn(f"{self._path(step)} is no longer needed and cannot be removed: {error}")
 
     def _set_aside(self, step: int, error: DamagedFileError) -> None:
         path = self._path(step)

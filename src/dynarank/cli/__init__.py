@@ -15,9 +15,12 @@ from dynarank.cli.report import report
 from dynarank.cli.spectrum import spectrum
 from dynarank.cli.sweep import sweep
 from dynarank.cli.train import train
+from dynarank.files.printable import printable
 from dynarank.train.loop import DivergedError
 
 __all__ = ["app", "main"]
+
+_LONGEST = 2_000  # characters of an error message
 
 app = typer.Typer(
     name="dynarank",
@@ -43,5 +46,5 @@ def main() -> None:
 
 
 def _complain(error: Exception, code: int) -> int:
-    print(f"dynarank: error: {error}", file=sys.stderr)
+    print(f"dynarank: error: {printable(str(error), _LONGEST)}", file=sys.stderr)
     return code

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dynarank.records import find_runs, read_run
+from dynarank.files.printable import printable
+from dynarank.records import read_runs
 from dynarank.report import write_report
 from dynarank.report.figures import write_figures
 
@@ -35,16 +37,21 @@ def report(
     differences are significant. The page needs no network and is a single file.
     """
     asked = [name.strip().lower() for name in formats.split(",") if name.strip()]
-    written = write_figures(run, figures, asked) if figures is not None else []
-    page = write_report(run, out)
+    warnings: dict[str, None] = {}  # each once
+    written: list[Path] = []
+    if figures is not None:
+        written = write_figures(run, figures, asked, warn=warnings.setdefault)
+    page = write_report(run, out, warn=warnings.setdefault)
+    for told in warnings:
+        print(f"dynarank: warning: {printable(told, 500)}", file=sys.stderr)
     if not as_json:
         print(*(page, *written), sep="\n")
         return
-    runs = [read_run(folder) for folder in find_runs(run)]
     told = [
         {"folder": str(one.folder), **one.header.model_dump(include={"recipe", "schedule", "seed"}),
          "summary": one.summary.model_dump() if one.summary else None}
-        for one in runs
+        for one in read_runs(run)[0]
     ]  # fmt: skip
-    answer = {"report": str(page), "figures": [str(path) for path in written], "runs": told}
+    answer = {"report": str(page), "figures": [str(path) for path in written], "runs": told,
+              "warnings": list(warnings)}  # fmt: skip
     print(json.dumps(answer, indent=2))

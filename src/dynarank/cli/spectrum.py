@@ -15,6 +15,7 @@ from dynarank.cli.options import RANK_HELP, parse_rank
 from dynarank.cli.show import console
 from dynarank.cli.streaming import StreamedTable
 from dynarank.decompositions import get_decomposition
+from dynarank.files.reading import DamagedFileError, sha256
 from dynarank.forms import RankLike
 from dynarank.monitors.file_spectra import (
     StoredWeight,
@@ -29,6 +30,7 @@ from dynarank.monitors.singular_values import (
     stable_rank,
 )
 from dynarank.monitors.weight_files import WeightFiles, open_weights
+from dynarank.records import read_run
 from dynarank.report.spectra import spectrum_figure
 from dynarank.report.spectra_pair import spectrum_pair_figure
 
@@ -82,6 +84,8 @@ def spectrum(
             f"--plot must be a file in an existing folder, ending in {_FORMATS}; got {plot}"
         )
     paths = [file] if other is None else [file, other]
+    for path in paths:
+        _verify(path)
     models = [_Model(path, rank) for path in paths]
     terminal = console(quiet_stdout=as_json)
     rows = list(_rows(models, terminal, None if as_json else _title(paths)))
@@ -93,6 +97,27 @@ def spectrum(
     if not no_plot:
         stem = "-".join(dict.fromkeys(_stem(path) for path in paths))
         _save_figure(terminal, plot or Path(f"{stem}-spectrum.png"), models)
+
+
+def _verify(path: Path) -> None:
+    """Compare the weights of a run with the digest in its records.
+
+    Raises:
+        DamagedFileError: they are not those that were written.
+    """
+    weights = path / "model.safetensors"
+    if not ((path / "records.jsonl").is_file() and weights.is_file()):
+        return
+    try:
+        summary = read_run(path).summary
+    except DamagedFileError:  # says nothing of the weights
+        return
+    if summary and summary.model_sha256 and sha256(weights) != summary.model_sha256:
+        raise DamagedFileError(
+            weights,
+            "it has changed since the run was written (another SHA-256 in its records)",
+            "name the file itself to read it all the same",
+        )
 
 
 class _Model:

@@ -9,9 +9,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from dynarank.files.printable import printable
+
 __all__ = ["StreamedTable"]
 
 _CELL = 6  # the minimum width of a number
+_LONGEST = 1_000  # characters of a name
 _NAME = 24  # the minimum width to which long names are shortened
 
 
@@ -40,7 +43,7 @@ class StreamedTable:
         self._out, self._title, self._columns = out, title, columns
         self._widths = [max(_CELL, len(heading)) for heading in columns]
         self._shape = max(5, *map(len, shapes))
-        self._name = max(5, *map(len, names))
+        self._name = max(5, *(len(printable(name, _LONGEST)) for name in names))
         if out.is_terminal:
             left = out.width - self._shape - sum(self._widths) - len(columns) - 1
             self._name = min(self._name, max(left, _NAME))
@@ -58,7 +61,7 @@ class StreamedTable:
 
     def __enter__(self) -> StreamedTable:
         if self._title is not None:
-            self._print(Text(self._title, style="bold"))
+            self._print(Text(printable(self._title, _LONGEST), style="bold"))
             self._line("layer", "shape", self._columns, style="bold")
         self._progress.start()
         return self
@@ -73,7 +76,7 @@ class StreamedTable:
 
     def working_on(self, name: str) -> None:
         """Show in the progress bar what is being read."""
-        self._progress.update(self._task, note=name)
+        self._progress.update(self._task, note=printable(name, _LONGEST))
 
     def add(self, name: str, shape: str, cells: Sequence[str]) -> None:
         """Print a row, and advance the progress bar."""
@@ -83,6 +86,7 @@ class StreamedTable:
 
     def _line(self, name: str, shape: str, cells: Sequence[str], style: str = "") -> None:
         figures = (cell.rjust(width) for cell, width in zip(cells, self._widths, strict=True))
+        name = printable(name, _LONGEST)
         words = f"{_cut(name, self._name):<{self._name}} {shape:<{self._shape}}"
         self._print(Text(f"{words} {' '.join(figures)}".rstrip(), style=style))
 

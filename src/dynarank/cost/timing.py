@@ -15,16 +15,20 @@ import os
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dynarank.cost.flops import LayerUse, ModelUse
+from dynarank.files.atomic import write_text
+from dynarank.files.json_data import DamagedFileError, read_json
+from dynarank.files.printable import printable
 from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, WeightSpec
 from dynarank.schedules.base import Mapped, Schedule, as_schedule
@@ -251,25 +255,43 @@ def cpu_model() -> str:
 
 
 class Cache:
-    """A JSON file of timings; an unreadable file counts as empty."""
+    """A JSON file of timings; a damaged one is replaced, with a warning."""
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.changed = path, False
         self.known: dict[str, float] = {}
-        if path is not None and path.is_file():
+        if path is not None and path.exists():
             try:
-                self.known = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, TypeError, ValueError):
-                self.known = {}
+                self.known = _timings(path)
+            except (OSError, DamagedFileError) as error:
+                warnings.warn(f"{error}; all layers are timed again", stacklevel=3)
 
     def save(self) -> None:
-        """Write the file atomically."""
+        """Write the file, whole or not at all; without space for it, warn."""
         if self.path is None or not self.changed:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(self.known, indent=0), encoding="utf-8")
-        partial.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(self.known, indent=0))
+        except (OSError, ValueError) as error:
+            warnings.warn(f"the timings are not cached: {error}", stacklevel=3)
+
+
+def _timings(path: Path) -> dict[str, float]:
+    """The timings in a file.
+
+    Raises:
+        DamagedFileError: it is not JSON of seconds by key.
+    """
+    found = read_json(path.resolve())
+    if not isinstance(found, dict):
+        raise DamagedFileError(path, "it has no timings")
+    for key, seconds in cast("dict[str, object]", found).items():
+        if not isinstance(seconds, float | int) or isinstance(seconds, bool) or not seconds > 0:
+            raise DamagedFileError(
+                path, f"{printable(key)} takes {printable(repr(seconds))}, not seconds"
+            )
+    return cast("dict[str, float]", found)
 
 
 def layer_seconds(

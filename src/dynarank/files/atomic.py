@@ -33,8 +33,10 @@ __all__ = [
 ]
 
 HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:60]
-_TEMPORARY = re.compile(r"\..*\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\..*\.(?P<host>[A-Za-z0-9-]*)\.(?P<pid>\d+)\.[0-9a-f]{8}\.tmp", re.DOTALL)
+_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
 _in_use: set[str] = set()  # names of this process's temporary files and folders
+_PIECE = 4 << 20  # bytes: hashed while they are in the processor's cache
 _DAY = 24 * 3600.0  # seconds; no write takes that long
 
 
@@ -50,6 +52,7 @@ def replacing(path: Path) -> Generator[Path]:
 
     Raises:
         ValueError: ``path`` is a folder, a device, a pipe or a socket.
+        PermissionError: ``path`` is read-only.
 
     Example:
         >>> path = getfixture("tmp_path") / "a.txt"
@@ -97,11 +100,11 @@ def write_chunks(
     descriptor = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_WRONLY | _CLOEXEC, 0o666)
     try:
         for chunk in chunks:
-            digest.update(chunk)
-            size += len(chunk)
             rest = memoryview(chunk)
-            while rest:  # a system call writes at most 2 GiB
-                rest = rest[os.write(descriptor, rest) :]
+            while rest:
+                written = os.write(descriptor, rest[:_PIECE])
+                digest.update(rest[:written])
+                size, rest = size + written, rest[written:]
         if sync:
             sync_file(descriptor, path)
     finally:
@@ -112,7 +115,7 @@ def write_chunks(
 @contextmanager
 def temporary_beside(path: Path) -> Generator[Path]:
     """A free name beside ``path``; what is left under it after the block is removed."""
-    name = f".{path.name[:120]}.{HOST}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
+    name = f".{_stem(path.name)}.{HOST}.{os.getpid()}.{os.urandom(4).hex()}.tmp"
     beside = path.with_name(name)
     _in_use.add(name)
     try:
@@ -131,21 +134,13 @@ def remove(path: Path) -> None:
             path.unlink()
 
 
-def remove_orphans(folder: Path) -> None:
-    """Remove the temporary files and folders of processes that are gone.
+def remove_orphans(folder: Path, name: str = "") -> None:
+    """Remove the temporary files and folders, of one name or all, of processes that are gone.
 
     Those of another machine count as orphans after a day.
     """
     for path in folder.iterdir():
-        found = _TEMPORARY.fullmatch(path.name)
-        if found is None or path.name in _in_use:
-            continue
-        if found["host"] == HOST:
-            pid = int(found["pid"])
-            orphan = pid == os.getpid() or not alive(pid)
-        else:
-            orphan = time.time() - path.lstat().st_mtime > _DAY
-        if orphan:
+        if path.name.startswith(f".{_stem(name)}") and _orphan(path):
             remove(path)
 
 
@@ -160,7 +155,22 @@ def alive(pid: int) -> bool:
     return True
 
 
-_CLOEXEC = getattr(os, "O_CLOEXEC", 0)
+def _stem(name: str) -> str:
+    """As much of a name as leaves room for the rest in the 255 bytes of a name."""
+    return os.fsencode(name)[:120].decode("utf-8", "ignore")
+
+
+def _orphan(path: Path) -> bool:
+    found = _TEMPORARY.fullmatch(path.name)
+    if found is None or path.name in _in_use:
+        return False
+    if found["host"] == HOST:
+        pid = int(found["pid"])
+        return pid == os.getpid() or not alive(pid)
+    try:
+        return time.time() - path.lstat().st_mtime > _DAY
+    except FileNotFoundError:
+        return False
 
 
 def _mode(target: Path) -> int | None:
@@ -172,6 +182,8 @@ def _mode(target: Path) -> int | None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
         raise ValueError(f"cannot write {target}: it is {kind}; give the name of a file")
+    if not os.access(target, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
     return stat.S_IMODE(mode)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from array import array
+from collections import Counter
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,11 +17,11 @@ __all__ = ["DamagedFileError", "dump_json", "parse_json", "read_json"]
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 64
-_MAX_DIGITS = 309  # of the largest float
+_MAX_DIGITS, _MAX_BITS = 309, 1024  # of the largest float
 # Possessive, so that a text without closing quotes takes linear time.
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _BRACKETS = b"[]{}"
-_STEPS = bytes.maketrans(_BRACKETS, bytes([2, 0, 2, 0]))
+_STEPS = bytes.maketrans(_BRACKETS, bytes([1, 255, 1, 255]))  # as signed bytes: 1, -1
 _OTHERS = bytes(set(range(256)) - set(_BRACKETS))
 
 
@@ -95,16 +97,18 @@ def read_json(
 
 
 def dump_json(data: Any) -> str:
-    """JSON of plain data without spaces, in the order of the data and without NaN.
+    """JSON of plain data, in their order and without spaces, which ``parse_json`` takes again.
 
     Raises:
-        ValueError: a number is not finite, or the data contain themselves.
-        TypeError: something is not plain data.
+        ValueError: a number is not finite or has more digits than the largest float, or the data
+            are nested deeper than is read.
+        TypeError: something is not plain data, or a key is not a string.
 
     Example:
         >>> dump_json({"b": [1.5], "a": None})
         '{"b":[1.5],"a":null}'
     """
+    _check_plain(data)
     return json.dumps(data, allow_nan=False, separators=(",", ":"))
 
 
@@ -112,11 +116,31 @@ class _Unfit(ValueError):
     """Why JSON is not taken."""
 
 
+def _check_plain(data: Any) -> None:
+    """Refuse what JSON would change (keys) and what would be refused when it is read."""
+    level: list[Any] = [data]
+    for _ in range(MAX_DEPTH + 1):
+        children: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                for key in value:
+                    if not isinstance(key, str):
+                        raise TypeError(f"key {key!r} of JSON data is not a string: make it one")
+                children += value.values()
+            elif isinstance(value, list | tuple):
+                children += value
+            elif isinstance(value, int) and value.bit_length() > _MAX_BITS:
+                raise ValueError(f"an integer of {value.bit_length():,} bits: write it as text")
+        if not (level := children):
+            return
+    raise ValueError(f"the data are nested deeper than {MAX_DEPTH}, which is not read again")
+
+
 def _depth(raw: bytes) -> int:
     if raw.count(b"[") + raw.count(b"{") <= 1:
         return 1
-    brackets = _STRING.sub(b"", raw).translate(_STEPS, _OTHERS)
-    return max(accumulate((step - 1 for step in brackets), initial=0))
+    steps = array("b", _STRING.sub(b"", raw).translate(_STEPS, _OTHERS))
+    return max(accumulate(steps), default=0)
 
 
 def _decoder(allow_nan: bool) -> json.JSONDecoder:
@@ -130,8 +154,7 @@ def _decoder(allow_nan: bool) -> json.JSONDecoder:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
         raise _Unfit(f"key {printable(twice)!r} appears twice in one object")
     return found
 

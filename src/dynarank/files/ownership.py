@@ -20,7 +20,7 @@ __all__ = ["FolderInUseError", "move_aside", "new_folder", "owned", "rename_free
 _LOCK, _OWNER = ".lock", ".owner"
 _NO_LOCKS = frozenset({*MISSING, errno.ENOLCK})
 _held: set[int] = set()  # descriptors of locks
-_exclusive: set[Path] = set()  # this process's files in place of locks
+_tokens: set[str] = set()  # in this process's files in place of locks
 
 
 class FolderInUseError(ValueError):
@@ -44,13 +44,13 @@ def owned(folder: Path) -> Generator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, owner = folder.resolve() / _LOCK, os.getpid()
-    descriptor = _acquire(path)
+    lock = _acquire(path)
     try:
         remove_orphans(folder)
         yield
     finally:
         if os.getpid() == owner:
-            _release(path, descriptor)
+            _release(path, lock)
 
 
 def new_folder(parent: Path, stem: str) -> Path:
@@ -77,6 +77,7 @@ def move_aside(path: Path) -> Path:
         >>> move_aside(path).name
         'digits.aside'
     """
+    path = Path(os.path.abspath(path))
     return rename_free(path, f"{path.name}.aside")
 
 
@@ -105,8 +106,8 @@ def _make_file(path: Path) -> None:
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
 
 
-def _acquire(path: Path) -> int | None:
-    """Lock the file: its descriptor, or None where the file itself is the lock."""
+def _acquire(path: Path) -> int | str:
+    """Lock the file: its descriptor, or the token in a file where that itself is the lock."""
     try:
         import fcntl
     except ImportError:
@@ -130,19 +131,21 @@ def _acquire(path: Path) -> int | None:
         os.close(descriptor)  # its last owner has removed the file in between
 
 
-def _create(path: Path) -> None:
-    """Own by a file that only one process can create."""
+def _create(path: Path) -> str:
+    """Own by a file that only one process can create; the token in it."""
     missing(path, "file locks", "a process killed on another machine keeps its folder owned")
     owner = path.with_name(_OWNER)
+    with suppress(OSError):
+        path.unlink()
     _drop_stale(owner)
     try:
         _make_file(owner)
     except FileExistsError:
         raise _in_use(owner) from None
-    owner.write_bytes(_signature())
-    _exclusive.add(owner)
-    with suppress(OSError):
-        path.unlink()
+    token = os.urandom(8).hex()
+    _tokens.add(token)
+    owner.write_bytes(_signature(token))
+    return token
 
 
 def _drop_stale(owner: Path) -> None:
@@ -162,23 +165,25 @@ def _drop_stale(owner: Path) -> None:
 
 
 def _stale(owner: Path) -> bool:
-    pid, host, _ = _read_signature(owner)
-    if host != HOST or pid is None or owner in _exclusive:
+    pid, host, _, token = _read_signature(owner)
+    if host != HOST or pid is None or token in _tokens:
         return False
     return pid == os.getpid() or not alive(pid)
 
 
-def _release(path: Path, descriptor: int | None) -> None:
+def _release(path: Path, lock: int | str) -> None:
+    """Remove the file, unless the folder was moved and it is another's."""
     with suppress(OSError):
-        if descriptor is None:
+        if isinstance(lock, str):
             owner = path.with_name(_OWNER)
-            _exclusive.discard(owner)
-            owner.unlink()
-        elif _is(path, descriptor):
+            if _read_signature(owner)[3] == lock:
+                owner.unlink()
+            _tokens.discard(lock)
+        elif _is(path, lock):
             path.unlink()
-    if descriptor is not None:
-        _held.discard(descriptor)
-        os.close(descriptor)
+    if isinstance(lock, int):
+        _held.discard(lock)
+        os.close(lock)
 
 
 def _is(path: Path, descriptor: int) -> bool:
@@ -188,22 +193,23 @@ def _is(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _signature() -> bytes:
+def _signature(token: str = "") -> bytes:
     since = time.strftime("%Y-%m-%d %H:%M:%S")
-    return dump_json({"pid": os.getpid(), "host": HOST, "since": since}).encode()
+    return dump_json({"pid": os.getpid(), "host": HOST, "since": since, "token": token}).encode()
 
 
-def _read_signature(path: Path) -> tuple[int | None, str, str]:
-    """Process id, host and start of the owner, as far as they can be read."""
+def _read_signature(path: Path) -> tuple[int | None, str, str, str]:
+    """Process id, host, start and token of the owner, as far as they can be read."""
     try:
         found = read_json(path, max_bytes=4096)
-        return int(found["pid"]), str(found["host"]), str(found["since"])
+        pid, text = int(found["pid"]), [str(found[key]) for key in ("host", "since", "token")]
+        return pid, text[0], text[1], text[2]
     except (OSError, DamagedFileError, KeyError, TypeError, ValueError):
-        return None, "", ""
+        return None, "", "", ""
 
 
 def _in_use(path: Path) -> FolderInUseError:
-    pid, host, since = _read_signature(path)
+    pid, host, since, _ = _read_signature(path)
     who = "another process"
     if pid is not None:
         who = f"process {pid} on {printable(host)} since {printable(since)}"

@@ -10,6 +10,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dynarank.files.printable import printable
+
 __all__ = ["DamagedFileError", "read_bytes", "reading", "sha256"]
 
 _CHUNK = 1 << 20
@@ -28,7 +30,8 @@ class DamagedFileError(ValueError):
     """
 
     def __init__(self, name: str | Path, problem: str, way_out: str = "") -> None:
-        super().__init__(f"{name} cannot be read: {problem}" + (f"; {way_out}" if way_out else ""))
+        text = f"{printable(str(name), 500)} cannot be read: {problem}"
+        super().__init__(f"{text}; {way_out}" if way_out else text)
         self.name, self.problem = str(name), problem
 
 
@@ -94,8 +97,8 @@ def sha256(path: Path) -> str:
 
 def _open(path: Path) -> int:
     if path.is_symlink():
-        folder, target = path.parent.resolve(), path.resolve()
-        if not target.is_relative_to(folder):
+        target = os.path.realpath(path)
+        if not Path(target).is_relative_to(os.path.realpath(path.parent)):
             raise DamagedFileError(path, f"it is a symbolic link out of its folder, to {target}")
     # Non-blocking: to open a pipe does not wait for its writer.
     return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))

@@ -158,4 +158,5 @@ def _stream(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview
     yield header
     for tensor in tensors:
         plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-        yield plain.reshape(-1).view(torch.uint8).numpy().data
+        row = plain.as_strided((plain.numel(),), (1,))  # one element may have any stride
+        yield row.view(torch.uint8).numpy().data

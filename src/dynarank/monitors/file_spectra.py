@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,14 @@ from dynarank.decompositions import (
     get_decomposition,
     precise,
 )
+from dynarank.files.json_data import DamagedFileError
+from dynarank.files.printable import printable
 from dynarank.monitors.singular_values import product_singular_values, singular_values
 from dynarank.monitors.weight_files import WeightFiles, open_weights
 
 __all__ = ["StoredWeight", "WeightSpectrum", "file_spectra", "read_spectrum", "stored_weights"]
+
+_MOST_JOINED = 1 << 28  # values, 2 GiB in fp64: factors of a few bytes can multiply to terabytes
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def stored_weights(files: WeightFiles) -> list[StoredWeight]:
     ``X``. Those of an adapter, next to an ``X.base``, do not: its scale is not in the file.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or two have the same name.
     """
     chains = {w.tensors[0]: w for name in files.homes if (w := _chain(files, name))}
     inside = {name for weight in chains.values() for name in weight.tensors}
@@ -74,17 +78,40 @@ def stored_weights(files: WeightFiles) -> list[StoredWeight]:
         elif name not in inside and stored.dtype and len(stored.shape) > 1:
             found.append(StoredWeight(name.removesuffix(".weight"), stored.shape, (name,)))
     found = [weight for weight in found if math.prod(weight.shape)]
+    _refuse_twins(files, found)
     if not found:
         raise ValueError(f"{files.path} contains no weight of two or more dimensions")
     return found
 
 
+def _refuse_twins(files: WeightFiles, weights: Iterable[StoredWeight]) -> None:
+    """Refuse ``a`` beside ``a.weight``: nothing says which one is the layer's."""
+    seen: dict[str, StoredWeight] = {}
+    for weight in weights:
+        twin = seen.setdefault(weight.name, weight)
+        if twin is not weight:
+            names = " and ".join(printable(one.tensors[0]) for one in (twin, weight))
+            raise DamagedFileError(
+                files.path, f"{names} are both the weight of {printable(weight.name)}", "rename one"
+            )
+
+
 def read_spectrum(files: WeightFiles, weight: StoredWeight) -> WeightSpectrum:
-    """Read a weight and compute its spectrum, without keeping it in memory."""
+    """Read a weight and compute its spectrum, without keeping it in memory.
+
+    Raises:
+        ValueError: it is larger than the memory, or its file has become shorter.
+    """
     try:
         values = _values(files, weight)
     except UnfitWeightError:
         values = None
+    except (MemoryError, RuntimeError) as error:
+        shape = "x".join(map(str, weight.shape))
+        raise ValueError(
+            f"{files.path}: the spectrum of {printable(weight.name)}, {printable(shape)}, cannot "
+            f"be computed: {printable(str(error))}"
+        ) from error
     return WeightSpectrum(weight.name, weight.shape, values)
 
 
@@ -106,6 +133,11 @@ def _values(files: WeightFiles, weight: StoredWeight) -> Tensor:
         return singular_values(parts[0], exact=True)
     if weight.decomposition.is_pair and weight.decomposition.groups == 1:
         return product_singular_values(*(part.flatten(1) for part in parts))
+    if math.prod(weight.shape) > _MOST_JOINED:
+        raise ValueError(
+            f"{files.path}: the factors of {printable(weight.name)} multiply to "
+            f"{math.prod(weight.shape):,} values, at most {_MOST_JOINED:,} are computed"
+        )
     return singular_values(weight.decomposition.join(tuple(map(precise, parts))), exact=True)
 
 

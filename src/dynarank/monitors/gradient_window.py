@@ -22,6 +22,7 @@ from dynarank.surgery.optimizer_state import as_list
 from dynarank.surgery.own_references import innermost
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import survey
+from dynarank.surgery.state_layout import keeps_squares
 
 __all__ = ["WINDOW", "GradientWindow"]
 
@@ -73,7 +74,7 @@ class GradientWindow:
             raise ValueError(f"length must be at least 1, got length={length}")
         self.model, self.length = model, length
         steps = [one for given in as_list(optimizer) for one in innermost(given)]
-        self._optimizers = [o for o in steps if any("betas" in g for g in o.param_groups)]
+        self._optimizers = [one for one in steps if keeps_squares(one)]
         self._rings: dict[str, _Ring] = {}
         self._hooks: list[Any] = []
         self.watch(paths)

@@ -6,8 +6,6 @@ resident memory once they are read, and the process is killed if a file is trunc
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
@@ -15,6 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from dynarank.files.json_data import DamagedFileError, read_json
+from dynarank.files.printable import printable
+from dynarank.files.tensors import check_header
 
 __all__ = ["StoredTensor", "TensorFile", "WeightFiles", "open_weights"]
 
@@ -27,6 +29,9 @@ _FLOATS = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
+_OTHERS = {b"PK": "a zip file, as torch.save and numpy write", b"\x80": "a pickle"}
 
 
 @dataclass(frozen=True)
@@ -50,34 +55,56 @@ class TensorFile:
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: it is not a complete safetensors file.
+        DamagedFileError: it is not a complete safetensors file, or not a regular file.
+        ValueError: this process may not address so much memory.
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"no file {path}")
         self.path = path
         try:
-            self._file = safe_open(path, "pt", backend="pread")
+            self._file = safe_open(_regular(path), "pt", backend="pread")
         except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
+            raise _incomplete(path, error) from error
+        except MemoryError as error:
+            size = path.stat().st_size
+            raise ValueError(f"{path} cannot be opened, {size:,} bytes: {error}") from error
+        check_header(path.resolve())  # a cache of models has links to files elsewhere
         self.tensors = {name: self._stored(name) for name in self._file.offset_keys()}
 
     def read(self, name: str) -> Tensor:
         """Read the tensor of this name; 8-bit floats are converted to fp32.
 
         Raises:
-            ValueError: the file has become shorter since it was opened.
+            DamagedFileError: the file has become shorter since it was opened.
         """
         try:
             tensor: Tensor = self._file.get_tensor(name)
         except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a complete safetensors file: {error}") from error
+            raise _incomplete(self.path, error) from error
         return tensor.float() if tensor.dtype.itemsize == 1 else tensor
 
     def _stored(self, name: str) -> StoredTensor:
         header = self._file.get_slice(name)
         return StoredTensor(tuple(header.get_shape()), _FLOATS.get(header.get_dtype()))
+
+
+def _regular(path: Path) -> Path:
+    """The path, if no pipe, device or folder is there: opening those may wait or never end."""
+    if not path.is_file():
+        raise DamagedFileError(path, "it is not a regular file")
+    return path
+
+
+def _incomplete(path: Path, error: Exception) -> DamagedFileError:
+    with path.open("rb") as file:
+        begins = file.read(2)
+    what = next((name for mark, name in _OTHERS.items() if begins.startswith(mark)), "")
+    told = f"it is not a complete safetensors file: {printable(str(error))}"
+    if not what:
+        return DamagedFileError(path, told)
+    return DamagedFileError(path, told, f"it looks like {what}: save its tensors as safetensors")
 
 
 @dataclass(frozen=True)
@@ -102,7 +129,7 @@ def open_weights(path: Path) -> WeightFiles:
     Raises:
         FileNotFoundError: the path does not exist, a folder without weights, or a missing shard.
         ValueError: a folder with several runs, a truncated or corrupt file, an index that is
-            damaged or does not match its shards.
+            damaged or does not match its shards; all but the first as DamagedFileError.
     """
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
@@ -134,35 +161,37 @@ def _main_file(folder: Path) -> Path:
 
 def _sharded(index: Path) -> dict[str, TensorFile]:
     """The tensors of the shards, in their order; the index must match the shards."""
-    places = _weight_map(index)
-    counts = Counter(places.values())
     homes: dict[str, TensorFile] = {}
-    for shard in sorted(counts):
-        if PurePath(shard).name != shard:
-            raise ValueError(f"{index} names a shard outside its folder: {shard!r}")
-        if not (index.parent / shard).is_file():
+    shards = _by_shard(index)
+    count = sum(map(len, shards.values()))
+    for shard, names in sorted(shards.items()):
+        shown = printable(shard)
+        if PurePath(shard).name != shard or "\0" in shard:
+            raise DamagedFileError(index, f"it names a shard outside its folder: {shown!r}")
+        if not (index.parent / shard).exists():
             raise FileNotFoundError(
-                f"shard {shard} of {index} is missing: {counts[shard]} of {len(places)} tensors"
+                f"shard {shown} of {index} is missing: {len(names)} of {count} tensors"
             )
         file = TensorFile(index.parent / shard)
-        wanted = {name for name, place in places.items() if place == shard}
-        if lost := sorted(wanted - file.tensors.keys()):
-            raise ValueError(
-                f"{index} does not match its shards: {lost[0]!r} should be in {shard}; "
-                f"{len(lost)} tensors are missing there"
+        if lost := sorted(names - file.tensors.keys()):
+            raise DamagedFileError(
+                index,
+                f"it does not match its shards: {printable(lost[0])!r} should be in {shown}; "
+                f"{len(lost)} tensors are missing there",
             )
-        homes |= {name: file for name in file.tensors if name in wanted}
+        homes |= {name: file for name in file.tensors if name in names}
     return homes
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        data: Any = json.loads(index.read_text(encoding="utf-8"))
-        places: dict[str, str] = data["weight_map"]
-        if not all(isinstance(place, str) for place in places.values()):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError("a tensor's shard is not a file name")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is not a safetensors index, with a weight_map from tensors to shards: {error}"
-        ) from error
-    return places
+def _by_shard(index: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each shard."""
+    data: Any = read_json(index.resolve())  # a cache of models has links to files elsewhere
+    places: Any = data.get("weight_map") if isinstance(data, dict) else None  # pyright: ignore[reportUnknownMemberType]
+    found: dict[str, set[str]] = {}
+    for name, shard in places.items() if isinstance(places, dict) else [("", None)]:
+        if not isinstance(shard, str):
+            raise DamagedFileError(
+                index, "it is not a safetensors index, with a weight_map from tensors to shards"
+            )
+        found.setdefault(shard, set()).add(name)
+    return found

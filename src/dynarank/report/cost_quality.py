@@ -59,7 +59,7 @@ def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figu
     _panel(panels[1], runs, lambda end: end.memory_bytes / memory, f"peak memory ({memory_unit})")
     _panel(panels[2], runs, lambda end: end.train_seconds / seconds, f"training ({seconds_unit})")
     for axes in panels[:1] if columns == 3 else panels:
-        axes.set_ylabel(f"test {metric.name}")
+        axes.set_ylabel(f"test {display_name(metric.name)}")
     for axes in panels:
         _better(axes, metric)
     return figure

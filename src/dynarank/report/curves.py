@@ -18,7 +18,14 @@ from dynarank.report.annotations import (
 )
 from dynarank.report.grouping import by_schedule, first_of_each
 from dynarank.report.legends import LegendEntry, label_with_count, legend_below, line, phase_entries
-from dynarank.report.plotting import new_figure, palette, plain_tick, score_axis, styled
+from dynarank.report.plotting import (
+    display_name,
+    new_figure,
+    palette,
+    plain_tick,
+    score_axis,
+    styled,
+)
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.transition_points import last_epoch
 
@@ -60,7 +67,7 @@ def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
         _draw(loss, group, lambda epoch: epoch.train_loss, colors[name], ":")
     score_axis(score, metric)
     _maybe_log(loss)
-    _dress(score, f"Test {metric.name}", runs, colors)
+    _dress(score, f"Test {display_name(metric.name)}", runs, colors)
     _dress(loss, "Loss", runs, colors)
     legend_below(figure, _legend_entries(grouped, colors, strips))
     return figure

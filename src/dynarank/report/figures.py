@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynarank.files.printable import printable
 from dynarank.records import (
     EpochRecord,
     HeatmapRecord,
     NoiseRecord,
     Run,
     SpectrumRecord,
-    find_runs,
-    read_run,
+    read_runs,
 )
 from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure
@@ -36,17 +37,25 @@ FORMATS = ("png", "svg", "pdf")
 MOST_SCHEDULES = 6  # side by side, in figures with one panel per schedule
 
 
-def write_figures(folder: Path, target: Path, formats: Sequence[str] = FORMATS[:2]) -> list[Path]:
+def write_figures(
+    folder: Path,
+    target: Path,
+    formats: Sequence[str] = FORMATS[:2],
+    *,
+    warn: Callable[[str], None] = warnings.warn,
+) -> list[Path]:
     """Write each figure of the runs at or below ``folder`` to a file of its own in ``target``.
 
     Args:
         folder: a run folder, or a folder of them.
         target: the folder to write to; created if missing.
         formats: any of ``png``, ``svg`` and ``pdf``.
+        warn: called with what cannot be read or drawn.
 
     Raises:
         ValueError: an unknown format, or runs with different metrics.
         FileNotFoundError: there is no run at or below ``folder``.
+        DamagedFileError: none of the runs can be read.
         ImportError: matplotlib is not installed; the message names the extra that brings it.
     """
     unknown = [name for name in formats if name not in FORMATS]
@@ -54,15 +63,23 @@ def write_figures(folder: Path, target: Path, formats: Sequence[str] = FORMATS[:
         asked = ", ".join(unknown) or "none"
         raise ValueError(f"figures are written as {', '.join(FORMATS)}; asked for: {asked}")
     require_matplotlib()
-    runs = comparable([read_run(path) for path in find_runs(folder)])
+    found, unreadable = read_runs(folder)
+    for told in unreadable:
+        warn(told)
+    runs = comparable(found)
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for name, draw in figures_of(runs):
-        figure = draw()
-        for ending in formats:
-            path = target / f"{name}.{ending}"
-            _save(figure, path)
-            written.append(path)
+        try:
+            figure = draw()
+            for ending in formats:
+                path = target / f"{name}.{ending}"
+                _save(figure, path)
+                written.append(path)
+        except OSError:
+            raise
+        except Exception as error:
+            warn(f"figure {name} cannot be drawn: {type(error).__name__}: {printable(str(error))}")
     return written
 
 

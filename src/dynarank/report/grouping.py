@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dynarank.files.printable import printable
 from dynarank.records import Run
 
 __all__ = ["by_schedule", "comparable", "first_of_each"]
@@ -23,14 +24,24 @@ def comparable(runs: Sequence[Run]) -> list[Run]:
             f"runs judged by different metrics ({', '.join(metrics)}) cannot share a report; "
             "give the folder of one recipe"
         )
-    if len({run.header.recipe for run in runs}) == 1:
-        return list(runs)
-    return [_renamed(run, f"{run.header.recipe}: {run.header.schedule}") for run in runs]
+    shown = [_shown(run) for run in runs]
+    if len({run.header.recipe for run in shown}) == 1:
+        return shown
+    return [_with(run, schedule=f"{run.header.recipe}: {run.header.schedule}") for run in shown]
 
 
-def _renamed(run: Run, schedule: str) -> Run:
-    header = run.header.model_copy(update={"schedule": schedule})
-    return Run(run.folder, run.config, [header, *run.records[1:]])
+def _shown(run: Run) -> Run:
+    """The run with names that can be shown: one line without control characters, not endless."""
+    header = run.header
+    names = ("recipe", "schedule", "device", "hardware", "precision", "started")
+    update: dict[str, object] = {name: printable(getattr(header, name)) for name in names}
+    update["metric"] = header.metric.model_copy(update={"name": printable(header.metric.name, 60)})
+    return _with(run, **update)
+
+
+def _with(run: Run, **update: object) -> Run:
+    header = run.header.model_copy(update=update)
+    return Run(run.folder, run.config, [header, *run.records[1:]], run.damage, run.notes)
 
 
 def by_schedule(runs: Sequence[Run]) -> dict[str, list[Run]]:

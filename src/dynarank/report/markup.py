@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 
 __all__ = ["Html", "details", "element", "safe", "table"]
@@ -14,15 +15,23 @@ class Html(str):
     __slots__ = ()
 
 
+# Control characters, marks that change the direction of the text around them, lone surrogates.
+_HIDDEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
+)
+
+
 def safe(content: str) -> Html:
-    """Escape content, unless it is ``Html`` already."""
-    return content if isinstance(content, Html) else Html(html.escape(content))
+    """Escape content, unless it is ``Html`` already; hidden characters are shown as escapes."""
+    if isinstance(content, Html):
+        return content
+    return Html(html.escape(_HIDDEN.sub(lambda found: ascii(found[0])[1:-1], content)))
 
 
 def element(tag: str, *content: str, **attributes: str) -> Html:
     """Build an element with its content; ``class_`` stands for ``class``."""
     written = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{safe(value)}"'
         for name, value in attributes.items()
     )
     return Html(f"<{tag}{written}>{''.join(map(safe, content))}</{tag}>")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from string import Template
 
-from dynarank.records import EpochRecord, Run, find_runs, read_run
+from dynarank.files.printable import printable
+from dynarank.records import EpochRecord, Run, read_runs
 from dynarank.report.embed import packaged, policy, script, style
 from dynarank.report.formats import joined, number, plural
 from dynarank.report.grouping import by_schedule, comparable
@@ -22,34 +24,53 @@ __all__ = ["build_page", "write_report"]
 _SCRIPTS = ("theme.js", "layer_viewer.js")
 
 
-def write_report(folder: Path, output: Path | None = None) -> Path:
+def write_report(
+    folder: Path, output: Path | None = None, *, warn: Callable[[str], None] = warnings.warn
+) -> Path:
     """Write the report of the runs at or below ``folder`` and return its path.
+
+    Runs and parts of runs that cannot be read or drawn are named on the page instead.
 
     Args:
         folder: a run folder, or a folder of run folders (a comparison).
         output: the file to write; by default ``report.html`` in ``folder``.
+        warn: called with what cannot be shown.
 
     Raises:
         FileNotFoundError: there is no run at or below ``folder``.
+        DamagedFileError: none of the runs can be read.
         ImportError: matplotlib is not installed; the message names the extra that brings it.
 
     """
     require_matplotlib()
-    page = build_page([read_run(path) for path in find_runs(folder)])
+    runs, unreadable = read_runs(folder)
+    page = build_page(runs, unreadable, warn)
     output = folder / "report.html" if output is None else output
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8", newline="\n")
     return output
 
 
-def build_page(runs: Sequence[Run]) -> str:
+def build_page(
+    runs: Sequence[Run],
+    unreadable: Sequence[str] = (),
+    warn: Callable[[str], None] = lambda text: None,
+) -> str:
     """Build the page as text; the same runs give the same bytes.
+
+    Args:
+        runs: the runs to show.
+        unreadable: what cannot be read, for the notes at the top.
+        warn: called with what cannot be shown.
 
     Raises:
         ValueError: there is no run, or the runs are judged by different metrics.
 
     """
     runs = comparable(runs)
+    lost = [*unreadable, *(told for run in runs for told in _incomplete(run))]
+    for told in lost:
+        warn(told)
     recipes = joined(_distinct([run.header.recipe for run in runs]))
     return Template(packaged("page.html")).substitute(
         policy=safe(policy(_SCRIPTS)),
@@ -57,8 +78,8 @@ def build_page(runs: Sequence[Run]) -> str:
         title=safe(f"{recipes}: training with dynamic rank"),
         date=safe(_date(runs)),
         sentence=safe(_sentence(runs)),
-        notes="\n".join(element("p", note, class_="note") for note in _notes(runs)),
-        sections="\n".join(sections(runs)),
+        notes="\n".join(element("p", note, class_="note") for note in [*lost, *_notes(runs)]),
+        sections="\n".join(sections(runs, warn)),
         scripts="\n".join(map(script, _SCRIPTS)),
     )
 
@@ -96,6 +117,12 @@ def _sentence(runs: Sequence[Run]) -> str:
         f"{joined([str(seed) for seed in seeds])}, for {joined(epochs)} on {joined(devices)} "
         f"in {joined(precisions)}: {plural(len(runs), 'run')}."
     )
+
+
+def _incomplete(run: Run) -> list[str]:
+    """What of a run's files is not shown."""
+    name = f"{run.header.schedule} (seed {run.header.seed})"
+    return [f"{printable(str(run.folder))}, {name}: {told}." for told in (*run.damage, *run.notes)]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from dynarank.files.printable import printable
 from dynarank.records import (
     DecisionRecord,
     EpochRecord,
@@ -21,6 +22,7 @@ from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure
 from dynarank.report.decisions import decisions_table
 from dynarank.report.figures import MOST_SCHEDULES
+from dynarank.report.formats import joined
 from dynarank.report.grouping import by_schedule, first_of_each
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
@@ -39,43 +41,80 @@ if TYPE_CHECKING:
 __all__ = ["sections"]
 
 
-def sections(runs: Sequence[Run]) -> list[Html]:
-    """Write the page's sections of runs of one metric."""
+_Build = Callable[[Sequence[Run]], Iterable[Html]]
+
+
+def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: None) -> list[Html]:
+    """Write the page's sections of runs of one metric.
+
+    Args:
+        runs: the runs.
+        warn: called with what cannot be shown; the page says it too.
+    """
     chosen = first_of_each(runs)[:MOST_SCHEDULES]
     which = _which(runs, len(chosen))
     name = runs[0].header.metric.name
-    found = [_section(f"{name[:1].upper()}{name[1:]} and cost", cost_table(runs), _quality(runs))]
-    if any(run.all(EpochRecord) for run in runs):
-        found.append(_section("Learning curves", _curves(runs)))
-    found += _rank_sections(chosen, which)
-    noisy = [run for run in chosen if run.all(NoiseRecord)]
-    if noisy:
-        found.append(_section("Gradient noise (experimental)", _noise(noisy, which)))
-    if any(run.all(PhaseRecord) for run in chosen):
-        found.append(_section("Phases", _said(which), phases_table(chosen)))
-    if any(run.all(DecisionRecord) for run in chosen):
-        found.append(_section("Decisions and reasons", _said(which), decisions_table(chosen)))
-    found.append(_section("Changes of form", _said(which), changes_table(chosen)))
-    found.append(_section("Configuration", _configuration(runs)))
-    return found
+    parts: list[tuple[str, Sequence[Run], _Build]] = [
+        (f"{name[:1].upper()}{name[1:]} and cost", runs, _costs),
+        ("Learning curves", runs, _curves),
+        ("Rank of each layer over time", chosen, lambda runs: _timeline(runs, which)),
+        ("Rank metrics over time", chosen, lambda runs: _rank_metrics(runs, which)),
+        ("One layer over time", chosen, _one_layer),
+        ("Gradient noise (experimental)", chosen, lambda runs: _noise(runs, which)),
+        ("Phases", chosen, lambda runs: _table(runs, PhaseRecord, which, phases_table)),
+        (
+            "Decisions and reasons",
+            chosen,
+            lambda runs: _table(runs, DecisionRecord, which, decisions_table),
+        ),
+        ("Changes of form", chosen, lambda runs: [_said(which), changes_table(runs)]),
+        ("Configuration", runs, lambda runs: [_configuration(runs)]),
+    ]
+    built = ((title, _content(title, shown, build, warn)) for title, shown, build in parts)
+    return [element("section", element("h2", title), *found) for title, found in built if found]
 
 
-def _rank_sections(chosen: Sequence[Run], which: str) -> list[Html]:
-    found: list[Html] = []
-    timed = [run for run in chosen if layer_names(run)]
-    if timed:
-        found.append(_section("Rank of each layer over time", _timeline(timed, which)))
-    watched = [run for run in chosen if run.all(SpectrumRecord)]
-    if watched:
-        by_layer = details("Rank metrics by layer, at the last reading", layers_table(watched))
-        found.append(_section("Rank metrics over time", _rank_metrics(watched, which), by_layer))
-    if any(spectrum_names(run) or run.all(HeatmapRecord) for run in chosen):
-        found.append(_section("One layer over time", layer_viewer(chosen), *_static(chosen)))
-    return found
+def _content(
+    title: str, runs: Sequence[Run], build: _Build, warn: Callable[[str], None]
+) -> list[Html]:
+    """Build a section, without the runs for which that fails: they are named instead."""
+    content = _built(build, runs)
+    if not isinstance(content, str):
+        return content
+    able = [run for run in runs if not isinstance(_built(build, [run]), str)]
+    rest = _built(build, able) if 0 < len(able) < len(runs) else ""
+    lost = [run for run in runs if isinstance(rest, str) or run not in able]
+    names = joined([f"{run.header.schedule} (seed {run.header.seed})" for run in lost])
+    told = f"{title} cannot be shown for {printable(names)}: {content}"
+    warn(told)
+    return [element("p", f"{told}.", class_="note"), *([] if isinstance(rest, str) else rest)]
 
 
-def _section(title: str, *content: str) -> Html:
-    return element("section", element("h2", title), *content)
+def _built(build: _Build, runs: Sequence[Run]) -> list[Html] | str:
+    """The content of a section, or why it cannot be built: no section is worth the page."""
+    try:
+        return list(build(runs))
+    except Exception as error:
+        return printable(f"{type(error).__name__}: {error}")
+
+
+def _costs(runs: Sequence[Run]) -> list[Html]:
+    return [cost_table(runs), _quality(runs)]
+
+
+def _one_layer(runs: Sequence[Run]) -> list[Html]:
+    if not any(spectrum_names(run) or run.all(HeatmapRecord) for run in runs):
+        return []
+    return [layer_viewer(runs), *_static(runs)]
+
+
+def _table(
+    runs: Sequence[Run],
+    kind: type[PhaseRecord] | type[DecisionRecord],
+    which: str,
+    build: Callable[[Sequence[Run]], Html],
+) -> list[Html]:
+    return [_said(which), build(runs)] if any(run.all(kind) for run in runs) else []
 
 
 def _said(words: str) -> Html:
@@ -115,7 +154,9 @@ def _quality(runs: Sequence[Run]) -> Html:
     return Html(heading + element("ul", *told, class_="sentences") + figure)
 
 
-def _curves(runs: Sequence[Run]) -> Html:
+def _curves(runs: Sequence[Run]) -> list[Html]:
+    if not any(run.all(EpochRecord) for run in runs):
+        return []
     caption = (
         "Solid lines: test. Dotted lines: training. Dashed vertical lines: transition points, at "
         "which layers change form, in the color of their schedule (gray where schedules coincide; "
@@ -124,34 +165,48 @@ def _curves(runs: Sequence[Run]) -> Html:
     )
     if len(by_schedule(runs)) < len(runs):
         caption += " Thick lines are means over a schedule's runs, thin lines the runs."
-    return _figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2), caption)
+    return [_figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2), caption)]
 
 
-def _rank_metrics(runs: Sequence[Run], which: str) -> Html:
+def _rank_metrics(runs: Sequence[Run], which: str) -> list[Html]:
+    watched = [run for run in runs if run.all(SpectrumRecord)]
+    if not watched:
+        return []
     caption = (
         "The spectral ratio λ at each layer's low rank (near 1: the weight is nearly low-rank), "
         "and the effective rank as a share of the layer's full rank." + which
     )
-    if (layers := len(watched_names(runs))) > MOST_LAYERS:
+    if (layers := len(watched_names(watched))) > MOST_LAYERS:
         caption += f" {MOST_LAYERS} of {layers} layers are drawn; the median is over all."
-    return _figure("rank-metrics", lambda narrow: rank_metrics_figure(runs, narrow), caption)
+    figure = _figure("rank-metrics", lambda narrow: rank_metrics_figure(watched, narrow), caption)
+    return [
+        figure,
+        details("Rank metrics by layer, at the last reading", layers_table(watched)),
+    ]
 
 
-def _noise(runs: Sequence[Run], which: str) -> Html:
+def _noise(runs: Sequence[Run], which: str) -> list[Html]:
+    noisy = [run for run in runs if run.all(NoiseRecord)]
+    if not noisy:
+        return []
     caption = (
         "The batch size at which gradient noise is as large as the gradient: the trace of the "
         "covariance of per-sample gradients over the squared norm of their mean. Well below it a "
         "larger batch helps; well above it, hardly." + which
     )
-    return _figure("noise", lambda narrow: noise_figure(runs, narrow), caption)
+    return [_figure("noise", lambda narrow: noise_figure(noisy, narrow), caption)]
 
 
-def _timeline(runs: Sequence[Run], which: str) -> Html:
+def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
+    timed = [run for run in runs if layer_names(run)]
+    if not timed:
+        return []
     caption = (
         "One bar per layer, the first layer at the top. The color is the form; the darker it is, "
         "the larger the rank as a share of the layer's full rank." + which
     )
-    return _figure("rank-timeline", lambda narrow: rank_timeline_figure(runs, narrow), caption)
+    figure = _figure("rank-timeline", lambda narrow: rank_timeline_figure(timed, narrow), caption)
+    return [figure]
 
 
 def _static(chosen: Sequence[Run]) -> list[Html]:

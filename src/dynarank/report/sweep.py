@@ -72,7 +72,7 @@ def sweep_figure(
     axes.grid(visible=False)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    axes.set_title(display_name(title, 80) if title else f"Mean test {metric.name}")
+    axes.set_title(display_name(title, 80) if title else f"Mean test {display_name(metric.name)}")
     return figure
 
 

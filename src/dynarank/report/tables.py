@@ -132,7 +132,7 @@ def phases_table(runs: Sequence[Run]) -> Html:
 def _phase_rows(run: Run) -> Iterator[Sequence[str]]:
     phases = run.all(PhaseRecord)
     ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
-    for phase, end in zip(phases, ends, strict=True):
+    for phase, end in zip(phases, ends, strict=False):
         forms = ", ".join(f"{amount:,} {form}" for form, amount in phase.forms.items())
         yield (
             run.header.schedule,

@@ -36,6 +36,7 @@ from dynarank.surgery.edit import restore_on_exit
 from dynarank.surgery.loading import follow_loads, forms_loaded
 from dynarank.surgery.optimizer_signature import sign_states, unsign_states
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
+from dynarank.surgery.own_references import wrapped
 from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
@@ -80,8 +81,9 @@ class RankScheduler:
     Raises:
         ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
             plan is impossible (unknown layer, rank above a layer's limit); a layer trains in no
-            optimizer or in two, or the optimizer's state cannot be converted. Every phase that can
-            be predicted is checked before any change.
+            optimizer or in two, or the optimizer's state cannot be converted (by the first step,
+            if it is not an optimizer of torch). Every phase that can be predicted is checked before
+            any change.
 
     Warns:
         UserWarning: no layers are named, and no low-rank phase saves 5% of the model's weights.
@@ -141,6 +143,7 @@ class RankScheduler:
         check_phases(model, phases := self.phases(), sites)
         if named is None and not has_factors(sites):
             warn_of_little(sites, [phase.plan for phase in phases], stacklevel=2)
+        self._states_checked = False
         try:
             for one in self.callbacks.values():
                 one.on_start(self)
@@ -167,6 +170,7 @@ class RankScheduler:
         """Count one optimizer step, bring the model to the next step's plan, return the changes."""
         self.last_step += 1
         forget_replaced(*self.model.modules())
+        self._check_states()
         for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
@@ -288,6 +292,21 @@ class RankScheduler:
         changes = self._apply(plan, sites)
         self._watch_gradients()
         return changes
+
+    def _check_states(self) -> None:
+        """Once optimizers have states: raise ValueError if a later change could not move them."""
+        inner = [one for optimizer in self.optimizer for one in wrapped(optimizer)]
+        if self._states_checked or not any(one.state for one in inner):
+            return
+        self._states_checked = True
+        if all(type(one).__module__.startswith("torch.optim") for one in inner):  # known by class
+            return
+        sites = survey(self.model)
+        later = [phase.plan for phase in self.phases() if phase.start > self.last_step]
+        ahead = [site for plan in later for site, _ in differences(self.model, plan, sites)]
+        if self.schedule.spectra_every is not None:  # it decides as it goes
+            ahead = find_sites(self.model, sites, self._layers).values()
+        check_movable(self.optimizer, self.moments, ahead)
 
     def _apply(self, plan: Plan, sites: Sequence[Site] | None) -> list[Change]:
         step, postponed = self.last_step, self._postponed

@@ -78,10 +78,16 @@ def _in_states(edit: Edit, optimizers: Sequence[Optimizer]) -> Iterator[str]:
         states = [one.state[p] for one in optimizers if p in one.state]
         for key, value in (item for state in states for item in state.items()):
             if isinstance(value, Tensor) and value.ndim > 0:
-                if value.shape != p.shape:
+                if not _fits(value, p):
                     yield f"{key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}"
                 if not torch.isfinite(value).all():
                     yield f"{key} of {name} is not finite"
+
+
+def _fits(value: Tensor, p: Tensor) -> bool:
+    """Whether it has the parameter's shape, or sides of 1 (means of rows or columns)."""
+    sides = zip(value.shape, p.shape, strict=False)
+    return value.ndim == p.ndim and all(own in (1, side) for own, side in sides)
 
 
 def _in_groups(edit: Edit, held: Counter[int]) -> Iterator[str]:

@@ -21,6 +21,7 @@ Adam's divided by ``1 - beta^step``; primes for the new form.
 - **Limit:** J+ divides by factors that may have become small; see Note [Limit] in
   :mod:`dynarank.surgery.side`.
 - A parameter that gets nothing (an adapter's ``down``, while ``up`` is zero) starts without state.
+- Optimizers that keep other averages: :mod:`dynarank.surgery.state_layout`.
 - **Pruned:** from adapter to adapter, as ReLoRA (Lialin et al., arXiv 2307.05695), :func:`prune`.
 
 Note [Weight decay]
@@ -36,8 +37,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -46,39 +46,9 @@ from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, UnfitWeightError, precise
 from dynarank.surgery.side import Side
+from dynarank.surgery.state_layout import AVERAGES, Averaging, StateLayout
 
-__all__ = ["Averaging", "GradientSamples", "carry", "check_states", "prune", "settled"]
-
-# Keys of optimizer state: SGD's velocity and Adam's averages.
-FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Averaging:
-    """The averaging that a parameter group's options ask for."""
-
-    betas: tuple[float, float] | None  # Adam's; None: a velocity, which has no bias correction
-    decay: float  # L2 weight decay, a part of the gradient; 0 if decoupled
-    gain: float  # the weight of a constant in the (bias-corrected) first moment
-
-    @staticmethod
-    def of(group: Mapping[str, Any]) -> Averaging:
-        """That of a parameter group; its weight decay is L2 unless it says otherwise."""
-        decay = 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0))
-        if "betas" in group:
-            first, second, *_ = group["betas"]
-            return Averaging((float(first), float(second)), decay, 1.0)
-        momentum, dampening = (float(group.get(k) or 0) for k in ("momentum", "dampening"))
-        gain = (1 - dampening) / (1 - momentum) if momentum < 1 else 1.0
-        return Averaging(None, decay, gain)
-
-    def corrections(self, step: Any) -> tuple[float, float]:
-        """The bias corrections of the two averages after ``step``: ``1 - beta^step``, or 1."""
-        if self.betas is None or step is None:
-            return 1.0, 1.0
-        steps = max(float(step), 1.0)
-        return 1 - self.betas[0] ** steps, 1 - self.betas[1] ** steps
+__all__ = ["GradientSamples", "carry", "check_known", "check_states", "prune", "settled"]
 
 
 class GradientSamples(Protocol):
@@ -95,28 +65,33 @@ def carry(
     states: Sequence[Mapping[str, Any]],
     averaging: Averaging,
     samples: Sequence[Factors] = (),
+    layout: StateLayout = AVERAGES,
 ) -> list[dict[str, Any]]:
     """The states of the new side's parameters; empty for one that starts without state.
 
     Args:
         old: the side before, in the precision to compute in.
         new: the side after.
-        states: for each old parameter; empty if the optimizer has not stepped on it.
+        states: for each old parameter, as ``layout`` reads it; empty if the optimizer has not
+            stepped on it.
         averaging: the optimizer's.
         samples: gradients of the old parameters, to calibrate the second moments by.
+        layout: which entries of the states are averages, and of what.
     """
-    step = max((s["step"] for s in states if s.get("step") is not None), key=float, default=None)
-    one, two = averaging.corrections(step)
-    mean = _average(old, states, FIRST_MOMENTS, averaging)
-    share = _decay_share(old, mean, averaging)
-    known = tuple(m - share * p for m, p in zip(mean, old.parameters, strict=True))
-    whole = old.lift(mean) - share * old.lift(old.parameters)
-    gained = new.pull(old.limited(whole, known, averaging.decay * averaging.gain))
-    means = tuple(g + share * p for g, p in zip(gained, new.parameters, strict=True))
-    values = {key: tuple(one * m for m in means) for key in _present(states, FIRST_MOMENTS)}
-    alive = [bool(g.any()) for g in gained]
-    for key in _present(states, SECOND_MOMENTS):
-        square = _average(old, states, (key,), averaging)
+    counted = layout.common(states)
+    one, two = averaging.corrections(counted.get("step"))
+    mean = means = tuple(map(torch.zeros_like, old.parameters))
+    share, values, alive = 0.0, dict[str, Factors](), [False] * len(new.parameters)
+    for key in reversed(present := _present(states, layout.means)):
+        mean = _average(old, states, key, averaging)
+        share = _decay_share(old, mean, averaging)
+        gained = _moved_mean(old, new, mean, share, averaging)
+        means = tuple(g + share * p for g, p in zip(gained, new.parameters, strict=True))
+        values[key] = tuple(one * m for m in means)
+        alive = [a or bool(g.any()) for a, g in zip(alive, gained, strict=True)]
+    means = means if present else tuple(map(torch.zeros_like, new.parameters))
+    for key in _present(states, layout.squares):
+        square = _average(old, states, key, averaging, second=True)
         if samples:
             squares = _calibrated(old, new, samples, share, square)
         else:
@@ -126,12 +101,15 @@ def carry(
         pairs = zip(squares, means, strict=True)
         values[key] = tuple(torch.maximum(two * v, (one * m).square()) for v, m in pairs)
         alive = [a or bool(v.any()) for a, v in zip(alive, squares, strict=True)]
-    counted = {} if step is None else {"step": step}
     moved = [counted | {key: part[i] for key, part in values.items()} for i in range(len(alive))]
     return [state if live else {} for state, live in zip(moved, alive, strict=True)]
 
 
-def prune(state: Mapping[str, Any], share: float = 0.9) -> dict[str, Any]:
+def prune(
+    state: Mapping[str, Any],
+    share: float = 0.9,
+    layout: StateLayout = AVERAGES,
+) -> dict[str, Any]:
     """A parameter's state with the smallest entries of each average set to zero.
 
     ``keep = |m| > the share-quantile of |m|``; ``m' = keep m`` and ``v' = keep max(v, m^2)``. The
@@ -140,35 +118,41 @@ def prune(state: Mapping[str, Any], share: float = 0.9) -> dict[str, Any]:
     Args:
         state: of one parameter.
         share: how many of the entries become zero; ReLoRA's authors found 0.9 best.
+        layout: which entries are averages, and of what.
 
     Example:
         >>> prune({"momentum_buffer": torch.tensor([3.0, -4.0, 1.0, 2.0])}, 0.5)
         {'momentum_buffer': tensor([ 3., -4.,  0.,  0.], dtype=torch.float64)}
     """
     pruned = dict(state)
-    for key in _present([state], FIRST_MOMENTS):
+    for key in _present([state], layout.means):
         mean = precise(state[key])
         sizes = mean.abs()
         least = sizes.flatten().kthvalue(max(1, math.ceil(share * sizes.numel()))).values
         keep = sizes > least  # one choice for both averages: an m without its v is without bound
         pruned[key] = mean * keep
-        for other in _present([state], SECOND_MOMENTS):
+        for other in _present([state], layout.squares):
             pruned[other] = torch.maximum(precise(state[other]), mean.square()) * keep
     return pruned
 
 
-def check_states(path: str, states: Sequence[Mapping[str, Any]]) -> None:
+def check_states(path: str, states: Sequence[Mapping[str, Any]], layout: StateLayout) -> None:
     """Raise ValueError if states hold what cannot be moved, UnfitWeightError if not finite."""
-    known = (*FIRST_MOMENTS, *SECOND_MOMENTS, "step")
-    held = [(key, v) for state in states for key, v in state.items() if v is not None]
-    if unknown := {key: None for key, _ in held if key not in known}:
-        raise ValueError(
-            f"layer {path!r}: the optimizer keeps {', '.join(unknown)}, which cannot be moved "
-            f"(only {', '.join(known)}, of SGD, Adam and AdamW, can); use moments='reset'"
-        )
-    if not all(torch.isfinite(v).all() for _, v in held if isinstance(v, Tensor)):
+    check_known(path, states, layout)
+    values = [v for state in states for v in state.values() if isinstance(v, Tensor)]
+    if not all(torch.isfinite(v).all() for v in values):
         raise UnfitWeightError(
             f"layer {path!r}: the optimizer's state holds NaN or infinite values"
+        )
+
+
+def check_known(path: str, states: Iterable[Mapping[str, Any]], layout: StateLayout) -> None:
+    """Raise ValueError if states hold what cannot be moved."""
+    held = {key: None for state in states for key, v in state.items() if v is not None}
+    if unknown := [key for key in held if key not in layout.keys]:
+        raise ValueError(
+            f"layer {path!r}: the optimizer keeps {', '.join(unknown)}, which cannot be moved "
+            f"(only {', '.join(layout.keys)} can); use moments='reset'"
         )
 
 
@@ -180,7 +164,7 @@ def settled(
     If a value is not finite in that dtype, the layer's state is reset, with a warning.
     """
     for _, state in states:
-        for key in _present([state], SECOND_MOMENTS):
+        for key in _present([state], AVERAGES.squares) if "exp_avg" in state else ():
             state[key] = torch.maximum(state[key], _square_rounded_up(state["exp_avg"]))
     values = [v for _, state in states for v in state.values() if isinstance(v, Tensor)]
     if all(bool(torch.isfinite(v).all()) for v in values):
@@ -209,15 +193,26 @@ def _present(states: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[s
 
 
 def _average(
-    side: Side, states: Sequence[Mapping[str, Any]], keys: Sequence[str], averaging: Averaging
+    side: Side,
+    states: Sequence[Mapping[str, Any]],
+    key: str,
+    averaging: Averaging,
+    second: bool = False,
 ) -> Factors:
-    """The bias-corrected averages under the first of these names that is there, else zeros."""
+    """The bias-corrected averages of this name, zeros where there is none."""
     found: list[Tensor] = []
     for parameter, state in zip(side.parameters, states, strict=True):
-        key = next(iter(_present([state], keys)), None)
-        by = averaging.corrections(state.get("step"))[0 if keys == FIRST_MOMENTS else 1]
-        found.append(torch.zeros_like(parameter) if key is None else precise(state[key]) / by)
+        by = averaging.corrections(state.get("step"))[second]
+        there = state.get(key) is not None
+        found.append(precise(state[key]) / by if there else torch.zeros_like(parameter))
     return tuple(found)
+
+
+def _moved_mean(old: Side, new: Side, mean: Factors, share: float, averaging: Averaging) -> Factors:
+    """J'(J+(m - c f)), with the c of Note [Weight decay]."""
+    known = tuple(m - share * p for m, p in zip(mean, old.parameters, strict=True))
+    whole = old.lift(mean) - share * old.lift(old.parameters)
+    return new.pull(old.limited(whole, known, averaging.decay * averaging.gain))
 
 
 def _decay_share(side: Side, mean: Factors, averaging: Averaging) -> float:

@@ -1,16 +1,12 @@
 """What a change of form does to the optimizer: its groups, own lists and the weights' states.
 
-All of it is computed first (the moments in :mod:`dynarank.surgery.moments`), then written.
-
-Note [Decoupled decay]
-Only SGD, Adam and RAdam of torch (and subclasses) add weight decay to the gradient, unless their
-``decoupled_weight_decay`` is set. Of any other optimizer a moment is moved as if there were no
-decay in it: most of them decouple it (AdamW, Muon, Lion), and a group does not say.
+All of it is computed first (the moments in :mod:`dynarank.surgery.moments`), then written. What
+each optimizer keeps is in :mod:`dynarank.surgery.state_layout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import replace
@@ -25,9 +21,9 @@ from dynarank.decompositions import precise
 from dynarank.forms import same_weight
 from dynarank.surgery.edit import Edit, restore_on_exit
 from dynarank.surgery.moments import (
-    Averaging,
     GradientSamples,
     carry,
+    check_known,
     check_states,
     prune,
     settled,
@@ -36,7 +32,15 @@ from dynarank.surgery.own_references import follow, groups_of, is_optimizer, wra
 from dynarank.surgery.param_groups import Contents, Group, regroup
 from dynarank.surgery.side import Side
 from dynarank.surgery.site import Site
+from dynarank.surgery.state_layout import (
+    MOVABLE,
+    Averaging,
+    StateLayout,
+    layout_of,
+    torch_class,
+)
 from dynarank.surgery.unfit import UnfitLayers
+from dynarank.surgery.weight_average import moved_average
 
 __all__ = [
     "Moments",
@@ -52,8 +56,6 @@ Moments: TypeAlias = Literal["project", "calibrated", "reset", "prune"] | Gradie
 Optimizers: TypeAlias = Optimizer | Iterable[Optimizer] | None
 
 POLICIES = ("project", "calibrated", "reset", "prune")
-MOVABLE = ("SGD", "Adam", "AdamW", "RAdam", "Muon")  # of torch; of others their states decide
-L2_DECAY = ("SGD", "Adam", "RAdam")  # see Note [Decoupled decay]
 
 
 def as_list(optimizers: Optimizers) -> list[Optimizer]:
@@ -67,14 +69,25 @@ def as_list(optimizers: Optimizers) -> list[Optimizer]:
     return found
 
 
-def check_movable(optimizers: Iterable[Any], moments: Moments) -> None:
-    """Raise ValueError for a torch optimizer whose state cannot be moved, unless it is reset."""
-    for one in (one for optimizer in optimizers for one in wrapped(optimizer)):
-        if moments != "reset" and _torch_class(one) not in ("Optimizer", *MOVABLE):
+def check_movable(optimizers: Iterable[Any], moments: Moments, sites: Iterable[Site] = ()) -> None:
+    """Raise ValueError for an optimizer whose state cannot be moved, unless it is reset.
+
+    Of torch's optimizers the class tells; of others, the states that the weights of ``sites`` have.
+    """
+    if moments == "reset":
+        return
+    families = [wrapped(optimizer) for optimizer in optimizers]
+    for one in (one for family in families for one in family):
+        if torch_class(one) not in ("Optimizer", *MOVABLE):
             raise ValueError(
                 f"the state of {type(one).__name__} cannot be moved through a change of form (only "
                 f"that of {', '.join(MOVABLE)}); use moments='reset'"
             )
+    stores = [one for family in families for one in _stores(family)]
+    for site in sites:
+        for one in stores:
+            found = [one.state[p] for p in site.trained() if p in one.state]
+            check_known(site.path, map(_as_dict, found), layout_of(one))
 
 
 def new_contents(
@@ -102,9 +115,9 @@ def new_contents(
     for family in families:
         mine, groups = [edit for edit, owner in owners if owner is family], groups_of(family)
         regrouped = regroup(family[-1], groups, mine)
-        tables = {id(one.state): one for one in family if isinstance(one.state, dict)}
-        for one in tables.values():  # of those that share a state, the innermost
-            contents += _new_states(one, groups, mine, moments, unfit)
+        homes = _homes(groups, regrouped)
+        for one in _stores(family):
+            contents += _new_states(one, groups, homes, mine, moments, unfit)
         contents += regrouped + follow(family, mine, regrouped)
     unfit.check()
     return contents
@@ -149,15 +162,10 @@ def _owner(site: Site, families: Sequence[list[Any]]) -> list[Any] | None:
     )
 
 
-def _torch_class(optimizer: Any) -> str:
-    """The class of torch that an optimizer is or derives from."""
-    classes = (c for c in type(optimizer).__mro__ if c.__module__.startswith("torch.optim"))
-    return next((c.__name__ for c in classes), "Optimizer")
-
-
 def _new_states(
     optimizer: Any,
     groups: Sequence[Group],
+    homes: Mapping[int, Group],
     edits: Sequence[Edit],
     moments: Moments,
     unfit: UnfitLayers,
@@ -171,69 +179,107 @@ def _new_states(
     moved: dict[Any, Any] = {}
     for edit in edits:
         with unfit.layer(edit.site.path):
-            moved |= dict(_states(optimizer, groups, edit, moments))
+            moved |= dict(_states(optimizer, groups, homes, edit, moments))
     check_movable([optimizer], moments)
     kept = {} if flat else {p: one for p, one in state.items() if p not in old}
     return [(state, {**kept, **moved})]
 
 
+def _stores(family: Sequence[Any]) -> list[Any]:
+    """Those of an optimizer and the ones it wraps that keep states; of one state, the innermost."""
+    return [*{id(one.state): one for one in family if isinstance(one.state, dict)}.values()]
+
+
+def _homes(groups: Sequence[Group], regrouped: Contents) -> dict[int, Group]:
+    """The group of each parameter after a change, by the parameter's id."""
+    new = {id(table): one for table, one in regrouped}
+    after = [(group, new.get(id(group), group)["params"]) for group in groups]
+    return {id(p): group for group, params in after for p in new.get(id(params), params)}
+
+
 def _states(
-    optimizer: Any, groups: Sequence[Group], edit: Edit, moments: Moments
+    optimizer: Any,
+    groups: Sequence[Group],
+    homes: Mapping[int, Group],
+    edit: Edit,
+    moments: Moments,
 ) -> list[tuple[Parameter, dict[str, Any]]]:
     """The states of the edit's new parameters; those that start without state are left out."""
     old, new = edit.site.trained(), edit.trained.values()
     if not any(p in optimizer.state for p in old):
         return []
     found: list[Any] = [optimizer.state.get(p, {}) for p in old]
-    states = [s if isinstance(s, dict) else {type(s).__name__: s} for s in found]
-    options = [g for one in old for g in groups if any(p is one for p in g["params"])]
-    moved: list[dict[str, Any]] = [{} for _ in new]
-    if moments != "reset":
-        check_states(edit.site.path, states)
-        moved = _moved(edit, states, _averaging(optimizer, options), moments)
+    states = list(map(_as_dict, found))
+    like = {key: v for s in states for key, v in s.items() if isinstance(v, Tensor)}
+    known = {id(p): group for group in groups for p in group["params"]}
+    options = [known[id(p)] for p in old if id(p) in known]
+    layout, moved = layout_of(optimizer), list[dict[str, Any]]([{}] * len(new))
+    if not (restart := moments == "reset"):
+        check_states(edit.site.path, states, layout)
+        own = [known.get(id(p), options[0]) for p in old]
+        states = [layout.read(s, g) for s, g in zip(states, own, strict=True)]
+        moved = _moved(edit, states, layout, options, moments)
+    there = [homes.get(id(p), options[0]) for p in new]
+    moved = [
+        layout.written(state, group) if state else layout.fresh(states, group, restart)
+        for state, group in zip(moved, there, strict=True)
+    ]
     if options[0].get("momentum") and options[0].get("fused"):
         # Fused SGD wants a buffer in all or in none.
         moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
-    if _torch_class(optimizer) == "Adagrad":  # until torch 2.12 it makes its state once
-        first = next(state for state in states if state)
-        total = torch.tensor(float(options[0]["initial_accumulator_value"]))
-        moved = [{"step": torch.zeros_like(first["step"]), "sum": total} for _ in new]
-    like = {key: v for s in states for key, v in s.items() if isinstance(v, Tensor)}
-    pairs = zip(new, moved, strict=True)
     whole = not any(p.requires_grad for p in new)  # frozen; else a frozen factor has no state
-    kept = [(p, _fit(s, p, like)) for p, s in pairs if s and (p.requires_grad or whole)]
+    pairs = zip(new, moved, strict=True)
+    kept = [(p, _fit(s, p, like, layout)) for p, s in pairs if s and (p.requires_grad or whole)]
     return settled(edit.site.path, kept)
 
 
-def _averaging(optimizer: Any, groups: Sequence[Group]) -> Averaging:
+def _as_dict(state: Any) -> dict[str, Any]:
+    return state if isinstance(state, dict) else {type(state).__name__: state}
+
+
+def _averaging(layout: StateLayout, groups: Sequence[Group]) -> Averaging:
     """That of a weight with parameters in these groups: the first one's, with the largest decay."""
-    if _torch_class(optimizer) not in L2_DECAY:
-        return Averaging.of({**groups[0], "weight_decay": 0})
-    all_of_them = [Averaging.of(group) for group in groups]
+    all_of_them = [layout.averaging(group) for group in groups]
     return replace(all_of_them[0], decay=max(one.decay for one in all_of_them))
 
 
 def _moved(
-    edit: Edit, states: Sequence[dict[str, Any]], averaging: Averaging, moments: Moments
+    edit: Edit,
+    states: Sequence[dict[str, Any]],
+    layout: StateLayout,
+    groups: Sequence[Group],
+    moments: Moments,
 ) -> list[dict[str, Any]]:
-    """The states after :func:`carry` or :func:`prune`, in fp64."""
+    """The states, read by the layout, after :func:`carry` or :func:`prune`, in fp64."""
     site, change = edit.site, edit.change
     if moments == "prune" and same_weight(change.before, change.after, restarted=True):
-        return [prune(state) for state in states]
+        return [prune(state, layout=layout) for state in states]
     began = () if site.spec.span else site.factor_norms
     old = Side.of(site.spec, change.before, {n: precise(p) for n, p in edit.old.items()}, began)
     new = Side.of(site.spec, change.after, {n: precise(p) for n, p in edit.new.items()})
     samples = [] if isinstance(moments, str) else moments.of(site.trained())
-    return carry(old, new, states, averaging, samples)
+    moved = carry(old, new, states, _averaging(layout, groups), samples, layout)
+    for key in layout.weights:
+        averages = moved_average(edit, new, [state.get(key) for state in states])
+        counted = layout.common(states)
+        moved = [{**counted, **s, key: v} for s, v in zip(moved, averages, strict=True)]
+    return moved
 
 
-def _fit(state: dict[str, Any], parameter: Parameter, like: dict[str, Tensor]) -> dict[str, Any]:
-    """A copy, each moment in the parameter's layout, and dtype and device of the old one."""
+def _fit(
+    state: dict[str, Any], parameter: Parameter, like: dict[str, Tensor], layout: StateLayout
+) -> dict[str, Any]:
+    """A copy, each average in the parameter's layout, and dtype and device of the old one."""
     fitted: dict[str, Any] = {}
     for key, v in state.items():
+        if key in layout.scalars:
+            fitted[key] = deepcopy(v)
+            continue
         old = like.get(key, parameter)
-        empty = torch.empty_like(parameter, dtype=old.dtype, device=old.device)
-        fitted[key] = deepcopy(v) if key == "step" else empty.copy_(v).detach()
+        fitted[key] = torch.empty_like(parameter, dtype=old.dtype, device=old.device)
+        if key in layout.stored:  # it has a shape of its own
+            fitted[key] = torch.empty_like(v, dtype=old.dtype, device=old.device)
+        fitted[key].copy_(v).detach_()
         if key in like and not old.is_cuda and old.is_shared():
             fitted[key].share_memory_()
     return fitted

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from dynarank.decompositions import Decomposition, Factors, precise
-from dynarank.decompositions.numerics.multilinear import lift
+from dynarank.decompositions.numerics.multilinear import lift, nearest_changes
 from dynarank.forms import Adapted, Form, FullRank
 from dynarank.layers import WeightSpec
 
@@ -93,6 +93,12 @@ class Side:
     def lift(self, moments: Factors) -> Tensor:
         """J+: the least moment of W that pulls to these."""
         return self._maps.lift(self.parameters, moments) / self.scale
+
+    def toward(self, change: Tensor) -> Factors:
+        """The least changes of the parameters that change W by this, as nearly as they can."""
+        if isinstance(self._maps, _Whole):
+            return self._maps.pull(self.parameters, change)
+        return nearest_changes(self._maps.join, self.parameters, change / self.scale)
 
     def even(self, squares: Factors) -> float:
         """The mean square of W's entries that these of its parameters mean, see Note [Limit].

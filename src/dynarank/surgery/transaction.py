@@ -16,6 +16,7 @@ from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, same_weight
 from dynarank.surgery.check import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit
+from dynarank.surgery.gradients import move_gradients
 from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
 from dynarank.surgery.replaced import keep_replaced
@@ -92,6 +93,10 @@ def change_forms(
                 edits.append(prepare_edit(site, form, (calibration or {}).get(site.path), seed))
         unfit.check()
         contents = new_contents(edits, optimizers, moments)
+        for edit in edits:
+            with unfit.layer(edit.site.path):
+                move_gradients(edit)
+        unfit.check()
     warn_of_losses(edits)
     with ExitStack() as own:
         stack = own if undo is None else undo

@@ -4,8 +4,8 @@ Each surveys the model once, finds which weights get another form, and changes t
 transaction (:mod:`dynarank.surgery.transaction`). An exception anywhere leaves model and optimizer
 exactly as they were.
 
-Call them between ``optimizer.step()`` and the next forward pass: gradients of the layers that
-change are dropped with their parameters, those of an unfinished accumulation too.
+Call them between ``optimizer.step()`` and the next forward pass. Gradients move with their weights,
+so an unfinished accumulation goes on, see :mod:`dynarank.surgery.gradients`.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ task     folder   one line                                 metrics
 =======  =======  =======================================  ======================
 sst2     SST-2    sentence, label                          accuracy
 mrpc     MRPC     label, id, id, sentence, sentence        F1, accuracy
-cola     CoLA     source, label, mark, sentence; no title  Matthews correlation
+cola     CoLA     source, label, mark, sentence            Matthews correlation
 rte      RTE      index, sentence, sentence, label         accuracy
 stsb     STS-B    7 fields, sentence, sentence, score      Spearman, Pearson
 =======  =======  =======================================  ======================
@@ -26,12 +26,14 @@ from typing import Any
 
 import numpy as np
 
+from dynarank.files.printable import printable
 from dynarank.train.sentences import SentenceData, Sentences
-from dynarank.train.sources import DataError, hub_splits
+from dynarank.train.sources import DataError, hub_splits, read_utf8
 
 __all__ = ["GLUE", "GlueTask", "read_glue", "read_glue_hub"]
 
 HUB_NAME = "nyu-mll/glue"
+_LABEL_TITLES = ("label", "quality", "score")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,6 @@ class GlueTask:
         second: the field of the second sentence, or None.
         label: the field of the label.
         labels: the spelling of each class; None if the label is a score from 0 to 5.
-        title: whether the first line is a header.
     """
 
     folder: str
@@ -54,13 +55,12 @@ class GlueTask:
     label: int
     second: int | None = None
     labels: tuple[str, ...] | None = ("0", "1")
-    title: bool = True
 
 
 GLUE: dict[str, GlueTask] = {
     "sst2": GlueTask("SST-2", fields=2, first=0, label=1),
     "mrpc": GlueTask("MRPC", fields=5, first=3, second=4, label=0),
-    "cola": GlueTask("CoLA", fields=4, first=3, label=1, title=False),
+    "cola": GlueTask("CoLA", fields=4, first=3, label=1),
     "rte": GlueTask(
         "RTE", fields=4, first=1, second=2, label=3, labels=("entailment", "not_entailment")
     ),
@@ -118,21 +118,26 @@ def _from_hub(task: GlueTask, split: Any) -> Sentences:
 
 
 def _read(task: GlueTask, path: Path) -> Sentences:
-    """Read one file. Quotation marks are part of the text; only line feeds end a line."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")  # MRPC's begin with a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} could not be read as UTF-8: {error}") from error
-    lines = text.split("\n")
+    """Read one file, with or without a title.
+
+    Quotation marks are part of the text; only line feeds end a line.
+    """
+    lines = read_utf8(path, "utf-8-sig").split("\n")  # MRPC's begin with a byte order mark
     rows = [
         _fields(task, path, number, line.removesuffix("\r"))
         for number, line in enumerate(lines, start=1)
-        if not (task.title and number == 1) and not (number == len(lines) and not line)
+        if not (number == 1 and _is_title(task, line)) and not (number == len(lines) and not line)
     ]
     if not rows:
         raise DataError(f"{path} contains no examples: it is a different file; fetch it again")
     second = None if task.second is None else [row[task.second] for row in rows]
     return Sentences([row[task.first] for row in rows], second, _labels(task, rows))
+
+
+def _is_title(task: GlueTask, line: str) -> bool:
+    """Whether a first line names the columns, as all do but CoLA's, instead of an example."""
+    fields = line.removesuffix("\r").split("\t")
+    return len(fields) == task.fields and fields[task.label].strip().casefold() in _LABEL_TITLES
 
 
 def _fields(task: GlueTask, path: Path, number: int, line: str) -> list[str]:
@@ -148,14 +153,19 @@ def _fields(task: GlueTask, path: Path, number: int, line: str) -> list[str]:
 
 
 def _wrong_label(task: GlueTask, label: str) -> str | None:
+    shown = printable(repr(label))
     if task.labels is not None:
         wanted = " or ".join(map(repr, task.labels))
-        return None if label in task.labels else f"the label must be {wanted}, but is {label!r}"
+        return (
+            None
+            if label in task.labels
+            else f"the label must be {wanted}, but is {printable(label)!r}"
+        )
     try:
         score = float(label)
     except ValueError:
         score = math.nan
-    return None if 0 <= score <= 5 else f"the score must be from 0 to 5, but is {label!r}"
+    return None if 0 <= score <= 5 else f"the score must be from 0 to 5, but is {shown}"
 
 
 def _labels(task: GlueTask, rows: Sequence[Sequence[str]]) -> Any:

@@ -25,6 +25,7 @@ CLASSES = 10
 
 _PARTS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 _UNSIGNED_BYTES = 0x0800
+_MAX_BYTES = 256 << 20  # of a file, unpacked; the training images take 47 MB
 
 
 def _names(part: str) -> tuple[str, ...]:
@@ -85,14 +86,19 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
 
 
 def _content(path: Path) -> bytes:
-    if path.suffix != ".gz":
-        return path.read_bytes()
     try:
-        return gzip.decompress(path.read_bytes())
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(_MAX_BYTES + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             f"{path} is not a valid gzip file: {error}; it is damaged; fetch it again"
         ) from error
+    if len(content) > _MAX_BYTES:
+        raise DataError(
+            f"{path} has more than {_MAX_BYTES:,} bytes: it is damaged or a different file; fetch "
+            "it again"
+        )
+    return content
 
 
 def _find(folder: Path, part: str) -> Path:

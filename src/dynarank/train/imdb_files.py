@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dynarank.files.printable import printable
 from dynarank.train.sentences import SentenceData, Sentences
-from dynarank.train.sources import DataError, hub_splits
+from dynarank.train.sources import DataError, hub_splits, read_utf8
 
 __all__ = ["read_imdb", "read_imdb_hub"]
 
@@ -62,7 +63,7 @@ def _read(folder: Path) -> Sentences:
     labels: list[int] = []
     for label, (name, ratings) in enumerate(_CLASSES):
         files = _numbered(folder / name, ratings)
-        texts += [_text(path) for path in files]
+        texts += [read_utf8(path) for path in files]
         labels += [label] * len(files)
     return Sentences(texts, None, np.array(labels, np.int64))
 
@@ -73,18 +74,15 @@ def _numbered(folder: Path, ratings: range) -> list[Path]:
         match = _NAME.fullmatch(path.name)
         if match is None or int(match[2]) not in ratings:
             raise DataError(
-                f"{path}: reviews in {folder.name}/ must be named NUMBER_RATING.txt with a rating "
-                f"from {ratings[0]} to {ratings[-1]}; the folder is damaged or a different one: "
-                "unpack it again"
+                f"{printable(str(path))}: reviews in {folder.name}/ must be named "
+                f"NUMBER_RATING.txt with a rating from {ratings[0]} to {ratings[-1]}; the "
+                "folder is damaged or a different one: unpack it again"
             )
-        found[int(match[1])] = path
+        if (other := found.setdefault(int(match[1]), path)) is not path:
+            raise DataError(
+                f"{path} and {other.name} have the same number; the folder is damaged or a "
+                "different one: unpack it again"
+            )
     if not found:
         raise DataError(f"{folder} must contain reviews named NUMBER_RATING.txt, but has none")
     return [found[number] for number in sorted(found)]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} could not be read as UTF-8: {error}") from error

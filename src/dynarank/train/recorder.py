@@ -99,8 +99,8 @@ class Recorder:
         if self.noise is not None:
             self.noise.read(len(self._results))
 
-    def end(self, wall_seconds: float) -> SummaryRecord:
-        """Record and return the summary of the run."""
+    def end(self, wall_seconds: float, model_sha256: str | None = None) -> SummaryRecord:
+        """Record and return the summary of the run, with the digest of its weights' file."""
         ledger, metric = self.trainer.ledger, self.trainer.task.metric
         scores = [result.test_score for result in self._results]
         summary = SummaryRecord(
@@ -114,6 +114,7 @@ class Recorder:
             memory_bytes=self.memory_bytes,
             train_seconds=self.trainer.train_seconds,
             wall_seconds=wall_seconds,
+            model_sha256=model_sha256,
         )
         self.write(summary)
         return summary

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from dynarank.files.reading import sha256
+from dynarank.files.sealed_json import sealed
 from dynarank.records import Record, RecordWriter, SummaryRecord
 from dynarank.sinks import Sink
 from dynarank.surgery.verbs import merge
@@ -70,7 +72,8 @@ def run_schedule(
         model = merge(trainer.model)
         state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
         save_file(state, folder / "model.safetensors")
-        return recorder.end(time.perf_counter() - begun)
+        digest = sha256(folder / "model.safetensors")
+        return recorder.end(time.perf_counter() - begun, model_sha256=digest)
     finally:
         for taker in takers:
             taker.close()
@@ -87,4 +90,5 @@ def _write_config(
         "train_size": task.train_size,
         "data": dict(getattr(task, "facts", {})),  # for data that the recipe does not determine
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = sealed(json.dumps(config, indent=2)) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynarank.files.printable import printable
 from dynarank.sinks.extras import import_extra
 from dynarank.train.sentences import Sentences
-from dynarank.train.sources import DataError
+from dynarank.train.sources import DataError, read_utf8
 
 __all__ = ["WordPiece", "find_vocabulary"]
 
@@ -61,10 +62,7 @@ class WordPiece:
             ImportError: if ``tokenizers`` is not installed.
         """
         parts = _tokenizers()
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} could not be read as UTF-8: {error}") from error
+        lines = read_utf8(path).split("\n")
         pieces = [line.removesuffix("\r") for line in (lines[:-1] if not lines[-1] else lines)]
         _check_pieces(path, pieces, size)
         numbers = {piece: number for number, piece in enumerate(pieces)}
@@ -148,10 +146,10 @@ def _check_pieces(path: Path, pieces: Sequence[str], size: int) -> None:
             f"{', '.join(missing)}: it is a different file"
         )
     if pieces[0] != "[PAD]":
-        raise DataError(f"the first line of {path} must be [PAD], but is {pieces[0]!r}")
+        raise DataError(f"the first line of {path} must be [PAD], but is {printable(pieces[0])!r}")
     if len(known) != len(pieces):
         (twice, _), *_ = Counter(pieces).most_common(1)
-        raise DataError(f"{path} contains {twice!r} twice; pieces must be unique")
+        raise DataError(f"{path} contains {printable(twice)!r} twice; pieces must be unique")
     if len(pieces) > size:
         raise DataError(
             f"{path} has {len(pieces):,} pieces and the recipe has room for {size:,}: use a "

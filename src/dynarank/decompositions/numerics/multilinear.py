@@ -23,6 +23,7 @@ __all__ = [
     "leading_basis",
     "lift",
     "lift_squares",
+    "nearest_changes",
     "unit_scale",
 ]
 
@@ -124,6 +125,41 @@ def lift(join: _Join, factors: Factors, cotangents: Factors, most: float = math.
         before, size = size, gradient.square().sum().item()
         direction = gradient + (size / before) * direction
     return lifted.to(cotangents[0].dtype)
+
+
+def nearest_changes(join: _Join, factors: Factors, change: Tensor) -> Factors:
+    """The least-norm solution d of the least-squares problem ``J d = D``, in fp64.
+
+    The counterpart of :func:`lift`, by conjugate gradients on ``J' J d = J' D`` (CGLS), with the
+    same limits. What is left, r = D - J d, need not be small, so iterations also end where ``J' r``
+    is rounding, below 1e-13 of ``|J| |r|``; |J| is the largest ``|J d| / |d|`` seen.
+    """
+    exact, missing = tuple(precise(factor) for factor in factors), precise(change)
+    pull = torch.func.vjp(lambda *f: join(f), *exact)[1]
+    gradient: Factors = pull(missing)
+    direction, found = gradient, tuple(map(torch.zeros_like, exact))
+    size = first = _energy(gradient)
+    large, gain = missing.numel() > LARGE, 0.0
+    enough = ROUGHLY if large else RESIDUAL[torch.float64]
+    for _ in range(FEW_STEPS if large else STEPS):
+        pushed = _push(join, exact, direction)
+        curvature = pushed.square().sum().item()
+        if size <= enough**2 * first or curvature == 0:
+            break
+        gain = max(gain, curvature / _energy(direction))
+        if size <= 1e-26 * gain * missing.square().sum().item():
+            break
+        found = tuple(f + (size / curvature) * d for f, d in zip(found, direction, strict=True))
+        missing = missing - (size / curvature) * pushed
+        gradient = pull(missing)
+        before, size = size, _energy(gradient)
+        pairs = zip(gradient, direction, strict=True)
+        direction = tuple(g + (size / before) * d for g, d in pairs)
+    return found
+
+
+def _energy(parts: Factors) -> float:
+    return sum(part.square().sum().item() for part in parts)
 
 
 def _push(join: _Join, factors: Factors, changes: Factors) -> Tensor:
