@@ -83,12 +83,11 @@ def started(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def wait_for(ready: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    for _ in range(2000):
-        if ready():
-            return
+    deadline = time.monotonic() + 180
+    while not ready():
         assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
         time.sleep(0.02)
-    raise AssertionError("nothing happened")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -58,7 +58,8 @@ def main() -> None:
 
 
 def _of_the_disk(error: OSError) -> str:
-    return f"{error}; what was saved before is kept: when there is space, the same command goes on"
+    told = "what was saved before is kept: when there is space, the same command goes on"
+    return str(error) if "the same command" in str(error) else f"{error}; {told}"
 
 
 def _complain(error: object, code: int) -> int:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -22,7 +21,7 @@ from dynarank.forms import Adapted, Change, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit, like_old, restore_on_exit
 from dynarank.surgery.exact_weights import kept
-from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
+from dynarank.surgery.optimizer_steps import trains, unwatch_steps, watch_steps
 from dynarank.surgery.own_references import wrapped
 from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.settings import new_parameters
@@ -159,12 +158,9 @@ def _states(edit: Edit, optimizers: Sequence[Any]) -> list[tuple[ref[Any], dict[
 
 def _before_step(optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trains = any(
-        bool(torch.as_tensor(group.get("lr", 1)).any()) for group in optimizer.param_groups
-    )
     for module, weights in list(_REPLACED.items()):
         if any(id(one()) in held for each in weights.values() for one in each.new):
-            if trains:
+            if trains(optimizer):
                 forget_replaced(module)
             for each in weights.values():  # a step of rate 0 leaves the values
                 each.versions = None
