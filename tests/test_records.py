@@ -6,10 +6,13 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
+from damage import flipped, mutated
 from hypothesis import given, settings
 from pydantic import ValidationError
 
 from dynarank import Adapted, FullRank, LowRank
+from dynarank.files.reading import DamagedFileError
+from dynarank.files.sealed_json import sealed
 from dynarank.form_data import form_from_data, form_to_data
 from dynarank.records import (
     ChangeRecord,
@@ -18,6 +21,7 @@ from dynarank.records import (
     PhaseRecord,
     Record,
     RecordWriter,
+    Run,
     RunRecord,
     SpectrumRecord,
     SummaryRecord,
@@ -91,6 +95,7 @@ def write(folder: Path, records: list[Record]) -> Path:
     for record in records:
         writer.write(record)
     writer.close()
+    (folder / "records.jsonl").touch()  # there is none before the first record
     return folder / "records.jsonl"
 
 
@@ -213,36 +218,160 @@ def test_a_whole_last_line_without_its_newline_is_kept(tmp_path: Path) -> None:
     assert read_run(tmp_path).records == ALL
 
 
-@pytest.mark.parametrize("bad", ["{}", '{"kind": "epoch"', "", "null", '{"kind": "epoch"}'])
-def test_a_bad_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path, bad: str) -> None:
-    path = write(tmp_path, ALL)
-    lines = path.read_text(encoding="utf-8").splitlines()
-    lines[2] = bad
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"records\.jsonl, line 3: not a record"):
-        read_run(tmp_path)
+def broken(folder: Path, number: int, line: bytes) -> Run:
+    """The run ALL with another line in the place of one of its lines."""
+    path = write(folder, ALL)
+    lines = path.read_bytes().splitlines()
+    lines[number - 1] = line
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    return read_run(folder)
 
 
-@pytest.mark.parametrize("bad", ['{"kind": "epoch"}', "12"])
-def test_a_whole_last_line_that_is_no_record_is_an_error(tmp_path: Path, bad: str) -> None:
-    path = write(tmp_path, [RUN, EPOCH])
-    with path.open("a") as file:
-        file.write(bad + "\n")
-    with pytest.raises(ValueError, match="line 3"):
-        read_run(tmp_path)
+BAD = [
+    *(b"{}", b'{"kind": "epoch"', b"", b"null", b'{"kind": "epoch"}', b"12", b"\0" * 300),
+    *(b"[" * 100_000, b'{"kind":"epoch","epoch":"\xff\xfe"}', b'{"kind":"change","before":'),
+    b'{"kind":"epoch","step":1e999}',
+]
 
 
-@pytest.mark.parametrize(
-    "change", [{"kind": "speech"}, {"extra": 1}, {"step": "many"}, {"step": None}]
-)
-def test_unknown_kinds_extra_fields_and_wrong_values_are_refused(
-    tmp_path: Path, change: dict[str, object]
+@pytest.mark.parametrize("number", [2, 3, len(ALL)])
+@pytest.mark.parametrize("bad", BAD, ids=lambda bad: ascii(bad[:20]))
+def test_a_damaged_line_is_left_out_and_named_and_the_others_are_read(
+    tmp_path: Path, bad: bytes, number: int
 ) -> None:
+    run = broken(tmp_path, number, bad)
+    assert run.records == [record for i, record in enumerate(ALL, 1) if i != number]
+    (told,) = run.damage
+    assert f"records.jsonl, line {number}: " in told
+    assert len(told) < 500
+    assert told.isprintable()
+
+
+def test_a_line_of_a_hundred_megabytes_makes_a_short_message(tmp_path: Path) -> None:
+    long = b'{"kind":"epoch","epoch":"' + b"a" * (100 << 20) + b'"}'
+    run = broken(tmp_path, 2, long)
+    assert run.records == [RUN, *ALL[2:]]
+    assert run.damage == ("records.jsonl, line 2: it is longer than 67,108,864 bytes (left out)",)
+
+
+def test_of_many_damaged_lines_three_are_named(tmp_path: Path) -> None:
     path = write(tmp_path, [RUN])
+    with path.open("ab") as file:
+        file.write(b"\n" * 5_000)
+    (told,) = read_run(tmp_path).damage
+    assert "line 2: " in told and "line 5" not in told and "and 4,997 more lines" in told
+
+
+def test_a_torn_last_line_is_a_note_and_no_damage(tmp_path: Path) -> None:
+    path = write(tmp_path, [RUN, EPOCH])
+    path.write_bytes(path.read_bytes()[:-9])
+    run = read_run(tmp_path)
+    assert run.damage == ()
+    assert run.notes == ("the last line of records.jsonl is not complete (left out)",)
+
+
+def test_kinds_and_fields_of_a_newer_version_are_left_out_and_said(tmp_path: Path) -> None:
+    path = write(tmp_path, [RUN])
+    deep = SPECTRUM.model_dump()
+    deep["layers"]["a"]["sharpness"] = 1.0
+    lines = [{"kind": "speech", "words": []}, EPOCH.model_dump() | {"mood": {"x": 1}}, deep]
     with path.open("a") as file:
-        file.write(json.dumps(EPOCH.model_dump() | change) + "\n")
-    with pytest.raises(ValueError, match="line 2: not a record"):
-        read_run(tmp_path)
+        file.writelines(sealed(json.dumps(line)) + "\n" for line in lines)
+    run = read_run(tmp_path)
+    assert run.records == [RUN, EPOCH, SPECTRUM]
+    assert run.damage == ()
+    (told,) = run.notes
+    for words in ("line 2: kind 'speech'", "line 3: unknown field mood", "field sharpness"):
+        assert words in told
+
+
+@pytest.mark.parametrize("change", [{"step": "many"}, {"step": None}, {"extra": 1, "step": "x"}])
+def test_wrong_values_are_damage(tmp_path: Path, change: dict[str, object]) -> None:
+    run = broken(tmp_path, 4, json.dumps(EPOCH.model_dump() | change).encode())
+    assert len(run.records) == len(ALL) - 1
+    assert "line 4: not a record: epoch.step: " in run.damage[0]
+
+
+def test_names_reach_no_message_raw(tmp_path: Path) -> None:
+    path = write(tmp_path, [RUN])
+    lines = [{"kind": "a\x1b[31m\n" * 100}, EPOCH.model_dump() | {"\x1b[2J\u202e" * 100: 1}]
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    (told,) = read_run(tmp_path).notes
+    assert told.isprintable()
+    assert len(told) < 400
+
+
+# Checksums: every flipped bit is noticed.
+
+
+def noticed(folder: Path) -> bool:
+    try:
+        run = read_run(folder)
+    except DamagedFileError:
+        return True
+    return bool(run.damage or run.notes)
+
+
+def test_a_flip_of_any_bit_of_the_records_is_noticed(tmp_path: Path) -> None:
+    path = write(tmp_path, [RUN, EPOCH, SUMMARY])
+    whole = path.read_bytes()
+    assert not noticed(tmp_path)
+    ends = [i * 8 + bit for i, byte in enumerate(whole) if byte == 10 for bit in range(-160, 8)]
+    for bit in {*range(0, len(whole) * 8, 7), *ends}:
+        path.write_bytes(flipped(whole, bit))
+        assert noticed(tmp_path), (bit, chr(whole[bit // 8]), bit % 8)
+
+
+def test_a_flip_of_any_bit_of_the_configuration_is_noticed(tmp_path: Path) -> None:
+    write(tmp_path, [RUN])
+    path = tmp_path / "config.json"
+    config = {"recipe": {"name": "digits", "rank": 0.5}, "seed": 0, "data": {}}
+    whole = (sealed(json.dumps(config, indent=2)) + "\n").encode()
+    path.write_bytes(whole)
+    assert read_run(tmp_path).config == config
+    assert not noticed(tmp_path)
+    for bit in range(len(whole) * 8):
+        path.write_bytes(flipped(whole, bit))
+        assert noticed(tmp_path), (bit, chr(whole[bit // 8]))
+
+
+def test_lines_without_a_checksum_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(record.model_dump_json() + "\n" for record in ALL), encoding="utf-8")
+    run = read_run(tmp_path)
+    assert (run.records, run.damage, run.notes) == (ALL, (), ())
+
+
+CONFIGS = [b"{", b"[]", b"\xff", b"[" * 100_000, b'{"a":1,"a":2}', b"\0" * 10, b"12"]
+
+
+@pytest.mark.parametrize("bad", CONFIGS, ids=lambda bad: ascii(bad[:9]))
+def test_a_damaged_configuration_is_said_and_the_records_are_read(
+    tmp_path: Path, bad: bytes
+) -> None:
+    write(tmp_path, ALL)
+    (tmp_path / "config.json").write_bytes(bad)
+    run = read_run(tmp_path)
+    assert (run.records, run.config) == (ALL, {})
+    (told,) = run.damage
+    assert told.startswith("config.json cannot be read: ")
+
+
+@settings(deadline=None, max_examples=200)
+@given(mutated(b"".join(sealed(r.model_dump_json()).encode() + b"\n" for r in ALL)))
+def test_damaged_files_are_read_in_part_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "records.jsonl").write_bytes(data)
+    (folder / "config.json").write_bytes(data)
+    try:
+        run = read_run(folder)
+    except DamagedFileError:
+        return
+    assert run.header.seed >= 0
+    assert sum(map(len, (*run.damage, *run.notes))) < 2_000
 
 
 def test_records_refuse_unknown_fields_and_changes() -> None:
@@ -255,7 +384,7 @@ def test_records_refuse_unknown_fields_and_changes() -> None:
 @pytest.mark.parametrize("records", [[], [EPOCH], [EPOCH, RUN]], ids=len)
 def test_the_first_record_must_be_a_run(tmp_path: Path, records: list[Record]) -> None:
     write(tmp_path, records)
-    with pytest.raises(ValueError, match=r"records\.jsonl does not begin with a run record"):
+    with pytest.raises(ValueError, match=r"cannot be read: it does not begin with a run record"):
         read_run(tmp_path)
 
 

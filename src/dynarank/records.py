@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -247,7 +247,7 @@ class RecordWriter:
     Args:
         folder: the folder of the run.
         position: where to go on, from :meth:`position`: what was written after it is cut off.
-            None: the file is begun anew, with its first record.
+            None: the file begins again, with its first record.
 
     Raises:
         DamagedFileError: the records before the position are not those that were written.
@@ -278,7 +278,7 @@ class RecordWriter:
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def _open(self) -> FileIO:
-        self._file = cast(FileIO, self._path.open("r+b", buffering=0))
+        self._file = self._path.open("r+b", buffering=0)
         return self._file
 
     def _append(self, file: FileIO, line: bytes) -> None:

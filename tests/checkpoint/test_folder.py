@@ -44,7 +44,7 @@ def test_everything_is_on_the_device_before_it_counts(tmp_path: Path) -> None:
     assert equal(read_folder(tmp_path / "quick"), contents(1))
 
 
-@pytest.mark.parametrize("kind", ["foreign", "model", "mixed", "file"])
+@pytest.mark.parametrize("kind", ["foreign", "model", "mixed", "file", "other manifest"])
 def test_nothing_but_a_checkpoint_is_replaced(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "work"
     if kind == "file":
@@ -54,6 +54,8 @@ def test_nothing_but_a_checkpoint_is_replaced(tmp_path: Path, kind: str) -> None
             write_folder(folder, contents(1))
         folder.mkdir(exist_ok=True)
         (folder / ("model.safetensors" if kind == "model" else "thesis.tex")).write_text("mine")
+        if kind == "other manifest":
+            (folder / MANIFEST).write_text('{"name": "another program"}')
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=r"is no checkpoint, or holds more than one.*nothing was"):
         write_folder(folder, contents(2))
@@ -134,7 +136,7 @@ def test_a_volume_without_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def action(n: int, name: str, args: tuple[Any, ...]) -> None:
         nonlocal writes
         writes += name == "write"
-        if name == "rename" or (name == "write" and writes == 8):  # of ten: the second time over
+        if name == "rename" or (name == "write" and writes == 12):  # of 16
             raise OSError(errno.ENOTSUP if name == "rename" else errno.ENOSPC, "failed")
 
     with at_calls(action), pytest.raises(OSError, match="failed"):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,18 +16,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 from training import Silent
 
-from dynarank.checkpoint.folder import read_folder
+from dynarank.checkpoint.folder import Contents, read_folder
+from dynarank.files.reading import DamagedFileError
 from dynarank.records import ChangeRecord, SummaryRecord, read_run
+from dynarank.train import run as run_module
 from dynarank.train.bert import BERT
 from dynarank.train.bilstm import BiLSTM
 from dynarank.train.data import limit, limit_test, load_digits_data
 from dynarank.train.images import ImageTask
 from dynarank.train.interruption import Interrupted
 from dynarank.train.language_task import LanguageModelTask
-from dynarank.train.loop import Machine
-from dynarank.train.recipes import Recipe, load_recipe
+from dynarank.train.loop import DivergedError, Machine, Trainer
+from dynarank.train.recipes import Recipe, RecipeError, load_recipe
 from dynarank.train.run import CheckpointPlan, run_schedule
 from dynarank.train.run_checkpoints import RunCheckpoints
 from dynarank.train.sentence_task import ACCURACY, ClassificationTask, Examples
@@ -32,7 +39,7 @@ from dynarank.train.text_files import TextData
 
 CPU = torch.device("cpu")
 EPOCHS = 3
-TIMES = {"seconds", "train_seconds", "wall_seconds", "started", "commit"}
+TIMES = {"crc", "seconds", "train_seconds", "wall_seconds", "started", "commit"}
 EVERY_STEP = CheckpointPlan(minutes=0, keep=1000)
 STOPPED = CheckpointPlan(minutes=None)
 
@@ -166,7 +173,7 @@ def test_stopped_after_every_step(case: Case, tmp_path: Path, monkeypatch: Any) 
     case.run(whole, checkpoints=EVERY_STEP)
     states = [state(whole, step) for step in range(1, case.steps + 1)]
     for step in range(1, case.steps + 1):
-        case.stop_at(step, checkpoints=CheckpointPlan(minutes=None, keep=1000))
+        case.stop_at(step, checkpoints=STOPPED)
         assert same(state(case.folder, step), states[step - 1]), step
         assert step == 1 or not same(states[step - 2], states[step - 1])
     case.run()
@@ -175,3 +182,249 @@ def test_stopped_after_every_step(case: Case, tmp_path: Path, monkeypatch: Any) 
     assert models[0] == models[1]
     if case.schedule != "low-rank":
         assert len({record.step for record in read_run(whole).all(ChangeRecord)}) > 1
+
+
+class Broken(RuntimeError):
+    pass
+
+
+class BreaksAt(Silent):
+    """A listener that raises at a step, as a fault in the middle of training does."""
+
+    def __init__(self, at: int, error: Callable[[], BaseException] = Broken) -> None:
+        self.at, self.error = at, error
+
+    def step(self, progress: Any) -> None:
+        if progress.step == self.at:
+            raise self.error()
+
+
+@pytest.mark.parametrize("name", ["images", "gpt"])
+def test_broken_after_the_last_checkpoint(name: str, tmp_path: Path) -> None:
+    """Records that were written after the checkpoint are cut off, a torn line included."""
+    case = Case(name, tmp_path / "broken")
+    case.run(tmp_path / "whole")
+    case.stop_at(3, checkpoints=STOPPED)
+    for at in (5, 6, case.steps - 4, case.steps):
+        with pytest.raises(Broken):
+            case.run(listener=BreaksAt(at), checkpoints=STOPPED)
+        with (case.folder / "records.jsonl").open("ab") as file:
+            file.write(b'{"kind":"epo')
+    case.run()
+    assert records(case.folder) == records(tmp_path / "whole")
+    models = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("broken", "whole")]
+    assert models[0] == models[1]
+
+
+def test_a_run_without_a_checkpoint_begins_again(tmp_path: Path) -> None:
+    case = Case("images", tmp_path / "broken")
+    case.run(tmp_path / "whole")
+    with pytest.raises(Broken):
+        case.run(listener=BreaksAt(8), checkpoints=STOPPED)
+    case.run()
+    assert records(case.folder) == records(tmp_path / "whole")
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    case = Case("low-rank", tmp_path / "run")
+    summary = case.run(checkpoints=EVERY_STEP)
+    assert not (case.folder / "checkpoints").exists()
+    before = {path.name: path.read_bytes() for path in case.folder.iterdir()}
+    said: list[str] = []
+    assert case.run(say=said.append) == summary
+    assert "finished already" in said[0]
+    assert {path.name: path.read_bytes() for path in case.folder.iterdir()} == before
+
+
+def test_another_run_is_refused(tmp_path: Path) -> None:
+    case = Case("low-rank", tmp_path / "run")
+    case.stop_at(2)
+    before = sorted(case.folder.rglob("*"))
+    for options, told in (
+        ({"seed": 1}, "seed: 0 there, 1 now"),
+        ({"epochs": 4}, "epochs: 3 there, 4 now"),
+        ({"machine": Machine(CPU, precision="bf16")}, "precision: fp32 there, bf16 now"),
+        ({"machine": Machine(CPU, noise=True)}, "noise: False there, True now"),
+    ):
+        with pytest.raises(RecipeError, match=told):
+            case.run(**options)
+    images = case.task.data.train_images  # type: ignore[attr-defined]
+    images[0, 0, 0, 0] += 1
+    other = Case("low-rank", case.folder)
+    other.task.data.train_images[0, 0, 0, 0] += 1  # type: ignore[attr-defined]
+    with pytest.raises(RecipeError, match="data_digest"):
+        other.run()
+    assert sorted(case.folder.rglob("*")) == before
+
+
+def test_wall_seconds_add_up(tmp_path: Path) -> None:
+    case = Case("low-rank", tmp_path / "run")
+    case.stop_at(2)
+    saved = read_folder(case.folder / "checkpoints" / "step-00000002").data["extra"]
+    begun = time.perf_counter()
+    summary = case.run()
+    here = time.perf_counter() - begun
+    assert saved["wall_seconds"] < summary.wall_seconds < saved["wall_seconds"] + here
+    assert summary.train_seconds > saved["trainer"]["train_seconds"]
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path: Path) -> None:
+    case = Case("images", tmp_path / "run")
+    case.run(tmp_path / "whole")
+    case.stop_at(4, checkpoints=EVERY_STEP)
+    newest = case.folder / "checkpoints" / "step-00000004" / "model.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    said: list[str] = []
+    case.run(say=said.append)
+    assert any("damaged" in text for text in said) and any("step 3 of" in text for text in said)
+    assert records(case.folder) == records(tmp_path / "whole")
+
+
+def test_changed_records_are_refused(tmp_path: Path) -> None:
+    case = Case("low-rank", tmp_path / "run")
+    case.stop_at(4)
+    path = case.folder / "records.jsonl"
+    data = path.read_bytes()
+    for changed in (data.replace(b"digits", b"digitz"), data[: len(data) // 2]):
+        path.write_bytes(changed)
+        with pytest.raises(DamagedFileError, match=r"records\.jsonl"):
+            case.run()
+        assert path.read_bytes() == changed
+    path.write_bytes(data)
+    case.run()
+
+
+def test_a_full_disk_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The state is kept, and the same call writes the model without training again."""
+    case = Case("images", tmp_path / "run")
+    case.run(tmp_path / "whole")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "save_tensors", full)
+    with pytest.raises(OSError, match=f"state of step {case.steps} is saved; make room"):
+        case.run(checkpoints=STOPPED)
+    monkeypatch.undo()
+    case.run(listener=BreaksAt(case.steps))
+    assert records(case.folder) == records(tmp_path / "whole")
+    model = (case.folder / "model.safetensors").read_bytes()
+    assert model == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_diverged_run_keeps_its_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:
+    case = Case("low-rank", tmp_path / "run")
+    case.stop_at(6)
+
+    def diverge(self: Trainer, epoch: int) -> None:
+        raise DivergedError("nan")
+
+    monkeypatch.setattr(Trainer, "train_epoch", diverge)
+    with pytest.raises(DivergedError):
+        case.run()
+    monkeypatch.undo()
+    assert (case.folder / "checkpoints" / "step-00000006").exists()
+    case.run(tmp_path / "whole")
+    case.run()
+    assert records(case.folder) == records(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["images", "gpt", "bert"])
+def test_an_epoch_begins_at_any_batch(name: str, tmp_path: Path) -> None:
+    task = Case(name, tmp_path).task
+    whole = list(task.epoch(1))
+    for start in range(len(whole) + 1):
+        rest = list(task.epoch(1, start))
+        assert len(rest) == len(whole) - start
+        for one, other in zip(rest, whole[start:], strict=True):
+            flat = [vars(b) if isinstance(b, Examples) else b for b in (one, other)]
+            assert same(leaves(flat[0]), leaves(flat[1]))
+
+
+def leaves(batch: Any) -> dict[str, Any]:
+    return {str(i): value for i, value in enumerate(_pytree.tree_leaves(batch))}
+
+
+class Plan:
+    """Checkpoints with a clock of their own, and what they wrote."""
+
+    def __init__(self, folder: Path, plan: CheckpointPlan) -> None:
+        self.now, self.taken = 0.0, list[int]()
+        self.step = 0
+        self.made = RunCheckpoints(folder, plan, print, self.take, lambda: self.now)
+
+    def take(self) -> Contents:
+        self.taken.append(self.step)
+        return Contents(data={"state": {}})
+
+    def at(self, now: float, *, event: bool = False) -> None:
+        self.now, self.step = now, self.step + 1
+        self.made.after_step(self.step, event=event)
+        self.made.close()
+
+
+def test_when_a_checkpoint_is_due(tmp_path: Path) -> None:
+    run = Plan(tmp_path, CheckpointPlan(minutes=1))
+    for second in range(1, 131):
+        run.at(second)
+    assert run.taken == [60, 120]
+    events = Plan(tmp_path / "b", CheckpointPlan(minutes=1))
+    for second in range(1, 31):
+        events.at(second, event=True)
+    assert events.taken[0] == 10 and len(events.taken) < 3  # each is as long as a step here
+    never = Plan(tmp_path / "c", CheckpointPlan(minutes=None))
+    never.at(1e6, event=True)
+    assert not never.taken and not (tmp_path / "c").exists()
+
+
+def test_no_such_plan() -> None:
+    for options in ({"minutes": -1.0}, {"minutes": float("nan")}, {"keep": 1}, {"share": 0.0}):
+        with pytest.raises(ValueError):
+            CheckpointPlan(**options)  # type: ignore[arg-type]
+
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from test_resume_run import CASES, Case, EVERY_STEP
+from dynarank.train.interruption import Interrupted, StopSignals
+case = Case("images", Path(sys.argv[1]))
+seen = 0
+def ask():
+    global seen
+    seen += 1
+    if len(sys.argv) > 2 and seen == 4:
+        os.kill(os.getpid(), int(sys.argv[2]))
+    return stop.requested()
+try:
+    with StopSignals() as stop:
+        case.run(checkpoints=EVERY_STEP, stop=ask)
+except Interrupted as stopped:
+    sys.exit(stopped.exit_code)
+"""
+
+
+def in_a_process(folder: Path, *signals: int) -> int:
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    path = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RUN, str(folder), *map(str, signals)]
+    return subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode
+
+
+def test_real_signals(tmp_path: Path) -> None:
+    case = Case("images", tmp_path / "run")
+    codes = [in_a_process(case.folder, n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)]
+    assert codes == [143, 130, -9]
+    assert in_a_process(case.folder) == 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        case.run(tmp_path / "whole")
+    finally:
+        torch.set_num_threads(threads)
+    assert records(case.folder) == records(tmp_path / "whole")
+    model = (case.folder / "model.safetensors").read_bytes()
+    assert model == (tmp_path / "whole" / "model.safetensors").read_bytes()

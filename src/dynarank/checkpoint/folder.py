@@ -22,6 +22,7 @@ from dynarank.checkpoint.manifest import (
     Entry,
     Manifest,
     check_name,
+    is_name,
     read_manifest,
 )
 from dynarank.files.atomic import remove, remove_orphans, temporary_beside, write_chunks
@@ -275,8 +276,9 @@ def _check_replaceable(folder: Path) -> None:
     except FileNotFoundError:
         pass
     except DamagedFileError:
-        rename_free(folder, f"{folder.name}.damaged")
-        return
+        foreign = {name for name in foreign if name != MANIFEST and not is_name(name)}
+        if not foreign:
+            rename_free(folder, f"{folder.name}.damaged")
     if foreign:
         raise ValueError(
             f"{folder} is no checkpoint, or holds more than one ({printable(min(foreign))}):"

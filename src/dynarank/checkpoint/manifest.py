@@ -12,7 +12,15 @@ from dynarank.files.json_data import dump_json, parse_json
 from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError, read_bytes
 
-__all__ = ["MANIFEST", "Entry", "Manifest", "NewerFormatError", "check_name", "read_manifest"]
+__all__ = [
+    "MANIFEST",
+    "Entry",
+    "Manifest",
+    "NewerFormatError",
+    "check_name",
+    "is_name",
+    "read_manifest",
+]
 
 MANIFEST = "MANIFEST.json"
 VERSION = 1
@@ -87,13 +95,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise DamagedFileError(path, f"{printable(str(error))}") from error
 
 
+def is_name(name: str) -> bool:
+    """Whether a file of a checkpoint may have this name."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_name(name: str) -> None:
     """Refuse a file name that is not one of a checkpoint: lower case, .json or .safetensors.
 
     Raises:
         ValueError: it is another.
     """
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise ValueError(
             f"{printable(name)!r} is not a file name of a checkpoint: up to 100 of a-z, 0-9, _ and"
             " -, then .json or .safetensors"

@@ -14,6 +14,7 @@ from numbers import Integral, Real
 from typing import Any, TypeVar
 
 import dynarank.schedules as schedules
+from dynarank.files.printable import printable
 from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, FullRank, LowRank, Rank
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule
@@ -94,8 +95,11 @@ def schedule_from_data(data: Mapping[str, Any]) -> RankSchedule:
         True
     """
     if (_CLASS not in data and ("form" in data or _MAP in data)) or data.get(_CLASS) in _PARTS:
-        raise ValueError(f"a schedule's data names its class, got {dict(data)!r}")
-    return _made(data)
+        raise ValueError(f"a schedule's data names its class, got {printable(repr(dict(data)))}")
+    try:
+        return _made(data)
+    except RecursionError:
+        raise ValueError("a schedule's data is nested too deeply to be one") from None
 
 
 def _to_data(value: Any) -> Any:
@@ -137,13 +141,13 @@ def _made(data: Mapping[str, Any]) -> Any:
     values = {key: _from_data(value) for key, value in data.items() if key != _CLASS}
     name = data.get(_CLASS)
     if (cls := _class_named(name)) is None:
-        raise ValueError(f"unknown schedule {name!r}; known: {_names()}")
+        raise ValueError(f"unknown schedule {printable(repr(name))}; known: {_names()}")
     wanted = [f for f in fields(cls) if f.init]
     needed = {f.name for f in wanted if f.default is MISSING and f.default_factory is MISSING}
     if (wrong := values.keys() - {f.name for f in wanted}) or (wrong := needed - values.keys()):
         raise ValueError(
             f"the data of {name} has the fields {', '.join(f.name for f in wanted)}; unknown or "
-            f"missing: {', '.join(sorted(wrong))}"
+            f"missing: {printable(', '.join(sorted(wrong)))}"
         )
     return cls(**values)
 

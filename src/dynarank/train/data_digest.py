@@ -29,6 +29,6 @@ def data_digest(task: Task) -> str:
         for tensor in task.tensors():
             digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
         _KNOWN[task] = digest.hexdigest()
     return _KNOWN[task]

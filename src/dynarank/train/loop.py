@@ -100,6 +100,10 @@ class _Sums:
         if score is not None:
             self.scores = score if self.scores is None else self.scores + score
 
+    def on(self, device: torch.device) -> _Sums:
+        scores = None if self.scores is None else self.scores.to(device)
+        return _Sums(self.learning_rate, self.losses.to(device), scores)
+
 
 class Trainer:
     """Trains a recipe under one schedule.
@@ -317,9 +321,7 @@ class Trainer:
         own = extra.pop("trainer")
         self.done, self.train_seconds = own["done"], own["train_seconds"]
         self._new_phase = own["new_phase"]
-        device = self.machine.device
-        sums = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in own["sums"].items()}
-        self._sums = _Sums(**sums)
+        self._sums = _Sums(**own["sums"]).on(self.machine.device)
         self.plan = current_plan(self.model)
         self.ledger.turn(self.plan)
         self.ledger.load_state_dict(own["ledger"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -199,5 +200,5 @@ def _finished(folder: Path) -> SummaryRecord | None:
 
 
 def _write_model(model: nn.Module, path: Path) -> None:
-    state = merge(model).state_dict()
+    state = merge(deepcopy(model)).state_dict()  # the model is still that of the optimizer
     save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})
