@@ -160,7 +160,7 @@ def _before_step(optimizer: Optimizer) -> None:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for module, weights in list(_REPLACED.items()):
         if any(id(one()) in held for each in weights.values() for one in each.new):
-            if trains:
+            if trains(optimizer):
                 forget_replaced(module)
             for each in weights.values():  # a step of rate 0 leaves the values
                 each.versions = None
