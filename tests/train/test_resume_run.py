@@ -240,12 +240,13 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     case = Case("low-rank", tmp_path / "run")
     case.stop_at(2)
     before = sorted(case.folder.rglob("*"))
-    for options, told in (
+    others: list[tuple[dict[str, Any], str]] = [
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"epochs": 4}, "epochs: 3 there, 4 now"),
         ({"machine": Machine(CPU, precision="bf16")}, "precision: fp32 there, bf16 now"),
         ({"machine": Machine(CPU, noise=True)}, "noise: False there, True now"),
-    ):
+    ]
+    for options, told in others:
         with pytest.raises(RecipeError, match=told):
             case.run(**options)
     images = case.task.data.train_images  # type: ignore[attr-defined]
