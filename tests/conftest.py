@@ -11,6 +11,7 @@ from covering import selected
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-laws", action="store_true", help="run laws over their whole products")
+    parser.addoption("--sequences", type=int, default=12, help="how many sequences of events")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

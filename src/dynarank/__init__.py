@@ -28,6 +28,7 @@ from dynarank.scheduler.batch_norm import BatchNormRecalibration
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.scheduler.truncation import ActivationAwareTruncation
+from dynarank.surgery.check import check
 from dynarank.surgery.sites import current_plan, survey
 from dynarank.surgery.verbs import apply_plan, deflate, factorize, inflate, merge
 
@@ -46,6 +47,7 @@ __all__ = [
     "UnfitWeightError",
     "apply_plan",
     "calibrate",
+    "check",
     "current_plan",
     "deflate",
     "factorize",

@@ -247,7 +247,7 @@ class RecordWriter:
     Args:
         folder: the folder of the run.
         position: where to go on, from :meth:`position`: what was written after it is cut off.
-            None: the first record begins the file.
+            None: the file begins again, with its first record.
 
     Raises:
         DamagedFileError: the records before the position are not those that were written.

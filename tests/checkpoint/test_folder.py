@@ -136,9 +136,7 @@ def test_a_volume_without_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def action(n: int, name: str, args: tuple[Any, ...]) -> None:
         nonlocal writes
         writes += name == "write"
-        if name == "rename" or (
-            name == "write" and writes == 12
-        ):  # of sixteen: the second time over
+        if name == "rename" or (name == "write" and writes == 12):  # of 16
             raise OSError(errno.ENOTSUP if name == "rename" else errno.ENOSPC, "failed")
 
     with at_calls(action), pytest.raises(OSError, match="failed"):

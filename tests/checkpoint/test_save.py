@@ -263,3 +263,15 @@ def test_a_saved_model_is_readable_as_a_plain_file(tmp_path: Path) -> None:
     found = load_file(tmp_path / "model" / "model.safetensors")
     own: dict[str, Tensor] = model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in own.items())
+
+
+def test_a_state_of_a_plain_model_is_restored_into_what_became_of_it() -> None:
+    model = net(0)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    contents = take(model=model, optimizer=optimizer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    dr.factorize(model, 3, layers="5", optimizer=optimizer)
+    dr.deflate(model, 2, layers="0", optimizer=optimizer)
+    restore(contents, model=model, optimizer=optimizer)
+    dr.check(model, optimizer)
+    assert_same_bits([before], [dict(model.state_dict())])

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import linecache
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import cache
@@ -24,8 +25,9 @@ SOURCE = Path(dr.__file__).parent
 WRITERS = {
     str(SOURCE / file)
     for file in (
-        "surgery/edit.py", "surgery/verbs.py", "surgery/transaction.py", "surgery/check.py",
-        "surgery/optimizer_state.py",
+        "surgery/edit.py", "surgery/verbs.py", "surgery/transaction.py", "surgery/committed.py",
+        "surgery/optimizer_state.py", "surgery/restore.py",
+        "scheduler/rank_scheduler.py", "scheduler/postponed.py",
         "layers/ranked.py", "layers/recurrent/modules.py", "monitors/calibration.py",
     )
 }  # fmt: skip
@@ -42,9 +44,13 @@ class Mixed(nn.Module):
         self.attention = nn.MultiheadAttention(4, 1)
         self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
         self.two.weight = self.one.weight
+        self.norm, self.frozen = nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False)
+        self.frozen.requires_grad_(False)
+        self.recurrent.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.recurrent(self.conv(x).permute(2, 0, 1))[0]
+        y = self.recurrent(self.norm(self.conv(x)).permute(2, 0, 1))[0]
+        y = self.frozen(torch.nn.functional.dropout(y, 0.1))
         return self.two(self.one(self.attention(y, y, y)[0]))
 
 
@@ -57,7 +63,23 @@ CHANGES: dict[str, Callable[[Mixed, torch.optim.Optimizer], object]] = {
     "inflate": lambda m, o: dr.inflate(m, optimizer=o),
     "deflate": lambda m, o: dr.deflate(m, 1, optimizer=o),
     "merge": lambda m, o: dr.merge(m, optimizer=o),
+    "step": lambda m, o: scheduler(m, o).step(),
+    "load": lambda m, o: scheduler(m, o).load_state_dict(saved()),
 }
+
+
+def scheduler(model: nn.Module, optimizer: torch.optim.Optimizer) -> dr.RankScheduler:
+    """One whose next step inflates."""
+    schedule = dr.schedules.dynamic_rank(2, inflate=1, deflate=3)
+    return dr.RankScheduler(model, optimizer, schedule, 4)
+
+
+@cache
+def saved() -> dict[str, Any]:
+    """The state of a scheduler after that step."""
+    ranks = scheduler(*trained(ranked=True))
+    ranks.step()
+    return ranks.state_dict()
 
 
 def trained(ranked: bool) -> Pair:
@@ -72,11 +94,19 @@ def trained(ranked: bool) -> Pair:
     return model, optimizer
 
 
+def copied(start: Pair) -> Pair:
+    """A copy, with a gradient that no change is to touch."""
+    model, optimizer = copy.deepcopy(start)
+    model.norm.weight.grad = torch.ones(4)
+    return model, optimizer
+
+
 def picture(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
     """Everything that a change may touch, by name."""
     names = {id(p): name for name, p in model.named_parameters()}
     modules = [
-        (path, type(m), sorted(vars(m)), m.forms if isinstance(m, RankedLayer) else None,
+        (path, type(m), m.training, sorted(vars(m)),
+         m.forms if isinstance(m, RankedLayer) else None,
          *(len(vars(m)[table]) for table in ("_forward_hooks", "_forward_hooks_with_kwargs")))
         for path, m in model.named_modules()
     ]  # fmt: skip
@@ -86,7 +116,14 @@ def picture(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
         (names.get(id(p), "foreign"), {key: value.tolist() for key, value in state.items()})
         for p, state in optimizer.state.items()
     ]
-    return [modules, values, groups, sorted(states, key=lambda s: s[0])]
+    buffers = [(name, buffer.tolist()) for name, buffer in model.named_buffers()]
+    gradients = [(n, p.grad.tolist()) for n, p in model.named_parameters() if p.grad is not None]
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), list(warnings.filters)
+    random = torch.get_rng_state().numpy().tobytes()
+    return [
+        modules, values, groups, sorted(states, key=lambda s: s[0]), buffers, gradients, modes,
+        random,
+    ]  # fmt: skip
 
 
 def identities(model: nn.Module) -> list[tuple[str, int]]:
@@ -94,15 +131,16 @@ def identities(model: nn.Module) -> list[tuple[str, int]]:
 
 
 @cache
-def is_with(file: str, line: int) -> bool:
-    return linecache.getline(file, line).lstrip().startswith("with ")
+def takes_no_signal(file: str, line: int) -> bool:
+    return linecache.getline(file, line).lstrip().startswith(("with ", "try:"))
 
 
 class Lines:
     """Counts the lines that run, of files that write and of stacks, and raises at one of them.
 
     Not at the line of a ``with`` (tracing shows it again when the block is left, before the context
-    exits, where Python takes no signal), and not in a clean-up that has begun.
+    exits, where Python takes no signal) or of a ``try``, which does nothing and no handler covers,
+    and not in a clean-up that has begun.
     """
 
     def __init__(self, stop: int | None = None) -> None:
@@ -114,7 +152,7 @@ class Lines:
             return None
         if frame.f_back is not None and frame.f_back.f_code.co_name == "_exit_wrapper":
             return None
-        if event == "line" and not is_with(file, frame.f_lineno):
+        if event == "line" and not takes_no_signal(file, frame.f_lineno):
             self.seen.append((file, frame.f_lineno))
             if len(self.seen) - 1 == self.stop:
                 sys.settrace(None)
@@ -142,11 +180,11 @@ def points(lines: list[tuple[str, int]]) -> list[int]:
 @pytest.mark.parametrize("verb", CHANGES)
 def test_a_change_interrupted_at_any_line(verb: str) -> None:
     change, start = CHANGES[verb], trained(ranked=verb != "factorize")
-    change(*copy.deepcopy(start))  # imports what it needs
-    done = copy.deepcopy(start)
+    change(*copied(start))  # imports what it needs
+    done = copied(start)
     lines = Lines().run(change, *done).seen
-    after, before, outcomes = picture(*done), picture(*start), Counter[str]()
-    model, optimizer = copy.deepcopy(start)
+    after, before, outcomes = picture(*done), picture(*copied(start)), Counter[str]()
+    model, optimizer = copied(start)
     for point in points(lines):
         held = identities(model)
         with pytest.raises(KeyboardInterrupt):
@@ -156,6 +194,6 @@ def test_a_change_interrupted_at_any_line(verb: str) -> None:
         if now == before:
             assert identities(model) == held
         else:
-            model, optimizer = copy.deepcopy(start)
+            model, optimizer = copied(start)
         outcomes["before" if now == before else "after"] += 1
     assert outcomes.keys() == {"before", "after"} and model(X).shape == (4, 2, 4)

@@ -85,11 +85,11 @@ def mixed() -> nn.Sequential:
 
 FORMS = st.one_of(
     st.just(FullRank()),
-    st.builds(LowRank, st.integers(1, 4), st.sampled_from(["svd", "tucker", "cp", "separable"])),
+    st.builds(LowRank, st.integers(1, 4), st.sampled_from(["svd", "tucker"])),
     st.builds(
         Adapted,
         st.integers(1, 4),
-        st.sampled_from(["svd", "tucker", "cp", "separable"]),
+        st.sampled_from(["svd", "tucker"]),
         st.sampled_from([0.5, 16.0]),
         restart=st.integers(0, 12),
     ),
@@ -98,7 +98,7 @@ FORMS = st.one_of(
 PLANS = st.fixed_dictionaries({}, optional={"0": FORMS, "2": FORMS, "3": FORMS})
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=10)
 @given(PLANS, PLANS, PLANS, st.sampled_from(LOSSLESS))
 def test_any_model_becomes_the_saved_one(
     before: dict[str, Form], plan: dict[str, Form], other: dict[str, Form], way: str

@@ -109,9 +109,9 @@ class Case:
         self.steps = EPOCHS * self.task.steps_per_epoch
 
     def run(self, folder: Path | None = None, **options: Any) -> SummaryRecord:
-        settings = {"seed": 0, "epochs": EPOCHS, "machine": self.machine, "say": print, **options}
-        place, listener = folder or self.folder, options.pop("listener", Silent())
-        settings.pop("listener", None)
+        settings: dict[str, Any] = {"seed": 0, "epochs": EPOCHS, "machine": self.machine}
+        settings |= options
+        place, listener = folder or self.folder, settings.pop("listener", Silent())
         return run_schedule(self.recipe, self.schedule, self.task, place, listener, **settings)
 
     def stop_at(self, step: int, **options: Any) -> None:

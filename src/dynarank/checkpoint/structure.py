@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.form_data import form_from_data, form_to_data
-from dynarank.forms import Adapted, Form, LowRank
+from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer
 from dynarank.surgery.edit import restore_on_exit
 from dynarank.surgery.restore import restore_forms
@@ -68,7 +68,10 @@ def restore_structure(
         ValueError: the data is not a structure, or the model has other layers or parameters.
     """
     layers = cast(Mapping[str, Mapping[str, Any]], data["layers"])
-    forms: dict[str, Form] = {path: form_from_data(one["form"]) for path, one in layers.items()}
+    forms: dict[str, Form] = {
+        site.path: FullRank() for site in survey(model) if isinstance(site.module, RankedLayer)
+    }
+    forms |= {path: form_from_data(one["form"]) for path, one in layers.items()}
     last = {path: form_from_data(one["last"]) for path, one in layers.items() if one["last"]}
     factored = {path: form for path, form in last.items() if isinstance(form, LowRank | Adapted)}
     restore_forms(model, forms, factored, list(optimizers), undo)

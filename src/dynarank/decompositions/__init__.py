@@ -9,6 +9,7 @@ from dynarank.decompositions.geometry import Factors, Geometry
 from dynarank.decompositions.numerics.linalg import (
     LinAlgError,
     UnfitWeightError,
+    all_finite,
     precise,
 )
 from dynarank.decompositions.registry import (
@@ -23,6 +24,7 @@ __all__ = [
     "Geometry",
     "LinAlgError",
     "UnfitWeightError",
+    "all_finite",
     "decomposition_names",
     "get_decomposition",
     "precise",

@@ -1,99 +1,124 @@
-"""The checks of a change while it can still be undone, and the warnings of what it loses."""
+"""The check of a training state on demand: do model, optimizer and what follows them agree?"""
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-from torch.optim import Optimizer
+from torch import nn
 
-from dynarank.layers import own_parameters
-from dynarank.surgery.edit import Edit
+from dynarank.surgery.averages import average_problems
+from dynarank.surgery.left_behind import replaced_problems
+from dynarank.surgery.lr_groups import lr_problems
+from dynarank.surgery.optimizer_fit import group_problems, state_problems, value_problems
+from dynarank.surgery.optimizer_state import Optimizers, as_list
+from dynarank.surgery.problem import Problem
+from dynarank.surgery.structure import structure_problems, tie_problems
+from dynarank.surgery.transaction import differences
+from dynarank.surgery.wrapper_fit import key_problems, unwrapped, wrapper_problems
 
-__all__ = ["check_committed", "warn_of_losses"]
-
-# The least share of an adapter's update that a merge warns of losing: restarts add up.
-_LOST = 0.1
-# The least share of the weight; fp32 loses no more than this.
-_VISIBLE = 1e-6
+__all__ = ["InvariantError", "check"]
 
 
-def check_committed(edits: Sequence[Edit], optimizers: Sequence[Optimizer]) -> None:
-    """Check that modules and optimizers have what ``edits`` gave them, and nothing from before.
+class InvariantError(RuntimeError):
+    """What is broken in a training state: ``problems``, each with its invariant and place."""
 
-    Each module has its new parameters; each that trains is in exactly one group; no old one is
-    left; the tensors of their states have their shapes and are finite.
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(["the training state is broken:", *map(str, problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
+
+
+def check(
+    model: nn.Module,
+    optimizer: Optimizers = None,
+    *,
+    lr_scheduler: Any = None,
+    ema: Any = None,
+    ranks: Any = None,
+) -> None:
+    """Check that a model and what trains it agree; what is broken is named in one error.
+
+    === ========================================================================================
+    I1  each parameter that trains is in exactly one group of the optimizers
+    I2  groups and states hold no parameter that is not the model's
+    I3  states have the shape, dtype and device of their parameters
+    I4  the LR scheduler drives these optimizers, and has a rate for each group
+    I5  the average (EMA) has the model's names, shapes and forms
+    I6  tied weights are tied wholly, as the model declares
+    I7  each layer has the parameters of its form, a frozen base, and the rank scheduler's form
+    I8  DDP and FSDP know each parameter that trains
+    I9  no container still holds a parameter that a change replaced
+    I10 weights, gradients, buffers and states are finite
+    I11 no wrapper inside the model puts its name into saved keys
+    === ========================================================================================
+
+    Nothing is changed. Call it between steps, when gradients are zero or finite; it reads every
+    tensor once.
+
+    Args:
+        model: any model, wrapped or not.
+        optimizer: every optimizer that trains it (in a list); None: I1 to I3 are not checked.
+        lr_scheduler: its LR scheduler, or several in a list.
+        ema: an averaged copy: a module (``AveragedModel``), an object with one, or a dictionary of
+            tensors.
+        ranks: the :class:`RankScheduler`.
 
     Raises:
-        RuntimeError: they do not.
+        InvariantError: something is broken; its ``problems`` are in the order above.
+        TypeError: an argument is something else.
+
+    Example:
+        >>> model = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> check(model, optimizer)
+        >>> _ = dr.inflate(model)  # without optimizer=
+        >>> check(model, optimizer)
+        Traceback (most recent call last):
+        dynarank.surgery.check.InvariantError: the training state is broken:
+        I1 0.weight: it trains, and is in none of the optimizers given, ...
     """
-    held = Counter(id(p) for one in optimizers for g in one.param_groups for p in g["params"])
-    for edit in edits:
-        in_groups = _in_groups(edit, held) if optimizers else ()
-        if faults := [*_in_modules(edit), *in_groups, *_in_states(edit, optimizers)]:
-            raise RuntimeError(
-                f"layer {edit.site.path!r}, {edit.change.before} -> {edit.change.after}: "
-                f"{faults[0]}. Model and optimizer are as they were before; this is a bug, in "
-                "dynarank or in the class of the layer or of the optimizer"
-            )
+    problems = list(_problems(model, as_list(optimizer), lr_scheduler, ema, ranks))
+    if problems:
+        raise InvariantError(sorted(problems, key=lambda one: int(one.invariant[1:])))
 
 
-def warn_of_losses(edits: Sequence[Edit]) -> None:
-    """Warn of updates that rounding takes as they are merged, and of biases that stay."""
-    lost = {
-        edit.site.path: share
-        for edit in edits
-        if (share := edit.change.update_error or 0) > _LOST and edit.change.error > _VISIBLE
-    }
-    if lost:
-        worst = max(lost, key=lambda path: lost[path])
-        _warn(
-            f"merging rounds away more than {_LOST:.0%} of what these adapters learned, most "
-            f"({lost[worst]:.0%}) at {worst!r}: {', '.join(lost)}. The dtype of their weights "
-            "cannot hold it: keep the adapters unmerged, or convert the model to fp32 first"
+def _problems(
+    model: nn.Module, optimizers: list[Any], lr_scheduler: Any, ema: Any, ranks: Any
+) -> Iterator[Problem]:
+    core = unwrapped(model)
+    if optimizers:
+        yield from group_problems(core, optimizers)
+        yield from state_problems(core, optimizers)
+    if lr_scheduler is not None:
+        yield from lr_problems(lr_scheduler, optimizers)
+    if ema is not None:
+        yield from average_problems(core, ema)
+    yield from tie_problems(core)
+    yield from structure_problems(core)
+    if ranks is not None:
+        yield from _rank_problems(core, optimizers, ranks)
+    yield from wrapper_problems(model)
+    yield from replaced_problems(core, optimizers)
+    yield from value_problems(core)
+    yield from key_problems(model)
+
+
+def _rank_problems(model: nn.Module, optimizers: list[Any], ranks: Any) -> Iterator[Problem]:
+    """I7: the rank scheduler is of this model, and its layers have the forms that it gave them."""
+    if unwrapped(ranks.model) is not model:
+        yield Problem("I7", "ranks", "it changes another model; make a new one of this model")
+        return
+    if other := [o for o in ranks.optimizer if optimizers and not any(o is k for k in optimizers)]:
+        text = f"it changes another {type(other[0]).__name__} than those given; make a new one"
+        yield Problem("I7", "ranks", text)
+    forms = ranks._readings().forms  # of its last plan, and of what is postponed
+    for site, form in differences(model, forms):
+        yield Problem(
+            "I7",
+            site.path,
+            f"its rank scheduler gave it {form}, and it is {site.form}: leave changes to the "
+            "scheduler, or load its state again",
         )
-    if left := {edit.site.path: edit.bias_left for edit in edits if edit.bias_left}:
-        _warn(
-            "activation-aware truncation does not move these biases to make up for the mean of "
-            f"the outputs: {', '.join(f'{path} ({why})' for path, why in left.items())}"
-        )
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)  # the caller of apply_plan and the like
-
-
-def _in_modules(edit: Edit) -> Iterator[str]:
-    for site in edit.site.places:
-        own = own_parameters(site.module)
-        if any(own.get(name) is not p for name, p in edit.new.items()):
-            yield f"the module at {site.module_paths[0]!r} does not have its new parameters"
-
-
-def _in_states(edit: Edit, optimizers: Sequence[Optimizer]) -> Iterator[str]:
-    for name, p in edit.new.items():
-        states = [one.state[p] for one in optimizers if p in one.state]
-        for key, value in (item for state in states for item in state.items()):
-            if isinstance(value, Tensor) and value.ndim > 0:
-                if not _fits(value, p):
-                    yield f"{key} of {name} has shape {tuple(value.shape)}, not {tuple(p.shape)}"
-                if not torch.isfinite(value).all():
-                    yield f"{key} of {name} is not finite"
-
-
-def _fits(value: Tensor, p: Tensor) -> bool:
-    """Whether it has the parameter's shape, or sides of 1 (means of rows or columns)."""
-    sides = zip(value.shape, p.shape, strict=False)
-    return value.ndim == p.ndim and all(own in (1, side) for own, side in sides)
-
-
-def _in_groups(edit: Edit, held: Counter[int]) -> Iterator[str]:
-    for name, p in edit.new.items():
-        count, trains = held[id(p)], not edit.site.spec.is_base(name)
-        if count != trains and (count > 0 or p.requires_grad):
-            yield f"{name} is in {count} groups of the optimizer"
-    if any(held[id(p)] for p in edit.old.values()):
-        yield "the optimizer still has its old parameters"

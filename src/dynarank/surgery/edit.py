@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.decompositions import Factors, UnfitWeightError, precise
+from dynarank.decompositions import Factors, UnfitWeightError, all_finite, precise
 from dynarank.decompositions.truncation import ActivationStats, split_activation_aware
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
@@ -186,7 +186,7 @@ def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"layer {path!r}: its {name} is on the meta device and has no values")
-        if not torch.isfinite(p.detach()).all():
+        if not all_finite(p):
             raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
 
 
@@ -213,12 +213,13 @@ def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]
     assert before is not None
     name = f"layer {site.path!r}: {before} -> {after}"
     for parameter in new.values():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise UnfitWeightError(
                 f"{name} has values too large for {parameter.dtype}, the dtype of the layer; "
                 "convert it to fp32 or bf16 first; it is left as it was"
             )
-    lost, whole = (_effective(spec, after, new) - weight).norm().item(), weight.norm().item()
+    lost = 0.0 if _keeps_weight(site, after, new) else _distance(site, after, weight, new)
+    whole = weight.norm().item() if lost else 0.0
     error = lost / whole if whole > 0 else lost
     tolerance = max(LOSSLESS.get(p.dtype, 1e-2) for p in new.values())
     if isinstance(after, LowRank):
@@ -233,6 +234,20 @@ def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]
     base = spec.to_canonical(precise(spec.base(before, site.parameters())))
     update = (weight - base).norm().item()
     return Change(site.path, before, after, error, lost / update if update > 0 else 0.0)
+
+
+def _keeps_weight(site: Site, after: Form, new: Mapping[str, Parameter]) -> bool:
+    """Whether the old weight itself is the base of the new form, under an adapter of zeros."""
+    base, *factors = new.values()
+    if not (isinstance(site.form, FullRank) and isinstance(after, Adapted)):
+        return False
+    (old,) = site.parameters().values()
+    return base.data_ptr() == old.data_ptr() and not bool(factors[-1].any())
+
+
+def _distance(site: Site, after: Form, weight: Tensor, new: Mapping[str, Parameter]) -> float:
+    """How far the weight of the new parameters is from the old one."""
+    return (_effective(site.spec, after, new) - weight).norm().item()
 
 
 def like_old(

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import FrameType, GeneratorType
 from typing import Any
 from weakref import ref
 
@@ -22,9 +23,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
-from dynarank.surgery.own_references import is_optimizer
+from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
+from dynarank.surgery.problem import Problem, shape
+from dynarank.surgery.replaced import kept_parameters
 
-__all__ = ["live", "watch_replaced"]
+__all__ = ["live", "replaced_problems", "watch_replaced"]
 
 # Of each replaced parameter: its layer's path, its module, and its weight's name in the module.
 _REPLACED = WeakTensorKeyDictionary()
@@ -41,6 +44,56 @@ def watch_replaced(edits: Iterable[Edit]) -> None:
             _REPLACED[old] = edit.site.path, ref(edit.site.module), edit.site.spec.name
     if _REPLACED:
         watch_steps(_check)
+
+
+def replaced_problems(model: nn.Module, optimizers: Sequence[Any]) -> list[Problem]:
+    """I9: parameters of this model that a change replaced, and that some container still holds.
+
+    Who holds one in a local variable is not seen, nor an autograd graph: both end soon.
+
+    Args:
+        model: without its wrappers.
+        optimizers: their groups and states are not said again.
+    """
+    modules = set(model.modules())
+    mine = [(old, entry) for old, entry in _REPLACED.items() if entry[1]() in modules]
+    if not mine:
+        return []
+    del mine[:]
+    gc.collect()
+    families = [wrapped(one) for one in optimizers]
+    known = [g["params"] for family in families for g in groups_of(family)]
+    known += [one.state for family in families for one in family]
+    kept = kept_parameters()
+    problems: list[Problem] = []
+    for old, (path, module, name) in _REPLACED.items():
+        if id(old) not in kept and module() in modules and (holders := _holders([old], known)):
+            problems.append(
+                Problem(
+                    "I9",
+                    path if name == "weight" else path.removesuffix(f".{name}") + f".{name}",
+                    f"its parameter of shape {shape(old)} was replaced by a change, and is still "
+                    f"held by {', '.join(holders)}, so its memory is not free: delete that",
+                )
+            )
+    return problems
+
+
+def _holders(parameters: list[Parameter], known: Sequence[object]) -> list[str]:
+    """What holds the parameter in a list of one, apart from that list, frames and what is known."""
+    found: list[str] = []
+    for holder in gc.get_referrers(*parameters):
+        passing = isinstance(holder, FrameType | GeneratorType) or holder is parameters
+        if passing or any(holder is one for one in known):
+            continue
+        if isinstance(holder, Mapping):
+            key = next((repr(k) for k, v in holder.items() if v is parameters[0]), None)
+            found.append(f"a dict, under {key}" if key else "a dict, as a key")
+        elif isinstance(holder, list | tuple | set | frozenset):
+            found.append(f"a {type(holder).__name__} of {len(holder)}")
+        else:
+            found.append(f"a {type(holder).__name__}")
+    return found
 
 
 def live(*classes: type) -> list[Any]:

@@ -23,7 +23,7 @@ from torch.optim import LBFGS, Optimizer
 from dynarank.forms import Change, LowRank
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.layers.form_entry import KEY
-from dynarank.surgery.check import check_committed
+from dynarank.surgery.committed import check_committed
 from dynarank.surgery.edit import Edit, check_names, check_replaceable, like_old, restore_on_exit
 from dynarank.surgery.exact_weights import forget, keep
 from dynarank.surgery.incoming import Incoming, Load, incoming

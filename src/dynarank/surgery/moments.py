@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dynarank.decompositions import Factors, UnfitWeightError, precise
+from dynarank.decompositions import Factors, UnfitWeightError, all_finite, precise
 from dynarank.surgery.side import Side
 from dynarank.surgery.state_layout import AVERAGES, Averaging, StateLayout
 
@@ -140,7 +140,7 @@ def check_states(path: str, states: Sequence[Mapping[str, Any]], layout: StateLa
     """Raise ValueError if states hold what cannot be moved, UnfitWeightError if not finite."""
     check_known(path, states, layout)
     values = [v for state in states for v in state.values() if isinstance(v, Tensor)]
-    if not all(torch.isfinite(v).all() for v in values):
+    if not all(map(all_finite, values)):
         raise UnfitWeightError(
             f"layer {path!r}: the optimizer's state holds NaN or infinite values"
         )
@@ -167,7 +167,7 @@ def settled(
         for key in _present([state], AVERAGES.squares) if "exp_avg" in state else ():
             state[key] = torch.maximum(state[key], _square_rounded_up(state["exp_avg"]))
     values = [v for _, state in states for v in state.values() if isinstance(v, Tensor)]
-    if all(bool(torch.isfinite(v).all()) for v in values):
+    if all(map(all_finite, values)):
         return list(states)
     warnings.warn(
         f"layer {path!r}: its optimizer state is not finite in the new form (in "

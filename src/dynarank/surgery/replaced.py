@@ -27,7 +27,14 @@ from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.site import Site
 
-__all__ = ["forget_replaced", "given_back", "keep_replaced", "recall", "returning_states"]
+__all__ = [
+    "forget_replaced",
+    "given_back",
+    "keep_replaced",
+    "kept_parameters",
+    "recall",
+    "returning_states",
+]
 
 
 @dataclass
@@ -76,6 +83,12 @@ def keep_replaced(edits: Iterable[Edit], optimizers: Sequence[Any], undo: ExitSt
             undo.callback(forget_replaced, site.module)
     if _REPLACED:
         watch_steps(_before_step)
+
+
+def kept_parameters() -> set[int]:
+    """The ids of all parameters that are kept."""
+    found = (one for by_name in _REPLACED.values() for one in by_name.values())
+    return {id(p) for one in found for p in one.parameters.values()}
 
 
 def given_back(site: Site, after: Form, undo: ExitStack) -> Edit | None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, same_weight
-from dynarank.surgery.check import check_committed, warn_of_losses
+from dynarank.surgery.committed import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit
 from dynarank.surgery.gradients import move_gradients
 from dynarank.surgery.left_behind import watch_replaced

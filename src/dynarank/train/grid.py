@@ -133,7 +133,7 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
         if key == "recipe" and isinstance(value, dict) and isinstance(old, dict):
             found += _recipe_differences(cast("dict[str, Any]", old), cast("dict[str, Any]", value))
         elif old != value:
-            digits = 12 if key == "data_digest" else None  # enough to tell two apart
+            digits = 12 if key == "data_digest" else None  # enough to show that they differ
             found.append(f"{key}: {str(old)[:digits]} there, {str(value)[:digits]} now")
     return found
 

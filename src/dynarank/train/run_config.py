@@ -1,4 +1,4 @@
-"""The configuration of a run: whether a folder holds this run or another."""
+"""The configuration of a run, by which the same run is recognized."""
 
 from __future__ import annotations
 

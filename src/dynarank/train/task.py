@@ -53,7 +53,7 @@ class Task(Protocol):
         ...
 
     def tensors(self) -> Iterator[Tensor]:
-        """All examples that train and test: their digest identifies the data."""
+        """All examples that train and test, by which a data set is recognized."""
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:

@@ -22,6 +22,7 @@ __all__ = [
     "RESOLVED",
     "LinAlgError",
     "UnfitWeightError",
+    "all_finite",
     "as_stored",
     "as_unfit",
     "as_unit",
@@ -68,6 +69,24 @@ def as_unfit(failure: str) -> Generator[None]:
 def precise(tensor: Tensor) -> Tensor:
     """The tensor, detached and converted to fp64 (fp32 if the device has no fp64)."""
     return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite.
+
+    Their sum tells, at a twentieth of the time of a test of each value, unless it overflows.
+
+    Example:
+        >>> all_finite(torch.tensor([3e38, 3e38])), all_finite(torch.tensor([1.0, torch.nan]))
+        (True, False)
+    """
+    values = tensor.detach()
+    if values.is_floating_point():
+        half = values.dtype in (torch.float16, torch.bfloat16)
+        total = values.sum(dtype=torch.float32 if half else values.dtype)
+        if bool(total.isfinite()):
+            return True
+    return bool(values.isfinite().all())
 
 
 def as_unit(matrix: Tensor) -> tuple[Tensor, Tensor]:
