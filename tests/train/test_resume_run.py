@@ -209,7 +209,7 @@ def test_broken_after_the_last_checkpoint(name: str, tmp_path: Path) -> None:
         with pytest.raises(Broken):
             case.run(listener=BreaksAt(at), checkpoints=STOPPED)
         with (case.folder / "records.jsonl").open("ab") as file:
-            file.write(b'{"kind":"epo')
+            file.write(b'{"kind":"epo' * 10_000)
     case.run()
     assert records(case.folder) == records(tmp_path / "whole")
     models = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("broken", "whole")]
