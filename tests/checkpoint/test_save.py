@@ -45,6 +45,7 @@ class Running:
         schedule = dynamic_rank(3, inflate=4, deflate=8, to=to)
         self.ranks = RankScheduler(self.model, self.optimizer, schedule, STEPS, layers=["0", "5"])
         self.ema: Any = {"momentum": 0.9, "loss": torch.zeros(())}
+        self.scaler: Any = None
 
     def parts(self) -> dict[str, Any]:
         return vars(self)
@@ -231,6 +232,91 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
 def test_the_state_of_another_model_or_optimizer_is_refused(name: str, tmp_path: Path) -> None:
     change, message = REFUSED[name]
     refused(change, message, tmp_path)
+
+
+def test_a_model_that_was_loaded_takes_states_of_other_forms(tmp_path: Path) -> None:
+    model = dr.factorize(net(0), 3)
+    dr.save(tmp_path / "run", model=model)
+    low, full = copy.deepcopy(model.state_dict()), dr.inflate(model).state_dict()
+    fresh = net(1)
+    dr.load(tmp_path / "run", model=fresh)
+    fresh.load_state_dict(full)
+    assert_same_bits(fresh.state_dict(), full)
+    fresh.load_state_dict(low)
+    assert_same_bits(fresh.state_dict(), low)
+
+
+def test_compiled_models_are_saved_and_loaded_as_what_they_compile(tmp_path: Path) -> None:
+    model, fresh = dr.factorize(net(0), 3), net(1)
+    compiled = [torch.compile(one, backend="eager") for one in (model, fresh)]
+    dr.save(tmp_path / "run", model=compiled[0], optimizer=plain_sgd(model)[1])  # type: ignore[arg-type]
+    for into in (net(2), compiled[1]):
+        optimizer = torch.optim.SGD(into.parameters(), lr=0.5, momentum=0.9)  # type: ignore[attr-defined]
+        dr.load(tmp_path / "run", model=into, optimizer=optimizer)  # type: ignore[arg-type]
+        assert optimizer.param_groups[0]["lr"] == 0.1
+    assert_same_bits(fresh.state_dict(), model.state_dict())
+
+
+class Refuses:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: object) -> None:
+        raise ValueError("this one refuses")
+
+
+def other_buffers(one: Any) -> None:
+    one.register_buffer("mine", torch.zeros(2))
+
+
+def another_lr_scheduler(run: Any) -> None:
+    run.lr_scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.optimizer, 5)
+
+
+FAILS: dict[str, tuple[Callable[[Any], object], str]] = {
+    "an object of the user's": (lambda run: setattr(run, "scaler", Refuses()), "this one refuses"),
+    "another LR scheduler": (another_lr_scheduler, "another class: its state has 'gamma'"),
+    "other buffers": (lambda run: other_buffers(run.model), 'Missing key.* "mine"'),
+    "an average with other buffers": (lambda run: other_buffers(run.ema), 'Missing key.* "mine"'),
+    "an average of other layers": (
+        lambda run: setattr(run, "ema", nn.Sequential(nn.Linear(3, 3))),
+        "the model has no layer '5'",
+    ),
+    "another dictionary": (lambda run: setattr(run, "ema", {"mine": 1}), "has other keys than in"),
+}
+
+
+@pytest.mark.parametrize("name", FAILS)
+def test_a_load_that_fails_late_changes_nothing_at_all(name: str, tmp_path: Path) -> None:
+    saved, own = Running("low-rank", "adamw"), Running("low-rank", "adamw", seed=1)
+    saved.steps(0, 6)
+    own.steps(0, 2)
+    for run in (saved, own):
+        run.ema, run.scaler = copy.deepcopy(run.model), torch.amp.GradScaler("cpu")
+    dr.save(tmp_path / "run", **saved.parts())
+    change, message = FAILS[name]
+    change(own)
+    parts = own.parts()
+    states = [one for one in parts.values() if not isinstance(one, dict)]
+
+    def now() -> list[Any]:
+        found = [one.state_dict() for one in states] + [torch.get_rng_state()]
+        return copy.deepcopy([*found, *(g["params"] for g in own.optimizer.param_groups)])
+
+    before, members = now(), [*map(id, own.optimizer.param_groups[0]["params"])]
+    with pytest.raises(ValueError, match=message):
+        dr.load(tmp_path / "run", **parts)
+    assert_same_bits(now(), before)
+    assert [*map(id, own.optimizer.param_groups[0]["params"])] == members
+    own.ema = {"loss": torch.zeros(())}
+    own.step(2)
+
+
+def test_the_state_of_an_optimizer_of_another_class_is_refused(tmp_path: Path) -> None:
+    model = net(0)
+    dr.save(tmp_path / "run", model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match=r"of the class SGD, .* was of the class Adam"):
+        dr.load(tmp_path / "run", model=model, optimizer=plain_sgd(model)[1])
 
 
 def test_an_optimizer_of_fewer_parameters_is_refused(tmp_path: Path) -> None:

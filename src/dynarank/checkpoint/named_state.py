@@ -13,10 +13,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from dynarank.surgery.own_references import inner_optimizer
 from dynarank.surgery.state_layout import SHAPED
 
 __all__ = ["load_named_state", "named_state", "place_parameters"]
+
+_KIND = "class"
 
 
 def named_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
@@ -36,7 +40,7 @@ def named_state(optimizer: Any, model: nn.Module) -> dict[str, Any]:
     groups = zip(state["param_groups"], names, strict=True)
     state["param_groups"] = [{**group, "params": row} for group, row in groups]
     state["state"] = {of.get(key, key): value for key, value in state["state"].items()}
-    return state
+    return {**state, _KIND: _kind(optimizer)}
 
 
 def place_parameters(
@@ -45,9 +49,15 @@ def place_parameters(
     """Give each group of the optimizer the members that it had, in their order; check the shapes.
 
     Raises:
-        ValueError: the optimizer has other parameters or another number of groups, or a tensor of
-            the state does not have its parameter's shape.
+        ValueError: the optimizer is of another class, has other parameters or another number of
+            groups, or a tensor of the state does not have its parameter's shape.
     """
+    then, now = saved.get(_KIND), _kind(optimizer)
+    if then and now and then != now:
+        raise ValueError(
+            f"the optimizer is of the class {now}, the checkpoint's was of the class {then}; make "
+            "the same optimizer as in the saved run, or leave optimizer out"
+        )
     wanted = [list(cast(Sequence[str], group["params"])) for group in saved["param_groups"]]
     names, groups = _names(optimizer, model), optimizer.param_groups
     members = [p for group in groups for p in group["params"]]
@@ -66,8 +76,9 @@ def place_parameters(
     for name, entries in _states(saved):
         _check_shapes(name, own.get(name), entries)
     for group, row in zip(groups, wanted, strict=True):
-        undo.callback(group.__setitem__, "params", list(group["params"]))
-        group["params"][:] = [own[name] for name in row]
+        members = group["params"]  # the very list, in which earlier changes are taken back too
+        undo.callback(members.__setitem__, slice(None), list(members))
+        members[:] = [own[name] for name in row]
 
 
 def load_named_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
@@ -79,11 +90,24 @@ def load_named_state(optimizer: Any, saved: Mapping[str, Any]) -> None:
         {**g, "params": [numbers[name] for name in g["params"]]} for g in saved["param_groups"]
     ]
     states = {numbers.get(key, key): value for key, value in saved["state"].items()}
-    optimizer.load_state_dict({**saved, "state": states, "param_groups": groups})
+    rest = {key: value for key, value in saved.items() if key != _KIND}
+    optimizer.load_state_dict({**rest, "state": states, "param_groups": groups})
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items() if isinstance(parameter, Tensor) else ():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 entries[key] = _laid_out(value, parameter)
+
+
+def _kind(optimizer: Any) -> str:
+    """The class of torch's that the optimizer is at heart; "" for one of somebody else's.
+
+    Example:
+        >>> _kind(torch.optim.AdamW([torch.ones(1)]))  # which is an Adam
+        'Adam'
+    """
+    classes = [one for one in type(inner_optimizer(optimizer)).__mro__ if one is not Optimizer]
+    of_torch = [one.__name__ for one in classes if one.__module__.startswith("torch.optim.")]
+    return of_torch[-1] if of_torch else ""
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:

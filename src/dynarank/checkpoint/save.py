@@ -115,7 +115,8 @@ def load(
 
     Raises:
         DamagedFileError: a file is missing, cut, or not what was written; nothing has changed.
-        ValueError: it is the state of another model or optimizer; nothing has changed.
+        ValueError: it is the state of another model, optimizer, average or LR scheduler; nothing
+            has changed. So whatever else one of the objects raises.
     """
     return restore(
         read_folder(Path(folder), verify=verify),

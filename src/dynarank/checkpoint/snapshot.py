@@ -6,9 +6,9 @@ forms the weights are, ``state`` holds the rest (schedulers, random states, what
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from dynarank.checkpoint.random_states import random_states as read_random_state
 from dynarank.checkpoint.random_states import set_random_states
 from dynarank.checkpoint.structure import restore_structure, structure_of
 from dynarank.checkpoint.tree import flatten, unflatten
+from dynarank.checkpoint.values import keep_optimizer, load_modules, load_other
+from dynarank.layers import RankedLayer
+from dynarank.surgery.loading import follow_loads
+from dynarank.surgery.optimizer_signature import sign_states
 
 __all__ = ["restore", "take"]
 
@@ -40,6 +44,7 @@ def take(
 
     Arguments and errors are those of :func:`dynarank.save`.
     """
+    model = _uncompiled(model)
     others = {"ranks": ranks, "lr_scheduler": lr_scheduler, "scaler": scaler}
     parts: dict[str, Any] = {
         "model": model.state_dict(),
@@ -75,6 +80,7 @@ def restore(
 
     Arguments and errors are those of :func:`dynarank.load`.
     """
+    model = _uncompiled(model)
     parts = {name: _part(contents, name) for name in _PARTS}
     saved = {**parts["state"], "optimizer": parts["optimizer"], "ema": parts["ema"]}
     given = {"optimizer": optimizer, "ranks": ranks, "lr_scheduler": lr_scheduler}
@@ -83,26 +89,39 @@ def restore(
         for name, one in {**given, "ema": ema, "scaler": scaler}.items()
     }
     structure = contents.data["structure"]
-    averages = list(zip((one for one, _ in pairs["ema"]), structure["ema"], strict=False))
+    averages = zip(pairs["ema"], structure["ema"], strict=False)
+    modules = [(pair, known) for pair, known in averages if isinstance(pair[0], nn.Module)]
+    others = [pair for pair in pairs["ema"] if not isinstance(pair[0], nn.Module)]
     with ExitStack() as undo:
+        undo.callback(set_random_states, read_random_states())
         for one, state in pairs["ranks"]:
-            one.load_state_dict(state)
+            one.load_state_dict(state, undo=undo)
         restore_structure(model, structure["model"], _all(optimizer), undo)
-        for one, known in averages:
+        for (one, _), known in modules:
             if known is not None:
                 restore_structure(one, known, (), undo)
         for one, state in pairs["optimizer"]:
             place_parameters(one, model, state, undo)
+            keep_optimizer(one, undo)
+            load_named_state(one, state)
+        for name, those in (*((n, pairs[n]) for n in ("lr_scheduler", "scaler")), ("ema", others)):
+            for one, state in those:
+                load_other(name, one, state, undo)
+        load_modules([(model, parts["model"]), *(pair for pair, _ in modules)], undo)
+        _set_gradients(model, parts["gradients"])
+        if random_states and parts["random"] is not None:
+            set_random_states(parts["random"])
         undo.pop_all()
-    model.load_state_dict(parts["model"])
-    _set_gradients(model, parts["gradients"])
-    for one, state in pairs["optimizer"]:
-        load_named_state(one, state)
-    for one, state in (*pairs["lr_scheduler"], *pairs["scaler"], *pairs["ema"]):
-        _load(one, state)
-    if random_states and parts["random"] is not None:
-        set_random_states(parts["random"])
+    for one in (model, *(pair[0] for pair, _ in modules)):
+        if any(isinstance(module, RankedLayer) for module in one.modules()):
+            follow_loads(one)
+            sign_states(one, _all(optimizer) if one is model else ())
     return parts["extra"]
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    """The model that ``torch.compile`` was given: its names have no prefix."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _all(value: Any) -> list[Any]:
@@ -127,13 +146,6 @@ def _part(contents: Contents, name: str) -> Any:
 
 def _structure_of(average: Any) -> dict[str, Any] | None:
     return structure_of(average) if isinstance(average, nn.Module) else None
-
-
-def _load(one: Any, state: Any) -> None:
-    if isinstance(one, MutableMapping):
-        cast(MutableMapping[Any, Any], one).update(state)
-    else:
-        one.load_state_dict(state)
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

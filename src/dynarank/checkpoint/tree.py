@@ -146,7 +146,7 @@ class _Writer:
             return self.value(data.item(), place)
         try:
             tensor = torch.from_numpy(data.copy())
-        except TypeError as error:
+        except (TypeError, ValueError) as error:  # strings, another byte order
             raise TypeError(f"{self._at(place)}: {error}") from None
         return {"$array": self._tensor(tensor, place)}
 

@@ -6,7 +6,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -212,7 +212,7 @@ class RankScheduler:
             "gradients": None if self.gradients is None else self.gradients.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, undo: ExitStack | None = None) -> None:
         """Restore a saved position and the forms that the layers had then.
 
         The states of the model, the optimizer and the rank scheduler may be loaded in any order:
@@ -220,6 +220,10 @@ class RankScheduler:
         has changed since it was loaded returns exactly, until the first optimizer step. A weight
         of another form is re-expressed (zero if it is not finite) until the model's state is
         loaded. All or nothing: after an exception everything is as it was.
+
+        Args:
+            state: what :meth:`state_dict` returned.
+            undo: the caller's stack, which takes the load back unless it is emptied.
 
         Raises:
             ValueError: it is not the state of such a run: other steps, layers, schedule or
@@ -232,7 +236,10 @@ class RankScheduler:
         saved = SavedState.of(state, *own, shapes)
         for plan in saved.plans():
             differences(self.model, plan, sites)  # each is possible
-        with ExitStack() as undo:
+        with ExitStack() as own_undo:
+            undo = own_undo if undo is None else undo
+            if self.gradients is not None:
+                undo.callback(_reload, self.gradients, self.gradients.state_dict())
             for part in (self, self.forecast, self._postponed):
                 restore_on_exit(vars(part), undo)
             restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo)
@@ -245,7 +252,7 @@ class RankScheduler:
             for name, one in saved.callbacks.items():
                 load_callback(name, self.callbacks[name], one, undo)
             self._load_gradients(saved.gradients)
-            undo.pop_all()
+            own_undo.pop_all()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -360,6 +367,12 @@ class RankScheduler:
         plan, now = self.schedule.update(self._state, clock, readings).plan, readings.forms
         paths = [path for path, form in plan.items() if form != now.get(path, form)]
         self.gradients.watch(paths, changed=changed)
+
+
+def _reload(gradients: GradientWindow, state: Mapping[str, Any]) -> None:
+    """Go on with these gradients, of weights that have their old parameters again."""
+    with suppress(ValueError):
+        gradients.load_state_dict(state)
 
 
 def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site]) -> None:
