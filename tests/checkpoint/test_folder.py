@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from faults import at_calls, contents, count_calls, equal, failing, litter, tree
+from torch import Tensor
 
+from dynarank.checkpoint import folder as folder_module
 from dynarank.checkpoint.folder import read_folder, write_folder
 from dynarank.checkpoint.manifest import MANIFEST
 from dynarank.files import volume
@@ -142,3 +144,19 @@ def test_a_volume_without_renaming(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with at_calls(action), pytest.raises(OSError, match="failed"):
         write_folder(folder, contents(2))
     assert os.listdir(tmp_path) == []
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read_is_never_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer in another process: what is read is wholly the old one, or wholly the new."""
+    write_folder(tmp_path / "last", contents(1))
+    plain, steps = folder_module.load_tensors, iter((2, 3))
+
+    def replaced_first(path: Path) -> dict[str, Tensor]:
+        if (step := next(steps, None)) is not None:
+            write_folder(tmp_path / "last", contents(step, size=step * 9))
+        return plain(path)
+
+    monkeypatch.setattr(folder_module, "load_tensors", replaced_first)
+    assert equal(read_folder(tmp_path / "last"), contents(3, size=27))

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dynarank as dr
 from dynarank import RankScheduler
+from dynarank.checkpoint.folder import Contents, write_folder
 from dynarank.checkpoint.snapshot import restore, take
 from dynarank.schedules import dynamic_rank
 
@@ -361,3 +362,10 @@ def test_a_state_of_a_plain_model_is_restored_into_what_became_of_it() -> None:
     restore(contents, model=model, optimizer=optimizer)
     dr.check(model, optimizer)
     assert_same_bits([before], [dict(model.state_dict())])
+
+
+def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path: Path) -> None:
+    write_folder(tmp_path / "\x1b[31m", Contents({"model": {"weight": torch.ones(2)}}))
+    with pytest.raises(ValueError, match="does not fit what it is loaded into") as caught:
+        dr.load(tmp_path / "\x1b[31m", model=nn.Linear(2, 2))
+    assert str(caught.value).isprintable()

@@ -65,7 +65,12 @@ def test_nested_data_comes_back_as_it_was(data: object) -> None:
 
 
 def test_other_containers_come_back_too() -> None:
-    data = {"set": {1, "a"}, "counter": Counter([3, 3, 4]), "deque": deque([1, 2], 5)}
+    data = {
+        "set": {1, "a", frozenset({2})},
+        frozenset(): {frozenset({1})},
+        "counter": Counter([3, 3, 4]),
+        "deque": deque([1, 2], 5),
+    }
     assert through_json(data) == data
     assert through_json(data)["deque"].maxlen == 5
     assert through_json(OrderedDict(a=np.float64(2), b=np.arange(3)))["a"] == 2.0
@@ -85,6 +90,8 @@ def test_a_tensor_that_stands_in_two_places_is_one_again() -> None:
         np.array([object()]),
         torch.empty(2, device="meta"),
         torch.eye(2).to_sparse(),
+        np.longdouble(1),
+        np.arange(2, dtype=">i4"),
         object(),
     ],
     ids=["function", "generator", "objects", "meta", "sparse", "object"],

@@ -287,6 +287,7 @@ def test_a_signal_outside_of_training_loses_nothing(
         code, _, err = run(*ONE, "--out", "one")
     assert code == 143 and "interrupted (SIGTERM)" in err and "Traceback" not in err
     assert (here / "one").exists() == (name == "write_report")
+    assert ("--resume one" in err) == (name == "write_report")  # a run that is not there
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are given back
     assert run(*ONE, "--out", "one")[0] == 0
     assert_same_run(here / "one", whole)

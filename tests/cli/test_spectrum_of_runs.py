@@ -43,3 +43,9 @@ def test_a_flip_of_any_bit_of_the_weights_is_noticed(run: Path) -> None:
 def test_damaged_records_say_nothing_of_the_weights(run: Path) -> None:
     (run / "records.jsonl").write_bytes(b"")
     spectrum(run, rank=2, no_plot=True)
+
+
+def test_weights_that_are_kept_elsewhere_are_read(run: Path, tmp_path: Path) -> None:
+    weights = run / "model.safetensors"
+    weights.symlink_to(weights.rename(tmp_path / "store"))
+    spectrum(run, rank=2, no_plot=True)

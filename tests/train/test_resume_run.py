@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -378,6 +379,30 @@ def test_when_a_checkpoint_is_due(tmp_path: Path) -> None:
     never = Plan(tmp_path / "c", CheckpointPlan(minutes=None))
     never.at(1e6, event=True)
     assert not never.taken and not (tmp_path / "c").exists()
+
+
+def test_only_checkpoints_are_removed_at_the_end(tmp_path: Path) -> None:
+    taken = Contents(data={"state": {}})
+    checkpoints = RunCheckpoints(tmp_path, CheckpointPlan(), print, lambda: taken)
+    checkpoints.save(3, wait=True)
+    kept = {"step-00000003.copy1", "step-00000003-2", "step-00000003.damaged-2"}
+    for name in kept:
+        shutil.copytree(tmp_path / "checkpoints" / "step-00000003", tmp_path / "checkpoints" / name)
+    checkpoints.remove()
+    assert set(os.listdir(tmp_path / "checkpoints")) == kept
+
+
+def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path: Path) -> None:
+    recipe, task = digits()
+    machine = Machine(torch.device("cpu"))
+    checkpoints = RunCheckpoints(
+        tmp_path, CheckpointPlan(), print, lambda: Contents(data={"state": {}})
+    )
+    checkpoints.save(1, wait=True)
+    with pytest.raises(ValueError, match="is not one of this run"):
+        run_schedule(
+            recipe, "low-rank", task, tmp_path, Silent(), seed=0, epochs=30, machine=machine
+        )
 
 
 def test_no_such_plan() -> None:

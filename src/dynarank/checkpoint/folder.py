@@ -39,6 +39,7 @@ _SPARE = 1.2  # free space asked for, relative to the size: other processes writ
 _MAX_JSON = 64 << 20
 _OF_THE_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _WAY_OUT = "use another checkpoint"
+_TRIES = 20  # a writer may replace a checkpoint while it is read
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,21 @@ def read_folder(
         DamagedFileError: a file has changed, is missing, was added or is not a regular file: which.
         NewerFormatError: a newer version wrote it.
     """
-    folder = _whole(folder)
+    for left in reversed(range(_TRIES)):
+        place = _whole(folder)
+        read = _identity(place)
+        try:
+            contents = _read(place, verify, step)
+        except (DamagedFileError, FileNotFoundError):
+            if not left or _identity(_whole(folder)) == read:
+                raise
+        else:
+            if _identity(_whole(folder)) == read:
+                return contents
+    raise DamagedFileError(folder, f"it was replaced {_TRIES} times while it was read", "try again")
+
+
+def _read(folder: Path, verify: Literal["full", "size"], step: int | None) -> Contents:
     manifest = verify_folder(folder, verify, step=step)
     contents = Contents()
     for name in manifest.files:
@@ -175,6 +190,15 @@ def _whole(folder: Path) -> Path:
 
 def _previous(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.previous")
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from the one that replaces it while it is read."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _names(folder: Path) -> set[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from dynarank.checkpoint.folder import read_folder, write_folder
 from dynarank.checkpoint.snapshot import restore, take
+from dynarank.files.printable import printable
 
 __all__ = ["load", "save"]
 
@@ -118,13 +119,21 @@ def load(
         ValueError: it is the state of another model, optimizer, average or LR scheduler; nothing
             has changed. So whatever else one of the objects raises.
     """
-    return restore(
-        read_folder(Path(folder), verify=verify),
-        model=model,
-        optimizer=optimizer,
-        ranks=ranks,
-        lr_scheduler=lr_scheduler,
-        ema=ema,
-        scaler=scaler,
-        random_states=random_states,
-    )
+    contents = read_folder(Path(folder), verify=verify)
+    try:
+        return restore(
+            contents,
+            model=model,
+            optimizer=optimizer,
+            ranks=ranks,
+            lr_scheduler=lr_scheduler,
+            ema=ema,
+            scaler=scaler,
+            random_states=random_states,
+        )
+    except (LookupError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"the state in {printable(str(folder), 500)} does not fit what it is loaded into "
+            f"({printable(why)}): use a folder that dr.save wrote, with what was given to it"
+        ) from error

@@ -27,11 +27,16 @@ from dynarank.files.atomic import remove_orphans
 from dynarank.files.ownership import rename_free
 from dynarank.files.reading import DamagedFileError
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "is_step"]
 
 _STEP = re.compile(r"step-(\d{8,})", re.ASCII)
 _PREVIOUS = re.compile(r"\.(step-\d{8,})\.previous", re.ASCII)
 _DAMAGED = re.compile(r"step-\d{8,}\.damaged(-\d+)?", re.ASCII)
+
+
+def is_step(name: str) -> bool:
+    """Whether this is the name of a checkpoint of a run."""
+    return _STEP.fullmatch(name) is not None
 
 
 def _warn(message: str) -> None:

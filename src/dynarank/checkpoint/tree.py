@@ -126,7 +126,8 @@ class _Writer:
                 return {tag: [*extra, values] if extra else values} if tag else values
         if isinstance(data, set | frozenset):
             members = sorted(cast(set[Any], data), key=repr)
-            return {"$set": [self.value(one, place) for one in members]}
+            tag = "$frozenset" if isinstance(data, frozenset) else "$set"
+            return {tag: [self.value(one, place) for one in members]}
         if type(data).__module__ == "numpy":
             return self._numpy(data, place)
         raise TypeError(
@@ -142,7 +143,7 @@ class _Writer:
     def _numpy(self, data: Any, place: tuple[str, ...]) -> Any:
         if data.dtype.hasobject:
             raise TypeError(f"{self._at(place)} is a NumPy array of Python objects")
-        if data.ndim == 0:
+        if data.ndim == 0 and type(data.item()).__module__ != "numpy":  # as of a long double
             return self.value(data.item(), place)
         try:
             tensor = torch.from_numpy(data.copy())
@@ -156,7 +157,9 @@ class _Writer:
             raise TypeError(f"{self._at(place)} is a {kind} tensor, which cannot be saved")
         if (known := self._seen.get(id(tensor))) is not None:
             return known[0]
-        name = stem = "/".join(place) or self.name
+        # Lone surrogates are no UTF-8, which a file's names are.
+        stem = ("/".join(place) or self.name).encode("utf-8", "backslashreplace").decode()
+        name = stem
         number = 1
         while name in self.tensors:  # {"a/b": x, "a": {"b": y}}
             number += 1
@@ -197,6 +200,7 @@ _TAGS: dict[str, Callable[[Any], Any]] = {
     "$tuple": tuple,
     "$deque": lambda v: deque(v[1], v[0]),
     "$set": set,
+    "$frozenset": frozenset,
     "$items": lambda v: dict(v),
     "$counter": lambda v: Counter(dict(v)),
 }

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from dynarank.records import find_runs
+from dynarank.train.grid import COMMON
 from dynarank.train.interruption import Interrupted
 
 __all__ = ["GoOn", "raising_on_signals", "same_command"]
@@ -68,7 +69,8 @@ class GoOn:
     def leave(self, stop: Interrupted) -> NoReturn:
         """Say what is kept, which command goes on and which shows the page, and exit."""
         name = signal.Signals(stop.signum).name
-        go_on = shlex.join(self.command)
+        begun = (self.folder / COMMON).exists()
+        go_on = shlex.join(self.command if begun else ("dynarank", *sys.argv[1:]))
         report = shlex.join(("dynarank", "report", str(self.folder)))
         shown = report if _has_runs(self.folder) else None
         print(f"dynarank: interrupted ({name}): {_kept(stop, self.folder)}", file=sys.stderr)

@@ -113,7 +113,7 @@ def _verify(path: Path) -> None:
         summary = read_run(path).summary
     except DamagedFileError:  # says nothing of the weights
         return
-    if summary and summary.model_sha256 and sha256(weights) != summary.model_sha256:
+    if summary and summary.model_sha256 and sha256(weights.resolve()) != summary.model_sha256:
         raise DamagedFileError(
             weights,
             "it has changed since the run was written (another SHA-256 in its records)",

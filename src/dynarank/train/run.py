@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from dynarank.checkpoint.folder import Contents
+from dynarank.files.printable import printable
 from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
 from dynarank.forms import Change
@@ -119,7 +120,13 @@ class _Run:
     def begin(self, first: RunRecord) -> None:
         """Go on from the newest checkpoint, or begin with the first record."""
         if (found := self.checkpoints.newest()) is not None:
-            self._go_on(found)
+            try:
+                self._go_on(found)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"the checkpoint in {self.folder} is not one of this run "
+                    f"({type(error).__name__}: {printable(str(error))}): use another folder"
+                ) from error
             return
         self._write(first)
         self.recorder.begin()

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dynarank.checkpoint.folder import Contents, discard
-from dynarank.checkpoint.steps import Checkpoints
+from dynarank.checkpoint.steps import Checkpoints, is_step
 from dynarank.train.checkpoint_plan import CheckpointPlan
 
 __all__ = ["RunCheckpoints"]
@@ -83,10 +83,10 @@ class RunCheckpoints:
             self._checkpoints.close()
 
     def remove(self) -> None:
-        """Remove the checkpoints of a finished run; damaged ones, which were set aside, stay."""
+        """Remove the checkpoints of a finished run; damaged ones, and copies, stay."""
         self.close()
-        for path in self._folder.glob("step-*[0-9]"):
-            if ".damaged" not in path.name:
+        for path in self._folder.glob("step-*"):
+            if is_step(path.name):
                 discard(path)
         with suppress(OSError):  # not empty, or not there
             self._folder.rmdir()
