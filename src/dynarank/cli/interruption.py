@@ -88,6 +88,8 @@ def same_command(folder: Path, as_json: bool) -> GoOn:
 
 
 def _kept(stop: Interrupted, folder: Path) -> str:
+    if stop.folder is not None and stop.step is None:
+        return f"no step of {stop.folder} could be saved, it will begin again"
     if stop.folder is not None:
         return f"step {stop.step} is done and saved in {stop.folder}"
     return f"finished runs are kept in {folder}" if _has_runs(folder) else "nothing was begun"
