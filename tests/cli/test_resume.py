@@ -20,6 +20,7 @@ import pytest
 from command_line import call
 
 import dynarank
+from dynarank.cli.show import console
 from dynarank.files.atomic import replacing
 from dynarank.files.ownership import owned
 from dynarank.records import SummaryRecord, read_run
@@ -418,6 +419,17 @@ def test_an_interruption_on_a_full_disk_does_not_claim_to_have_saved(
         code, _, err = run(*ONE, "--out", "one")
     assert code == 143 and "is done and saved" not in err
     assert "interrupted (SIGTERM): no step of one could be saved, it will begin again" in err
+
+
+def test_an_output_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of ``dynarank train digits | head -1``, or after the terminal was closed."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        for _ in range(2):
+            console().print("low-rank: epoch 1/2")
+            closed.flush()
 
 
 def test_an_old_page_stays_whole_when_the_new_one_does_not_fit(here: Path) -> None:

@@ -272,7 +272,8 @@ class JobRunner:
 
 
 def _say(text: str) -> None:
-    print(f"dynarank: {text}", file=sys.stderr)
+    with suppress(OSError):  # closed
+        print(f"dynarank: {text}", file=sys.stderr)
 
 
 def _refuse_other_runs(folder: Path, jobs: Sequence[Job]) -> None:
