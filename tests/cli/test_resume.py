@@ -20,10 +20,12 @@ import pytest
 from command_line import call
 
 import dynarank
+from dynarank.cli.interruption import GoOn
 from dynarank.cli.show import console
 from dynarank.files.atomic import replacing
 from dynarank.files.ownership import owned
 from dynarank.records import SummaryRecord, read_run
+from dynarank.train.interruption import Interrupted
 
 SMALL = ["--epochs", "2", "--train-limit", "192", "--test-limit", "60"]
 ONE = ["train", "digits", *SMALL, "--schedule", "dynamic-rank"]
@@ -430,6 +432,13 @@ def test_an_output_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch
         for _ in range(2):
             console().print("low-rank: epoch 1/2")
             closed.flush()
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(SystemExit, match="129"):
+        GoOn(Path("one"), ("dynarank",), False).leave(Interrupted(signal.SIGHUP))
 
 
 def test_an_old_page_stays_whole_when_the_new_one_does_not_fit(here: Path) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -67,6 +67,11 @@ class GoOn:
 
     def leave(self, stop: Interrupted) -> NoReturn:
         """Say what is kept, which command goes on and which shows the page, and exit."""
+        with suppress(OSError):  # the terminal was closed
+            self._tell(stop)
+        sys.exit(stop.exit_code)
+
+    def _tell(self, stop: Interrupted) -> None:
         name = signal.Signals(stop.signum).name
         go_on = shlex.join(self.command)
         report = shlex.join(("dynarank", "report", str(self.folder)))
@@ -79,7 +84,6 @@ class GoOn:
             at = {"run": str(stop.folder), "step": stop.step} if stop.folder else {}
             told = {"folder": str(self.folder), "status": "interrupted", "signal": name, **at}
             print(json.dumps({**told, "go_on": go_on, "show": shown}, indent=2))
-        sys.exit(stop.exit_code)
 
 
 def same_command(folder: Path, as_json: bool) -> GoOn:
