@@ -87,7 +87,7 @@ def test_a_tensor_that_stands_in_two_places_is_one_again() -> None:
         torch.eye(2).to_sparse(),
         object(),
     ],
-    ids=str,
+    ids=["function", "generator", "objects", "meta", "sparse", "object"],
 )
 def test_what_cannot_be_stored_is_refused_by_its_place(value: object) -> None:
     with pytest.raises(TypeError, match=r"extra\['a'\]\['1'\]"):

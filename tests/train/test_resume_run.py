@@ -109,9 +109,9 @@ class Case:
         self.steps = EPOCHS * self.task.steps_per_epoch
 
     def run(self, folder: Path | None = None, **options: Any) -> SummaryRecord:
-        settings = {"seed": 0, "epochs": EPOCHS, "machine": self.machine, "say": print, **options}
-        place, listener = folder or self.folder, options.pop("listener", Silent())
-        settings.pop("listener", None)
+        settings: dict[str, Any] = {"seed": 0, "epochs": EPOCHS, "machine": self.machine}
+        settings |= options
+        place, listener = folder or self.folder, settings.pop("listener", Silent())
         return run_schedule(self.recipe, self.schedule, self.task, place, listener, **settings)
 
     def stop_at(self, step: int, **options: Any) -> None:
@@ -209,7 +209,7 @@ def test_broken_after_the_last_checkpoint(name: str, tmp_path: Path) -> None:
         with pytest.raises(Broken):
             case.run(listener=BreaksAt(at), checkpoints=STOPPED)
         with (case.folder / "records.jsonl").open("ab") as file:
-            file.write(b'{"kind":"epo')
+            file.write(b'{"kind":"epo' * 10_000)
     case.run()
     assert records(case.folder) == records(tmp_path / "whole")
     models = [(tmp_path / f / "model.safetensors").read_bytes() for f in ("broken", "whole")]
@@ -240,12 +240,13 @@ def test_another_run_is_refused(tmp_path: Path) -> None:
     case = Case("low-rank", tmp_path / "run")
     case.stop_at(2)
     before = sorted(case.folder.rglob("*"))
-    for options, told in (
+    others: list[tuple[dict[str, Any], str]] = [
         ({"seed": 1}, "seed: 0 there, 1 now"),
         ({"epochs": 4}, "epochs: 3 there, 4 now"),
         ({"machine": Machine(CPU, precision="bf16")}, "precision: fp32 there, bf16 now"),
         ({"machine": Machine(CPU, noise=True)}, "noise: False there, True now"),
-    ):
+    ]
+    for options, told in others:
         with pytest.raises(RecipeError, match=told):
             case.run(**options)
     images = case.task.data.train_images  # type: ignore[attr-defined]

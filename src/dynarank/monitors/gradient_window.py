@@ -85,10 +85,17 @@ class GradientWindow:
         kept = (g for ring in self._rings.values() for sample in ring.samples for g in sample)
         return sum(g.numel() * g.element_size() for g in kept)
 
-    def watch(self, paths: Iterable[str]) -> None:
-        """Store gradients of only these weights from now on; with no paths, stop."""
+    def watch(self, paths: Iterable[str], *, changed: bool = False) -> None:
+        """Store gradients of only these weights from now on; with no paths, stop.
+
+        Args:
+            paths: of the weights.
+            changed: whether weights may have other parameters than before, though the old ones are
+                still alive: their gradients are then dropped.
+        """
         wanted = set(paths)
-        if wanted == self._rings.keys() and all(ring.alive for ring in self._rings.values()):
+        alive = not changed and all(ring.alive for ring in self._rings.values())
+        if wanted == self._rings.keys() and alive:
             return
         sites = find_sites(self.model, survey(self.model), wanted) if wanted else {}
         rings = {path: _Ring(site.trained(), self.length) for path, site in sites.items()}

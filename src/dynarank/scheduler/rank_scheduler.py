@@ -290,7 +290,7 @@ class RankScheduler:
         plan, self._state, decisions = ask(self.schedule, self._state, clock, readings)
         self.decisions += decisions
         changes = self._apply(plan, sites)
-        self._watch_gradients()
+        self._watch_gradients(changed=bool(changes))
         return changes
 
     def _check_states(self) -> None:
@@ -351,14 +351,15 @@ class RankScheduler:
             )
         self._watch_gradients()
 
-    def _watch_gradients(self) -> None:
+    def _watch_gradients(self, *, changed: bool = False) -> None:
         """Keep the gradients of the layers that will have another form before long."""
         if self.gradients is None:
             return
         ahead = min(self.last_step + self.gradients.length, self.total_steps - 1)
         clock, readings = Clock(ahead, self.total_steps), self._readings()
         plan, now = self.schedule.update(self._state, clock, readings).plan, readings.forms
-        self.gradients.watch(path for path, form in plan.items() if form != now.get(path, form))
+        paths = [path for path, form in plan.items() if form != now.get(path, form)]
+        self.gradients.watch(paths, changed=changed)
 
 
 def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site]) -> None:

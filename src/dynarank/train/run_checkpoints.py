@@ -13,8 +13,6 @@ from dynarank.train.checkpoint_plan import CheckpointPlan
 
 __all__ = ["RunCheckpoints"]
 
-_FIRST_COST = 0.1  # seconds; no checkpoint after an epoch before 1 / share times as long
-
 
 class RunCheckpoints:
     """Writes the checkpoints of a run into its folder, in the background.
@@ -44,7 +42,7 @@ class RunCheckpoints:
         self._checkpoints: Checkpoints | None = None
         self._begun = clock()  # of the last checkpoint
         self._writing: int | None = None  # a step
-        self._cost = _FIRST_COST
+        self._cost = 0.0  # of the last one, in seconds: the first event always has one
         self.saved: int | None = None
         """The last step that is known to be saved."""
 
