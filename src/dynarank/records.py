@@ -258,6 +258,8 @@ class RecordWriter:
         self._file: FileIO | None = None
         self._digest, self._bytes = hashlib.sha256(), 0
         if position is not None:
+            if not self._path.exists():
+                raise _not_as_written(self._path, "it is missing")
             self._go_on(self._open(), position)
 
     def write(self, record: _Line) -> None:
@@ -298,10 +300,8 @@ class RecordWriter:
         self._bytes = len(kept)
         if self.position() != dict(position):
             self.close()
-            raise DamagedFileError(
-                self._path,
-                f"its first {position['bytes']:,} bytes are not those that were written",
-                "put the file back as it was; the weights are in the folder's checkpoints",
+            raise _not_as_written(
+                self._path, f"its first {position['bytes']:,} bytes are not those that were written"
             )
         file.truncate(self._bytes)
 
@@ -309,6 +309,11 @@ class RecordWriter:
         """Close the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _not_as_written(path: Path, problem: str) -> DamagedFileError:
+    way_out = "put the file back as it was; the weights are in the folder's checkpoints"
+    return DamagedFileError(path, problem, way_out)
 
 
 class Run:

@@ -20,9 +20,12 @@ import pytest
 from command_line import call
 
 import dynarank
+from dynarank.cli.interruption import GoOn
+from dynarank.cli.show import console
 from dynarank.files.atomic import replacing
 from dynarank.files.ownership import owned
 from dynarank.records import SummaryRecord, read_run
+from dynarank.train.interruption import Interrupted
 
 SMALL = ["--epochs", "2", "--train-limit", "192", "--test-limit", "60"]
 ONE = ["train", "digits", *SMALL, "--schedule", "dynamic-rank"]
@@ -162,6 +165,8 @@ def test_what_resume_takes(run: Any, here: Path) -> None:
     code, out, _ = run("train", "--resume", "two/low-rank")  # a part of it
     assert code == 0 and "Finished already" in out and "full-rank" in out
     assert run("train", "digits", "--rank", "4", "--resume", "two")[0] == 0
+    (here / "link").symlink_to("two/low-rank")
+    assert run("train", "--resume", "link")[0] == 0
     assert run("train", "text-gpt", "--resume", "two")[2].count("is of digits, not of text-gpt")
     assert "either --out or --resume" in run("train", "--resume", "two", "--out", "x")[2]
     assert "no common.json" in run("train", "--resume", "nowhere")[2]
@@ -404,6 +409,37 @@ def test_a_run_whose_weights_do_not_fit_on_the_disk_is_finished_by_the_same_comm
     assert not (here / "one" / "model.safetensors").exists()
     assert run(*ONE, "--out", "one")[0] == 0
     assert_same_run(here / "one", whole)
+
+
+def test_an_interruption_on_a_full_disk_does_not_claim_to_have_saved(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dynarank.checkpoint.steps.write_folder", full)
+    with signal_at(3, signal.SIGTERM):
+        code, _, err = run(*ONE, "--out", "one")
+    assert code == 143 and "is done and saved" not in err
+    assert "interrupted (SIGTERM): no step of one could be saved, it will begin again" in err
+
+
+def test_an_output_that_nobody_reads_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of ``dynarank train digits | head -1``, or after the terminal was closed."""
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        for _ in range(2):
+            console().print("low-rank: epoch 1/2")
+            closed.flush()
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("builtins.print", gone)
+    with pytest.raises(SystemExit, match="129"):
+        GoOn(Path("one"), ("dynarank",), False).leave(Interrupted(signal.SIGHUP))
 
 
 def test_an_old_page_stays_whole_when_the_new_one_does_not_fit(here: Path) -> None:

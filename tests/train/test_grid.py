@@ -13,9 +13,10 @@ from command_line import call
 
 from dynarank.cli.sweep import grid, parse_epochs
 from dynarank.files.ownership import owned
+from dynarank.files.reading import DamagedFileError
 from dynarank.files.sealed_json import sealed, unsealed
 from dynarank.records import find_runs, read_run
-from dynarank.train.grid import Job, find, open_folder, run_jobs
+from dynarank.train.grid import Job, find, open_folder, read_common, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe
 
 SMALL = ["--epochs", "2", "--train-limit", "192", "--test-limit", "60"]
@@ -131,6 +132,31 @@ def test_a_run_that_cannot_be_read_is_moved_aside_whole_and_trained_again(
     assert len(find_runs(runs)) == 4  # the report passes over what was moved aside
 
 
+def test_a_run_whose_checkpoints_cannot_be_read_is_moved_aside_too(
+    runs: Path, finished: Path
+) -> None:
+    place, said = runs / "seed1" / "low-rank", list[str]()
+    (place / "records.jsonl").unlink()
+    job, before = Job(place, load_recipe("digits"), "low-rank", 1), snapshot(place)
+
+    def train(job: Job) -> None:
+        if (place / "config.json").exists():
+            raise DamagedFileError(place / "checkpoints", "every checkpoint is damaged")
+        shutil.copytree(finished / "seed1" / "low-rank", place, dirs_exist_ok=True)
+
+    ((_, run),) = run_jobs([job], train, {"epochs": 2}, said.append)
+    assert run.summary is not None and "every checkpoint is damaged" in said[0]
+    assert snapshot(place.with_name("low-rank.aside")) == before
+
+    def refused(job: Job) -> None:
+        raise DamagedFileError(runs.parent / "data.npz", "it is cut")  # not of the run
+
+    (place / "records.jsonl").unlink()
+    with pytest.raises(DamagedFileError, match="it is cut"):
+        list(run_jobs([job], refused, {"epochs": 2}, said.append))
+    assert place.exists() and not place.with_name("low-rank.aside-2").exists()
+
+
 def test_compare_trains_a_run_again_that_cannot_be_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], runs: Path
 ) -> None:
@@ -218,6 +244,30 @@ def test_damaged_settings_are_moved_aside_and_each_run_is_checked_by_its_own(
     assert (runs / "common.json.aside").read_bytes() == before
     assert call(monkeypatch, "compare", "digits", *SMALL, *TWO, "--out", str(runs)) == 0
     assert "Finished already" in capsys.readouterr().out
+
+
+def test_settings_of_a_newer_version_are_kept(tmp_path: Path) -> None:
+    open_folder(tmp_path, {"epochs": 2, "of_a_newer_version": 1})
+    open_folder(tmp_path, {"epochs": 2})
+    open_folder(tmp_path, {"epochs": 2})
+    assert read_common(tmp_path) == {"epochs": 2, "of_a_newer_version": 1}
+
+
+@pytest.mark.parametrize("kind", ["empty", "folder", "device"])
+def test_settings_that_are_not_ours_are_refused_and_left(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    place = tmp_path / "common.json"
+    {
+        "empty": place.touch,
+        "folder": place.mkdir,
+        "device": lambda: place.symlink_to("/dev/zero"),  # without an end
+    }[kind]()
+    assert call(monkeypatch, "train", "digits", *SMALL, "--out", str(tmp_path)) == 2
+    assert "move it away" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["common.json"]
+    assert call(monkeypatch, "train", "--resume", str(tmp_path)) == 2
+    assert "repeat the command with --out" in capsys.readouterr().err
 
 
 def test_runs_on_other_data_are_not_mixed(

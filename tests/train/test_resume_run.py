@@ -22,7 +22,7 @@ from training import Silent
 
 from dynarank.checkpoint.folder import Contents, read_folder
 from dynarank.files.reading import DamagedFileError
-from dynarank.records import ChangeRecord, SummaryRecord, read_run
+from dynarank.records import ChangeRecord, RecordWriter, SummaryRecord, read_run
 from dynarank.train import run as run_module
 from dynarank.train.bert import BERT
 from dynarank.train.bilstm import BiLSTM
@@ -294,6 +294,9 @@ def test_changed_records_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DamagedFileError, match=r"records\.jsonl"):
             case.run()
         assert path.read_bytes() == changed
+    path.unlink()
+    with pytest.raises(DamagedFileError, match="it is missing; put the file back"):
+        case.run()
     path.write_bytes(data)
     case.run()
 
@@ -314,6 +317,27 @@ def test_a_full_disk_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert records(case.folder) == records(tmp_path / "whole")
     model = (case.folder / "model.safetensors").read_bytes()
     assert model == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_a_full_disk_in_between_ends_no_run_and_loses_no_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records wait in memory, and no checkpoint is written that counts on them."""
+    case = Case("low-rank", tmp_path / "run")
+    case.run(tmp_path / "whole")
+    write, said, calls = RecordWriter.write, list[str](), list[int]()
+
+    def full(writer: RecordWriter, record: Any) -> None:
+        calls.append(0)
+        if 3 < len(calls) < 7:
+            raise OSError(28, "No space left on device")
+        write(writer, record)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    case.run(say=said.append, checkpoints=EVERY_STEP)
+    assert sum("cannot be written (No space left" in text for text in said) == 1
+    assert any("could not be saved" in text for text in said)
+    assert records(case.folder) == records(tmp_path / "whole")
 
 
 def test_a_diverged_run_keeps_its_checkpoint(tmp_path: Path, monkeypatch: Any) -> None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -68,6 +68,11 @@ class GoOn:
 
     def leave(self, stop: Interrupted) -> NoReturn:
         """Say what is kept, which command goes on and which shows the page, and exit."""
+        with suppress(OSError):  # the terminal was closed
+            self._tell(stop)
+        sys.exit(stop.exit_code)
+
+    def _tell(self, stop: Interrupted) -> None:
         name = signal.Signals(stop.signum).name
         begun = (self.folder / COMMON).exists()
         go_on = shlex.join(self.command if begun else ("dynarank", *sys.argv[1:]))
@@ -81,7 +86,6 @@ class GoOn:
             at = {"run": str(stop.folder), "step": stop.step} if stop.folder else {}
             told = {"folder": str(self.folder), "status": "interrupted", "signal": name, **at}
             print(json.dumps({**told, "go_on": go_on, "show": shown}, indent=2))
-        sys.exit(stop.exit_code)
 
 
 def same_command(folder: Path, as_json: bool) -> GoOn:
@@ -90,6 +94,8 @@ def same_command(folder: Path, as_json: bool) -> GoOn:
 
 
 def _kept(stop: Interrupted, folder: Path) -> str:
+    if stop.folder is not None and stop.step is None:
+        return f"no step of {stop.folder} could be saved, it will begin again"
     if stop.folder is not None:
         return f"step {stop.step} is done and saved in {stop.folder}"
     return f"finished runs are kept in {folder}" if _has_runs(folder) else "nothing was begun"

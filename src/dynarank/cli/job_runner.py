@@ -26,6 +26,7 @@ from dynarank.train.grid import (
     Job,
     check_folder,
     find,
+    is_ours,
     open_folder,
     read_common,
     run_jobs,
@@ -271,7 +272,8 @@ class JobRunner:
 
 
 def _say(text: str) -> None:
-    print(f"dynarank: {text}", file=sys.stderr)
+    with suppress(OSError):  # closed
+        print(f"dynarank: {text}", file=sys.stderr)
 
 
 def _refuse_other_runs(folder: Path, jobs: Sequence[Job]) -> None:
@@ -290,7 +292,8 @@ def _read_or_move(folder: Path) -> dict[str, Any]:
     try:
         return read_common(folder) or {}
     except DamagedFileError as error:
-        if b'"command"' not in (folder / COMMON).read_bytes():
-            raise
+        if not is_ours(folder / COMMON, b'"command"'):
+            way_out = "move it away, or pass another --out"
+            raise DamagedFileError(error.name, error.problem, way_out) from error
         _say(f"{error}; moved to {move_aside(folder / COMMON)}; each run is checked by its own")
         return {}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 from types import TracebackType
+from typing import Any, TextIO, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -27,8 +32,39 @@ __all__ = ["ProgressListener", "console", "print_whole_words", "progress_text", 
 
 def console(*, quiet_stdout: bool = False) -> Console:
     """A console on stdout, or on stderr when stdout is for JSON; 120 columns if not a terminal."""
-    out = Console(stderr=quiet_stdout, highlight=False)
-    return out if out.is_terminal else Console(stderr=quiet_stdout, highlight=False, width=120)
+    file = cast("TextIO", _Lasting(sys.stderr if quiet_stdout else sys.stdout))
+    out = Console(file=file, highlight=False)
+    return out if out.is_terminal else Console(file=file, highlight=False, width=120)
+
+
+class _Lasting:
+    """A stream that may be closed (``| head``, a terminal), or full: no run ends for that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._lasting():
+            self._stream.flush()
+
+    @contextmanager
+    def _lasting(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.EPIPE, errno.EIO):  # nobody reads it any more
+                with suppress(OSError):
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, self._stream.fileno())
+                    os.close(nowhere)
 
 
 def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
@@ -98,7 +134,7 @@ class ProgressListener:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
-        sys.stdout.flush()
+        self._out.file.flush()
 
     def step(self, progress: Progress) -> None:
         """Update the bar."""

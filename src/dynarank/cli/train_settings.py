@@ -89,8 +89,14 @@ def find_train(run: Path) -> tuple[Path, dict[str, Any]]:
         RecipeError: there is none.
         DamagedFileError: its settings cannot be read.
     """
-    for folder in (run, run.parent, run.parent.parent):
-        if (there := read_common(folder)) is None:
+    above = run.resolve().parents[:2]  # "." and links do not say what they lie in
+    for folder in (run, run.parent, run.parent.parent, *above):
+        try:
+            there = read_common(folder)
+        except DamagedFileError as error:
+            way_out = f"repeat the command with --out {folder}"
+            raise DamagedFileError(error.name, error.problem, way_out) from error
+        if there is None:
             continue
         if (command := there.get("command")) != "train":
             raise RecipeError(

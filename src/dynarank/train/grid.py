@@ -30,6 +30,7 @@ __all__ = [
     "Job",
     "differences",
     "find",
+    "is_ours",
     "open_folder",
     "read_common",
     "run_jobs",
@@ -98,6 +99,7 @@ def open_folder(folder: Path, common: Mapping[str, Any]) -> None:
     """
     check_folder(folder, common)
     folder.mkdir(parents=True, exist_ok=True)
+    common = {**(read_common(folder) or {}), **common}  # what a newer version wrote stays
     write_text(folder / COMMON, sealed(json.dumps(common, indent=2)) + "\n")
 
 
@@ -206,14 +208,31 @@ def run_jobs(
                 raise RecipeError(f"{found.why}; move {held} away, or pass another --out")
             with owned(job.folder):  # refused while another process writes to it
                 pass
-            place = move_aside(job.folder)
-            say(f"{job.folder} cannot be read and was moved to {place}: {found.why}")
+            _move_aside(job, found.why, say)
         if found.state != "finished":
-            with nullcontext() if job.folder == held else owned(job.folder):
-                run(job)
+            try:
+                _run(job, run, held)
+            except DamagedFileError as error:  # of its checkpoints or records
+                if job.folder == held or not _lies_in(error.name, job.folder):
+                    raise
+                _move_aside(job, str(error), say)
+                _run(job, run, held)
             found = find(job, settings, held)
         if found.run is not None:
             yield job, found.run
+
+
+def _run(job: Job, run: Callable[[Job], object], held: Path | None) -> None:
+    with nullcontext() if job.folder == held else owned(job.folder):
+        run(job)
+
+
+def _move_aside(job: Job, why: str, say: Callable[[str], None]) -> None:
+    say(f"{job.folder} cannot be read and was moved to {move_aside(job.folder)}: {why}")
+
+
+def _lies_in(name: str, folder: Path) -> bool:
+    return Path(name).resolve().is_relative_to(folder.resolve())
 
 
 def _read(job: Job, settings: Mapping[str, Any]) -> Found:
@@ -292,11 +311,13 @@ def _names(folder: Path) -> list[str]:
 
 def _ours(folder: Path) -> bool:
     """Whether a run of ours is in a folder, even a damaged one: one of its files still says so."""
-    for name, marks in _MARKS.items():
-        place = folder / name
-        if place.is_file():
-            with place.open("rb") as file:
-                head = file.read(_MARK_BYTES)
-            if all(mark in head for mark in marks):
-                return True
-    return False
+    return any(is_ours(folder / name, *marks) for name, marks in _MARKS.items())
+
+
+def is_ours(place: Path, *marks: bytes) -> bool:
+    """Whether a file, even a damaged one, begins with what only ours hold."""
+    if not place.is_file():
+        return False
+    with place.open("rb") as file:
+        head = file.read(_MARK_BYTES)
+    return all(mark in head for mark in marks)

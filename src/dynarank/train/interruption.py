@@ -25,14 +25,14 @@ class Interrupted(BaseException):
     Args:
         signum: the number of the signal.
         folder: the folder of the run; None: no run had begun.
-        step: the number of optimizer steps done, and saved.
+        step: the number of optimizer steps done, and saved; None: they could not be saved.
 
     Example:
         >>> Interrupted(signal.SIGTERM, Path("runs/a"), 12).exit_code
         143
     """
 
-    def __init__(self, signum: int, folder: Path | None = None, step: int = 0) -> None:
+    def __init__(self, signum: int, folder: Path | None = None, step: int | None = 0) -> None:
         self.signum, self.folder, self.step = int(signum), folder, step
         super().__init__(f"stopped by {signal.Signals(signum).name} at step {step} of {folder}")
 

@@ -115,6 +115,7 @@ class _Run:
         trainer.on_step = self._after_step
         self.checkpoints = RunCheckpoints(folder, plan, say, self._take)
         self.records = RecordWriter(folder)
+        self._unwritten: list[Record] = []  # the disk was full
         self._begun = time.perf_counter()
 
     def begin(self, first: RunRecord) -> None:
@@ -146,7 +147,9 @@ class _Run:
         try:
             _write_model(self.trainer.model, self.folder / "model.safetensors")
             digest = sha256(self.folder / "model.safetensors")
+            self._catch_up()
             summary = self.recorder.end(self._seconds(), model_sha256=digest)
+            self._catch_up()
             self.records.position()  # on the device
         except OSError as error:
             self.checkpoints.save(self.trainer.done, wait=True)
@@ -160,17 +163,36 @@ class _Run:
         self.checkpoints.close()
 
     def _write(self, record: Record) -> None:
-        for taker in (self.records, *self.sinks):
-            taker.write(record)
+        told = bool(self._unwritten)
+        self._unwritten.append(record)
+        try:
+            self._catch_up()
+        except OSError as error:
+            if isinstance(record, RunRecord):  # nothing is lost yet
+                raise
+            if not told:
+                self.say(
+                    f"{self.folder}/records.jsonl cannot be written ({error.strerror or error}); "
+                    "the records are kept in memory until it can"
+                )
+        for sink in self.sinks:
+            sink.write(record)
+
+    def _catch_up(self) -> None:
+        """Write the records that did not fit on the disk."""
+        while self._unwritten:
+            self.records.write(self._unwritten[0])
+            del self._unwritten[0]
 
     def _after_step(self, changes: list[Change]) -> None:
         self.recorder.step(changes)
         if (signum := self.stop()) is not None:
             self.checkpoints.save(self.trainer.done, wait=True)
-            raise Interrupted(signum, self.folder, self.checkpoints.saved or 0)
+            raise Interrupted(signum, self.folder, self.checkpoints.saved)
         self.checkpoints.after_step(self.trainer.done, event=bool(changes))
 
     def _take(self) -> Contents:
+        self._catch_up()
         return self.trainer.take(
             {
                 "recorder": self.recorder.state_dict(),

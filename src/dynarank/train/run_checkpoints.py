@@ -74,7 +74,12 @@ class RunCheckpoints:
             self._look()
         if self.saved != step and (wait or self._writing != step):
             self._begun, self._writing = self._clock(), step
-            self._open().save(step, self._take(), wait=wait)
+            try:
+                contents = self._take()
+            except OSError as error:  # of the records, which come first
+                self._say(f"the state of step {step:,} could not be saved: {error}")
+                return
+            self._open().save(step, contents, wait=wait)
             self._look()
 
     def close(self) -> None:
