@@ -12,8 +12,8 @@ class CheckpointPlan:
     """When a run writes checkpoints, and how many are kept.
 
     One is written after the first epoch or change of form, every ``minutes``, and when the run is
-    stopped. Others are written after each epoch and change of form, as long as checkpoints take less
-    than ``share`` of the time.
+    stopped. Others are written after each epoch and change of form, as long as checkpoints take
+    less than ``share`` of the time.
 
     Args:
         minutes: the longest time between two checkpoints; 0: one after each step. None: only when
