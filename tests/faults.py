@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,11 @@ FULL = os.environ.get("DYNARANK_FAULTS") == "full"
 def trials(few: int, full: int) -> int:
     """How many trials: few as a rule, all of them under DYNARANK_FAULTS=full."""
     return full if FULL else few
+
+
+def some(few: Sequence[Any], others: Sequence[Any]) -> list[Any]:
+    """A test's cases: the few as a rule, the others too under DYNARANK_FAULTS=full."""
+    return [*few, *others] if FULL else [*few]
 
 
 @contextmanager
