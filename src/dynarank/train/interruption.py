@@ -86,7 +86,7 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._requested is None:
             self._requested = signum
-            _tell("Stopping after this step; once more stops at once.")
+            _tell("Stopping after this step; a second signal stops at once.")
             return
         _tell("Stopped at once.")
         signal.signal(signum, signal.SIG_DFL)
