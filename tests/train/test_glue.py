@@ -47,7 +47,9 @@ def place(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         for split, count in (("train", 48), ("dev", 20)):
             lines = [line(name, number) for number in range(count)]
-            text = "\n".join(["\t".join(["title"] * task.fields)] * task.title + lines)
+            title = ["title"] * task.fields
+            title[task.label] = "label"
+            text = "\n".join([*(["\t".join(title)] if name != "cola" else []), *lines])
             (folder / f"{split}.tsv").write_text(text + "\n", encoding="utf-8")
     return tmp_path
 
