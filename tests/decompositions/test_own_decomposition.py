@@ -179,7 +179,7 @@ def test_it_compiles_into_one_graph(form: Form) -> None:
 def test_it_survives_pickling_and_works_with_every_helper() -> None:
     model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Embedding(4, 20), nn.LSTM(20, 20))
     dr.factorize(model, 4, layers=["0", "2", "3.weight_hh_l0"], decomposition="deep")
-    assert list(model[0].state_dict()) == ["down", "middle", "up", "bias"]
+    assert list(model[0].state_dict()) == ["down", "middle", "up", "bias", "saved_forms"]
     twin = pickle.loads(pickle.dumps(model))
     assert dr.current_plan(twin) == dr.current_plan(model)
     x = torch.randn(3, 20)

@@ -186,7 +186,8 @@ def test_a_change_interrupted_at_any_line(verb: str) -> None:
     lines = Lines().run(change, *done).seen
     after, before, outcomes = picture(*done), picture(*copied(start)), Counter[str]()
     model, optimizer = copied(start)
-    for point in points(lines)[:: 1 if FULL else 3]:
+    every = points(lines)
+    for point in every if FULL else sorted({*every[::3], *every[-8:]}):
         held = identities(model)
         with pytest.raises(KeyboardInterrupt):
             Lines(point).run(change, model, optimizer)
