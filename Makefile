@@ -24,7 +24,7 @@ test-core: .venv/.dev  ## the core without its slow tests, in under a minute
 test-laws-full: .venv/.dev  ## each law over its whole product, not only a covering set
 	$(PYTEST) --all-laws -m product tests
 
-FAULTS := tests/checkpoint tests/files tests/surgery/test_interrupted.py \
+FAULTS := tests/checkpoint tests/files \
 	tests/train/test_resume_run.py tests/cli/test_resume.py
 
 test-faults: .venv/.dev  ## kills, flips, full disks and mutated files, all of docs/checkpoints.md

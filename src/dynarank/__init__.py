@@ -18,7 +18,6 @@ from dynarank.checkpoint.save import load, save
 from dynarank.decompositions import UnfitWeightError, register_decomposition
 from dynarank.factors import regularizers
 from dynarank.factors.init import initialize_factors
-from dynarank.factors.learning_rates import FactorLearningRates
 from dynarank.forms import Adapted, FullRank, LowRank, Rank
 from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
@@ -36,7 +35,6 @@ __all__ = [
     "ActivationAwareTruncation",
     "Adapted",
     "BatchNormRecalibration",
-    "FactorLearningRates",
     "FullRank",
     "GradientWindow",
     "LRRewarmup",

@@ -11,6 +11,7 @@ from torch import nn
 
 import dynarank as dr
 from dynarank import LowRank
+from dynarank.factors.learning_rates import FactorLearningRates
 
 
 class Net(nn.Module):
@@ -41,7 +42,7 @@ USERS: dict[str, Callable[[nn.Module, Any], object]] = {
     "initialize": lambda m, layers: dr.initialize_factors(dr.factorize(m, 4), layers=layers),
     "monitor": lambda m, layers: dr.SpectralMonitor(m, layers=layers),
     "regularizer": lambda m, layers: dr.regularizers.FrobeniusDecay(m, 0.1, layers=layers),
-    "rates": lambda m, layers: dr.FactorLearningRates(
+    "rates": lambda m, layers: FactorLearningRates(
         m, torch.optim.SGD(m.parameters(), lr=0.1), layers=layers
     ),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from dynarank.surgery.optimizer_signature import sign_states
 
 __all__ = ["restore", "take"]
 
+_Pairs: TypeAlias = list[tuple[Any, Any]]  # objects, and their saved states
 _PARTS = ("model", "optimizer", "ema", "gradients", "state", "random", "extra")
 
 
@@ -89,34 +90,46 @@ def restore(
         for name, one in {**given, "ema": ema, "scaler": scaler}.items()
     }
     structure = contents.data["structure"]
+    modules = [((model, parts["model"]), structure["model"])]
     averages = zip(pairs["ema"], structure["ema"], strict=False)
-    modules = [(pair, known) for pair, known in averages if isinstance(pair[0], nn.Module)]
-    others = [pair for pair in pairs["ema"] if not isinstance(pair[0], nn.Module)]
+    modules += [(pair, known) for pair, known in averages if isinstance(pair[0], nn.Module)]
+    pairs["ema"] = [pair for pair in pairs["ema"] if not isinstance(pair[0], nn.Module)]
     with ExitStack() as undo:
         undo.callback(set_random_states, read_random_states())
         for one, state in pairs["ranks"]:
             one.load_state_dict(state, undo=undo)
-        restore_structure(model, structure["model"], _all(optimizer), undo)
         for (one, _), known in modules:
             if known is not None:
-                restore_structure(one, known, (), undo)
-        for one, state in pairs["optimizer"]:
-            place_parameters(one, model, state, undo)
-            keep_optimizer(one, undo)
-            load_named_state(one, state)
-        for name, those in (*((n, pairs[n]) for n in ("lr_scheduler", "scaler")), ("ema", others)):
-            for one, state in those:
-                load_other(name, one, state, undo)
-        load_modules([(model, parts["model"]), *(pair for pair, _ in modules)], undo)
+                restore_structure(one, known, _all(optimizer) if one is model else (), undo)
+        _load_values(model, pairs, [pair for pair, _ in modules], undo)
         _set_gradients(model, parts["gradients"])
         if random_states and parts["random"] is not None:
             set_random_states(parts["random"])
         undo.pop_all()
-    for one in (model, *(pair[0] for pair, _ in modules)):
+    _follow([one for (one, _), _ in modules], optimizer)
+    return parts["extra"]
+
+
+def _load_values(
+    model: nn.Module, pairs: Mapping[str, _Pairs], modules: _Pairs, undo: ExitStack
+) -> None:
+    """Load the states of everything whose structure has been restored."""
+    for one, state in pairs["optimizer"]:
+        place_parameters(one, model, state, undo)
+        keep_optimizer(one, undo)
+        load_named_state(one, state)
+    for name in ("lr_scheduler", "scaler", "ema"):
+        for one, state in pairs[name]:
+            load_other(name, one, state, undo)
+    load_modules(modules, undo)
+
+
+def _follow(models: Sequence[nn.Module], optimizer: Any) -> None:
+    """From now on ranked models take states of other forms, and optimizers sign theirs."""
+    for one in models:
         if any(isinstance(module, RankedLayer) for module in one.modules()):
             follow_loads(one)
-            sign_states(one, _all(optimizer) if one is model else ())
-    return parts["extra"]
+            sign_states(one, _all(optimizer) if one is models[0] else ())
 
 
 def _uncompiled(model: nn.Module) -> nn.Module:
@@ -129,7 +142,7 @@ def _all(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
-def _pairs(name: str, given: Any, saved: Sequence[Any]) -> list[tuple[Any, Any]]:
+def _pairs(name: str, given: Any, saved: Sequence[Any]) -> _Pairs:
     """Each given object with its saved state."""
     objects = _all(given)
     if objects and len(objects) != len(saved):
