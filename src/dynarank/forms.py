@@ -10,7 +10,8 @@ form                                  base          factors   what trains
 ``Adapted(rank, decomposition)``      yes, frozen   yes       the factors
 ====================================  ============  ========  ================
 
-A plan maps a layer's path in the model to a form.
+A plan maps a layer's path in the model to a form. A schedule may answer with a budget in place of
+forms, ``Within(flops=0.45)``: the ranks are found for it when the time comes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ __all__ = [
     "Plan",
     "Rank",
     "RankLike",
+    "Request",
+    "Within",
     "form_name",
     "plain_rank",
     "same_weight",
@@ -190,6 +193,104 @@ class Adapted(_WithFactors):
 
 Form: TypeAlias = FullRank | LowRank | Adapted
 Plan: TypeAlias = Mapping[str, Form]
+
+
+@dataclass(frozen=True)
+class Within:
+    """A budget, which a schedule may answer with in place of a form: the ranks are found for it.
+
+    All layers with equal budgets in a plan share one: at the transition the rank scheduler measures
+    the model on a few batches and finds the ranks that keep the most within it. Exactly one of
+    ``flops``, ``params`` and ``bytes`` is given.
+
+    Args:
+        flops: training FLOPs: a share of the full-rank ones, a float in (0, 1], or a number for one
+            batch (int).
+        params: parameters, a share (float) or a number (int).
+        bytes: the size of the parameters as they are stored, a share (float) or a number (int).
+        of: what a share is a share of: the whole ``"model"``, or only the ``"layers"`` that have
+            this budget. A number is the cost of the same.
+        ranks: ``"energy"``: the ranks that keep the most of the outputs, measured; ``"uniform"``:
+            every layer gets the same share of its own cost, which needs no measurement.
+        decomposition: the name of the decomposition, or ``"best"``: for each layer the one that
+            keeps most at its cost.
+        multiple_of: ranks are multiples of this number, or of less in narrow layers.
+
+    Raises:
+        ValueError: not exactly one budget, one that is not positive, a share above 1, or an unknown
+            option.
+
+    Example:
+        >>> Within(flops=0.45)
+        Within(flops=0.45)
+    """
+
+    flops: float | int | None = None
+    params: float | int | None = None
+    bytes: float | int | None = None
+    of: Literal["model", "layers"] = "model"
+    ranks: Literal["energy", "uniform"] = "energy"
+    decomposition: str = "svd"
+    multiple_of: int = 8
+
+    def __post_init__(self) -> None:
+        kinds = ("flops", "params", "bytes")
+        given = {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
+        if len(given) != 1:
+            raise ValueError(
+                f"a budget is exactly one of {', '.join(kinds)}, got {', '.join(given) or 'none'}"
+            )
+        ((kind, amount),) = given.items()
+        object.__setattr__(self, kind, _plain_budget(kind, amount))
+        if self.of not in ("model", "layers"):
+            raise ValueError(f'a budget is of the "model" or of its "layers", got {self.of!r}')
+        if self.ranks not in ("energy", "uniform"):
+            raise ValueError(f'ranks are "energy" or "uniform", got {self.ranks!r}')
+        if isinstance(self.multiple_of, bool) or operator.index(self.multiple_of) < 1:
+            raise ValueError(f"multiple_of is a whole number >= 1, got {self.multiple_of!r}")
+
+    @property
+    def kind(self) -> Literal["flops", "params", "bytes"]:
+        """What the budget is of."""
+        kinds = get_args(Literal["flops", "params", "bytes"])
+        return next(kind for kind in kinds if getattr(self, kind) is not None)
+
+    @property
+    def amount(self) -> float | int:
+        """A share (float) or a number (int)."""
+        return getattr(self, self.kind)
+
+    def __repr__(self) -> str:
+        """Only what is set is shown."""
+        values = {f: getattr(self, f.name) for f in fields(self)}
+        shown = (f"{f.name}={v!r}" for f, v in values.items() if v != f.default)
+        return f"Within({', '.join(shown)})"
+
+    def __str__(self) -> str:
+        """In words: ``0.45 of the FLOPs``."""
+        unit = {"flops": "FLOPs", "params": "parameters", "bytes": "bytes"}[self.kind]
+        unit += " of these layers" if self.of == "layers" else ""
+        share = isinstance(self.amount, float)
+        return f"{self.amount:g} of the {unit}" if share else f"{self.amount:,} {unit}"
+
+
+def _plain_budget(kind: str, amount: object) -> float | int:
+    """The amount of a budget, checked, with other libraries' numbers made Python's."""
+    if isinstance(amount, SupportsIndex) and not isinstance(amount, bool):
+        with suppress(TypeError):
+            if (value := operator.index(amount)) >= 1:
+                return value
+    elif isinstance(amount, SupportsFloat) and not isinstance(amount, bool):
+        if 0 < (value := float(amount)) <= 1:
+            return value
+    raise ValueError(
+        f"a budget of {kind} is a share in (0, 1] (float) or a number of at least 1 (int), got "
+        f"{amount!r}"
+    )
+
+
+Request: TypeAlias = Mapping[str, Form | Within]
+"""What a schedule answers with: a plan, in which layers may have a budget in place of a form."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import dynarank.schedules as schedules
 from dynarank.files.printable import printable
 from dynarank.form_data import form_from_data, form_to_data
-from dynarank.forms import Adapted, FullRank, LowRank, Rank
+from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule
 
 __all__ = ["schedule_from_data", "schedule_to_data", "serializable"]
@@ -24,8 +24,8 @@ __all__ = ["schedule_from_data", "schedule_to_data", "serializable"]
 _T = TypeVar("_T")
 
 # Parts of schedules and users' own schedules; the built-in ones are listed in schedules.CLASSES.
-_CLASSES: dict[str, type[Any]] = {"Decision": Decision, "Rank": Rank}
-_PARTS = ("Decision", "Rank")  # not schedules themselves
+_CLASSES: dict[str, type[Any]] = {"Decision": Decision, "Rank": Rank, "Within": Within}
+_PARTS = ("Decision", "Rank", "Within")  # not schedules themselves
 _CLASS, _MAP = "class", "map"  # the keys that mark a dataclass and a mapping
 
 
