@@ -12,7 +12,7 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 
 from dynarank import schedules
 from dynarank.allocation import rules
-from dynarank.allocation.fit_schedule import fit_schedule
+from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.allocation.within_budget import plan_within
 from dynarank.checkpoint.save import load, save
 from dynarank.decompositions import UnfitWeightError, register_decomposition
