@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
 
 from dynarank.decompositions import get_decomposition
-from dynarank.forms import Adapted, LowRank, RankLike
+from dynarank.forms import Adapted, LowRank, RankLike, Within
 from dynarank.schedules.base import When
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "last_form",
     "low_form",
     "rank_within",
+    "share_within",
 ]
 
 Ending: TypeAlias = Literal["adapted", "low-rank"]
@@ -60,6 +62,31 @@ def check_when(name: str, when: When) -> When:
             f"{name} is a step (int >= 0) or a share of the run (float in [0, 1]), got {when!r}"
         )
     return when
+
+
+def share_within(name: str, budget: object, decomposition: str | None = None) -> Within:
+    """A budget as a :class:`dynarank.Within`; a plain number is a share of the model's FLOPs.
+
+    Raises:
+        ValueError: it is not a share in (0, 1], or has another decomposition than the one named.
+
+    Example:
+        >>> share_within("end", 0.5, "tucker")
+        Within(flops=0.5, decomposition='tucker')
+    """
+    named = {} if decomposition is None else {"decomposition": decomposition}
+    if isinstance(budget, SupportsFloat) and not isinstance(budget, bool):
+        return Within(flops=float(budget), **named)
+    if not isinstance(budget, Within) or not isinstance(budget.amount, float):
+        raise ValueError(
+            f"{name} is a share of full rank, a number in (0, 1] or a Within with one, got "
+            f"{budget!r}"
+        )
+    if named and budget.decomposition not in (Within(flops=1.0).decomposition, decomposition):
+        raise ValueError(
+            f"{name} has the decomposition {budget.decomposition!r}, got {decomposition!r} as well"
+        )
+    return replace(budget, **named)
 
 
 def low_form(schedule: Any) -> LowRank:
