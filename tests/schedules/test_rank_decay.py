@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynarank.forms import FullRank, Within
+from dynarank.forms import Form, FullRank, Within
 from dynarank.schedules import (
     Answer,
     Clock,
@@ -24,8 +24,8 @@ from dynarank.schedules.dynamic import Budgeted
 
 LAYERS = {"a": (64, 64), "b": (16, 64)}
 SHARES = st.floats(0.001, 1.0)
-# Increasing times: shares, or steps.
-CUTS = st.lists(st.floats(0, 0.5), min_size=1, max_size=6, unique=True).map(sorted) | st.lists(
+# Their number, or increasing times: shares, or steps.
+CUTS = st.integers(1, 9) | st.lists(st.floats(0, 0.5), min_size=1, max_size=6, unique=True).map(sorted) | st.lists(
     st.integers(0, 60), min_size=1, max_size=6, unique=True
 ).map(sorted)
 WITHIN = st.builds(
@@ -37,13 +37,18 @@ WITHIN = st.builds(
 )
 
 
+def amount(answer: Form | Within) -> float:
+    assert isinstance(answer, FullRank | Within)
+    return 1.0 if isinstance(answer, FullRank) else answer.amount
+
+
 def phases(schedule: Any, steps: int, **readings: Any) -> list[tuple[int, float]]:
     """The first step and the budget of each phase of a schedule, the same for every layer."""
     found: list[tuple[int, float]] = []
     for phase in timeline(schedule, Readings(LAYERS, **readings), steps):
         assert set(phase.plan) == set(LAYERS)
         (answer,) = set(phase.plan.values())
-        found.append((phase.start, 1.0 if answer == FullRank() else answer.amount))
+        found.append((phase.start, amount(answer)))
     return found
 
 
@@ -53,14 +58,23 @@ def mean_budget(found: list[tuple[int, float]], steps: int) -> float:
     return sum(b * (stop - at) for (at, b), stop in zip(found, stops, strict=True)) / steps
 
 
-def test_the_default_comes_down_in_four_cuts() -> None:
-    assert phases(Decay(end=0.45), 200) == [
+def test_times_are_evenly_spaced_on_a_logarithmic_scale_and_budgets_geometric() -> None:
+    assert phases(Decay(end=0.45, cuts=3), 1000) == [
         (0, 1.0),
-        (10, pytest.approx(0.45**0.25, abs=1e-6)),
-        (20, pytest.approx(0.45**0.5, abs=1e-6)),
-        (40, pytest.approx(0.45**0.75, abs=1e-6)),
-        (60, 0.45),
+        (30, pytest.approx(0.45 ** (1 / 3), abs=1e-6)),
+        (134, pytest.approx(0.45 ** (2 / 3), abs=1e-6)),  # sqrt(.03 * .6)
+        (600, 0.45),
     ]
+    assert phases(Decay(end=0.45, cuts=1), 1000) == [(0, 1.0), (134, 0.45)]
+    assert len(phases(Decay(), 1000)) == 9
+
+
+def test_a_small_budget_is_reached_earlier() -> None:
+    """A late end would be far below the budget; full rank takes less of it, too."""
+    last = {total: Decay(total=total).times[-1] for total in (0.02, 0.1, 0.3, 0.5, 0.9)}
+    assert last == {0.02: 0.024, 0.1: 0.12, 0.3: 0.36, 0.5: 0.6, 0.9: 0.6}
+    for total in last:
+        assert 0.3 * total < Decay(total=total).budgets(1000)[-1] < total
 
 
 @settings(deadline=None)
@@ -92,7 +106,7 @@ def test_a_total_is_what_the_run_costs(total: float, cuts: list[Any], steps: int
 
 
 @pytest.mark.parametrize("steps", [100, 137, 1000, 98765])
-@pytest.mark.parametrize("budget", [0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("budget", [0.01, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
 def test_a_total_is_met_to_the_step(budget: float, steps: int) -> None:
     """Times are rounded to steps, and the end is computed from the rounded ones."""
     found = phases(dynamic_rank(budget=budget), steps)
@@ -101,16 +115,16 @@ def test_a_total_is_met_to_the_step(budget: float, steps: int) -> None:
 
 @settings(deadline=None)
 @given(WITHIN, CUTS, st.booleans(), st.sampled_from(["start", "warmup"]))
-def test_it_is_the_same_after_json(budget: Within, cuts: Any, total: bool, after: Any) -> None:
-    given = {"total": budget} if total else {"end": budget}
-    for one in (Decay(cuts=cuts, after=after, **given), Budgeted(budget)):
+def test_it_is_the_same_after_json(budget: Any, cuts: Any, total: bool, after: Any) -> None:
+    decay = Decay(**{"total" if total else "end": budget}, cuts=cuts, after=after)
+    for one in (decay, Budgeted(budget)):
         again = schedule_from_data(json.loads(json.dumps(schedule_to_data(one))))
         assert again == one
 
 
 def test_the_options_of_a_budget_hold_for_every_cut() -> None:
     end = Within(params=0.25, of="layers", decomposition="tucker", multiple_of=16)
-    answers = [p.plan["a"] for p in timeline(Decay(end), Readings(LAYERS), 100)]
+    answers = [p.plan["a"] for p in timeline(Decay(end, cuts=4), Readings(LAYERS), 100)]
     assert answers[0] == FullRank() and answers[-1] == end
     assert answers[1] == Within(
         params=0.707107, of="layers", decomposition="tucker", multiple_of=16
@@ -137,7 +151,7 @@ def test_after_the_warmup_it_is_timed_from_the_peak(known: bool) -> None:
         schedule.check_state(state, LAYERS)
         found.setdefault(answer.plan["a"], step)
     assert list(found.values()) == [0, 28, 40]  # 20 + .1 * 80, 20 + .25 * 80
-    cuts = [(step, 1.0 if b == FullRank() else b.amount) for b, step in found.items()]  # type: ignore[union-attr]
+    cuts = [(step, amount(answer)) for answer, step in found.items()]
     assert mean_budget(cuts, 100) == pytest.approx(0.5, abs=1e-5)
 
 
@@ -154,7 +168,7 @@ def test_a_peak_that_moves_after_the_first_cut_changes_nothing() -> None:
 
 
 def test_states_that_cannot_arise_are_refused() -> None:
-    with pytest.raises(ValueError, match="no such state can arise: {'peak': '-1'}"):
+    with pytest.raises(ValueError, match=r"no such state can arise: \{'peak': '-1'\}"):
         Decay(after="warmup").check_state({"rate": 0.0, "peak": -1, "cut": False}, LAYERS)
     with pytest.raises(ValueError, match="no such state can arise"):
         Decay().check_state({"peak": 1}, LAYERS)
@@ -172,10 +186,11 @@ def test_states_that_cannot_arise_are_refused() -> None:
         ({"total": Within(params=0.5)}, r"budget of FLOPs, got Within\(params=0.5\)"),
         ({"end": 0.9, "high": 0.5}, "falls from high=0.5, but its end is 0.9; give a smaller end"),
         ({"high": 0.0}, r"high.*\(0, 1\], got 0.0"),
+        ({"cuts": 0}, "cuts is a whole number of at least 1, got 0"),
         ({"cuts": ()}, "at least one cut"),
         ({"cuts": (0.2, 0.1)}, "cuts come one after another, got 0.2 then 0.1"),
         ({"cuts": (0.1, 1.5)}, "the time of a cut is a step"),
-        ({"after": "peak"}, "\"start\" or after the \"warmup\", got 'peak'"),
+        ({"after": "peak"}, '"start" or after the "warmup", got \'peak\''),
     ],
     ids=str,
 )

@@ -23,11 +23,6 @@ from dynarank.schedules.throughout import low_rank
 
 __all__ = ["Budgeted", "dynamic_rank"]
 
-# The times of the cuts as shares of the run, relative to the budget: 5, 10, 20 and 30% of a run of
-# half the cost, the pilot's, and earlier for a smaller budget, which full rank would use up.
-CUTS_PER_BUDGET = (0.1, 0.2, 0.4, 0.6)
-
-
 @dataclass(frozen=True)
 class Budgeted(RankSchedule):
     """The schedule for a total budget: a decay, or fixed low rank if most weights are kernels.
@@ -42,7 +37,7 @@ class Budgeted(RankSchedule):
     Example:
         >>> clock, kernel = Clock(50, 100), (64, 64, 3, 3)
         >>> Budgeted(0.5)(clock, Readings({"linear": (64, 64)}))
-        {'linear': Within(flops=0.420448)}
+        {'linear': Within(flops=0.449174)}
         >>> Budgeted(0.5)(clock, Readings({"conv": kernel}))
         {'conv': Within(flops=0.5, ranks='uniform')}
     """
@@ -50,7 +45,7 @@ class Budgeted(RankSchedule):
     budget: float | Within = BUDGET
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", Decay(total=self.budget, cuts=(0,)).budget)
+        object.__setattr__(self, "budget", Decay(total=self.budget).budget)
 
     def member(self, layers: Mapping[str, tuple[int, ...]]) -> RankSchedule:
         """The schedule for layers of these shapes."""
@@ -66,7 +61,7 @@ class Budgeted(RankSchedule):
 def _member(budget: Within, shapes: tuple[tuple[int, ...], ...]) -> RankSchedule:
     if mostly_kernels(shapes):
         return low_rank(budget=budget)
-    return Decay(total=budget, cuts=tuple(time * budget.amount for time in CUTS_PER_BUDGET))
+    return Decay(total=budget)
 
 
 def mostly_kernels(shapes: Sequence[tuple[int, ...]]) -> bool:

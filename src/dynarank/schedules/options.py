@@ -74,19 +74,20 @@ def share_within(name: str, budget: object, decomposition: str | None = None) ->
         >>> share_within("end", 0.5, "tucker")
         Within(flops=0.5, decomposition='tucker')
     """
-    named = {} if decomposition is None else {"decomposition": decomposition}
     if isinstance(budget, SupportsFloat) and not isinstance(budget, bool):
-        return Within(flops=float(budget), **named)
+        return Within(flops=float(budget), decomposition=decomposition or "svd")
     if not isinstance(budget, Within) or not isinstance(budget.amount, float):
         raise ValueError(
             f"{name} is a share of full rank, a number in (0, 1] or a Within with one, got "
             f"{budget!r}"
         )
-    if named and budget.decomposition not in (Within(flops=1.0).decomposition, decomposition):
+    if decomposition is None:
+        return budget
+    if budget.decomposition not in ("svd", decomposition):
         raise ValueError(
             f"{name} has the decomposition {budget.decomposition!r}, got {decomposition!r} as well"
         )
-    return replace(budget, **named)
+    return replace(budget, decomposition=decomposition)
 
 
 def low_form(schedule: Any) -> LowRank:

@@ -1,8 +1,10 @@
-"""Decay: full rank at first, then smaller and smaller budgets in a few early cuts.
+"""Decay: full rank at first, then smaller and smaller budgets in a few cuts, most of them early.
 
-With n cuts, the budgets fall geometrically from h (full rank: 1) to e::
+With n cuts, the budgets fall geometrically from h (full rank: 1) to e, at times that are evenly
+spaced on a logarithmic scale unless they are given::
 
-    b_i = h (e / h)^(i / n)        i = 0, ..., n
+    b_i = h (e / h)^(i / n)                              i = 0, ..., n
+    t_i = first (last / first)^((i - 1) / (n - 1))       i = 1, ..., n
 
 The mean budget over the run is its total cost, relative to a run at full rank: exactly, for a
 budget of FLOPs is a share of the full-rank ones. A total cost therefore determines e.
@@ -14,13 +16,13 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any, Literal, Self
 
 from dynarank.forms import Form, FullRank, Request, Within
 from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When, step_of
-from dynarank.schedules.options import check_when, check_within, share_within
+from dynarank.schedules.options import check_count, check_when, check_within, share_within
 from dynarank.schedules.state_rules import Rule, check_fields, is_count, is_number
 
 __all__ = ["BUDGET", "Decay"]
@@ -28,7 +30,13 @@ __all__ = ["BUDGET", "Decay"]
 BUDGET = Within(flops=0.5, of="layers")
 """The total cost if nothing is said: of the layers, so that any model can meet it."""
 
-CUTS = (0.05, 0.10, 0.20, 0.30)  # shares of the run, from our pilot: about 300 short runs, n <= 3
+# From the exploration of 2026-11-28 (benchmarks/training/schedules: a GPT and MLPs, one CPU core):
+# at equal cost many small cuts did better than one or two on the GPT, and as well on the MLPs.
+CUTS = 8
+FIRST, LAST = 0.03, 0.60  # shares of the run
+# With a small budget a late end left too little of it: the end decides, so it comes earlier.
+LAST_PER_TOTAL, LAST_PER_END = 1.2, 1.5
+
 _DIGITS = 6  # of the budgets that are computed
 _LEAST = 10**-_DIGITS
 
@@ -45,8 +53,9 @@ class Decay(RankSchedule):
             :class:`dynarank.Within` with a share, whose other options hold for every cut.
         total: the training FLOPs of the whole run relative to full rank, a share or a ``Within``;
             ``end`` is computed from it. Neither: ``Within(flops=0.5, of="layers")``.
-        cuts: the times of the cuts, shares of the run (float) or steps (int), increasing. A list
-            of times and budgets of your own is :class:`~dynarank.schedules.phases.Phases`.
+        cuts: the number of cuts, at times from 3% to 60% of the run, earlier with a small budget;
+            or their times, shares of the run (float) or steps (int), increasing. For budgets of
+            your own at each time use :class:`~dynarank.schedules.phases.Phases`.
         high: the budget before the first cut, a share; 1: full rank.
         after: ``"start"``: the cuts are timed from the beginning of the run; ``"warmup"``: from the
             time at which the learning rate first reaches its peak, as shares of the rest of the
@@ -59,17 +68,17 @@ class Decay(RankSchedule):
 
     Example:
         >>> from dynarank.schedules.timelines import timeline
-        >>> schedule = Decay(end=0.4)
-        >>> [(p.start, p.plan["a"]) for p in timeline(schedule, Readings({"a": (64, 64)}), 100)][:3]
-        [(0, FullRank()), (5, Within(flops=0.795271)), (10, Within(flops=0.632456))]
-        >>> Decay(total=0.5).budgets(100)[-1], round(Decay(end=0.4).cost(100), 3)
-        (0.420448, 0.484)
+        >>> schedule = Decay(end=0.36, cuts=2)
+        >>> [(p.start, p.plan["a"]) for p in timeline(schedule, Readings({"a": (64, 64)}), 100)]
+        [(0, FullRank()), (3, Within(flops=0.6)), (54, Within(flops=0.36))]
+        >>> round(schedule.cost(100), 4), Decay(total=0.5).budgets(100)[-1]
+        (0.5016, 0.4)
     """
 
     end: float | Within | None = None
     _: KW_ONLY
     total: float | Within | None = None
-    cuts: Sequence[When] = CUTS
+    cuts: int | Sequence[When] = CUTS
     high: float = 1.0
     after: Literal["start", "warmup"] = "start"
 
@@ -82,7 +91,9 @@ class Decay(RankSchedule):
         name = "total" if self.end is None else "end"
         budget = share_within(name, BUDGET if (given := getattr(self, name)) is None else given)
         object.__setattr__(self, name, budget)
-        object.__setattr__(self, "cuts", _increasing(self.cuts))
+        given_times = isinstance(self.cuts, Sequence)
+        cuts = _increasing(self.cuts) if given_times else check_count("cuts", self.cuts)
+        object.__setattr__(self, "cuts", cuts)
         check_within("high, the budget before the first cut,", self.high, "(0, 1]")
         object.__setattr__(self, "high", float(self.high))
         if self.after not in ("start", "warmup"):
@@ -104,6 +115,15 @@ class Decay(RankSchedule):
         assert isinstance(found, Within)
         return found
 
+    @cached_property
+    def times(self) -> tuple[When, ...]:
+        """The times of the cuts, counted from the step after which they are timed."""
+        if isinstance(self.cuts, Sequence):
+            return tuple(self.cuts)
+        slope = LAST_PER_TOTAL if self.end is None else LAST_PER_END
+        last = min(LAST, slope * self.budget.amount)
+        return _log_spaced(min(FIRST, last / 2), last, self.cuts)
+
     def budgets(self, total_steps: int, begin: int = 0) -> tuple[float, ...]:
         """The budgets of a run, the first before the first cut.
 
@@ -112,16 +132,15 @@ class Decay(RankSchedule):
             begin: the step from which the cuts are timed.
 
         Raises:
-            ValueError: the total cannot be met in a run of this length; or steps and shares are
-                mixed, and do not increase in it.
+            ValueError: the total cannot be met in a run of this length; or as :meth:`steps`.
         """
-        share, steps = float(self.budget.amount), self._steps(total_steps, begin)
+        share, steps = float(self.budget.amount), self.steps(total_steps, begin)
         end = _end(share, self.high, steps, total_steps) if self.end is None else share
         return _geometric(self.high, end, len(steps))
 
     def cost(self, total_steps: int, begin: int = 0) -> float:
         """The mean budget of a run: with FLOPs, its cost relative to full rank."""
-        steps = self._steps(total_steps, begin)
+        steps = self.steps(total_steps, begin)
         return _mean(self.budgets(total_steps, begin), steps, total_steps)
 
     @property
@@ -153,7 +172,7 @@ class Decay(RankSchedule):
         if not self.stateful:
             return Answer(self(clock, readings), state)
         seen = state if state["cut"] else _follow(state, clock, readings)
-        cut = clock.step >= self._steps(clock.total_steps, seen["peak"])[0]
+        cut = clock.step >= self.steps(clock.total_steps, seen["peak"])[0]
         return Answer(self._plan(clock, readings, seen["peak"]), {**seen, "cut": cut})
 
     @classmethod
@@ -165,12 +184,16 @@ class Decay(RankSchedule):
         steps, answers = _phases(self, clock.total_steps, begin)
         return dict.fromkeys(readings.layers, answers[bisect_right(steps, clock.step)])
 
-    def _steps(self, total_steps: int, begin: int) -> tuple[int, ...]:
-        """The steps of the cuts."""
-        steps = tuple(begin + step_of(when, total_steps - begin) for when in self.cuts)
+    def steps(self, total_steps: int, begin: int = 0) -> tuple[int, ...]:
+        """The steps of the cuts in a run.
+
+        Raises:
+            ValueError: steps and shares are mixed, and do not increase in a run of this length.
+        """
+        steps = tuple(begin + step_of(when, total_steps - begin) for when in self.times)
         if steps != tuple(sorted(steps)):
             raise ValueError(
-                f"cuts come one after another, but {self.cuts} are the steps {steps} in a run of "
+                f"cuts come one after another, but {self.times} are the steps {steps} in a run of "
                 f"{total_steps}"
             )
         return steps
@@ -186,7 +209,7 @@ def _phases(
         FullRank() if share == 1 else replace(budget, **{budget.kind: share})
         for share in schedule.budgets(total_steps, begin)
     )
-    return schedule._steps(total_steps, begin), answers
+    return schedule.steps(total_steps, begin), answers
 
 
 def _increasing(cuts: Sequence[When]) -> tuple[When, ...]:
@@ -197,6 +220,12 @@ def _increasing(cuts: Sequence[When]) -> tuple[When, ...]:
         if type(one) is type(two) and not one < two:
             raise ValueError(f"cuts come one after another, got {one!r} then {two!r}")
     return times
+
+
+def _log_spaced(first: float, last: float, n: int) -> tuple[float, ...]:
+    """``n`` times from ``first`` to ``last``; a single one is in the middle."""
+    places = [i / (n - 1) for i in range(n)] if n > 1 else [0.5]
+    return tuple(round(first * (last / first) ** place, _DIGITS) for place in places)
 
 
 def _geometric(high: float, end: float, n: int) -> tuple[float, ...]:
@@ -224,7 +253,8 @@ def _end(total: float, high: float, steps: tuple[int, ...], total_steps: int) ->
     if mean(low) > total:
         raise ValueError(
             f"a total of {total:g} cannot be met in {total_steps} steps with cuts at {steps}; the "
-            f"nearest possible is {math.ceil(mean(low) * 1e4) / 1e4:.4f}: cut earlier, or begin below high={high:g}"
+            f"nearest possible is {math.ceil(mean(low) * 1e4) / 1e4:.4f}: cut earlier, or begin "
+            f"below high={high:g}"
         )
     while end - low > _LEAST / 1000:
         middle = (low + end) / 2
