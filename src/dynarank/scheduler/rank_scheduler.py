@@ -156,7 +156,7 @@ class RankScheduler:
             warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=2)
         self._states_checked = False
         try:
-            self._budgets.expect(phase.plan for phase in phases)
+            self._budgets.expect(phases)
             for one in self.callbacks.values():
                 one.on_start(self)
             if state is None:
