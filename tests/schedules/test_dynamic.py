@@ -9,6 +9,7 @@ import pytest
 from dynarank.forms import Within
 from dynarank.schedules import (
     Budgeted,
+    Clock,
     Decay,
     DynamicRank,
     LowRankThroughout,
@@ -30,7 +31,7 @@ def plans(schedule: Any, layers: dict[str, tuple[int, ...]]) -> list[Any]:
 
 def test_a_budget_means_the_family_and_a_rank_or_time_the_papers_order() -> None:
     assert dynamic_rank() == Budgeted(BUDGET)
-    assert dynamic_rank(budget=0.3) == Budgeted(Within(flops=0.3))
+    assert dynamic_rank(budget=0.3) == Budgeted(Within(flops=0.3, multiple_of=1))
     assert dynamic_rank(decomposition="tucker").budget.decomposition == "tucker"  # type: ignore[attr-defined]
     assert dynamic_rank(0.25) == DynamicRank(0.25)
     assert dynamic_rank(inflate=0.2, deflate=0.7) == DynamicRank(inflate=0.2, deflate=0.7)
@@ -65,8 +66,33 @@ def test_convolutions_have_fixed_low_rank_of_the_same_cost(
 ) -> None:
     assert plans(dynamic_rank(budget=0.5), layers) == plans(low_rank(budget=0.5), layers)
     assert plans(low_rank(budget=0.5), layers) == [
-        dict.fromkeys(layers, Within(flops=0.5, ranks="uniform"))
+        dict.fromkeys(layers, Within(flops=0.5, ranks="uniform", multiple_of=1))
     ]
+
+
+def test_a_total_of_the_model_is_one_of_its_layers_once_a_batch_has_been_seen() -> None:
+    """A fifth of the FLOPs is outside of the layers: a decay of the model would spare them none."""
+    schedule, clock = dynamic_rank(budget=0.5), Clock(99, 100)
+    unknown = schedule.update(schedule.start(), clock, Readings({"a": MATRIX}))
+    assert unknown.plan["a"] == Decay(total=0.5)(clock, Readings({"a": MATRIX}))["a"]
+    known = schedule.update(unknown.state, clock, Readings({"a": MATRIX}, flops=(0.8, 0.2)))
+    layers = Within(flops=0.375, of="layers", multiple_of=1)
+    assert known.plan["a"] == Decay(total=layers)(clock, Readings({"a": MATRIX}))["a"]
+    schedule.check_state(known.state, {})
+    later = schedule.update(known.state, clock, Readings({"a": MATRIX}, flops=(0.7, 0.3)))
+    assert later == known
+    with pytest.raises(ValueError, match=r"0\.5 of the FLOPs cannot be met: .* costs 0\.6000"):
+        schedule.update(schedule.start(), clock, Readings({"a": MATRIX}, flops=(0.4, 0.6)))
+    for flops in ([0.5], "ab", 3):
+        with pytest.raises(ValueError, match="no such state can arise"):
+            schedule.check_state({"flops": flops}, {})
+
+
+def test_a_small_total_begins_below_full_rank() -> None:
+    total = Within(flops=0.1, of="layers", multiple_of=1)
+    (first, *rest) = plans(Budgeted(total), {"a": MATRIX})
+    assert first["a"] == Within(flops=0.33, of="layers", multiple_of=1, ranks="uniform")
+    assert rest[0]["a"].ranks == "energy"
 
 
 def test_low_rank_is_of_a_rank_or_of_a_budget() -> None:
@@ -104,7 +130,7 @@ def test_contradictions_are_refused(make: Any, message: str) -> None:
 
 def test_named_schedules_take_a_budget() -> None:
     options: dict[str, Any] = dict(rank=0.25, inflate=0.2, deflate=0.8, decomposition="tucker")
-    budget = Within(flops=0.4, decomposition="tucker")
+    budget = Within(flops=0.4, decomposition="tucker", multiple_of=1)
     assert get_preset("decay")(**options, budget=0.4) == Decay(total=budget)
     assert get_preset("dynamic-rank")(**options, budget=0.4) == Budgeted(budget)
     assert get_preset("low-rank")(**options, budget=0.4) == low_rank(budget=budget)

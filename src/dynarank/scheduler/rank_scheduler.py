@@ -156,7 +156,7 @@ class RankScheduler:
             warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=2)
         self._states_checked = False
         try:
-            self._budgets.expect(phases)
+            self._budgets.expect(self.phases)
             for one in self.callbacks.values():
                 one.on_start(self)
             if state is None:
@@ -183,7 +183,7 @@ class RankScheduler:
         self.last_step += 1
         forget_replaced(*self.model.modules())
         self._check_states()
-        self._budgets.after_first_step()
+        self._budgets.after_first_step(self.phases)
         for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
@@ -295,7 +295,8 @@ class RankScheduler:
         rate = float(one.param_groups[0]["lr"]) if one else None
         waiting = {path: layer.before for path, layer in self._postponed.layers.items()}
         forms = {**(self._plan or {}), **waiting}
-        return Readings(self._layers, rate, self.forecast.rates, forms)
+        flops = self._budgets.shares(self._layers)
+        return Readings(self._layers, rate, self.forecast.rates, forms, flops=flops)
 
     def _with_spectra(self, readings: Readings, sites: Sequence[Site]) -> Readings:
         """The readings, with the rank metrics of the scheduled layers and the forms they have."""
@@ -352,7 +353,7 @@ class RankScheduler:
         postponed.record(tried, unfit := unfit | found.unfit, step)
         for one in self.callbacks.values() if changes else ():
             one.after_change(self, changes)
-        if unfit:
+        if unfit and (step or not found.unmeasured):  # before the first batch a budget waits for it
             warnings.warn(postponed.warning(unfit, step), RuntimeWarning, stacklevel=4)
         return changes
 

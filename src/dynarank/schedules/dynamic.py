@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 from dynarank.forms import AdaptedExecution, RankLike, Request, Within
-from dynarank.schedules.base import Clock, RankSchedule, Readings, When
+from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When
 from dynarank.schedules.lr_aligned import DynamicRank
 from dynarank.schedules.options import Ending, share_within
 from dynarank.schedules.rank_decay import BUDGET, Decay
+from dynarank.schedules.state_rules import Rule, check_fields, is_number
 from dynarank.schedules.throughout import low_rank
 
 __all__ = ["Budgeted", "dynamic_rank"]
+
+# A total of the layers below .3 begins below full rank: on a GPT at a seventh, full rank at first
+# lost to fixed low rank and this won (exploration of 2026-11-28, see rank_decay.py).
+HIGH_PER_TOTAL = 3.3
+
 
 @dataclass(frozen=True)
 class Budgeted(RankSchedule):
@@ -34,12 +40,15 @@ class Budgeted(RankSchedule):
     Raises:
         ValueError: the budget is not a share of FLOPs.
 
+    A total of the model is translated to one of the layers as soon as a batch has shown what
+    everything else costs, so that the decay falls evenly in the layers' own cost.
+
     Example:
-        >>> clock, kernel = Clock(50, 100), (64, 64, 3, 3)
-        >>> Budgeted(0.5)(clock, Readings({"linear": (64, 64)}))
-        {'linear': Within(flops=0.449174)}
-        >>> Budgeted(0.5)(clock, Readings({"conv": kernel}))
-        {'conv': Within(flops=0.5, ranks='uniform')}
+        >>> clock, half = Clock(50, 100), Within(flops=0.5, of="layers")
+        >>> Budgeted(half)(clock, Readings({"linear": (64, 64)}))
+        {'linear': Within(flops=0.449174, of='layers')}
+        >>> Budgeted(half)(clock, Readings({"conv": (64, 64, 3, 3)}))
+        {'conv': Within(flops=0.5, of='layers', ranks='uniform')}
     """
 
     budget: float | Within = BUDGET
@@ -47,21 +56,72 @@ class Budgeted(RankSchedule):
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Decay(total=self.budget).budget)
 
-    def member(self, layers: Mapping[str, tuple[int, ...]]) -> RankSchedule:
-        """The schedule for layers of these shapes."""
-        assert isinstance(self.budget, Within)
-        return _member(self.budget, tuple(layers.values()))
+    @property
+    def stateful(self) -> bool:
+        """Whether the budget is of the model, whose other FLOPs are known from the first batch."""
+        return self._total.of == "model"
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Request:
-        """The budget of each layer."""
-        return self.member(readings.layers)(clock, readings)
+        """The budget of each layer, of a total for the layers."""
+        if self.stateful:
+            return super().__call__(clock, readings)
+        return _member(self._total, tuple(readings.layers.values()), None)(clock, readings)
+
+    def start(self) -> State:
+        """The initial state: the FLOPs of the layers and of everything else, unknown."""
+        return {"flops": None} if self.stateful else {}
+
+    def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
+        """Raise ValueError for a state that cannot arise."""
+        rules: dict[str, Rule] = {"flops": _is_shares_or_none}
+        check_fields(state, rules if self.stateful else {})
+
+    def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
+        """The budget of each layer; what the first batch cost holds for the whole run."""
+        if not self.stateful:
+            return Answer(self(clock, readings), state)
+        flops = state["flops"] or (readings.flops and list(readings.flops))
+        known = tuple(flops) if flops else None
+        member = _member(self._total, tuple(readings.layers.values()), known)
+        return Answer(member(clock, readings), {"flops": flops})
+
+    @property
+    def _total(self) -> Within:
+        assert isinstance(self.budget, Within)
+        return self.budget
 
 
 @lru_cache(maxsize=64)  # asked at every step
-def _member(budget: Within, shapes: tuple[tuple[int, ...], ...]) -> RankSchedule:
+def _member(
+    total: Within, shapes: tuple[tuple[int, ...], ...], flops: tuple[float, float] | None
+) -> RankSchedule:
+    """The schedule for layers of these shapes; ``flops`` as in the readings."""
     if mostly_kernels(shapes):
-        return low_rank(budget=budget)
-    return Decay(total=budget)
+        return low_rank(budget=total)
+    total = total if flops is None else _of_layers(total, *flops)
+    high = min(HIGH_PER_TOTAL * total.amount, 1.0) if total.of == "layers" else 1.0
+    return Decay(total=total, high=high)
+
+
+def _of_layers(total: Within, own: float, rest: float) -> Within:
+    """A total of the model as one of its layers, where a decay falls evenly.
+
+    Raises:
+        ValueError: everything else costs more than the total.
+    """
+    share = (total.amount - rest) / own
+    if share <= 0:
+        raise ValueError(
+            f"a total of {total} cannot be met: everything but the scheduled layers costs "
+            f"{rest:.4f}; allow more than that, or schedule more layers"
+        )
+    return replace(total, flops=min(share, 1.0), of="layers")
+
+
+def _is_shares_or_none(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value))
 
 
 def mostly_kernels(shapes: Sequence[tuple[int, ...]]) -> bool:

@@ -67,15 +67,18 @@ def check_when(name: str, when: When) -> When:
 def share_within(name: str, budget: object, decomposition: str | None = None) -> Within:
     """A budget as a :class:`dynarank.Within`; a plain number is a share of the model's FLOPs.
 
+    It is met to a single direction, since its cost is what was asked for.
+
     Raises:
         ValueError: it is not a share in (0, 1], or has another decomposition than the one named.
 
     Example:
         >>> share_within("end", 0.5, "tucker")
-        Within(flops=0.5, decomposition='tucker')
+        Within(flops=0.5, decomposition='tucker', multiple_of=1)
     """
     if isinstance(budget, SupportsFloat) and not isinstance(budget, bool):
-        return Within(flops=float(budget), decomposition=decomposition or "svd")
+        name = decomposition or "svd"
+        return Within(flops=float(budget), decomposition=name, multiple_of=1)
     if not isinstance(budget, Within) or not isinstance(budget.amount, float):
         raise ValueError(
             f"{name} is a share of full rank, a number in (0, 1] or a Within with one, got "

@@ -27,7 +27,7 @@ from dynarank.schedules.state_rules import Rule, check_fields, is_count, is_numb
 
 __all__ = ["BUDGET", "Decay"]
 
-BUDGET = Within(flops=0.5, of="layers")
+BUDGET = Within(flops=0.5, of="layers", multiple_of=1)
 """The total cost if nothing is said: of the layers, so that any model can meet it."""
 
 # From the exploration of 2026-11-28 (benchmarks/training/schedules: a GPT and MLPs, one CPU core):
@@ -35,7 +35,7 @@ BUDGET = Within(flops=0.5, of="layers")
 CUTS = 8
 FIRST, LAST = 0.03, 0.60  # shares of the run
 # With a small budget a late end left too little of it: the end decides, so it comes earlier.
-LAST_PER_TOTAL, LAST_PER_END = 1.2, 1.5
+LAST_PER_TOTAL, LAST_PER_END = 1.6, 2.0
 
 _DIGITS = 6  # of the budgets that are computed
 _LEAST = 10**-_DIGITS
@@ -43,20 +43,22 @@ _LEAST = 10**-_DIGITS
 
 @dataclass(frozen=True)
 class Decay(RankSchedule):
-    """From full rank down to a budget, in a few early cuts.
+    """From full rank down to a budget, in a few cuts.
 
     Each cut keeps the ranks that matter most for the outputs at that time, measured on a few
     batches. Give ``end``, the last budget, or ``total``, the cost of the whole run.
 
     Args:
-        end: the last budget: a share of the model's full-rank training FLOPs, or any
-            :class:`dynarank.Within` with a share, whose other options hold for every cut.
+        end: the last budget: a share of the model's full-rank training FLOPs, which is met to a
+            single direction; or any :class:`dynarank.Within` with a share, whose other options
+            hold for every cut.
         total: the training FLOPs of the whole run relative to full rank, a share or a ``Within``;
             ``end`` is computed from it. Neither: ``Within(flops=0.5, of="layers")``.
         cuts: the number of cuts, at times from 3% to 60% of the run, earlier with a small budget;
             or their times, shares of the run (float) or steps (int), increasing. For budgets of
             your own at each time use :class:`~dynarank.schedules.phases.Phases`.
-        high: the budget before the first cut, a share; 1: full rank.
+        high: the budget before the first cut, a share; 1: full rank. Below, ranks are uniform at
+            first.
         after: ``"start"``: the cuts are timed from the beginning of the run; ``"warmup"``: from the
             time at which the learning rate first reaches its peak, as shares of the rest of the
             run. Without a forecast of the learning rate, it is the peak so far.
@@ -70,9 +72,9 @@ class Decay(RankSchedule):
         >>> from dynarank.schedules.timelines import timeline
         >>> schedule = Decay(end=0.36, cuts=2)
         >>> [(p.start, p.plan["a"]) for p in timeline(schedule, Readings({"a": (64, 64)}), 100)]
-        [(0, FullRank()), (3, Within(flops=0.6)), (54, Within(flops=0.36))]
+        [(0, FullRank()), (3, Within(flops=0.6, multiple_of=1)), ...]
         >>> round(schedule.cost(100), 4), Decay(total=0.5).budgets(100)[-1]
-        (0.5016, 0.4)
+        (0.516, 0.400236)
     """
 
     end: float | Within | None = None
@@ -91,9 +93,7 @@ class Decay(RankSchedule):
         name = "total" if self.end is None else "end"
         budget = share_within(name, BUDGET if (given := getattr(self, name)) is None else given)
         object.__setattr__(self, name, budget)
-        given_times = isinstance(self.cuts, Sequence)
-        cuts = _increasing(self.cuts) if given_times else check_count("cuts", self.cuts)
-        object.__setattr__(self, "cuts", cuts)
+        object.__setattr__(self, "cuts", _checked(self.cuts))
         check_within("high, the budget before the first cut,", self.high, "(0, 1]")
         object.__setattr__(self, "high", float(self.high))
         if self.after not in ("start", "warmup"):
@@ -205,14 +205,18 @@ def _phases(
 ) -> tuple[tuple[int, ...], tuple[Form | Within, ...]]:
     """The steps of the cuts, and the answers before the first and after each."""
     budget = schedule.budget
-    answers = tuple(
+    answers = [
         FullRank() if share == 1 else replace(budget, **{budget.kind: share})
         for share in schedule.budgets(total_steps, begin)
-    )
-    return schedule.steps(total_steps, begin), answers
+    ]
+    if isinstance(first := answers[0], Within):  # nothing has been learned that could be kept
+        answers[0] = replace(first, ranks="uniform")
+    return schedule.steps(total_steps, begin), tuple(answers)
 
 
-def _increasing(cuts: Sequence[When]) -> tuple[When, ...]:
+def _checked(cuts: int | Sequence[When]) -> int | tuple[When, ...]:
+    if not isinstance(cuts, Sequence):
+        return check_count("cuts", cuts)
     times = tuple(check_when("the time of a cut", when) for when in cuts)
     if not times:
         raise ValueError("a decay has at least one cut, got no times")
