@@ -73,8 +73,8 @@ def test_times_are_evenly_spaced_on_a_logarithmic_scale_and_budgets_geometric() 
 
 def test_a_small_budget_is_reached_earlier() -> None:
     """A late end would be far below the budget; full rank takes less of it, too."""
-    last = {total: Decay(total=total).times[-1] for total in (0.02, 0.1, 0.3, 0.5, 0.9)}
-    assert last == {0.02: 0.032, 0.1: 0.16, 0.3: 0.48, 0.5: 0.6, 0.9: 0.6}
+    last = {total: Decay(total=total).times[-1] for total in (0.1, 0.3, 0.5, 0.9)}
+    assert last == {0.1: 0.16, 0.3: 0.48, 0.5: 0.6, 0.9: 0.6}
     for total in last:
         assert 0.3 * total < Decay(total=total).budgets(1000)[-1] < total
 
@@ -108,7 +108,7 @@ def test_a_total_is_what_the_run_costs(total: float, cuts: list[Any], steps: int
 
 
 @pytest.mark.parametrize("steps", [100, 137, 1000, 98765])
-@pytest.mark.parametrize("budget", [0.01, 0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
+@pytest.mark.parametrize("budget", [0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
 def test_a_total_is_met_to_the_step(budget: float, steps: int) -> None:
     """Times are rounded to steps, and the end is computed from the rounded ones."""
     found = phases(dynamic_rank(budget=budget), steps)

@@ -103,9 +103,10 @@ def fit_schedule(
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
         >>> fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, layers="*")
-        Budgeted(budget=Within(flops=0.62, of='layers'))
-        >>> low_full_low = fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, rank=0.375)
-        >>> low_full_low.schedule.to
+        Budgeted(budget=Within(flops=0.62, of='layers', multiple_of=1))
+        >>> fit_schedule(
+        ...     model, torch.ones(8, 64), 1000, flops=0.62, rank=0.375, layers="*"
+        ... ).schedule.to
         'low-rank'
     """
     kind, amount = _budget(flops=flops, seconds=seconds, memory=memory)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dynarank.cost.dry_run import dry_run
-from dynarank.cost.flops import LayerUse, trace
-from dynarank.forms import Form, FullRank, LowRank, Within
+from dynarank.cost.flops import trace
+from dynarank.forms import FullRank, LowRank, Within
 from dynarank.planning.fit_memory import TargetRun
 from dynarank.schedules.base import Clock, Readings
 from dynarank.schedules.dynamic import Budgeted
@@ -36,18 +36,20 @@ def fit_flops(amount: float, run: TargetRun, decomposition: str = "svd") -> Budg
     """
     family = _Family(run, decomposition)
     use = trace(run.model, run.batch, run.loss)
-    layers = {path: use.layers[path] for path in family.shapes}
-    own = _cost(layers, FullRank())
-    full = use.flops(dict.fromkeys(use.layers, FullRank())).training
-    outside = use.flops(dict.fromkeys(layers, FullRank())).training - own
-    least = family.least(_cost(layers, LowRank(1, decomposition)) / own)
-    share = min((amount * full - outside) / own, 1.0)
+    own, rest = use.shares(family.shapes)
+    low = LowRank(1, decomposition)
+    costs = [
+        (use.layers[path].flops(low), use.layers[path].flops(FullRank())) for path in family.shapes
+    ]
+    smallest = sum(min(one.training, full.training) for one, full in costs)
+    least = family.least(smallest / sum(full.training for _, full in costs))
+    share = min((amount - rest) / own, 1.0)
     if least <= share and amount <= 1:
         return family.member(share)
-    nearest = 1.0 if amount > 1 else (outside + least * own) / full
+    nearest = 1.0 if amount > 1 else rest + least * own
     raise ValueError(
         f"a budget of {amount:g} of the FLOPs of full rank cannot be met; the nearest possible is "
-        f"{nearest:.4f}: the {len(layers)} scheduled layers have {own / full:.0%} of the FLOPs"
+        f"{nearest:.4f}: the {len(layers)} scheduled layers have {own:.0%} of the FLOPs"
     )
 
 
@@ -93,7 +95,8 @@ class _Family:
 
     def member(self, share: float) -> Budgeted:
         """The schedule for a share of the layers' full-rank FLOPs."""
-        return Budgeted(Within(flops=share, of="layers", decomposition=self.decomposition))
+        name = self.decomposition
+        return Budgeted(Within(flops=share, of="layers", decomposition=name, multiple_of=1))
 
     def least(self, end: float) -> float:
         """The smallest total share whose last budget is at least ``end``, by bisection."""
@@ -105,9 +108,3 @@ class _Family:
             budgets = [one.amount for one in answer.values() if isinstance(one, Within)]
             low, high = (middle, high) if budgets and budgets[0] < end else (low, middle)
         return high
-
-
-def _cost(layers: Mapping[str, LayerUse], form: Form) -> int:
-    """The training FLOPs of layers in a form, or at full rank where that costs less."""
-    costs = ((use.flops(form).training, use.flops(FullRank()).training) for use in layers.values())
-    return sum(map(min, costs))

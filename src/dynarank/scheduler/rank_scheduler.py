@@ -145,7 +145,7 @@ class RankScheduler:
         self._forms_loaded = forms_loaded()
         self._states_checked = False
         sites = survey(model)
-        phases = self._choose_layers(sites, layers, state)
+        self._choose_layers(sites, layers, state)
         try:
             self._budgets.expect(self.phases)
             for one in self.callbacks.values():
@@ -162,7 +162,7 @@ class RankScheduler:
 
     def _choose_layers(
         self, sites: Sequence[Site], layers: LayerFilter, state: Mapping[str, Any] | None
-    ) -> list[Phase]:
+    ) -> None:
         """Find the scheduled layers, and check that they can follow every phase."""
         # Those that are chosen by their form may differ in a saved run.
         self._by_form = layers is None and has_factors(sites)
@@ -173,7 +173,6 @@ class RankScheduler:
         check_phases(self.model, phases := self.phases(), sites)
         if named is None and not has_factors(sites):
             warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=3)
-        return phases
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -46,7 +46,7 @@ class Budgeted(RankSchedule):
     Example:
         >>> clock, half = Clock(50, 100), Within(flops=0.5, of="layers")
         >>> Budgeted(half)(clock, Readings({"linear": (64, 64)}))
-        {'linear': Within(flops=0.449174, of='layers')}
+        {'linear': Within(flops=0.448773, of='layers')}
         >>> Budgeted(half)(clock, Readings({"conv": (64, 64, 3, 3)}))
         {'conv': Within(flops=0.5, of='layers', ranks='uniform')}
     """
@@ -168,7 +168,7 @@ def dynamic_rank(
 
     Example:
         >>> dynamic_rank(budget=0.5)
-        Budgeted(budget=Within(flops=0.5))
+        Budgeted(budget=Within(flops=0.5, multiple_of=1))
         >>> type(dynamic_rank(0.5, inflate=0.37, deflate=0.80)).__name__
         'DynamicRank'
     """

@@ -81,7 +81,7 @@ def low_rank(
         >>> low_rank(8)
         LowRankThroughout(rank=8, decomposition='svd')
         >>> low_rank(budget=0.5)(Clock(0, 10), Readings({"a": (64, 64)}))
-        {'a': Within(flops=0.5, ranks='uniform')}
+        {'a': Within(flops=0.5, ranks='uniform', multiple_of=1)}
     """
     if rank is not None and budget is not None:
         raise ValueError(
