@@ -88,13 +88,6 @@ def test_a_total_of_the_model_is_one_of_its_layers_once_a_batch_has_been_seen() 
             schedule.check_state({"flops": flops}, {})
 
 
-def test_a_small_total_begins_below_full_rank() -> None:
-    total = Within(flops=0.1, of="layers", multiple_of=1)
-    (first, *rest) = plans(Budgeted(total), {"a": MATRIX})
-    assert first["a"] == Within(flops=0.33, of="layers", multiple_of=1, ranks="uniform")
-    assert rest[0]["a"].ranks == "energy"
-
-
 def test_low_rank_is_of_a_rank_or_of_a_budget() -> None:
     assert low_rank() == LowRankThroughout(0.5)
     assert low_rank(8, decomposition="cp") == LowRankThroughout(8, decomposition="cp")

@@ -63,20 +63,21 @@ def mean_budget(found: list[tuple[int, float]], steps: int) -> float:
 def test_times_are_evenly_spaced_on_a_logarithmic_scale_and_budgets_geometric() -> None:
     assert phases(Decay(end=0.45, cuts=3), 1000) == [
         (0, 1.0),
-        (30, pytest.approx(0.45 ** (1 / 3), abs=1e-6)),
-        (134, pytest.approx(0.45 ** (2 / 3), abs=1e-6)),  # sqrt(.03 * .6)
-        (600, 0.45),
+        (20, pytest.approx(0.45 ** (1 / 3), abs=1e-6)),
+        (126, pytest.approx(0.45 ** (2 / 3), abs=1e-6)),  # sqrt(.02 * .8)
+        (800, 0.45),
     ]
-    assert phases(Decay(end=0.45, cuts=1), 1000) == [(0, 1.0), (134, 0.45)]
+    assert phases(Decay(end=0.45, cuts=1), 1000) == [(0, 1.0), (126, 0.45)]
     assert len(phases(Decay(), 1000)) == 9
 
 
 def test_a_small_budget_is_reached_earlier() -> None:
-    """A late end would be far below the budget; full rank takes less of it, too."""
-    last = {total: Decay(total=total).times[-1] for total in (0.1, 0.3, 0.5, 0.9)}
-    assert last == {0.1: 0.16, 0.3: 0.48, 0.5: 0.6, 0.9: 0.6}
+    """Full rank and a late end would use it up."""
+    last = {total: Decay(total=total).times[-1] for total in (0.05, 0.15, 0.33, 0.5, 0.9)}
+    assert last == {0.05: 0.01, 0.15: 0.09, 0.33: 0.4356, 0.5: 0.8, 0.9: 0.8}
     for total in last:
-        assert 0.3 * total < Decay(total=total).budgets(1000)[-1] < total
+        assert 0.6 * total < Decay(total=total).budgets(10_000)[-1] < total
+    assert Decay(end=0.4).times == Decay(total=0.5).times
 
 
 @settings(deadline=None)
@@ -134,7 +135,11 @@ def test_the_options_of_a_budget_hold_for_every_cut() -> None:
 
 
 def test_it_may_begin_below_full_rank() -> None:
-    assert phases(Decay(end=0.2, high=0.8, cuts=(0.5,)), 100) == [(0, 0.8), (50, 0.2)]
+    schedule = Decay(end=0.2, high=0.8, cuts=(0.5,))
+    assert phases(schedule, 100) == [(0, 0.8), (50, 0.2)]
+    first, last = (p.plan["a"] for p in timeline(schedule, Readings(LAYERS), 100))
+    assert isinstance(first, Within) and first.ranks == "uniform"  # nothing is learned yet
+    assert isinstance(last, Within) and last.ranks == "energy"
     assert phases(Decay(total=0.5, high=0.8, cuts=(0.5,)), 100)[1][1] == pytest.approx(0.2)
 
 

@@ -37,12 +37,10 @@ def fit_flops(amount: float, run: TargetRun, decomposition: str = "svd") -> Budg
     family = _Family(run, decomposition)
     use = trace(run.model, run.batch, run.loss)
     own, rest = use.shares(family.shapes)
-    low = LowRank(1, decomposition)
-    costs = [
-        (use.layers[path].flops(low), use.layers[path].flops(FullRank())) for path in family.shapes
-    ]
-    smallest = sum(min(one.training, full.training) for one, full in costs)
-    least = family.least(smallest / sum(full.training for _, full in costs))
+    forms = (LowRank(1, decomposition), FullRank())
+    layers = [use.layers[path] for path in family.shapes]
+    costs = [[layer.flops(form).training for form in forms] for layer in layers]
+    least = family.least(sum(map(min, costs)) / sum(full for _, full in costs))
     share = min((amount - rest) / own, 1.0)
     if least <= share and amount <= 1:
         return family.member(share)

@@ -24,10 +24,6 @@ from dynarank.schedules.throughout import low_rank
 
 __all__ = ["Budgeted", "dynamic_rank"]
 
-# A total of the layers below .3 begins below full rank: on a GPT at a seventh, full rank at first
-# lost to fixed low rank and this won (exploration of 2026-11-28, see rank_decay.py).
-HIGH_PER_TOTAL = 3.3
-
 
 @dataclass(frozen=True)
 class Budgeted(RankSchedule):
@@ -98,9 +94,7 @@ def _member(
     """The schedule for layers of these shapes; ``flops`` as in the readings."""
     if mostly_kernels(shapes):
         return low_rank(budget=total)
-    total = total if flops is None else _of_layers(total, *flops)
-    high = min(HIGH_PER_TOTAL * total.amount, 1.0) if total.of == "layers" else 1.0
-    return Decay(total=total, high=high)
+    return Decay(total=total if flops is None else _of_layers(total, *flops))
 
 
 def _of_layers(total: Within, own: float, rest: float) -> Within:

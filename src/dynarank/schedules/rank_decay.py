@@ -30,12 +30,14 @@ __all__ = ["BUDGET", "Decay"]
 BUDGET = Within(flops=0.5, of="layers", multiple_of=1)
 """The total cost if nothing is said: of the layers, so that any model can meet it."""
 
-# From the exploration of 2026-11-28 (benchmarks/training/schedules: a GPT and MLPs, one CPU core):
-# at equal cost many small cuts did better than one or two on the GPT, and as well on the MLPs.
+# From the exploration of 2026-11-28 (benchmarks/training/schedules; a GPT and MLPs, one CPU core,
+# n = 1 to 4): at equal cost many small cuts did better than one or two on the GPT, and as well on
+# the MLPs. The smaller the budget, the earlier: where the layers had a share b of their cost, the
+# last cut did best at 10% of the run for b = .15, at 40% for .33, at 60 to 80% from .5 on.
 CUTS = 8
-FIRST, LAST = 0.03, 0.60  # shares of the run
-# With a small budget a late end left too little of it: the end decides, so it comes earlier.
-LAST_PER_TOTAL, LAST_PER_END = 1.6, 2.0
+LATEST, LAST_PER_SQUARE = 0.8, 4.0  # the last cut, at 4 b^2 of the run
+FIRST = 1 / 40  # of the time of the last cut
+TOTAL_PER_END = 1.25  # of such a decay, nearly
 
 _DIGITS = 6  # of the budgets that are computed
 _LEAST = 10**-_DIGITS
@@ -54,8 +56,8 @@ class Decay(RankSchedule):
             hold for every cut.
         total: the training FLOPs of the whole run relative to full rank, a share or a ``Within``;
             ``end`` is computed from it. Neither: ``Within(flops=0.5, of="layers")``.
-        cuts: the number of cuts, at times from 3% to 60% of the run, earlier with a small budget;
-            or their times, shares of the run (float) or steps (int), increasing. For budgets of
+        cuts: the number of cuts, the last one at most at 80% of the run, earlier with a small
+            budget; or their times, shares of the run (float) or steps (int), increasing. For budgets of
             your own at each time use :class:`~dynarank.schedules.phases.Phases`.
         high: the budget before the first cut, a share; 1: full rank. Below, ranks are uniform at
             first.
@@ -120,9 +122,9 @@ class Decay(RankSchedule):
         """The times of the cuts, counted from the step after which they are timed."""
         if isinstance(self.cuts, Sequence):
             return tuple(self.cuts)
-        slope = LAST_PER_TOTAL if self.end is None else LAST_PER_END
-        last = min(LAST, slope * self.budget.amount)
-        return _log_spaced(min(FIRST, last / 2), last, self.cuts)
+        total = self.budget.amount * (1.0 if self.end is None else TOTAL_PER_END)
+        last = min(LAST_PER_SQUARE * total**2, LATEST)
+        return _log_spaced(FIRST * last, last, self.cuts)
 
     def budgets(self, total_steps: int, begin: int = 0) -> tuple[float, ...]:
         """The budgets of a run, the first before the first cut.
