@@ -44,7 +44,7 @@ USERS: dict[str, Callable[[nn.Module, Any], object]] = {
     "monitor": lambda m, layers: dr.SpectralMonitor(m, layers=layers),
     "regularizer": lambda m, layers: dr.regularizers.FrobeniusDecay(m, 0.1, layers=layers),
     "rates": lambda m, layers: FactorLearningRates(
-        m, torch.optim.SGD(m.parameters(), lr=0.1), layers=layers
+        m, torch.optim.SGD(m.parameters(), lr=0.1), 2.0, layers=layers
     ),
 }
 
