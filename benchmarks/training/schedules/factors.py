@@ -9,9 +9,9 @@ python benchmarks/training/schedules/factors.py fash lm2 --data DIR --seeds 0 1 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,8 @@ class Arm:
         name: the arm's name.
         rate: multiplies the problem's learning rate.
         multiplier: multiplies the factors' learning rate alone.
-        start: "truncated", "norm" (truncated, with the norm of the whole), "gaussian" (Gaussian
-            factors of that norm), or "full" (full rank, cut after a tenth of the run).
+        start: "truncated", "norm" (truncated, with the norm of the whole), "gaussian" (by
+            ``initialize_factors``), "full" (full rank, cut after a tenth of the run), or "never".
         decay: the weight decay of the low-rank weights: of their "factors" by the optimizer, of the
             "product", or "none".
         polar: before the cut, singular values shrink by this times the learning rate a step.
@@ -64,13 +64,18 @@ class Arm:
 ARMS = [
     Arm("full rank", start="never"),
     Arm("low rank"),
+    Arm("low rank, rate x1/2", rate=0.5),
     Arm("low rank, rate x2", rate=2),
     Arm("low rank, rate x4", rate=4),
     Arm("factors' rate x2", multiplier=2),
     Arm("norm kept", start="norm"),
+    Arm("norm kept, rate x1/2", start="norm", rate=0.5),
     Arm("norm kept, rate x2", start="norm", rate=2),
     Arm("norm kept, rate x4", start="norm", rate=4),
+    Arm("gaussian, rate x1/2", start="gaussian", rate=0.5),
     Arm("gaussian", start="gaussian"),
+    Arm("gaussian, rate x2", start="gaussian", rate=2),
+    Arm("gaussian, rate x4", start="gaussian", rate=4),
     Arm("no decay", decay="none"),
     Arm("product decay", decay="product"),
     Arm("cut", start="full"),
@@ -117,17 +122,15 @@ def start(model: nn.Module, problem: Problem, arm: Arm, rank: dr.Rank, seed: int
     """Bring the model to the form it starts with."""
     if arm.start in ("full", "never"):
         return
-    way: Callable[..., nn.Module] = dr.factorize if arm.start == "truncated" else initialize_factors
-    way(model, rank, layers=problem.layers)
     if arm.start == "gaussian":
-        generator = torch.Generator().manual_seed(seed)
-        for site in ranked(model, problem):
-            norm, factors = site.effective().norm(), site.factors()
-            for factor in factors:
-                factor.copy_(torch.randn(factor.shape, generator=generator) / factor.numel() ** 0.5)
-            scale = (norm / site.effective().norm()) ** 0.5
-            for factor in factors:
-                factor.mul_(scale)
+        initialize_factors(model, rank, layers=problem.layers, seed=seed)
+        return
+    norms = {site.path: site.effective().norm() for site in ranked(model, problem)}
+    dr.factorize(model, rank, layers=problem.layers)
+    for site in ranked(model, problem) if arm.start == "norm" else []:
+        scale = (norms[site.path] / site.effective().norm()) ** 0.5
+        for factor in site.factors():
+            factor.mul_(scale)
 
 
 def ranked(model: nn.Module, problem: Problem) -> list[Site]:
@@ -192,8 +195,6 @@ def polar(matrix: Tensor, steps: int = 8) -> Tensor:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """A copy that does not train."""
-    import copy
-
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
@@ -209,7 +210,7 @@ def taught(
 
 def main() -> None:
     """Run the arms of each problem, seed by seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("problems", nargs="+", choices=list(RANKS))
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
