@@ -1,4 +1,4 @@
-"""Factors of a fresh model: Gaussian, of the weight's own norm, and nothing else changes."""
+"""Factors of a fresh model: the model's own draw, with its norm, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -53,31 +53,27 @@ def test_every_weight_keeps_its_norm(layer: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("decomposition", ["svd", "tucker", "cp", "separable"])
-def test_the_models_own_initialization_counts(decomposition: str) -> None:
-    model = fresh("conv2d")
+def test_it_is_the_truncated_weight_times_a_number(decomposition: str) -> None:
+    model, other = fresh("conv2d"), fresh("conv2d")
     with torch.no_grad():
-        model[0].weight.mul_(0.02)  # not reset_parameters
-    norm = model[0].weight.detach().norm()
+        for m in (model, other):
+            m[0].weight.mul_(0.02)  # a model's own initialization counts, not reset_parameters
     initialize_factors(model, 4, layers="*", decomposition=decomposition)
-    (site,) = survey(model)
-    assert_close(site.effective().norm(), norm, 1e-12)
-    for factor in site.factors()[1:]:
-        assert_close(factor.norm(), site.factors()[0].norm(), 1e-12)
+    dr.factorize(other, 4, layers="*", decomposition=decomposition)
+    (site,), (plain,) = survey(model), survey(other)
+    ratio = site.effective().norm() / plain.effective().norm()
+    assert ratio > 1.2
+    assert_close(site.effective(), plain.effective() * ratio, 1e-12)
+    shares = [(f.norm() / g.norm()) for f, g in zip(site.factors(), plain.factors(), strict=True)]
+    for share in shares[1:]:
+        assert_close(share, shares[0], 1e-12)
 
 
-def test_draws_are_gaussian_and_of_their_seed_and_path() -> None:
-    def drawn(seed: int | None) -> nn.Sequential:
-        torch.manual_seed(3)
-        model = nn.Sequential(nn.Linear(200, 200), nn.Linear(200, 200))
-        return initialize_factors(model, 50, layers="*", seed=seed)
-
-    model = drawn(1)
-    unit = model[0].up.detach() / model[0].up.std()
-    assert abs(unit.mean()) < 0.03 and abs(unit.pow(4).mean() - 3) < 0.2
-    assert not torch.equal(model[0].up, model[1].up)
-    assert torch.equal(model[0].up, drawn(1)[0].up)
-    assert not torch.equal(model[0].up, drawn(2)[0].up)
-    assert torch.equal(drawn(None)[0].up, drawn(3)[0].up)  # the run's seed
+def test_full_rank_is_the_same_weight() -> None:
+    model = fresh("linear")
+    weight = model[0].weight.detach().clone()
+    initialize_factors(model, 40, layers="*")
+    assert_close(model[0].weight.detach(), weight, 1e-12)
 
 
 def test_it_touches_nothing_else() -> None:
@@ -102,7 +98,7 @@ def test_a_schedule_goes_on_from_there() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_tied_weights_are_drawn_once() -> None:
+def test_tied_weights_are_scaled_once() -> None:
     model = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
     model[1].weight = model[0].weight
     norm = model[0].weight.detach().norm()

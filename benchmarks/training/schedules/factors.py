@@ -44,8 +44,8 @@ class Arm:
         name: the arm's name.
         rate: multiplies the problem's learning rate.
         multiplier: multiplies the factors' learning rate alone.
-        start: "truncated", "norm" (truncated, with the norm of the whole), "gaussian" (by
-            ``initialize_factors``), "full" (full rank, cut after a tenth of the run), or "never".
+        start: "truncated", "norm" (by ``initialize_factors``), "gaussian" (Gaussian
+            factors of that norm), "full" (full rank, cut after a tenth of the run), or "never".
         decay: the weight decay of the low-rank weights: of their "factors" by the optimizer, of the
             "product", or "none".
         polar: before the cut, singular values shrink by this times the learning rate a step.
@@ -72,10 +72,7 @@ ARMS = [
     Arm("norm kept, rate x1/2", start="norm", rate=0.5),
     Arm("norm kept, rate x2", start="norm", rate=2),
     Arm("norm kept, rate x4", start="norm", rate=4),
-    Arm("gaussian, rate x1/2", start="gaussian", rate=0.5),
     Arm("gaussian", start="gaussian"),
-    Arm("gaussian, rate x2", start="gaussian", rate=2),
-    Arm("gaussian, rate x4", start="gaussian", rate=4),
     Arm("no decay", decay="none"),
     Arm("product decay", decay="product"),
     Arm("cut", start="full"),
@@ -122,15 +119,17 @@ def start(model: nn.Module, problem: Problem, arm: Arm, rank: dr.Rank, seed: int
     """Bring the model to the form it starts with."""
     if arm.start in ("full", "never"):
         return
+    way = dr.factorize if arm.start == "truncated" else initialize_factors
+    way(model, rank, layers=problem.layers)
     if arm.start == "gaussian":
-        initialize_factors(model, rank, layers=problem.layers, seed=seed)
-        return
-    norms = {site.path: site.effective().norm() for site in ranked(model, problem)}
-    dr.factorize(model, rank, layers=problem.layers)
-    for site in ranked(model, problem) if arm.start == "norm" else []:
-        scale = (norms[site.path] / site.effective().norm()) ** 0.5
-        for factor in site.factors():
-            factor.mul_(scale)
+        generator = torch.Generator().manual_seed(seed)
+        for site in ranked(model, problem):
+            norm, factors = site.effective().norm(), site.factors()
+            for factor in factors:
+                factor.copy_(torch.randn(factor.shape, generator=generator) / factor.numel() ** 0.5)
+            scale = (norm / site.effective().norm()) ** 0.5
+            for factor in factors:
+                factor.mul_(scale)
 
 
 def ranked(model: nn.Module, problem: Problem) -> list[Site]:
