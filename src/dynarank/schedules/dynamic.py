@@ -42,7 +42,7 @@ class Budgeted(RankSchedule):
     Example:
         >>> clock, half = Clock(50, 100), Within(flops=0.5, of="layers")
         >>> Budgeted(half)(clock, Readings({"linear": (64, 64)}))
-        {'linear': Within(flops=0.448773, of='layers')}
+        {'linear': Within(flops=0.437268, of='layers')}
         >>> Budgeted(half)(clock, Readings({"conv": (64, 64, 3, 3)}))
         {'conv': Within(flops=0.5, of='layers', ranks='uniform')}
     """

@@ -57,8 +57,8 @@ class Decay(RankSchedule):
         total: the training FLOPs of the whole run relative to full rank, a share or a ``Within``;
             ``end`` is computed from it. Neither: ``Within(flops=0.5, of="layers")``.
         cuts: the number of cuts, the last one at most at 80% of the run, earlier with a small
-            budget; or their times, shares of the run (float) or steps (int), increasing. For budgets of
-            your own at each time use :class:`~dynarank.schedules.phases.Phases`.
+            budget; or their times, shares of the run (float) or steps (int), increasing. For
+            budgets of your own at each time use :class:`~dynarank.schedules.phases.Phases`.
         high: the budget before the first cut, a share; 1: full rank. Below, ranks are uniform at
             first.
         after: ``"start"``: the cuts are timed from the beginning of the run; ``"warmup"``: from the
@@ -74,9 +74,9 @@ class Decay(RankSchedule):
         >>> from dynarank.schedules.timelines import timeline
         >>> schedule = Decay(end=0.36, cuts=2)
         >>> [(p.start, p.plan["a"]) for p in timeline(schedule, Readings({"a": (64, 64)}), 100)]
-        [(0, FullRank()), (3, Within(flops=0.6, multiple_of=1)), ...]
+        [(0, FullRank()), (2, Within(flops=0.6, multiple_of=1)), ...]
         >>> round(schedule.cost(100), 4), Decay(total=0.5).budgets(100)[-1]
-        (0.516, 0.400236)
+        (0.56, 0.388531)
     """
 
     end: float | Within | None = None
