@@ -61,10 +61,11 @@ def headroom(
     loss: _Loss | None = None,
     optimizer: _Optimizer | None = None,
     ranks: RankLike | Sequence[RankLike] = (1 / 8, 1 / 4, 1 / 2),
-    steps: int = 100,
+    steps: int = 250,
     seeds: int = 2,
     evaluate: Iterable[Any] | None = None,
     layers: LayerFilter = None,
+    decomposition: str = "svd",
     sample: Any = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Headroom:
@@ -82,10 +83,12 @@ def headroom(
             targets)``, or the ``loss`` of the model's output if batches are dicts.
         optimizer: a function from a list of parameters to their optimizer; None: AdamW at 1e-3.
         ranks: one rank or several, as :func:`dynarank.factorize` takes them.
-        steps: the length of each run: the longer, the surer; 1 to 5% of the real run.
+        steps: the length of each run: the longer, the surer. A language model needs to be past
+            its first plateau, where low rank is often ahead.
         seeds: the number of seeds, from which the error is estimated.
         evaluate: batches to compare the losses on; None: the held-out ones of the loader.
         layers: as for :func:`dynarank.factorize`.
+        decomposition: the decomposition's name.
         sample: a batch's arguments of the forward pass, as :func:`dynarank.plan_within` takes
             them; None: the first batch.
         progress: called after each run with the number of runs done and of all.
@@ -93,7 +96,8 @@ def headroom(
     Raises:
         TypeError: ``make_model`` is not a function that returns models, or ``loss`` no scalar.
         ValueError: too few batches, no layer that can be cut, a rank that saves nothing, or a loss
-            that is not finite at the start, or at every learning rate.
+            that is not finite before any training.
+        FloatingPointError: full rank diverged at every learning rate.
 
     Example:
         >>> def make_model():
@@ -104,7 +108,7 @@ def headroom(
         True
     """
     asked = tuple(cast(Any, ranks)) if isinstance(ranks, Sequence) else (ranks,)
-    _check_counts(asked, steps, seeds)
+    _check(make_model, asked, steps, seeds)
     train, held_out = _batches(loader, steps, evaluate)
     probe = _Probe(
         make_model,
@@ -117,7 +121,7 @@ def headroom(
     )
     count = itertools.count(1)
     with preserve_state(nn.Module(), grad=True), torch.random.fork_rng(_devices()):
-        targets = probe.targets(asked, layers)
+        targets = probe.targets(asked, layers, decomposition)
         total = runs(len(targets), seeds)
         return _compare(probe, targets, seeds, lambda: progress and progress(next(count), total))
 
@@ -138,6 +142,7 @@ class _Target:
 
     rank: RankLike
     plan: Plan
+    decomposition: str
     flops: int
     cost: float
 
@@ -218,7 +223,7 @@ class _Probe:
             known = calibrate(run.model, some, layers=paths, forward=self.loss)
             plan = plan_within(
                 run.model, self.sample, flops=target.flops, calibration=known, layers=paths,
-                multiple_of=1,
+                multiple_of=1, decomposition=target.decomposition,
             )  # fmt: skip
             apply_plan(run.model, plan, optimizer=run.optimizer, calibration=known)
             recalibrate_batch_norms(run.model, some, forward=self.loss)
@@ -234,7 +239,9 @@ class _Probe:
             found = torch.tensor([float(self.loss(run.model, _own(b))) for b in self.held_out])
         return found if found.isfinite().all() else diverged
 
-    def targets(self, ranks: Sequence[RankLike], layers: LayerFilter) -> list[_Target]:
+    def targets(
+        self, ranks: Sequence[RankLike], layers: LayerFilter, decomposition: str
+    ) -> list[_Target]:
         """The plan of each rank, cheapest first; all is checked before anything is trained."""
         model = self.start(0, 1.0).model
         if self.make_model() is model:
@@ -244,22 +251,24 @@ class _Probe:
             )
         _check_loss(self.loss(model, _own(self.train[0])))
         use = trace(model, self.sample)
-        found = [_target(model, use, rank, layers) for rank in ranks]
+        found = [_target(model, use, rank, layers, decomposition) for rank in ranks]
         return sorted(found, key=lambda target: target.flops)
 
 
-def _target(model: nn.Module, use: ModelUse, rank: RankLike, layers: LayerFilter) -> _Target:
-    sites = select(survey(model), layers, rank)
+def _target(
+    model: nn.Module, use: ModelUse, rank: RankLike, layers: LayerFilter, decomposition: str
+) -> _Target:
+    sites = select(survey(model), layers, rank, decomposition)
     if ranked := [site.path for site in sites if not isinstance(site.form, FullRank)]:
         raise ValueError(f"make_model must return a full-rank model; {ranked[0]!r} has factors")
-    plan = {site.path: LowRank(rank_for(rank, site)) for site in sites}
+    plan = {site.path: LowRank(rank_for(rank, site), decomposition) for site in sites}
     full, flops = use.flops({}).training, use.flops(plan).training
     if flops >= full:
         raise ValueError(
             f"rank {rank} takes {flops:,} FLOPs a step and full rank {full:,}, so there is nothing "
             "to gain; give a lower rank or other layers"
         )
-    return _Target(rank, plan, flops, flops / full)
+    return _Target(rank, plan, decomposition, flops, flops / full)
 
 
 def _compare(
@@ -280,7 +289,7 @@ def _compare(
 
     full = measured("full")
     if not math.isfinite(full.loss):
-        raise ValueError(
+        raise FloatingPointError(
             f"full rank diverged within {probe.steps} steps, even at {min(RATES):.2g} times the "
             "optimizer's learning rate; lower it"
         )
@@ -372,11 +381,18 @@ def _check_loss(value: Any) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"loss(model, batch) must return a scalar tensor, got {shown}")
+    if not value.requires_grad:
+        raise ValueError("the loss has no gradient: it does not depend on trainable parameters")
     if not math.isfinite(value.item()):
         raise ValueError(f"the loss of the first batch is {value.item()}, before any training")
 
 
-def _check_counts(ranks: Sequence[RankLike], steps: int, seeds: int) -> None:
+def _check(make_model: object, ranks: Sequence[RankLike], steps: int, seeds: int) -> None:
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise TypeError(
+            "make_model is a function that returns a new model, such as lambda: "
+            f"copy.deepcopy(model); got {type(make_model).__name__}"
+        )
     if not ranks:
         raise ValueError("give at least one rank to probe, got none")
     for name, value, least in (("steps", steps, LEAST_STEPS), ("seeds", seeds, 1)):
