@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from dynarank.planning.fit_memory import TargetRun, fit_memory
 from dynarank.cost.dry_run import dry_run
 from dynarank.cost.flops import trace
 from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
+from dynarank.planning.fit_memory import TargetRun, fit_memory
 from dynarank.scheduler.lr_forecast import Forecast
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.fitted import TOLERANCE, FittedCost

@@ -110,18 +110,14 @@ def headroom(
     asked = tuple(cast(Any, ranks)) if isinstance(ranks, Sequence) else (ranks,)
     _check(make_model, asked, steps, seeds)
     train, held_out = _batches(loader, steps, evaluate)
-    probe = _Probe(
-        make_model,
-        loss or _default_loss,
-        optimizer or _default_optimizer,
-        train,
-        held_out,
-        steps,
-        train[0] if sample is None else sample,
-    )
+    how = loss or _default_loss, optimizer or _default_optimizer
+    probe = _Probe(make_model, *how, train, held_out, steps)
     count = itertools.count(1)
     with preserve_state(nn.Module(), grad=True), torch.random.fork_rng(_devices()):
-        targets = probe.targets(asked, layers, decomposition)
+        model = probe.check()
+        probe.use = trace(model, train[0] if sample is None else sample)
+        targets = [_target(model, probe.use, rank, layers, decomposition) for rank in asked]
+        targets.sort(key=lambda target: target.flops)
         total = runs(len(targets), seeds)
         return _compare(probe, targets, seeds, lambda: progress and progress(next(count), total))
 
@@ -173,7 +169,7 @@ class _Probe:
     train: list[Any]
     held_out: list[Any]
     steps: int
-    sample: Any
+    use: ModelUse | None = None
 
     def losses(self, arm: _Arm, seed: int, factor: float) -> Tensor:
         """Train one arm; its held-out losses, which are infinite if it diverged."""
@@ -222,9 +218,14 @@ class _Probe:
         try:
             known = calibrate(run.model, some, layers=paths, forward=self.loss)
             plan = plan_within(
-                run.model, self.sample, flops=target.flops, calibration=known, layers=paths,
-                multiple_of=1, decomposition=target.decomposition,
-            )  # fmt: skip
+                run.model,
+                flops=target.flops,
+                calibration=known,
+                multiple_of=1,
+                layers=paths,
+                decomposition=target.decomposition,
+                use=self.use,
+            )
             apply_plan(run.model, plan, optimizer=run.optimizer, calibration=known)
             recalibrate_batch_norms(run.model, some, forward=self.loss)
         except UnfitWeightError:  # it diverges, though its last loss was finite
@@ -239,10 +240,8 @@ class _Probe:
             found = torch.tensor([float(self.loss(run.model, _own(b))) for b in self.held_out])
         return found if found.isfinite().all() else diverged
 
-    def targets(
-        self, ranks: Sequence[RankLike], layers: LayerFilter, decomposition: str
-    ) -> list[_Target]:
-        """The plan of each rank, cheapest first; all is checked before anything is trained."""
+    def check(self) -> nn.Module:
+        """A new model, whose loss and optimizer are good for training."""
         model = self.start(0, 1.0).model
         if self.make_model() is model:
             raise ValueError(
@@ -250,9 +249,7 @@ class _Probe:
                 "such as lambda: copy.deepcopy(model)"
             )
         _check_loss(self.loss(model, _own(self.train[0])))
-        use = trace(model, self.sample)
-        found = [_target(model, use, rank, layers, decomposition) for rank in ranks]
-        return sorted(found, key=lambda target: target.flops)
+        return model
 
 
 def _target(
