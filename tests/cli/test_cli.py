@@ -434,16 +434,16 @@ def test_the_phases_of_a_plan_fit_80_columns_with_whole_numbers(
 
 def test_probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("dynarank.train.probe.FEWEST", 10)
-    words = ["probe", "digits", "--rank", "0.1, 0.5", "--share", "0.001", "--train-limit", "640"]
+    words = ["probe", "digits", "--rank", "0.5", "--share", "0.001", "--train-limit", "640"]
     assert call(monkeypatch, *words, "--seeds", "1") == 0
     out = capsys.readouterr().out
-    assert "15 runs of 10 steps" in out and "50% of the steps of a run" in out
-    assert "low rank    full, cut" in out and "0.1" in out and "0.5" in out
+    assert "9 runs of 10 steps" in out and "30% of the steps of a run" in out
+    assert "low rank" in out and "full, cut" in out and "0.5" in out
 
     assert call(monkeypatch, *words, "--seeds", "1", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["recipe"] == "digits" and printed["steps"] == 10
-    assert [one["rank"] for one in printed["ranks"]] == [0.1, 0.5]
+    assert [one["rank"] for one in printed["ranks"]] == [0.5]
 
 
 def test_probe_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
