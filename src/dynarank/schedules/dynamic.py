@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,7 @@ class Budgeted(RankSchedule):
     Args:
         budget: the training FLOPs of the whole run relative to full rank, a share or a
             :class:`dynarank.Within` of FLOPs.
+        fitted: whether it was fitted to a model, by ``fit_schedule``; a resumed run keeps it then.
 
     Raises:
         ValueError: the budget is not a share of FLOPs.
@@ -48,6 +49,8 @@ class Budgeted(RankSchedule):
     """
 
     budget: float | Within = BUDGET
+    _: KW_ONLY
+    fitted: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Decay(total=self.budget).budget)
@@ -162,7 +165,7 @@ def dynamic_rank(
 
     Example:
         >>> dynamic_rank(budget=0.5)
-        Budgeted(budget=Within(flops=0.5, multiple_of=1))
+        Budgeted(budget=Within(flops=0.5, multiple_of=1), fitted=False)
         >>> type(dynamic_rank(0.5, inflate=0.37, deflate=0.80)).__name__
         'DynamicRank'
     """
