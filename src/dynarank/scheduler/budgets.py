@@ -7,7 +7,7 @@ another answer. With batches of the user's, cuts to a rank of the schedule's are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -18,17 +18,16 @@ from dynarank.allocation.within_budget import plan_within
 from dynarank.cost.budget import Room, shared_budgets, uniform_plan
 from dynarank.cost.flops import ModelUse, trace, weights_only
 from dynarank.decompositions import LinAlgError, UnfitWeightError
-from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import BudgetKind, Form, LowRank, Plan, Request, Within
-from dynarank.monitors.calibration import calibrate
+from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.scheduler.last_batches import LastBatches
+from dynarank.schedules.timelines import Phase
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import truncates
 
 __all__ = ["Batches", "Budgets", "Resolved", "stand_in"]
 
 Batches: TypeAlias = Callable[[], Iterable[Any]]
-Statistics: TypeAlias = Mapping[str, ActivationStats]
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Resolved:
 
     plan: dict[str, Form] = field(default_factory=dict[str, Form])
     found: dict[str, Within] = field(default_factory=dict[str, Within])
-    calibration: dict[str, ActivationStats] = field(default_factory=dict[str, ActivationStats])
+    calibration: Calibration = field(default_factory=lambda: Calibration({}))
     batches: list[Any] = field(default_factory=list[Any])
     unmeasured: dict[str, Within] = field(default_factory=dict[str, Within])
     unfit: dict[str, str] = field(default_factory=dict[str, str])
@@ -69,26 +68,31 @@ class Budgets:
         self._model, self._given = model, batches
         self._seen = LastBatches(model)
         self._use: dict[BudgetKind, ModelUse] = {}
-        self._unchecked: list[Request] = []  # until the first batch has been seen
+        self._unchecked: list[Phase] = []  # until the first batch has been seen
 
-    def expect(self, requests: Iterable[Request]) -> None:
+    def expect(self, phases: Iterable[Phase]) -> None:
         """Check the budgets of the phases to come, as far as that is possible by now.
 
         Raises:
-            ValueError: the smallest ranks cost more than a budget allows; two budgets of the model
-                in one plan; or there is nothing to measure on.
+            ValueError: the smallest ranks cost more than a budget allows, or there are two budgets
+                of the model in one plan.
         """
-        ahead = list(requests)
+        ahead = [phase for phase in phases if any(_budgets_of(phase.plan))]
         known = self._given is not None or bool(self._seen())
-        for request in ahead:
-            for budget, paths in shared_budgets(request).items():
-                if known or budget.kind != "flops":
-                    use = self._cost(budget.kind)
-                    Room.of(use, budget, paths, stand_in(request)).check()
-        with_budgets = [request for request in ahead if shared_budgets(request)]
+        for phase in ahead:
+            try:
+                self._check(phase.plan, flops=known)
+            except ValueError as error:
+                raise ValueError(f"from step {phase.start}, {error}") from None
         if self._given is None:
-            self._seen.watch(bool(with_budgets))
-        self._unchecked = [] if known else with_budgets
+            self._seen.watch(bool(ahead))
+        self._unchecked = [] if known else ahead
+
+    def _check(self, request: Request, *, flops: bool) -> None:
+        for budget, paths in shared_budgets(request).items():
+            if flops or budget.kind != "flops":
+                use = self._cost(budget.kind)
+                Room.of(use, budget, paths, stand_in(request)).check()
 
     def after_first_step(self) -> None:
         """Check FLOPs budgets on the first training batch, if no others were given.
@@ -107,7 +111,7 @@ class Budgets:
             )
         self.expect(ahead)
 
-    def statistics(self, made: Resolved, due: Sequence[tuple[Site, Form]]) -> Statistics:
+    def statistics(self, made: Resolved, due: Sequence[tuple[Site, Form]]) -> Calibration:
         """The activation statistics of what is cut to budgets, and of all cuts on given batches.
 
         Raises:
@@ -116,7 +120,7 @@ class Budgets:
         fixed = {s.path for s, form in due if s.path not in made.found and truncates([(s, form)])}
         if fixed and self._given is not None:
             made.batches = made.batches or list(self._given())
-            made.calibration |= calibrate(self._model, made.batches, layers=_at(fixed))
+            made.calibration.update(calibrate(self._model, made.batches, layers=_at(fixed)))
         return made.calibration
 
     def close(self) -> None:
@@ -185,18 +189,20 @@ class Budgets:
     def _find(self, made: Resolved, budget: Within, paths: tuple[str, ...], planned: Plan) -> Plan:
         use, layers = self._cost(budget.kind), _at(paths)
         if made.batches:
-            made.calibration |= calibrate(self._model, made.batches, layers=layers)
+            made.calibration.update(calibrate(self._model, made.batches, layers=layers))
         if budget.ranks == "uniform":
             return uniform_plan(Room.of(use, budget, paths, planned))
         return plan_within(
             self._model,
-            **{budget.kind: budget.amount},
+            flops=budget.flops,
+            params=budget.params,
+            bytes=budget.bytes,
             of=budget.of,
             calibration=made.calibration,
             multiple_of=budget.multiple_of,
             layers=layers,
             decomposition=budget.decomposition,
-            planned=planned,
+            planned={path: form for path, form in planned.items() if path not in paths},
             use=use,
         )
 
@@ -217,6 +223,10 @@ class Budgets:
                 weights_only(self._model) if batches is None else trace(self._model, next(batches))
             )
         return self._use[kind]
+
+
+def _budgets_of(request: Request) -> Iterator[Within]:
+    return (one for one in request.values() if isinstance(one, Within))
 
 
 def _at(paths: Iterable[str]) -> Callable[[nn.Module, str], bool]:
