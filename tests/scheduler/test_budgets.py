@@ -162,6 +162,26 @@ def test_a_run_resumed_at_any_step_is_the_run_uninterrupted(batches: Any) -> Non
         assert_same_bits(made.state(), whole.state())
 
 
+def test_a_run_with_batches_of_different_sizes_resumes_too() -> None:
+    def batch_of(step: int) -> Tensor:
+        return batch(step)[: 40 if step % 3 else 7]
+
+    def steps(run: Run, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            (run.model(batch_of(step)) - 1).square().mean().backward()
+            run.optimizer.step()
+            run.ranks.step()
+            run.optimizer.zero_grad()
+
+    whole = Run(batches=None)
+    steps(whole, 0, 6)
+    resumed = Run(batches=None)
+    resumed.load(whole.state())
+    for run in (whole, resumed):
+        steps(run, 6, STEPS)
+    assert_same_bits(resumed.state(), whole.state())
+
+
 def test_a_state_is_plain_data_if_batches_are_given() -> None:
     run = Run()
     run.step(5)

@@ -180,6 +180,8 @@ class Budgets:
                 new.append((budget, paths))
             else:
                 made.plan |= {path: now[path] for path in paths}
+        if new and self._given is None:  # counted on a batch that a resumed run has too
+            self._use.clear()
         for budget, paths in sorted(new, key=lambda one: one[0].of):  # of="layers" first
             self._measure(made, budget, paths, {**now, **made.plan})
         return made
