@@ -95,6 +95,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Recipe, Task]], str, bool]] = {
     "low-rank": (partial(digits, init="published"), "low-rank", False),
     "gpt": (gpt, "dynamic-rank", True),
     "gpt, calibrated": (partial(gpt, moments="calibrated"), "dynamic-rank", False),
+    "gpt, decay": (gpt, "decay", False),
     "bert": (bert, "dynamic-rank", False),
     "lstm": (lstm, "dynamic-rank", False),
 }
