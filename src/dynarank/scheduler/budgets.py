@@ -147,7 +147,7 @@ class Budgets:
     def load_state_dict(self, batches: list[Any] | None, undo: ExitStack) -> None:
         """Go on with these batches, unless others are given."""
         undo.callback(self._seen.load_state_dict, self._seen.state_dict())
-        if self._given is None:
+        if self._given is None and batches is not None:  # None: saved after it was closed
             self._seen.load_state_dict(batches)
 
     def resolve(
