@@ -12,7 +12,6 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 
 from dynarank import schedules
 from dynarank.allocation import rules
-from dynarank.allocation.fit_schedule import fit_schedule
 from dynarank.allocation.within_budget import plan_within
 from dynarank.checkpoint.save import load, save
 from dynarank.decompositions import UnfitWeightError, register_decomposition
@@ -23,6 +22,7 @@ from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral import SpectralMonitor
+from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.scheduler.batch_norm import BatchNormRecalibration
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.scheduler.rank_scheduler import RankScheduler

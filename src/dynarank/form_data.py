@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dynarank.forms import FORMS, Form, Rank, form_name
+from dynarank.forms import FORMS, Form, Rank, Request, Within, form_name
 
-__all__ = ["form_from_data", "form_to_data"]
+__all__ = ["form_from_data", "form_to_data", "request_from_data", "request_to_data"]
+
+_BUDGET = "budget"  # the key that marks a budget among forms
 
 
 def form_to_data(form: Form) -> dict[str, Any]:
@@ -36,3 +38,28 @@ def form_from_data(data: Mapping[str, Any]) -> Form:
     if isinstance(rank := values.get("rank"), Mapping):
         values["rank"] = Rank(**rank)
     return FORMS[name](**values)
+
+
+def request_to_data(request: Request) -> dict[str, Any]:
+    """A schedule's answer, forms and budgets by path, as plain data.
+
+    Example:
+        >>> request_to_data({"a": Within(flops=0.5)})["a"]["budget"]["flops"]
+        0.5
+    """
+    return {
+        path: {_BUDGET: dict(vars(one))} if isinstance(one, Within) else form_to_data(one)
+        for path, one in request.items()
+    }
+
+
+def request_from_data(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Form | Within]:
+    """The inverse of :func:`request_to_data`.
+
+    Raises:
+        ValueError: an unknown form, or values that it or a budget refuses.
+    """
+    return {
+        path: Within(**one[_BUDGET]) if _BUDGET in one else form_from_data(one)
+        for path, one in data.items()
+    }

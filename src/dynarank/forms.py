@@ -26,6 +26,7 @@ from typing import Literal, SupportsFloat, SupportsIndex, TypeAlias, get_args
 __all__ = [
     "Adapted",
     "AdaptedExecution",
+    "BudgetKind",
     "Change",
     "Form",
     "FullRank",
@@ -192,6 +193,7 @@ class Adapted(_WithFactors):
 
 
 Form: TypeAlias = FullRank | LowRank | Adapted
+BudgetKind: TypeAlias = Literal["flops", "params", "bytes"]
 Plan: TypeAlias = Mapping[str, Form]
 
 
@@ -234,14 +236,13 @@ class Within:
     multiple_of: int = 8
 
     def __post_init__(self) -> None:
-        kinds = ("flops", "params", "bytes")
-        given = {kind: getattr(self, kind) for kind in kinds if getattr(self, kind) is not None}
+        kinds = get_args(BudgetKind)
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"a budget is exactly one of {', '.join(kinds)}, got {', '.join(given) or 'none'}"
             )
-        ((kind, amount),) = given.items()
-        object.__setattr__(self, kind, _plain_budget(kind, amount))
+        object.__setattr__(self, self.kind, _plain_budget(self.kind, self.amount))
         if self.of not in ("model", "layers"):
             raise ValueError(f'a budget is of the "model" or of its "layers", got {self.of!r}')
         if self.ranks not in ("energy", "uniform"):
@@ -250,10 +251,9 @@ class Within:
             raise ValueError(f"multiple_of is a whole number >= 1, got {self.multiple_of!r}")
 
     @property
-    def kind(self) -> Literal["flops", "params", "bytes"]:
+    def kind(self) -> BudgetKind:
         """What the budget is of."""
-        kinds = get_args(Literal["flops", "params", "bytes"])
-        return next(kind for kind in kinds if getattr(self, kind) is not None)
+        return next(kind for kind in get_args(BudgetKind) if getattr(self, kind) is not None)
 
     @property
     def amount(self) -> float | int:

@@ -1,1 +1,1 @@
-"""Allocation of ranks: rules for ranks, and plans and schedules within a budget."""
+"""Allocation: how ranks are found, by a rule or within a budget."""

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-__all__ = ["Option", "choose", "least_cost"]
+__all__ = ["Option", "choose", "choose_evenly", "least_cost"]
 
 _What = TypeVar("_What")
 _Layer = TypeVar("_Layer", bound=Hashable)
@@ -62,6 +62,33 @@ def choose(
             chosen[layer] = new
     while (better := _best_change(options, chosen, budget)) is not None:
         chosen[better[0]] = better[1]
+    return chosen
+
+
+def choose_evenly(
+    options: Mapping[_Layer, Sequence[Option[_What]]], budget: float
+) -> dict[_Layer, Option[_What]]:
+    """Choose values as equal as the options allow, at a total cost of at most ``budget``.
+
+    Every layer starts with its cheapest option, and the layer whose next option has the least value
+    gets it, as long as that is within the budget.
+
+    Args:
+        options: the options of each layer.
+        budget: the largest total cost, at least :func:`least_cost`.
+
+    Example:
+        >>> options = {"a": [Option(1, 1, 0.1), Option(2, 2, 0.2)], "b": [Option(1, 1, 0.3)]}
+        >>> {layer: option.what for layer, option in choose_evenly(options, 3).items()}
+        {'a': 2, 'b': 1}
+    """
+    chosen = {layer: min(mine, key=lambda o: o.cost) for layer, mine in options.items()}
+    steps = [(option.value, layer, option) for layer, mine in options.items() for option in mine]
+    spent = _total(chosen)
+    for value, layer, option in sorted(steps, key=lambda step: step[0]):
+        cost = spent - chosen[layer].cost + option.cost
+        if value > chosen[layer].value and cost <= budget:
+            chosen[layer], spent = option, cost
     return chosen
 
 

@@ -17,7 +17,7 @@ from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.form_data import form_to_data
-from dynarank.forms import Adapted, Form, FullRank, Rank, RankLike, form_name
+from dynarank.forms import Adapted, Form, FullRank, Rank, RankLike, Within, form_name
 from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
@@ -66,7 +66,7 @@ def plan(
     use = trace(drawn.model, drawn.sample)
     cost = _cost(chosen, schedule, use, layers, drawn)
     terminal = console(quiet_stdout=as_json)
-    plans = [phase.phase.plan for phase in cost.phases]
+    plans = [phase.plan for phase in cost.phases]
     timings = time_layers(terminal, use, plans, machine) if measure else None
     if as_json:
         measured = {"measured": timings_data(timings)} if timings else {}
@@ -136,7 +136,7 @@ def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
             "trainable_parameters": use.layers[path].parameters(form)[0],
             "relative_training_flops": _relative(use.layers[path], form),
         }
-        for path, form in cost.phase.plan.items()
+        for path, form in cost.plan.items()
     ]
     return {
         "start_epoch": cost.phase.start / scale,
@@ -145,6 +145,7 @@ def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
         "total_parameters": cost.total_parameters,
         "relative_forward_flops": cost.relative_forward,
         "relative_training_flops": cost.relative_training,
+        "estimated_ranks": cost.estimated,
         "state_bytes": cost.state_bytes,
         "costs_more_than_full_rank": cost.relative_training > 1,
         "layers": layers,
@@ -161,17 +162,18 @@ def _show_layers(
     title = f"{recipe.name}, {schedule}: form, trainable parameters, FLOPs by layer and epochs"
     phases = [_span(recipe, cost, one.phase) for one in cost.phases]
     table = right_aligned(title, ["layer", "weight"], phases)
-    for path in cost.phases[0].phase.plan:
+    for path in cost.phases[0].plan:
         one = use.layers[path]
-        cells = [_cell(one, phase.phase.plan[path]) for phase in cost.phases]
+        cells = [_cell(one, phase, path) for phase in cost.phases]
         table.add_row(path, "x".join(map(str, one.shape)), *cells)
     terminal.print(table)
 
 
-def _cell(use: LayerUse, form: Form) -> str:
-    resolved = use.spec.resolve(form)
-    name = form_name(form)
-    name = name if isinstance(resolved, FullRank) else f"{name} {resolved.rank}"
+def _cell(use: LayerUse, phase: PhaseCost, path: str) -> str:
+    form = phase.plan[path]
+    resolved, name = use.spec.resolve(form), form_name(form)
+    about = "~" if isinstance(phase.phase.plan[path], Within) else ""
+    name = name if isinstance(resolved, FullRank) else f"{name} {about}{resolved.rank}"
     trained, _ = use.parameters(form)
     return f"{name} {trained:,} {_relative(use, form):.3f}x"
 
@@ -180,7 +182,8 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     numbers = ["trainable", "all", "forward", "training", "state"]
     table = right_aligned("Per phase, whole model", ["epochs", "form"], numbers)
     for one in cost.phases:
-        names = sorted({form_name(form) for form in one.phase.plan.values()})
+        answers = one.phase.plan.values()
+        names = sorted({str(a) if isinstance(a, Within) else form_name(a) for a in answers})
         table.add_row(
             _span(recipe, cost, one.phase),
             ", ".join(names),
@@ -202,7 +205,7 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
 
 def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:
     """What the phase costs with two-branch adapters."""
-    forms = one.phase.plan.items()
+    forms = one.plan.items()
     plan = {
         path: replace(form, execution="two-branch") if isinstance(form, Adapted) else form
         for path, form in forms
@@ -230,6 +233,11 @@ def _remarks(
         for one in cost.phases
         if one.adapted_costs_more
     ]
+    if any(one.estimated for one in cost.phases):
+        lines.append(
+            "Ranks with ~ are an estimate: they are measured when the phase begins. Its FLOPs are "
+            "its budget."
+        )
     left = [
         f"{site.path} ({site.obstacle or 'not in the layers of the recipe'})"
         for site in survey(model)

@@ -24,12 +24,21 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.cost.counter import count_step
-from dynarank.forms import Form, FullRank, LowRank, Plan
+from dynarank.forms import BudgetKind, Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, Flops, WeightSpec, choose_execution, ranked_class, readers
 from dynarank.layers.running import call_model, forward_arguments, preserve_state
 from dynarank.surgery.sites import Site, survey
 
-__all__ = ["Flops", "LayerUse", "ModelUse", "count_flops", "form_parameters", "run_batch", "trace"]
+__all__ = [
+    "Flops",
+    "LayerUse",
+    "ModelUse",
+    "count_flops",
+    "form_parameters",
+    "run_batch",
+    "trace",
+    "weights_only",
+]
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, by keyword
 
@@ -43,12 +52,14 @@ class LayerUse:
         form: its form.
         calls: its uses in a forward pass.
         trains: whether it is trainable.
+        itemsize: the bytes of one entry.
     """
 
     spec: WeightSpec
     form: Form
     calls: tuple[Call, ...]
     trains: bool = True
+    itemsize: int = 4
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +77,13 @@ class LayerUse:
         """The number of trainable and of all entries in ``form``."""
         return form_parameters(self.spec, form, self.trains)
 
+    def cost(self, kind: BudgetKind, form: Form) -> int:
+        """Training FLOPs, parameters or bytes of the weight in ``form``."""
+        if kind == "flops":
+            return self.flops(form).training
+        entries = self.parameters(form)[1]
+        return entries if kind == "params" else entries * self.itemsize
+
 
 @dataclass(frozen=True)
 class ModelUse:
@@ -75,6 +93,12 @@ class ModelUse:
     rest: Flops
     other_trainable: int
     other_total: int
+    other_bytes: int = 0
+
+    def rest_cost(self, kind: BudgetKind) -> int:
+        """The training FLOPs, parameters or bytes of everything but the weights."""
+        costs = {"flops": self.rest.training, "params": self.other_total, "bytes": self.other_bytes}
+        return costs[kind]
 
     def flops(self, plan: Plan) -> Flops:
         """The FLOPs of one batch under ``plan``; layers not in the plan keep their form."""
@@ -138,24 +162,43 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     arguments = forward_arguments(model, sample)
     with torch.inference_mode(False), preserve_state(model, eager=True):
         counted, calls = _recorded_step(model, sites, arguments, loss or _sum_all)
+    return _use(model, sites, calls, counted)
+
+
+def weights_only(model: nn.Module) -> ModelUse:
+    """The weights of a model without a pass: its parameters and bytes are known, FLOPs are zero.
+
+    Example:
+        >>> weights_only(nn.Sequential(nn.Linear(64, 64))).parameters({"0": LowRank(8)})
+        (1088, 1088)
+    """
+    sites = [site for site in survey(model) if site.form is not None]
+    return _use(model, sites, {site.path: [] for site in sites}, Flops())
+
+
+def _use(
+    model: nn.Module, sites: Sequence[Site], calls: Mapping[str, list[Call]], counted: Flops
+) -> ModelUse:
     layers = {
         site.path: LayerUse(
             site.spec,
             cast(Form, site.form),
             tuple(calls[site.path]),
             any(p.requires_grad for p in site.parameters().values()),
+            max(p.itemsize for p in site.parameters().values()),
         )
         for site in sites
     }
     known = sum((use.flops(use.form) for use in layers.values()), Flops())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
     mine = [use.parameters(use.form) for use in layers.values()]
+    parameters = list(model.parameters())
     return ModelUse(
         layers,
         counted - known,
-        trainable - sum(count[0] for count in mine),
-        total - sum(count[1] for count in mine),
+        sum(p.numel() for p in parameters if p.requires_grad) - sum(count[0] for count in mine),
+        sum(p.numel() for p in parameters) - sum(count[1] for count in mine),
+        sum(p.numel() * p.itemsize for p in parameters)
+        - sum(use.cost("bytes", use.form) for use in layers.values()),
     )
 
 

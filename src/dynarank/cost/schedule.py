@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from dynarank.cost.budget import estimated
 from dynarank.cost.flops import Flops, ModelUse
-from dynarank.forms import Adapted, FullRank
+from dynarank.forms import Adapted, FullRank, Plan, Within
 from dynarank.schedules.base import Readings, Schedule
 from dynarank.schedules.timelines import Phase, timeline
 
@@ -18,7 +19,9 @@ class PhaseCost:
     """The cost of one phase of a schedule.
 
     Args:
-        phase: its steps and plan.
+        phase: its steps, and what the schedule answers.
+        plan: the form of each layer; for a budget, uniform ranks, which are an estimate: its ranks
+            are measured at the transition, its FLOPs are known before.
         flops: the FLOPs of one batch.
         relative_forward: forward FLOPs relative to the full-rank model.
         relative_training: training FLOPs relative to the full-rank model.
@@ -28,6 +31,7 @@ class PhaseCost:
     """
 
     phase: Phase
+    plan: Plan
     flops: Flops
     relative_forward: float
     relative_training: float
@@ -36,9 +40,14 @@ class PhaseCost:
     state_bytes: int
 
     @property
+    def estimated(self) -> bool:
+        """Whether ranks are still to be found for a budget."""
+        return any(isinstance(one, Within) for one in self.phase.plan.values())
+
+    @property
     def adapted_costs_more(self) -> bool:
         """Whether a step of this phase with adapted layers costs more than a full-rank step."""
-        adapted = any(isinstance(form, Adapted) for form in self.phase.plan.values())
+        adapted = any(isinstance(form, Adapted) for form in self.plan.values())
         return adapted and self.relative_training > 1
 
 
@@ -107,6 +116,9 @@ def cost_schedule(
             momentum, 2 for Adam.
         itemsize: bytes per value.
 
+    Raises:
+        ValueError: a budget of the schedule is below the cost of the smallest ranks.
+
     Example:
         >>> import torch
         >>> from dynarank.cost.flops import trace
@@ -120,10 +132,14 @@ def cost_schedule(
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
 
     def phase_cost(phase: Phase) -> PhaseCost:
-        flops = use.flops(phase.plan)
-        trainable, total = use.parameters(phase.plan)
+        try:
+            plan, flops = estimated(use, phase.plan)
+        except ValueError as error:
+            raise ValueError(f"from step {phase.start}, {error}") from None
+        trainable, total = use.parameters(plan)
         return PhaseCost(
             phase,
+            plan,
             flops,
             flops.forward / full.forward,
             flops.training / full.training,

@@ -29,7 +29,7 @@ from dynarank.cost.flops import LayerUse, ModelUse
 from dynarank.files.atomic import write_text
 from dynarank.files.json_data import DamagedFileError, read_json
 from dynarank.files.printable import printable
-from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan
+from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan, Request, Within
 from dynarank.layers import Call, WeightSpec
 from dynarank.schedules.base import Mapped, Schedule, as_schedule
 from dynarank.surgery.verbs import apply_plan
@@ -194,6 +194,8 @@ def layer_timer(
 def where_faster(schedule: Schedule, timings: Timings) -> Mapped:
     """The schedule with low-rank forms only where they were measured to be faster.
 
+    Budgets stay: which ranks they mean is not known yet.
+
     Example:
         >>> from dynarank.schedules import Clock, Readings, low_rank
         >>> timings = Timings({"0": {FullRank(): 1.0, LowRank(4, execution="factored"): 2.0}})
@@ -202,8 +204,11 @@ def where_faster(schedule: Schedule, timings: Timings) -> Mapped:
         {'0': FullRank()}
     """
 
-    def faster(plan: Plan) -> Plan:
-        return {path: timings.choose(path, form) for path, form in plan.items()}
+    def faster(request: Request) -> Request:
+        return {
+            path: form if isinstance(form, Within) else timings.choose(path, form)
+            for path, form in request.items()
+        }
 
     return Mapped(as_schedule(schedule), faster)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 from dynarank.decompositions import UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
-from dynarank.form_data import form_from_data, form_to_data
-from dynarank.forms import Change, Form
+from dynarank.form_data import request_from_data, request_to_data
+from dynarank.forms import Change, Form, Request, Within
 from dynarank.surgery.optimizer_state import Moments, Optimizers
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import change_forms
@@ -26,25 +27,26 @@ LONGEST, SHARE, SHORTEST = 64, 0.01, 8
 
 @dataclass(frozen=True)
 class Waiting:
-    """A layer whose change is postponed: its forms, and when the change is tried again."""
+    """A layer whose change is postponed: its form, what it waits for, and the next try.
+
+    It waits for a form, or for a budget that could not be measured.
+    """
 
     before: Form
-    after: Form
+    after: Form | Within
     patience: int  # steps between the last try and the next
     retry_at: int
 
     def to_data(self) -> dict[str, Any]:
         """It as plain data, for JSON."""
-        forms = {"before": form_to_data(self.before), "after": form_to_data(self.after)}
+        forms = request_to_data({"before": self.before, "after": self.after})
         return {**forms, "patience": self.patience, "retry_at": self.retry_at}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Waiting:
         """The inverse of :meth:`to_data`."""
-        values: dict[str, Any] = {
-            **data,
-            **{key: form_from_data(data[key]) for key in ("before", "after")},
-        }
+        forms = request_from_data({key: data[key] for key in ("before", "after")})
+        values: dict[str, Any] = {**data, **forms}
         return cls(**values)
 
 
@@ -63,21 +65,30 @@ class Postponed:
 
     def due_at(self, step: int) -> bool:
         """Whether a change is tried again at this step."""
-        last = step == self.total_steps
-        return any(last or step >= one.retry_at for one in self.layers.values())
+        return any(self._is_due(one, step) for one in self.layers.values())
 
-    def due(self, wanted: Wanted, step: int) -> list[tuple[Site, Form]]:
+    def _is_due(self, one: Waiting, step: int) -> bool:
+        return step >= one.retry_at or step == self.total_steps
+
+    def budgets(self, step: int) -> dict[str, bool]:
+        """The layers that wait for a budget to be measured, and whether that is tried now."""
+        waiting = self.layers.items()
+        return {p: self._is_due(w, step) for p, w in waiting if isinstance(w.after, Within)}
+
+    def due(self, wanted: Wanted, request: Request, step: int) -> list[tuple[Site, Form]]:
         """The wanted changes that are tried at this step; those not wanted anymore are forgotten.
 
         A layer that is to get another form than the one it waits for is tried at once.
         """
-        asked = {site.path: form for site, form in wanted}
+        budgets = {path: one for path, one in request.items() if isinstance(one, Within)}
+        asked = {site.path: form for site, form in wanted} | budgets
         self.layers = {p: one for p, one in self.layers.items() if asked.get(p) == one.after}
-        last = step == self.total_steps
-        waiting = {p for p, one in self.layers.items() if step < one.retry_at and not last}
+        waiting = {p for p, one in self.layers.items() if not self._is_due(one, step)}
         return [(site, form) for site, form in wanted if site.path not in waiting]
 
-    def record(self, tried: Wanted, unfit: Iterable[str], step: int) -> None:
+    def record(
+        self, tried: Sequence[tuple[Site, Form | Within]], unfit: Iterable[str], step: int
+    ) -> None:
         """Keep the layers that were unfit with twice their patience; forget the others."""
         unfit, layers = set(unfit), dict(self.layers)
         for site, after in tried:
@@ -110,6 +121,7 @@ def change_fit_layers(
     *,
     seed: int | None = None,
     keep: bool = False,
+    undo: ExitStack | None = None,
 ) -> tuple[list[Change], dict[str, str]]:
     """Change the layers that can be changed; also the reasons why the others cannot, by path.
 
@@ -118,8 +130,8 @@ def change_fit_layers(
     unfit: dict[str, str] = {}
     while left := [(site, form) for site, form in wanted if site.path not in unfit]:
         try:
-            changes = change_forms(left, optimizer, moments, calibration, seed=seed, keep=keep)
-            return changes, unfit
+            how: dict[str, Any] = {"seed": seed, "keep": keep, "undo": undo}
+            return change_forms(left, optimizer, moments, calibration, **how), unfit
         except UnfitWeightError as error:
             paths = [site.path for site, _ in left]
             known = {path: why for path, why in error.layers.items() if path in paths}

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.decompositions import LinAlgError, UnfitWeightError
-from dynarank.form_data import form_to_data
-from dynarank.forms import Change, Form, LowRank, Plan
+from dynarank.form_data import form_to_data, request_to_data
+from dynarank.forms import Change, Form, LowRank, Plan, Request, Within
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
+from dynarank.scheduler.batch_norm import recalibrate_batch_norms
+from dynarank.scheduler.budgets import Batches, Budgets, Resolved, stand_in
 from dynarank.scheduler.callbacks import (
     CallbackLike,
     load_callback,
@@ -71,6 +73,12 @@ class RankScheduler:
             ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of another length, the last
             gradients of a layer before its change are kept; without any, because the change could
             not be predicted, moments are projected.
+        batches: a function that returns a few training batches, as :func:`dynarank.calibrate` takes
+            them. On these the schedule's budgets (:class:`dynarank.Within`) are measured, and at
+            each truncation layers are cut such that their outputs change least and BatchNorm is
+            recalibrated, in one transaction. None: budgets are measured on the last 8 batches of
+            training, which a hook on the model keeps, and checked after the first step; other
+            truncations see no data.
         callbacks: called around each change, in the order of the list: ``LRRewarmup``,
             ``BatchNormRecalibration``, ``ActivationAwareTruncation``, a subclass of
             :class:`~dynarank.scheduler.callbacks.Callback`, or a function of the list of changes.
@@ -110,6 +118,7 @@ class RankScheduler:
         layers: LayerFilter = None,
         lr_scheduler: Any | Sequence[float] | None = None,
         moments: Moments = "project",
+        batches: Batches | None = None,
         callbacks: Sequence[CallbackLike] = (),
         state: Mapping[str, Any] | None = None,
     ) -> None:
@@ -128,7 +137,9 @@ class RankScheduler:
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
         self._postponed = Postponed(total_steps)
-        self._plan: Plan | None = None  # as last applied, but for what is postponed
+        self._budgets = Budgets(model, batches)
+        self._request: Request | None = None  # the schedule's last answer
+        self._plan: Plan | None = None  # its forms, as last applied, but for what is postponed
         self._state = self.schedule.start()
         self._seed = torch.initial_seed()
         self._forms_loaded = forms_loaded()
@@ -142,9 +153,10 @@ class RankScheduler:
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
         check_phases(model, phases := self.phases(), sites)
         if named is None and not has_factors(sites):
-            warn_of_little(sites, [phase.plan for phase in phases], stacklevel=2)
+            warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=2)
         self._states_checked = False
         try:
+            self._budgets.expect(phase.plan for phase in phases)
             for one in self.callbacks.values():
                 one.on_start(self)
             if state is None:
@@ -171,6 +183,7 @@ class RankScheduler:
         self.last_step += 1
         forget_replaced(*self.model.modules())
         self._check_states()
+        self._budgets.after_first_step()
         for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
@@ -181,6 +194,7 @@ class RankScheduler:
         with ExitStack() as all_of_them:  # whatever one of them raises
             all_of_them.callback(forget_replaced, *self.model.modules())
             all_of_them.callback(unsign_states, self.model, self.optimizer)
+            all_of_them.callback(self._budgets.close)
             if self.gradients is not None:
                 all_of_them.callback(self.gradients.watch, ())
             for one in self.callbacks.values():
@@ -189,7 +203,8 @@ class RankScheduler:
     def state_dict(self) -> dict[str, Any]:
         """The position in the run and the forms the layers have, as plain data.
 
-        With ``moments="calibrated"``, also the gradients kept for the next change, as tensors.
+        With ``moments="calibrated"``, also the gradients kept for the next change, as tensors; with
+        a budget ahead and no ``batches``, also the last training batches.
         """
         plan = None if self._plan is None else dict(self._plan)
         sites = find_sites(self.model, survey(self.model), {**self._layers, **(plan or {})})
@@ -206,10 +221,12 @@ class RankScheduler:
             "forecast": self.forecast.state_dict(),
             "callbacks": {name: one.state_dict() for name, one in callbacks},
             "decisions": [decision.to_data() for decision in self.decisions],
-            "plan": None if plan is None else {p: form_to_data(form) for p, form in plan.items()},
+            "request": None if self._request is None else request_to_data(self._request),
+            "plan": None if plan is None else request_to_data(plan),
             "last_factored_forms": {p: form_to_data(form) for p, form in last.items() if form},
             "forms": {p: form_to_data(site.form) for p, site in sites.items() if site.form},
             "gradients": None if self.gradients is None else self.gradients.state_dict(),
+            "batches": self._budgets.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], *, undo: ExitStack | None = None) -> None:
@@ -244,6 +261,7 @@ class RankScheduler:
                 restore_on_exit(vars(part), undo)
             restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo)
             self.last_step, self._plan, self._seed = saved.last_step, saved.plan, saved.seed
+            self._request = saved.request
             self._forms_loaded = forms_loaded()
             self._layers = {path: tuple(shape) for path, shape in saved.layers.items()}
             self.schedule, self._state = saved.schedule, saved.schedule_state
@@ -252,6 +270,7 @@ class RankScheduler:
             for name, one in saved.callbacks.items():
                 load_callback(name, self.callbacks[name], one, undo)
             self._load_gradients(saved.gradients)
+            self._budgets.load_state_dict(saved.batches, undo)
             own_undo.pop_all()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -309,44 +328,79 @@ class RankScheduler:
         if all(type(one).__module__.startswith("torch.optim") for one in inner):  # known by class
             return
         sites = survey(self.model)
-        later = [phase.plan for phase in self.phases() if phase.start > self.last_step]
+        later = [stand_in(phase.plan) for phase in self.phases() if phase.start > self.last_step]
         ahead = [site for plan in later for site, _ in differences(self.model, plan, sites)]
         if self.schedule.spectra_every is not None:  # it decides as it goes
             ahead = find_sites(self.model, sites, self._layers).values()
         check_movable(self.optimizer, self.moments, ahead)
 
-    def _apply(self, plan: Plan, sites: Sequence[Site] | None) -> list[Change]:
+    def _apply(self, request: Request, sites: Sequence[Site] | None) -> list[Change]:
         step, postponed = self.last_step, self._postponed
-        as_it_was = plan == self._plan and self._forms_loaded == forms_loaded()
+        as_it_was = request == self._request and self._forms_loaded == forms_loaded()
         if as_it_was and not postponed.due_at(step):  # the usual step: no traversal
             return []
         self._forms_loaded = forms_loaded()
-        due = postponed.due(differences(self.model, plan, sites), step)
-        changes, unfit = self._change(due)
-        self._plan = dict(plan)
-        postponed.record(due, unfit, step)
+        sites = survey(self.model) if sites is None else sites
+        waiting = postponed.budgets(step)
+        found = self._budgets.resolve(request, self._request, self._plan, waiting, sites)
+        due = postponed.due(differences(self.model, found.plan, sites), request, step)
+        changes, unfit = self._change(due, found)
+        self._decide(found, request)
+        self._request, self._plan = dict(request), dict(found.plan)
+        unmeasured = find_sites(self.model, sites, found.unmeasured)
+        tried = [*due, *((site, found.unmeasured[path]) for path, site in unmeasured.items())]
+        postponed.record(tried, unfit := unfit | found.unfit, step)
         for one in self.callbacks.values() if changes else ():
             one.after_change(self, changes)
         if unfit:
             warnings.warn(postponed.warning(unfit, step), RuntimeWarning, stacklevel=4)
         return changes
 
-    def _change(self, due: Sequence[tuple[Site, Form]]) -> tuple[list[Change], dict[str, str]]:
+    def _decide(self, found: Resolved, request: Request) -> None:
+        """Record the forms that were found for budgets, and those that replace them."""
+        last = {} if self._request is None else self._request
+        for path, form in found.plan.items():
+            if path in found.found:
+                why, readings = f"within {found.found[path]}", {"budget": found.found[path].amount}
+            elif isinstance(last.get(path), Within) and request[path] != last[path]:
+                why, readings = "after a budget", {}
+            else:
+                continue
+            self.decisions.append(Decision(self.last_step, path, form, why, readings))
+
+    def _change(
+        self, due: Sequence[tuple[Site, Form]], found: Resolved
+    ) -> tuple[list[Change], dict[str, str]]:
         """Make the changes that can be made; also the reasons why the others cannot, by path."""
         if not due:
             return [], {}
         callbacks = self.callbacks.values()
         try:
             given = [c for one in callbacks if (c := one.before_change(self, due)) is not None]
+            own = self._budgets.statistics(found, due)
         except (UnfitWeightError, LinAlgError) as error:  # of a calibration: for truncations only
             held = [pair for pair in due if truncates([pair])] or due
-            changes, unfit = self._change([pair for pair in due if pair not in held])
+            left = [pair for pair in due if pair not in held]
+            changes, unfit = self._change(left, found)
             return changes, unfit | {s.path: f"layer {s.path!r}: {error}" for s, _ in held}
         if len(given) > 1:
             raise ValueError(f"{len(given)} callbacks calibrate one change; leave one of them")
+        known = {**(given[0] if given else {}), **own}
         first = self._plan is None  # of a model that may have been loaded already
-        how = {"seed": self._seed, "keep": first}
-        return change_fit_layers(due, self.optimizer, self.moments, *given, **how)
+        with ExitStack() as undo:
+            how: dict[str, Any] = {"seed": self._seed, "keep": first, "undo": undo}
+            made = change_fit_layers(due, self.optimizer, self.moments, known, **how)
+            self._recalibrate(made[0], found)
+            undo.pop_all()
+        return made
+
+    def _recalibrate(self, changes: Sequence[Change], found: Resolved) -> None:
+        """Recalibrate BatchNorm behind layers that were cut on batches."""
+        if self.last_step and any(change.path in found.calibration for change in changes):
+            try:
+                recalibrate_batch_norms(self.model, found.batches)
+            except UnfitWeightError as error:
+                warnings.warn(f"step {self.last_step}: {error}", RuntimeWarning, stacklevel=6)
 
     def _load_gradients(self, saved: dict[str, list[list[Tensor]]] | None) -> None:
         if self.gradients is not None and saved is not None:
@@ -364,8 +418,9 @@ class RankScheduler:
             return
         ahead = min(self.last_step + self.gradients.length, self.total_steps - 1)
         clock, readings = Clock(ahead, self.total_steps), self._readings()
-        plan, now = self.schedule.update(self._state, clock, readings).plan, readings.forms
-        paths = [path for path, form in plan.items() if form != now.get(path, form)]
+        request = self.schedule.update(self._state, clock, readings).plan
+        now = {**readings.forms, **{p: one for p, one in (self._request or {}).items()}}
+        paths = [path for path, one in request.items() if one != now.get(path, one)]
         self.gradients.watch(paths, changed=changed)
 
 
@@ -379,7 +434,7 @@ def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site
     """Raise ValueError for a phase whose plan the model, with these sites, cannot follow."""
     for phase in phases:
         try:
-            differences(model, phase.plan, sites)
+            differences(model, stand_in(phase.plan), sites)
         except ValueError as error:
             raise ValueError(f"from step {phase.start}, {error}") from None
 

@@ -11,8 +11,14 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from dynarank.form_data import form_from_data, form_to_data
-from dynarank.forms import Adapted, Form, FullRank, LowRank
+from dynarank.form_data import (
+    form_from_data,
+    form_to_data,
+    request_from_data,
+    request_to_data,
+)
+from dynarank.forms import Adapted, Form, FullRank, LowRank, Within
+from dynarank.scheduler.budgets import stand_in
 from dynarank.scheduler.callbacks import Callback, stateful_callbacks
 from dynarank.scheduler.postponed import Waiting
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule, State
@@ -33,10 +39,12 @@ KEYS = (
     "forecast",
     "callbacks",
     "decisions",
+    "request",
     "plan",
     "last_factored_forms",
     "forms",
     "gradients",
+    "batches",
 )
 
 
@@ -53,10 +61,12 @@ class SavedState:
         postponed: the layers whose change was postponed.
         callbacks: the state of each callback that has one, by name.
         decisions: what the schedule had decided.
-        plan: the schedule's last plan; None if it had not been asked.
+        request: the schedule's last answer; None if it had not been asked.
+        plan: the forms of that answer, those found for budgets among them.
         last: the form in which each weight last had factors.
         forms: the form of each weight.
         gradients: those kept for the next change, by path; None if none are to be kept.
+        batches: the last training batches, kept for the next budget; None if none are to be kept.
     """
 
     last_step: int
@@ -67,10 +77,12 @@ class SavedState:
     postponed: dict[str, Waiting]
     callbacks: dict[str, dict[str, Any]]
     decisions: list[Decision]
+    request: dict[str, Form | Within] | None
     plan: dict[str, Form] | None
     last: dict[str, LowRank | Adapted]
     forms: dict[str, Form]
     gradients: dict[str, list[list[Tensor]]] | None
+    batches: list[Any] | None
 
     @classmethod
     def of(
@@ -108,11 +120,14 @@ class SavedState:
             postponed=_each(state, "postponed", _waiting),
             callbacks=dict(state["callbacks"]),
             decisions=_decisions(state["decisions"]),
+            request=None if state["request"] is None else _each(state, "request", _answer),
             plan=None if state["plan"] is None else _each(state, "plan", _form),
             last=_each(state, "last_factored_forms", _factored_form),
             forms=forms,
             gradients=_gradients(state["gradients"]),
+            batches=_batches(state["batches"]),
         )
+        _same("request", saved.request or {}, saved.plan or {}, "the layers of the plan are")
         _same("forms", forms, [*layers, *(saved.plan or {})], "the layers and the last plan name")
         for key, named in (("postponed", saved.postponed), ("last_factored_forms", saved.last)):
             if unknown := named.keys() - forms.keys():
@@ -127,7 +142,7 @@ class SavedState:
         """All forms in it, by path, as plans that the model must be able to follow."""
         waiting = self.postponed.items()
         before, after = ({p: getattr(w, k) for p, w in waiting} for k in ("before", "after"))
-        return [self.forms, self.last, self.plan or {}, before, after]
+        return [self.forms, self.last, self.plan or {}, before, stand_in(after)]
 
 
 def schedule_identity(schedule: RankSchedule) -> Any:
@@ -234,6 +249,15 @@ def _form(data: Mapping[str, Any]) -> Form:
     return form
 
 
+def _answer(data: Mapping[str, Any]) -> Form | Within:
+    if "form" in data:
+        return _form(data)
+    found = request_from_data({"": data})
+    if not _equal(request_to_data(found), {"": data}):
+        raise ValueError(f"{dict(data)!r} is not the data of a budget")
+    return found[""]
+
+
 def _resolved_form(data: Mapping[str, Any]) -> Form:
     form = _form(data)
     if not isinstance(form, FullRank):
@@ -249,8 +273,8 @@ def _factored_form(data: Mapping[str, Any]) -> LowRank | Adapted:
 
 
 def _waiting(data: Mapping[str, Any]) -> Waiting:
-    for form in (data["before"], data["after"]):
-        _resolved_form(form)
+    _resolved_form(data["before"])
+    (_resolved_form if "form" in data["after"] else _answer)(data["after"])
     _count(data, "patience", 1)
     _count(data, "retry_at")
     return Waiting.from_data(data)
@@ -282,6 +306,12 @@ def _gradients(found: Any) -> dict[str, list[list[Tensor]]] | None:
         if wrong := [path for path in found if type(path) is not str]:
             raise ValueError(f"a path is a string, got {wrong[0]!r}")
         return {path: [list(sample) for sample in one] for path, one in found.items()}
+
+
+def _batches(found: Any) -> list[Any] | None:
+    if found is not None and not isinstance(found, list):
+        raise ValueError(_wrong("batches", found, "they are a list"))
+    return found
 
 
 def _number(value: object) -> bool:

@@ -1,6 +1,7 @@
 """The interface of rank schedules: a pure function ``(clock, readings) -> plan``, without a model.
 
-A plan is declarative: it says which form each layer should have, not what to change. So most
+A plan is declarative: it says which form each layer should have, not what to change. In place of a
+form it may give a budget (:class:`dynarank.Within`): the rank scheduler then finds the ranks. Most
 schedules need no state, and a resumed run simply asks again. A schedule that depends on earlier
 readings is a pure function too, ``(state, clock, readings) -> (plan, state)``; its state is plain
 data that the rank scheduler stores.
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, cast
 
 from dynarank.form_data import form_from_data, form_to_data
-from dynarank.forms import Form, Plan
+from dynarank.forms import Form, Request, Within
 from dynarank.schedules.readings import SpectralReading
 
 __all__ = [
@@ -110,7 +111,7 @@ class Decision:
 class Answer(NamedTuple):
     """What a schedule returns: the plan, its next state and the decisions it has just made."""
 
-    plan: Plan
+    plan: Request
     state: State
     decisions: tuple[Decision, ...] = ()
 
@@ -158,8 +159,8 @@ class RankSchedule:
     rewarmup: int | None = None
     fitted: bool = False
 
-    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
-        """The form of each layer at this step."""
+    def __call__(self, clock: Clock, readings: Readings, /) -> Request:
+        """The form, or the budget, of each layer at this step."""
         name = type(self).__name__
         raise NotImplementedError(
             f"{name} is stateful: call update(state, clock, readings)"
@@ -206,7 +207,7 @@ class RankSchedule:
         return cls(**{name: value for name, value in options.items() if name in names})
 
 
-ScheduleFunction: TypeAlias = Callable[[Clock, Readings], Plan]
+ScheduleFunction: TypeAlias = Callable[[Clock, Readings], Request]
 Schedule: TypeAlias = RankSchedule | ScheduleFunction
 """Anything accepted as a schedule: a :class:`RankSchedule` or a plain function."""
 
@@ -217,7 +218,7 @@ class FunctionSchedule(RankSchedule):
 
     function: ScheduleFunction
 
-    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+    def __call__(self, clock: Clock, readings: Readings, /) -> Request:
         """The plan that the function returns."""
         return self.function(clock, readings)
 
@@ -263,12 +264,12 @@ def ask(schedule: RankSchedule, state: State, clock: Clock, readings: Readings) 
         raise ValueError(_wrong_answer(schedule, clock, reprlib.repr(answer), rule))
     rule = (
         "a schedule returns a plan, a dict from the paths in readings.layers to FullRank(), "
-        "LowRank(rank) or Adapted(rank)"
+        "LowRank(rank), Adapted(rank) or a budget, Within(...)"
     )
     if not isinstance(answer.plan, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(_wrong_answer(schedule, clock, reprlib.repr(answer.plan), rule))
     for path, form in answer.plan.items():
-        if not isinstance(path, str) or not isinstance(form, Form):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(path, str) or not isinstance(form, Form | Within):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise ValueError(_wrong_answer(schedule, clock, f"{form!r} for {path!r}", rule))
     return answer
 
@@ -321,7 +322,7 @@ class Mapped(RankSchedule):
     """
 
     schedule: RankSchedule
-    function: Callable[[Plan], Plan]
+    function: Callable[[Request], Request]
 
     def __post_init__(self) -> None:
         take_over(self, self.schedule)

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, lru_cache
 
-from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
+from dynarank.forms import AdaptedExecution, FullRank, RankLike, Request
 from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When, step_of
 from dynarank.schedules.options import Ending, check_when, check_within, last_form, low_form
 from dynarank.schedules.phases import Phases
@@ -117,7 +117,7 @@ class DynamicRank(RankSchedule):
         """Whether a transition point depends on the learning rates seen so far."""
         return self._given is None
 
-    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+    def __call__(self, clock: Clock, readings: Readings, /) -> Request:
         """The form of the current phase, if both transition points are given."""
         if self._given is None:
             return super().__call__(clock, readings)

@@ -1,4 +1,4 @@
-"""Manual schedules: one form after another, the same for every layer."""
+"""Manual schedules: one form or budget after another, the same for every layer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dynarank.forms import Form, Plan
+from dynarank.forms import Form, Request, Within
 from dynarank.schedules.base import Clock, RankSchedule, Readings, When, step_of
 from dynarank.schedules.options import check_when
 
@@ -19,20 +19,27 @@ class Phases(RankSchedule):
 
     Args:
         starts: the transition points, increasing, the first at 0.
-        forms: the forms, one for each start.
+        forms: the forms, one for each start; in place of a form a budget, :class:`dynarank.Within`,
+            which all layers share.
 
     Raises:
-        ValueError: no phases, unequal lengths, a first start that is not 0, starts that do not
-            increase, or a share outside [0, 1].
+        ValueError: no phases, unequal lengths, something that is neither form nor budget, a first
+            start that is not 0, starts that do not increase, or a share outside [0, 1].
 
     Example:
         >>> from dynarank.forms import FullRank, LowRank
         >>> Phases([0.0, 0.25], [FullRank(), LowRank(8)])(Clock(50, 100), Readings({"a": (16, 16)}))
         {'a': LowRank(rank=8, decomposition='svd')}
+
+        Full rank, then two cuts; the ranks are found when the time comes:
+
+        >>> cuts = [FullRank(), Within(flops=0.65), Within(flops=0.45)]
+        >>> Phases([0.0, 0.05, 0.3], cuts)(Clock(50, 100), Readings({"a": (16, 16)}))
+        {'a': Within(flops=0.45)}
     """
 
     starts: Sequence[When]
-    forms: Sequence[Form]
+    forms: Sequence[Form | Within]
 
     def __post_init__(self) -> None:
         if not self.starts or len(self.starts) != len(self.forms):
@@ -40,6 +47,12 @@ class Phases(RankSchedule):
                 f"phases need a start for each form, got {len(self.starts)} starts and "
                 f"{len(self.forms)} forms"
             )
+        for form in self.forms:
+            if not isinstance(form, Form | Within):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise ValueError(
+                    "a phase has a form, FullRank(), LowRank(rank) or Adapted(rank), or a budget, "
+                    f"Within(...), got {form!r}"
+                )
         starts = tuple(check_when("a phase's start", start) for start in self.starts)
         object.__setattr__(self, "starts", starts)
         object.__setattr__(self, "forms", tuple(self.forms))
@@ -49,7 +62,7 @@ class Phases(RankSchedule):
             if two == 0 or (type(one) is type(two) and not one < two):
                 raise ValueError(f"phases start one after another, got {one!r} then {two!r}")
 
-    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+    def __call__(self, clock: Clock, readings: Readings, /) -> Request:
         """The form of the current phase, for every layer.
 
         Raises:

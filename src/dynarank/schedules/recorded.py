@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from dynarank.forms import Form, FullRank, Plan
+from dynarank.forms import Form, FullRank, Plan, Within
 from dynarank.schedules.base import Clock, Decision, RankSchedule, Readings, step_of
 from dynarank.schedules.readings import SpectralReading
 
@@ -168,7 +168,7 @@ def decide_again(
         )
         found += decisions
         if changes is None or done == 0:
-            forms = dict(plan)
+            forms = {path: one for path, one in plan.items() if not isinstance(one, Within)}
         else:
             forms = {**forms, **changes.get(done, {})}
     return found

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from dynarank.forms import Plan
+from dynarank.forms import Request
 from dynarank.schedules.base import Clock, RankSchedule, Readings, Schedule, as_schedule, ask
 from dynarank.schedules.options import check_count
 
@@ -19,11 +19,11 @@ _SAMPLES = 4096
 
 @dataclass(frozen=True)
 class Phase:
-    """The steps ``start <= step < stop`` during which one plan holds."""
+    """The steps ``start <= step < stop`` during which one plan of forms and budgets holds."""
 
     start: int
     stop: int
-    plan: Plan
+    plan: Request
 
     @property
     def steps(self) -> int:
@@ -55,10 +55,10 @@ def timeline(schedule: Schedule, readings: Readings, total_steps: int) -> list[P
 
 def _plans(
     schedule: RankSchedule, readings: Readings, total_steps: int
-) -> Iterator[tuple[int, Plan]]:
+) -> Iterator[tuple[int, Request]]:
     """The first step of each plan, found by bisection."""
 
-    def plan(step: int) -> Plan:
+    def plan(step: int) -> Request:
         return dict(ask(schedule, {}, Clock(step, total_steps), readings).plan)
 
     yield 0, plan(0)
@@ -72,7 +72,7 @@ def _plans(
 
 def _stateful_plans(
     schedule: RankSchedule, readings: Readings, total_steps: int
-) -> Iterator[tuple[int, Plan]]:
+) -> Iterator[tuple[int, Request]]:
     """The first step of each plan, step by step, since the state depends on all earlier steps."""
     state, last = schedule.start(), None
     for step in range(total_steps):
@@ -89,7 +89,7 @@ def _rate_at(readings: Readings, clock: Clock) -> float | None:
     return rates[int(clock.progress * len(rates))] if rates else readings.learning_rate
 
 
-def _first_difference(plan: Callable[[int], Plan], low: int, high: int) -> int:
+def _first_difference(plan: Callable[[int], Request], low: int, high: int) -> int:
     before = plan(low)
     while high - low > 1:
         middle = (low + high) // 2

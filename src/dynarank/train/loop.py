@@ -19,7 +19,7 @@ from dynarank.cost.flops import trace
 from dynarank.cost.memory import probe_memory
 from dynarank.cost.schedule import ScheduleCost, cost_schedule
 from dynarank.cost.timing import default_cache, measure, where_faster
-from dynarank.forms import Change, FullRank, form_name
+from dynarank.forms import Change, FullRank, Plan, Request, Within, form_name
 from dynarank.scheduler.batch_norm import BatchNormRecalibration
 from dynarank.scheduler.callbacks import Callback
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
@@ -39,7 +39,7 @@ from dynarank.train.task import Evaluation, Task
 __all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
 
 
-_RECALIBRATE = 512  # examples for BatchNorm recalibration
+_RECALIBRATE = 512  # examples for cuts and for BatchNorm recalibration
 
 
 class DivergedError(RuntimeError):
@@ -174,29 +174,33 @@ class Trainer:
             layers=recipe.layers,
             lr_scheduler=forecast_rates(recipe),
             moments=schedule.moments or recipe.moments,
-            callbacks=self._callbacks(schedule),
+            batches=self._inputs if (budgets := self._has_budgets(schedule, layers)) else None,
+            callbacks=self._callbacks(schedule, recalibrate=not budgets),
         )
         self.plan = current_plan(self.model)
         self.ledger = Ledger(self.use, self.plan)
 
-    def _callbacks(self, schedule: RankSchedule) -> list[Callback]:
+    def _has_budgets(self, schedule: RankSchedule, layers: list[str]) -> bool:
+        """Whether ranks are found for budgets in the run; then every cut is made on batches."""
+        requests = self._requests(schedule, layers)
+        return any(isinstance(one, Within) for request in requests for one in request.values())
+
+    def _callbacks(self, schedule: RankSchedule, *, recalibrate: bool) -> list[Callback]:
         """The callbacks of the rank scheduler that the schedule or the recipe asks for."""
         rewarmup = self.recipe.rewarmup if schedule.rewarmup is None else schedule.rewarmup
         callbacks: list[Callback] = [LRRewarmup(rewarmup)]
-        if self.recipe.recalibrate_batch_norms:
+        if self.recipe.recalibrate_batch_norms and recalibrate:
             callbacks.append(BatchNormRecalibration(self._inputs))
         return callbacks
 
     def _inputs(self) -> Iterator[Any]:
-        """The inputs of some batches, for BatchNorm recalibration; batches are (inputs, ...)."""
+        """The inputs of some batches, on which layers are cut; batches are (inputs, ...)."""
         count = -(-_RECALIBRATE // self.recipe.batch_size)
         return (batch[0] for batch in islice(self.task.epoch(0), count))
 
     def _where_faster(self, schedule: RankSchedule, layers: list[str]) -> RankSchedule:
         """The schedule with low-rank forms only where they are faster on this machine."""
-        shapes = {path: self.use.layers[path].spec.unit_shape for path in layers}
-        readings = Readings(shapes, forecast=forecast_rates(self.recipe))
-        plans = [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
+        plans = [_forms_of(request) for request in self._requests(schedule, layers)]
         timings = measure(
             self.use,
             plans,
@@ -206,6 +210,12 @@ class Trainer:
             cache=default_cache(),
         )
         return where_faster(schedule, timings)
+
+    def _requests(self, schedule: RankSchedule, layers: list[str]) -> list[Request]:
+        """What the schedule answers over the run, as far as it is known in advance."""
+        shapes = {path: self.use.layers[path].spec.unit_shape for path in layers}
+        readings = Readings(shapes, forecast=forecast_rates(self.recipe))
+        return [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
 
     @property
     def epochs_done(self) -> float:
@@ -337,3 +347,8 @@ class Trainer:
         """Loss and scores of the test set."""
         self.model.eval()
         return self.task.evaluate(self.model, self.machine.autocast)
+
+
+def _forms_of(request: Request) -> Plan:
+    """The forms in an answer, without its budgets."""
+    return {path: one for path, one in request.items() if not isinstance(one, Within)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dynarank.allocation.fit_schedule import fit_schedule
+from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.scheduler.rank_scheduler import check_phases
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.lr_aligned import DynamicRank

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 
-from dynarank.forms import Adapted, FullRank, LowRank, Plan, Rank, RankLike
+from dynarank.forms import Adapted, FullRank, LowRank, Rank, RankLike, Request
 from dynarank.schedules.base import Clock, RankSchedule, Readings, When
 from dynarank.schedules.phases import Phases
 
@@ -67,6 +67,6 @@ class Published(RankSchedule):
         forms = LowRank(self.rank, self.decomposition), FullRank(), self.last
         return Phases((0.0, self.inflate, self.deflate), forms)
 
-    def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
+    def __call__(self, clock: Clock, readings: Readings, /) -> Request:
         """The form of the current phase, for every layer."""
         return self._phases(clock, readings)

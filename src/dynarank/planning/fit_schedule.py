@@ -3,7 +3,7 @@
 For every rank and ending, the full-rank phase is made as long as the budget allows. The highest
 rank whose phase has at least three quarters of the usual length is chosen, preferably with the
 ending that keeps the function unchanged. If there is none, the longest phase wins. Memory budgets
-are in :mod:`dynarank.allocation.fit_memory`.
+are in :mod:`dynarank.planning.fit_memory`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from dynarank.allocation.fit_memory import TargetRun, fit_memory
 from dynarank.cost.dry_run import dry_run
 from dynarank.cost.flops import trace
 from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
+from dynarank.planning.fit_memory import TargetRun, fit_memory
 from dynarank.scheduler.lr_forecast import Forecast
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.fitted import TOLERANCE, FittedCost

@@ -208,7 +208,7 @@ def test_the_learning_rate_is_understood_in_mid_run_and_the_window_moves() -> No
 
 def test_a_budget_of_seconds_is_met_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is replaced: a step takes as long as the model has trainable parameters."""
-    import dynarank.allocation.fit_schedule as fitting
+    import dynarank.planning.fit_schedule as fitting
     from dynarank.cost.dry_run import DryRun
 
     def dry_run(model: nn.Module, optimizers: Any, plans: Any, *rest: Any) -> list[DryRun]:

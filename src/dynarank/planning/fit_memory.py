@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynarank.cost.dry_run import dry_run
-from dynarank.forms import Form, FullRank, Plan
+from dynarank.forms import Form, FullRank, Plan, Within
 from dynarank.scheduler.rank_scheduler import scheduled_layers
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.fitted import FittedMemory
@@ -93,9 +93,10 @@ def _candidates(choices: Sequence[DynamicRank]) -> Iterator[RankSchedule]:
 
 
 def _plans(schedule: RankSchedule, run: TargetRun) -> Iterator[Plan]:
-    """The distinct plans of the schedule."""
+    """The distinct plans of the schedule, which has no budgets."""
     phases = timeline(schedule, Readings(run.shapes_of(schedule)), run.total_steps)
-    distinct: dict[frozenset[tuple[str, Form]], Plan] = {
-        frozenset(phase.plan.items()): phase.plan for phase in phases
-    }
+    distinct: dict[frozenset[tuple[str, Form]], Plan] = {}
+    for phase in phases:
+        plan = {path: one for path, one in phase.plan.items() if not isinstance(one, Within)}
+        distinct.setdefault(frozenset(plan.items()), plan)
     yield from distinct.values()

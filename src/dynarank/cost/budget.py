@@ -1,0 +1,184 @@
+"""What a budget leaves for the layers that share it, and the uniform ranks that meet it.
+
+Legend: c(W, form) the cost of a weight in a form, in the unit of the budget; B the budget as a
+number: the amount itself, or a share of the cost at full rank.
+
+The layers of a budget of the model may cost ``B - c(rest) - sum of c`` of all other weights in the
+forms that they will have; those of a budget of their own layers, B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dynarank.cost.flops import Flops, LayerUse, ModelUse
+from dynarank.forms import Form, FullRank, LowRank, Plan, Rank, RankLike, Request, Within
+
+__all__ = ["Room", "estimated", "shared_budgets", "uniform_plan"]
+
+_BISECTIONS = 40
+
+
+def shared_budgets(request: Request) -> dict[Within, tuple[str, ...]]:
+    """The layers of each budget in a schedule's answer.
+
+    Raises:
+        ValueError: two budgets of the model in one answer, which would each count the other's
+            layers.
+
+    Example:
+        >>> half = Within(params=0.5)
+        >>> list(shared_budgets({"a": half, "b": FullRank(), "c": half}).values())
+        [('a', 'c')]
+    """
+    found: dict[Within, list[str]] = {}
+    for path, answer in request.items():
+        if isinstance(answer, Within):
+            found.setdefault(answer, []).append(path)
+    if len(of_model := [one for one in found if one.of == "model"]) > 1:
+        raise ValueError(
+            f"a plan has one budget of the model, got {' and '.join(map(repr, of_model))}; give "
+            'all their layers one budget, or budgets of="layers"'
+        )
+    return {budget: tuple(paths) for budget, paths in found.items()}
+
+
+@dataclass(frozen=True)
+class Room:
+    """The cost that the layers of a budget may have together.
+
+    Args:
+        budget: the budget.
+        layers: their uses, by path.
+        allowed: what they may cost, in the unit of the budget.
+        full: what the share is a share of: the cost at full rank of the model or of the layers.
+        outside: the cost of everything else that the budget counts.
+    """
+
+    budget: Within
+    layers: Mapping[str, LayerUse]
+    allowed: float
+    full: float
+    outside: float
+
+    @classmethod
+    def of(cls, use: ModelUse, budget: Within, paths: Sequence[str], planned: Plan) -> Room:
+        """The room of a budget for the layers at ``paths``.
+
+        Args:
+            use: the trace of the model.
+            budget: the budget.
+            paths: the layers that share it.
+            planned: the forms that other layers will have; without one, a layer keeps its form.
+        """
+        layers, kind = {path: use.layers[path] for path in paths}, budget.kind
+        mine = sum(one.cost(kind, FullRank()) for one in layers.values())
+        full, outside = mine, 0.0
+        if budget.of == "model":
+            others = {path: one for path, one in use.layers.items() if path not in layers}
+            rest = use.rest_cost(kind)
+            full = rest + mine + sum(one.cost(kind, FullRank()) for one in others.values())
+            now = (one.cost(kind, planned.get(path, one.form)) for path, one in others.items())
+            outside = rest + sum(now)
+        amount = budget.amount
+        limit = amount * full if isinstance(amount, float) else amount
+        return cls(budget, layers, limit - outside, full, outside)
+
+    def cost(self, plan: Plan) -> float:
+        """The cost of its layers under a plan."""
+        kind = self.budget.kind
+        return sum(one.cost(kind, plan[path]) for path, one in self.layers.items())
+
+    def check(self, least: float | None = None) -> None:
+        """Raise ValueError if the layers may not cost as little as ``least``; None: at rank 1."""
+        least = self.cost(_at_share(self, 0.0)) if least is None else least
+        if least > self.allowed:
+            unit = {"flops": "training FLOPs", "params": "parameters", "bytes": "bytes"}
+            whole, kind = self.outside + least, self.budget.kind
+            limit = self.outside + self.allowed
+            raise ValueError(
+                f"a budget of {limit:,.0f} {unit[kind]} ({limit / self.full:.3f} of full rank) is "
+                f"below the cost of the smallest ranks, {whole:,.0f} ({whole / self.full:.3f}); "
+                "allow that much, or include more layers or lower multiple_of"
+            )
+
+
+def uniform_plan(room: Room) -> dict[str, Form]:
+    """Ranks that are the same share of each layer's own cost, as large as the budget allows.
+
+    A layer that is not cheaper at its rank is full-rank. What rounding leaves goes to single
+    directions, those layers first that have most left.
+
+    Raises:
+        ValueError: the smallest ranks cost more than the budget allows.
+
+    Example:
+        >>> import torch
+        >>> from dynarank.cost.flops import trace
+        >>> use = trace(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.ones(8, 64))
+        >>> uniform_plan(Room.of(use, Within(flops=0.5, of="layers"), ["0"], {}))
+        {'0': LowRank(rank=12, decomposition='svd')}
+    """
+    everywhere: dict[str, Form] = dict.fromkeys(room.layers, FullRank())
+    if room.cost(everywhere) <= room.allowed:
+        return everywhere
+    room.check()
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        fits = room.cost(_at_share(room, middle)) <= room.allowed
+        low, high = (middle, high) if fits else (low, middle)
+    return _topped_up(room, _at_share(room, low))
+
+
+def estimated(use: ModelUse, request: Request) -> tuple[Plan, Flops]:
+    """A schedule's answer with uniform ranks in place of budgets, and the FLOPs of a step.
+
+    The ranks are an estimate, since they are measured at the transition; a budget of FLOPs is what
+    the step will cost.
+
+    Raises:
+        ValueError: the smallest ranks cost more than a budget allows.
+    """
+    plan = {path: one for path, one in request.items() if not isinstance(one, Within)}
+    missing = 0.0
+    for budget, paths in sorted(shared_budgets(request).items(), key=lambda one: one[0].of):
+        room = Room.of(use, budget, paths, plan)  # of="layers" first
+        plan |= uniform_plan(room)
+        if budget.kind == "flops":
+            missing += min(room.allowed, room.cost(dict.fromkeys(paths, FullRank())))
+            missing -= room.cost(plan)
+    flops = use.flops(plan)
+    return plan, Flops(flops.forward, flops.training + round(missing))
+
+
+def _at_share(room: Room, share: float) -> dict[str, Form]:
+    """The forms at a share of each layer's own cost; the smallest ranks at 0."""
+    rank = Rank(share) if share > 0 else 1
+    return {path: _cheaper(use, room.budget, rank) for path, use in room.layers.items()}
+
+
+def _cheaper(use: LayerUse, budget: Within, rank: RankLike) -> Form:
+    """The layer at this rank, or full-rank if that is not more expensive."""
+    # Which decomposition is best is measured; without a measurement it is an SVD.
+    name = "svd" if budget.decomposition == "best" else budget.decomposition
+    form, full = use.spec.resolve(LowRank(rank, name)), FullRank()
+    return form if use.cost(budget.kind, form) < use.cost(budget.kind, full) else full
+
+
+def _topped_up(room: Room, plan: dict[str, Form]) -> dict[str, Form]:
+    """The plan with one direction more wherever that still fits."""
+    left = room.allowed - room.cost(plan)
+    spare = {
+        path: room.layers[path].spec.decomposition(form).limit(use.shape) - form.resolved_rank
+        for path, use in room.layers.items()
+        if isinstance(form := plan[path], LowRank)
+    }
+    for path in sorted(spare, key=lambda path: -spare[path]):
+        use, form, kind = room.layers[path], plan[path], room.budget.kind
+        if isinstance(form, LowRank) and spare[path]:
+            more = _cheaper(use, room.budget, form.resolved_rank + 1)
+            if (costs := use.cost(kind, more) - use.cost(kind, form)) <= left:
+                plan[path], left = more, left - costs
+    return plan
