@@ -18,9 +18,8 @@ from dynarank.allocation.within_budget import plan_within
 from dynarank.cost.budget import Room, shared_budgets, uniform_plan
 from dynarank.cost.flops import ModelUse, trace, weights_only
 from dynarank.decompositions import LinAlgError, UnfitWeightError
-from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import BudgetKind, Form, LowRank, Plan, Request, Within
-from dynarank.monitors.calibration import calibrate
+from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.scheduler.last_batches import LastBatches
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import truncates
@@ -28,7 +27,6 @@ from dynarank.surgery.transaction import truncates
 __all__ = ["Batches", "Budgets", "Resolved", "stand_in"]
 
 Batches: TypeAlias = Callable[[], Iterable[Any]]
-Statistics: TypeAlias = Mapping[str, ActivationStats]
 
 
 @dataclass
@@ -46,7 +44,7 @@ class Resolved:
 
     plan: dict[str, Form] = field(default_factory=dict[str, Form])
     found: dict[str, Within] = field(default_factory=dict[str, Within])
-    calibration: dict[str, ActivationStats] = field(default_factory=dict[str, ActivationStats])
+    calibration: Calibration = field(default_factory=lambda: Calibration({}))
     batches: list[Any] = field(default_factory=list[Any])
     unmeasured: dict[str, Within] = field(default_factory=dict[str, Within])
     unfit: dict[str, str] = field(default_factory=dict[str, str])
@@ -107,7 +105,7 @@ class Budgets:
             )
         self.expect(ahead)
 
-    def statistics(self, made: Resolved, due: Sequence[tuple[Site, Form]]) -> Statistics:
+    def statistics(self, made: Resolved, due: Sequence[tuple[Site, Form]]) -> Calibration:
         """The activation statistics of what is cut to budgets, and of all cuts on given batches.
 
         Raises:
@@ -116,7 +114,7 @@ class Budgets:
         fixed = {s.path for s, form in due if s.path not in made.found and truncates([(s, form)])}
         if fixed and self._given is not None:
             made.batches = made.batches or list(self._given())
-            made.calibration |= calibrate(self._model, made.batches, layers=_at(fixed))
+            made.calibration.update(calibrate(self._model, made.batches, layers=_at(fixed)))
         return made.calibration
 
     def close(self) -> None:
@@ -185,18 +183,20 @@ class Budgets:
     def _find(self, made: Resolved, budget: Within, paths: tuple[str, ...], planned: Plan) -> Plan:
         use, layers = self._cost(budget.kind), _at(paths)
         if made.batches:
-            made.calibration |= calibrate(self._model, made.batches, layers=layers)
+            made.calibration.update(calibrate(self._model, made.batches, layers=layers))
         if budget.ranks == "uniform":
             return uniform_plan(Room.of(use, budget, paths, planned))
         return plan_within(
             self._model,
-            **{budget.kind: budget.amount},
+            flops=budget.flops,
+            params=budget.params,
+            bytes=budget.bytes,
             of=budget.of,
             calibration=made.calibration,
             multiple_of=budget.multiple_of,
             layers=layers,
             decomposition=budget.decomposition,
-            planned=planned,
+            planned={path: form for path, form in planned.items() if path not in paths},
             use=use,
         )
 
