@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, width: int, classes: int) -> None:
         super().__init__()
         sides = [inputs, width, width, width]
-        layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sides, sides[1:], strict=False)]
+        layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(sides)]
         self.body = nn.Sequential(*(module for pair in layers for module in pair))
         self.head = nn.Linear(width, classes)
 
@@ -46,12 +48,11 @@ class _ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Three stages of ``blocks`` residual blocks with w, 2 w and 4 w channels (He et al., 2016)."""
 
-    def __init__(self, width: int, blocks: int, classes: int = 10, stem: int | None = None) -> None:
+    def __init__(self, width: int, blocks: int, classes: int = 10) -> None:
         super().__init__()
-        stem = stem or width
-        self.stem = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
-        self.bn = nn.BatchNorm2d(stem)
-        sides, stages = [stem, width, 2 * width, 4 * width], []
+        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        sides, stages = [width, width, 2 * width, 4 * width], []
         for stage in range(3):
             stages.append(_ResidualBlock(sides[stage], sides[stage + 1], 2 if stage else 1))
             for _ in range(blocks - 1):

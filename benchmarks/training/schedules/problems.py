@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +75,7 @@ class Problem(ABC):
             output = model(batch[0])
         return F.cross_entropy(output.float().flatten(0, -2), batch[1].flatten())
 
-    def inputs(self, seed: int, batches: int = 8) -> Iterable[Tensor]:
+    def inputs(self, seed: int, batches: int = 32) -> Iterable[Tensor]:
         """Inputs of a few training batches, to calibrate on."""
         return [self.batch(seed, step)[0] for step in range(batches)]
 
@@ -165,13 +165,13 @@ class CifarResNet(Cifar):
 
     layers, rate = "stages.*conv*", 0.2
 
-    def __init__(self, data: Path, width: int, blocks: int, epochs: int, stem: int | None = None):
-        self.width, self.blocks, self.epochs, self.stem = width, blocks, epochs, stem
+    def __init__(self, data: Path, width: int, blocks: int, epochs: int) -> None:
+        self.width, self.blocks, self.epochs = width, blocks, epochs
         super().__init__(data)
 
     def network(self) -> nn.Module:
         """Stages of w, 2 w, 4 w channels, in channels_last."""
-        network = ResNet(self.width, self.blocks, stem=self.stem)
+        network = ResNet(self.width, self.blocks)
         return network.to(memory_format=torch.channels_last)  # pyright: ignore
 
     def optimizer(self, model: nn.Module, rate: float) -> Optimizer:
@@ -261,19 +261,20 @@ def _cifar(path: Path, images: int) -> tuple[Tensor, Tensor]:
     """Images at 16 x 16, normalized, in channels_last, and labels."""
     records = np.fromfile(path, np.uint8).reshape(-1, 3073)[:images]
     x = F.avg_pool2d(torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32) / 255, 2)
-    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.4914, 0.4822, 0.4465), (0.23, 0.23, 0.24)))
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in ((0.4914, 0.4822, 0.4465), (0.23, 0.23, 0.24))
+    )
     x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
     return x, torch.from_numpy(records[:, 0].astype(np.int64))
 
 
-PROBLEMS = {
-    "fash": lambda data: Fashion(data, width=256, rate=0.002),
-    "fash1024": lambda data: Fashion(data, width=1024, rate=0.001),
-    "lm2": lambda data: Language(data, width=64, depth=2, steps=800, rate=0.012),
-    "lmw": lambda data: Language(data, width=128, depth=3, steps=1000, rate=0.008),
-    "vis2": lambda data: CifarResNet(data, width=16, blocks=2, epochs=12),
-    "visw": lambda data: CifarResNet(data, width=32, blocks=2, epochs=10),
-    "wrn": lambda data: CifarResNet(data, width=64, blocks=2, epochs=8, stem=16),
+PROBLEMS: dict[str, Callable[[Path], Problem]] = {
+    "fash": partial(Fashion, width=256, rate=0.002),
+    "fash1024": partial(Fashion, width=1024, rate=0.001),
+    "lm2": partial(Language, width=64, depth=2, steps=800, rate=0.012),
+    "lmw": partial(Language, width=128, depth=3, steps=1000, rate=0.008),
+    "vis2": partial(CifarResNet, width=16, blocks=2, epochs=12),
+    "visw": partial(CifarResNet, width=32, blocks=2, epochs=10),
     "vit": CifarViT,
 }
 """By name, a function from the folder of the data to the problem."""

@@ -22,7 +22,6 @@ from problems import PROBLEMS, Problem
 
 import dynarank as dr
 from dynarank.cost import trace
-from dynarank.scheduler.batch_norm import recalibrate_batch_norms
 from dynarank.schedules import schedule_to_data
 from dynarank.train.host import commit, hardware
 from dynarank.train.ledger import Ledger
@@ -59,7 +58,7 @@ def train(problem: Problem, arm: Arm, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Run the arms of each problem, seed by seed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("problems", nargs="+", choices=list(PROBLEMS))
     parser.add_argument("--data", type=Path, required=True, help="the folder of the data sets")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

@@ -1,7 +1,9 @@
 """Print the runs of a file as Markdown tables, one for each problem, one row for each arm.
 
 "Gap closed" is the share of the distance from the arm named "low rank" to "full rank". ± is the
-standard deviation over seeds; the standard error of a mean is it over the root of n.
+standard deviation over seeds; the standard error (s.e.) of a mean is it over the root of n. Arms
+named "NAME B" are compared with "fixed B", a fixed low rank of the same cost: the difference in
+favor of NAME, in standard errors of the difference.
 
 python benchmarks/training/schedules/summarize.py RUNS.jsonl
 """
@@ -9,6 +11,7 @@ python benchmarks/training/schedules/summarize.py RUNS.jsonl
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +19,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 Run = dict[str, Any]
+
+HEAD = (
+    "n", "rate", "FLOPs", "end", "result", "s.e.", "gap closed, %", "over fixed, s.e.", "CPU s",
+    "of full",
+)  # fmt: skip
 
 
 def grouped(runs: Sequence[Run], key: str) -> dict[str, list[Run]]:
@@ -37,9 +45,21 @@ def spread(runs: Sequence[Run], key: str) -> tuple[float, float]:
     return deviation, deviation / len(runs) ** 0.5
 
 
+def against_fixed(arm: str, metric: str, arms: dict[str, list[Run]]) -> str:
+    """The gain over fixed low rank of the same budget, in standard errors of the difference."""
+    *name, budget = arm.split()
+    fixed = arms.get(f"fixed {budget}", [])
+    if name == ["fixed"] or min(len(fixed), len(arms[arm])) < 2:
+        return ""
+    gain = mean(arms[arm], metric) - mean(fixed, metric)
+    error = math.hypot(spread(arms[arm], metric)[1], spread(fixed, metric)[1])
+    return f"{gain * (1 if metric == 'accuracy' else -1) / error:+.1f}"
+
+
 def row(arm: str, runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) -> str:
     """Write one arm's row."""
-    low, full = (mean(arms[name], metric) for name in ("low rank", "full rank"))
+    low, full = (arms[name] for name in ("low rank", "full rank"))
+    gap = mean(full, metric) - mean(low, metric)
     deviation, error = spread(runs, metric)
     digits = 2 if metric == "accuracy" else 3
     cells = [
@@ -50,9 +70,10 @@ def row(arm: str, runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) 
         f"{mean(runs, 'end_flops'):.3f}",
         f"{mean(runs, metric):.{digits}f} ± {deviation:.{digits}f}",
         f"{error:.{digits}f}",
-        f"{100 * (mean(runs, metric) - low) / (full - low):.0f}",
+        f"{100 * (mean(runs, metric) - mean(low, metric)) / gap:.0f}",
+        against_fixed(arm, metric, arms),
         f"{mean(runs, 'cpu_seconds'):.1f}",
-        f"{mean(runs, 'cpu_seconds') / mean(arms['full rank'], 'cpu_seconds'):.2f}",
+        f"{mean(runs, 'cpu_seconds') / mean(full, 'cpu_seconds'):.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -62,8 +83,7 @@ def main(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     for problem, runs in grouped([json.loads(line) for line in lines], "problem").items():
         metric = "accuracy" if "accuracy" in runs[0] else "loss"
-        head = ("arm", "n", "rate", "FLOPs", "end", metric, "s.e.", "gap closed, %", "CPU s")
-        print(f"\n### {problem}\n\n| {' | '.join(head)} | of full |\n|---|" + "--:|" * len(head))
+        print(f"\n### {problem}\n\n| arm | {' | '.join(HEAD)} |\n|---|{'--:|' * len(HEAD)}")
         arms = grouped(runs, "arm")
         for arm, of_arm in arms.items():
             print(row(arm, of_arm, metric, arms))
