@@ -16,8 +16,7 @@ from dynarank.allocation.within_budget import plan_within
 from dynarank.checkpoint.save import load, save
 from dynarank.decompositions import UnfitWeightError, register_decomposition
 from dynarank.factors import regularizers
-from dynarank.factors.init import initialize_factors
-from dynarank.forms import Adapted, FullRank, LowRank, Rank
+from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
 from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
 from dynarank.monitors.gradient_window import GradientWindow
@@ -43,6 +42,7 @@ __all__ = [
     "RankScheduler",
     "SpectralMonitor",
     "UnfitWeightError",
+    "Within",
     "apply_plan",
     "calibrate",
     "check",
@@ -51,7 +51,6 @@ __all__ = [
     "factorize",
     "fit_schedule",
     "inflate",
-    "initialize_factors",
     "load",
     "merge",
     "plan_within",

@@ -216,7 +216,8 @@ class Within:
             every layer gets the same share of its own cost, which needs no measurement.
         decomposition: the name of the decomposition, or ``"best"``: for each layer the one that
             keeps most at its cost.
-        multiple_of: ranks are multiples of this number, or of less in narrow layers.
+        multiple_of: ranks are multiples of this number, or of less in narrow layers. None: of 8, or
+            of less where 8 would leave more than 0.5% of the budget over.
 
     Raises:
         ValueError: not exactly one budget, one that is not positive, a share above 1, or an unknown
@@ -233,7 +234,7 @@ class Within:
     of: Literal["model", "layers"] = "model"
     ranks: Literal["energy", "uniform"] = "energy"
     decomposition: str = "svd"
-    multiple_of: int = 8
+    multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         kinds = get_args(BudgetKind)
@@ -247,7 +248,8 @@ class Within:
             raise ValueError(f'a budget is of the "model" or of its "layers", got {self.of!r}')
         if self.ranks not in ("energy", "uniform"):
             raise ValueError(f'ranks are "energy" or "uniform", got {self.ranks!r}')
-        if isinstance(self.multiple_of, bool) or operator.index(self.multiple_of) < 1:
+        step = 1 if self.multiple_of is None else self.multiple_of
+        if isinstance(step, bool) or operator.index(step) < 1:
             raise ValueError(f"multiple_of is a whole number >= 1, got {self.multiple_of!r}")
 
     @property

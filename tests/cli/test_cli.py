@@ -42,6 +42,15 @@ def test_train_digits(
     assert "0.294x" in out and "1.000x" in out
     page = (folder / "report.html").read_text()
     assert page.startswith("<!") and "dynamic-rank" in page
+    assert "learning rate, 0.1. Low-rank networks often want another" in " ".join(out.split())
+
+
+def test_train_gives_no_advice_on_low_rank_networks_where_none_was_trained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    words = ["train", "digits", "--epochs", "1", "--train-limit", "64", "--schedule", "full-rank"]
+    assert call(monkeypatch, *words) == 0
+    assert "learning rate" not in capsys.readouterr().out
 
 
 def test_train_json_and_report_and_spectrum(

@@ -184,7 +184,6 @@ def test_it_survives_pickling_and_works_with_every_helper() -> None:
     assert dr.current_plan(twin) == dr.current_plan(model)
     x = torch.randn(3, 20)
     assert torch.equal(twin[0](x), model[0](x))
-    dr.initialize_factors(model, seed=0)
     assert math.isclose(dr.SpectralMonitor(model).read()["0"].effective_rank, 4, rel_tol=0.5)
     plan = dr.plan_within(
         nn.Sequential(nn.Linear(20, 30)), x, params=0.5, multiple_of=1, decomposition="deep"

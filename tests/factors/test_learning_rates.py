@@ -1,4 +1,4 @@
-"""A scaled step is the step with a scaled learning rate, for every optimizer."""
+"""A scaled step is the step with a scaled learning rate, for every optimizer and form."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from laws import assert_close, randomize
+from laws import assert_close
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 import dynarank as dr
-from dynarank.factors.learning_rates import (
-    FactorLearningRates,
-    root_mean_square_rate,
-    spectral_rate,
-    spectron_rate,
-)
+from dynarank.factors.learning_rates import FactorLearningRates
 from dynarank.surgery.sites import survey
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -36,43 +31,101 @@ def network() -> nn.Sequential:
     return dr.factorize(model, {"0": 3, "2": 2})
 
 
+def loss(model: nn.Module, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+    return model(x).square().mean().add(model(x).sin().sum())
+
+
 def steps(model: nn.Module, optimizer: Optimizer, n: int, start: int = 0) -> None:
     for i in range(start, start + n):
-        generator = torch.Generator().manual_seed(i)
-        x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
         optimizer.zero_grad()
-        model(x).square().mean().add(model(x).sin().sum()).backward()
+        loss(model, i).backward()
         optimizer.step()
 
 
-def split_groups(model: nn.Module, scales: dict[str, float], make: Callable) -> Optimizer:
-    """The optimizer with a group of its own, and learning rate, for each scaled weight."""
-    factors = {s.path: list(s.factors()) for s in survey(model) if s.path in scales}
-    scaled = {id(p) for group in factors.values() for p in group}
+def split_groups(model: nn.Module, multiplier: float, make: Callable) -> Optimizer:
+    """The optimizer with a group of its own, and learning rate, for the factors."""
+    low_rank = [s for s in survey(model) if isinstance(s.form, dr.LowRank)]
+    factors = [p for s in low_rank for p in s.factors()]
+    scaled = {id(p) for p in factors}
     optimizer = make([p for p in model.parameters() if id(p) not in scaled])
-    for path, group in factors.items():
-        optimizer.add_param_group({"params": group, "lr": 0.02 * scales[path]})
+    optimizer.add_param_group({"params": factors, "lr": 0.02 * multiplier})
     return optimizer
 
 
-@pytest.mark.parametrize("rule", ["spectral", "spectron", "rms", "rank-share", 0.25])
+def assert_equal_models(model: nn.Module, other: nn.Module) -> None:
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_close(p.detach(), q.detach())
+
+
+@pytest.mark.parametrize("multiplier", [0.25, 2.0])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_equals_a_group_with_a_scaled_learning_rate(name: str, rule: str | float) -> None:
+def test_it_equals_a_group_with_a_scaled_learning_rate(name: str, multiplier: float) -> None:
     model = network()
     other = copy.deepcopy(model)
     optimizer = OPTIMIZERS[name](model.parameters())
     before = copy.deepcopy(optimizer.state_dict()["param_groups"])
-    rates = FactorLearningRates(model, optimizer, rule, every=1000)
-    scales = rates.scales()
-    assert set(scales) == {"0", "2"} and all(s != 1 for s in scales.values())
+    assert FactorLearningRates(model, optimizer, multiplier).paths() == ["0", "2"]
     steps(model, optimizer, 6)
-    steps(other, split_groups(other, scales, OPTIMIZERS[name]), 6)
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert_close(p.detach(), q.detach())
+    steps(other, split_groups(other, multiplier, OPTIMIZERS[name]), 6)
+    assert_equal_models(model, other)
     assert optimizer.state_dict()["param_groups"] == before
 
 
-def test_a_plain_step_differs() -> None:
+@pytest.mark.parametrize("decomposition", ["svd", "tucker", "cp", "separable"])
+def test_every_decomposition_is_scaled(decomposition: str) -> None:
+    model = nn.Sequential(nn.Conv2d(6, 8, 3), nn.Flatten(), nn.LazyLinear(3)).double()
+    model(torch.zeros(1, 6, 3, 3).double())
+    dr.factorize(model, 4, layers="0", decomposition=decomposition)
+    other = copy.deepcopy(model)
+    optimizer, split = SGD(model.parameters(), lr=0.02), split_groups(other, 3.0, OPTIMIZERS["sgd"])
+    FactorLearningRates(model, optimizer, 3.0)
+    for m, o in ((model, optimizer), (other, split)):
+        m(torch.ones(2, 6, 3, 3).double()).square().sum().backward()
+        o.step()
+    assert_equal_models(model, other)
+
+
+def test_a_step_with_a_closure_is_scaled() -> None:
+    model, other = network(), network()
+    optimizer, split = SGD(model.parameters(), lr=0.02), split_groups(other, 3.0, OPTIMIZERS["sgd"])
+    FactorLearningRates(model, optimizer, 3.0)
+
+    def closure() -> float:  # no parameter has a gradient before
+        loss(model, 0).backward()
+        return 0.0
+
+    optimizer.step(closure)
+    steps(other, split, 1)
+    assert_equal_models(model, other)
+
+
+class Wrapper:
+    """As accelerate's: it is no subclass of Optimizer's with hooks of its own."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    @property
+    def param_groups(self) -> list:
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> dict:
+        return self.optimizer.state
+
+
+def test_the_optimizer_inside_a_wrapper_is_scaled() -> None:
+    model, other = network(), network()
+    inner = SGD(model.parameters(), lr=0.02)
+    FactorLearningRates(model, Wrapper(inner), 3.0)  # type: ignore[arg-type]
+    steps(model, inner, 2)
+    steps(other, split_groups(other, 3.0, OPTIMIZERS["sgd"]), 2)
+    assert_equal_models(model, other)
+
+
+def test_a_plain_step_differs_and_removed_hooks_do_nothing() -> None:
     model, other = network(), network()
     optimizer, plain = (OPTIMIZERS["sgd"](m.parameters()) for m in (model, other))
     rates = FactorLearningRates(model, optimizer, 0.5)
@@ -87,120 +140,25 @@ def test_a_plain_step_differs() -> None:
     assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
-def test_it_survives_changes_of_form() -> None:
+def test_only_low_rank_phases_of_a_schedule_are_scaled() -> None:
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).double()
     optimizer = OPTIMIZERS["momentum"](model.parameters())
-    rates = FactorLearningRates(model, optimizer, every=10**6)
-    steps(model, optimizer, 1)
-    assert rates.scales() == {}
-    dr.factorize(model, {"0": 2}, optimizer=optimizer)
-    twin = copy.deepcopy(model)
-    other = split_groups(twin, {"0": expected(model)}, OPTIMIZERS["momentum"])
-    state = {id(p): v for p, v in optimizer.state.items()}
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        other.state[q] = copy.deepcopy(state[id(p)])
-    steps(model, optimizer, 2, 1)
-    steps(twin, other, 2, 1)
-    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_close(p.detach(), q.detach())
-    dr.deflate(dr.inflate(model, optimizer=optimizer), optimizer=optimizer)
-    assert rates.scales() == {}
-    steps(model, optimizer, 1)
-
-
-def expected(model: nn.Module) -> float:
-    """1 / (2 mean(s)) by an SVD of the effective weight."""
-    values = torch.linalg.svdvals(survey(model)[0].effective().flatten(1))
-    rank = survey(model)[0].form.rank
-    return 1 / (2 * values[:rank].mean().item())
-
-
-@pytest.mark.parametrize("layer", [lambda: nn.Linear(7, 9), lambda: nn.Conv2d(4, 6, 3)])
-def test_the_spectral_rate_is_that_of_the_singular_values(layer: Callable) -> None:
-    model = dr.factorize(nn.Sequential(layer()).double(), 3, layers="*")
-    rates = FactorLearningRates(model, SGD(model.parameters(), lr=0.1), cap=1e9)
-    assert rates.scales()["0"] == pytest.approx(expected(model), rel=1e-12)
-    assert FactorLearningRates(model, Adam(model.parameters())).scales()["0"] == 1
-
-
-def moved(down: Tensor, up: Tensor, step_down: Tensor, step_up: Tensor) -> Tensor:
-    return step_up @ down + up @ step_down
-
-
-def test_a_scaled_step_is_as_long_as_a_full_rank_one() -> None:
-    """In the singular basis the components inside the factors' span move by eta on average."""
-    g = torch.Generator().manual_seed(0)
-    s = torch.tensor([3.0, 2.0, 0.5], dtype=torch.float64)
-    left = torch.linalg.qr(torch.randn(9, 3, generator=g, dtype=torch.float64)).Q
-    right = torch.linalg.qr(torch.randn(7, 3, generator=g, dtype=torch.float64)).Q
-    down, up = s.sqrt()[:, None] * right.T, left * s.sqrt()
-    m = torch.randn(9, 7, generator=g, dtype=torch.float64)
-    inside = left.T @ moved(down, up, up.T @ m, m @ down.T) @ right
-    multiplier = inside / (left.T @ m @ right)
-    assert_close(multiplier, s[:, None] + s)
-    rate = torch.tensor(spectral_rate((down, up), 3), dtype=torch.float64)
-    assert_close(rate * multiplier.mean(), torch.ones((), dtype=torch.float64))
-
-
-def test_the_rms_rate_for_steps_of_one_size() -> None:
-    g = torch.Generator().manual_seed(0)
-    down = torch.randn(5, 200, generator=g, dtype=torch.float64)
-    up = torch.randn(150, 5, generator=g, dtype=torch.float64) / 3
-    rate = root_mean_square_rate((down, up))
-    squares = []
-    for _ in range(40):
-        signs = [torch.randn(f.shape, generator=g, dtype=torch.float64).sign() for f in (down, up)]
-        squares.append((rate * moved(down, up, *signs)).square().mean())
-    assert abs(torch.stack(squares).mean().item() - 1) < 0.02
-
-
-def test_the_spectron_rate_bounds_the_step() -> None:
-    g = torch.Generator().manual_seed(0)
-    down = torch.randn(3, 7, generator=g, dtype=torch.float64)
-    up = torch.randn(9, 3, generator=g, dtype=torch.float64)
-    rate = spectron_rate((down, up))
-    norm = lambda x: torch.linalg.matrix_norm(x, 2).item()  # noqa: E731
-    assert rate == pytest.approx(1 / (norm(down) + norm(up) + 1), rel=1e-12)
-    grouped = torch.cat([down, down / 9]), torch.cat([up, up / 9])
-    assert spectron_rate(grouped, 2) == pytest.approx(rate, rel=1e-12)
-
-
-def test_groups_count_each_on_their_own() -> None:
-    model = dr.factorize(nn.Sequential(nn.Conv2d(8, 8, 3, groups=2)).double(), 2, layers="*")
-    randomize(model)
-    with torch.no_grad():
-        for f in survey(model)[0].factors():
-            f.copy_(torch.cat([f[: len(f) // 2]] * 2))
-    down, up = survey(model)[0].factors()
-    one = down[:2], up[:4]
-    for rule, value in [
-        ("spectral", spectral_rate(one, 2)),
-        ("rms", root_mean_square_rate(one)),
-        ("spectron", spectron_rate(one)),
-        ("rank-share", 0.5),
-    ]:
-        rates = FactorLearningRates(model, SGD(model.parameters(), lr=0.1), rule, cap=1e9)
-        assert rates.scales()["0"] == pytest.approx(value, rel=1e-12)
-
-
-def test_cap_refresh_zero_and_nan() -> None:
-    model = network()
-    optimizer = SGD(model.parameters(), lr=0.0)
-    rates = FactorLearningRates(model, optimizer, every=3, cap=4.0)
-    with torch.no_grad():
-        model[0].up.zero_()
-        model[0].down.zero_()
-        model[2].up.fill_(float("nan"))
-    assert rates.scales() == {"0": 4.0, "2": 1.0}
-    with torch.no_grad():
-        model[0].up.fill_(10.0)
-    seen = []
-    for _ in range(4):
-        for p in model.parameters():
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        seen.append(dict((s.path, v) for s, v in rates._scales)["0"])
-    assert seen[:3] == [4.0] * 3 and seen[3] == pytest.approx(3 / (2400))
+    forms = dr.FullRank(), dr.LowRank(2), dr.FullRank(), dr.Adapted(2)
+    schedule = dr.schedules.Phases([0, 0.25, 0.5, 0.75], forms)
+    ranks = dr.RankScheduler(model, optimizer, schedule, 8, layers="0")
+    rates = FactorLearningRates(model, optimizer, 3.0, layers="0")
+    for step in range(8):
+        twin, plain = copy.deepcopy((model, optimizer))
+        scaled = step in (2, 3)
+        assert rates.paths() == (["0"] if scaled else [])
+        before = [p.detach().clone() for p in model.parameters()]
+        steps(model, optimizer, 1, step)
+        steps(twin, plain, 1, step)
+        low = {id(p) for p in survey(model)[0].factors()} if scaled else set()
+        for p, q, old in zip(model.parameters(), twin.parameters(), before, strict=True):
+            assert_close(p.detach() - old, (q.detach() - old) * (3 if id(p) in low else 1), 1e-9)
+        ranks.step()
 
 
 def test_frozen_and_foreign_factors_are_left_alone() -> None:
@@ -208,17 +166,14 @@ def test_frozen_and_foreign_factors_are_left_alone() -> None:
     optimizer = SGD([*model[2].parameters()], lr=0.1)
     FactorLearningRates(model, optimizer, 0.5)
     before = model[0].up.detach().clone()
+    model[2].down.requires_grad_(False)
+    frozen = model[2].down.detach().clone()
     steps(model, optimizer, 1)
-    assert torch.equal(before, model[0].up)
+    assert torch.equal(before, model[0].up) and torch.equal(frozen, model[2].down)
 
 
-def test_errors() -> None:
+@pytest.mark.parametrize("multiplier", [0.0, -1.0, float("nan"), float("inf"), True])
+def test_a_multiplier_is_positive_and_finite(multiplier: float) -> None:
     model = network()
-    optimizer = SGD(model.parameters(), lr=0.1)
-    for rule in ("spectrum", 0.0, float("nan"), True):
-        with pytest.raises(ValueError, match=r"rule|multiplier"):
-            FactorLearningRates(model, optimizer, rule)
-    with pytest.raises(ValueError, match="every"):
-        FactorLearningRates(model, optimizer, every=0)
-    with pytest.raises(ValueError, match="cap"):
-        FactorLearningRates(model, optimizer, cap=0.0)
+    with pytest.raises(ValueError, match="positive and finite, got"):
+        FactorLearningRates(model, SGD(model.parameters(), lr=0.1), multiplier)

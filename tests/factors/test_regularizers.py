@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,6 +195,48 @@ def test_registered_it_survives_changes_of_form_and_can_be_removed() -> None:
     check(0.5)
     handle.remove()
     check(0.0)
+
+
+class Wrapper:
+    """As accelerate's: it has an optimizer, and no hooks of its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.state = optimizer, optimizer.state
+
+    @property
+    def param_groups(self) -> list:
+        return self.optimizer.param_groups
+
+
+def decayed_run(start: int, steps: int, saved: list[dict] | None = None) -> tuple[list, list]:
+    """Losses and states of a run under a schedule, from its start or from what was saved."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(9, 7), nn.Linear(7, 5)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    FrobeniusDecay(model, 0.2, layers="0").register(Wrapper(optimizer))  # type: ignore[arg-type]
+    forms = dr.FullRank(), dr.LowRank(3), dr.FullRank(), dr.Adapted(2)
+    schedule = dr.schedules.Phases([0, 0.25, 0.5, 0.75], forms)
+    ranks = dr.RankScheduler(model, optimizer, schedule, 8, layers="0")
+    if saved is not None:
+        for part, state in zip((ranks, model, optimizer), saved, strict=True):
+            part.load_state_dict(copy.deepcopy(state))
+    losses, states = [], []
+    for step in range(start, start + steps):
+        states.append([copy.deepcopy(p.state_dict()) for p in (ranks, model, optimizer)])
+        x = torch.randn(4, 9, generator=torch.Generator().manual_seed(step)).double()
+        optimizer.zero_grad()
+        loss = model(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        ranks.step()
+        losses.append(loss.item())
+    return losses, states
+
+
+def test_a_resumed_run_under_a_schedule_is_the_same_bit_by_bit() -> None:
+    losses, states = decayed_run(0, 8)
+    for step in range(1, 8):
+        assert decayed_run(step, 8 - step, states[step])[0] == losses[step:]
 
 
 def test_errors() -> None:

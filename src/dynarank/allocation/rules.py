@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from dynarank.decompositions import get_decomposition
 from dynarank.decompositions.truncation import output_energies
-from dynarank.forms import Rank
+from dynarank.forms import LowRank, Rank
 from dynarank.monitors.calibration import Calibration
 from dynarank.monitors.singular_values import energy_rank, stable_rank
+from dynarank.surgery.bias import usable_statistics
 from dynarank.surgery.selection import LayerFilter, select
 from dynarank.surgery.selection import candidates as default_candidates
 from dynarank.surgery.sites import Site, survey
@@ -139,10 +140,12 @@ def spectrum(site: Site, calibration: Calibration | None = None) -> Tensor:
     """The spectrum of one weight, see :func:`spectra`."""
     activity = calibration.get(site.path) if calibration else None
     weight = site.effective().detach()
-    if activity is None and site.spec.geometry.groups > 1:
-        parts = weight.chunk(site.spec.geometry.groups)
-        return torch.cat([output_energies(part) for part in parts]).sqrt()
-    return output_energies(weight, activity).sqrt()
+    if activity is not None:
+        usable, _ = usable_statistics(site, LowRank(1), activity)
+        stored = torch.promote_types(weight.dtype, torch.float32)
+        return output_energies(site.exact().to(stored), usable).sqrt()  # as a truncation reads it
+    parts = weight.chunk(site.spec.geometry.groups)
+    return torch.cat([output_energies(part) for part in parts]).sqrt()
 
 
 def _stable(values: Tensor) -> float:

@@ -36,7 +36,7 @@ def plan_within(
     of: Literal["model", "layers"] = "model",
     ranks: Literal["energy", "uniform"] = "energy",
     calibration: Calibration | None = None,
-    multiple_of: int = 8,
+    multiple_of: int | None = 8,
     layers: LayerFilter = None,
     decomposition: str = "svd",
     timings: Callable[[str, Form], float] | None = None,
@@ -68,7 +68,8 @@ def plan_within(
             energy of the outputs. For weights without statistics, or all of them with None, it is
             that of the weight's own energy.
         multiple_of: ranks are multiples of this number. It is halved for a weight in which this
-            leaves fewer than eight choices.
+            leaves fewer than eight choices. None: 8, halved while more than 0.5% of the budget is
+            left over or the smallest ranks exceed it.
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight except
             embeddings, output layers and small ones.
         decomposition: the decomposition's name; if it does not truncate optimally, the share kept
@@ -95,13 +96,19 @@ def plan_within(
     sites = [site for site in candidates(model, layers) if not planned.keys() & _names(site)]
     amounts = {"params": params, "flops": flops, "bytes": bytes, "seconds": seconds}
     budget = find_budget(model, sites, Request(amounts, of, sample, timings, use), planned)
-    forms = {site.path: _cheaper(site, budget.cost, multiple_of, decomposition) for site in sites}
-    least = sum(min(costs.values()) for costs in forms.values())
-    if least > budget.room:
-        raise ValueError(budget.refusal(least))
-    options = {site.path: _options(site, forms[site.path], ranks, calibration) for site in sites}
-    find = choose if ranks == "energy" else choose_evenly
-    return {path: option.what for path, option in find(options, budget.room).items()}
+    steps, least = _STEPS if multiple_of is None else (multiple_of,), 0.0
+    for step in steps:
+        costs = {s.path: _cheaper(s, budget.cost, step, decomposition) for s in sites}
+        least = sum(min(own.values()) for own in costs.values())
+        if least > budget.room:
+            continue
+        options = {s.path: _options(s, costs[s.path], ranks, calibration) for s in sites}
+        found = (choose if ranks == "energy" else choose_evenly)(options, budget.room)
+        whole = all(isinstance(option.what, FullRank) for option in found.values())
+        left = budget.room - sum(option.cost for option in found.values())
+        if step == steps[-1] or whole or left <= _UNSPENT * budget.limit:
+            return {path: option.what for path, option in found.items()}
+    raise ValueError(budget.refusal(least))
 
 
 def _names(site: Site) -> set[str]:
@@ -109,6 +116,8 @@ def _names(site: Site) -> set[str]:
     return {path for place in site.places for path in place.paths}
 
 
+_STEPS = 8, 4, 2, 1  # of ranks, if none is given
+_UNSPENT = 0.005  # of a budget; if more is left over, ranks are multiples of less
 _CHOICES = 8  # ranks that a weight can have at least, if its size allows
 
 

@@ -31,7 +31,7 @@ from dynarank.cli.options import (
 from dynarank.cli.show import console, print_whole_words, right_aligned
 from dynarank.cli.train_settings import TrainSettings, find_train
 from dynarank.files.ownership import new_folder
-from dynarank.records import Metric, Run, SummaryRecord
+from dynarank.records import Metric, PhaseRecord, Run, SummaryRecord
 from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.checkpoint_plan import CheckpointPlan
@@ -163,6 +163,11 @@ def _print_result(
         return
     title = f"{settings.recipe.name}, seed {settings.seed}, {plural(settings.epochs, 'epoch')}"
     _show(terminal, title, next(iter(runs.values())).header.metric, summaries)
+    if any("low-rank" in phase.forms for run in runs.values() for phase in run.all(PhaseRecord)):
+        terminal.print(
+            f"Every schedule ran at the recipe's learning rate, {settings.recipe.learning_rate:g}. "
+            "Low-rank networks often want another than full-rank ones: tune it for each schedule."
+        )
     terminal.print(f"Run folder: {folder}" + (f"; report: {report}" if report else ""))
 
 

@@ -100,7 +100,7 @@ class Room:
             raise ValueError(
                 f"a budget of {limit:,.0f} {unit[kind]} ({limit / self.full:.3f} of full rank) is "
                 f"below the cost of the smallest ranks, {whole:,.0f} ({whole / self.full:.3f}); "
-                "allow that much, or include more layers or lower multiple_of"
+                "allow that much, or include more layers"
             )
 
 

@@ -23,8 +23,8 @@ after a ReLU have large means, which would otherwise dominate the first directio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,15 @@ from torch import Tensor
 from dynarank.decompositions.base import Decomposition
 from dynarank.decompositions.geometry import Factors
 from dynarank.decompositions.numerics.linalg import (
-    LinAlgError,
-    UnfitWeightError,
+    RESOLVED,
+    as_unfit,
     leading_directions,
     precise,
+)
+from dynarank.decompositions.numerics.principal import (
+    Principal,
+    principal_of_inputs,
+    principal_of_outputs,
 )
 
 __all__ = ["ActivationStats", "output_energies", "project", "split_activation_aware"]
@@ -44,6 +49,9 @@ __all__ = ["ActivationStats", "output_energies", "project", "split_activation_aw
 @dataclass(frozen=True)
 class ActivationStats:
     """Second moments of a weight's inputs or outputs over calibration data.
+
+    They remember the principal directions that were last computed from them, of whichever weight:
+    ranks are chosen by their energies, and the weight is then projected on them.
 
     Args:
         side: which vectors v were measured: ``"output"``, y = W x without the bias; ``"input"``, x;
@@ -57,6 +65,9 @@ class ActivationStats:
     second: Tensor
     count: int
     mean: Tensor | None = None
+    _memory: dict[str, Any] = field(
+        default_factory=dict[str, Any], init=False, repr=False, compare=False
+    )
 
     def check(self, shape: Sequence[int]) -> None:
         """Check that the statistics fit a weight of this shape, (out, in / groups, *kernel).
@@ -77,9 +88,11 @@ class ActivationStats:
         """The second moments instead of the covariance, for a layer whose bias must stay."""
         if self.mean is None:
             return self
+        if "uncentered" in self._memory:
+            return self._memory["uncentered"]
         mean = self.mean.to(self.second)
         second = self.second + mean[:, :, None] * mean[:, None]
-        return ActivationStats(self.side, second, self.count)
+        return self._memory.setdefault("uncentered", ActivationStats(self.side, second, self.count))
 
 
 def split_activation_aware(
@@ -103,10 +116,15 @@ def split_activation_aware(
         ValueError: the statistics are of a different weight.
         UnfitWeightError: the weight cannot be decomposed.
     """
-    shift = None
-    if activity is not None and decomposition.truncates_optimally:
-        weight, shift = project(weight, rank, activity)
-    return decomposition.split(weight, rank), shift
+    if activity is None or not decomposition.truncates_optimally:
+        return decomposition.split(weight, rank), None
+    cuts = _cut(weight, rank, activity)
+    if not decomposition.is_pair:
+        return decomposition.split(_joined(cuts, weight), rank), _shift(cuts, activity)
+    down, up = (torch.cat(parts) for parts in zip(*((c.down, c.up) for c in cuts), strict=True))
+    shapes = decomposition.shapes(weight.shape, rank)
+    factors = decomposition.balanced((down.reshape(shapes[0]), up.reshape(shapes[1])))
+    return factors, _shift(cuts, activity)
 
 
 def project(weight: Tensor, rank: int, activity: ActivationStats) -> tuple[Tensor, Tensor | None]:
@@ -126,23 +144,12 @@ def project(weight: Tensor, rank: int, activity: ActivationStats) -> tuple[Tenso
     Example:
         >>> from dynarank.decompositions.truncation import ActivationStats, project
         >>> quiet = ActivationStats("input", torch.diag(torch.tensor([0.0, 1.0]))[None], 1)
-        >>> project(torch.diag(torch.tensor([3.0, 1.0])), 1, quiet)[0]
+        >>> project(torch.diag(torch.tensor([3.0, 1.0])), 1, quiet)[0].abs()
         tensor([[0., 0.],
                 [0., 1.]])
     """
-    activity.check(weight.shape)
-    matrices = [(_facing(unit, activity), second) for unit, second in _units(weight, activity)]
-    bases = [_basis(matrix, rank, activity.side, second) for matrix, second in matrices]
-    done = [b @ (b.T @ matrix) for b, (matrix, _) in zip(bases, matrices, strict=True)]
-    transposed = [matrix.T if activity.side == "row" else matrix for matrix in done]
-    projected = torch.cat(transposed).reshape(weight.shape).to(weight.dtype)
-    if activity.mean is None:
-        return projected, None
-    means = [precise(mean).to(weight.device) for mean in activity.mean]
-    if activity.side == "input":
-        means = [matrix @ mean for mean, (matrix, _) in zip(means, matrices, strict=True)]
-    lost = [mean - b @ (b.T @ mean) for b, mean in zip(bases, means, strict=True)]
-    return projected, torch.cat(lost)
+    cuts = _cut(weight, rank, activity)
+    return _joined(cuts, weight), _shift(cuts, activity)
 
 
 def output_energies(weight: Tensor, activity: ActivationStats | None = None) -> Tensor:
@@ -152,58 +159,120 @@ def output_energies(weight: Tensor, activity: ActivationStats | None = None) -> 
     sum of all but the first r is the output error of a truncation to rank r.
     """
     if activity is None:
-        second = torch.eye(weight[0].numel(), dtype=torch.float64, device=weight.device)
-        activity = ActivationStats("input", second[None], 0)
+        matrix = precise(weight).flatten(1)
+        matrix = matrix if len(matrix) <= matrix.shape[1] else matrix.T
+        with as_unfit("the singular values cannot be computed"):
+            return principal_of_outputs(matrix @ matrix.T, matrix.dtype).energies[None]
     activity.check(weight.shape)
-    units = [(_facing(unit, activity), second) for unit, second in _units(weight, activity)]
-    limit = min(units[0][0].shape)
-    return torch.stack(
-        [_principal(matrix, activity.side, second)[1][:limit] for matrix, second in units]
-    )
+    limit = min(weight.shape[0] // len(activity.second), weight[0].numel())
+    return torch.stack([found.energies[:limit] for found in _principal(weight, activity)])
 
 
-def _units(weight: Tensor, activity: ActivationStats) -> list[tuple[Tensor, Tensor]]:
-    """The weight and the second moment of each group."""
-    groups = activity.second.shape[0]
-    return list(zip(weight.chunk(groups), activity.second.to(weight.device), strict=True))
+class _Cut(NamedTuple):
+    """A group's weight ``up @ down`` after truncation, and the basis (n, r) of its outputs."""
+
+    up: Tensor
+    down: Tensor
+    basis: Tensor
+    matrix: Tensor  # the weight before, which maps to the outputs
 
 
-def _facing(unit: Tensor, activity: ActivationStats) -> Tensor:
-    """The matrix that maps to the outputs, in fp64: W, or W' for an embedding table."""
-    matrix = precise(unit).flatten(1)
-    return matrix.T if activity.side == "row" else matrix
+def _cut(weight: Tensor, rank: int, activity: ActivationStats) -> list[_Cut]:
+    """``P_r W`` of each group, in fp64 if the weight is, else in fp32."""
+    activity.check(weight.shape)
+    directions = _principal(weight, activity)
+    smallest = RESOLVED[torch.float32] ** 2
+    if rank and not all(found.resolves(rank, smallest) for found in directions):
+        directions = _principal(weight, activity, torch.float64)
+    cuts: list[_Cut] = []
+    for found, matrix in zip(directions, _matrices(weight, activity), strict=True):
+        basis = _kept(found, matrix, rank)
+        down = basis.T @ matrix
+        up, down = (down.T, basis.T) if activity.side == "row" else (basis, down)
+        cuts.append(_Cut(up, down, basis, matrix))
+    return cuts
 
 
-def _basis(matrix: Tensor, rank: int, side: str, second: Tensor) -> Tensor:
-    """An orthonormal basis of the kept directions, (n, rank) or fewer."""
-    basis, energies = _principal(matrix, side, second)
+def _joined(cuts: Sequence[_Cut], weight: Tensor) -> Tensor:
+    """The truncated weight, as the weight is stored."""
+    return torch.cat([cut.up @ cut.down for cut in cuts]).reshape(weight.shape).to(weight.dtype)
+
+
+def _shift(cuts: Sequence[_Cut], activity: ActivationStats) -> Tensor | None:
+    """The change of the bias (out,) in fp64, ``(I - P_r) E[y]``."""
+    if activity.mean is None:
+        return None
+    lost: list[Tensor] = []
+    for cut, mean in zip(cuts, activity.mean, strict=True):
+        basis, mean = precise(cut.basis), precise(mean).to(cut.basis.device)
+        mean = precise(cut.matrix) @ mean if activity.side == "input" else mean
+        lost.append(mean - basis @ (basis.T @ mean))
+    return torch.cat(lost)
+
+
+def _matrices(
+    weight: Tensor, activity: ActivationStats, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The matrix of each group that maps to the outputs: W, or W' for an embedding table."""
+    units = weight.detach().to(dtype or _working(weight)).chunk(len(activity.second))
+    return [unit.T if activity.side == "row" else unit.flatten(1) for unit in units]
+
+
+def _working(weight: Tensor) -> torch.dtype:
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
+class _Known(NamedTuple):
+    """The principal directions of each group, and what they were computed from."""
+
+    groups: list[Principal]
+    dtype: torch.dtype
+    written: int | None  # how often the statistics had been written to
+    weight: Tensor | None  # none where the outputs were measured
+
+    def fit(self, weight: Tensor, activity: ActivationStats, dtype: torch.dtype) -> bool:
+        """Whether they are those of this weight and these statistics, at least as precise."""
+        here = self.groups[0].basis.device == weight.device
+        same = here and self.written == _written(activity.second)
+        enough = self.dtype in (dtype, torch.float64)
+        return same and enough and (self.weight is None or torch.equal(self.weight, weight))
+
+
+def _written(tensor: Tensor) -> int | None:
+    """The number of in-place writes to a tensor, as far as torch counts them."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _principal(
+    weight: Tensor, activity: ActivationStats, dtype: torch.dtype | None = None
+) -> list[Principal]:
+    """The principal directions of each group's outputs, remembered by the statistics."""
+    weight, dtype = weight.detach(), dtype or _working(weight)
+    known: _Known | None = activity._memory.get("principal")  # pyright: ignore[reportPrivateUsage]
+    if known is not None and known.fit(weight, activity, dtype):
+        return known.groups
+    seconds = activity.second.to(weight.device)
+    with as_unfit("the output directions cannot be computed"):
+        if activity.side == "input":
+            pairs = zip(_matrices(weight, activity, dtype), seconds, strict=True)
+            groups = [principal_of_inputs(matrix, second) for matrix, second in pairs]
+        else:
+            groups = [principal_of_outputs(second, dtype) for second in seconds]
+    copy = weight.clone() if activity.side == "input" else None
+    found = _Known(groups, dtype, _written(activity.second), copy)
+    activity._memory["principal"] = found  # pyright: ignore[reportPrivateUsage]
+    return groups
+
+
+def _kept(found: Principal, matrix: Tensor, rank: int) -> Tensor:
+    """An orthonormal basis of the kept directions, (n, rank)."""
     # Second moments are sums of fp32 products: eigenvalues below this are rounding errors.
-    noise = torch.finfo(torch.float32).eps * len(energies) * energies[:1].clamp(min=0)
-    live = int((energies[:rank] > noise).sum())
-    kept = basis[:, : min(rank, live)]
+    noise = torch.finfo(torch.float32).eps * found.energies.sum()
+    live = int((found.energies[:rank] > noise).sum())
+    kept = found.basis[:, : min(rank, live)].to(matrix.dtype)
+    if len(matrix) > matrix.shape[1] and matrix.dtype != torch.float64:
+        kept = torch.linalg.qr(kept)[0]  # as the directions of a tall matrix may not be
     if live >= min(rank, *matrix.shape):
         return kept
     rest = matrix - kept @ (kept.T @ matrix)
     return torch.cat([kept, leading_directions(rest, rank - live)[0].to(kept.dtype)], 1)
-
-
-def _principal(matrix: Tensor, side: str, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Principal directions of the outputs (n, k) and their energies (k,), largest first."""
-    second = precise(second)
-    try:
-        if side != "input":
-            return _eigen(second)
-        if matrix.shape[0] <= matrix.shape[1]:
-            return _eigen(matrix @ second @ matrix.T)
-        directions, energies = _eigen(second)
-        tall = matrix @ (directions * energies.sqrt())  # (n, m), tall tall' = W C W'
-        right, energies = _eigen(tall.T @ tall)
-        live = energies > 0
-        return tall @ (right / torch.where(live, energies, torch.inf).sqrt()), energies
-    except LinAlgError as error:
-        raise UnfitWeightError(f"the output directions cannot be computed: {error}") from error
-
-
-def _eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
-    values, vectors = torch.linalg.eigh(symmetric)
-    return vectors.flip(-1), values.flip(-1).clamp(min=0)

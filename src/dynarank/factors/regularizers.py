@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from dynarank.decompositions import Decomposition, Factors
 from dynarank.factors.live_sites import LiveSites
 from dynarank.forms import Adapted, FullRank
+from dynarank.surgery.own_references import innermost
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import Site
 
@@ -140,7 +141,8 @@ class Regularizer:
         """Register a hook that adds the gradients at the start of each ``optimizer.step()``.
 
         This is the right place with a ``GradScaler``: the gradients are unscaled by then, and if a
-        fused optimizer unscales them itself, the penalty is scaled too.
+        fused optimizer unscales them itself, the penalty is scaled too. Of an optimizer that wraps
+        others, it is the first of those that take the steps.
 
         Returns:
             A handle that removes the hook.
@@ -148,7 +150,7 @@ class Regularizer:
         Raises:
             ValueError: (at a step) the step has a closure, which recomputes the gradients.
         """
-        return optimizer.register_step_pre_hook(self._before_step)  # pyright: ignore
+        return innermost(optimizer)[0].register_step_pre_hook(self._before_step)
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         values = [*args[1:], *args[:1], *kwargs.values()]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dynarank.decompositions import UnfitWeightError
+from dynarank.decompositions import UnfitWeightError, all_finite
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.layers import own_parameters
 from dynarank.layers.running import call_model, preserve_state
@@ -114,6 +114,9 @@ class _Meter:
         self.centered = own_parameters(site.module).get("bias") is not None and not site.tied
         self.second: Tensor | None = None
         self.sum: Tensor | None = None
+        self.origin: Tensor | None = None  # near the mean, whose square may be far above the rest
+        self.recent: Tensor | None = None  # products summed in fp32, of at most _CHUNK entries
+        self.left = 0  # the number of vectors that they can still take
         self.count = 0
 
     def modules(self) -> Iterator[nn.Module]:
@@ -125,25 +128,45 @@ class _Meter:
         groups = self.spec.geometry.groups
         axis = vectors.ndim - 1 - self.spec.dims
         flat = vectors.movedim(axis, 0).flatten(1)  # (groups * k, N)
-        width = torch.float64 if vectors.dtype == torch.float64 else torch.float32
-        for part in flat.split(max(1, _CHUNK // flat.shape[0]), 1):
-            part = part.to(width) if bias is None else part.to(width) - bias.to(width)[:, None]
-            grouped = part.unflatten(0, (groups, -1))
-            self._sum(grouped @ grouped.mT, grouped.sum(-1))
+        most = max(1, _CHUNK // flat.shape[0])
+        for part in flat.split(most, 1) if flat.shape[1] else ():
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            part = part if bias is None else part - bias.to(part.dtype)[:, None]
+            if self.centered:
+                self.origin = part.mean(1, keepdim=True) if self.origin is None else self.origin
+                part = part - self.origin
+            self._sum(part.unflatten(0, (groups, -1)), most)
         self.count += flat.shape[1]
 
-    def _sum(self, product: Tensor, vectors: Tensor) -> None:
-        if self.second is None or self.sum is None:
-            small = product.shape[-1] <= _PRECISE_UP_TO and product.device.type != "mps"
-            dtype = torch.float64 if small else None
-            self.second = torch.zeros_like(product, dtype=dtype)
-            self.sum = torch.zeros_like(vectors, dtype=dtype)
-        self.second += product
-        self.sum += vectors
+    def _sum(self, vectors: Tensor, most: int) -> None:
+        """Add vectors (groups, k, N); their products are summed in fp64 every ``most`` vectors."""
+        number = vectors.shape[-1]
+        if self.sum is None:
+            self.sum = torch.zeros_like(vectors[..., 0], dtype=self._wide(vectors))
+        self.sum += vectors.sum(-1)
+        if self.recent is not None and number > self.left:
+            self._settle()
+        if self.recent is None:
+            self.recent, self.left = vectors @ vectors.mT, most
+        else:
+            self.recent.baddbmm_(vectors, vectors.mT)
+        self.left -= number
+
+    def _settle(self) -> None:
+        """Add the recent products to those before."""
+        if self.recent is not None:
+            recent = self.recent.to(self._wide(self.recent))
+            self.second = recent if self.second is None else self.second.add_(recent)
+            self.recent = None
+
+    def _wide(self, like: Tensor) -> torch.dtype:
+        small = like.shape[1] <= _PRECISE_UP_TO and like.device.type != "mps"
+        return torch.float64 if small else like.dtype
 
     def activity(self, path: str) -> ActivationStats:
+        self._settle()
         assert self.second is not None and self.sum is not None
-        if not torch.isfinite(self.second).all():
+        if not all_finite(self.second):
             raise UnfitWeightError(
                 f"layer {path!r}: its {self.side}s on the calibration batches are not finite, or "
                 "too large to be squared; check the batches and the layers before it"
@@ -152,9 +175,9 @@ class _Meter:
         second, mean = self.second / count, self.sum / count
         if not self.centered:
             return ActivationStats(self.side, second, self.count)
-        return ActivationStats(
-            self.side, second - mean[:, :, None] * mean[:, None], self.count, mean
-        )
+        second.baddbmm_(mean[:, :, None], mean[:, None], alpha=-1)
+        mean = mean if self.origin is None else mean + self.origin.view_as(mean)
+        return ActivationStats(self.side, second, self.count, mean)
 
 
 def _hook(meter: _Meter, path: str, met: list[str]) -> Callable[..., None]:

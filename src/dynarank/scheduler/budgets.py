@@ -7,7 +7,7 @@ another answer. With batches of the user's, cuts to a rank of the schedule's are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -21,6 +21,7 @@ from dynarank.decompositions import LinAlgError, UnfitWeightError
 from dynarank.forms import BudgetKind, Form, LowRank, Plan, Request, Within
 from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.scheduler.last_batches import LastBatches
+from dynarank.schedules.timelines import Phase
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import truncates
 
@@ -67,26 +68,31 @@ class Budgets:
         self._model, self._given = model, batches
         self._seen = LastBatches(model)
         self._use: dict[BudgetKind, ModelUse] = {}
-        self._unchecked: list[Request] = []  # until the first batch has been seen
+        self._unchecked: list[Phase] = []  # until the first batch has been seen
 
-    def expect(self, requests: Iterable[Request]) -> None:
+    def expect(self, phases: Iterable[Phase]) -> None:
         """Check the budgets of the phases to come, as far as that is possible by now.
 
         Raises:
-            ValueError: the smallest ranks cost more than a budget allows; two budgets of the model
-                in one plan; or there is nothing to measure on.
+            ValueError: the smallest ranks cost more than a budget allows, or there are two budgets
+                of the model in one plan.
         """
-        ahead = list(requests)
+        ahead = [phase for phase in phases if any(_budgets_of(phase.plan))]
         known = self._given is not None or bool(self._seen())
-        for request in ahead:
-            for budget, paths in shared_budgets(request).items():
-                if known or budget.kind != "flops":
-                    use = self._cost(budget.kind)
-                    Room.of(use, budget, paths, stand_in(request)).check()
-        with_budgets = [request for request in ahead if shared_budgets(request)]
+        for phase in ahead:
+            try:
+                self._check(phase.plan, flops=known)
+            except ValueError as error:
+                raise ValueError(f"from step {phase.start}, {error}") from None
         if self._given is None:
-            self._seen.watch(bool(with_budgets))
-        self._unchecked = [] if known else with_budgets
+            self._seen.watch(bool(ahead))
+        self._unchecked = [] if known else ahead
+
+    def _check(self, request: Request, *, flops: bool) -> None:
+        for budget, paths in shared_budgets(request).items():
+            if flops or budget.kind != "flops":
+                use = self._cost(budget.kind)
+                Room.of(use, budget, paths, stand_in(request)).check()
 
     def after_first_step(self) -> None:
         """Check FLOPs budgets on the first training batch, if no others were given.
@@ -217,6 +223,10 @@ class Budgets:
                 weights_only(self._model) if batches is None else trace(self._model, next(batches))
             )
         return self._use[kind]
+
+
+def _budgets_of(request: Request) -> Iterator[Within]:
+    return (one for one in request.values() if isinstance(one, Within))
 
 
 def _at(paths: Iterable[str]) -> Callable[[nn.Module, str], bool]:

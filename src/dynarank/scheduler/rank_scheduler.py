@@ -143,20 +143,11 @@ class RankScheduler:
         self._state = self.schedule.start()
         self._seed = torch.initial_seed()
         self._forms_loaded = forms_loaded()
-        sites = survey(model)
-        self._by_form = layers is None and has_factors(
-            sites
-        )  # which layers: a saved run may differ
-        named = layers if state is None or layers is not None else named_in(state)
-        scheduled = scheduled_layers(sites, self.schedule, total_steps, named)
-        check_held(scheduled, self.optimizer)
-        self._layers = {site.path: site.spec.unit_shape for site in scheduled}
-        check_phases(model, phases := self.phases(), sites)
-        if named is None and not has_factors(sites):
-            warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=2)
         self._states_checked = False
+        sites = survey(model)
+        phases = self._choose_layers(sites, layers, state)
         try:
-            self._budgets.expect(phase.plan for phase in phases)
+            self._budgets.expect(phases)
             for one in self.callbacks.values():
                 one.on_start(self)
             if state is None:
@@ -168,6 +159,21 @@ class RankScheduler:
         except BaseException:
             self.close()
             raise
+
+    def _choose_layers(
+        self, sites: Sequence[Site], layers: LayerFilter, state: Mapping[str, Any] | None
+    ) -> list[Phase]:
+        """Find the scheduled layers, and check that they can follow every phase."""
+        # Those that are chosen by their form may differ in a saved run.
+        self._by_form = layers is None and has_factors(sites)
+        named = layers if state is None or layers is not None else named_in(state)
+        scheduled = scheduled_layers(sites, self.schedule, self.total_steps, named)
+        check_held(scheduled, self.optimizer)
+        self._layers = {site.path: site.spec.unit_shape for site in scheduled}
+        check_phases(self.model, phases := self.phases(), sites)
+        if named is None and not has_factors(sites):
+            warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=3)
+        return phases
 
     @property
     def layers(self) -> tuple[str, ...]:

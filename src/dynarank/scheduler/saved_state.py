@@ -102,6 +102,7 @@ class SavedState:
             ValueError: a key is missing or unknown, a value is not what ``state_dict`` returns, or
                 it is the state of another run: other steps, layers, callbacks, another schedule.
         """
+        state = _before_budgets(state)
         _check_run(state, total_steps, callbacks)
         goes_on = _schedule(state["scheduled_by"], schedule)
         # Which layers get cheaper may differ from one fitted schedule to another.
@@ -143,6 +144,13 @@ class SavedState:
         waiting = self.postponed.items()
         before, after = ({p: getattr(w, k) for p, w in waiting} for k in ("before", "after"))
         return [self.forms, self.last, self.plan or {}, before, stand_in(after)]
+
+
+def _before_budgets(state: Any) -> Any:
+    """A state of a version without budgets: what the schedule answered was the plan."""
+    if not isinstance(state, Mapping) or "request" in state or "plan" not in state:
+        return state
+    return {**cast(Mapping[str, Any], state), "request": state["plan"], "batches": None}
 
 
 def schedule_identity(schedule: RankSchedule) -> Any:

@@ -99,7 +99,7 @@ def prepare_edit(
     check_replaceable(site.path, old)
     _check_values(site.path, old)
     check_names(site, after)
-    weight = _effective(site.spec, before, old)
+    weight = site.exact()
     activity, bias_left = usable_statistics(site, after, activity)
     seed = torch.initial_seed() if seed is None else seed
     values, shift = _values(site, weight, after, activity, seed)

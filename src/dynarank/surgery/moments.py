@@ -210,6 +210,8 @@ def _average(
 
 def _moved_mean(old: Side, new: Side, mean: Factors, share: float, averaging: Averaging) -> Factors:
     """J'(J+(m - c f)), with the c of Note [Weight decay]."""
+    if share == 0:
+        return new.pull(old.limited(old.lift(mean), mean, averaging.decay * averaging.gain))
     known = tuple(m - share * p for m, p in zip(mean, old.parameters, strict=True))
     whole = old.lift(mean) - share * old.lift(old.parameters)
     return new.pull(old.limited(whole, known, averaging.decay * averaging.gain))

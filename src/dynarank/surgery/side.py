@@ -88,11 +88,13 @@ class Side:
 
     def pull(self, moment: Tensor) -> Factors:
         """J: a moment of the parameters from one of W."""
-        return self._maps.pull(self.parameters, self.scale * moment)
+        moment = moment if self.scale == 1 else self.scale * moment
+        return self._maps.pull(self.parameters, moment)
 
     def lift(self, moments: Factors) -> Tensor:
         """J+: the least moment of W that pulls to these."""
-        return self._maps.lift(self.parameters, moments) / self.scale
+        lifted = self._maps.lift(self.parameters, moments)
+        return lifted if self.scale == 1 else lifted / self.scale
 
     def toward(self, change: Tensor) -> Factors:
         """The least changes of the parameters that change W by this, as nearly as they can."""
@@ -125,6 +127,8 @@ class Side:
             decay: the largest share of a parameter in its moment that may be weight decay; a
                 moment no larger than that tells nothing of the gradient's size.
         """
+        if isinstance(self._maps, _Whole):
+            return lifted  # a moment of W itself
         pairs = zip(moments, self.parameters, strict=True)
         told = [bool(m.norm() > decay * p.norm()) for m, p in pairs]
         told = told if any(told) else [True] * len(told)
@@ -137,10 +141,13 @@ class Side:
     def pull_squares(self, square: Tensor) -> Factors:
         """Variances of the parameters from those of W, its entries independent."""
         squares = tuple(p.square() for p in self.parameters)
-        return self._maps.pull(squares, self.scale**2 * square)
+        square = square if self.scale == 1 else self.scale**2 * square
+        return self._maps.pull(squares, square)
 
     def lift_squares(self, squares: Factors) -> Tensor:
         """An estimate of W's variances from its parameters', within the limit."""
+        if isinstance(self._maps, _Whole):
+            return self._maps.lift_squares(self.parameters, squares)
         lifted = self._maps.lift_squares(self.parameters, squares) / self.scale**2
         most, mean = LIMIT**2 * self.even(squares), float(lifted.mean())
         return lifted if mean <= most else lifted * (most / mean)

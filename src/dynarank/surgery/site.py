@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from dynarank.decompositions import Factors
+from dynarank.decompositions import Factors, precise
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters
 
@@ -114,6 +114,11 @@ class Site:
         """The effective weight, canonical."""
         weight = self.spec.effective(self._own_form(), self.parameters())
         return self.spec.to_canonical(weight)
+
+    def exact(self) -> Tensor:
+        """The effective weight, canonical, in fp64 (see :func:`precise`)."""
+        values = {name: precise(p) for name, p in self.parameters().items()}
+        return self.spec.to_canonical(self.spec.effective(self._own_form(), values))
 
     def _own_form(self) -> Form:
         if self.form is None:
