@@ -19,9 +19,9 @@ from dynarank.factors import regularizers
 from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
 from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
-from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral import SpectralMonitor
 from dynarank.planning.fit_schedule import fit_schedule
+from dynarank.planning.headroom import headroom
 from dynarank.scheduler.batch_norm import BatchNormRecalibration
 from dynarank.scheduler.lr_rewarmup import LRRewarmup
 from dynarank.scheduler.rank_scheduler import RankScheduler
@@ -35,7 +35,6 @@ __all__ = [
     "Adapted",
     "BatchNormRecalibration",
     "FullRank",
-    "GradientWindow",
     "LRRewarmup",
     "LowRank",
     "Rank",
@@ -50,6 +49,7 @@ __all__ = [
     "deflate",
     "factorize",
     "fit_schedule",
+    "headroom",
     "inflate",
     "load",
     "merge",

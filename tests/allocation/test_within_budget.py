@@ -127,6 +127,29 @@ def test_narrow_layers_have_ranks_to_choose_from(width: int) -> None:
         assert (share - 0.05) * full < sum(p.numel() for p in cut.parameters()) <= share * full
 
 
+def test_the_best_decomposition_is_chosen_for_each_weight() -> None:
+    """A separable kernel, one of low Tucker rank, and a matrix; each exactly in its own form."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten(), nn.Linear(512, 64),
+    )  # fmt: skip
+    x = torch.randn(4, 16, 8, 8)
+    for path, form in (("0", LowRank(6, "separable")), ("2", LowRank(12, "tucker"))):
+        dr.inflate(dr.factorize(model, form.rank, layers=path, decomposition=form.decomposition))
+    full = count_flops(copy.deepcopy(model), x).training
+    lost: list[float] = []
+    for name in ("best", "svd"):
+        cut = copy.deepcopy(model)
+        plan = dr.plan_within(cut, x, flops=0.25, layers="*", decomposition=name)
+        if name == "best":
+            chosen = {path: getattr(form, "decomposition", "") for path, form in plan.items()}
+            assert chosen == {"0": "separable", "2": "tucker", "4": "svd"}
+        changes = dr.apply_plan(cut, plan)
+        assert count_flops(cut, x).training <= 0.25 * full
+        lost.append(sum(change.error**2 for change in changes))
+    assert lost[0] < 0.8 * lost[1]
+
+
 @pytest.mark.parametrize(
     ("named", "message"),
     [

@@ -439,3 +439,27 @@ def test_the_phases_of_a_plan_fit_80_columns_with_whole_numbers(
     phases = capsys.readouterr().out.split("Per phase, whole model")[1]
     assert "1,902,720" in phases and "2,492,544" in phases and "trainable" in phases
     assert max(map(len, phases.splitlines())) <= 80
+
+
+def test_probe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("dynarank.train.probe.FEWEST", 10)
+    words = ["probe", "digits", "--rank", "0.5", "--share", "0.001", "--train-limit", "640"]
+    assert call(monkeypatch, *words, "--seeds", "1") == 0
+    out = capsys.readouterr().out
+    assert "9 runs of 10 steps" in out and "30% of the steps of a run" in out
+    assert "low rank" in out and "full, cut" in out and "0.5" in out
+
+    assert call(monkeypatch, *words, "--seeds", "1", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["recipe"] == "digits" and printed["steps"] == 10
+    assert [one["rank"] for one in printed["ranks"]] == [0.5]
+
+
+def test_probe_refuses(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, says in (
+        (["probe", "digit"], "did you mean 'digits'"),
+        (["probe", "digits", "--share", "0"], "(0, 1], got 0"),
+        (["probe", "digits", "--rank", "0.5,x"], "x is neither a rank"),
+    ):
+        assert call(monkeypatch, *words) == 2
+        assert says in " ".join(capsys.readouterr().err.replace("│", " ").split())

@@ -89,7 +89,8 @@ def network() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 48), nn.Tanh(),
-        nn.Unflatten(1, (3, 16)), nn.Conv1d(3, 36, 3, groups=3), nn.Flatten(), nn.Linear(36 * 14, 4),
+        nn.Unflatten(1, (3, 16)), nn.Conv1d(3, 36, 3, groups=3), nn.Flatten(),
+        nn.Linear(36 * 14, 4),
     )  # fmt: skip
     return model, torch.randn(256, 32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import pytest
@@ -320,3 +321,15 @@ def test_errors_say_what_to_do(run: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(model)  # type: ignore[operator]
     assert model.training and not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.LSTM(8, 8), lambda: nn.MultiheadAttention(8, 2)], ids=["lstm", "attention"]
+)
+def test_a_model_whose_weights_are_all_beyond_reach_is_not_refused(
+    make: Callable[[], nn.Module],
+) -> None:
+    model, x = make(), torch.randn(3, 2, 8)
+    batch = (x,) if isinstance(model, nn.LSTM) else (x, x, x)
+    known = dr.calibrate(model, [batch])
+    assert not known and known.missed

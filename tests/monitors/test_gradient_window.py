@@ -17,7 +17,7 @@ from torch.optim import AdamW
 
 import dynarank as dr
 from dynarank import FullRank
-from dynarank.monitors.gradient_window import WINDOW
+from dynarank.monitors.gradient_window import WINDOW, GradientWindow
 from dynarank.schedules import Phases
 
 PHASES = Phases((0.0, 5 / 12, 10 / 12), (LOW, FullRank(), LAST))
@@ -30,7 +30,7 @@ def adamw(model: nn.Module) -> AdamW:
 def test_the_last_gradients_are_kept_as_the_optimizer_uses_them() -> None:
     model = net()
     optimizer = adamw(model)
-    gradients = dr.GradientWindow(model, optimizer, ["0"], length=3)
+    gradients = GradientWindow(model, optimizer, ["0"], length=3)
     seen = []
     for step in range(5):
         train_step(model, optimizer, step)
@@ -49,7 +49,7 @@ def test_what_says_nothing_is_left_out() -> None:
     """No gradient, one not finite, a step that is to be skipped; a scaled one is unscaled."""
     model = net()
     optimizer = adamw(model)
-    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    gradients = GradientWindow(model, optimizer, ["0"])
     weight = model[0].weight
     optimizer.step()
     for value in (1.0, float("nan"), 3.0):
@@ -61,14 +61,14 @@ def test_what_says_nothing_is_left_out() -> None:
     gradients._read(optimizer)
     assert [sample[0][0, 0].item() for sample in gradients.of([weight])] == [1.0, 3.0, 0.75]
     with pytest.raises(ValueError, match="must be at least 1, got length=0"):
-        dr.GradientWindow(model, optimizer, length=0)
+        GradientWindow(model, optimizer, length=0)
 
 
 def run(length: int | None) -> tuple[list[torch.Tensor], list[set[str]]]:
     """Projected, or calibrated by the last gradients."""
     model = net()
     optimizer = adamw(model)
-    moments = dr.GradientWindow(model, optimizer, length=length) if length else "project"
+    moments = GradientWindow(model, optimizer, length=length) if length else "project"
     ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=moments)
     watched, values = [], []
     for step in range(1, STEPS + 1):
@@ -93,7 +93,7 @@ def test_calibrated_is_a_window_of_the_default_length_that_the_scheduler_steers(
     model = net()
     optimizer = adamw(model)
     ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments="calibrated")
-    assert isinstance(ranks.gradients, dr.GradientWindow) and ranks.gradients.length == WINDOW
+    assert isinstance(ranks.gradients, GradientWindow) and ranks.gradients.length == WINDOW
     assert set(ranks.gradients._rings) == {"0", "2"} and optimizer._optimizer_step_pre_hooks
     ranks.close()
     assert not ranks.gradients._rings and not optimizer._optimizer_step_pre_hooks
@@ -104,7 +104,7 @@ def test_gathering_does_not_change_a_run() -> None:
     for gather in (True, False):
         model = net()
         optimizer = adamw(model)
-        gradients = dr.GradientWindow(model, optimizer, ["0", "2", "4"]) if gather else None
+        gradients = GradientWindow(model, optimizer, ["0", "2", "4"]) if gather else None
         for step in range(6):
             train_step(model, optimizer, step)
         values.append([p.detach().clone() for p in model.parameters()])
@@ -116,7 +116,7 @@ def test_gathering_does_not_change_a_run() -> None:
 def test_gradients_keep_no_parameter_alive_and_are_in_no_state() -> None:
     model = net()
     optimizer = adamw(model)
-    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    gradients = GradientWindow(model, optimizer, ["0"])
     train_step(model, optimizer, 0)
     old = weakref.ref(model[0].weight)
     dr.deflate(model, 2, layers="0", optimizer=optimizer, moments=gradients)
@@ -137,7 +137,7 @@ def test_a_run_resumed_within_the_window_calibrates_with_the_same_gradients(save
     for _ in range(2):
         model = net()
         optimizer = adamw(model)
-        window = dr.GradientWindow(model, optimizer, length=3)
+        window = GradientWindow(model, optimizer, length=3)
         ranks = dr.RankScheduler(model, optimizer, PHASES, STEPS, moments=window)
         runs.append((model, optimizer, ranks))
     for step in range(saved_at):
@@ -156,11 +156,11 @@ def test_a_run_resumed_within_the_window_calibrates_with_the_same_gradients(save
 def test_gradients_of_other_parameters_are_refused() -> None:
     model = net()
     optimizer = adamw(model)
-    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    gradients = GradientWindow(model, optimizer, ["0"])
     train_step(model, optimizer, 0)
     state = gradients.state_dict()
     dr.deflate(model, 2, layers="0", optimizer=optimizer)
-    other = dr.GradientWindow(model, optimizer, ["2"])
+    other = GradientWindow(model, optimizer, ["2"])
     with pytest.raises(ValueError, match="layer '0' trains parameters of the shapes"):
         other.load_state_dict(state)
     assert list(other.state_dict()) == ["2"]
@@ -169,7 +169,7 @@ def test_gradients_of_other_parameters_are_refused() -> None:
 def test_an_optimizer_without_second_moments_is_not_read() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    gradients = GradientWindow(model, optimizer, ["0"])
     train_step(model, optimizer, 0)
     assert gradients.nbytes == 0 and not optimizer._optimizer_step_pre_hooks
 
@@ -192,7 +192,7 @@ def by_accelerate(optimizer: AdamW) -> Any:
 def test_the_steps_of_a_wrapped_optimizer_are_read(wrap: Callable[[AdamW], Any]) -> None:
     model = net()
     optimizer = wrap(adamw(model))
-    gradients = dr.GradientWindow(model, optimizer, ["0"])
+    gradients = GradientWindow(model, optimizer, ["0"])
     for step in range(2):
         train_step(model, optimizer, step)
     assert len(gradients.of([model[0].weight])) == 2

@@ -12,8 +12,9 @@ import torch
 from small_run import LOW, STEPS, assert_same_bits, net, train_step
 from torch.optim.lr_scheduler import StepLR
 
-from dynarank import GradientWindow, LRRewarmup, RankScheduler
+from dynarank import LRRewarmup, RankScheduler
 from dynarank.forms import Plan
+from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.schedules import Clock, Readings, dynamic_rank
 
 LENGTH = 3

@@ -13,8 +13,9 @@ from small_run import FULL, LAST, LOW, SCHEDULE, STEPS, forms, net, sgd, train_s
 from torch.optim import Optimizer, lr_scheduler
 
 import dynarank as dr
-from dynarank import Adapted, GradientWindow, LowRank, RankScheduler
+from dynarank import Adapted, LowRank, RankScheduler
 from dynarank.forms import Change, Form, Plan
+from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.schedules import (
     Clock,
     ClosedLoop,

@@ -19,6 +19,7 @@ import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.decompositions import Factors, get_decomposition
 from dynarank.forms import Form, same_weight
+from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.surgery.moments import carry
 from dynarank.surgery.side import Side
 from dynarank.surgery.sites import Site, survey
@@ -205,7 +206,7 @@ def test_the_bound_holds_through_any_changes(case: LayerCase, kind: str, changes
     """v >= m^2 after every change, projected or calibrated, as kept and bias-corrected."""
     model, one = build(case)
     optimizer, x = KINDS[kind](model.parameters()), torch.randn(case.shape, dtype=F64)
-    gradients = dr.GradientWindow(model, optimizer, [one.path], length=3)
+    gradients = GradientWindow(model, optimizer, [one.path], length=3)
     for steps, form, calibrated in changes:
         gradients.watch([one.path] if calibrated else [])
         train(model, optimizer, x, steps)
@@ -301,7 +302,7 @@ def test_calibrated_is_the_mean_square_of_each_gradient_taken_through(form: Form
     model, one = build(FEW[0])
     weight = held(model)[0]
     optimizer = AdamW([weight], 0.0)
-    gradients = dr.GradientWindow(model, optimizer, ["0"], length=8)
+    gradients = GradientWindow(model, optimizer, ["0"], length=8)
     common = torch.randn(12, dtype=F64)
     kept = [torch.outer(torch.randn(10, dtype=F64), common).bfloat16().double() for _ in range(12)]
     for g in kept:

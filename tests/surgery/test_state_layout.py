@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.forms import Form
+from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.surgery.sites import Site, survey
 
 F64 = torch.float64
@@ -156,7 +157,7 @@ def test_adafactor_moves_the_product_of_rows_and_columns() -> None:
 def test_recent_gradients_calibrate_every_kind_of_squares(kind: str) -> None:
     """Those of one entry only: no entry that they do not reach has a square."""
     model, optimizer = trained(kind)
-    window = dr.GradientWindow(model, optimizer, ["0"])
+    window = GradientWindow(model, optimizer, ["0"])
     model[0].weight.grad = torch.zeros_like(model[0].weight)
     model[0].weight.grad[2, 3] = 0.1
     optimizer.step()

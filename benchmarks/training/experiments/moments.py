@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dynarank as dr
+from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.schedules import Phases
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import survey
@@ -66,7 +67,7 @@ class Run:
             phases,
             3 * self.phase,
             layers=layers,
-            moments=dr.GradientWindow(self.model, self.optimizer, length=LENGTH)
+            moments=GradientWindow(self.model, self.optimizer, length=LENGTH)
             if moments == "calibrated"
             else moments,
         )

@@ -73,7 +73,9 @@ def plan_within(
         layers: a filter ``(module, path) -> bool`` or glob patterns; None: every weight except
             embeddings, output layers and small ones.
         decomposition: the decomposition's name; if it does not truncate optimally, the share kept
-            is measured by splitting the weight at every rank.
+            is measured by splitting the weight at every rank. ``"best"``: for each convolution the
+            one of svd, separable and tucker that keeps most of the weight at its cost (by the
+            weight's own energy, for all three alike); an SVD for other weights.
         timings: a function from path and form to seconds per training step; None: measured now, on
             the model's device.
         planned: forms that other layers will have, whose cost counts in a budget of the model; no
@@ -119,24 +121,33 @@ def _names(site: Site) -> set[str]:
 _STEPS = 8, 4, 2, 1  # of ranks, if none is given
 _UNSPENT = 0.005  # of a budget; if more is left over, ranks are multiples of less
 _CHOICES = 8  # ranks that a weight can have at least, if its size allows
+_BEST = ("svd", "separable", "tucker")  # of a convolution; of a linear weight, the first
 
 
 def _cheaper(
     site: Site, cost: Callable[[Site, Form], float], multiple_of: int, decomposition: str
 ) -> dict[Form, float]:
-    """The cost of full rank, and of every rank that is cheaper."""
+    """The cost of full rank, and of every rank that is cheaper, in each decomposition asked for."""
+    names = [decomposition]
+    if decomposition == "best":
+        names = list(_BEST) if site.spec.dims else ["svd"]
+    full = cost(site, FullRank())
+    costs: dict[Form, float] = {FullRank(): full}
+    for form in (form for name in names for form in _ranks(site, multiple_of, name)):
+        if (its := cost(site, form)) < full:
+            costs[form] = its
+    return costs
+
+
+def _ranks(site: Site, multiple_of: int, decomposition: str) -> list[LowRank]:
+    """The ranks to choose from, in one decomposition."""
     known = site.spec.decomposition(LowRank(1, decomposition))
     most = known.resolve_rank(Rank(1.0), site.shape)  # with no more parameters than the weight
     step = multiple_of
     while step > 1 and most // step < _CHOICES:
         step //= 2
     ranks = range(step, known.limit(site.shape) + 1, step)
-    full = cost(site, FullRank())
-    costs: dict[Form, float] = {FullRank(): full}
-    for form in (LowRank(rank, decomposition) for rank in ranks):
-        if (its := cost(site, form)) < full:
-            costs[form] = its
-    return costs
+    return [LowRank(rank, decomposition) for rank in ranks]
 
 
 def _options(
@@ -160,6 +171,10 @@ def _options(
 
 def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None) -> list[float]:
     """The share of the outputs' energy, or of the weight's, that each form keeps."""
+    if len({form.decomposition for form in forms}) > 1:  # by the same measure, the weight's energy
+        return [share for name in _BEST for share in _kept(site, _of(forms, name), None)]
+    if not forms:
+        return []
     if not site.spec.decomposition(forms[0]).truncates_optimally:
         weight = precise(site.effective())
         return [_kept_by_split(site, weight, form) for form in forms]
@@ -167,6 +182,10 @@ def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None)
     total = energies.sum().item()
     shares = (energies.cumsum(0) / total).tolist() if total > 0 else [1.0] * len(energies)
     return [shares[form.resolved_rank - 1] for form in forms]
+
+
+def _of(forms: Sequence[LowRank], name: str) -> list[LowRank]:
+    return [form for form in forms if form.decomposition == name]
 
 
 def _kept_by_split(site: Site, weight: Tensor, form: LowRank) -> float:

@@ -14,6 +14,7 @@ import typer
 from dynarank.cli.compare import compare
 from dynarank.cli.interruption import raising_on_signals
 from dynarank.cli.plan import plan
+from dynarank.cli.probe import probe
 from dynarank.cli.report import report
 from dynarank.cli.spectrum import spectrum
 from dynarank.cli.sweep import sweep
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train, plan, compare, sweep, spectrum, report):
+for command in (train, plan, probe, compare, sweep, spectrum, report):
     app.command()(command)
 
 

@@ -71,7 +71,7 @@ def calibrate(
             model is not enough.
 
     Raises:
-        ValueError: no batches, or no weight was used in the forward pass.
+        ValueError: no batches, or no weight was used in the forward pass and none is missed.
         UnfitWeightError: outputs that are not finite; the message names the first such layer.
 
     Example:
@@ -92,7 +92,7 @@ def calibrate(
                 hooks.callback(_remove, hook, module)  # first: no interrupt leaves the hook behind
                 module.register_forward_hook(hook, prepend=True, with_kwargs=True)
         _run(model, batches, forward or call_model)
-    if not met:
+    if not met and not missed:
         raise ValueError(
             "the batches used no weight that can change form; is this the model that is trained?"
         )

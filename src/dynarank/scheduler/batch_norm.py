@@ -50,7 +50,12 @@ class BatchNormRecalibration(Callback):
 
 
 @torch.no_grad()
-def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
+def recalibrate_batch_norms(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], object] | None = None,
+) -> None:
     """Set every BatchNorm's running mean and variance to those of ``batches``.
 
     Truncating a weight changes the inputs of the BatchNorm that follows. Its running statistics
@@ -63,6 +68,7 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
     Args:
         model: run in training mode, without gradients.
         batches: as :func:`dynarank.calibrate` takes them; a few hundred examples suffice.
+        forward: as for :func:`dynarank.calibrate`.
 
     Raises:
         ValueError: no batch, such as from an iterator that is exhausted.
@@ -86,7 +92,7 @@ def recalibrate_batch_norms(model: nn.Module, batches: Iterable[Any]) -> None:
             momenta.callback(setattr, norm, "momentum", norm.momentum)
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
-        _run(model, batches)
+        _run(model, batches, forward or call_model)
         found = {path: dict(norm.named_buffers(recurse=False)) for path, norm in norms.items()}
     for path, statistics in found.items():
         if not all(value.isfinite().all() for value in statistics.values()):
@@ -116,10 +122,12 @@ def _frozen(norm: _BatchNorm, model: nn.Module) -> bool:
     return not norm.training and (model.training or (still and others))
 
 
-def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+def _run(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object]
+) -> None:
     empty = True
     for batch in batches:
-        call_model(model, batch)
+        forward(model, batch)
         empty = False
     if empty:
         raise ValueError(

@@ -70,7 +70,7 @@ class RankScheduler:
         lr_scheduler: the LR scheduler; a copy of it is run ahead to forecast the learning rate. Or
             the learning rates of the run, evenly spaced. None: there is no forecast.
         moments: how the optimizer's moments are converted, see :func:`dynarank.apply_plan`. With
-            ``"calibrated"``, or a :class:`~dynarank.GradientWindow` of another length, the last
+            ``"calibrated"``, or a ``GradientWindow`` of another length, the last
             gradients of a layer before its change are kept; without any, because the change could
             not be predicted, moments are projected.
         batches: a function that returns a few training batches, as :func:`dynarank.calibrate` takes
