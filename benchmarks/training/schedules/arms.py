@@ -45,6 +45,7 @@ ARMS = {
         Arm("full rank", full_rank(), 2),
         Arm("low rank", low_rank(share(1 / 16)), 4),
         Arm("decay to .44, one cut", decay(end=0.44, cuts=[0.1]), 2),
+        Arm("decay to .3, one cut", decay(end=0.3, cuts=[0.1]), 2),
         Arm("decay, total .22", decay(total=0.22, cuts=[0.03, 0.06, 0.11, 0.20]), 2),
         *budgets(2, 2),
     ],
@@ -56,14 +57,14 @@ ARMS = {
     "lm2": [
         Arm("full rank", full_rank(), 2),
         Arm("low rank", low_rank(share(1 / 4)), 1),
-        Arm("decay, 1.0x", decay(total=0.448), 2),
-        Arm("decay, 1.2x", decay(total=0.538), 2),
+        Arm("dynamic 0.448, 1.0x", dynamic_rank(budget=0.448), 2),
+        Arm("dynamic 0.538, 1.2x", dynamic_rank(budget=0.538), 2),
         *budgets(1, 2),
     ],
     "lmw": [
         Arm("full rank", full_rank(), 2),
         Arm("low rank", low_rank(share(1 / 4)), 1),
-        Arm("decay, 1.0x", decay(total=0.392), 2),
+        Arm("dynamic 0.392, 1.0x", dynamic_rank(budget=0.392), 2),
     ],
     "vis2": [
         Arm("full rank", full_rank()),
@@ -81,6 +82,6 @@ ARMS = {
         Arm("full rank", full_rank()),
         Arm("low rank", low_rank(share(1 / 4))),
         Arm("fixed 0.5", low_rank(budget=0.5)),
-        Arm("decay 0.5", decay(total=0.5)),
+        Arm("dynamic 0.5", dynamic_rank(budget=0.5)),
     ],
 }
