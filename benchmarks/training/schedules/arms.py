@@ -46,6 +46,7 @@ ARMS = {
         Arm("low rank", low_rank(share(1 / 16)), 4),
         Arm("decay to .44, one cut", decay(end=0.44, cuts=[0.1]), 2),
         Arm("decay to .3, one cut", decay(end=0.3, cuts=[0.1]), 2),
+        Arm("decay to .2, one cut", decay(end=0.2, cuts=[0.1]), 2),
         Arm("decay, total .22", decay(total=0.22, cuts=[0.03, 0.06, 0.11, 0.20]), 2),
         *budgets(2, 2),
     ],
