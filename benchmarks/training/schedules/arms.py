@@ -61,6 +61,7 @@ ARMS = {
         Arm("dynamic 0.448, 1.0x", dynamic_rank(budget=0.448), 2),
         Arm("dynamic 0.538, 1.2x", dynamic_rank(budget=0.538), 2),
         *budgets(1, 2),
+        Arm("dynamic 0.8", dynamic_rank(budget=0.8), 2),
     ],
     "lmw": [
         Arm("full rank", full_rank(), 2),
