@@ -269,11 +269,12 @@ class Within:
         return f"Within({', '.join(shown)})"
 
     def __str__(self) -> str:
-        """In words: ``0.45 of the FLOPs``."""
+        """In words: ``0.45 of the FLOPs``, ``0.45 of the layers' FLOPs``."""
         unit = {"flops": "FLOPs", "params": "parameters", "bytes": "bytes"}[self.kind]
-        unit += " of these layers" if self.of == "layers" else ""
-        share = isinstance(self.amount, float)
-        return f"{self.amount:g} of the {unit}" if share else f"{self.amount:,} {unit}"
+        whose = "layers' " if self.of == "layers" else ""
+        if isinstance(self.amount, float):
+            return f"{self.amount:.3g} of the {whose}{unit}"
+        return f"{self.amount:,} {unit}" + (" of the layers" if whose else "")
 
 
 def _plain_budget(kind: str, amount: object) -> float | int:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from dynarank.allocation.budget import Request, find_budget
 from dynarank.allocation.knapsack import Option, choose, choose_evenly
 from dynarank.allocation.rules import candidates, spectrum
+from dynarank.cost.budget import rank_step
 from dynarank.cost.flops import ModelUse
 from dynarank.decompositions import precise
-from dynarank.forms import Form, FullRank, LowRank, Plan, Rank
+from dynarank.forms import Form, FullRank, LowRank, Plan
 from dynarank.monitors.calibration import Calibration
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import Site
@@ -121,7 +122,6 @@ def _names(site: Site) -> set[str]:
 
 _STEPS = 8, 4, 2, 1  # of ranks, if none is given
 _UNSPENT = 0.005  # of a budget; if more is left over, ranks are multiples of less
-_CHOICES = 8  # ranks that a weight can have at least, if its size allows
 _BEST = ("svd", "separable", "tucker")  # of a convolution; of a linear weight, the first
 
 
@@ -143,10 +143,7 @@ def _cheaper(
 def _ranks(site: Site, multiple_of: int, decomposition: str) -> list[LowRank]:
     """The ranks to choose from, in one decomposition."""
     known = site.spec.decomposition(LowRank(1, decomposition))
-    most = known.resolve_rank(Rank(1.0), site.shape)  # with no more parameters than the weight
-    step = multiple_of
-    while step > 1 and most // step < _CHOICES:
-        step //= 2
+    step = rank_step(known, site.shape, multiple_of)
     ranks = range(step, known.limit(site.shape) + 1, step)
     return [LowRank(rank, decomposition) for rank in ranks]
 
