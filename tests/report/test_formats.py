@@ -7,10 +7,11 @@ import math
 import pytest
 from report_runs import write_run
 
-from dynarank.records import ChangeRecord, read_run
+from dynarank.records import ChangeRecord, Metric, read_run
 from dynarank.report.formats import (
     bytes_text,
     count,
+    difference_text,
     error_text,
     flops_text,
     joined,
@@ -29,6 +30,8 @@ from dynarank.report.transition_points import Span, change_kind, spans
         (count(272762), "272,762"),
         (percent(0.569), "56.9%"),
         (ratio(0.567), "0.567x"),
+        (difference_text(-0.0022, Metric()), "−0.22 points"),
+        (difference_text(-0.3184, Metric(name="loss", percent=False)), "−0.318"),
         (bytes_text(12.3 * 2**20), "12.3 MiB"),
         (bytes_text(2**30 - 1), "1.0 GiB"),
         (bytes_text(512), "512 B"),

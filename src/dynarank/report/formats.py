@@ -59,10 +59,10 @@ def spread_text(value: float, metric: Metric, digits: int = 1) -> str:
 
 
 def difference_text(value: float, metric: Metric, digits: int = 2) -> str:
-    """Write the difference of two scores: ``1.25 points``, ``0.318``."""
-    if not metric.percent or not math.isfinite(value):
-        return number(value, 3)
-    return f"{100 * value:.{digits}f} points"
+    """Write the difference of two scores: ``1.25 points``, ``−0.318``."""
+    points = metric.percent and math.isfinite(value)
+    written = f"{100 * value:.{digits}f} points" if points else number(value, 3)
+    return written.replace("-", "−")
 
 
 def bytes_text(value: float) -> str:
