@@ -175,7 +175,7 @@ def test_every_name_of_the_package_is_there_and_others_are_not() -> None:
     assert set(dir(dr.schedules)) == set(dr.schedules.__all__)
     with pytest.raises(AttributeError, match="no attribute 'presets'"):
         dr.schedules.presets  # noqa: B018
-    assert dr.schedules.dynamic_rank is DynamicRank
+    assert dr.schedules.rotating is dr.schedules.Rotating
 
 
 def test_the_names_for_type_checkers_are_those_at_run_time() -> None:

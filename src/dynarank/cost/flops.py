@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -99,6 +99,16 @@ class ModelUse:
         """The training FLOPs, parameters or bytes of everything but the weights."""
         costs = {"flops": self.rest.training, "params": self.other_total, "bytes": self.other_bytes}
         return costs[kind]
+
+    def shares(self, paths: Collection[str]) -> tuple[float, float]:
+        """The training FLOPs of these layers at full rank and of all else, relative to the model's.
+
+        The model's are those at full rank; all else is as it is now.
+        """
+        own = sum(self.layers[path].flops(FullRank()).training for path in paths)
+        whole = self.flops(dict.fromkeys(paths, FullRank())).training
+        full = self.flops(dict.fromkeys(self.layers, FullRank())).training
+        return own / full, (whole - own) / full
 
     def flops(self, plan: Plan) -> Flops:
         """The FLOPs of one batch under ``plan``; layers not in the plan keep their form."""

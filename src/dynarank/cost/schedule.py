@@ -128,7 +128,7 @@ def cost_schedule(
         0.625
     """
     shapes = {path: use.layers[path].spec.unit_shape for path in layers}
-    readings = Readings(shapes, forecast=tuple(forecast))
+    readings = Readings(shapes, forecast=tuple(forecast), flops=use.shares(layers))
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
 
     def phase_cost(phase: Phase) -> PhaseCost:

@@ -1,9 +1,11 @@
-"""Fitting a dynamic-rank schedule to a budget: its rank, its ending and its full-rank phase.
+"""Fitting a schedule to a budget of FLOPs, seconds or memory.
 
-For every rank and ending, the full-rank phase is made as long as the budget allows. The highest
-rank whose phase has at least three quarters of the usual length is chosen, preferably with the
-ending that keeps the function unchanged. If there is none, the longest phase wins. Memory budgets
-are in :mod:`dynarank.planning.fit_memory`.
+The schedule for a budget of FLOPs or seconds is that of ``dynamic_rank(budget=)``, see
+:mod:`dynarank.planning.fit_total`. With a rank or an ending it is the paper's low-full-low order:
+the full-rank phase is made as long as the budget allows, and of ranks and endings that are not
+given the highest rank is chosen whose phase has at least three quarters of the usual length,
+preferably with the ending that keeps the function unchanged. If there is none, the longest phase
+wins. Memory budgets are in :mod:`dynarank.planning.fit_memory`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral, Real
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ from dynarank.cost.dry_run import dry_run
 from dynarank.cost.flops import trace
 from dynarank.forms import AdaptedExecution, FullRank, Plan, RankLike
 from dynarank.planning.fit_memory import TargetRun, fit_memory
+from dynarank.planning.fit_total import fit_flops, fit_seconds
 from dynarank.scheduler.lr_forecast import Forecast
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.fitted import TOLERANCE, FittedCost
@@ -30,7 +33,7 @@ from dynarank.surgery.selection import LayerFilter
 __all__ = ["RANKS", "fit_schedule"]
 
 RANKS = (1 / 2, 3 / 8, 1 / 4, 3 / 16, 1 / 8, 1 / 16)
-"""The ranks to choose from, as shares of each layer's own cost."""
+"""The ranks to choose from where only the ending is given, as shares of each layer's own cost."""
 
 _UNITS = {
     "flops": "a share of those at full rank (float)",
@@ -54,15 +57,18 @@ def fit_schedule(
     rank: RankLike | None = None,
     to: Ending | None = None,
     decomposition: str = "svd",
-    alpha: float = 16.0,
-    execution: AdaptedExecution = "auto",
+    alpha: float | None = None,
+    execution: AdaptedExecution | None = None,
     layers: LayerFilter = None,
     loss: Callable[[Any], Tensor] | None = None,
 ) -> RankSchedule:
-    """Fit a dynamic-rank schedule to a budget of FLOPs, of seconds or of memory.
+    """Fit a schedule to a budget of FLOPs, of seconds or of memory.
 
-    The model is measured, but not changed. If the learning rate becomes predictable only during the
-    run, the schedule then recomputes its transition points within the same budget.
+    The model is measured, but not changed. A budget of FLOPs or seconds is met by that of
+    ``schedules.dynamic_rank(budget=)``, in FLOPs of the scheduled layers; with a rank or an
+    ending, by the paper's order (low, full, low or adapted) with the longest full-rank phase. If
+    the learning rate becomes predictable only during the run, the latter recomputes its transition
+    points within the same budget.
 
     Args:
         model: the model, full-rank or ranked.
@@ -77,11 +83,11 @@ def fit_schedule(
         optimizer: the model's optimizer or optimizers, for time and memory.
         lr_scheduler: the learning-rate scheduler, or the learning rate over the run; pass the same
             to :class:`dynarank.RankScheduler`.
-        rank: the rank; None: chosen from ``RANKS``.
-        to: the ending, ``"adapted"`` or ``"low-rank"``; None: chosen.
+        rank: the rank of the paper's order; None: chosen.
+        to: the ending of the paper's order, ``"adapted"`` or ``"low-rank"``; None: chosen.
         decomposition: the decomposition's name.
-        alpha: the adapter's scale is ``alpha / rank``.
-        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`.
+        alpha: the adapter's scale is ``alpha / rank``; of the paper's order.
+        execution: how the adapted form multiplies, see :class:`dynarank.Adapted`; likewise.
         layers: which layers to schedule, a filter or glob patterns; pass the same to
             :class:`dynarank.RankScheduler`.
         loss: a function from the model's output to a scalar; None: the sum of all its tensors.
@@ -96,20 +102,26 @@ def fit_schedule(
     Example:
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
-        >>> schedule = fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, layers="*")
-        >>> schedule.schedule.rank, schedule.schedule.to
-        (0.375, 'low-rank')
+        >>> fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, layers="*")
+        Budgeted(budget=Within(flops=0.62, of='layers', multiple_of=1))
+        >>> fit_schedule(
+        ...     model, torch.ones(8, 64), 1000, flops=0.62, rank=0.375, layers="*"
+        ... ).schedule.to
+        'low-rank'
     """
     kind, amount = _budget(flops=flops, seconds=seconds, memory=memory)
     total_steps = check_count("total_steps", total_steps)
     _check_parameters(model)
-    options: dict[str, Any] = dict(decomposition=decomposition, alpha=alpha, execution=execution)
+    run = TargetRun(model, as_list(optimizer), batch, total_steps, layers, loss)
+    given = {"alpha": alpha, "execution": execution}
+    options = {name: value for name, value in given.items() if value is not None}
+    if kind != "memory" and rank is None and to is None and not options:
+        return (fit_flops if kind == "flops" else fit_seconds)(amount, run, decomposition)
     choices = [
-        DynamicRank(one, to=ending, **options)
+        DynamicRank(one, to=ending, decomposition=decomposition, **cast(Any, options))
         for one in (RANKS if rank is None else (rank,))
         for ending in (("adapted", "low-rank") if to is None else (to,))
     ]
-    run = TargetRun(model, as_list(optimizer), batch, total_steps, layers, loss)
     if kind == "memory":
         return fit_memory(choices, amount, run)
     price, allowed = _flops(run, amount) if kind == "flops" else _seconds(run, choices, amount)

@@ -7,7 +7,7 @@ another answer. With batches of the user's, cuts to a rank of the schedule's are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -68,17 +68,30 @@ class Budgets:
         self._model, self._given = model, batches
         self._seen = LastBatches(model)
         self._use: dict[BudgetKind, ModelUse] = {}
-        self._unchecked: list[Phase] = []  # until the first batch has been seen
+        self._shares: tuple[float, float] | None = None
+        self._unchecked = False  # until the first batch has been seen
 
-    def expect(self, phases: Iterable[Phase]) -> None:
+    def shares(self, paths: Collection[str]) -> tuple[float, float] | None:
+        """The FLOPs of the scheduled layers and of all else, see ``Readings.flops``."""
+        if self._shares is None and "flops" in self._use:
+            self._shares = self._use["flops"].shares(paths)
+        return self._shares
+
+    def expect(self, phases: Callable[[], Iterable[Phase]]) -> None:
         """Check the budgets of the phases to come, as far as that is possible by now.
+
+        Args:
+            phases: the function that tells the phases, which may depend on the FLOPs of a batch.
 
         Raises:
             ValueError: the smallest ranks cost more than a budget allows, or there are two budgets
                 of the model in one plan.
         """
-        ahead = [phase for phase in phases if any(_budgets_of(phase.plan))]
+        ahead = [phase for phase in phases() if any(_budgets_of(phase.plan))]
         known = self._given is not None or bool(self._seen())
+        if known and any(one.kind == "flops" for p in ahead for one in _budgets_of(p.plan)):
+            self._cost("flops")
+            ahead = [phase for phase in phases() if any(_budgets_of(phase.plan))]
         for phase in ahead:
             try:
                 self._check(phase.plan, flops=known)
@@ -86,7 +99,7 @@ class Budgets:
                 raise ValueError(f"from step {phase.start}, {error}") from None
         if self._given is None:
             self._seen.watch(bool(ahead))
-        self._unchecked = [] if known else ahead
+        self._unchecked = not known and bool(ahead)
 
     def _check(self, request: Request, *, flops: bool) -> None:
         for budget, paths in shared_budgets(request).items():
@@ -94,22 +107,22 @@ class Budgets:
                 use = self._cost(budget.kind)
                 Room.of(use, budget, paths, stand_in(request)).check()
 
-    def after_first_step(self) -> None:
+    def after_first_step(self, phases: Callable[[], Iterable[Phase]]) -> None:
         """Check FLOPs budgets on the first training batch, if no others were given.
 
         Raises:
             ValueError: as :meth:`expect`; or the model's forward pass was not seen.
         """
-        ahead, self._unchecked = self._unchecked, []
-        if not ahead:
+        if not self._unchecked:
             return
+        self._unchecked = False
         if not self._seen():
             raise ValueError(
                 "the schedule has budgets, to be measured on training batches, but the forward "
                 f"pass of the {type(self._model).__name__} was not seen in the first step (it is "
                 "compiled, or called in parts); give RankScheduler(..., batches=lambda: batches)"
             )
-        self.expect(ahead)
+        self.expect(phases)
 
     def statistics(self, made: Resolved, due: Sequence[tuple[Site, Form]]) -> Calibration:
         """The activation statistics of what is cut to budgets, and of all cuts on given batches.

@@ -145,9 +145,9 @@ class RankScheduler:
         self._forms_loaded = forms_loaded()
         self._states_checked = False
         sites = survey(model)
-        phases = self._choose_layers(sites, layers, state)
+        self._choose_layers(sites, layers, state)
         try:
-            self._budgets.expect(phases)
+            self._budgets.expect(self.phases)
             for one in self.callbacks.values():
                 one.on_start(self)
             if state is None:
@@ -162,7 +162,7 @@ class RankScheduler:
 
     def _choose_layers(
         self, sites: Sequence[Site], layers: LayerFilter, state: Mapping[str, Any] | None
-    ) -> list[Phase]:
+    ) -> None:
         """Find the scheduled layers, and check that they can follow every phase."""
         # Those that are chosen by their form may differ in a saved run.
         self._by_form = layers is None and has_factors(sites)
@@ -173,7 +173,6 @@ class RankScheduler:
         check_phases(self.model, phases := self.phases(), sites)
         if named is None and not has_factors(sites):
             warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=3)
-        return phases
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -189,7 +188,7 @@ class RankScheduler:
         self.last_step += 1
         forget_replaced(*self.model.modules())
         self._check_states()
-        self._budgets.after_first_step()
+        self._budgets.after_first_step(self.phases)
         for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
@@ -301,7 +300,8 @@ class RankScheduler:
         rate = float(one.param_groups[0]["lr"]) if one else None
         waiting = {path: layer.before for path, layer in self._postponed.layers.items()}
         forms = {**(self._plan or {}), **waiting}
-        return Readings(self._layers, rate, self.forecast.rates, forms)
+        flops = self._budgets.shares(self._layers)
+        return Readings(self._layers, rate, self.forecast.rates, forms, flops=flops)
 
     def _with_spectra(self, readings: Readings, sites: Sequence[Site]) -> Readings:
         """The readings, with the rank metrics of the scheduled layers and the forms they have."""
@@ -358,7 +358,7 @@ class RankScheduler:
         postponed.record(tried, unfit := unfit | found.unfit, step)
         for one in self.callbacks.values() if changes else ():
             one.after_change(self, changes)
-        if unfit:
+        if unfit and (step or not found.unmeasured):  # before the first batch a budget waits for it
             warnings.warn(postponed.warning(unfit, step), RuntimeWarning, stacklevel=4)
         return changes
 

@@ -1,19 +1,22 @@
 """Rank schedules: functions ``(clock, readings) -> plan``.
 
-Each schedule is a class. Lower-case names are aliases of the classes, for calls like
-``dr.schedules.dynamic_rank(0.5, inflate=0.37, deflate=0.80)``. Modules are imported lazily, on
-first access to one of their names.
+Each schedule is a class. Lower-case names are for calls like ``dr.schedules.decay(end=0.4)``: they
+are aliases of the classes or, where the arguments decide the class (``dynamic_rank``,
+``low_rank``), functions. Modules are imported lazily, on first access to one of their names.
 """
 
 from importlib import import_module
 from typing import Any
 
 CLASSES = {
+    "Budgeted": "dynamic",
     "ClosedLoop": "library.closed_loop",
     "Cuttlefish": "library.cuttlefish",
+    "Decay": "rank_decay",
     "DynamicRank": "lr_aligned",
     "FittedCost": "fitted",
     "FittedMemory": "fitted",
+    "FittedTime": "fitted",
     "FullRankThroughout": "throughout",
     "Growing": "library.growing",
     "LoRA": "library.lora",
@@ -30,11 +33,10 @@ CLASSES = {
 _ALIASES = {
     "closed_loop": "ClosedLoop",
     "cuttlefish": "Cuttlefish",
-    "dynamic_rank": "DynamicRank",
+    "decay": "Decay",
     "full_rank": "FullRankThroughout",
     "growing": "Growing",
     "lora": "LoRA",
-    "low_rank": "LowRankThroughout",
     "published": "Published",
     "pufferfish": "Pufferfish",
     "relora": "ReLoRA",
@@ -56,7 +58,9 @@ _OTHERS = {
     "When": "base",
     "as_schedule": "base",
     "decide_again": "recorded",
+    "dynamic_rank": "dynamic",
     "get_preset": "catalog",
+    "low_rank": "throughout",
     "replay": "recorded",
     "schedule_from_data": "serialization",
     "schedule_to_data": "serialization",

@@ -15,7 +15,8 @@ from dynarank.schedules.base import (
     step_of,
 )
 from dynarank.schedules.catalog import SCHEDULES, get_preset
-from dynarank.schedules.fitted import FittedCost, FittedMemory
+from dynarank.schedules.dynamic import Budgeted, dynamic_rank
+from dynarank.schedules.fitted import FittedCost, FittedMemory, FittedTime
 from dynarank.schedules.library.closed_loop import ClosedLoop
 from dynarank.schedules.library.cuttlefish import Cuttlefish
 from dynarank.schedules.library.growing import Growing
@@ -26,20 +27,20 @@ from dynarank.schedules.library.relora import ReLoRA
 from dynarank.schedules.library.rotating import Rotating
 from dynarank.schedules.lr_aligned import DynamicRank
 from dynarank.schedules.phases import Phases
+from dynarank.schedules.rank_decay import Decay
 from dynarank.schedules.recorded import Replay, decide_again, replay, spectra_from_records
 from dynarank.schedules.serialization import schedule_from_data, schedule_to_data, serializable
-from dynarank.schedules.throughout import FullRankThroughout, LowRankThroughout
+from dynarank.schedules.throughout import FullRankThroughout, LowRankThroughout, low_rank
 from dynarank.schedules.timelines import Phase, timeline
 
 CLASSES: dict[str, str]
 
 closed_loop = ClosedLoop
 cuttlefish = Cuttlefish
-dynamic_rank = DynamicRank
+decay = Decay
 full_rank = FullRankThroughout
 growing = Growing
 lora = LoRA
-low_rank = LowRankThroughout
 published = Published
 pufferfish = Pufferfish
 relora = ReLoRA
@@ -48,13 +49,16 @@ rotating = Rotating
 __all__ = [
     "SCHEDULES",
     "Answer",
+    "Budgeted",
     "Clock",
     "ClosedLoop",
     "Cuttlefish",
+    "Decay",
     "Decision",
     "DynamicRank",
     "FittedCost",
     "FittedMemory",
+    "FittedTime",
     "FullRankThroughout",
     "FunctionSchedule",
     "Growing",
@@ -76,6 +80,7 @@ __all__ = [
     "as_schedule",
     "closed_loop",
     "cuttlefish",
+    "decay",
     "decide_again",
     "dynamic_rank",
     "full_rank",

@@ -70,6 +70,8 @@ class Readings:
         forms: the current form of each layer.
         spectra: the rank metrics of each layer, at the steps at which they are read; empty at all
             others.
+        flops: the training FLOPs of the scheduled layers at full rank, and of everything else, as
+            shares of the full-rank model's; None until a batch has been seen.
     """
 
     layers: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
@@ -77,6 +79,7 @@ class Readings:
     forecast: tuple[float, ...] = ()
     forms: Mapping[str, Form] = field(default_factory=dict[str, Form])
     spectra: Mapping[str, SpectralReading] = field(default_factory=dict[str, SpectralReading])
+    flops: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, step_of, take_over
 from dynarank.schedules.lr_aligned import DynamicRank, decisive_decay, full_rank_window
 
-__all__ = ["FittedCost", "FittedMemory"]
+__all__ = ["FittedCost", "FittedMemory", "FittedTime"]
 
 TOLERANCE = 0.01  # a budget is met within 1% of it
 
@@ -87,16 +87,10 @@ class FittedCost(RankSchedule):
 
 
 @dataclass(frozen=True)
-class FittedMemory(RankSchedule):
-    """A schedule whose training steps all stay within a memory budget.
-
-    Args:
-        schedule: the schedule.
-        peak_bytes: the highest peak memory of its phases, measured on copies of the model.
-    """
+class _Measured(RankSchedule):
+    """The base class of schedules that were chosen by a measurement, which a resume keeps."""
 
     schedule: RankSchedule
-    peak_bytes: int
 
     fitted = True
 
@@ -114,6 +108,30 @@ class FittedMemory(RankSchedule):
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
         """The wrapped schedule's answer."""
         return self.schedule.update(state, clock, readings)
+
+
+@dataclass(frozen=True)
+class FittedMemory(_Measured):
+    """A schedule whose training steps all stay within a memory budget.
+
+    Args:
+        schedule: the schedule.
+        peak_bytes: the highest peak memory of its phases, measured on copies of the model.
+    """
+
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class FittedTime(_Measured):
+    """A schedule whose training steps together take a given time.
+
+    Args:
+        schedule: the schedule.
+        seconds: the predicted time, from steps measured on copies of the model.
+    """
+
+    seconds: float
 
 
 @lru_cache(maxsize=64)  # called at every step; a forecast changes at most twice in a run

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, Literal, SupportsIndex, TypeAlias
+from typing import Any, Literal, SupportsFloat, SupportsIndex, TypeAlias
 
 from dynarank.decompositions import get_decomposition
-from dynarank.forms import Adapted, LowRank, RankLike
+from dynarank.forms import Adapted, LowRank, RankLike, Within
 from dynarank.schedules.base import When
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "last_form",
     "low_form",
     "rank_within",
+    "share_within",
 ]
 
 Ending: TypeAlias = Literal["adapted", "low-rank"]
@@ -60,6 +62,35 @@ def check_when(name: str, when: When) -> When:
             f"{name} is a step (int >= 0) or a share of the run (float in [0, 1]), got {when!r}"
         )
     return when
+
+
+def share_within(name: str, budget: object, decomposition: str | None = None) -> Within:
+    """A budget as a :class:`dynarank.Within`; a plain number is a share of the model's FLOPs.
+
+    It is met to a single direction, since its cost is what was asked for.
+
+    Raises:
+        ValueError: it is not a share in (0, 1], or has another decomposition than the one named.
+
+    Example:
+        >>> share_within("end", 0.5, "tucker")
+        Within(flops=0.5, decomposition='tucker', multiple_of=1)
+    """
+    if isinstance(budget, SupportsFloat) and not isinstance(budget, bool):
+        name = decomposition or "svd"
+        return Within(flops=float(budget), decomposition=name, multiple_of=1)
+    if not isinstance(budget, Within) or not isinstance(budget.amount, float):
+        raise ValueError(
+            f"{name} is a share of full rank, a number in (0, 1] or a Within with one, got "
+            f"{budget!r}"
+        )
+    if decomposition is None:
+        return budget
+    if budget.decomposition not in ("svd", decomposition):
+        raise ValueError(
+            f"{name} has the decomposition {budget.decomposition!r}, got {decomposition!r} as well"
+        )
+    return replace(budget, decomposition=decomposition)
 
 
 def low_form(schedule: Any) -> LowRank:

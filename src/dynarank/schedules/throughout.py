@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 
-from dynarank.forms import FullRank, LowRank, Plan, RankLike
+from dynarank.forms import FullRank, LowRank, Plan, RankLike, Within
 from dynarank.schedules.base import Clock, RankSchedule, Readings
+from dynarank.schedules.options import share_within
+from dynarank.schedules.phases import Phases
 
-__all__ = ["FullRankThroughout", "LowRankThroughout"]
+__all__ = ["FullRankThroughout", "LowRankThroughout", "low_rank"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,39 @@ class LowRankThroughout(RankSchedule):
     def __call__(self, clock: Clock, readings: Readings, /) -> Plan:
         """Low-rank, every layer."""
         return dict.fromkeys(readings.layers, self.form)
+
+
+def low_rank(
+    rank: RankLike | None = None,
+    *,
+    budget: float | Within | None = None,
+    decomposition: str | None = None,
+) -> RankSchedule:
+    """Every layer low-rank throughout: at a rank, or at the ranks that cost a budget.
+
+    Args:
+        rank: the rank of every layer; None: 0.5, half of each layer's own cost.
+        budget: the training FLOPs relative to full rank, a share or a :class:`dynarank.Within`:
+            every layer gets the same share of its own cost.
+        decomposition: the decomposition's name.
+
+    Raises:
+        ValueError: both a rank and a budget, or an impossible value.
+
+    Example:
+        >>> low_rank(8)
+        LowRankThroughout(rank=8, decomposition='svd')
+        >>> low_rank(budget=0.5)(Clock(0, 10), Readings({"a": (64, 64)}))
+        {'a': Within(flops=0.5, ranks='uniform', multiple_of=1)}
+    """
+    if rank is not None and budget is not None:
+        raise ValueError(
+            f"low rank is of a rank or of a budget, got rank={rank!r} and budget={budget!r}; "
+            "leave out one"
+        )
+    if budget is None:
+        return LowRankThroughout(
+            0.5 if rank is None else rank, decomposition=decomposition or "svd"
+        )
+    found = share_within("budget", budget, decomposition)
+    return Phases((0.0,), (replace(found, ranks="uniform"),))

@@ -10,7 +10,9 @@ from torch import nn
 from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.scheduler.rank_scheduler import check_phases
 from dynarank.schedules.base import RankSchedule, Readings
+from dynarank.schedules.dynamic import Budgeted
 from dynarank.schedules.lr_aligned import DynamicRank
+from dynarank.schedules.rank_decay import Decay
 from dynarank.schedules.timelines import timeline
 from dynarank.surgery.optimizer_state import Optimizers
 from dynarank.surgery.selection import select
@@ -32,9 +34,11 @@ def make_schedule(
     *,
     measure: bool = False,
 ) -> RankSchedule:
-    """The named schedule of a recipe; if the recipe has a budget, dynamic rank is fitted to it.
+    """The named schedule of a recipe, within the recipe's budget if it has one.
 
-    Fitting chooses rank and transition points, and the ending unless the name determines it.
+    Within a budget, ``low-rank`` has the uniform ranks that cost it, ``decay`` and
+    ``dynamic-rank`` are the schedules of that total cost; the paper's order by its other names is
+    fitted to it, in rank and transition points.
 
     Args:
         recipe: the recipe, for its options and budget.
@@ -49,10 +53,11 @@ def make_schedule(
         ValueError: an unknown schedule, a budget that cannot be met, or a budget with ``measure``.
     """
     schedule = recipe.schedule(name)
-    if recipe.budget is None or not isinstance(schedule, DynamicRank):
-        return schedule
-    if measure:
+    low_full_low = isinstance(schedule, DynamicRank)
+    if measure and (isinstance(schedule, Budgeted | Decay) or (recipe.budget and low_full_low)):
         raise RecipeError("pass either a budget or --measure, not both")
+    if recipe.budget is None or not isinstance(schedule, Budgeted | DynamicRank):
+        return schedule
     return fit_schedule(
         model,
         batch,
@@ -60,7 +65,7 @@ def make_schedule(
         flops=recipe.budget,
         optimizer=optimizer,
         lr_scheduler=forecast_rates(recipe),
-        to="low-rank" if schedule.to == "low-rank" else None,
+        to=schedule.to if isinstance(schedule, DynamicRank) else None,
         decomposition=recipe.decomposition,
         layers=recipe.layers,
     )

@@ -33,7 +33,7 @@ class Recipe(BaseModel):
     length they are scaled to the same share, to the step: it is the same experiment, scaled down.
     If ``inflate`` or ``deflate`` is not given, the schedule computes it from the learning rate.
 
-    ``budget`` is a share of the full-rank training FLOPs to which dynamic rank is fitted, see
+    ``budget`` is the share of the full-rank training FLOPs that a run may cost, see
     :func:`dynarank.train.schedules.make_schedule`. ``rewarmup`` is the number of LR re-warm-up
     steps after each change of form; ``recalibrate_batch_norms`` turns on BatchNorm recalibration
     after truncations.
@@ -165,6 +165,7 @@ class Recipe(BaseModel):
             alpha=self.alpha,
             execution=self.execution,
             epoch=self.share(1),
+            budget=self.budget,
         )
 
 
