@@ -55,7 +55,7 @@ class Arm:
 
 def fixed(flops: float, **options: Any) -> RankSchedule:
     """Low rank from the start, uniform if nothing is said."""
-    return Phases([0.0], [Within(flops=flops, **{"ranks": "uniform", **options})])
+    return Phases([0.0], [replace(Within(flops=flops, ranks="uniform"), **options)])
 
 
 def decay(total: float, first: float, last: float, **options: Any) -> RankSchedule:
@@ -67,7 +67,7 @@ def decay(total: float, first: float, last: float, **options: Any) -> RankSchedu
 def arms(b: float) -> list[Arm]:
     """The arms of a budget, and full rank."""
     low, falling = Arm(f"fixed {b}", fixed(b)), Arm(f"decay {b}", decay(b, 0.03, 0.6))
-    energy = {"ranks": "energy", "multiple_of": 1}
+    energy: dict[str, Any] = {"ranks": "energy", "multiple_of": 1}
     found = [
         Arm("full rank", Phases([0.0], [FullRank()])),
         low,
@@ -80,7 +80,7 @@ def arms(b: float) -> list[Arm]:
         replace(falling, name=f"decay, product decay {b}", product_decay=True),
     ]
     for name in ("separable", "tucker", "best"):
-        own = {"decomposition": name, **(energy if name == "best" else {})}
+        own: dict[str, Any] = {"decomposition": name, **(energy if name == "best" else {})}
         found.append(Arm(f"fixed, {name}, norm {b}", fixed(b, **own), norm_kept=True))
         found.append(Arm(f"decay, {name} {b}", decay(b, 0.03, 0.6, decomposition=name)))
     return [*found, *(replace(a, name=f"{k}x {a.name}", rate=k) for a in found for k in (0.5, 2))]
