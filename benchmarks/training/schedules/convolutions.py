@@ -2,7 +2,7 @@
 
 Arms of one budget have the same FLOPs, within 1%. They differ in the start, decomposition, weight
 decay, schedule and learning rate. Arms of a seed have the same initial network and batches.
-One JSON line a run; summarize.py prints the tables.
+One JSON line a run.
 
 python benchmarks/training/schedules/convolutions.py vis2 --data DIR --seeds 0 1 --out runs.jsonl
 """
