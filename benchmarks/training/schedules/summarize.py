@@ -56,12 +56,19 @@ def against_fixed(arm: str, metric: str, arms: dict[str, list[Run]]) -> str:
     return f"{gain * (1 if metric == 'accuracy' else -1) / error:+.1f}"
 
 
+def closed(runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) -> str:
+    """The share of the gap from "low rank" to "full rank" that is closed, in %."""
+    if not arms.keys() >= {"low rank", "full rank"}:
+        return ""
+    low, full = (mean(arms[name], metric) for name in ("low rank", "full rank"))
+    return f"{100 * (mean(runs, metric) - low) / (full - low):.0f}"
+
+
 def row(arm: str, runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) -> str:
     """Write one arm's row."""
-    low, full = (arms[name] for name in ("low rank", "full rank"))
-    gap = mean(full, metric) - mean(low, metric)
     deviation, error = spread(runs, metric)
     digits = 2 if metric == "accuracy" else 3
+    seconds, of_full = mean(runs, "cpu_seconds"), mean(arms["full rank"], "cpu_seconds")
     cells = [
         arm,
         str(len(runs)),
@@ -70,10 +77,10 @@ def row(arm: str, runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) 
         f"{mean(runs, 'end_flops'):.3f}",
         f"{mean(runs, metric):.{digits}f} ± {deviation:.{digits}f}",
         f"{error:.{digits}f}",
-        f"{100 * (mean(runs, metric) - mean(low, metric)) / gap:.0f}",
+        closed(runs, metric, arms),
         against_fixed(arm, metric, arms),
-        f"{mean(runs, 'cpu_seconds'):.1f}",
-        f"{mean(runs, 'cpu_seconds') / mean(full, 'cpu_seconds'):.2f}",
+        f"{seconds:.1f}",
+        f"{seconds / of_full:.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
