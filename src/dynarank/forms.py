@@ -269,11 +269,12 @@ class Within:
         return f"Within({', '.join(shown)})"
 
     def __str__(self) -> str:
-        """In words: ``0.45 of the FLOPs``."""
+        """In words: ``0.45 of the FLOPs``, ``0.45 of the layers' FLOPs``."""
         unit = {"flops": "FLOPs", "params": "parameters", "bytes": "bytes"}[self.kind]
-        unit += " of these layers" if self.of == "layers" else ""
-        share = isinstance(self.amount, float)
-        return f"{self.amount:g} of the {unit}" if share else f"{self.amount:,} {unit}"
+        whose = "layers' " if self.of == "layers" else ""
+        if isinstance(self.amount, float):
+            return f"{self.amount:.3g} of the {whose}{unit}"
+        return f"{self.amount:,} {unit}" + (" of the layers" if whose else "")
 
 
 def _plain_budget(kind: str, amount: object) -> float | int:
@@ -351,11 +352,12 @@ def plain_rank(rank: object) -> RankLike:
     """
     if isinstance(rank, Rank):
         return rank
-    if isinstance(rank, SupportsIndex) and not isinstance(rank, bool):
+    # Python's own numbers first: checking a protocol is slow.
+    if isinstance(rank, (int, SupportsIndex)) and not isinstance(rank, bool):
         with suppress(TypeError):  # a tensor of a float has __index__ too
             if (value := operator.index(rank)) < 1:
                 raise ValueError(f"a rank must be at least 1, got {value}")
             return value
-    if isinstance(rank, SupportsFloat) and not isinstance(rank, bool):
+    if isinstance(rank, (float, SupportsFloat)) and not isinstance(rank, bool):
         return Rank(float(rank)).value
     raise TypeError(f"a rank is an int, a float in (0, 1] or a Rank, got {rank!r}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 
 import dynarank as dr
 from dynarank import FullRank, LowRank
+from dynarank.allocation import within_budget
 from dynarank.cost.flops import count_flops, trace
 from dynarank.forms import Plan
 from dynarank.surgery.site import Site
@@ -148,6 +151,45 @@ def test_the_best_decomposition_is_chosen_for_each_weight() -> None:
         assert count_flops(cut, x).training <= 0.25 * full
         lost.append(sum(change.error**2 for change in changes))
     assert lost[0] < 0.8 * lost[1]
+
+
+@pytest.mark.parametrize("decomposition", ["svd", "best", "tucker"])
+def test_each_weight_is_decomposed_once_for_all_multiples(
+    decomposition: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(16, 48, 3), nn.ReLU(), nn.Conv2d(48, 48, 3), nn.Flatten()]
+    model = nn.Sequential(*convolutions, nn.Linear(192, 50))
+    asked: list[object] = []
+    for name in ("spectrum", "_kept_by_split"):
+
+        def counted(site: Site, *rest: object, own: Callable[..., object]) -> object:
+            asked.append((site.path, [one for one in rest if isinstance(one, LowRank)]))
+            return own(site, *rest)
+
+        own = getattr(within_budget, name)
+        monkeypatch.setattr(within_budget, name, partial(counted, own=own))
+    steps: set[int] = set()
+    ranks = within_budget._ranks  # pyright: ignore[reportPrivateUsage]
+
+    def watched(site: Site, step: int, name: str) -> list[LowRank]:
+        steps.add(step)
+        return ranks(site, step, name)
+
+    monkeypatch.setattr(within_budget, "_ranks", watched)
+    layers = ["0", "2"] if decomposition == "tucker" else "*"
+    tries = 0
+    for share in (0.4, 0.5, 0.6, 0.7):
+        del asked[:]
+        steps.clear()
+        dr.plan_within(
+            model, params=share, of="layers", multiple_of=None, layers=layers,
+            decomposition=decomposition,
+        )  # fmt: skip
+        assert asked
+        assert len(asked) == len(set(map(str, asked)))
+        tries = max(tries, len(steps))
+    assert tries > 1
 
 
 @pytest.mark.parametrize(

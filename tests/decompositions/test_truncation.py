@@ -11,6 +11,7 @@ from laws import assert_close
 from torch import Tensor, nn
 
 import dynarank as dr
+from dynarank.decompositions.numerics.principal import principal_of_inputs
 from dynarank.decompositions.svd import SVD
 from dynarank.decompositions.truncation import (
     ActivationStats,
@@ -107,6 +108,20 @@ def test_a_plan_and_its_cut_solve_each_problem_once(low: bool, solved: list[int]
     assert solved == [32, 64, 48, 12, 12, 12]
     dr.apply_plan(model, plan, calibration=calibration)
     assert len(solved) == 6
+
+
+def test_a_tall_weight_with_dead_inputs_is_one_problem_with_orthonormal_directions(
+    solved: list[int],
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(96, 20) @ torch.randn(20, 64)
+    x = torch.randn(500, 64)
+    x[:, ::3] = 0
+    found = principal_of_inputs(weight, x.double().T @ x.double() / 500)
+    assert solved == [64]
+    assert_close(found.basis.T @ found.basis, torch.eye(64), 1e-5)
+    outputs = weight.double() @ x.double().T
+    assert_close(found.energies.sum(), outputs.square().sum() / 500, 1e-5)
 
 
 def test_what_is_remembered_is_of_one_weight() -> None:

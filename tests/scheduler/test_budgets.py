@@ -162,6 +162,46 @@ def test_a_run_resumed_at_any_step_is_the_run_uninterrupted(batches: Any) -> Non
         assert_same_bits(made.state(), whole.state())
 
 
+def test_a_state_saved_after_closing_goes_on_with_the_next_batches() -> None:
+    run = Run(batches=None)
+    run.step(2)
+    run.ranks.close()
+    other = Run(batches=None)
+    other.load(run.state())
+    other.step(STEPS, 2)
+    assert other.share() <= 0.5
+
+
+def test_a_budget_below_the_smallest_multiples_is_refused_before_the_first_step() -> None:
+    at_least = Within(params=0.3, of="layers", multiple_of=8)
+    model = nn.Sequential(nn.Linear(512, 512), nn.Linear(512, 512))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tiny = Phases([0, 3], [FULL, Within(params=0.03, of="layers", multiple_of=8)])
+    with pytest.raises(ValueError, match=r"from step 3, a budget .* smallest ranks"):
+        RankScheduler(model, optimizer, tiny, STEPS, layers="*")
+    RankScheduler(model, optimizer, Phases([0, 3], [FULL, at_least]), STEPS, layers="*").close()
+
+
+def test_a_run_with_batches_of_different_sizes_resumes_too() -> None:
+    def batch_of(step: int) -> Tensor:
+        return batch(step)[: 40 if step % 3 else 7]
+
+    def steps(run: Run, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            (run.model(batch_of(step)) - 1).square().mean().backward()
+            run.optimizer.step()
+            run.ranks.step()
+            run.optimizer.zero_grad()
+
+    whole = Run(batches=None)
+    steps(whole, 0, 6)
+    resumed = Run(batches=None)
+    resumed.load(whole.state())
+    for run in (whole, resumed):
+        steps(run, 6, STEPS)
+    assert_same_bits(resumed.state(), whole.state())
+
+
 def test_a_state_is_plain_data_if_batches_are_given() -> None:
     run = Run()
     run.step(5)

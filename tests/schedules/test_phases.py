@@ -286,7 +286,7 @@ def test_presets_take_the_options_of_dynamic_rank() -> None:
         "aligned": found,
     }
     assert get_preset("low-rank")() == low_rank()
-    assert get_preset("dynamic-rank")() == dynamic_rank()
+    assert get_preset("dynamic-rank")() == dynamic_rank(0.5)
 
 
 def test_an_unknown_preset_is_refused_and_the_known_are_listed() -> None:

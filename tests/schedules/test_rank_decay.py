@@ -81,7 +81,7 @@ def test_a_small_budget_is_reached_earlier() -> None:
 
 
 @settings(deadline=None)
-@given(SHARES, CUTS, st.floats(0.01, 1.0), st.integers(100, 3000))
+@given(SHARES, CUTS, st.floats(0.01, 1.0), st.integers(100, 800))
 def test_budgets_never_rise_and_the_run_costs_their_mean(
     end: float, cuts: list[Any], high: float, steps: int
 ) -> None:
@@ -95,7 +95,7 @@ def test_budgets_never_rise_and_the_run_costs_their_mean(
 
 
 @settings(deadline=None)
-@given(SHARES, CUTS, st.integers(100, 3000))
+@given(SHARES, CUTS, st.integers(100, 800))
 def test_a_total_is_what_the_run_costs(total: float, cuts: list[Any], steps: int) -> None:
     schedule = Decay(total=total, cuts=cuts)
     try:
@@ -108,7 +108,7 @@ def test_a_total_is_what_the_run_costs(total: float, cuts: list[Any], steps: int
     assert 0 < found[-1][1] <= total + 1e-6
 
 
-@pytest.mark.parametrize("steps", [100, 137, 1000, 98765])
+@pytest.mark.parametrize("steps", [100, 137, 1000, 9876])
 @pytest.mark.parametrize("budget", [0.05, 0.3, 0.5, 0.7, 0.95, 1.0])
 def test_a_total_is_met_to_the_step(budget: float, steps: int) -> None:
     """Times are rounded to steps, and the end is computed from the rounded ones."""
@@ -176,7 +176,9 @@ def test_a_peak_that_moves_after_the_first_cut_changes_nothing() -> None:
 
 def test_states_that_cannot_arise_are_refused() -> None:
     with pytest.raises(ValueError, match=r"no such state can arise: \{'peak': '-1'\}"):
-        Decay(after="warmup").check_state({"rate": 0.0, "peak": -1, "cut": False}, LAYERS)
+        Decay(after="warmup").check_state(
+            {"rate": 0.0, "peak": -1, "cut": False, "flops": None}, LAYERS
+        )
     with pytest.raises(ValueError, match="no such state can arise"):
         Decay().check_state({"peak": 1}, LAYERS)
 

@@ -95,6 +95,7 @@ CASES: dict[str, tuple[Callable[[], tuple[Recipe, Task]], str, bool]] = {
     "low-rank": (partial(digits, init="published"), "low-rank", False),
     "gpt": (gpt, "dynamic-rank", True),
     "gpt, calibrated": (partial(gpt, moments="calibrated"), "dynamic-rank", False),
+    "gpt, decay": (gpt, "decay", False),
     "bert": (bert, "dynamic-rank", False),
     "lstm": (lstm, "dynamic-rank", False),
 }
@@ -163,7 +164,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return True
 
 
-_FEW = ("images", "gpt, calibrated", "lstm")
+_FEW = ("images", "gpt, calibrated", "gpt, decay", "lstm")
 
 
 @pytest.fixture(params=some(_FEW, [name for name in CASES if name not in _FEW]))

@@ -50,7 +50,7 @@ def test_moments_of_change_come_from_the_learning_rate(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.optimizer == "adamw" and recipe.warmup > 0
     assert recipe.inflate is None and recipe.deflate is None
-    assert set(recipe.schedules) == {"full-rank", "low-rank", "dynamic-rank"}
+    assert {"full-rank", "low-rank", "dynamic-rank"} <= set(recipe.schedules)
 
 
 def small() -> Recipe:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from dynarank.allocation.budget import Request, find_budget
 from dynarank.allocation.knapsack import Option, choose, choose_evenly
 from dynarank.allocation.rules import candidates, spectrum
+from dynarank.cost.budget import rank_step
 from dynarank.cost.flops import ModelUse
 from dynarank.decompositions import precise
-from dynarank.forms import Form, FullRank, LowRank, Plan, Rank
+from dynarank.forms import Form, FullRank, LowRank, Plan
 from dynarank.monitors.calibration import Calibration
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.sites import Site
@@ -99,12 +100,13 @@ def plan_within(
     amounts = {"params": params, "flops": flops, "bytes": bytes, "seconds": seconds}
     budget = find_budget(model, sites, Request(amounts, of, sample, timings, use), planned)
     steps, least = _STEPS if multiple_of is None else (multiple_of,), 0.0
+    shares = _Shares(calibration)
     for step in steps:
         costs = {s.path: _cheaper(s, budget.cost, step, decomposition) for s in sites}
         least = sum(min(own.values()) for own in costs.values())
         if least > budget.room:
             continue
-        options = {s.path: _options(s, costs[s.path], ranks, calibration) for s in sites}
+        options = {s.path: _options(s, costs[s.path], ranks, shares) for s in sites}
         found = (choose if ranks == "energy" else choose_evenly)(options, budget.room)
         whole = all(isinstance(option.what, FullRank) for option in found.values())
         left = budget.room - sum(option.cost for option in found.values())
@@ -120,7 +122,6 @@ def _names(site: Site) -> set[str]:
 
 _STEPS = 8, 4, 2, 1  # of ranks, if none is given
 _UNSPENT = 0.005  # of a budget; if more is left over, ranks are multiples of less
-_CHOICES = 8  # ranks that a weight can have at least, if its size allows
 _BEST = ("svd", "separable", "tucker")  # of a convolution; of a linear weight, the first
 
 
@@ -142,10 +143,7 @@ def _cheaper(
 def _ranks(site: Site, multiple_of: int, decomposition: str) -> list[LowRank]:
     """The ranks to choose from, in one decomposition."""
     known = site.spec.decomposition(LowRank(1, decomposition))
-    most = known.resolve_rank(Rank(1.0), site.shape)  # with no more parameters than the weight
-    step = multiple_of
-    while step > 1 and most // step < _CHOICES:
-        step //= 2
+    step = rank_step(known, site.shape, multiple_of)
     ranks = range(step, known.limit(site.shape) + 1, step)
     return [LowRank(rank, decomposition) for rank in ranks]
 
@@ -154,7 +152,7 @@ def _options(
     site: Site,
     costs: Mapping[Form, float],
     ranks: Literal["energy", "uniform"],
-    calibration: Calibration | None,
+    shares: _Shares,
 ) -> list[Option[Form]]:
     """The options of a weight: their value is the energy that they keep, or their size."""
     full = Option[Form](FullRank(), costs[FullRank()], 1.0)
@@ -164,24 +162,50 @@ def _options(
     if ranks == "uniform":
         kept = [site.entries(form) / site.entries(FullRank()) for form in cheaper]
     else:
-        kept = [share * _DOUBT for share in _kept(site, cheaper, calibration)]
+        kept = [share * _DOUBT for share in shares.kept(site, cheaper)]
     pairs = zip(cheaper, kept, strict=True)
     return [full, *(Option[Form](form, costs[form], value) for form, value in pairs)]
 
 
-def _kept(site: Site, forms: Sequence[LowRank], calibration: Calibration | None) -> list[float]:
-    """The share of the outputs' energy, or of the weight's, that each form keeps."""
-    if len({form.decomposition for form in forms}) > 1:  # by the same measure, the weight's energy
-        return [share for name in _BEST for share in _kept(site, _of(forms, name), None)]
-    if not forms:
-        return []
-    if not site.spec.decomposition(forms[0]).truncates_optimally:
-        weight = precise(site.effective())
-        return [_kept_by_split(site, weight, form) for form in forms]
-    energies = spectrum(site, calibration).square().sum(0)
+class _Shares:
+    """The share of the outputs' energy, or of the weight's, that each form keeps; found once."""
+
+    def __init__(self, calibration: Calibration | None) -> None:
+        self._calibration = calibration
+        self._curves: dict[tuple[str, bool], list[float]] = {}
+        self._splits: dict[tuple[str, Form], float] = {}
+
+    def kept(self, site: Site, forms: Sequence[LowRank], own: bool = False) -> list[float]:
+        """The shares kept by forms of one weight; of its ``own`` energy if there are several kinds.
+
+        Args:
+            site: the weight.
+            forms: in the order of their decompositions.
+            own: whether the weight's own energy is asked for though there are statistics.
+        """
+        if len({form.decomposition for form in forms}) > 1:
+            return [share for name in _BEST for share in self.kept(site, _of(forms, name), True)]
+        if not forms:
+            return []
+        if not site.spec.decomposition(forms[0]).truncates_optimally:
+            return self._by_split(site, forms)
+        if (key := (site.path, own)) not in self._curves:
+            self._curves[key] = _curve(spectrum(site, None if own else self._calibration))
+        return [self._curves[key][form.resolved_rank - 1] for form in forms]
+
+    def _by_split(self, site: Site, forms: Sequence[LowRank]) -> list[float]:
+        new = [form for form in forms if (site.path, form) not in self._splits]
+        if new:
+            weight = precise(site.effective())
+            self._splits |= {(site.path, form): _kept_by_split(site, weight, form) for form in new}
+        return [self._splits[site.path, form] for form in forms]
+
+
+def _curve(values: Tensor) -> list[float]:
+    """The share of energy in the first singular values, for each number of them."""
+    energies = values.square().sum(0)
     total = energies.sum().item()
-    shares = (energies.cumsum(0) / total).tolist() if total > 0 else [1.0] * len(energies)
-    return [shares[form.resolved_rank - 1] for form in forms]
+    return (energies.cumsum(0) / total).tolist() if total > 0 else [1.0] * len(energies)
 
 
 def _of(forms: Sequence[LowRank], name: str) -> list[LowRank]:

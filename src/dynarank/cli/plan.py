@@ -88,6 +88,7 @@ def plan(
 # Steps per epoch depend on the data, which is not read: phases are planned in thousandths of an
 # epoch or, for a stateful schedule, which must be queried step by step, in 10,000ths of the run.
 _FINE, _STEPS = 1000, 10_000
+_COLUMNS = 3  # phases of which the table of layers shows each
 
 
 def _cost(
@@ -160,11 +161,13 @@ def _show_layers(
     terminal: Console, recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost
 ) -> None:
     title = f"{recipe.name}, {schedule}: form, trainable parameters, FLOPs by layer and epochs"
-    phases = [_span(recipe, cost, one.phase) for one in cost.phases]
+    # Of many phases the first and the last say which ranks there will be; the next table has all.
+    shown = cost.phases if len(cost.phases) <= _COLUMNS else [cost.phases[0], cost.phases[-1]]
+    phases = [_span(recipe, cost, one.phase) for one in shown]
     table = right_aligned(title, ["layer", "weight"], phases)
     for path in cost.phases[0].plan:
         one = use.layers[path]
-        cells = [_cell(one, phase, path) for phase in cost.phases]
+        cells = [_cell(one, phase, path) for phase in shown]
         table.add_row(path, "x".join(map(str, one.shape)), *cells)
     terminal.print(table)
 
@@ -180,10 +183,10 @@ def _cell(use: LayerUse, phase: PhaseCost, path: str) -> str:
 
 def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
     numbers = ["trainable", "all", "forward", "training", "state"]
-    table = right_aligned("Per phase, whole model", ["epochs", "form"], numbers)
+    table = right_aligned("Per phase, whole model", ["epochs", "form or budget"], numbers)
     for one in cost.phases:
         answers = one.phase.plan.values()
-        names = sorted({str(a) if isinstance(a, Within) else form_name(a) for a in answers})
+        names = sorted({_budget(a) if isinstance(a, Within) else form_name(a) for a in answers})
         table.add_row(
             _span(recipe, cost, one.phase),
             ", ".join(names),
@@ -201,6 +204,12 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
         "Trainable and all: parameters. Forward and training: FLOPs relative to full-rank. State: "
         "parameters, gradients and optimizer state in fp32, without activations.\n"
     )
+
+
+def _budget(budget: Within) -> str:
+    """The budget in few words: ``0.45 of layers``."""
+    amount = budget.amount
+    return f"{amount:.3g} of {budget.of}" if isinstance(amount, float) else str(budget)
 
 
 def _two_branch(use: ModelUse, one: PhaseCost, cost: ScheduleCost) -> float:

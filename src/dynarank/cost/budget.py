@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dynarank.cost.flops import Flops, LayerUse, ModelUse
+from dynarank.decompositions import Decomposition
 from dynarank.forms import Form, FullRank, LowRank, Plan, Rank, RankLike, Request, Within
 
-__all__ = ["Room", "estimated", "shared_budgets", "uniform_plan"]
+__all__ = ["Room", "estimated", "rank_step", "shared_budgets", "uniform_plan"]
 
 _BISECTIONS = 40
+_CHOICES = 8  # ranks that a weight can have at least, if its size allows
 
 
 def shared_budgets(request: Request) -> dict[Within, tuple[str, ...]]:
@@ -90,9 +92,9 @@ class Room:
         kind = self.budget.kind
         return sum(one.cost(kind, plan[path]) for path, one in self.layers.items())
 
-    def check(self, least: float | None = None) -> None:
-        """Raise ValueError if the layers may not cost as little as ``least``; None: at rank 1."""
-        least = self.cost(_at_share(self, 0.0)) if least is None else least
+    def check(self) -> None:
+        """Raise ValueError if the layers may not cost as little as the smallest ranks do."""
+        least = self.cost(_at_share(self, 0.0))
         if least > self.allowed:
             unit = {"flops": "training FLOPs", "params": "parameters", "bytes": "bytes"}
             whole, kind = self.outside + least, self.budget.kind
@@ -153,17 +155,45 @@ def estimated(use: ModelUse, request: Request) -> tuple[Plan, Flops]:
     return plan, Flops(flops.forward, flops.training + round(missing))
 
 
+def rank_step(decomposition: Decomposition, shape: Sequence[int], multiple_of: int) -> int:
+    """The number of which a weight's ranks are multiples: halved until there are eight choices.
+
+    Example:
+        >>> from dynarank.decompositions import get_decomposition
+        >>> [rank_step(get_decomposition("svd"), (n, n), 8) for n in (32, 64, 256)]
+        [2, 4, 8]
+    """
+    most = decomposition.resolve_rank(Rank(1.0), tuple(shape))  # with no more parameters
+    step = multiple_of
+    while step > 1 and most // step < _CHOICES:
+        step //= 2
+    return step
+
+
 def _at_share(room: Room, share: float) -> dict[str, Form]:
     """The forms at a share of each layer's own cost; the smallest ranks at 0."""
-    rank = Rank(share) if share > 0 else 1
-    return {path: _cheaper(use, room.budget, rank) for path, use in room.layers.items()}
+    forms: dict[str, Form] = {}
+    for path, use in room.layers.items():
+        rank = Rank(share) if share > 0 else _smallest(use, room.budget)
+        forms[path] = _cheaper(use, room.budget, rank)
+    return forms
+
+
+def _smallest(use: LayerUse, budget: Within) -> int:
+    if budget.ranks == "uniform" or budget.multiple_of is None:
+        return 1
+    decomposition = use.spec.decomposition(LowRank(1, _name(budget)))
+    return rank_step(decomposition, use.shape, budget.multiple_of)
+
+
+def _name(budget: Within) -> str:
+    """The decomposition; which is best is measured, and without a measurement it is an SVD."""
+    return "svd" if budget.decomposition == "best" else budget.decomposition
 
 
 def _cheaper(use: LayerUse, budget: Within, rank: RankLike) -> Form:
     """The layer at this rank, or full-rank if that is not more expensive."""
-    # Which decomposition is best is measured; without a measurement it is an SVD.
-    name = "svd" if budget.decomposition == "best" else budget.decomposition
-    form, full = use.spec.resolve(LowRank(rank, name)), FullRank()
+    form, full = use.spec.resolve(LowRank(rank, _name(budget))), FullRank()
     return form if use.cost(budget.kind, form) < use.cost(budget.kind, full) else full
 
 

@@ -270,8 +270,6 @@ def _kept(found: Principal, matrix: Tensor, rank: int) -> Tensor:
     noise = torch.finfo(torch.float32).eps * found.energies.sum()
     live = int((found.energies[:rank] > noise).sum())
     kept = found.basis[:, : min(rank, live)].to(matrix.dtype)
-    if len(matrix) > matrix.shape[1] and matrix.dtype != torch.float64:
-        kept = torch.linalg.qr(kept)[0]  # as the directions of a tall matrix may not be
     if live >= min(rank, *matrix.shape):
         return kept
     rest = matrix - kept @ (kept.T @ matrix)

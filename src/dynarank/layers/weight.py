@@ -79,7 +79,8 @@ class WeightSpec:
         """
         if isinstance(form, FullRank):
             return form
-        return replace(form, rank=self.decomposition(form).resolve_rank(form.rank, self.shape))
+        rank = self.decomposition(form).resolve_rank(form.rank, self.shape)
+        return form if isinstance(form.rank, int) else replace(form, rank=rank)
 
     def factor_shapes(self, form: LowRank | Adapted) -> tuple[tuple[int, ...], ...]:
         """The shapes of the factors; the form's rank must be resolved."""

@@ -103,7 +103,7 @@ def fit_schedule(
         >>> import torch
         >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
         >>> fit_schedule(model, torch.ones(8, 64), 1000, flops=0.62, layers="*")
-        Budgeted(budget=Within(flops=0.62, of='layers', multiple_of=1))
+        Budgeted(budget=Within(flops=0.62, of='layers', multiple_of=1), fitted=True)
         >>> fit_schedule(
         ...     model, torch.ones(8, 64), 1000, flops=0.62, rank=0.375, layers="*"
         ... ).schedule.to

@@ -16,7 +16,6 @@ from dynarank.forms import FullRank, LowRank, Within
 from dynarank.planning.fit_memory import TargetRun
 from dynarank.schedules.base import Clock, Readings
 from dynarank.schedules.dynamic import Budgeted
-from dynarank.schedules.fitted import FittedTime
 
 __all__ = ["fit_flops", "fit_seconds"]
 
@@ -51,7 +50,7 @@ def fit_flops(amount: float, run: TargetRun, decomposition: str = "svd") -> Budg
     )
 
 
-def fit_seconds(seconds: float, run: TargetRun, decomposition: str = "svd") -> FittedTime:
+def fit_seconds(seconds: float, run: TargetRun, decomposition: str = "svd") -> Budgeted:
     """The schedule whose training steps take a given time together.
 
     Args:
@@ -76,7 +75,7 @@ def fit_seconds(seconds: float, run: TargetRun, decomposition: str = "svd") -> F
             f"full rank and {low:.3g} at {LOW:g} of the layers' FLOPs"
         )
     share = 1 - (full - seconds) / slope if slope else 1.0
-    return FittedTime(family.member(share), seconds)
+    return family.member(share)
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ class _Family:
     def member(self, share: float) -> Budgeted:
         """The schedule for a share of the layers' full-rank FLOPs."""
         name = self.decomposition
-        return Budgeted(Within(flops=share, of="layers", decomposition=name, multiple_of=1))
+        budget = Within(flops=share, of="layers", decomposition=name, multiple_of=1)
+        return Budgeted(budget, fitted=True)
 
     def least(self, end: float) -> float:
         """The smallest total share whose last budget is at least ``end``, by bisection."""

@@ -147,7 +147,7 @@ class Budgets:
     def load_state_dict(self, batches: list[Any] | None, undo: ExitStack) -> None:
         """Go on with these batches, unless others are given."""
         undo.callback(self._seen.load_state_dict, self._seen.state_dict())
-        if self._given is None:
+        if self._given is None and batches is not None:  # None: saved after it was closed
             self._seen.load_state_dict(batches)
 
     def resolve(
@@ -180,6 +180,8 @@ class Budgets:
                 new.append((budget, paths))
             else:
                 made.plan |= {path: now[path] for path in paths}
+        if new and self._given is None:  # counted on a batch that a resumed run has too
+            self._use.clear()
         for budget, paths in sorted(new, key=lambda one: one[0].of):  # of="layers" first
             self._measure(made, budget, paths, {**now, **made.plan})
         return made

@@ -16,7 +16,6 @@ CLASSES = {
     "DynamicRank": "lr_aligned",
     "FittedCost": "fitted",
     "FittedMemory": "fitted",
-    "FittedTime": "fitted",
     "FullRankThroughout": "throughout",
     "Growing": "library.growing",
     "LoRA": "library.lora",

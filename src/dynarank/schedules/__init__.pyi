@@ -16,7 +16,7 @@ from dynarank.schedules.base import (
 )
 from dynarank.schedules.catalog import SCHEDULES, get_preset
 from dynarank.schedules.dynamic import Budgeted, dynamic_rank
-from dynarank.schedules.fitted import FittedCost, FittedMemory, FittedTime
+from dynarank.schedules.fitted import FittedCost, FittedMemory
 from dynarank.schedules.library.closed_loop import ClosedLoop
 from dynarank.schedules.library.cuttlefish import Cuttlefish
 from dynarank.schedules.library.growing import Growing
@@ -58,7 +58,6 @@ __all__ = [
     "DynamicRank",
     "FittedCost",
     "FittedMemory",
-    "FittedTime",
     "FullRankThroughout",
     "FunctionSchedule",
     "Growing",

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 from dynarank.forms import AdaptedExecution, RankLike, Request, Within
@@ -19,7 +19,6 @@ from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State
 from dynarank.schedules.lr_aligned import DynamicRank
 from dynarank.schedules.options import Ending, share_within
 from dynarank.schedules.rank_decay import BUDGET, Decay
-from dynarank.schedules.state_rules import Rule, check_fields, is_number
 from dynarank.schedules.throughout import low_rank
 
 __all__ = ["Budgeted", "dynamic_rank"]
@@ -32,12 +31,10 @@ class Budgeted(RankSchedule):
     Args:
         budget: the training FLOPs of the whole run relative to full rank, a share or a
             :class:`dynarank.Within` of FLOPs.
+        fitted: whether it was fitted to a model, by ``fit_schedule``; a resumed run keeps it then.
 
     Raises:
         ValueError: the budget is not a share of FLOPs.
-
-    A total of the model is translated to one of the layers as soon as a batch has shown what
-    everything else costs, so that the decay falls evenly in the layers' own cost.
 
     Example:
         >>> clock, half = Clock(50, 100), Within(flops=0.5, of="layers")
@@ -48,81 +45,54 @@ class Budgeted(RankSchedule):
     """
 
     budget: float | Within = BUDGET
+    _: KW_ONLY
+    fitted: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "budget", Decay(total=self.budget).budget)
+        object.__setattr__(self, "budget", self._decay.budget)
+
+    @cached_property
+    def _decay(self) -> Decay:
+        return Decay(total=self.budget)
+
+    @cached_property
+    def _low_rank(self) -> RankSchedule:
+        return low_rank(budget=self._decay.budget)
+
+    def _member(self, readings: Readings) -> RankSchedule:
+        kernels = mostly_kernels(tuple(readings.layers.values()))
+        return self._low_rank if kernels else self._decay
 
     @property
     def stateful(self) -> bool:
-        """Whether the budget is of the model, whose other FLOPs are known from the first batch."""
-        return self._total.of == "model"
+        """Whether the decay is stateful."""
+        return self._decay.stateful
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Request:
-        """The budget of each layer, of a total for the layers."""
+        """The budget of each layer, if the decay is stateless."""
         if self.stateful:
             return super().__call__(clock, readings)
-        return _member(self._total, tuple(readings.layers.values()), None)(clock, readings)
+        return self._member(readings)(clock, readings)
 
     def start(self) -> State:
-        """The initial state: the FLOPs of the layers and of everything else, unknown."""
-        return {"flops": None} if self.stateful else {}
+        """The initial state of the decay."""
+        return self._decay.start()
 
     def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
         """Raise ValueError for a state that cannot arise."""
-        rules: dict[str, Rule] = {"flops": _is_shares_or_none}
-        check_fields(state, rules if self.stateful else {})
+        self._decay.check_state(state, layers)
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The budget of each layer; what the first batch cost holds for the whole run."""
-        if not self.stateful:
-            return Answer(self(clock, readings), state)
-        flops = state["flops"] or (readings.flops and list(readings.flops))
-        known = tuple(flops) if flops else None
-        member = _member(self._total, tuple(readings.layers.values()), known)
-        return Answer(member(clock, readings), {"flops": flops})
-
-    @property
-    def _total(self) -> Within:
-        assert isinstance(self.budget, Within)
-        return self.budget
+        """The budget of each layer."""
+        return self._member(readings).update(state, clock, readings)
 
 
 @lru_cache(maxsize=64)  # asked at every step
-def _member(
-    total: Within, shapes: tuple[tuple[int, ...], ...], flops: tuple[float, float] | None
-) -> RankSchedule:
-    """The schedule for layers of these shapes; ``flops`` as in the readings."""
-    if mostly_kernels(shapes):
-        return low_rank(budget=total)
-    return Decay(total=total if flops is None else _of_layers(total, *flops))
-
-
-def _of_layers(total: Within, own: float, rest: float) -> Within:
-    """A total of the model as one of its layers, where a decay falls evenly.
-
-    Raises:
-        ValueError: everything else costs more than the total.
-    """
-    share = (total.amount - rest) / own
-    if share <= 0:
-        raise ValueError(
-            f"a total of {total} cannot be met: everything but the scheduled layers costs "
-            f"{rest:.4f}; allow more than that, or schedule more layers"
-        )
-    return replace(total, flops=min(share, 1.0), of="layers")
-
-
-def _is_shares_or_none(value: object) -> bool:
-    if value is None:
-        return True
-    return isinstance(value, Sequence) and len(value) == 2 and all(map(is_number, value))
-
-
-def mostly_kernels(shapes: Sequence[tuple[int, ...]]) -> bool:
+def mostly_kernels(shapes: tuple[tuple[int, ...], ...]) -> bool:
     """Whether most parameters of weights (out, in, *kernel) are in kernels larger than 1.
 
     Example:
-        >>> mostly_kernels([(8, 8, 3, 3), (8, 8, 1, 1), (16, 8)])
+        >>> mostly_kernels(((8, 8, 3, 3), (8, 8, 1, 1), (16, 8)))
         True
     """
     sizes = [math.prod(shape) for shape in shapes]
@@ -162,7 +132,7 @@ def dynamic_rank(
 
     Example:
         >>> dynamic_rank(budget=0.5)
-        Budgeted(budget=Within(flops=0.5, multiple_of=1))
+        Budgeted(budget=Within(flops=0.5, multiple_of=1), fitted=False)
         >>> type(dynamic_rank(0.5, inflate=0.37, deflate=0.80)).__name__
         'DynamicRank'
     """

@@ -8,6 +8,10 @@ spaced on a logarithmic scale unless they are given::
 
 The mean budget over the run is its total cost, relative to a run at full rank: exactly, for a
 budget of FLOPs is a share of the full-rank ones. A total cost therefore determines e.
+
+A total of the model becomes one of the scheduled layers as soon as a batch has shown what they cost
+(o) and all else does (r), each relative to the model: ``(total - r) / o`` of their own cost. So the
+decay is geometric in what can fall.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from dynarank.forms import Form, FullRank, Request, Within
 from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When, step_of
@@ -147,8 +151,8 @@ class Decay(RankSchedule):
 
     @property
     def stateful(self) -> bool:
-        """Whether the cuts follow the learning rate."""
-        return self.after == "warmup"
+        """Whether the cuts follow the learning rate, or the total is one of the model."""
+        return self.after == "warmup" or (self.end is None and self.budget.of == "model")
 
     def __call__(self, clock: Clock, readings: Readings, /) -> Request:
         """The current budget, for every layer."""
@@ -157,8 +161,8 @@ class Decay(RankSchedule):
         return self._plan(clock, readings, begin=0)
 
     def start(self) -> State:
-        """The initial state: the highest learning rate so far, its step, and whether it is past."""
-        return {"rate": 0.0, "peak": 0, "cut": False} if self.stateful else {}
+        """The initial state: the learning rate's peak so far and its step, the FLOPs when known."""
+        return {"rate": 0.0, "peak": 0, "cut": False, "flops": None} if self.stateful else {}
 
     def check_state(self, state: State, layers: Mapping[str, Sequence[int]]) -> None:
         """Raise ValueError for a state that cannot arise."""
@@ -166,16 +170,21 @@ class Decay(RankSchedule):
             "rate": lambda rate: is_number(rate) and rate >= 0,
             "peak": is_count,
             "cut": lambda cut: type(cut) is bool,
+            "flops": _is_flops_or_none,
         }
         check_fields(state, rules if self.stateful else {})
 
     def update(self, state: State, clock: Clock, readings: Readings, /) -> Answer:
-        """The current budget, for every layer; from the first cut on, the peak stays as it is."""
+        """The current budget, for every layer; from the first cut on, peak and FLOPs are fixed."""
         if not self.stateful:
             return Answer(self(clock, readings), state)
-        seen = state if state["cut"] else _follow(state, clock, readings)
-        cut = clock.step >= self.steps(clock.total_steps, seen["peak"])[0]
-        return Answer(self._plan(clock, readings, seen["peak"]), {**seen, "cut": cut})
+        seen = dict(state)
+        if not state["cut"]:
+            seen |= _follow(state, clock, readings) if self.after == "warmup" else {}
+            seen["flops"] = state["flops"] or (readings.flops and [*readings.flops])
+        own = self if seen["flops"] is None else _of_layers(self, *seen["flops"])
+        cut = clock.step >= own.steps(clock.total_steps, seen["peak"])[0]
+        return Answer(own._plan(clock, readings, seen["peak"]), {**seen, "cut": cut})
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Self:
@@ -202,6 +211,25 @@ class Decay(RankSchedule):
 
 
 @lru_cache(maxsize=64)  # asked at every step
+def _of_layers(decay: Decay, own: float, rest: float) -> Decay:
+    """A decay with a total of the model, as one with a total of the layers.
+
+    Raises:
+        ValueError: everything else costs more than the total.
+    """
+    if decay.end is not None or decay.budget.of == "layers":
+        return decay
+    total, high = ((share - rest) / own for share in (decay.budget.amount, decay.high))
+    if total <= 0:
+        raise ValueError(
+            f"a total of {decay.budget} cannot be met: everything but the scheduled layers costs "
+            f"{rest:.4f}; allow more than that, or schedule more layers"
+        )
+    budget = replace(decay.budget, flops=min(total, 1.0), of="layers")
+    return replace(decay, total=budget, high=min(high, 1.0))
+
+
+@lru_cache(maxsize=64)
 def _phases(
     schedule: Decay, total_steps: int, begin: int
 ) -> tuple[tuple[int, ...], tuple[Form | Within, ...]]:
@@ -266,6 +294,12 @@ def _end(total: float, high: float, steps: tuple[int, ...], total_steps: int) ->
         middle = (low + end) / 2
         low, end = (middle, end) if mean(middle) <= total else (low, middle)
     return max(math.floor(low / _LEAST + 0.01) / 10**_DIGITS, _LEAST)
+
+
+def _is_flops_or_none(value: Any) -> bool:
+    if value is None or not isinstance(value, Sequence):
+        return value is None
+    return len(cast(Sequence[Any], value)) == 2 and all(map(is_number, cast(Sequence[Any], value)))
 
 
 def _follow(state: State, clock: Clock, readings: Readings) -> State:

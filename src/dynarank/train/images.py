@@ -110,6 +110,10 @@ class ImageTask:
         """Yield batches of images ``(B, C, H, W)`` and labels ``(B,)``."""
         return self.batches.epoch(epoch, start=start)
 
+    def inputs(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """The images."""
+        return batch[0]
+
     def tensors(self) -> Iterator[Tensor]:
         """The images and labels."""
         return (value for value in vars(self.data).values() if isinstance(value, Tensor))

@@ -120,13 +120,17 @@ class LanguageModelTask:
         for step in range(start, self.steps_per_epoch):
             yield self._windows(self.data.train, starts[step * size : (step + 1) * size])
 
+    def inputs(self, batch: Tensor) -> Tensor:
+        """The bytes ``(B, T)`` before those to predict."""
+        return batch[:, :-1]
+
     def tensors(self) -> Iterator[Tensor]:
         """The bytes, and the windows of them."""
         yield from (self.data.train, self.windows, self.data.test, self.test_starts)
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
         """The cross-entropy in nats per byte, with the recipe's label smoothing; bits per byte."""
-        output = model(batch[:, :-1])
+        output = model(self.inputs(batch))
         loss = _cross_entropy(output, batch, label_smoothing=self.recipe.label_smoothing)
         return loss, loss.detach() / math.log(2)
 

@@ -194,9 +194,9 @@ class Trainer:
         return callbacks
 
     def _inputs(self) -> Iterator[Any]:
-        """The inputs of some batches, on which layers are cut; batches are (inputs, ...)."""
+        """The inputs of some batches, on which layers are cut."""
         count = -(-_RECALIBRATE // self.recipe.batch_size)
-        return (batch[0] for batch in islice(self.task.epoch(0), count))
+        return (self.task.inputs(batch) for batch in islice(self.task.epoch(0), count))
 
     def _where_faster(self, schedule: RankSchedule, layers: list[str]) -> RankSchedule:
         """The schedule with low-rank forms only where they are faster on this machine."""

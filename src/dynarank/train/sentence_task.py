@@ -138,6 +138,10 @@ class _SentenceTask:
         for step in range(start, self.steps_per_epoch):
             yield self.train.rows(order[step * size : (step + 1) * size])
 
+    def inputs(self, batch: Batch) -> tuple[Tensor, ...]:
+        """The tokens, and what else the network takes."""
+        return batch.inputs
+
     def tensors(self) -> Iterator[Tensor]:
         """The inputs and labels."""
         for part in (self.train, self.test):

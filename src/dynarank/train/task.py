@@ -52,6 +52,10 @@ class Task(Protocol):
         """The batches of an epoch from the one at ``start`` on, a pure function of the seed."""
         ...
 
+    def inputs(self, batch: Any) -> Any:
+        """The arguments of the forward pass of a batch of :meth:`epoch`."""
+        ...
+
     def tensors(self) -> Iterator[Tensor]:
         """All examples that train and test, by which a data set is recognized."""
         ...

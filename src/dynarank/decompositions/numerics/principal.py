@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynarank.decompositions.numerics.linalg import as_unit, gram, precise
+from dynarank.decompositions.numerics.linalg import as_unit, orthonormal, precise
 
 __all__ = ["Principal", "principal_of_inputs", "principal_of_outputs"]
 
@@ -40,8 +40,8 @@ def principal_of_outputs(second: Tensor, dtype: torch.dtype) -> Principal:
 def principal_of_inputs(matrix: Tensor, second: Tensor) -> Principal:
     """The principal directions of W x, from W (n, m) and E[x x'] (m, m), k = min(n, m).
 
-    Computed in the precision of W. Those of a tall matrix come from the smaller ``T' T`` with
-    ``T = W C^1/2``; where their energies are rounding errors they may not be orthogonal.
+    Computed in the precision of W. Those of a tall ``W = Q R`` are ``Q V``, with V those of R x:
+    whatever the rank of W and C, the problem is of size m, and the directions are orthonormal.
 
     Raises:
         LinAlgError: they do not converge.
@@ -51,21 +51,11 @@ def principal_of_inputs(matrix: Tensor, second: Tensor) -> Principal:
     if len(matrix) <= matrix.shape[1]:
         found = _eigen(matrix @ second @ matrix.T)
     else:
-        tall = matrix @ _root(second)
-        right, energies = _eigen(gram(tall.T))  # reads the lower triangle
-        live = energies > 0
-        left = tall @ (right / torch.where(live, energies, torch.inf).sqrt())
-        found = Principal(left, energies)
+        basis = orthonormal(matrix)
+        core = basis.T @ matrix
+        small = _eigen(core @ second @ core.T)
+        found = Principal(basis @ small.basis, small.energies)
     return _scaled(found, precise(size).square() * scale)
-
-
-def _root(second: Tensor) -> Tensor:
-    """L with ``L L' = C``: by Cholesky, or, where C is singular, by its eigenvectors."""
-    lower, failed = torch.linalg.cholesky_ex(second)
-    if not failed:
-        return lower
-    directions, energies = _eigen(second)
-    return directions * energies.sqrt()
 
 
 def _eigen(symmetric: Tensor) -> Principal:
