@@ -61,7 +61,7 @@ def closed(runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) -> str:
     if not arms.keys() >= {"low rank", "full rank"}:
         return ""
     low, full = (mean(arms[name], metric) for name in ("low rank", "full rank"))
-    return f"{100 * (mean(runs, metric) - low) / (full - low):.0f}"
+    return str(round(100 * (mean(runs, metric) - low) / (full - low)))
 
 
 def row(arm: str, runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) -> str:
