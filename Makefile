@@ -12,8 +12,9 @@ CORE := tests/test_forms.py tests/test_covering.py tests/test_laws.py tests/test
 
 .PHONY: demo test test-core test-laws-full test-faults check clean
 
-demo: .venv/.demo  ## train the embedded default under three schedules
-	$(BIN)/dynarank train digits
+demo: .venv/.demo  ## full rank, fixed low rank and decay on three seeds, in a new folder
+	$(BIN)/dynarank compare shifted-digits --schedules full-rank,low-rank,decay --seeds 3 \
+	    --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.dev  ## all tests, one thread per process
 	$(PYTEST)

@@ -1,5 +1,7 @@
 import os
 import sys
+from collections.abc import Callable
+from itertools import product
 
 import numpy as np
 import pytest
@@ -7,11 +9,13 @@ import torch
 
 from dynarank.train.data import (
     ImageData,
+    _shifted,
     limit,
     limit_test,
     load_cifar10,
     load_cifar100,
     load_digits_data,
+    load_shifted_digits,
 )
 
 
@@ -40,10 +44,34 @@ def test_digits_do_not_depend_on_global_random_state() -> None:
     assert torch.equal(first.train_images, load_digits_data().train_images)
 
 
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("load", [load_digits_data, load_shifted_digits])
+def test_digits_without_scikit_learn(
+    load: Callable[[], ImageData], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install 'dynarank\[demo\]'"):
-        load_digits_data()
+        load()
+
+
+def test_shifted_digits_have_a_fixed_split_and_leave_the_random_state() -> None:
+    state, data = torch.get_rng_state(), load_shifted_digits()
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(data.test_images, load_shifted_digits().test_images)
+    assert data.train_images.shape == (4 * 897, 1, 12, 12)
+    assert data.test_images.shape == (4 * 900, 1, 12, 12)
+    assert data.train_images.dtype == torch.float32 and data.train_images.abs().max() < 20
+    assert (data.test_labels.view(4, 900) == data.test_labels[:900]).all()
+    assert data.test_labels.bincount().min() >= 4 * 87 and data.classes == 10
+
+
+def test_every_shifted_digit_is_whole_and_is_at_every_position() -> None:
+    digit = np.arange(1, 65, dtype=np.uint8).reshape(1, 1, 8, 8)
+    seen: set[tuple[int, int]] = set()
+    for image in _shifted(digit.repeat(100, 0), stream=0)[:, 0]:
+        y, x = np.argwhere(image)[0]
+        assert np.array_equal(image[y : y + 8, x : x + 8], digit[0, 0])
+        seen.add((int(y), int(x)))
+    assert seen == set(product(range(5), repeat=2))
 
 
 def fake(labels: list[int]) -> ImageData:

@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from dynarank.sinks.extras import import_extra
+from dynarank.train.batches import crop_and_flip
 from dynarank.train.cifar_files import CIFAR10, CIFAR100
+from dynarank.train.draws import epoch_generator
 from dynarank.train.idx_files import FASHION_MNIST
 from dynarank.train.image_files import ImageFiles, RawImages, read_files, read_hub
 from dynarank.train.sources import DataError
@@ -29,11 +31,13 @@ __all__ = [
     "load_cifar100",
     "load_digits_data",
     "load_fashion_mnist",
+    "load_shifted_digits",
 ]
 
 _SPLIT_SEED = 0  # the split of the digits; part of the data set's definition, not an option
 _ORDER_SEED = 0  # the order in which `limit` takes images; part of its definition too
 _DIGITS_TEST = 360
+_SHIFTED_TEST, _SHIFT, _SHIFT_COPIES, _SHIFT_SEED = 900, 2, 4, 0  # of the shifted digits; as well
 _STD_FLOOR = 0.05  # of the full scale; below it a pixel is nearly constant (CIFAR-10: 0.2 or more)
 _CHUNK = 1_000
 
@@ -56,16 +60,48 @@ def load_digits_data() -> ImageData:
         ImportError: if scikit-learn is not installed.
 
     """
+    return _normalized(_digits(test=_DIGITS_TEST), classes=10, scale=16)
+
+
+def load_shifted_digits() -> ImageData:
+    """The digits at random positions: 3,588 + 3,600 images of 1 x 12 x 12.
+
+    Each of 897 + 900 digits is there four times, each time up to two pixels off the center in
+    either direction. Split and positions are fixed.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+
+    """
+    raw = _digits(test=_SHIFTED_TEST)
+    shifted = RawImages(
+        _shifted(raw.train_images, stream=0),
+        np.tile(raw.train_labels, _SHIFT_COPIES),
+        _shifted(raw.test_images, stream=1),
+        np.tile(raw.test_labels, _SHIFT_COPIES),
+    )
+    return _normalized(shifted, classes=10, scale=16)
+
+
+def _shifted(images: NDArray[np.uint8], *, stream: int) -> NDArray[np.uint8]:
+    """Copies ``(4 N, 1, 12, 12)`` of images ``(N, 1, 8, 8)``, at random positions."""
+    centered = F.pad(torch.from_numpy(images), [_SHIFT] * 4).repeat(_SHIFT_COPIES, 1, 1, 1)
+    generator = epoch_generator(_SHIFT_SEED, stream, 0)
+    offsets = torch.randint(0, 2 * _SHIFT + 1, (len(centered), 2), generator=generator)
+    unflipped = torch.zeros(len(centered), dtype=torch.bool)
+    return crop_and_flip(centered, offsets, unflipped, pad=_SHIFT).numpy()
+
+
+def _digits(*, test: int) -> RawImages:
     datasets = import_extra("sklearn.datasets", "demo", "the digits data set")
     selection = import_extra("sklearn.model_selection", "demo", "the digits data set")
     digits = datasets.load_digits()
     images: NDArray[np.uint8] = digits.images.astype(np.uint8)[:, None]  # whole numbers, 0 to 16
     labels: NDArray[np.int64] = digits.target.astype(np.int64)
-    train, test = selection.train_test_split(
-        np.arange(len(labels)), test_size=_DIGITS_TEST, random_state=_SPLIT_SEED, stratify=labels
+    train, rest = selection.train_test_split(
+        np.arange(len(labels)), test_size=test, random_state=_SPLIT_SEED, stratify=labels
     )
-    raw = RawImages(images[train], labels[train], images[test], labels[test])
-    return _normalized(raw, classes=10, scale=16)
+    return RawImages(images[train], labels[train], images[rest], labels[rest])
 
 
 def load_cifar10(folder: str | None) -> ImageData:

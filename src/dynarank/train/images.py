@@ -21,6 +21,7 @@ from dynarank.train.data import (
     load_cifar100,
     load_digits_data,
     load_fashion_mnist,
+    load_shifted_digits,
 )
 from dynarank.train.recipes import Recipe, RecipeError
 from dynarank.train.registry import build_model
@@ -48,6 +49,7 @@ class ImageSet:
 
 IMAGE_SETS = {
     "digits": ImageSet((1, 8, 8), 10, lambda place: load_digits_data()),
+    "shifted-digits": ImageSet((1, 12, 12), 10, lambda place: load_shifted_digits()),
     "cifar10": ImageSet((3, 32, 32), 10, load_cifar10),
     "cifar100": ImageSet((3, 32, 32), 100, load_cifar100),
     "fashion-mnist": ImageSet((1, 28, 28), 10, load_fashion_mnist),

@@ -24,6 +24,7 @@ _IMAGES, _IMAGE_MODELS = "dynarank.train.images", "dynarank.train.models"
 
 DATA: dict[str, str] = {
     "digits": _IMAGES,
+    "shifted-digits": _IMAGES,
     "cifar10": _IMAGES,
     "cifar100": _IMAGES,
     "fashion-mnist": _IMAGES,
