@@ -1,6 +1,8 @@
 """The arms: a schedule and a learning rate, relative to the problem's, for each problem.
 
-Rates are the best of 0.5, 1, 2 and 4 on the seeds 100 and 101, which are not reported. "low rank"
+Rates are the best of those tried on seeds of 100 and more, which are not reported: 0.5, 1, 2 and 4
+for full rank, low rank and a decay of fash, fewer for the others and mostly seed 100; vis2 has the
+problem's own. "low rank"
 is the low end of the gap that the tables speak of; "fixed B" is low rank with the same share of its
 own cost in every layer, "dynamic B" what the library chooses for the same total.
 """

@@ -61,14 +61,14 @@ def closed(runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) -> str:
     if not arms.keys() >= {"low rank", "full rank"}:
         return ""
     low, full = (mean(arms[name], metric) for name in ("low rank", "full rank"))
-    return f"{100 * (mean(runs, metric) - low) / (full - low):.0f}"
+    return str(round(100 * (mean(runs, metric) - low) / (full - low)))
 
 
 def row(arm: str, runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) -> str:
     """Write one arm's row."""
     deviation, error = spread(runs, metric)
     digits = 2 if metric == "accuracy" else 3
-    seconds, of_full = mean(runs, "cpu_seconds"), mean(arms["full rank"], "cpu_seconds")
+    seconds, full = mean(runs, "cpu_seconds"), arms.get("full rank")
     cells = [
         arm,
         str(len(runs)),
@@ -80,7 +80,7 @@ def row(arm: str, runs: Sequence[Run], metric: str, arms: dict[str, list[Run]]) 
         closed(runs, metric, arms),
         against_fixed(arm, metric, arms),
         f"{seconds:.1f}",
-        f"{seconds / of_full:.2f}",
+        f"{seconds / mean(full, 'cpu_seconds'):.2f}" if full else "",
     ]
     return f"| {' | '.join(cells)} |"
 
