@@ -37,7 +37,7 @@ __all__ = [
 _SPLIT_SEED = 0  # the split of the digits; part of the data set's definition, not an option
 _ORDER_SEED = 0  # the order in which `limit` takes images; part of its definition too
 _DIGITS_TEST = 360
-_SHIFTED_TEST, _SHIFT, _SHIFT_COPIES, _SHIFT_SEED = 900, 2, 4, 0  # of the shifted digits; as well
+_SHIFTED_TEST, _SHIFT, _SHIFT_COPIES, _SHIFT_SEED = 900, 2, 4, 0  # the shifted digits, likewise
 _STD_FLOOR = 0.05  # of the full scale; below it a pixel is nearly constant (CIFAR-10: 0.2 or more)
 _CHUNK = 1_000
 
