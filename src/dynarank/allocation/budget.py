@@ -18,13 +18,13 @@ from dynarank.forms import Form, FullRank, Plan
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import Site, survey
 
-__all__ = ["Budget", "Request", "find_budget"]
+__all__ = ["Budget", "BudgetArguments", "find_budget"]
 
 _UNITS = {"params": "parameters", "flops": "FLOPs", "bytes": "bytes", "seconds": "seconds"}
 
 
 @dataclass(frozen=True)
-class Request:
+class BudgetArguments:
     """The budget that a user gives to :func:`dynarank.plan_within`."""
 
     amounts: Mapping[str, float | int | None]
@@ -89,7 +89,7 @@ class Budget:
 
 
 def find_budget(
-    model: nn.Module, chosen: Sequence[Site], request: Request, planned: Plan
+    model: nn.Module, chosen: Sequence[Site], request: BudgetArguments, planned: Plan
 ) -> Budget:
     """The budget of the chosen layers, others having the forms that are planned for them.
 
@@ -122,7 +122,7 @@ def form_of(site: Site) -> Form:
 
 
 def _cost(
-    model: nn.Module, sites: Sequence[Site], kind: str, request: Request
+    model: nn.Module, sites: Sequence[Site], kind: str, request: BudgetArguments
 ) -> tuple[Callable[[Site, Form], float], float]:
     """The cost of each weight in a form, and that of everything else."""
     if kind == "seconds":
@@ -171,7 +171,7 @@ def _limit(kind: str, value: float | int, full: float) -> float:
     return value * full
 
 
-def _seconds(model: nn.Module, request: Request) -> Callable[[Site, Form], float]:
+def _seconds(model: nn.Module, request: BudgetArguments) -> Callable[[Site, Form], float]:
     timings = request.timings
     if timings is None:
         first = next(model.parameters())

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dynarank.allocation.budget import Request, find_budget
+from dynarank.allocation.budget import BudgetArguments, find_budget
 from dynarank.allocation.knapsack import Option, choose, choose_evenly
 from dynarank.allocation.rules import candidates, spectrum
 from dynarank.cost.budget import rank_step
@@ -98,7 +98,7 @@ def plan_within(
         raise ValueError(f'ranks are "energy" or "uniform", got {ranks!r}')
     sites = [site for site in candidates(model, layers) if not planned.keys() & _names(site)]
     amounts = {"params": params, "flops": flops, "bytes": bytes, "seconds": seconds}
-    budget = find_budget(model, sites, Request(amounts, of, sample, timings, use), planned)
+    budget = find_budget(model, sites, BudgetArguments(amounts, of, sample, timings, use), planned)
     steps, least = _STEPS if multiple_of is None else (multiple_of,), 0.0
     shares = _Shares(calibration)
     for step in steps:
