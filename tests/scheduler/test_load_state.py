@@ -131,7 +131,7 @@ POSSIBLE = (
     "last_step: 1180591620717411303424", "schedule.", "retry_at: ", "patience: ", "rates",
     "every: ", "seen", "rises", "postponed.0.after", "postponed.2.after", "postponed: {}",
     "postponed.2: 'drop'", "recompute: True", "decisions", "changes", "plan: {}", "plan: None",
-    "plan.", "last_factored_forms: {}", "'drop'", "'rename'",
+    "plan.", "last_factored_forms: {}", "'drop'", "'rename'", "batches: []",
 )  # fmt: skip
 
 

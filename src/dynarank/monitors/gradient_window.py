@@ -53,7 +53,7 @@ class GradientWindow:
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> optimizer = torch.optim.AdamW(model.parameters())
-        >>> gradients = dr.GradientWindow(model, optimizer, ["0"])
+        >>> gradients = GradientWindow(model, optimizer, ["0"])
         >>> for _ in range(4):
         ...     model(torch.randn(2, 8)).sum().backward()
         ...     optimizer.step()

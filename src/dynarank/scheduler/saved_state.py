@@ -17,7 +17,7 @@ from dynarank.form_data import (
     request_from_data,
     request_to_data,
 )
-from dynarank.forms import Adapted, Form, FullRank, LowRank, Within
+from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan, Request, Within
 from dynarank.scheduler.budgets import stand_in
 from dynarank.scheduler.callbacks import Callback, stateful_callbacks
 from dynarank.scheduler.postponed import Waiting
@@ -128,7 +128,7 @@ class SavedState:
             gradients=_gradients(state["gradients"]),
             batches=_batches(state["batches"]),
         )
-        _same("request", saved.request or {}, saved.plan or {}, "the layers of the plan are")
+        _check_answers(saved.request or {}, saved.plan or {})
         _same("forms", forms, [*layers, *(saved.plan or {})], "the layers and the last plan name")
         for key, named in (("postponed", saved.postponed), ("last_factored_forms", saved.last)):
             if unknown := named.keys() - forms.keys():
@@ -146,9 +146,19 @@ class SavedState:
         return [self.forms, self.last, self.plan or {}, before, stand_in(after)]
 
 
+def _check_answers(request: Request, plan: Plan) -> None:
+    """Raise ValueError unless the plan has what was answered, and a form for each budget."""
+    _same("request", request, plan, "the layers of the plan are")
+    for path, answer in request.items():
+        if not isinstance(answer, Within) and answer != plan[path]:
+            why = f"it answered {answer} for {path!r}, and the plan has {plan[path]}"
+            raise ValueError(_wrong("request", path, why))
+
+
 def _before_budgets(state: Any) -> Any:
     """A state of a version without budgets: what the schedule answered was the plan."""
-    if not isinstance(state, Mapping) or "request" in state or "plan" not in state:
+    known = isinstance(state, Mapping) and "plan" in state
+    if not known or "request" in state or "batches" in state:
         return state
     return {**cast(Mapping[str, Any], state), "request": state["plan"], "batches": None}
 
