@@ -43,6 +43,7 @@ __all__ = [
     "Run",
     "RunRecord",
     "SpectrumRecord",
+    "StepRecord",
     "SummaryRecord",
     "find_runs",
     "read_run",
@@ -68,12 +69,15 @@ class Metric(_Line):
 
 
 class RunRecord(_Line):
-    """The first record of a run: what was trained, on which device, with which versions."""
+    """The first record of a run: what was trained, on which device, with which versions.
+
+    A run recorded in a loop of one's own may not say its seed.
+    """
 
     kind: Literal["run"] = "run"
     recipe: str
     schedule: str
-    seed: int
+    seed: int | None
     epochs: int
     steps_per_epoch: int
     device: str
@@ -131,20 +135,32 @@ class DecisionRecord(_Line):
     readings: dict[str, float]
 
 
+class StepRecord(_Line):
+    """What a loop of one's own logs after an optimizer step; ``values`` by the user's names."""
+
+    kind: Literal["step"] = "step"
+    epoch: float
+    step: int
+    train_loss: float | None = None
+    learning_rate: float | None = None
+    values: dict[str, float] = Field(default_factory=dict[str, float])
+
+
 class EpochRecord(_Line):
     """Training and test results at the end of an epoch; ``seconds`` is training time alone.
 
-    Scores are in the run's metric; ``scores`` holds other metrics customary for the task.
+    Scores are in the run's metric; ``scores`` holds other metrics customary for the task. A run
+    recorded in a loop of one's own has the losses and scores that were logged.
     """
 
     kind: Literal["epoch"] = "epoch"
     epoch: float
     step: int
     learning_rate: float
-    train_loss: float
+    train_loss: float | None
     train_score: float | None = None
-    test_loss: float
-    test_score: float
+    test_loss: float | None
+    test_score: float | None
     scores: dict[str, float] = Field(default_factory=dict[str, float])
     trainable_parameters: int
     relative_flops: float
@@ -208,8 +224,8 @@ class SummaryRecord(_Line):
     """
 
     kind: Literal["summary"] = "summary"
-    test_score: float
-    best_test_score: float
+    test_score: float | None
+    best_test_score: float | None
     scores: dict[str, float] = Field(default_factory=dict[str, float])
     trainable_parameters_peak: int
     trainable_parameters_mean: float
@@ -226,6 +242,7 @@ Record = Annotated[
     | PhaseRecord
     | ChangeRecord
     | DecisionRecord
+    | StepRecord
     | EpochRecord
     | SpectrumRecord
     | HeatmapRecord
