@@ -12,6 +12,7 @@ import sys
 import typer
 
 from dynarank.cli.compare import compare
+from dynarank.cli.init import init
 from dynarank.cli.interruption import raising_on_signals
 from dynarank.cli.plan import plan
 from dynarank.cli.probe import probe
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for command in (train, plan, probe, compare, sweep, spectrum, report):
+for command in (init, train, plan, probe, compare, sweep, spectrum, report):
     app.command()(command)
 
 
