@@ -17,18 +17,15 @@ from dynarank.cli.streaming import StreamedTable
 from dynarank.decompositions import get_decomposition
 from dynarank.files.reading import DamagedFileError, sha256
 from dynarank.forms import RankLike
-from dynarank.monitors.file_spectra import (
-    StoredWeight,
-    WeightSpectrum,
-    read_spectrum,
-    stored_weights,
-)
+from dynarank.monitors.file_spectra import WeightSpectrum, read_spectrum
 from dynarank.monitors.singular_values import (
     effective_rank,
     energy_rank,
     spectral_ratio,
     stable_rank,
 )
+from dynarank.monitors.stored_weight import StoredWeight
+from dynarank.monitors.stored_weights import stored_weights
 from dynarank.monitors.weight_files import WeightFiles, open_weights
 from dynarank.records import read_run
 from dynarank.report.plotting import save_figure
