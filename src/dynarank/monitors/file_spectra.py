@@ -77,7 +77,7 @@ def _values(weight: StoredWeight, device: torch.device, room: int) -> Tensor:
 
 
 def file_spectra(path: Path) -> Iterator[WeightSpectrum]:
-    """The spectra of all weights at a path, see :func:`dynarank.monitors.stored_weights.survey_files`.
+    """The spectra of all weights at a path, see :func:`stored_weights`.
 
     Raises:
         FileNotFoundError: the path does not exist, or a shard is missing.

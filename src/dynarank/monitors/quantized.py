@@ -5,7 +5,7 @@ Legend: Q (n, m) the stored numbers, S (s0, s1) the scales, b0 x b1 the block th
     W[i, j] = Q[i, j] * S[i // b0, j // b1]
 
 One scale for the whole tensor is b0 x b1 = n x m, one a row 1 x m, one a column n x 1; the last
-block of a row or column may be cut. Keys called ``weight_scale_inv`` (DeepSeek-V3) multiply as well.
+block of a row or column may be cut. What DeepSeek-V3 calls ``weight_scale_inv`` multiplies too.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ class StoredWeight:
         parameters: how many numbers of the layer it takes up now.
         kind: ``plain`` as stored, ``low-rank`` a product of factors, ``rebuilt`` from scales, norms
             or an adapter, ``expert`` one of a stack, ``update`` of a weight elsewhere (LoRA).
+        groups: of a grouped convolution, where the layer before it tells.
     """
 
     name: str
@@ -40,6 +41,7 @@ class StoredWeight:
     parts: Callable[[], tuple[Tensor, ...]]
     parameters: int
     kind: Kind = "plain"
+    groups: int = 1
 
     @property
     def matrix(self) -> tuple[int, int]:

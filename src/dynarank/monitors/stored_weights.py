@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from torch import Tensor
@@ -114,6 +114,7 @@ def survey_files(files: WeightFiles) -> StoredWeights:
     _refuse_twins(files, weights)
     if not weights:
         raise ValueError(_nothing(files, left_out))
+    weights[1:] = map(_with_groups, weights, weights[1:])
     return StoredWeights(weights, left_out)
 
 
@@ -173,6 +174,22 @@ def _unread(kind: str, weight: bool) -> str:
     if kind in ("int8", "uint8") or kind.startswith("float"):
         return f"{kind} without scales that are known: save a dequantized checkpoint"
     return f"{kind} values are not read as a weight" if weight else ""
+
+
+def _with_groups(before: StoredWeight, weight: StoredWeight) -> StoredWeight:
+    """The weight with its groups: its inputs are the outputs of the convolution before it.
+
+    Both belong to one block: their names differ in one number. Depthwise weights tell themselves.
+    """
+    outputs, inputs = before.shape[0], weight.shape[1]
+    if len(before.shape) != len(weight.shape) or math.prod(weight.shape[2:]) == 1 or inputs == 1:
+        return weight
+    names = [re.split(r"(\d+)", one.name) for one in (before, weight)]
+    differ = [a != b for a, b in zip(*names, strict=False)]
+    if len(names[0]) != len(names[1]) or sum(differ) != 1 or any(differ[::2]):
+        return weight
+    groups, rest = divmod(outputs, inputs)
+    return replace(weight, groups=groups) if not rest and weight.shape[0] % groups == 0 else weight
 
 
 def _refuse_twins(files: WeightFiles, weights: Iterable[StoredWeight]) -> None:

@@ -51,7 +51,7 @@ class TorchFile:
         self.tensors = {name: _stored(tensor) for name, tensor in self._found.items()}
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """Read the tensor of this name, or an entry of its first dimension; 8-bit floats in fp32."""
+        """Read a tensor, or one entry of its first dimension; 8-bit floats come in fp32."""
         if self._read > _RENEWED:
             self._found, self._read = {}, 0  # unmap first
             self._found = self._load()
