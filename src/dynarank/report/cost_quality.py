@@ -70,8 +70,8 @@ def _points(runs: Sequence[Run], value: _Value) -> list[_Point]:
     found: list[_Point] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
-        pairs = tuple((value(end), end.test_score) for end in ends)
-        pairs = tuple(pair for pair in pairs if all(map(math.isfinite, pair)))
+        scored = [(value(end), end.test_score) for end in ends if end.test_score is not None]
+        pairs = tuple(pair for pair in scored if all(map(math.isfinite, pair)))
         if pairs:
             x, y = (fmean(axis) for axis in zip(*pairs, strict=True))
             found.append(_Point(name, colors[name], x, y, pairs))

@@ -29,11 +29,11 @@ __all__ = [
 LegendEntry = tuple["Artist", str]
 
 
-def line(color: str, style: Literal["-", ":", "--"] = "-") -> Artist:
+def line(color: str, style: Literal["-", ":", "--"] = "-", width: float = 1.8) -> Artist:
     """A line handle for a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=color, linestyle=style, linewidth=1.8)
+    return Line2D([], [], color=color, linestyle=style, linewidth=width)
 
 
 def patch(color: str, alpha: float = 1) -> Artist:

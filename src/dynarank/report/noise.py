@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from dynarank.records import NoiseRecord, Run
 from dynarank.report.grouping import by_schedule
 from dynarank.report.legends import legend_below, line
-from dynarank.report.plotting import new_figure, palette, plain_tick, styled
+from dynarank.report.plotting import new_figure, palette, plain_tick, point_markers, styled
 from dynarank.report.theme import NEUTRAL
 
 if TYPE_CHECKING:
@@ -39,8 +39,7 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
             [r.epoch for r in found],
             [r.noise_scale for r in found],
             color=colors[run.header.schedule],
-            marker="o" if len(found) <= 12 else None,
-            markersize=3,
+            **point_markers([r.noise_scale for r in found]),
         )
     batches = {run.config.get("recipe", {}).get("batch_size") for run in runs} - {None}
     for batch in batches:

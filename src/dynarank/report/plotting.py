@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -32,6 +33,7 @@ __all__ = [
     "palette",
     "percent_tick",
     "plain_tick",
+    "point_markers",
     "require_matplotlib",
     "save_figure",
     "score_axis",
@@ -134,6 +136,19 @@ def score_axis(axes: Axes, metric: Metric) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick if metric.percent else plain_tick))
+
+
+def point_markers(values: Sequence[float], few: int = 12) -> dict[str, Any]:
+    """Markers for a curve of few points, and for points between gaps, which no line shows.
+
+    Example:
+        >>> point_markers([1.0, math.nan, 2.0, 3.0], few=2)["markevery"]
+        [0]
+    """
+    finite = [False, *map(math.isfinite, values), False]
+    alone = [i for i in range(len(values)) if finite[i : i + 3] == [False, True, False]]
+    shown = list(range(len(values))) if sum(finite) <= few else alone
+    return {"marker": "o", "markersize": 3, "markevery": shown} if shown else {}
 
 
 def plain_tick(value: float, _: float) -> str:

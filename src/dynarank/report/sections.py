@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from dynarank.files.printable import printable
 from dynarank.records import (
     DecisionRecord,
-    EpochRecord,
     HeatmapRecord,
     NoiseRecord,
     PhaseRecord,
@@ -19,11 +18,11 @@ from dynarank.records import (
 from dynarank.report.annotations import MOST_LABELS
 from dynarank.report.comparison import compare_scores
 from dynarank.report.cost_quality import cost_quality_figure
-from dynarank.report.curves import curves_figure
+from dynarank.report.curves import curves_figure, has_curves
 from dynarank.report.decisions import decisions_table
 from dynarank.report.figures import MOST_SCHEDULES
 from dynarank.report.formats import joined
-from dynarank.report.grouping import by_schedule, first_of_each
+from dynarank.report.grouping import by_schedule, final_scores, first_of_each, run_name
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
 from dynarank.report.layer_viewer import layer_viewer
@@ -84,7 +83,7 @@ def _content(
     able = [run for run in runs if not isinstance(_built(build, [run]), str)]
     rest = _built(build, able) if 0 < len(able) < len(runs) else ""
     lost = [run for run in runs if isinstance(rest, str) or run not in able]
-    names = joined([f"{run.header.schedule} (seed {run.header.seed})" for run in lost])
+    names = joined([run_name(run) for run in lost])
     told = f"{title} cannot be shown for {printable(names)}: {content}"
     warn(told)
     return [element("p", f"{told}.", class_="note"), *([] if isinstance(rest, str) else rest)]
@@ -130,14 +129,12 @@ def _which(runs: Sequence[Run], shown: int) -> str:
 
 def _quality(runs: Sequence[Run]) -> Html:
     """The cost-quality plots and significant differences, if there are runs to compare."""
-    finished = [run for run in runs if run.summary is not None]
+    finished = [run for run in runs if final_scores([run])]
     if len(finished) < 2:  # one point is no comparison, and the table has it already
-        return Html("") if finished else element("p", "No run has finished yet.")
+        ended = any(run.summary is not None for run in runs)
+        return Html("") if ended else element("p", "No run has finished yet.")
     metric = runs[0].header.metric
-    scores = {
-        name: [run.summary.test_score for run in group if run.summary is not None]
-        for name, group in by_schedule(finished).items()
-    }
+    scores = {name: final_scores(group) for name, group in by_schedule(finished).items()}
     told = [element("li", sentence) for sentence in compare_scores(scores, metric)]
     better = "up" if metric.higher_is_better else "down"
     caption = (
@@ -155,7 +152,7 @@ def _quality(runs: Sequence[Run]) -> Html:
 
 
 def _curves(runs: Sequence[Run]) -> list[Html]:
-    if not any(run.all(EpochRecord) for run in runs):
+    if not has_curves(runs):
         return []
     caption = (
         "Solid lines: test. Dotted lines: training. Dashed vertical lines: transition points, at "
@@ -245,6 +242,6 @@ def _configuration(runs: Sequence[Run]) -> Html:
     for run in runs:
         recorded = {"run": run.header.model_dump(mode="json"), "config": run.config}
         text = json.dumps(recorded, indent=2, ensure_ascii=False)
-        blocks.append(element("h3", f"{run.header.schedule}, seed {run.header.seed}"))
+        blocks.append(element("h3", run_name(run)))
         blocks.append(element("pre", text))
     return details("Configuration and versions, as recorded", *blocks)

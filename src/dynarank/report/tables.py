@@ -36,6 +36,7 @@ from dynarank.report.transition_points import (
     TransitionPoint,
     change_kind,
     last_epoch,
+    reached_text,
     transition_points,
 )
 
@@ -92,7 +93,10 @@ def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
         yield written(fmean(value(end) for end in ends))
 
 
-def _mean_and_spread(values: Sequence[float], metric: Metric) -> str:
+def _mean_and_spread(scores: Sequence[float | None], metric: Metric) -> str:
+    values = [score for score in scores if score is not None]
+    if not values:
+        return _NONE
     finite = all(map(math.isfinite, values))
     spread = f" ± {spread_text(stdev(values), metric)}" if len(values) > 1 and finite else ""
     return score_text(fmean(values), metric) + spread
@@ -100,16 +104,18 @@ def _mean_and_spread(values: Sequence[float], metric: Metric) -> str:
 
 def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
     header, epochs = run.header, run.all(EpochRecord)
-    reached = f"seed {header.seed} unfinished: epoch {number(last_epoch(run))} of {header.epochs}"
-    first = element("span", swatch, header.schedule, element("small", reached))
+    seed = "" if header.seed is None else f"seed {header.seed} "
+    reached = element("small", f"{seed}unfinished: {reached_text(run)}")
+    first = element("span", swatch, header.schedule, reached)
     if not epochs:
         return (first, *[_NONE] * 8)
-    scores = [epoch.test_score for epoch in epochs if math.isfinite(epoch.test_score)]
-    best = (max if header.metric.higher_is_better else min)(scores, default=math.nan)
+    scores = [epoch.test_score for epoch in epochs if epoch.test_score is not None]
+    finite = [score for score in scores if math.isfinite(score)]
+    best = (max if header.metric.higher_is_better else min)(finite, default=math.nan)
     seconds = seconds_text(math.fsum(epoch.seconds for epoch in epochs))
     peak = count(max(epoch.trainable_parameters for epoch in epochs))
-    last = score_text(epochs[-1].test_score, header.metric)
-    return (first, last, score_text(best, header.metric), peak, _NONE, _NONE, _NONE, seconds, _NONE)
+    shown = [score_text(score, header.metric) for score in (*scores[-1:], best)]
+    return (first, *(shown if scores else [_NONE] * 2), peak, _NONE, _NONE, _NONE, seconds, _NONE)
 
 
 def phases_table(runs: Sequence[Run]) -> Html:
