@@ -7,7 +7,7 @@ losses only, or only those of its steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
@@ -20,12 +20,12 @@ from dynarank.report.annotations import (
     label_markers,
     shade_phases,
 )
+from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule, first_of_each
 from dynarank.report.legends import LegendEntry, label_with_count, legend_below, line, phase_entries
 from dynarank.report.plotting import (
     display_name,
     new_figure,
-    palette,
     plain_tick,
     point_markers,
     score_axis,
@@ -52,7 +52,9 @@ _MOST_STEPS = 600  # losses of single steps, over a schedule's runs
 
 
 @styled
-def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
+def curves_figure(
+    runs: Sequence[Run], columns: Literal[1, 2] = 2, colors: Mapping[str, str] | None = None
+) -> Figure:
     """Draw scores, and training and test losses, against epochs: one color per schedule.
 
     A schedule with several runs is drawn as their mean, with thin lines for each run. Losses of
@@ -63,9 +65,10 @@ def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
     Args:
         runs: all with the same metric.
         columns: panels side by side (2) or one above the other (1).
+        colors: of the schedules, where the figure is one of several; default: their own.
     """
     grouped = by_schedule(runs)
-    colors = palette(list(grouped))
+    colors = colors or schedule_colors(grouped)
     metric = runs[0].header.metric
     strips = _strips(grouped, colors)
     kinds = [kind for kind in (_SCORES, _LOSSES) if _has(runs, kind)]
@@ -100,7 +103,7 @@ def _has(runs: Sequence[Run], kind: dict[_Style, _Value]) -> bool:
     return kind is _LOSSES and any(_step_losses(run) for run in runs)
 
 
-def _strips(grouped: dict[str, list[Run]], colors: dict[str, str]) -> list[tuple[Run, str]]:
+def _strips(grouped: dict[str, list[Run]], colors: Mapping[str, str]) -> list[tuple[Run, str]]:
     """One strip per schedule when there are several; a single schedule shades the plot instead."""
     chosen = [group[0] for group in grouped.values()]
     phased = [run for run in chosen if run.all(PhaseRecord)]
@@ -198,7 +201,7 @@ def _maybe_log(axes: Axes) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _dress(axes: Axes, title: str, runs: Sequence[Run], colors: dict[str, str]) -> None:
+def _dress(axes: Axes, title: str, runs: Sequence[Run], colors: Mapping[str, str]) -> None:
     end = max((last_epoch(run) for run in runs), default=0) or 1
     markers = _readable(change_markers(first_of_each(runs), colors), len(colors) > 1)
     if len(colors) == 1:
@@ -223,10 +226,10 @@ def _readable(markers: list[ChangeMarker], several: bool) -> list[ChangeMarker]:
 
 
 def _legend_entries(
-    grouped: dict[str, list[Run]], colors: dict[str, str], strips: Sequence[tuple[Run, str]]
+    grouped: dict[str, list[Run]], colors: Mapping[str, str], strips: Sequence[tuple[Run, str]]
 ) -> list[LegendEntry]:
     entries = [
-        (line(color), label_with_count(name, grouped[name])) for name, color in colors.items()
+        (line(colors[name]), label_with_count(name, group)) for name, group in grouped.items()
     ]
     runs = [run for group in grouped.values() for run in group]
     if any(run.all(EpochRecord) for run in runs):

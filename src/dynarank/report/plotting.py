@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from dynarank.files.atomic import replacing
 from dynarank.records import Metric
-from dynarank.report.theme import INK, NEUTRAL, SERIES, depth_hexes, themed
+from dynarank.report.theme import INK, NEUTRAL, depth_hexes, themed
 from dynarank.sinks.extras import import_extra
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ __all__ = [
     "display_name",
     "inline_svg",
     "new_figure",
-    "palette",
     "percent_tick",
     "plain_tick",
     "point_markers",
@@ -107,14 +106,6 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
-
-
-def palette(names: Sequence[str]) -> dict[str, str]:
-    """Give each name a color-blind-safe color; beyond seven names, steps of a color map."""
-    if len(names) <= len(SERIES):
-        return dict(zip(names, SERIES, strict=False))
-    steps, last = depth_hexes(), len(names) - 1
-    return {name: steps[i * (len(steps) - 1) // last] for i, name in enumerate(names)}
 
 
 def depth_colormap() -> Colormap:

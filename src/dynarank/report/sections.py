@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.files.printable import printable
@@ -16,6 +16,7 @@ from dynarank.records import (
     SpectrumRecord,
 )
 from dynarank.report.annotations import MOST_LABELS
+from dynarank.report.colors import schedule_colors
 from dynarank.report.comparison import compare_scores
 from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure, has_curves
@@ -52,14 +53,15 @@ def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: Non
     """
     chosen = first_of_each(runs)[:MOST_SCHEDULES]
     which = _which(runs, len(chosen))
+    colors = schedule_colors(by_schedule(runs))
     name = runs[0].header.metric.name
     parts: list[tuple[str, Sequence[Run], _Build]] = [
-        (f"{name[:1].upper()}{name[1:]} and cost", runs, _costs),
-        ("Learning curves", runs, _curves),
+        (f"{name[:1].upper()}{name[1:]} and cost", runs, lambda runs: _costs(runs, colors)),
+        ("Learning curves", runs, lambda runs: _curves(runs, colors)),
         ("Rank of each layer over time", chosen, lambda runs: _timeline(runs, which)),
         ("Rank metrics over time", chosen, lambda runs: _rank_metrics(runs, which)),
         ("One layer over time", chosen, _one_layer),
-        ("Gradient noise (experimental)", chosen, lambda runs: _noise(runs, which)),
+        ("Gradient noise (experimental)", chosen, lambda runs: _noise(runs, which, colors)),
         ("Phases", chosen, lambda runs: _table(runs, PhaseRecord, which, phases_table)),
         (
             "Decisions and reasons",
@@ -97,8 +99,8 @@ def _built(build: _Build, runs: Sequence[Run]) -> list[Html] | str:
         return printable(f"{type(error).__name__}: {error}")
 
 
-def _costs(runs: Sequence[Run]) -> list[Html]:
-    return [cost_table(runs), _quality(runs)]
+def _costs(runs: Sequence[Run], colors: Mapping[str, str]) -> list[Html]:
+    return [cost_table(runs, colors), _quality(runs, colors)]
 
 
 def _one_layer(runs: Sequence[Run]) -> list[Html]:
@@ -127,7 +129,7 @@ def _which(runs: Sequence[Run], shown: int) -> str:
     return said + (f" {shown} of {schedules} schedules are shown." if shown < schedules else "")
 
 
-def _quality(runs: Sequence[Run]) -> Html:
+def _quality(runs: Sequence[Run], colors: Mapping[str, str]) -> Html:
     """The cost-quality plots and significant differences, if there are runs to compare."""
     finished = [run for run in runs if final_scores([run])]
     if len(finished) < 2:  # one point is no comparison, and the table has it already
@@ -147,11 +149,13 @@ def _quality(runs: Sequence[Run]) -> Html:
             "deviation; small points are the runs."
         )
     heading = element("h3", "Statistical comparison")
-    figure = _figure("cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3), caption)
+    figure = _figure(
+        "cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3, colors), caption
+    )
     return Html(heading + element("ul", *told, class_="sentences") + figure)
 
 
-def _curves(runs: Sequence[Run]) -> list[Html]:
+def _curves(runs: Sequence[Run], colors: Mapping[str, str]) -> list[Html]:
     if not has_curves(runs):
         return []
     caption = (
@@ -162,7 +166,9 @@ def _curves(runs: Sequence[Run]) -> list[Html]:
     )
     if len(by_schedule(runs)) < len(runs):
         caption += " Thick lines are means over a schedule's runs, thin lines the runs."
-    return [_figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2), caption)]
+    return [
+        _figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2, colors), caption)
+    ]
 
 
 def _rank_metrics(runs: Sequence[Run], which: str) -> list[Html]:
@@ -182,7 +188,7 @@ def _rank_metrics(runs: Sequence[Run], which: str) -> list[Html]:
     ]
 
 
-def _noise(runs: Sequence[Run], which: str) -> list[Html]:
+def _noise(runs: Sequence[Run], which: str, colors: Mapping[str, str]) -> list[Html]:
     noisy = [run for run in runs if run.all(NoiseRecord)]
     if not noisy:
         return []
@@ -191,7 +197,7 @@ def _noise(runs: Sequence[Run], which: str) -> list[Html]:
         "covariance of per-sample gradients over the squared norm of their mean. Well below it a "
         "larger batch helps; well above it, hardly." + which
     )
-    return [_figure("noise", lambda narrow: noise_figure(noisy, narrow), caption)]
+    return [_figure("noise", lambda narrow: noise_figure(noisy, narrow, colors), caption)]
 
 
 def _timeline(runs: Sequence[Run], which: str) -> list[Html]:

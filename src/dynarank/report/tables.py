@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 
 from dynarank.records import (
@@ -16,6 +16,7 @@ from dynarank.records import (
     SpectrumRecord,
     SummaryRecord,
 )
+from dynarank.report.colors import schedule_colors
 from dynarank.report.formats import (
     bytes_text,
     count,
@@ -30,7 +31,6 @@ from dynarank.report.formats import (
 )
 from dynarank.report.grouping import by_schedule
 from dynarank.report.markup import Html, details, element, table
-from dynarank.report.plotting import palette
 from dynarank.report.theme import themed_color
 from dynarank.report.transition_points import (
     TransitionPoint,
@@ -46,7 +46,7 @@ MOST_ROWS = 60
 _NONE = "–"
 
 
-def cost_table(runs: Sequence[Run]) -> Html:
+def cost_table(runs: Sequence[Run], colors: Mapping[str, str] | None = None) -> Html:
     """Build the table of each schedule's score and cost, as means over its finished runs."""
     columns = (
         "schedule",
@@ -60,22 +60,16 @@ def cost_table(runs: Sequence[Run]) -> Html:
         "wall-clock",
     )
     metric = runs[0].header.metric
-    numbers = {name: index for index, name in enumerate(by_schedule(runs))}
+    colors = colors or schedule_colors(by_schedule(runs))
     rows: list[Sequence[str]] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
-        swatch = _swatch(numbers[name], len(numbers))
+        swatch = element("span", class_="swatch", style=themed_color(colors[name]))
         if ends:
             counted = [element("small", f"mean of {len(ends)} runs")] if len(ends) > 1 else []
             rows.append((element("span", swatch, name, *counted), *_cost_cells(ends, metric)))
         rows.extend(_unfinished_cells(swatch, run) for run in group if run.summary is None)
     return table(columns, rows)
-
-
-def _swatch(number: int, schedules: int) -> Html:
-    """A dot in the color that the schedule has in the figures."""
-    color = list(palette([str(i) for i in range(schedules)]).values())[number]
-    return element("span", class_="swatch", style=themed_color(color))
 
 
 def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
