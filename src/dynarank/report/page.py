@@ -15,10 +15,11 @@ from dynarank.records import EpochRecord, Run, read_runs
 from dynarank.report.embed import packaged, policy, script, style
 from dynarank.report.formats import joined, number, plural
 from dynarank.report.grouping import by_schedule, comparable, run_name
-from dynarank.report.markup import element, safe
+from dynarank.report.markup import Html, element, safe
 from dynarank.report.plotting import require_matplotlib
 from dynarank.report.sections import sections
 from dynarank.report.transition_points import reached_text
+from dynarank.report.verdict import verdict
 
 __all__ = ["build_page", "write_report"]
 
@@ -74,6 +75,7 @@ def build_page(
         warn(told)
     recipes = joined(_distinct([run.header.recipe for run in runs]))
     return Template(packaged("page.html")).substitute(
+        verdict=_verdict(runs, warn),
         policy=safe(policy(_SCRIPTS)),
         style=style(),
         title=safe(f"{recipes}: training with dynamic rank"),
@@ -83,6 +85,15 @@ def build_page(
         sections="\n".join(sections(runs, warn)),
         scripts="\n".join(map(script, _SCRIPTS)),
     )
+
+
+def _verdict(runs: Sequence[Run], warn: Callable[[str], None]) -> Html:
+    """What to take from the runs; the page is worth more than this line, should it fail."""
+    try:
+        return element("p", verdict(runs), class_="verdict")
+    except Exception as error:
+        warn(f"the first line cannot be written: {type(error).__name__}: {printable(str(error))}")
+        return Html("")
 
 
 def _distinct(items: Sequence[str]) -> list[str]:
