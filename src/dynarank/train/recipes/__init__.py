@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from importlib.resources import files
 from itertools import pairwise
@@ -10,12 +9,13 @@ from typing import Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dynarank.files.nearest import did_you_mean
 from dynarank.forms import AdaptedExecution, Rank, RankLike
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.catalog import get_preset
 from dynarank.train.registry import DATA, MODELS
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
+__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names", "recipe_summaries"]
 
 LearningRateSchedule: TypeAlias = Literal[
     "constant", "multistep", "cosine", "linear", "wsd", "onecycle"
@@ -177,6 +177,21 @@ def recipe_names() -> list[str]:
     )
 
 
+def recipe_summaries() -> dict[str, str]:
+    """What each recipe trains, in one line.
+
+    Example:
+        >>> recipe_summaries()["imdb-lstm"]
+        'A bidirectional LSTM on IMDb movie reviews, with a word vocabulary.'
+    """
+    return {name: _read(name)["summary"] for name in recipe_names()}
+
+
+def _read(name: str) -> dict[str, Any]:
+    text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
 def load_recipe(name: str) -> Recipe:
     """Load a recipe by name.
 
@@ -185,8 +200,6 @@ def load_recipe(name: str) -> Recipe:
     """
     names = recipe_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(name, names) or "."
         raise RecipeError(f"unknown recipe {name!r}{hint} Known recipes: {', '.join(names)}.")
-    text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    return Recipe(name=name, **tomllib.loads(text))
+    return Recipe(name=name, **_read(name))
