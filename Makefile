@@ -37,7 +37,7 @@ check: .venv/.dev  ## style and types
 	$(BIN)/pyright
 
 docs: .venv/.dev  ## the documentation site, in build/site
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv runs build

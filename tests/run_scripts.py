@@ -8,10 +8,8 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-
-import torch  # noqa: F401
-
-import dynarank  # noqa: F401
+import traceback
+from importlib import import_module
 
 
 def run(script: str) -> int:
@@ -21,12 +19,14 @@ def run(script: str) -> int:
     try:
         runpy.run_path(script, run_name="__main__")
     except BaseException:
-        sys.excepthook(*sys.exc_info())
+        traceback.print_exc()
         os._exit(1)
     sys.stdout.flush()
     os._exit(0)
 
 
+for module in ("torch", "dynarank"):
+    import_module(module)
 os.chdir(sys.argv[1])
 failed = [script for script in sys.argv[2:] if run(script)]
 sys.exit(f"failed: {' '.join(failed)}" if failed else 0)

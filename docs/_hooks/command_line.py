@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-import click
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -26,28 +26,28 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def page(group: click.Command) -> str:
+def page(group: Any) -> str:
     """Each command with its arguments and options, in Markdown."""
-    root = click.Context(group, info_name="dynarank")
+    root = group.context_class(group, info_name="dynarank")
     commands = ((name, group.get_command(root, name)) for name in group.list_commands(root))
     return HEAD + "".join(section(name, one, root) for name, one in commands if not one.hidden)
 
 
-def section(name: str, command: click.Command, root: click.Context) -> str:
+def section(name: str, command: Any, root: Any) -> str:
     """One command: its usage, its help and a list of what it takes."""
-    context = click.Context(command, info_name=name, parent=root)
+    context = command.context_class(command, info_name=name, parent=root)
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     about = (command.help or "").split("\f")[0]
     takes = "".join(parameters(command, context))
     return f"\n## {name}\n\n```\n{usage}\n```\n\n{about}\n\n{takes}"
 
 
-def parameters(command: click.Command, context: click.Context) -> Iterator[str]:
+def parameters(command: Any, context: Any) -> Iterator[str]:
     """A line of Markdown for each argument and option."""
     for one in command.get_params(context):
         if getattr(one, "hidden", False) or one.name == "help":
             continue
-        names = one.human_readable_name
+        names = one.metavar or one.name
         if one.param_type_name == "option":
             names = ", ".join([*one.opts, *one.secondary_opts])
             names += f" {one.metavar}" if one.metavar else ""

@@ -20,13 +20,13 @@ SCORE = (226, 392)
 LOWEST, HIGHEST = 0.8, 0.935
 STYLE = """
 svg { font: 15px system-ui, sans-serif }
-.card { fill: #fff; stroke: #d1d9e0 } .grid { stroke: #d8dee4 }
+.back { fill: #fff; stroke: #d1d9e0 } .grid { stroke: #d8dee4 }
 text { fill: #59636e } .title { fill: #24292f; font-weight: 600 }
 polyline { fill: none; stroke: currentColor; stroke-width: 2.5; stroke-linejoin: round }
 polygon { fill: currentColor; opacity: .18 } .name { fill: currentColor }
 .full-rank { color: #6e7781 } .low-rank { color: #d55e00 } .decay { color: #0072b2 }
 @media (prefers-color-scheme: dark) {
-  .card { fill: #12161b; stroke: #323a43 } .grid { stroke: #323a43 }
+  .back { fill: #12161b; stroke: #323a43 } .grid { stroke: #323a43 }
   text { fill: #9aa4af } .title { fill: #e6e9ec }
   .full-rank { color: #9aa4af } .low-rank { color: #f0763a } .decay { color: #3a9be0 }
 }"""
@@ -75,12 +75,12 @@ def cost(name: str, at: float) -> str:
 def score(name: str, at: float) -> str:
     """Test accuracy: mean and range of the seeds, and the last epoch's mean and deviation."""
     epochs = list(zip(*(run.all(EpochRecord) for run in runs_of(name)), strict=True))
-    scores = [[record.test_score or 0 for record in records] for records in epochs]
+    scores = [[float(one.test_score or 0) for one in records] for records in epochs]
 
     def curve(pick: Callable[[list[float]], float]) -> list[tuple[float, float]]:
         return [(across(i + 1), up(pick(s), SCORE, LOWEST, HIGHEST)) for i, s in enumerate(scores)]
 
-    final = [100 * run.all(SummaryRecord)[-1].test_score for run in runs_of(name)]
+    final = [100 * (run.all(SummaryRecord)[-1].test_score or 0) for run in runs_of(name)]
     words = f"{NAMES[name]}: {mean(final):.1f} ± {stdev(final):.1f}"
     band = line("polygon", name, [*curve(max), *reversed(curve(min))])
     lines = f'<g clip-path="url(#panel)">{band}{line("polyline", name, curve(mean))}</g>'
@@ -107,12 +107,12 @@ def axes() -> list[str]:
 
 def picture() -> str:
     """The whole SVG; it follows the reader's light or dark colors."""
-    card = f'<rect class="card" x=".5" y=".5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8"/>'
+    back = f'<rect class="back" x=".5" y=".5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8"/>'
     costs = [cost("full-rank", 77), cost("low-rank", 166), cost("decay", 145)]
     scores = [score("low-rank", 290), score("full-rank", 262), score("decay", 241)]
     panel = f'<rect y="{SCORE[0]}" width="{WIDTH}" height="{SCORE[1] - SCORE[0]}"/>'
     clip = f'<clipPath id="panel">{panel}</clipPath>'
-    parts = [f"<style>{STYLE}</style>", clip, card, *axes(), *costs, *scores]
+    parts = [f"<style>{STYLE}</style>", clip, back, *axes(), *costs, *scores]
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     return "\n".join([head, *parts, "</svg>"]) + "\n"
