@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,40 +56,3 @@ def test_an_example_is_short_and_explains_itself(path: Path) -> None:
     text = path.read_text()
     assert text.count("\n") <= LINES.get(path.stem, 150)
     assert ast.get_docstring(ast.parse(text))
-
-
-def test_the_readme_shows_code_that_runs() -> None:
-    """Each Python block of the README, one after another in one namespace."""
-    blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    assert blocks
-    code = "\n".join(block.split("```")[0] for block in blocks)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def test_documents_name_tests_that_exist() -> None:
-    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    for path in pages:
-        if path.parent.name == "how-to":  # these name the files that a reader is to write
-            continue
-        text = path.read_text(encoding="utf-8")
-        assert set(re.findall(r"test_\w+\.py", text)) <= names, path
-        for place in re.findall(r"tests/[\w/]+\.py", text):
-            assert (ROOT / place).exists(), f"{path}: {place}"
-
-
-def test_no_document_holds_a_placeholder_or_a_dead_link() -> None:
-    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    assert len(documents) >= 6
-    # Names that a page may speak of, since a module defines them.
-    code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
-    constants = set(re.findall(r"^([A-Z_]+)(?:: .*)? = ", code, re.M))
-    for path in documents:
-        text = path.read_text(encoding="utf-8")
-        names = set(re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b|^RESULTS$|TODO", text, re.M))
-        assert not names - constants, path
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (path.parent / target).exists(), f"{path}: {target}"
