@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from dynarank.cli.interruption import GoOn
-from dynarank.cli.show import ProgressListener
+from dynarank.cli.progress import ProgressListener
 from dynarank.files.json_data import DamagedFileError
 from dynarank.files.ownership import move_aside, owned
 from dynarank.records import Run, find_runs

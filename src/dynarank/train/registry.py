@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["DATA", "MODELS", "READERS", "TEXT_READER", "build_model"]
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+from dynarank.files.nearest import did_you_mean
 from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.recipe_files import is_own_recipe, load_own_recipe
 
-__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
+__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names", "recipe_summaries"]
 
 
 def recipe_names() -> list[str]:
@@ -20,6 +21,21 @@ def recipe_names() -> list[str]:
     return sorted(
         f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
     )
+
+
+def recipe_summaries() -> dict[str, str]:
+    """What each recipe trains, in one line.
+
+    Example:
+        >>> recipe_summaries()["imdb-lstm"]
+        'A bidirectional LSTM on IMDb movie reviews, with a word vocabulary.'
+    """
+    return {name: _read(name)["summary"] for name in recipe_names()}
+
+
+def _read(name: str) -> dict[str, Any]:
+    text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -37,10 +53,8 @@ def load_recipe(name: str) -> Recipe:
         return load_own_recipe(name)
     names = recipe_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(name, names) or "."
         file = f"{name}.toml"
         hint += f" A file is named with its ending: {file}." if Path(file).is_file() else ""
         raise RecipeError(f"unknown recipe {name!r}{hint} Known recipes: {', '.join(names)}.")
-    text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    return Recipe(name=name, **tomllib.loads(text))
+    return Recipe(name=name, **_read(name))
