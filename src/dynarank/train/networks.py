@@ -53,7 +53,8 @@ def _build_own(recipe: Recipe, facts: Mapping[str, Any]) -> nn.Module:
     if isinstance(function, nn.Module):
         raise RecipeError(f"{name} is a network; name a function or class that makes one")
     options = {**accepted(function, facts), **recipe.model_options}
-    check_options(function, options, f"{name} with model_options")
+    what = f"{name} with model_options (of the data, {', '.join(facts) or 'nothing'} is known)"
+    check_options(function, options, what)
     with calling(name, recipe.root):
         made = function(**options)
     if not isinstance(made, nn.Module):

@@ -129,10 +129,10 @@ def check_schedules(
         stepped: Recipe | None = None
         for recipe, name in chosen:
             try:
-                _check(recipe, name, task, epochs * task.steps_per_epoch, measure)
                 if isinstance(task, OwnTask) and recipe is not stepped:
                     model, stepped = task.model(), recipe
                     task.check(model, make_optimizer(recipe, model), autocast)
+                _check(recipe, name, task, epochs * task.steps_per_epoch, measure)
             except ValueError as error:
                 raise RecipeError(f"{recipe.name}, {name}: {error}") from error
 
