@@ -81,6 +81,11 @@ def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(kind: str, tmp_pat
     assert scores[0] == scores[1]
 
 
+def _numpy_state() -> list[int]:
+    state: Any = np.random.get_state()
+    return state[1].tolist()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_is_a_pure_function_of_seed_and_epoch(kind: str, tmp_path: Path) -> None:
     task = task_of(recipe_of(tmp_path, kind))
@@ -90,11 +95,11 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(kind: str, tmp_path: Path
         assert len(batches) == task.steps_per_epoch - start == 6 - start
         return torch.cat([x.flatten().double() for b in batches for x in tree_leaves(b)])
 
-    before = (torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    before = (torch.random.get_rng_state(), random.getstate(), _numpy_state())
     first = values(task, 0)
-    again = (torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    again = (torch.random.get_rng_state(), random.getstate(), _numpy_state())
     assert torch.equal(before[0], again[0]) and before[1:] == again[1:]
-    torch.rand(3), random.random(), np.random.rand()  # what a model draws changes nothing
+    _ = torch.rand(3), random.random(), np.random.rand()  # what a model draws changes nothing
     assert torch.equal(values(task, 0), first)
     assert torch.equal(values(task, 0, 4), first[-len(first) // 3 :])
     assert not torch.equal(values(task, 1), first)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dynarank.layers.running import call_model, preserve_state
 from dynarank.records import Metric
-from dynarank.train.losses import LOSSES, class_scores, default_loss
+from dynarank.train.losses import LOSSES, class_scores, cross_entropy, default_loss
 from dynarank.train.networks import build_network, sketch_network
 from dynarank.train.own_code import accepted, calling, check_options, is_reference
 from dynarank.train.own_facts import TARGETS, data_facts, split_batch, targets_in_memory
@@ -103,7 +103,7 @@ class OwnTask:
             raise RecipeError(
                 f"label_smoothing {smoothing} is for cross-entropy, but the loss is {name}"
             )
-        function = partial(LOSSES[name], label_smoothing=smoothing) if smoothing else LOSSES[name]
+        function = partial(cross_entropy, label_smoothing=smoothing) if smoothing else LOSSES[name]
         return lambda output, target: function(_logits(output), target)
 
     def _own(self, reference: str, what: str) -> Callable[..., Any]:
