@@ -49,7 +49,7 @@ def decaying(module: nn.Module) -> nn.Module:
     for index, parameter in enumerate(p for p in module.parameters() if p.ndim > 1):
         with torch.no_grad():
             left, values, right = torch.linalg.svd(parameter.flatten(1), full_matrices=False)
-            values = torch.arange(1, len(values) + 1) ** (-0.4 * (index % 5))
+            values = torch.arange(1, len(values) + 1) ** (-0.4 * ((index + 3) % 5))
             parameter.copy_(((left * values) @ right).view_as(parameter))
     return module
 
