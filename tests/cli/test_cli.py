@@ -244,7 +244,7 @@ def test_a_diverged_run_exits_1(
     def diverge(*_: object, **__: object) -> None:
         raise DivergedError("the training loss of epoch 1 is nan")
 
-    monkeypatch.setattr(sys.modules["dynarank.cli.job_runner"], "run_schedule", diverge)
+    monkeypatch.setattr("dynarank.cli.job_runner.run_schedule", diverge)
     assert call(monkeypatch, "train", "digits", "--epochs", "1") == 1
     assert "loss of epoch 1 is nan" in capsys.readouterr().err
 
@@ -422,7 +422,7 @@ def test_tables_are_wrapped_between_words_at_80_columns(
         ("train", ["--schedule"], "trainable training FLOPs accuracy wall-clock"),
         ("compare", ["--seeds", "2", "--schedules"], "accuracy peak mean FLOPs memory time"),
     ):
-        monkeypatch.setattr(sys.modules[f"dynarank.cli.{command}"], "console", narrow)
+        monkeypatch.setattr(f"dynarank.cli.{command}.console", narrow)
         assert call(monkeypatch, command, *small, *more, "full-rank,dynamic-rank-low") == 0
         lines = capsys.readouterr().out.splitlines()
         rule = next(i for i, line in enumerate(lines) if line.lstrip().startswith("───"))
@@ -436,8 +436,7 @@ def test_the_phases_of_a_plan_fit_80_columns_with_whole_numbers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     narrow = Console(width=80, highlight=False)
-    plan = sys.modules["dynarank.cli.plan"]
-    monkeypatch.setattr(plan, "console", Mock(return_value=narrow))
+    monkeypatch.setattr("dynarank.cli.plan.console", Mock(return_value=narrow))
     assert call(monkeypatch, "plan", "text-gpt") == 0
     phases = capsys.readouterr().out.split("Per phase, whole model")[1]
     assert "1,902,720" in phases and "2,492,544" in phases and "trainable" in phases
