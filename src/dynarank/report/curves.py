@@ -22,7 +22,13 @@ from dynarank.report.annotations import (
 )
 from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule, first_of_each
-from dynarank.report.legends import LegendEntry, label_with_count, legend_below, line, phase_entries
+from dynarank.report.legends import (
+    LegendEntry,
+    labels_with_counts,
+    legend_below,
+    line,
+    phase_entries,
+)
 from dynarank.report.plotting import (
     display_name,
     new_figure,
@@ -149,6 +155,7 @@ def _draw(axes: Axes, group: Sequence[Run], value: _Value, color: str, style: _S
             linestyle=style,
             linewidth=1.6 if style == "-" else 1.2,
             alpha=0.9,
+            markerfacecolor=color if style == "-" else "#ffffff",
             **point_markers(list(mean.values()), few),
         )
 
@@ -228,9 +235,8 @@ def _readable(markers: list[ChangeMarker], several: bool) -> list[ChangeMarker]:
 def _legend_entries(
     grouped: dict[str, list[Run]], colors: Mapping[str, str], strips: Sequence[tuple[Run, str]]
 ) -> list[LegendEntry]:
-    entries = [
-        (line(colors[name]), label_with_count(name, group)) for name, group in grouped.items()
-    ]
+    shown = zip(grouped, labels_with_counts(grouped), strict=True)
+    entries = [(line(colors[name]), label) for name, label in shown]
     runs = [run for group in grouped.values() for run in group]
     if any(run.all(EpochRecord) for run in runs):
         entries += [(line(NEUTRAL), "test"), (line(NEUTRAL, ":"), "training")]

@@ -10,7 +10,7 @@ from dynarank.records import NoiseRecord, Run
 from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule
 from dynarank.report.legends import legend_below, line
-from dynarank.report.plotting import display_name, new_figure, plain_tick, point_markers, styled
+from dynarank.report.plotting import display_names, new_figure, plain_tick, point_markers, styled
 from dynarank.report.theme import NEUTRAL
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ def noise_figure(
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
     axes.set(xlabel="epoch", ylabel="samples", title="Gradient noise scale")
-    entries = [(line(colors[name]), display_name(name)) for name in shown]
+    entries = [
+        (line(colors[name]), label)
+        for name, label in zip(shown, display_names(list(shown)), strict=True)
+    ]
     legend_below(figure, [*entries, (line(NEUTRAL, "--"), "batch size")] if batches else entries)
     return figure

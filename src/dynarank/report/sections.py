@@ -34,6 +34,8 @@ from dynarank.report.rank_metrics import MOST_LAYERS, rank_metrics_figure, watch
 from dynarank.report.rank_timeline import rank_timeline_figure
 from dynarank.report.spectra_over_time import spectra_over_time_figure, spectrum_names
 from dynarank.report.tables import changes_table, cost_table, layers_table, phases_table
+from dynarank.report.terms import terms
+from dynarank.report.transition_points import transition_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["sections"]
 
 
+# The sections that use the words for forms and changes, in order.
+_IN_TERMS = ("Learning curves", "Rank of each layer over time", "Phases", "Changes of form")
 _Build = Callable[[Sequence[Run]], Iterable[Html]]
 
 
@@ -71,8 +75,12 @@ def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: Non
         ("Changes of form", chosen, lambda runs: [_said(which), changes_table(runs)]),
         ("Configuration", runs, lambda runs: [_configuration(runs)]),
     ]
-    built = ((title, _content(title, shown, build, warn)) for title, shown, build in parts)
-    return [element("section", element("h2", title), *found) for title, found in built if found]
+    built = {title: _content(title, shown, build, warn) for title, shown, build in parts}
+    first = next(title for title in _IN_TERMS if built[title])
+    built[first].insert(0, terms(runs))  # explained where they first occur
+    return [
+        element("section", element("h2", title), *found) for title, found in built.items() if found
+    ]
 
 
 def _content(
@@ -213,7 +221,8 @@ def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
 
 
 def _static(chosen: Sequence[Run]) -> list[Html]:
-    """Static figures of the first run that has data, for printing and without scripts."""
+    """Static figures of a run that has data, for printing and without scripts; one that changes."""
+    chosen = sorted(chosen, key=lambda run: not transition_points(run))
     found: list[Html] = []
     spectra = next((run for run in chosen if spectrum_names(run)), None)
     weights = next((run for run in chosen if run.all(HeatmapRecord)), None)

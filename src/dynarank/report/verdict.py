@@ -229,7 +229,8 @@ def _evidence(
     """On how many runs it rests, and which differences are not tested."""
     sizes = sorted({one.n for pair in shown for one in pair})
     if sizes == [1]:
-        return f",{' all' if len(shown) > 1 else ''} at n = 1: another seed may change as much"
+        every = " all" if len(shown) > 1 else ""
+        return f",{every} at n = 1: another seed may change a score by as much"
     n = f"n = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
     untested = [
         f"{one.name} against {base.name}"
