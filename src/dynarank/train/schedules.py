@@ -7,6 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from dynarank.cost.flops import trace
+from dynarank.cost.schedule import cost_schedule
+from dynarank.decompositions import get_decomposition
+from dynarank.forms import Within
 from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.scheduler.rank_scheduler import check_phases
 from dynarank.schedules.base import RankSchedule, Readings
@@ -89,14 +93,19 @@ def check_schedules(
         ValueError: the first schedule that is refused, with its name.
     """
     model, total_steps = task.model(), epochs * task.steps_per_epoch
-    sites = survey(model)
+    sites, use = survey(model), None
     for recipe, name in chosen:
         layers = {site.path: site.spec.unit_shape for site in select(sites, recipe.layers)}
         readings = Readings(layers, recipe.learning_rate, forecast_rates(recipe))
         try:
+            get_decomposition(recipe.decomposition)
             schedule = make_schedule(
                 recipe, name, model, task.sample(), total_steps, measure=measure
             )
-            check_phases(model, timeline(schedule, readings, total_steps), sites)
+            phases = timeline(schedule, readings, total_steps)
+            check_phases(model, phases, sites)
+            if any(isinstance(one, Within) for phase in phases for one in phase.plan.values()):
+                use = trace(model, task.sample()) if use is None else use
+                cost_schedule(use, schedule, list(layers), total_steps, forecast=readings.forecast)
         except ValueError as error:
             raise RecipeError(f"{recipe.name}, {name}: {error}") from error
