@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_encoder import write_tiny_encoder
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -20,6 +21,7 @@ ARGUMENTS = {
     "05_custom_decomposition": [],
     "06_custom_layer": [],
     "07_save_and_resume": ["--steps", "20"],
+    "09_compress_an_encoder": "--encoder encoder --data pairs --shares 0.5 --rounds 1".split(),
 }
 SAYS = {
     "01_functions": 'deflate(to="adapted")     23,306 trainable, output change 0.0e+00',
@@ -29,12 +31,15 @@ SAYS = {
     "05_custom_decomposition": "True Sequential",
     "06_custom_layer": "True Sequential",
     "07_save_and_resume": "bit by bit the same weights: True",
+    "09_compress_an_encoder": "0.5 calibrated, in a budget",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
+    if path.stem == "09_compress_an_encoder":
+        write_tiny_encoder(tmp_path)
     done = subprocess.run(
         [sys.executable, "-W", "error", path, *ARGUMENTS[path.stem]],
         capture_output=True,
