@@ -53,10 +53,9 @@ def check_command(words: list[str]) -> None:
     if words[0].isupper() or words[0].startswith("-"):
         GROUP.make_parser(root).parse_args([w for w in words if w.startswith("-")])
         return
-    command = GROUP.get_command(root, words[0])
-    assert command is not None, words[0]
+    _, command, rest = GROUP.resolve_command(root, words)
     context = command.context_class(command, parent=root)
-    given, _, _ = command.make_parser(context).parse_args(words[1:])
+    given, _, _ = command.make_parser(context).parse_args(rest)
     recipe = given.get("recipe")
     if isinstance(recipe, str) and not recipe.isupper() and not re.search(r"[.:]", recipe):
         assert recipe in recipe_names(), recipe
