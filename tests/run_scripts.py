@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 import traceback
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def run(script: str) -> int:
     os._exit(0)
 
 
+# Python 3.12 warns of forking where there are threads; those of numpy and torch are idle here.
+warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
 for module in ("torch", "torch._dynamo", "dynarank.scheduler.rank_scheduler"):  # what is slow
     import_module(module)
 failed = [script for script in sys.argv[1:] if run(script)]
