@@ -14,12 +14,12 @@ from dynarank import schedules
 from dynarank.allocation import rules
 from dynarank.allocation.within_budget import plan_within
 from dynarank.checkpoint.save import load, save
-from dynarank.decompositions import UnfitWeightError, register_decomposition
+from dynarank.decompositions import UnfitWeightError
 from dynarank.factors import regularizers
 from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
-from dynarank.layers import register_layer
 from dynarank.monitors.calibration import calibrate
 from dynarank.monitors.spectral import SpectralMonitor
+from dynarank.planning.estimate import estimate
 from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.planning.headroom import headroom
 from dynarank.scheduler.batch_norm import BatchNormRecalibration
@@ -47,6 +47,7 @@ __all__ = [
     "check",
     "current_plan",
     "deflate",
+    "estimate",
     "factorize",
     "fit_schedule",
     "headroom",
@@ -54,8 +55,6 @@ __all__ = [
     "load",
     "merge",
     "plan_within",
-    "register_decomposition",
-    "register_layer",
     "regularizers",
     "rules",
     "save",

@@ -30,10 +30,8 @@ def sequential(optimizer: Optimizer, length: int) -> Any:
 
 
 def chained(optimizer: Optimizer, length: int) -> Any:
-    parts: list[Any] = [
-        lrs.LinearLR(optimizer, 0.1, total_iters=3),
-        lrs.CosineAnnealingLR(optimizer, length),
-    ]
+    warm = lrs.LinearLR(optimizer, 0.1, total_iters=3)
+    return lrs.ChainedScheduler([warm, lrs.CosineAnnealingLR(optimizer, length)], optimizer)
 
 
 def _linear_decay(step: int, *, num_training_steps: int) -> float:

@@ -36,6 +36,7 @@ __all__ = [
     "count_flops",
     "form_parameters",
     "run_batch",
+    "share_of",
     "trace",
     "weights_only",
 ]
@@ -108,7 +109,7 @@ class ModelUse:
         own = sum(self.layers[path].flops(FullRank()).training for path in paths)
         whole = self.flops(dict.fromkeys(paths, FullRank())).training
         full = self.flops(dict.fromkeys(self.layers, FullRank())).training
-        return own / full, (whole - own) / full
+        return share_of(own, full), share_of(whole - own, full, 0.0)
 
     def flops(self, plan: Plan) -> Flops:
         """The FLOPs of one batch under ``plan``; layers not in the plan keep their form."""
@@ -120,6 +121,11 @@ class ModelUse:
         counts = [use.parameters(plan.get(path, use.form)) for path, use in self.layers.items()]
         trainable = sum(count[0] for count in counts) + self.other_trainable
         return trainable, sum(count[1] for count in counts) + self.other_total
+
+
+def share_of(part: float, whole: float, of_nothing: float = 1.0) -> float:
+    """``part / whole``; a model without matrix products costs in each form what it costs in any."""
+    return part / whole if whole else of_nothing
 
 
 def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[int, int]:
