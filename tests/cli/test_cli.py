@@ -127,6 +127,7 @@ def test_spectrum_as_json_of_any_model(
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert layers[0]["layer"] == "a" and layers[0]["stable_rank"] == pytest.approx(21 / 16)
     assert layers[1] == {"layer": "b", "shape": [2, 2], "finite": False}
+    assert layers[0]["lambda"] == pytest.approx(4 / 7) and layers[0]["lambda_rank"] == 1
     assert "<svg" in (here / "p.svg").read_text()
 
 
@@ -151,11 +152,11 @@ def test_spectrum_of_two_side_by_side(
         save_file(weights, here / name / "model.safetensors")
     assert call(monkeypatch, "spectrum", "one", "two") == 0
     title, heading, *rows, picture = capsys.readouterr().out.splitlines()
-    assert title == "Rank metrics: A = one, B = two" and heading.count("B - A") == 4
+    assert title == "Rank metrics: A = one, B = two" and heading.count("B - A") == 3
     cells = {row.split()[0]: row.split()[2:] for row in rows}
-    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0 0.667 0.500 -0.167".split()
-    assert cells["gone"] == "3.0 - 3.0 - 3 - 0.333 -".split()
-    assert cells["new"] == ["-", "nan"] * 4
+    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0".split()
+    assert cells["gone"] == "3.0 - 3.0 - 3 -".split()
+    assert cells["new"] == ["-", "nan"] * 3
     assert picture == "Figure: one-two-spectrum.png"
     assert (here / "one-two-spectrum.png").read_bytes().startswith(b"\x89PNG")
 
@@ -179,9 +180,9 @@ def test_spectrum_shows_each_row_when_it_is_ready(
     shown: list[str] = []
     read = TensorFile.read
 
-    def watched(file: TensorFile, name: str) -> torch.Tensor:
+    def watched(file: TensorFile, name: str, index: int | None = None) -> torch.Tensor:
         shown.append(capsys.readouterr().out)
-        return read(file, name)
+        return read(file, name, index)
 
     monkeypatch.setattr(TensorFile, "read", watched)
     assert call(monkeypatch, "spectrum", "m.safetensors", "--no-plot") == 0
@@ -243,7 +244,7 @@ def test_a_diverged_run_exits_1(
     def diverge(*_: object, **__: object) -> None:
         raise DivergedError("the training loss of epoch 1 is nan")
 
-    monkeypatch.setattr(sys.modules["dynarank.cli.job_runner"], "run_schedule", diverge)
+    monkeypatch.setattr("dynarank.cli.job_runner.run_schedule", diverge)
     assert call(monkeypatch, "train", "digits", "--epochs", "1") == 1
     assert "loss of epoch 1 is nan" in capsys.readouterr().err
 
@@ -361,7 +362,8 @@ OPTIONS = {
     "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
               "train-limit", "test-limit", "out", "device", "precision", "json", "help",
               "checkpoint-every"},
-    "spectrum": {"rank", "plot", "no-plot", "json", "help"},
+    "spectrum": {"energy", "suggest", "layers", "rank", "device", "plot", "no-plot", "json",
+                 "help"},
     "report": {"out", "figures", "format", "json", "help"},
 }  # fmt: skip
 
@@ -420,7 +422,7 @@ def test_tables_are_wrapped_between_words_at_80_columns(
         ("train", ["--schedule"], "trainable training FLOPs accuracy wall-clock"),
         ("compare", ["--seeds", "2", "--schedules"], "accuracy peak mean FLOPs memory time"),
     ):
-        monkeypatch.setattr(sys.modules[f"dynarank.cli.{command}"], "console", narrow)
+        monkeypatch.setattr(f"dynarank.cli.{command}.console", narrow)
         assert call(monkeypatch, command, *small, *more, "full-rank,dynamic-rank-low") == 0
         lines = capsys.readouterr().out.splitlines()
         rule = next(i for i, line in enumerate(lines) if line.lstrip().startswith("───"))
@@ -434,8 +436,7 @@ def test_the_phases_of_a_plan_fit_80_columns_with_whole_numbers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     narrow = Console(width=80, highlight=False)
-    plan = sys.modules["dynarank.cli.plan"]
-    monkeypatch.setattr(plan, "console", Mock(return_value=narrow))
+    monkeypatch.setattr("dynarank.cli.plan.console", Mock(return_value=narrow))
     assert call(monkeypatch, "plan", "text-gpt") == 0
     phases = capsys.readouterr().out.split("Per phase, whole model")[1]
     assert "1,902,720" in phases and "2,492,544" in phases and "trainable" in phases

@@ -20,7 +20,7 @@ from dynarank.report.formats import (
     ratio,
     seconds_text,
 )
-from dynarank.report.plotting import display_name, palette
+from dynarank.report.plotting import display_name
 from dynarank.report.transition_points import Span, change_kind, spans
 
 
@@ -88,8 +88,3 @@ def test_names_are_made_fit_for_a_figure():
     assert display_name("_hidden") == " _hidden"
     assert display_name("a\nb") == "a b"
     assert len(display_name("x" * 200, 30)) == 30
-
-
-def test_more_schedules_than_colors_stay_distinct():
-    names = [f"schedule {i}" for i in range(12)]
-    assert len(set(palette(names).values())) == 12

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from dynarank.cli.interruption import GoOn
-from dynarank.cli.show import ProgressListener
+from dynarank.cli.progress import ProgressListener
 from dynarank.files.json_data import DamagedFileError
 from dynarank.files.ownership import move_aside, owned
 from dynarank.records import Run, find_runs
@@ -161,7 +161,9 @@ class JobRunner:
         task = self._task(jobs[0])
         chosen = {(id(j.recipe), j.schedule): (j.recipe, j.schedule) for j in jobs}
         new = [value for key, value in chosen.items() if key not in self._checked]
-        check_schedules(new, task, self.epochs, measure=self.machine.measure)
+        check_schedules(
+            new, task, self.epochs, measure=self.machine.measure, autocast=self.machine.autocast
+        )
         self._checked |= chosen.keys()
         return data_digest(task)
 

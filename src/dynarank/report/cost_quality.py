@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Metric, Run, SummaryRecord
+from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule
-from dynarank.report.plotting import display_name, new_figure, palette, score_axis, styled
+from dynarank.report.plotting import display_name, new_figure, score_axis, styled
 from dynarank.report.theme import INK, NEUTRAL
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class _Point:
 
 
 @styled
-def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
+def cost_quality_figure(
+    runs: Sequence[Run], columns: Literal[1, 3] = 3, colors: Mapping[str, str] | None = None
+) -> Figure:
     """Plot test score against relative training FLOPs, peak memory and training time.
 
     A labeled point is a schedule; with several runs it is their mean, with error bars of one
@@ -49,15 +52,21 @@ def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figu
     Args:
         runs: all with the same metric.
         columns: plots side by side (3) or one above the other (1).
+        colors: of the schedules, where the figure is one of several; default: their own.
     """
     metric = runs[0].header.metric
+    colors = colors or schedule_colors(by_schedule(runs))
     memory, memory_unit = _memory_unit(runs)
     seconds, seconds_unit = _time_unit(runs)
     figure = new_figure(9.5 if columns == 3 else 4.6, 3.5 if columns == 3 else 9.0)
     panels = list(figure.subplots(3 // columns, columns, sharey=True, squeeze=False).flat)
-    _panel(panels[0], runs, lambda end: end.relative_flops, "training FLOPs / full-rank")
-    _panel(panels[1], runs, lambda end: end.memory_bytes / memory, f"peak memory ({memory_unit})")
-    _panel(panels[2], runs, lambda end: end.train_seconds / seconds, f"training ({seconds_unit})")
+    measures: tuple[tuple[str, _Value], ...] = (
+        ("training FLOPs / full-rank", lambda end: end.relative_flops),
+        (f"peak memory ({memory_unit})", lambda end: end.memory_bytes / memory),
+        (f"training ({seconds_unit})", lambda end: end.train_seconds / seconds),
+    )
+    for axes, (label, value) in zip(panels, measures, strict=True):
+        _panel(axes, runs, colors, value, label)
     for axes in panels[:1] if columns == 3 else panels:
         axes.set_ylabel(f"test {display_name(metric.name)}")
     for axes in panels:
@@ -65,21 +74,22 @@ def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figu
     return figure
 
 
-def _points(runs: Sequence[Run], value: _Value) -> list[_Point]:
-    colors = palette(list(by_schedule(runs)))
+def _points(runs: Sequence[Run], colors: Mapping[str, str], value: _Value) -> list[_Point]:
     found: list[_Point] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
-        pairs = tuple((value(end), end.test_score) for end in ends)
-        pairs = tuple(pair for pair in pairs if all(map(math.isfinite, pair)))
+        scored = [(value(end), end.test_score) for end in ends if end.test_score is not None]
+        pairs = tuple(pair for pair in scored if all(map(math.isfinite, pair)))
         if pairs:
             x, y = (fmean(axis) for axis in zip(*pairs, strict=True))
             found.append(_Point(name, colors[name], x, y, pairs))
     return found
 
 
-def _panel(axes: Axes, runs: Sequence[Run], value: _Value, label: str) -> None:
-    points = _points(runs, value)
+def _panel(
+    axes: Axes, runs: Sequence[Run], colors: Mapping[str, str], value: _Value, label: str
+) -> None:
+    points = _points(runs, colors, value)
     for point in points:
         if len(point.runs) > 1:
             axes.scatter(*zip(*point.runs, strict=True), color=point.color, s=9, alpha=0.5)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dynarank.files.printable import printable
 from dynarank.records import Run
 
-__all__ = ["by_schedule", "comparable", "first_of_each"]
+__all__ = ["by_schedule", "comparable", "final_scores", "first_of_each", "run_name"]
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:
@@ -55,3 +55,15 @@ def by_schedule(runs: Sequence[Run]) -> dict[str, list[Run]]:
 def first_of_each(runs: Sequence[Run]) -> list[Run]:
     """Choose one run for each schedule: the first."""
     return [group[0] for group in by_schedule(runs).values()]
+
+
+def run_name(run: Run) -> str:
+    """A run's schedule, and its seed if it has one: ``low-rank (seed 0)``."""
+    header = run.header
+    return header.schedule if header.seed is None else f"{header.schedule} (seed {header.seed})"
+
+
+def final_scores(runs: Sequence[Run]) -> list[float]:
+    """The test scores of the finished runs, without those of runs that recorded none."""
+    ends = [run.summary for run in runs if run.summary is not None]
+    return [end.test_score for end in ends if end.test_score is not None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 
 from dynarank.files.atomic import replacing
 from dynarank.records import Metric
-from dynarank.report.theme import INK, NEUTRAL, SERIES, depth_hexes, themed
+from dynarank.report.theme import INK, NEUTRAL, depth_hexes, themed
 from dynarank.sinks.extras import import_extra
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ __all__ = [
     "display_name",
     "inline_svg",
     "new_figure",
-    "palette",
     "percent_tick",
     "plain_tick",
+    "point_markers",
     "require_matplotlib",
     "save_figure",
     "score_axis",
@@ -107,14 +108,6 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def palette(names: Sequence[str]) -> dict[str, str]:
-    """Give each name a color-blind-safe color; beyond seven names, steps of a color map."""
-    if len(names) <= len(SERIES):
-        return dict(zip(names, SERIES, strict=False))
-    steps, last = depth_hexes(), len(names) - 1
-    return {name: steps[i * (len(steps) - 1) // last] for i, name in enumerate(names)}
-
-
 def depth_colormap() -> Colormap:
     """The color map for depth and time: viridis without its pale yellow end."""
     require_matplotlib()
@@ -134,6 +127,19 @@ def score_axis(axes: Axes, metric: Metric) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick if metric.percent else plain_tick))
+
+
+def point_markers(values: Sequence[float], few: int = 12) -> dict[str, Any]:
+    """Markers for a curve of few points, and for points between gaps, which no line shows.
+
+    Example:
+        >>> point_markers([1.0, math.nan, 2.0, 3.0], few=2)["markevery"]
+        [0]
+    """
+    finite = [False, *map(math.isfinite, values), False]
+    alone = [i for i in range(len(values)) if finite[i : i + 3] == [False, True, False]]
+    shown = list(range(len(values))) if sum(finite) <= few else alone
+    return {"marker": "o", "markersize": 3, "markevery": shown} if shown else {}
 
 
 def plain_tick(value: float, _: float) -> str:

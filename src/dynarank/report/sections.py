@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.files.printable import printable
 from dynarank.records import (
     DecisionRecord,
-    EpochRecord,
     HeatmapRecord,
     NoiseRecord,
     PhaseRecord,
@@ -17,13 +16,14 @@ from dynarank.records import (
     SpectrumRecord,
 )
 from dynarank.report.annotations import MOST_LABELS
+from dynarank.report.colors import schedule_colors
 from dynarank.report.comparison import compare_scores
 from dynarank.report.cost_quality import cost_quality_figure
-from dynarank.report.curves import curves_figure
+from dynarank.report.curves import curves_figure, has_curves
 from dynarank.report.decisions import decisions_table
 from dynarank.report.figures import MOST_SCHEDULES
 from dynarank.report.formats import joined
-from dynarank.report.grouping import by_schedule, first_of_each
+from dynarank.report.grouping import by_schedule, final_scores, first_of_each, run_name
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
 from dynarank.report.layer_viewer import layer_viewer
@@ -53,14 +53,15 @@ def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: Non
     """
     chosen = first_of_each(runs)[:MOST_SCHEDULES]
     which = _which(runs, len(chosen))
+    colors = schedule_colors(by_schedule(runs))
     name = runs[0].header.metric.name
     parts: list[tuple[str, Sequence[Run], _Build]] = [
-        (f"{name[:1].upper()}{name[1:]} and cost", runs, _costs),
-        ("Learning curves", runs, _curves),
+        (f"{name[:1].upper()}{name[1:]} and cost", runs, lambda runs: _costs(runs, colors)),
+        ("Learning curves", runs, lambda runs: _curves(runs, colors)),
         ("Rank of each layer over time", chosen, lambda runs: _timeline(runs, which)),
         ("Rank metrics over time", chosen, lambda runs: _rank_metrics(runs, which)),
         ("One layer over time", chosen, _one_layer),
-        ("Gradient noise (experimental)", chosen, lambda runs: _noise(runs, which)),
+        ("Gradient noise (experimental)", chosen, lambda runs: _noise(runs, which, colors)),
         ("Phases", chosen, lambda runs: _table(runs, PhaseRecord, which, phases_table)),
         (
             "Decisions and reasons",
@@ -84,7 +85,7 @@ def _content(
     able = [run for run in runs if not isinstance(_built(build, [run]), str)]
     rest = _built(build, able) if 0 < len(able) < len(runs) else ""
     lost = [run for run in runs if isinstance(rest, str) or run not in able]
-    names = joined([f"{run.header.schedule} (seed {run.header.seed})" for run in lost])
+    names = joined([run_name(run) for run in lost])
     told = f"{title} cannot be shown for {printable(names)}: {content}"
     warn(told)
     return [element("p", f"{told}.", class_="note"), *([] if isinstance(rest, str) else rest)]
@@ -98,8 +99,8 @@ def _built(build: _Build, runs: Sequence[Run]) -> list[Html] | str:
         return printable(f"{type(error).__name__}: {error}")
 
 
-def _costs(runs: Sequence[Run]) -> list[Html]:
-    return [cost_table(runs), _quality(runs)]
+def _costs(runs: Sequence[Run], colors: Mapping[str, str]) -> list[Html]:
+    return [cost_table(runs, colors), _quality(runs, colors)]
 
 
 def _one_layer(runs: Sequence[Run]) -> list[Html]:
@@ -128,16 +129,14 @@ def _which(runs: Sequence[Run], shown: int) -> str:
     return said + (f" {shown} of {schedules} schedules are shown." if shown < schedules else "")
 
 
-def _quality(runs: Sequence[Run]) -> Html:
+def _quality(runs: Sequence[Run], colors: Mapping[str, str]) -> Html:
     """The cost-quality plots and significant differences, if there are runs to compare."""
-    finished = [run for run in runs if run.summary is not None]
+    finished = [run for run in runs if final_scores([run])]
     if len(finished) < 2:  # one point is no comparison, and the table has it already
-        return Html("") if finished else element("p", "No run has finished yet.")
+        ended = any(run.summary is not None for run in runs)
+        return Html("") if ended else element("p", "No run has finished yet.")
     metric = runs[0].header.metric
-    scores = {
-        name: [run.summary.test_score for run in group if run.summary is not None]
-        for name, group in by_schedule(finished).items()
-    }
+    scores = {name: final_scores(group) for name, group in by_schedule(finished).items()}
     told = [element("li", sentence) for sentence in compare_scores(scores, metric)]
     better = "up" if metric.higher_is_better else "down"
     caption = (
@@ -150,12 +149,14 @@ def _quality(runs: Sequence[Run]) -> Html:
             "deviation; small points are the runs."
         )
     heading = element("h3", "Statistical comparison")
-    figure = _figure("cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3), caption)
+    figure = _figure(
+        "cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3, colors), caption
+    )
     return Html(heading + element("ul", *told, class_="sentences") + figure)
 
 
-def _curves(runs: Sequence[Run]) -> list[Html]:
-    if not any(run.all(EpochRecord) for run in runs):
+def _curves(runs: Sequence[Run], colors: Mapping[str, str]) -> list[Html]:
+    if not has_curves(runs):
         return []
     caption = (
         "Solid lines: test. Dotted lines: training. Dashed vertical lines: transition points, at "
@@ -165,7 +166,9 @@ def _curves(runs: Sequence[Run]) -> list[Html]:
     )
     if len(by_schedule(runs)) < len(runs):
         caption += " Thick lines are means over a schedule's runs, thin lines the runs."
-    return [_figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2), caption)]
+    return [
+        _figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2, colors), caption)
+    ]
 
 
 def _rank_metrics(runs: Sequence[Run], which: str) -> list[Html]:
@@ -185,7 +188,7 @@ def _rank_metrics(runs: Sequence[Run], which: str) -> list[Html]:
     ]
 
 
-def _noise(runs: Sequence[Run], which: str) -> list[Html]:
+def _noise(runs: Sequence[Run], which: str, colors: Mapping[str, str]) -> list[Html]:
     noisy = [run for run in runs if run.all(NoiseRecord)]
     if not noisy:
         return []
@@ -194,7 +197,7 @@ def _noise(runs: Sequence[Run], which: str) -> list[Html]:
         "covariance of per-sample gradients over the squared norm of their mean. Well below it a "
         "larger batch helps; well above it, hardly." + which
     )
-    return [_figure("noise", lambda narrow: noise_figure(noisy, narrow), caption)]
+    return [_figure("noise", lambda narrow: noise_figure(noisy, narrow, colors), caption)]
 
 
 def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
@@ -245,6 +248,6 @@ def _configuration(runs: Sequence[Run]) -> Html:
     for run in runs:
         recorded = {"run": run.header.model_dump(mode="json"), "config": run.config}
         text = json.dumps(recorded, indent=2, ensure_ascii=False)
-        blocks.append(element("h3", f"{run.header.schedule}, seed {run.header.seed}"))
+        blocks.append(element("h3", run_name(run)))
         blocks.append(element("pre", text))
     return details("Configuration and versions, as recorded", *blocks)

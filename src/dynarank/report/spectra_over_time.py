@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
 from dynarank.report.formats import number
 from dynarank.report.legends import legend_below, line
-from dynarank.report.plotting import depth_colors, display_name, new_figure, plain_tick, styled
+from dynarank.report.plotting import (
+    depth_colors,
+    display_name,
+    new_figure,
+    plain_tick,
+    point_markers,
+    styled,
+)
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.thinning import evenly
 
@@ -72,7 +79,7 @@ def _panel(axes: Axes, name: str, records: Sequence[SpectrumRecord], colors: Seq
             last = max(len(layer.values) - 1, 1)
             shares = [i / last for i in range(len(layer.values))]
             heights = [value / layer.values[0] or math.nan for value in layer.values]
-            axes.plot(shares, heights, color=color, linewidth=1.3)
+            axes.plot(shares, heights, color=color, linewidth=1.3, **point_markers(heights))
     known = next((r.layers[name] for r in records if name in r.layers), None)
     if known is not None and known.rank < known.full_rank:
         axes.axvline(known.rank / known.full_rank, color=NEUTRAL, linestyle=":", linewidth=1)

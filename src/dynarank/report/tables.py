@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 
 from dynarank.records import (
@@ -16,6 +16,7 @@ from dynarank.records import (
     SpectrumRecord,
     SummaryRecord,
 )
+from dynarank.report.colors import schedule_colors
 from dynarank.report.formats import (
     bytes_text,
     count,
@@ -30,12 +31,12 @@ from dynarank.report.formats import (
 )
 from dynarank.report.grouping import by_schedule
 from dynarank.report.markup import Html, details, element, table
-from dynarank.report.plotting import palette
 from dynarank.report.theme import themed_color
 from dynarank.report.transition_points import (
     TransitionPoint,
     change_kind,
     last_epoch,
+    reached_text,
     transition_points,
 )
 
@@ -45,7 +46,7 @@ MOST_ROWS = 60
 _NONE = "–"
 
 
-def cost_table(runs: Sequence[Run]) -> Html:
+def cost_table(runs: Sequence[Run], colors: Mapping[str, str] | None = None) -> Html:
     """Build the table of each schedule's score and cost, as means over its finished runs."""
     columns = (
         "schedule",
@@ -59,22 +60,16 @@ def cost_table(runs: Sequence[Run]) -> Html:
         "wall-clock",
     )
     metric = runs[0].header.metric
-    numbers = {name: index for index, name in enumerate(by_schedule(runs))}
+    colors = colors or schedule_colors(by_schedule(runs))
     rows: list[Sequence[str]] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
-        swatch = _swatch(numbers[name], len(numbers))
+        swatch = element("span", class_="swatch", style=themed_color(colors[name]))
         if ends:
             counted = [element("small", f"mean of {len(ends)} runs")] if len(ends) > 1 else []
             rows.append((element("span", swatch, name, *counted), *_cost_cells(ends, metric)))
         rows.extend(_unfinished_cells(swatch, run) for run in group if run.summary is None)
     return table(columns, rows)
-
-
-def _swatch(number: int, schedules: int) -> Html:
-    """A dot in the color that the schedule has in the figures."""
-    color = list(palette([str(i) for i in range(schedules)]).values())[number]
-    return element("span", class_="swatch", style=themed_color(color))
 
 
 def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
@@ -92,7 +87,10 @@ def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
         yield written(fmean(value(end) for end in ends))
 
 
-def _mean_and_spread(values: Sequence[float], metric: Metric) -> str:
+def _mean_and_spread(scores: Sequence[float | None], metric: Metric) -> str:
+    values = [score for score in scores if score is not None]
+    if not values:
+        return _NONE
     finite = all(map(math.isfinite, values))
     spread = f" ± {spread_text(stdev(values), metric)}" if len(values) > 1 and finite else ""
     return score_text(fmean(values), metric) + spread
@@ -100,16 +98,18 @@ def _mean_and_spread(values: Sequence[float], metric: Metric) -> str:
 
 def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
     header, epochs = run.header, run.all(EpochRecord)
-    reached = f"seed {header.seed} unfinished: epoch {number(last_epoch(run))} of {header.epochs}"
-    first = element("span", swatch, header.schedule, element("small", reached))
+    seed = "" if header.seed is None else f"seed {header.seed} "
+    reached = element("small", f"{seed}unfinished: {reached_text(run)}")
+    first = element("span", swatch, header.schedule, reached)
     if not epochs:
         return (first, *[_NONE] * 8)
-    scores = [epoch.test_score for epoch in epochs if math.isfinite(epoch.test_score)]
-    best = (max if header.metric.higher_is_better else min)(scores, default=math.nan)
+    scores = [epoch.test_score for epoch in epochs if epoch.test_score is not None]
+    finite = [score for score in scores if math.isfinite(score)]
+    best = (max if header.metric.higher_is_better else min)(finite, default=math.nan)
     seconds = seconds_text(math.fsum(epoch.seconds for epoch in epochs))
     peak = count(max(epoch.trainable_parameters for epoch in epochs))
-    last = score_text(epochs[-1].test_score, header.metric)
-    return (first, last, score_text(best, header.metric), peak, _NONE, _NONE, _NONE, seconds, _NONE)
+    shown = [score_text(score, header.metric) for score in (*scores[-1:], best)]
+    return (first, *(shown if scores else [_NONE] * 2), peak, _NONE, _NONE, _NONE, seconds, _NONE)
 
 
 def phases_table(runs: Sequence[Run]) -> Html:

@@ -30,7 +30,7 @@ from dynarank.train.listener import Listener, Progress
 from dynarank.train.loop import EpochResult, Machine, Trainer
 from dynarank.train.noise import NoiseRecorder
 from dynarank.train.rank_metrics import RankMetricsRecorder
-from dynarank.train.recipes import Recipe
+from dynarank.train.recipe import Recipe
 from dynarank.train.task import Task
 
 __all__ = ["Recorder", "header"]
