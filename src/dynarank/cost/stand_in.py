@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
 from dynarank.forms import Change, Form, Plan
 from dynarank.surgery.edit import Edit, like_old
@@ -25,7 +26,7 @@ from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.site import Site
 from dynarank.surgery.transaction import differences
 
-__all__ = ["stand_in"]
+__all__ = ["meta_copy", "on_meta", "stand_in"]
 
 
 def stand_in(
@@ -56,6 +57,21 @@ def stand_in(
             write(contents, kept)
             kept.pop_all()
     return twin, own
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, made without a copy of its values.
+
+    Example:
+        >>> meta_copy(nn.Linear(4, 2)).weight.device.type
+        'meta'
+    """
+    return copy.deepcopy(model, _memo(model, (), meta=True))
+
+
+def on_meta(batch: Any) -> Any:
+    """A batch with its tensors on the meta device."""
+    return tree_map_only(Tensor, lambda x: x.detach().to("meta"), batch)
 
 
 def _memo(model: nn.Module, optimizers: Sequence[Optimizer], meta: bool) -> dict[int, Any]:

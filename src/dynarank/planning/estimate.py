@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
 
 from dynarank.cost.dry_run import DryRun, dry_run
 from dynarank.cost.flops import Flops, ModelUse, count_flops, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
-from dynarank.cost.stand_in import stand_in
+from dynarank.cost.stand_in import on_meta, stand_in
 from dynarank.cost.step_memory import StepMemory, step_memory
 from dynarank.forms import Plan
 from dynarank.planning.estimate_phase import PhaseEstimate
@@ -137,9 +136,8 @@ def _counted(
     model: nn.Module, plan: Plan, batch: Any, loss: Callable[[Any], Tensor] | None
 ) -> Flops | None:
     """What FlopCounterMode counts on a meta copy; None if the model does not run on one."""
-    on_meta = tree_map_only(Tensor, lambda x: x.detach().to("meta"), batch)
     try:
-        return count_flops(stand_in(model, [], plan, meta=True)[0], on_meta, loss)
+        return count_flops(stand_in(model, [], plan, meta=True)[0], on_meta(batch), loss)
     except Exception:  # whatever the model does that meta tensors do not allow
         return None
 
