@@ -292,3 +292,29 @@ def test_the_data_decides_which_run_it_is(tmp_path: Path) -> None:
     other = own(tmp_path, "noisy", code=code).model_copy(update={"sources": recipe.sources})
     with pytest.raises(RecipeError, match=r"train_size|has changed"):
         run(other, tmp_path / "run")
+
+
+SPLIT = """
+def split():
+    x = torch.randn(92, 8)
+    parts = torch.utils.data.random_split(TensorDataset(x, x[:, :3].argmax(1)), [72, 20])
+    np.random.shuffle(order := list(range(72)))
+    return torch.utils.data.Subset(parts[0], order), parts[1]
+"""
+
+
+def test_what_a_data_function_draws_is_the_same_in_every_run(tmp_path: Path) -> None:
+    recipe = own(tmp_path, "split", code=SPLIT)
+    state = torch.random.get_rng_state()
+    one, two = (next(task_of(recipe, seed).test.ordered()) for seed in (0, 1))
+    assert all(map(torch.equal, one, two))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_network_that_reads_values_is_sketched_and_trained(tmp_path: Path) -> None:
+    code = "\nclass Net(Net):\n    def forward(self, x):\n"
+    code += "        return super().forward(x if x.sum().item() < 1e9 else -x)\n"
+    recipe = own(tmp_path, code=code)
+    drawn = sketch(recipe)
+    assert not drawn.sample.is_meta
+    run(recipe, tmp_path / "run")
