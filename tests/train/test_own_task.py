@@ -213,6 +213,11 @@ def no_scheduler(optimizer, total_steps): return optimizer
 def plateau(optimizer, total_steps):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 def no_schedule(): return 3
+class Odd(torch.optim.Optimizer):
+    def __init__(self, params, lr): super().__init__(params, {"lr": lr})
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["odd"] = torch.ones(3)
 """
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -250,6 +255,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "foreign": ({"optimizer": "net.py:foreign"}, "holds parameters that it was not given"),
     "optimizer option": ({"optimizer_options.nestrov": True}, "did you mean 'nesterov'"),
     "sgd's": ({"optimizer_options.nesterov": True, "momentum": 0.0}, "Nesterov momentum requires"),
+    "odd state": ({"optimizer": "net.py:Odd", "schedules": "dynamic-rank"}, "odd"),
+    "rprop": ({"optimizer": "torch.optim:Rprop"}, "cannot be moved.*moments='reset'"),
     "no scheduler": ({"lr_schedule": "net.py:no_scheduler"}, "must return an LRScheduler"),
     "plateau": ({"lr_schedule": "net.py:plateau"}, "ReduceLROnPlateau waits"),
     "no schedule": ({"schedules": "net.py:no_schedule"}, "must return a rank schedule"),

@@ -278,6 +278,7 @@ class OwnTask:
         Raises:
             RecipeError: what fails, by name.
         """
+        self.model()  # a function that returns one network again and again is refused
         said = f"model {self.recipe.model!r}, loss {self.recipe.loss or 'by default'!r}"
         with calling(f"a training step ({said})", self.recipe.root), preserve_state(model):
             model.train()
