@@ -17,6 +17,7 @@ from dynarank.records import (
     RecordWriter,
     RunRecord,
     SpectrumRecord,
+    StepRecord,
     SummaryRecord,
 )
 
@@ -93,6 +94,52 @@ def write_run(
         _summary(writer, schedule, accuracy)
     writer.close()
     return run
+
+
+def write_own_run(
+    folder: Path,
+    schedule: str = "mine",
+    *,
+    epochs: int = 3,
+    steps: int = STEPS,
+    finished: bool = True,
+    test_loss: float | None = None,
+    relative: float = 0.6,
+) -> Path:
+    """Write a run of a loop of one's own below ``folder``: no seed, no score, losses of steps."""
+    run = folder / schedule
+    run.mkdir(parents=True)
+    writer = RecordWriter(run)
+    header = RunRecord(
+        recipe="mine",
+        schedule=schedule,
+        seed=None,
+        epochs=epochs,
+        steps_per_epoch=steps,
+        device="cpu",
+        hardware="a CPU of 2 cores",
+        precision="float32",
+        versions={},
+        started="2026-03-01T10:00:00",
+    )
+    writer.write(header)
+    _phase(writer, 0, LOW, ["fc"])
+    for step in range(1, epochs * steps + 1):
+        loss = 2 * math.exp(-step / (epochs * steps))
+        writer.write(StepRecord(epoch=step / steps, step=step, train_loss=loss))
+        if step % steps == 0 and test_loss is not None:
+            writer.write(_epoch_of(step // steps, step, test_loss))
+    if finished:
+        writer.write(_end(None, relative))
+    writer.close()
+    return run
+
+
+def _epoch_of(epoch: int, step: int, test_loss: float) -> EpochRecord:
+    return EpochRecord(
+        epoch=epoch, step=step, learning_rate=0.1, train_loss=None, test_loss=test_loss,
+        test_score=None, trainable_parameters=1000, relative_flops=0.6, seconds=1.0,
+    )  # fmt: skip
 
 
 def _phase(writer: RecordWriter, epoch: float, form: dict, names: list[str], full: int = 0) -> None:
@@ -207,16 +254,19 @@ def _summary(writer: RecordWriter, schedule: str, accuracy: float) -> None:
     start, changes = CHANGES[schedule]
     forms = [start, *(after for _, after in changes)]
     relative = sum(COST[form["form"]] for form in forms) / len(forms)
-    writer.write(
-        SummaryRecord(
-            test_score=accuracy * 0.98,
-            best_test_score=accuracy,
-            trainable_parameters_peak=272_762 if FULL in forms else 154_211,
-            trainable_parameters_mean=200_000.4,
-            training_flops=1e12 * relative,
-            relative_flops=relative,
-            memory_bytes=round(12.3 * 2**20 * (0.7 + 0.3 * relative)),
-            train_seconds=92 * (0.8 + 0.2 * relative),
-            wall_seconds=130.0,
-        )
+    peak = 272_762 if FULL in forms else 154_211
+    writer.write(_end(accuracy, relative, peak))
+
+
+def _end(accuracy: float | None, relative: float, peak: int = 154_211) -> SummaryRecord:
+    return SummaryRecord(
+        test_score=accuracy and accuracy * 0.98,
+        best_test_score=accuracy,
+        trainable_parameters_peak=peak,
+        trainable_parameters_mean=200_000.4,
+        training_flops=1e12 * relative,
+        relative_flops=relative,
+        memory_bytes=round(12.3 * 2**20 * (0.7 + 0.3 * relative)),
+        train_seconds=92 * (0.8 + 0.2 * relative),
+        wall_seconds=130.0,
     )

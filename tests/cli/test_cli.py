@@ -127,6 +127,7 @@ def test_spectrum_as_json_of_any_model(
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert layers[0]["layer"] == "a" and layers[0]["stable_rank"] == pytest.approx(21 / 16)
     assert layers[1] == {"layer": "b", "shape": [2, 2], "finite": False}
+    assert layers[0]["lambda"] == pytest.approx(4 / 7) and layers[0]["lambda_rank"] == 1
     assert "<svg" in (here / "p.svg").read_text()
 
 
@@ -151,11 +152,11 @@ def test_spectrum_of_two_side_by_side(
         save_file(weights, here / name / "model.safetensors")
     assert call(monkeypatch, "spectrum", "one", "two") == 0
     title, heading, *rows, picture = capsys.readouterr().out.splitlines()
-    assert title == "Rank metrics: A = one, B = two" and heading.count("B - A") == 4
+    assert title == "Rank metrics: A = one, B = two" and heading.count("B - A") == 3
     cells = {row.split()[0]: row.split()[2:] for row in rows}
-    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0 0.667 0.500 -0.167".split()
-    assert cells["gone"] == "3.0 - 3.0 - 3 - 0.333 -".split()
-    assert cells["new"] == ["-", "nan"] * 4
+    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0".split()
+    assert cells["gone"] == "3.0 - 3.0 - 3 -".split()
+    assert cells["new"] == ["-", "nan"] * 3
     assert picture == "Figure: one-two-spectrum.png"
     assert (here / "one-two-spectrum.png").read_bytes().startswith(b"\x89PNG")
 
@@ -179,9 +180,9 @@ def test_spectrum_shows_each_row_when_it_is_ready(
     shown: list[str] = []
     read = TensorFile.read
 
-    def watched(file: TensorFile, name: str) -> torch.Tensor:
+    def watched(file: TensorFile, name: str, index: int | None = None) -> torch.Tensor:
         shown.append(capsys.readouterr().out)
-        return read(file, name)
+        return read(file, name, index)
 
     monkeypatch.setattr(TensorFile, "read", watched)
     assert call(monkeypatch, "spectrum", "m.safetensors", "--no-plot") == 0
@@ -364,7 +365,8 @@ OPTIONS = {
     "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
               "train-limit", "test-limit", "out", "device", "precision", "json", "help",
               "checkpoint-every", *CHANGES, "quiet"},
-    "spectrum": {"rank", "plot", "no-plot", "json", "help"},
+    "spectrum": {"energy", "suggest", "layers", "rank", "device", "plot", "no-plot", "json",
+                 "help"},
     "report": {"out", "figures", "format", "json", "help"},
     "recipes": {"json", "help"},
     "schedules": {"json", "help"},

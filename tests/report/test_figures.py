@@ -12,12 +12,13 @@ from report_runs import PERPLEXITY, write_run
 
 from dynarank.records import ChangeRecord, EpochRecord, read_run
 from dynarank.report.annotations import MOST_LABELS, change_markers
+from dynarank.report.colors import schedule_colors
 from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure
 from dynarank.report.figures import write_figures
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.page import build_page
-from dynarank.report.plotting import inline_svg, palette
+from dynarank.report.plotting import inline_svg
 from dynarank.report.rank_metrics import MOST_LAYERS, rank_metrics_figure
 from dynarank.report.rank_timeline import rank_opacity, rank_timeline_figure
 from dynarank.report.spectra import spectrum_figure
@@ -46,7 +47,7 @@ def test_curves_draw_each_schedule_and_mark_changes_at_their_epochs(three):
     assert recorded == [4.4, 9.6] == dashed(score) == dashed(loss)
     assert [text.get_text() for text in score.texts] == ["inflate", "deflate"]
     assert len(score.get_lines()) == len(loss.get_lines()) == 2 * 3 + 2  # test, training; marks
-    colors = palette(["full-rank", "low-rank", "dynamic-rank"])
+    colors = schedule_colors(["full-rank", "low-rank", "dynamic-rank"])
     tested = [line for line in score.get_lines() if line.get_linestyle() == "-"]
     assert [line.get_color() for line in tested] == list(colors.values())
     assert tested[2].get_ydata()[-1] == pytest.approx(0.97 * (1 - math.exp(-4)))

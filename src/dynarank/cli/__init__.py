@@ -24,6 +24,7 @@ __all__ = ["COMMANDS", "app", "main"]
 _LONGEST = 2_000  # characters of an error message
 
 COMMANDS = {
+    "init": "Write a commented recipe that runs as it is: `dynarank train NAME.toml`.",
     "train": "Train RECIPE under one or several schedules.",
     "plan": "Show what RECIPE costs, per layer and per phase: form, rank, parameters, FLOPs, "
     "memory.",

@@ -46,7 +46,6 @@ from dynarank.report.formats import (
     seconds_text,
     spread_text,
 )
-from dynarank.schedules.catalog import get_preset
 from dynarank.train.grid import Job
 from dynarank.train.recipes import RecipeError, load_recipe
 
@@ -91,7 +90,7 @@ def compare(
     )  # fmt: skip
     names = list(dict.fromkeys(name.strip() for name in schedules.split(",")))
     for name in names:
-        get_preset(name)
+        chosen.check_schedule(name)
     require_scipy()
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)

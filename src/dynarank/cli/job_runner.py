@@ -167,7 +167,9 @@ class JobRunner:
         task = self._task(jobs[0])
         chosen = {(id(j.recipe), j.schedule): (j.recipe, j.schedule) for j in jobs}
         new = [value for key, value in chosen.items() if key not in self._checked]
-        check_schedules(new, task, self.epochs, measure=self.machine.measure)
+        check_schedules(
+            new, task, self.epochs, measure=self.machine.measure, autocast=self.machine.autocast
+        )
         self._checked |= chosen.keys()
         return data_digest(task)
 

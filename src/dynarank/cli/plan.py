@@ -29,10 +29,10 @@ from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
-from dynarank.train.optimizers import OPTIMIZER_SLOTS
+from dynarank.train.optimizers import optimizer_slots
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe
-from dynarank.train.schedules import make_schedule
+from dynarank.train.schedules import make_schedule, with_default_layers
 from dynarank.train.task import Sketch
 from dynarank.train.tasks import sketch
 
@@ -75,6 +75,7 @@ def plan(
     )  # fmt: skip
     machine = choose_machine(device, precision)
     drawn = sketch(chosen)
+    chosen = with_default_layers(chosen, drawn.model)
     layers = [site.path for site in select(survey(drawn.model), chosen.layers)]
     use = trace(drawn.model, drawn.sample)
     cost = _cost(chosen, schedule, use, layers, drawn)
@@ -115,7 +116,7 @@ def _cost(
         schedule,
         layers,
         recipe.epochs * scale,
-        optimizer_slots=OPTIMIZER_SLOTS[recipe.optimizer],
+        optimizer_slots=optimizer_slots(recipe),
         forecast=forecast_rates(recipe),
     )
 

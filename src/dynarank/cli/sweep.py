@@ -37,7 +37,7 @@ from dynarank.files.nearest import did_you_mean
 from dynarank.records import Metric
 from dynarank.report.formats import number, score_text
 from dynarank.report.plotting import save_figure
-from dynarank.report.sweep import best_cell, sweep_figure
+from dynarank.report.sweep import best_cell, best_cells, sweep_figure
 from dynarank.train.grid import Job
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe
 
@@ -197,10 +197,10 @@ def _show(terminal: Console, scores: dict[Cell, list[float]], metric: Metric, na
     down, across = (sorted({cell[axis] for cell in scores}) for axis in (1, 0))
     title = f"{name}: mean test {metric.name}, deflate down, inflate across"
     table = right_aligned(title, ["deflate"], [number(i) for i in across])
-    best = best_cell(scores, metric)
+    best = best_cells(scores, metric)
     for d in reversed(down):
         table.add_row(
-            number(d), *(_cell(scores.get((i, d)), metric, (i, d) == best) for i in across)
+            number(d), *(_cell(scores.get((i, d)), metric, (i, d) in best) for i in across)
         )
     terminal.print(table)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dynarank.records import Run
+from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.transition_points import Span, spans, transition_points
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = [
-    "FORM_COLORS",
     "MOST_LABELS",
     "ChangeMarker",
     "change_markers",
@@ -24,8 +24,6 @@ __all__ = [
     "shade_phases",
 ]
 
-# A form has one color wherever it is drawn.
-FORM_COLORS = {"full-rank": "#e69f00", "low-rank": "#0072b2", "adapted": "#009e73"}
 MOST_LABELS = 6
 PALE = 0.28  # the opacity of a phase in which all layers have the form
 _MOST_MARKERS = 60
@@ -40,7 +38,7 @@ class ChangeMarker:
     color: str
 
 
-def change_markers(runs: Sequence[Run], colors: dict[str, str]) -> list[ChangeMarker]:
+def change_markers(runs: Sequence[Run], colors: Mapping[str, str]) -> list[ChangeMarker]:
     """Collect the transition points of several runs; those that coincide become one marker.
 
     The plan applied before the first step is where a run starts, not a change, and gets no marker.
@@ -105,17 +103,18 @@ def _levels(
 def shade_phases(axes: Axes, run: Run) -> None:
     """Shade the phases behind everything else: the darker, the more layers have the form.
 
-    A run that is full-rank throughout has only one phase and is left white.
+    A run of one phase is left white: there is nothing to tell apart.
     """
     stretches = _thinned(spans(run))
-    if all(span.full_rank == 1 for span in stretches):
+    if len(stretches) < 2:
         return
     for span in stretches:
         for form, share in (("full-rank", span.full_rank), ("adapted", span.adapted)):
             if share > 0:
                 axes.axvspan(
                     span.start, span.end,
-                    color=FORM_COLORS[form], alpha=PALE * share, linewidth=0, zorder=0,
+                    facecolor=FORM_COLORS[form][0], alpha=PALE * share, linewidth=0, zorder=0,
+                    hatch=FORM_HATCHES.get(form), edgecolor="#ffffff",
                 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from dynarank.records import Metric
 from dynarank.report.formats import difference_text, joined, number, plural, score_text, spread_text
 from dynarank.sinks.extras import import_extra
 
-__all__ = ["Pair", "compare_pairs", "compare_scores", "require_scipy"]
+__all__ = ["Pair", "compare_pairs", "compare_scores", "interval_text", "require_scipy"]
 
 _MOST_PAIRS = 6  # a sentence of more would not be read
 
@@ -184,7 +184,7 @@ def _significant_texts(pairs: Sequence[Pair], metric: Metric) -> list[str]:
         low, high = sorted((abs(pair.low), abs(pair.high)))
         found.setdefault(better, []).append(
             f"than {worse} by {difference_text(abs(pair.difference), metric)} "
-            f"({_interval(low, high, metric)}, p = {number(pair.p, 2)})"
+            f"({interval_text(low, high, metric)}, p = {number(pair.p, 2)})"
         )
     return [f"{better} is better {joined(told)}." for better, told in found.items()]
 
@@ -200,7 +200,7 @@ def _indistinguishable_text(
     size = f"n = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
     told = [
         f"{pair.first} and {pair.second} (difference {difference_text(pair.difference, metric)}, "
-        f"{_interval(pair.low, pair.high, metric)})"
+        f"{interval_text(pair.low, pair.high, metric)})"
         for pair in pairs[:_MOST_PAIRS]
     ]
     if len(pairs) > _MOST_PAIRS:
@@ -209,7 +209,8 @@ def _indistinguishable_text(
     return f"{begin}tatistically indistinguishable at {size}: {'; '.join(told)}."
 
 
-def _interval(low: float, high: float, metric: Metric) -> str:
+def interval_text(low: float, high: float, metric: Metric) -> str:
+    """Write a confidence interval: ``interval −0.20 to 1.35``, in points where in percent."""
     if metric.percent:
         return f"interval {100 * low:.2f} to {100 * high:.2f}".replace("-", "−")
     return f"interval {number(low, 3)} to {number(high, 3)}".replace("-", "−")

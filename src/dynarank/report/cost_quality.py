@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Metric, Run, SummaryRecord
+from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule
-from dynarank.report.plotting import display_name, new_figure, palette, score_axis, styled
+from dynarank.report.legends import legend_below, line
+from dynarank.report.plotting import display_name, display_names, new_figure, score_axis, styled
 from dynarank.report.theme import INK, NEUTRAL
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cost_quality_figure"]
 
+_MOST_LABELED = 8
 _Value = Callable[[SummaryRecord], float]
 _Box = tuple[float, float, float, float]  # left, right, low, high, in fractions of the axes
 
@@ -42,22 +45,34 @@ class _Point:
 def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
     """Plot test score against relative training FLOPs, peak memory and training time.
 
-    A labeled point is a schedule; with several runs it is their mean, with error bars of one
-    standard deviation and a small dot per run. Unfinished runs have no cost and runs whose score
-    is not finite have no position: both are left out.
+    A point is a schedule, labeled or, if there are more than eight, in the legend; with several
+    runs it is their mean, with error bars of one standard deviation and a small dot per run.
+    Unfinished runs have no cost and runs whose score is not finite have no position: both are left
+    out.
 
     Args:
         runs: all with the same metric.
         columns: plots side by side (3) or one above the other (1).
     """
     metric = runs[0].header.metric
+    colors = schedule_colors(by_schedule(runs))
     memory, memory_unit = _memory_unit(runs)
     seconds, seconds_unit = _time_unit(runs)
     figure = new_figure(9.5 if columns == 3 else 4.6, 3.5 if columns == 3 else 9.0)
     panels = list(figure.subplots(3 // columns, columns, sharey=True, squeeze=False).flat)
-    _panel(panels[0], runs, lambda end: end.relative_flops, "training FLOPs / full-rank")
-    _panel(panels[1], runs, lambda end: end.memory_bytes / memory, f"peak memory ({memory_unit})")
-    _panel(panels[2], runs, lambda end: end.train_seconds / seconds, f"training ({seconds_unit})")
+    measures: tuple[tuple[str, _Value], ...] = (
+        ("training FLOPs / full-rank", lambda end: end.relative_flops),
+        (f"peak memory ({memory_unit})", lambda end: end.memory_bytes / memory),
+        (f"training ({seconds_unit})", lambda end: end.train_seconds / seconds),
+    )
+    shown = list(by_schedule(runs))
+    names = dict(zip(shown, display_names(shown, 24), strict=True))
+    for axes, (label, value) in zip(panels, measures, strict=True):
+        points = _panel(axes, runs, colors, value, label)
+        if len(names) <= _MOST_LABELED:
+            _label(axes, points, names)
+    if len(names) > _MOST_LABELED:
+        legend_below(figure, [(line(colors[name]), label) for name, label in names.items()])
     for axes in panels[:1] if columns == 3 else panels:
         axes.set_ylabel(f"test {display_name(metric.name)}")
     for axes in panels:
@@ -65,21 +80,22 @@ def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figu
     return figure
 
 
-def _points(runs: Sequence[Run], value: _Value) -> list[_Point]:
-    colors = palette(list(by_schedule(runs)))
+def _points(runs: Sequence[Run], colors: Mapping[str, str], value: _Value) -> list[_Point]:
     found: list[_Point] = []
     for name, group in by_schedule(runs).items():
         ends = [run.summary for run in group if run.summary is not None]
-        pairs = tuple((value(end), end.test_score) for end in ends)
-        pairs = tuple(pair for pair in pairs if all(map(math.isfinite, pair)))
+        scored = [(value(end), end.test_score) for end in ends if end.test_score is not None]
+        pairs = tuple(pair for pair in scored if all(map(math.isfinite, pair)))
         if pairs:
             x, y = (fmean(axis) for axis in zip(*pairs, strict=True))
             found.append(_Point(name, colors[name], x, y, pairs))
     return found
 
 
-def _panel(axes: Axes, runs: Sequence[Run], value: _Value, label: str) -> None:
-    points = _points(runs, value)
+def _panel(
+    axes: Axes, runs: Sequence[Run], colors: Mapping[str, str], value: _Value, label: str
+) -> list[_Point]:
+    points = _points(runs, colors, value)
     for point in points:
         if len(point.runs) > 1:
             axes.scatter(*zip(*point.runs, strict=True), color=point.color, s=9, alpha=0.5)
@@ -92,7 +108,7 @@ def _panel(axes: Axes, runs: Sequence[Run], value: _Value, label: str) -> None:
     axes.set_xlabel(label)
     if points:
         _limit(axes, points)
-        _label(axes, points)
+    return points
 
 
 def _limit(axes: Axes, points: Sequence[_Point]) -> None:
@@ -114,13 +130,13 @@ def _better(axes: Axes, metric: Metric) -> None:
     )  # fmt: skip
 
 
-def _label(axes: Axes, points: Sequence[_Point]) -> None:
+def _label(axes: Axes, points: Sequence[_Point], names: Mapping[str, str]) -> None:
     """Label each point where the label covers no other point and no other label."""
     (_, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     spots = {point: (point.x / right, (point.y - low) / (high - low)) for point in points}
     taken = [(x - 0.03, x + 0.03, y - 0.02, y + 0.02) for x, y in spots.values()]
     for point, (x, y) in spots.items():
-        text = display_name(point.name, 24)
+        text = names[point.name]
         box = next((b for b in _places(x, y, text) if not _meets(b, taken)), None)
         box = box or next(_places(x, y, text))
         taken.append(box)

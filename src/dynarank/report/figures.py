@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 
 from dynarank.files.printable import printable
 from dynarank.records import (
-    EpochRecord,
     HeatmapRecord,
     NoiseRecord,
     Run,
     SpectrumRecord,
     read_runs,
 )
+from dynarank.report.colors import schedule_colors
 from dynarank.report.cost_quality import cost_quality_figure
-from dynarank.report.curves import curves_figure
-from dynarank.report.grouping import comparable, first_of_each
+from dynarank.report.curves import curves_figure, has_curves
+from dynarank.report.grouping import by_schedule, comparable, final_scores, first_of_each
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
 from dynarank.report.noise import noise_figure
@@ -88,15 +88,16 @@ def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, Callable[[], Figure]]
     chosen = first_of_each(runs)[:MOST_SCHEDULES]
     watched = [run for run in chosen if run.all(SpectrumRecord)]
     banded = [run for run in chosen if layer_names(run)]
-    if any(run.all(EpochRecord) for run in runs):
+    colors = schedule_colors(by_schedule(runs))
+    if has_curves(runs):
         yield "curves", lambda: curves_figure(runs)
-    if any(run.summary is not None for run in runs):
+    if final_scores(runs):
         yield "cost-quality", lambda: cost_quality_figure(runs)
     if watched:
         yield "rank-metrics", lambda: rank_metrics_figure(watched)
     noisy = [run for run in chosen if run.all(NoiseRecord)]
     if noisy:
-        yield "noise", lambda: noise_figure(noisy)
+        yield "noise", lambda: noise_figure(noisy, colors=colors)
     if banded:
         yield "rank-timeline", lambda: rank_timeline_figure(banded)
     for run in chosen:

@@ -29,15 +29,18 @@
     parent.append(made);
     return made;
   };
-  const line = (parent, points, color, opacity = 1) => {
-    // A point without a value breaks the line.
+  const line = (parent, points, attributes) => {
+    // A point without a value breaks the line; one between two of them is a dot.
     let path = "", pen = "M";
-    for (const [x, y] of points) {
-      if (y === null || !Number.isFinite(y)) { pen = "M"; continue; }
+    const has = (i) => points[i] && points[i][1] !== null && Number.isFinite(points[i][1]);
+    points.forEach(([x, y], i) => {
+      if (!has(i)) { pen = "M"; return; }
       path += pen + x.toFixed(1) + " " + y.toFixed(1);
       pen = "L";
-    }
-    draw(parent, "path", { d: path, class: "path", stroke: color, opacity });
+      if (!has(i - 1) && !has(i + 1))
+        draw(parent, "circle", { cx: x, cy: y, r: 3, fill: attributes.stroke, class: "dot" });
+    });
+    draw(parent, "path", { d: path, class: "path", ...attributes });
   };
   // Drawn at the available width, so that text keeps its size on a narrow screen.
   const sized = (svg, height) => {
@@ -79,8 +82,8 @@
       return shares.map((share, i) => [x(shares.length > 1 ? i / (shares.length - 1) : 0), share > 0 ? y(share) : null]);
     };
     const index = latest(run.epochs, epoch), first = layer.spectra.find((packed) => packed);
-    if (first) line(svg, curve(first), "var(--soft)", 0.6);
-    if (index >= 0 && layer.spectra[index]) line(svg, curve(layer.spectra[index]), "var(--s0)");
+    if (first) line(svg, curve(first), { stroke: "var(--soft)", opacity: 0.6 });
+    if (index >= 0 && layer.spectra[index]) line(svg, curve(layer.spectra[index]), { stroke: "var(--ink)" });
     else label(svg, (left + right) / 2, (top + bottom) / 2, first ? "not finite, or not read at this epoch" : "no singular values were recorded");
   }
 
@@ -112,20 +115,26 @@
       draw(svg, "line", { x1: left, x2: right, y1: y(share), y2: y(share), class: "axis" });
       label(svg, left - 6, y(share) + 4, String(share), "end");
     }
+    const hatch = draw(draw(svg, "defs", {}), "pattern", {
+      id: "moving-hatch", width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)",
+    });
+    draw(hatch, "line", { x1: 0, x2: 0, y1: 0, y2: 5, stroke: "var(--page)", "stroke-width": 3 });
     for (const [start, end, form, rank] of layer.forms) {
+      const place = { x: x(start), width: Math.max(x(end) - x(start), 1), y: bottom + 4, height: 14 };
       const band = draw(svg, "rect", {
-        x: x(start), width: Math.max(x(end) - x(start), 1), y: bottom + 4, height: 14,
+        ...place,
         fill: data.forms[form] || "var(--soft)",
         opacity: form === "full-rank" || !rank || !layer.full ? 1 : 0.25 + 0.75 * Math.min(rank / layer.full, 1),
       });
       draw(band, "title", {}, form + (rank ? ", rank " + rank : "") + ", epoch " + text(start, 4) + " to " + text(end, 4));
+      if (data.hatched.includes(form)) draw(svg, "rect", { ...place, fill: "url(#moving-hatch)", "pointer-events": "none" });
     }
     label(svg, left, bottom + 34, "epoch 0", "start");
     label(svg, right, bottom + 34, text(run.end, 4), "end");
     const curve = (pick) => run.epochs.map((at, i) => [x(at), layer.measures[i] === null ? null : pick(layer.measures[i])]);
-    line(svg, curve((m) => (m[2] === null ? null : y(m[2]))), "var(--s1)");
-    line(svg, curve((m) => (m[0] === null ? null : y(m[0] / layer.full))), "var(--s0)");
-    draw(svg, "line", { x1: x(epoch), x2: x(epoch), y1: top - 4, y2: bottom + 20, stroke: "var(--ink)", "stroke-width": 1.5 });
+    line(svg, curve((m) => (m[2] === null ? null : y(m[2]))), { stroke: "var(--ink)", "stroke-dasharray": "6 4" });
+    line(svg, curve((m) => (m[0] === null ? null : y(m[0] / layer.full))), { stroke: "var(--ink)" });
+    draw(svg, "line", { x1: x(epoch), x2: x(epoch), y1: top - 4, y2: bottom + 20, stroke: "var(--ink)", "stroke-width": 1.5, class: "now" });
   }
 
   function readout(epoch) {
@@ -156,15 +165,19 @@
     layer = run.layers[Number(layerChoice.value)];
     show();
   }
+  // The same layer as before, or one that changes form; at the change.
   function chooseRun() {
     const before = layer && layer.name;
     run = data.runs[Number(runChoice.value)];
     options(layerChoice, run.layers.map((each) => each.name));
     const same = run.layers.findIndex((each) => each.name === before);
-    layerChoice.value = String(Math.max(same, 0));
+    const changes = run.layers.findIndex((each) => each.forms.length > 1);
+    layerChoice.value = String(Math.max(same >= 0 ? same : changes, 0));
     readings = [...new Set([...run.epochs, ...run.pictureEpochs])].sort((a, b) => a - b);
     slider.max = String(readings.length - 1);
-    slider.value = String(readings.length - 1);
+    const forms = run.layers[Number(layerChoice.value)].forms;
+    const after = forms.length > 1 ? readings.findIndex((epoch) => epoch >= forms[1][0]) : -1;
+    slider.value = String(after >= 0 ? after : readings.length - 1);
     chooseLayer();
   }
 
@@ -193,6 +206,7 @@
   runChoice.addEventListener("change", () => { stop(); chooseRun(); });
 
   options(runChoice, data.runs.map((each) => each.name));
+  runChoice.value = String(data.opening);
   at("run-label").hidden = data.runs.length < 2;
   name();
   root.hidden = false; // before drawing: hidden elements have no width

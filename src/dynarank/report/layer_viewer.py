@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dynarank.records import Run
-from dynarank.report.annotations import FORM_COLORS
+from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.embed import data_block
-from dynarank.report.layer_viewer_data import DECADES, LETTERS, limits_text, viewer_runs
+from dynarank.report.layer_viewer_data import DECADES, LETTERS, limits_text, opening, viewer_runs
 from dynarank.report.markup import Html, element
 from dynarank.report.theme import variable
 
@@ -16,7 +16,7 @@ __all__ = ["layer_viewer"]
 _CAPTION = (
     "Left: the layer's singular values, divided by the largest it ever had; gray: at the first "
     "reading. Right: its weights as mean absolute values of blocks, outputs down, inputs across. "
-    "Below: its effective rank as a share of full rank (blue), λ (red) and its form over time."
+    "Below: its effective rank as a share of full rank (solid), λ (dashed) and its form over time."
 )
 
 
@@ -32,7 +32,9 @@ def layer_viewer(runs: Sequence[Run]) -> Html:
         "letters": LETTERS,
         "decades": DECADES,
         "colors": _viridis(),
-        "forms": {form: variable(color) for form, color in FORM_COLORS.items()},
+        "forms": {form: variable(light) for form, (light, _) in FORM_COLORS.items()},
+        "hatched": list(FORM_HATCHES),
+        "opening": opening(pictures),
         "runs": pictures,
     }
     caption = f"{_CAPTION} {limits_text(pictures)}".strip()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Run
-from dynarank.report.annotations import FORM_COLORS, PALE
-from dynarank.report.plotting import depth_colormap, display_name
+from dynarank.report.annotations import PALE
+from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
+from dynarank.report.plotting import depth_colormap, display_names
+from dynarank.report.theme import NEUTRAL
 from dynarank.report.transition_points import spans
 
 if TYPE_CHECKING:
@@ -19,33 +21,36 @@ if TYPE_CHECKING:
 __all__ = [
     "LegendEntry",
     "depth_bar",
-    "label_with_count",
+    "form_patch",
+    "labels_with_counts",
     "legend_below",
     "line",
-    "patch",
     "phase_entries",
 ]
 
 LegendEntry = tuple["Artist", str]
 
 
-def line(color: str, style: Literal["-", ":", "--"] = "-") -> Artist:
+def line(color: str, style: Literal["-", ":", "--"] = "-", width: float = 1.8) -> Artist:
     """A line handle for a legend."""
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=color, linestyle=style, linewidth=1.8)
+    return Line2D([], [], color=color, linestyle=style, linewidth=width)
 
 
-def patch(color: str, alpha: float = 1) -> Artist:
-    """A filled-box handle for a legend."""
+def form_patch(form: str, alpha: float = 1) -> Artist:
+    """A filled-box handle for a legend, as a form is drawn; an unknown form is neutral."""
     from matplotlib.patches import Patch
 
-    return Patch(facecolor=color, alpha=alpha)
+    color = FORM_COLORS[form][0] if form in FORM_COLORS else NEUTRAL
+    hatch = FORM_HATCHES.get(form)
+    return Patch(facecolor=color, edgecolor="#ffffff", alpha=alpha, hatch=hatch, linewidth=0)
 
 
-def label_with_count(name: str, runs: Sequence[Run]) -> str:
-    """A schedule's name, followed by its number of runs if it has several."""
-    return display_name(name) if len(runs) == 1 else f"{display_name(name)} ({len(runs)} runs)"
+def labels_with_counts(grouped: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The schedules' names, each followed by its number of runs if it has several."""
+    shown = zip(display_names(list(grouped)), grouped.values(), strict=True)
+    return [name if len(runs) == 1 else f"{name} ({len(runs)} runs)" for name, runs in shown]
 
 
 def phase_entries(runs: Sequence[Run]) -> list[LegendEntry]:
@@ -53,9 +58,9 @@ def phase_entries(runs: Sequence[Run]) -> list[LegendEntry]:
     stretches = [span for run in runs if len(spans(run)) > 1 for span in spans(run)]
     entries: list[LegendEntry] = []
     if any(span.full_rank for span in stretches):
-        entries.append((patch(FORM_COLORS["full-rank"], PALE), "share of layers full-rank"))
+        entries.append((form_patch("full-rank", PALE), "share of layers full-rank"))
     if any(span.adapted for span in stretches):
-        entries.append((patch(FORM_COLORS["adapted"], PALE), "share of layers adapted"))
+        entries.append((form_patch("adapted", PALE), "share of layers adapted"))
     return entries
 
 

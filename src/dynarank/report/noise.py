@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import NoiseRecord, Run
+from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule
 from dynarank.report.legends import legend_below, line
-from dynarank.report.plotting import new_figure, palette, plain_tick, styled
+from dynarank.report.plotting import display_names, new_figure, plain_tick, point_markers, styled
 from dynarank.report.theme import NEUTRAL
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ __all__ = ["noise_figure"]
 
 
 @styled
-def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
+def noise_figure(
+    runs: Sequence[Run], narrow: bool = False, colors: Mapping[str, str] | None = None
+) -> Figure:
     """Plot each run's noise scale in samples, on a log axis; the batch size is dashed.
 
     Readings that are not finite, where noise drowned the gradient, are left out.
@@ -27,10 +30,12 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
     Args:
         runs: those with noise readings.
         narrow: for a phone.
+        colors: of the schedules of all runs; default: of these.
     """
     from matplotlib.ticker import FuncFormatter
 
-    colors = palette(list(by_schedule(runs)))
+    shown = by_schedule(runs)
+    colors = colors or schedule_colors(shown)
     figure = new_figure(4.6 if narrow else 9.5, 3.4)
     axes = figure.subplots()
     for run in runs:
@@ -39,8 +44,7 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
             [r.epoch for r in found],
             [r.noise_scale for r in found],
             color=colors[run.header.schedule],
-            marker="o" if len(found) <= 12 else None,
-            markersize=3,
+            **point_markers([r.noise_scale for r in found]),
         )
     batches = {run.config.get("recipe", {}).get("batch_size") for run in runs} - {None}
     for batch in batches:
@@ -48,6 +52,9 @@ def noise_figure(runs: Sequence[Run], narrow: bool = False) -> Figure:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
     axes.set(xlabel="epoch", ylabel="samples", title="Gradient noise scale")
-    entries = [(line(color), name) for name, color in colors.items()]
+    entries = [
+        (line(colors[name]), label)
+        for name, label in zip(shown, display_names(list(shown)), strict=True)
+    ]
     legend_below(figure, [*entries, (line(NEUTRAL, "--"), "batch size")] if batches else entries)
     return figure

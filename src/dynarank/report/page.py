@@ -14,15 +14,16 @@ from dynarank.files.printable import printable
 from dynarank.records import EpochRecord, Run, read_runs
 from dynarank.report.embed import packaged, policy, script, style
 from dynarank.report.formats import joined, number, plural
-from dynarank.report.grouping import by_schedule, comparable
-from dynarank.report.markup import element, safe
+from dynarank.report.grouping import by_schedule, comparable, run_name
+from dynarank.report.markup import Html, element, safe
 from dynarank.report.plotting import require_matplotlib
 from dynarank.report.sections import sections
-from dynarank.report.transition_points import last_epoch
+from dynarank.report.transition_points import reached_text
+from dynarank.report.verdict import verdict
 
 __all__ = ["build_page", "write_report"]
 
-_SCRIPTS = ("theme.js", "layer_viewer.js")
+_SCRIPTS = ("page.js", "layer_viewer.js")
 
 
 def write_report(
@@ -74,6 +75,7 @@ def build_page(
         warn(told)
     recipes = joined(_distinct([run.header.recipe for run in runs]))
     return Template(packaged("page.html")).substitute(
+        verdict=_verdict(runs, warn),
         policy=safe(policy(_SCRIPTS)),
         style=style(),
         title=safe(f"{recipes}: training with dynamic rank"),
@@ -83,6 +85,15 @@ def build_page(
         sections="\n".join(sections(runs, warn)),
         scripts="\n".join(map(script, _SCRIPTS)),
     )
+
+
+def _verdict(runs: Sequence[Run], warn: Callable[[str], None]) -> Html:
+    """What to take from the runs; the page is worth more than this line, should it fail."""
+    try:
+        return element("p", verdict(runs), class_="verdict")
+    except Exception as error:
+        warn(f"the first line cannot be written: {type(error).__name__}: {printable(str(error))}")
+        return Html("")
 
 
 def _distinct(items: Sequence[str]) -> list[str]:
@@ -107,23 +118,24 @@ def _sentence(runs: Sequence[Run]) -> str:
     """Say in one sentence what was run."""
     headers = [run.header for run in runs]
     schedules = list(by_schedule(runs))
-    seeds = sorted({header.seed for header in headers})
+    seeds = sorted({header.seed for header in headers if header.seed is not None})
+    seeded = f"seed{'s' if len(seeds) > 1 else ''} {joined([str(seed) for seed in seeds])}, "
     epochs = _distinct([plural(header.epochs, "epoch") for header in headers])
     devices = _distinct([f"{header.device} ({header.hardware})" for header in headers])
     precisions = _distinct([header.precision for header in headers])
     recipes = _distinct([header.recipe for header in headers])
     return (
         f"Recipe {joined(recipes)} was trained under {plural(len(schedules), 'schedule')} "
-        f"({', '.join(schedules)}), seed{'s' if len(seeds) > 1 else ''} "
-        f"{joined([str(seed) for seed in seeds])}, for {joined(epochs)} on {joined(devices)} "
+        f"({', '.join(schedules)}), {seeded if seeds else ''}for {joined(epochs)} "
+        f"on {joined(devices)} "
         f"in {joined(precisions)}: {plural(len(runs), 'run')}."
     )
 
 
 def _incomplete(run: Run) -> list[str]:
     """What of a run's files is not shown."""
-    name = f"{run.header.schedule} (seed {run.header.seed})"
-    return [f"{printable(str(run.folder))}, {name}: {told}." for told in (*run.damage, *run.notes)]
+    where = f"{printable(str(run.folder))}, {run_name(run)}"
+    return [f"{where}: {told}." for told in (*run.damage, *run.notes)]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -131,19 +143,16 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     notes: list[str] = []
     unfinished = [run for run in runs if run.summary is None]
     if unfinished:
-        told = [
-            f"{run.header.schedule} (seed {run.header.seed}) stopped at epoch "
-            f"{number(last_epoch(run))} of {run.header.epochs}"
-            for run in unfinished
-        ]
+        told = [f"{run_name(run)} stopped at {reached_text(run)}" for run in unfinished]
         notes.append(
             f"{plural(len(unfinished), 'run')} of {len(runs)} did not finish: {joined(told)}."
         )
     for run in runs:
-        lost = [e.epoch for e in run.all(EpochRecord) if not math.isfinite(e.train_loss)]
+        losses = [(e.epoch, e.train_loss) for e in run.all(EpochRecord)]
+        lost = [epoch for epoch, loss in losses if loss is not None and not math.isfinite(loss)]
         if lost:
             notes.append(
-                f"{run.header.schedule} (seed {run.header.seed}) diverged: its training loss is "
-                f"not finite at epoch {number(lost[0])}. Its loss curve ends there."
+                f"{run_name(run)} diverged: its training loss is not finite at epoch "
+                f"{number(lost[0])}. Its loss curve ends there."
             )
     return notes

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from dynarank.files.atomic import replacing
 from dynarank.records import Metric
-from dynarank.report.theme import INK, NEUTRAL, SERIES, depth_hexes, themed
+from dynarank.report.theme import INK, NEUTRAL, depth_hexes, themed
 from dynarank.sinks.extras import import_extra
 
 if TYPE_CHECKING:
@@ -27,11 +29,12 @@ __all__ = [
     "depth_colormap",
     "depth_colors",
     "display_name",
+    "display_names",
     "inline_svg",
     "new_figure",
-    "palette",
     "percent_tick",
     "plain_tick",
+    "point_markers",
     "require_matplotlib",
     "save_figure",
     "score_axis",
@@ -107,14 +110,6 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def palette(names: Sequence[str]) -> dict[str, str]:
-    """Give each name a color-blind-safe color; beyond seven names, steps of a color map."""
-    if len(names) <= len(SERIES):
-        return dict(zip(names, SERIES, strict=False))
-    steps, last = depth_hexes(), len(names) - 1
-    return {name: steps[i * (len(steps) - 1) // last] for i, name in enumerate(names)}
-
-
 def depth_colormap() -> Colormap:
     """The color map for depth and time: viridis without its pale yellow end."""
     require_matplotlib()
@@ -134,6 +129,19 @@ def score_axis(axes: Axes, metric: Metric) -> None:
     from matplotlib.ticker import FuncFormatter
 
     axes.yaxis.set_major_formatter(FuncFormatter(percent_tick if metric.percent else plain_tick))
+
+
+def point_markers(values: Sequence[float], few: int = 12) -> dict[str, Any]:
+    """Markers for a curve of few points, and for points between gaps, which no line shows.
+
+    Example:
+        >>> point_markers([1.0, math.nan, 2.0, 3.0], few=2)["markevery"]
+        [0]
+    """
+    finite = [False, *map(math.isfinite, values), False]
+    alone = [i for i in range(len(values)) if finite[i : i + 3] == [False, True, False]]
+    shown = list(range(len(values))) if sum(finite) <= few else alone
+    return {"marker": "o", "markersize": 3, "markevery": shown} if shown else {}
 
 
 def plain_tick(value: float, _: float) -> str:
@@ -157,6 +165,34 @@ def display_name(name: str, limit: int = 30) -> str:
         text = f"{text[:head]}…{text[-(limit - 1 - head) :]}"
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def display_names(names: Sequence[str], limit: int = 30) -> list[str]:
+    """Make the names of one figure safe to draw, and still different where they are shortened.
+
+    The parts that all of them begin and end with are cut first, then the middle; names that are
+    still the same get numbers.
+
+    Example:
+        >>> display_names(["encoder.block.0.mlp", "encoder.block.1.mlp"], 12)
+        ['…0…', '…1…']
+    """
+    for tried in (names, _without_common(names)):
+        shown = [display_name(name, limit) for name in tried]
+        if len(set(shown)) == len(set(names)):
+            return shown
+    return [f"{display_name(name, limit - 6)} ({i})" for i, name in enumerate(names, start=1)]
+
+
+def _without_common(names: Sequence[str]) -> list[str]:
+    def common(rows: Sequence[Sequence[str]]) -> int:
+        return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))))
+
+    parts = [name.split(".") for name in names]
+    first = common(parts)
+    last = common([row[first:][::-1] for row in parts])
+    inner = [".".join(row[first : len(row) - last]) for row in parts]
+    return [f"{'…' * (first > 0)}{name}{'…' * (last > 0)}" for name in inner]
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
 from dynarank.report.annotations import change_markers, draw_markers, label_markers, shade_phases
 from dynarank.report.legends import LegendEntry, depth_bar, legend_below, line, phase_entries
-from dynarank.report.plotting import depth_colors, display_name, new_figure, styled
+from dynarank.report.plotting import (
+    depth_colors,
+    display_name,
+    display_names,
+    new_figure,
+    point_markers,
+    styled,
+)
 from dynarank.report.theme import INK
 from dynarank.report.thinning import evenly
 from dynarank.report.transition_points import last_epoch
@@ -84,16 +91,18 @@ def _layer_lines(axes: Axes, run: Run, names: Sequence[str], value: _Value) -> N
     drawn = evenly(names, MOST_LAYERS)
     for name in drawn:
         layers = [record.layers.get(name) for record in records]
+        values = [math.nan if layer is None else _finite(value(layer)) for layer in layers]
         axes.plot(
             epochs,
-            [math.nan if layer is None else _finite(value(layer)) for layer in layers],
+            values,
             color=colors[name],
             linewidth=max(0.6, 1.4 - len(drawn) / 60) if many else 1.6,
             alpha=0.75 if many else 1,
+            **point_markers(values, few=0 if many else 12),
         )
     if many and records:
         medians = [_median([value(layer) for layer in r.layers.values()]) for r in records]
-        axes.plot(epochs, medians, color="black", linewidth=1.8)
+        axes.plot(epochs, medians, color=INK, linewidth=1.8, **point_markers(medians, few=0))
 
 
 def _finite(value: float) -> float:
@@ -115,7 +124,7 @@ def _dress(panels: Sequence[tuple[Axes, ...]], runs: Sequence[Run], stacked: boo
         for axes in (upper, lower):
             shade_phases(axes, run)
             draw_markers(axes, markers)
-        lower.set(xlim=(0, end), xlabel="epoch")
+        lower.set(xlim=(0, 1.01 * end), xlabel="epoch")
         rise = max(rise, label_markers(upper, markers, end, width))
     for (upper, _), run in zip(panels, runs, strict=True):
         upper.set_title(display_name(run.header.schedule), pad=6 + rise)
@@ -124,5 +133,6 @@ def _dress(panels: Sequence[tuple[Axes, ...]], runs: Sequence[Run], stacked: boo
 def _layer_entries(names: Sequence[str]) -> list[LegendEntry]:
     if len(names) > FEW_LAYERS:
         drawn = f", {MOST_LAYERS} drawn" if len(names) > MOST_LAYERS else ""
-        return [(line("black"), f"median of {len(names)} layers{drawn}")]
-    return [(line(color), display_name(name)) for name, color in depth_colors(names).items()]
+        return [(line(INK), f"median of {len(names)} layers{drawn}")]
+    colors = depth_colors(names).values()
+    return [(line(c), name) for c, name in zip(colors, display_names(names), strict=True)]

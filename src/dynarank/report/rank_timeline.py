@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.records import Run
-from dynarank.report.annotations import FORM_COLORS
+from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.layer_forms import FormSpan, layer_forms
-from dynarank.report.legends import LegendEntry, legend_below, patch
-from dynarank.report.plotting import display_name, new_figure, styled
+from dynarank.report.legends import LegendEntry, form_patch, legend_below
+from dynarank.report.plotting import display_name, display_names, new_figure, styled
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.thinning import evenly
 from dynarank.report.transition_points import last_epoch
@@ -86,7 +86,7 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
             box = (span.start, span.end, row - 0.5 + gap, row + 0.5 - gap)
             boxes.setdefault((span.form, span.share), []).append(box)
     for (form, share), same in boxes.items():
-        _boxes(axes, same, FORM_COLORS.get(form, NEUTRAL), rank_opacity(share))
+        _boxes(axes, same, form, rank_opacity(share))
     axes.set_xlim(0, max((box[1] for same in boxes.values() for box in same), default=1))
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.grid(visible=False)
@@ -94,13 +94,12 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
     axes.tick_params(axis="y", length=0)
     names = [(row, name) for row, name in enumerate(layers)] if names_at_left else []
     named = evenly(names, _MOST_NAMES)
-    axes.set_yticks(
-        [row for row, _ in named], [display_name(name, 22) for _, name in named], fontsize=7
-    )
+    shown = display_names([name for _, name in named], 22)
+    axes.set_yticks([row for row, _ in named], shown, fontsize=7)
 
 
-def _boxes(axes: Axes, boxes: Sequence[_Box], color: str, opacity: float) -> None:
-    """Boxes of one color as a single path: one patch per box is slow with hundreds of layers."""
+def _boxes(axes: Axes, boxes: Sequence[_Box], form: str, opacity: float) -> None:
+    """Boxes of one form and rank as a single path: a patch per box is slow with many layers."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -110,21 +109,27 @@ def _boxes(axes: Axes, boxes: Sequence[_Box], color: str, opacity: float) -> Non
         for corner in ((left, low), (right, low), (right, high), (left, high), (left, low))
     ]
     codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * len(boxes)
-    axes.add_patch(PathPatch(Path(corners, codes), color=color, alpha=opacity, linewidth=0))
+    color = FORM_COLORS[form][0] if form in FORM_COLORS else NEUTRAL
+    hatch = FORM_HATCHES.get(form)
+    shape = PathPatch(Path(corners, codes), facecolor=color, alpha=opacity, linewidth=0)
+    shape.set(hatch=hatch, edgecolor="#ffffff")  # the hatch is the page showing through
+    axes.add_patch(shape)
 
 
 def _legend_entries(spans: Sequence[FormSpan]) -> list[LegendEntry]:
     """One entry for full-rank, and one each for the smallest and largest rank of other forms."""
     entries: list[LegendEntry] = []
-    for form, color in FORM_COLORS.items():
+    for form in FORM_COLORS:
         shares = sorted({s.share for s in spans if s.form == form and s.share is not None})
         if form == "full-rank" and shares:
-            entries.append((patch(color), form))
+            entries.append((form_patch(form), form))
             continue
         for share in dict.fromkeys([*shares[:1], *shares[-1:]]):
-            entries.append((patch(color, rank_opacity(share)), f"{form}, {share:.0%} of full rank"))
+            entries.append(
+                (form_patch(form, rank_opacity(share)), f"{form}, {share:.0%} of full rank")
+            )
         if not shares and any(span.form == form for span in spans):
-            entries.append((patch(color, rank_opacity(None)), form))
+            entries.append((form_patch(form, rank_opacity(None)), form))
     if any(span.form not in FORM_COLORS for span in spans):
-        entries.append((patch(NEUTRAL, rank_opacity(None)), "not recorded"))
+        entries.append((form_patch("unknown", rank_opacity(None)), "not recorded"))
     return entries

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from dynarank.files.printable import printable
 from dynarank.records import (
     DecisionRecord,
-    EpochRecord,
     HeatmapRecord,
     NoiseRecord,
     PhaseRecord,
@@ -17,13 +16,20 @@ from dynarank.records import (
     SpectrumRecord,
 )
 from dynarank.report.annotations import MOST_LABELS
+from dynarank.report.colors import schedule_colors
 from dynarank.report.comparison import compare_scores
 from dynarank.report.cost_quality import cost_quality_figure
-from dynarank.report.curves import curves_figure
+from dynarank.report.curves import curves_figure, has_curves
 from dynarank.report.decisions import decisions_table
 from dynarank.report.figures import MOST_SCHEDULES
 from dynarank.report.formats import joined
-from dynarank.report.grouping import by_schedule, first_of_each
+from dynarank.report.grouping import (
+    by_schedule,
+    final_scores,
+    first_of_each,
+    has_scores,
+    run_name,
+)
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
 from dynarank.report.layer_viewer import layer_viewer
@@ -34,6 +40,8 @@ from dynarank.report.rank_metrics import MOST_LAYERS, rank_metrics_figure, watch
 from dynarank.report.rank_timeline import rank_timeline_figure
 from dynarank.report.spectra_over_time import spectra_over_time_figure, spectrum_names
 from dynarank.report.tables import changes_table, cost_table, layers_table, phases_table
+from dynarank.report.terms import terms
+from dynarank.report.transition_points import transition_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
 __all__ = ["sections"]
 
 
+# The sections that use the words for forms and changes, in order.
+_IN_TERMS = ("Learning curves", "Rank of each layer over time", "Phases", "Changes of form")
 _Build = Callable[[Sequence[Run]], Iterable[Html]]
 
 
@@ -53,14 +63,15 @@ def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: Non
     """
     chosen = first_of_each(runs)[:MOST_SCHEDULES]
     which = _which(runs, len(chosen))
-    name = runs[0].header.metric.name
+    colors = schedule_colors(by_schedule(runs))
+    name = runs[0].header.metric.name if has_scores(runs) else "loss"
     parts: list[tuple[str, Sequence[Run], _Build]] = [
         (f"{name[:1].upper()}{name[1:]} and cost", runs, _costs),
         ("Learning curves", runs, _curves),
         ("Rank of each layer over time", chosen, lambda runs: _timeline(runs, which)),
         ("Rank metrics over time", chosen, lambda runs: _rank_metrics(runs, which)),
         ("One layer over time", chosen, _one_layer),
-        ("Gradient noise (experimental)", chosen, lambda runs: _noise(runs, which)),
+        ("Gradient noise (experimental)", chosen, lambda runs: _noise(runs, which, colors)),
         ("Phases", chosen, lambda runs: _table(runs, PhaseRecord, which, phases_table)),
         (
             "Decisions and reasons",
@@ -70,8 +81,12 @@ def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: Non
         ("Changes of form", chosen, lambda runs: [_said(which), changes_table(runs)]),
         ("Configuration", runs, lambda runs: [_configuration(runs)]),
     ]
-    built = ((title, _content(title, shown, build, warn)) for title, shown, build in parts)
-    return [element("section", element("h2", title), *found) for title, found in built if found]
+    built = {title: _content(title, shown, build, warn) for title, shown, build in parts}
+    first = next(title for title in _IN_TERMS if built[title])
+    built[first].insert(0, terms(runs))  # explained where they first occur
+    return [
+        element("section", element("h2", title), *found) for title, found in built.items() if found
+    ]
 
 
 def _content(
@@ -84,7 +99,7 @@ def _content(
     able = [run for run in runs if not isinstance(_built(build, [run]), str)]
     rest = _built(build, able) if 0 < len(able) < len(runs) else ""
     lost = [run for run in runs if isinstance(rest, str) or run not in able]
-    names = joined([f"{run.header.schedule} (seed {run.header.seed})" for run in lost])
+    names = joined([run_name(run) for run in lost])
     told = f"{title} cannot be shown for {printable(names)}: {content}"
     warn(told)
     return [element("p", f"{told}.", class_="note"), *([] if isinstance(rest, str) else rest)]
@@ -130,14 +145,12 @@ def _which(runs: Sequence[Run], shown: int) -> str:
 
 def _quality(runs: Sequence[Run]) -> Html:
     """The cost-quality plots and significant differences, if there are runs to compare."""
-    finished = [run for run in runs if run.summary is not None]
+    finished = [run for run in runs if final_scores([run])]
     if len(finished) < 2:  # one point is no comparison, and the table has it already
-        return Html("") if finished else element("p", "No run has finished yet.")
+        ended = any(run.summary is not None for run in runs)
+        return Html("") if ended else element("p", "No run has finished yet.")
     metric = runs[0].header.metric
-    scores = {
-        name: [run.summary.test_score for run in group if run.summary is not None]
-        for name, group in by_schedule(finished).items()
-    }
+    scores = {name: final_scores(group) for name, group in by_schedule(finished).items()}
     told = [element("li", sentence) for sentence in compare_scores(scores, metric)]
     better = "up" if metric.higher_is_better else "down"
     caption = (
@@ -155,7 +168,7 @@ def _quality(runs: Sequence[Run]) -> Html:
 
 
 def _curves(runs: Sequence[Run]) -> list[Html]:
-    if not any(run.all(EpochRecord) for run in runs):
+    if not has_curves(runs):
         return []
     caption = (
         "Solid lines: test. Dotted lines: training. Dashed vertical lines: transition points, at "
@@ -185,7 +198,7 @@ def _rank_metrics(runs: Sequence[Run], which: str) -> list[Html]:
     ]
 
 
-def _noise(runs: Sequence[Run], which: str) -> list[Html]:
+def _noise(runs: Sequence[Run], which: str, colors: Mapping[str, str]) -> list[Html]:
     noisy = [run for run in runs if run.all(NoiseRecord)]
     if not noisy:
         return []
@@ -194,7 +207,7 @@ def _noise(runs: Sequence[Run], which: str) -> list[Html]:
         "covariance of per-sample gradients over the squared norm of their mean. Well below it a "
         "larger batch helps; well above it, hardly." + which
     )
-    return [_figure("noise", lambda narrow: noise_figure(noisy, narrow), caption)]
+    return [_figure("noise", lambda narrow: noise_figure(noisy, narrow, colors), caption)]
 
 
 def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
@@ -210,7 +223,8 @@ def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
 
 
 def _static(chosen: Sequence[Run]) -> list[Html]:
-    """Static figures of the first run that has data, for printing and without scripts."""
+    """Static figures of a run that has data, for printing and without scripts; one that changes."""
+    chosen = sorted(chosen, key=lambda run: not transition_points(run))
     found: list[Html] = []
     spectra = next((run for run in chosen if spectrum_names(run)), None)
     weights = next((run for run in chosen if run.all(HeatmapRecord)), None)
@@ -245,6 +259,6 @@ def _configuration(runs: Sequence[Run]) -> Html:
     for run in runs:
         recorded = {"run": run.header.model_dump(mode="json"), "config": run.config}
         text = json.dumps(recorded, indent=2, ensure_ascii=False)
-        blocks.append(element("h3", f"{run.header.schedule}, seed {run.header.seed}"))
+        blocks.append(element("h3", run_name(run)))
         blocks.append(element("pre", text))
     return details("Configuration and versions, as recorded", *blocks)

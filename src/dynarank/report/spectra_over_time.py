@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
 from dynarank.report.formats import number
 from dynarank.report.legends import legend_below, line
-from dynarank.report.plotting import depth_colors, display_name, new_figure, plain_tick, styled
+from dynarank.report.plotting import (
+    depth_colors,
+    display_name,
+    display_names,
+    new_figure,
+    plain_tick,
+    point_markers,
+    styled,
+)
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.thinning import evenly
 
@@ -43,8 +51,9 @@ def spectra_over_time_figure(run: Run, layers: int = 6, readings: int = 6) -> Fi
     figure = new_figure(max(4.6, 3.1 * columns), 2.5 * rows + 0.4)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True).flat)
     colors = depth_colors([number(record.epoch) for record in records])
-    for axes, name in zip(grid, names, strict=False):
+    for axes, name, shown in zip(grid, names, display_names(names, 28), strict=False):
         _panel(axes, name, records, list(colors.values()))
+        axes.set_title(shown)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     _label(grid, columns, len(names))
@@ -72,14 +81,13 @@ def _panel(axes: Axes, name: str, records: Sequence[SpectrumRecord], colors: Seq
             last = max(len(layer.values) - 1, 1)
             shares = [i / last for i in range(len(layer.values))]
             heights = [value / layer.values[0] or math.nan for value in layer.values]
-            axes.plot(shares, heights, color=color, linewidth=1.3)
+            axes.plot(shares, heights, color=color, linewidth=1.3, **point_markers(heights))
     known = next((r.layers[name] for r in records if name in r.layers), None)
     if known is not None and known.rank < known.full_rank:
         axes.axvline(known.rank / known.full_rank, color=NEUTRAL, linestyle=":", linewidth=1)
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(FLOOR, 1.4))
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
-    axes.set_title(display_name(name, 28))
 
 
 def _sound(layer: LayerSpectrum) -> bool:

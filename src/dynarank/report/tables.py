@@ -16,6 +16,7 @@ from dynarank.records import (
     SpectrumRecord,
     SummaryRecord,
 )
+from dynarank.report.colors import schedule_colors
 from dynarank.report.formats import (
     bytes_text,
     count,
@@ -28,14 +29,14 @@ from dynarank.report.formats import (
     seconds_text,
     spread_text,
 )
-from dynarank.report.grouping import by_schedule
+from dynarank.report.grouping import by_schedule, has_scores, last_losses
 from dynarank.report.markup import Html, details, element, table
-from dynarank.report.plotting import palette
 from dynarank.report.theme import themed_color
 from dynarank.report.transition_points import (
     TransitionPoint,
     change_kind,
     last_epoch,
+    reached_text,
     transition_points,
 )
 
@@ -46,11 +47,17 @@ _NONE = "–"
 
 
 def cost_table(runs: Sequence[Run]) -> Html:
-    """Build the table of each schedule's score and cost, as means over its finished runs."""
+    """Build the table of each schedule's score and cost, as means over its finished runs.
+
+    Where no run has a score, its last losses stand in their place.
+    """
+    metric = runs[0].header.metric
+    results = (
+        (f"test {metric.name}", "best") if has_scores(runs) else ("test loss", "training loss")
+    )
     columns = (
         "schedule",
-        f"test {runs[0].header.metric.name}",
-        "best",
+        *results,
         "trainable, peak",
         "trainable, mean",
         "training FLOPs",
@@ -58,28 +65,49 @@ def cost_table(runs: Sequence[Run]) -> Html:
         "training",
         "wall-clock",
     )
-    metric = runs[0].header.metric
-    numbers = {name: index for index, name in enumerate(by_schedule(runs))}
+    results_of = _scores if scored else _losses
+    colors = schedule_colors(by_schedule(runs))
     rows: list[Sequence[str]] = []
     for name, group in by_schedule(runs).items():
-        ends = [run.summary for run in group if run.summary is not None]
-        swatch = _swatch(numbers[name], len(numbers))
-        if ends:
-            counted = [element("small", f"mean of {len(ends)} runs")] if len(ends) > 1 else []
-            rows.append((element("span", swatch, name, *counted), *_cost_cells(ends, metric)))
-        rows.extend(_unfinished_cells(swatch, run) for run in group if run.summary is None)
+        ended = [run for run in group if run.summary is not None]
+        swatch = element("span", class_="swatch", style=themed_color(colors[name]))
+        if ended:
+            counted = f"mean of {len(ended)} runs" if len(ended) > 1 else ""
+            rows.append((_named(swatch, name, counted), *results_of(ended), *_cost_cells(ended)))
+        for run in group:
+            if run.summary is None:
+                seed = "" if run.header.seed is None else f"seed {run.header.seed} "
+                first = _named(swatch, name, f"{seed}unfinished: {reached_text(run)}")
+                rows.append((first, *results_of([run]), *_unfinished_cells(run)))
     return table(columns, rows)
 
 
-def _swatch(number: int, schedules: int) -> Html:
-    """A dot in the color that the schedule has in the figures."""
-    color = list(palette([str(i) for i in range(schedules)]).values())[number]
-    return element("span", class_="swatch", style=themed_color(color))
+def _named(swatch: Html, name: str, told: str) -> Html:
+    small = [element("small", told)] if told else []
+    return element("span", swatch, name, *small, class_="wrapped" if len(name) > 40 else "name")
 
 
-def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
-    yield _mean_and_spread([end.test_score for end in ends], metric)
-    yield _mean_and_spread([end.best_test_score for end in ends], metric)
+def _scores(runs: Sequence[Run]) -> list[str]:
+    """The last and the best score, of the summaries or, of one unfinished run, of its epochs."""
+    metric = runs[0].header.metric
+    ends = [run.summary for run in runs if run.summary is not None]
+    if ends:
+        last, best = [end.test_score for end in ends], [end.best_test_score for end in ends]
+        return [_mean_and_spread(last, metric), _mean_and_spread(best, metric)]
+    scores = [e.test_score for e in runs[0].all(EpochRecord) if e.test_score is not None]
+    finite = [score for score in scores if math.isfinite(score)]
+    top = (max if metric.higher_is_better else min)(finite, default=math.nan)
+    shown = [score_text(score, metric) for score in (*scores[-1:], top)]
+    return shown if scores else [_NONE] * 2
+
+
+def _losses(runs: Sequence[Run]) -> list[str]:
+    pairs = zip(*map(last_losses, runs), strict=True)
+    return [_mean_and_spread(losses, Metric(name="loss", percent=False)) for losses in pairs]
+
+
+def _cost_cells(runs: Sequence[Run]) -> Iterator[str]:
+    ends = [run.summary for run in runs if run.summary is not None]
     cells: tuple[tuple[Callable[[SummaryRecord], float], Callable[[float], str]], ...] = (
         (lambda end: end.trainable_parameters_peak, count),
         (lambda end: end.trainable_parameters_mean, count),
@@ -92,24 +120,22 @@ def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
         yield written(fmean(value(end) for end in ends))
 
 
-def _mean_and_spread(values: Sequence[float], metric: Metric) -> str:
+def _mean_and_spread(scores: Sequence[float | None], metric: Metric) -> str:
+    values = [score for score in scores if score is not None]
+    if not values:
+        return _NONE
     finite = all(map(math.isfinite, values))
     spread = f" ± {spread_text(stdev(values), metric)}" if len(values) > 1 and finite else ""
     return score_text(fmean(values), metric) + spread
 
 
-def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
-    header, epochs = run.header, run.all(EpochRecord)
-    reached = f"seed {header.seed} unfinished: epoch {number(last_epoch(run))} of {header.epochs}"
-    first = element("span", swatch, header.schedule, element("small", reached))
+def _unfinished_cells(run: Run) -> Sequence[str]:
+    epochs = run.all(EpochRecord)
     if not epochs:
-        return (first, *[_NONE] * 8)
-    scores = [epoch.test_score for epoch in epochs if math.isfinite(epoch.test_score)]
-    best = (max if header.metric.higher_is_better else min)(scores, default=math.nan)
+        return [_NONE] * 6
     seconds = seconds_text(math.fsum(epoch.seconds for epoch in epochs))
     peak = count(max(epoch.trainable_parameters for epoch in epochs))
-    last = score_text(epochs[-1].test_score, header.metric)
-    return (first, last, score_text(best, header.metric), peak, _NONE, _NONE, _NONE, seconds, _NONE)
+    return (peak, _NONE, _NONE, _NONE, seconds, _NONE)
 
 
 def phases_table(runs: Sequence[Run]) -> Html:

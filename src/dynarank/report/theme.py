@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from functools import cache
 
+from dynarank.report.colors import FORM_COLORS, SCHEDULE_COLORS
+
 __all__ = [
     "DEPTH",
     "INK",
     "NEUTRAL",
-    "SERIES",
     "css_variables",
     "depth_hexes",
     "themed",
@@ -22,9 +23,6 @@ __all__ = [
 
 INK = "#24292f"
 NEUTRAL = "#6e7781"
-# Okabe and Ito's colors, without the yellow, which is hard to see on white.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-_SERIES_DARK = ("#3a9be0", "#f0763a", "#1fbf93", "#e09ac2", "#f0b429", "#8fd0f7", "#f0f3f6")
 # Viridis without the yellow end on white, and without the darkest violet on a dark page.
 DEPTH = 48
 _LIGHT_END, _DARK_START = 0.88, 0.24
@@ -37,8 +35,12 @@ _PAGE = {  # name: light, dark
     "note": ("#fff8e6", "#2a2413"),
     "note-line": ("#d4a72c", "#9a7b21"),
     "accent": ("#0969da", "#58a6ff"),
+    "shadow": ("#8c959f66", "#9aa4af66"),
 }
-_FIGURE = {  # colors that figures are drawn in, besides series and depth
+_PAIRS = {f"s{i}": pair for i, pair in enumerate(SCHEDULE_COLORS.values())} | {
+    f"f{i}": pair for i, pair in enumerate(FORM_COLORS.values())
+}
+_FIGURE = {  # colors that figures are drawn in, besides those of schedules, forms and depth
     INK: "ink",
     "#57606a": "soft",
     NEUTRAL: "soft",
@@ -63,7 +65,7 @@ def css_variables() -> str:
     """The CSS variables of both themes: by the system's preference and by explicit choice."""
     pairs = {
         **_PAGE,
-        **{f"s{i}": pair for i, pair in enumerate(zip(SERIES, _SERIES_DARK, strict=True))},
+        **_PAIRS,
         **{f"d{i}": p for i, p in enumerate(zip(depth_hexes(), depth_hexes(True), strict=True))},
     }
     light, dark = (
@@ -79,7 +81,7 @@ def css_variables() -> str:
 
 @cache
 def _variables() -> dict[str, str]:
-    named = {color: f"s{i}" for i, color in enumerate(SERIES)}
+    named = {light: name for name, (light, _) in _PAIRS.items()}
     named |= {color: f"d{i}" for i, color in enumerate(depth_hexes())}
     return named | _FIGURE
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dynarank.records import ChangeRecord, EpochRecord, PhaseRecord, Run, SpectrumRecord
+from dynarank.records import (
+    ChangeRecord,
+    EpochRecord,
+    PhaseRecord,
+    Run,
+    SpectrumRecord,
+    StepRecord,
+)
+from dynarank.report.formats import number
 
 __all__ = [
     "Span",
     "TransitionPoint",
     "change_kind",
     "last_epoch",
+    "reached_text",
     "spans",
     "transition_points",
 ]
@@ -61,8 +70,14 @@ def transition_points(run: Run) -> list[TransitionPoint]:
 
 def last_epoch(run: Run) -> float:
     """The last epoch for which the run recorded anything."""
-    timed = (*run.all(EpochRecord), *run.all(SpectrumRecord), *run.all(PhaseRecord))
-    return max((record.epoch for record in timed), default=0.0)
+    kinds = (EpochRecord, SpectrumRecord, PhaseRecord, StepRecord)
+    return max((record.epoch for kind in kinds for record in run.all(kind)), default=0.0)
+
+
+def reached_text(run: Run) -> str:
+    """How far a run came: ``epoch 6 of 12``; an own loop may not say how many there are."""
+    of = f" of {run.header.epochs}" if run.header.epochs else ""
+    return f"epoch {number(last_epoch(run))}{of}"
 
 
 def spans(run: Run) -> list[Span]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dynarank.sinks.extras import install_command
 from dynarank.train.glue_files import GLUE, read_glue, read_glue_hub
-from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.registry import build_model
+from dynarank.train.networks import build_network
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 from dynarank.train.sentence_task import (
     ACCURACY,
     F1,
@@ -117,13 +118,9 @@ def _options(recipe: Recipe) -> GlueOptions:
 
 def _build(recipe: Recipe) -> nn.Module:
     options, labels = _options(recipe), GLUE[recipe.data].labels
-    return build_model(
-        recipe.model,
-        vocabulary=options.vocabulary,
-        length=options.length,
-        outputs=1 if labels is None else len(labels),
-        **recipe.model_options,
-    )
+    outputs = 1 if labels is None else len(labels)
+    known = {"vocabulary": options.vocabulary, "length": options.length, "outputs": outputs}
+    return build_network(recipe, known)
 
 
 def _read(name: str, place: str) -> SentenceData:

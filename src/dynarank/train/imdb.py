@@ -12,8 +12,9 @@ from torch import nn
 
 from dynarank.sinks.extras import install_command
 from dynarank.train.imdb_files import read_imdb, read_imdb_hub
-from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.registry import build_model
+from dynarank.train.networks import build_network
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 from dynarank.train.sentence_task import ACCURACY, ClassificationTask, Examples
 from dynarank.train.sentences import SentenceData, Sentences, limit_sentences
 from dynarank.train.sources import DataError
@@ -91,12 +92,8 @@ def _options(recipe: Recipe) -> ImdbOptions:
 
 
 def _build(recipe: Recipe) -> nn.Module:
-    return build_model(
-        recipe.model,
-        vocabulary=_options(recipe).vocabulary,
-        outputs=_CLASSES,
-        **recipe.model_options,
-    )
+    known = {"vocabulary": _options(recipe).vocabulary, "outputs": _CLASSES}
+    return build_network(recipe, known)
 
 
 def _read(place: str) -> SentenceData:
