@@ -40,8 +40,8 @@ Role: TypeAlias = Literal["", "embedding", "head"]
 _LAYOUTS: tuple[Callable[[WeightFiles, str], Claim | None], ...] = (
     factor_chain,
     lora_update,
-    packed_integers,
     packed_fp4,
+    packed_integers,
     weight_norm,
     spectral_norm,
     parametrized,
