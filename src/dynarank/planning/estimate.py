@@ -111,17 +111,22 @@ def estimate_phases(
     loss: Callable[[Any], Tensor] | None = None,
     *,
     measure: bool = False,
+    counted: bool = True,
 ) -> tuple[PhaseEstimate, ...]:
-    """The phases of a schedule's cost with their memory; with ``measure``, also their time."""
+    """The phases of a schedule's cost with their memory.
+
+    With ``measure`` also their time, with ``counted`` also their FLOPs by FlopCounterMode.
+    """
     known: dict[frozenset[Any], tuple[StepMemory, Flops | None, DryRun | None]] = {}
 
     def found(phase: PhaseCost) -> tuple[StepMemory, Flops | None, DryRun | None]:
         plan = phase.plan
         memory = step_memory(model, optimizers, plan, batch, loss)
         # Of a budget the FLOPs are known, and the ranks that spend them are not.
-        counted = None if phase.estimated else _counted(model, plan, batch, loss)
+        exact = counted and not phase.estimated
+        flops = _counted(model, plan, batch, loss) if exact else None
         ran = dry_run(model, optimizers, [plan], batch, loss)[0] if measure else None
-        return memory, counted, ran
+        return memory, flops, ran
 
     for phase in cost.phases:
         known.setdefault(key := _key(phase), known.get(key) or found(phase))

@@ -164,6 +164,7 @@ class Recorder:
         self._later = 0  # steps that logs are ahead of the rank scheduler
         self._seconds, self._mark, self._start = 0.0, time.perf_counter(), time.perf_counter()
         self._rate: float | None = None
+        self._read_at = -1  # the last step at which all weights were read
         self._told_of_steps = self._closed = self._goes_on = False
         self._last_spectra: Mapping[str, SpectralReading] = {}
         self._events = RankEvents(self._write, self._epoch_at)
@@ -256,8 +257,8 @@ class Recorder:
         given = {"test_loss": test_loss, "test_score": test_score, "train_score": train_score}
         results = {n: as_number(n, value) for n, value in given.items()}
         self._end_epoch(as_number("train_loss", train_loss), results, numbers)
-        if self._metrics is not None and _is_power_of_two(len(self._results)):
-            self._metrics.read(pictures=True)
+        if _is_power_of_two(len(self._results)):
+            self._read()
         self._output.sync()
         self._mark = time.perf_counter()
 
@@ -276,8 +277,7 @@ class Recorder:
                 return
             if self.step > self._last_epoch:
                 self._end_epoch(None, {}, {})
-            if self._metrics is not None:
-                self._metrics.read(pictures=True)
+            self._read()
             digest = self._write_model() if self._save_model else None
             self._write(self._summary(digest))
             if self.ranks is None and self._epochs is None:
@@ -357,9 +357,8 @@ class Recorder:
             header = self._header()
             self._output.begin([header], final=self._per_epoch is not None)
             self._decided()
-            if self._metrics is not None:
-                with torch.autocast(torch.device(header.device).type, enabled=False):
-                    self._metrics.read(pictures=True)
+            with torch.autocast(torch.device(header.device).type, enabled=False):
+                self._read()
         self._begun, self._mark = True, time.perf_counter()
 
     def _go_on(self, records: list[Record], step: int) -> None:
@@ -459,6 +458,12 @@ class Recorder:
             self._last_spectra = self.ranks.spectra
             self._metrics.decided_by(self.ranks.spectra)
         self._events.decided(self.ranks.decisions)
+
+    def _read(self) -> None:
+        """Record the weights as they are, once a step."""
+        if self._metrics is not None and self._read_at != self.step:
+            self._read_at = self.step
+            self._metrics.read(pictures=True)
 
     def _flush(self) -> None:
         """Write the values of the steps so far."""
