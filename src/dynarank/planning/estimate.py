@@ -21,6 +21,7 @@ from dynarank.planning.estimate_result import Estimate
 from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler, unknown_rates
 from dynarank.scheduler.rank_scheduler import check_phases, scheduled_layers
 from dynarank.schedules.base import Readings, Schedule, as_schedule
+from dynarank.schedules.catalog import schedule_name
 from dynarank.schedules.options import check_count
 from dynarank.schedules.timelines import timeline
 from dynarank.surgery.optimizer_state import Optimizers, as_list, check_held
@@ -98,7 +99,7 @@ def estimate(
     named = " and ".join(type(one).__name__ for one in optimizers) or _ASSUMED
     optimizers = optimizers or _default(model)
     phases = estimate_phases(model, optimizers, cost, batch, loss, measure=measure)
-    name = None if schedule is None else _name(schedule)
+    name = None if schedule is None else schedule_name(as_schedule(schedule))
     kind = type(model).__name__
     return Estimate(kind, name, use, paths, cost, phases, named, total_steps, notes)
 
@@ -215,10 +216,6 @@ def _check(
             "measure=True trains copies of the model, and its parameters are on the meta device; "
             "give a model with values, or measure=False"
         )
-
-
-def _name(schedule: Schedule) -> str:
-    return getattr(schedule, "__name__", None) or type(schedule).__name__
 
 
 def _default(model: nn.Module) -> list[Optimizer]:
