@@ -225,6 +225,11 @@ CASES = {
         + [run("low-rank", s, seed=None) for s in (0.90, 0.901)],
         "Test accuracy: low-rank lost to full-rank by 5.00 points at 0.29x the FLOPs (n = 2).",
     ),
+    "one run of a score that is no share": (
+        [run("low-rank", 12.5, metric=PERPLEXITY)],
+        "low-rank reached a test perplexity of 12.5 at 0.29x the FLOPs of full rank (n = 1), with "
+        "no other schedule to compare it with.",
+    ),
     "several recipes": (
         [run("digits: low-rank", 0.9), run("text: low-rank", 0.8, recipe="text")],
         "digits: low-rank reached 90.00% test accuracy at 0.29x the FLOPs of full rank (n = 1), "

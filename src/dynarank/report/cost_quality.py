@@ -42,9 +42,7 @@ class _Point:
 
 
 @styled
-def cost_quality_figure(
-    runs: Sequence[Run], columns: Literal[1, 3] = 3, colors: Mapping[str, str] | None = None
-) -> Figure:
+def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
     """Plot test score against relative training FLOPs, peak memory and training time.
 
     A point is a schedule, labeled or, if there are more than eight, in the legend; with several
@@ -55,10 +53,9 @@ def cost_quality_figure(
     Args:
         runs: all with the same metric.
         columns: plots side by side (3) or one above the other (1).
-        colors: of the schedules, where the figure is one of several; default: their own.
     """
     metric = runs[0].header.metric
-    colors = colors or schedule_colors(by_schedule(runs))
+    colors = schedule_colors(by_schedule(runs))
     memory, memory_unit = _memory_unit(runs)
     seconds, seconds_unit = _time_unit(runs)
     figure = new_figure(9.5 if columns == 3 else 4.6, 3.5 if columns == 3 else 9.0)

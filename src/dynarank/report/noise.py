@@ -30,7 +30,7 @@ def noise_figure(
     Args:
         runs: those with noise readings.
         narrow: for a phone.
-        colors: of the schedules, where the figure is one of several; default: their own.
+        colors: of the schedules of all runs; default: of these.
     """
     from matplotlib.ticker import FuncFormatter
 

@@ -16,7 +16,7 @@ from typing import Literal
 from dynarank.records import ChangeRecord, EpochRecord, Metric, PhaseRecord, Run, StepRecord
 from dynarank.report.comparison import Pair, compare_pairs, interval_text
 from dynarank.report.formats import difference_text, joined, number, plural, score_text
-from dynarank.report.grouping import by_schedule, final_scores
+from dynarank.report.grouping import by_schedule, final_scores, last_losses
 
 __all__ = ["verdict"]
 
@@ -85,12 +85,7 @@ def _measure(runs: Sequence[Run]) -> tuple[Metric, _Value]:
     """The score, as of the summary; the last test loss, if no run has a score."""
     if final_scores(runs):
         return runs[0].header.metric, lambda run: run.summary and run.summary.test_score
-    return _LOSS, _last_test_loss
-
-
-def _last_test_loss(run: Run) -> float | None:
-    losses = [epoch.test_loss for epoch in run.all(EpochRecord) if epoch.test_loss is not None]
-    return losses[-1] if losses and run.summary is not None else None
+    return _LOSS, lambda run: last_losses(run)[0]
 
 
 def _summed(name: str, runs: Sequence[Run], value: _Value) -> _Schedule:
@@ -135,9 +130,11 @@ def _kind(name: str, runs: Sequence[Run]) -> Literal["full-rank", "fixed", "dyna
 
 
 def _alone(one: _Schedule, metric: Metric) -> str:
-    reached = f"{one.name} reached {_written(one.mean, metric)} test {metric.name}"
+    score = _written(one.mean, metric)
+    result = f"{score} test {metric.name}" if metric.percent else f"a test {metric.name} of {score}"
     cost = "" if one.kind == "full-rank" else _cost(one, None)
-    return f"{reached}{cost} (n = {one.n}), with no other schedule to compare it with"
+    told = f"{one.name} reached {result}{cost} (n = {one.n})"
+    return f"{told}, with no other schedule to compare it with"
 
 
 def _unscored(found: Sequence[_Schedule]) -> str:
