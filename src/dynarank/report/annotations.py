@@ -103,7 +103,7 @@ def _levels(
 def shade_phases(axes: Axes, run: Run) -> None:
     """Shade the phases behind everything else: the darker, the more layers have the form.
 
-    A run of one phase is left white: there is nothing to tell apart.
+    A run of one phase is left white: there is no other to mark it off from.
     """
     stretches = _thinned(spans(run))
     if len(stretches) < 2:

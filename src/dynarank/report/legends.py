@@ -65,13 +65,14 @@ def phase_entries(runs: Sequence[Run]) -> list[LegendEntry]:
 
 
 def legend_below(figure: Figure, entries: Sequence[LegendEntry]) -> None:
-    """Place the legend below the figure, in as many columns as fit its width."""
+    """Place the legend below the figure, in as many columns as fit; further rows add height."""
     if not entries:
         return
     handles, labels = zip(*entries, strict=True)
     widest = max(len(label) for label in labels) * 0.068 + 0.55  # inches
     fitting = max(1, int(figure.get_figwidth() / widest))
     rows = math.ceil(len(entries) / fitting)
+    figure.set_figheight(figure.get_figheight() + 0.18 * (rows - 1))  # not taken from the axes
     figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(entries) / rows))
 
 
