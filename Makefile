@@ -10,7 +10,7 @@ CORE := tests/test_forms.py tests/test_covering.py tests/test_laws.py tests/test
         tests/surgery tests/scheduler \
         $(addprefix src/dynarank/,forms.py decompositions layers surgery scheduler)
 
-.PHONY: demo test test-core test-laws-full test-faults check clean
+.PHONY: demo test test-core test-laws-full test-faults check docs clean
 
 demo: .venv/.demo  ## full rank, fixed low rank and decay on three seeds, in a new folder
 	$(BIN)/dynarank compare shifted-digits --schedules full-rank,low-rank,decay --seeds 3 \
@@ -36,8 +36,11 @@ check: .venv/.dev  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: .venv/.dev  ## the documentation site, in build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv runs build
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -28,7 +28,7 @@ class Columns(dr.decompositions.Decomposition):
         return geometry, geometry
 
 
-dr.register_decomposition(Columns())
+dr.decompositions.register_decomposition(Columns())
 model = dr.factorize(nn.Sequential(nn.Linear(32, 32)), rank=8, decomposition="columns")
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 for x in torch.randn(2, 64, 32):

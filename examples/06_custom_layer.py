@@ -28,7 +28,7 @@ class RankedCosine(RankedLayer, Cosine):
         return self.multiply(self.resolved(), F.normalize(x, dim=-1), self.bias)
 
 
-dr.register_layer(Cosine, RankedCosine)
+dr.layers.register_layer(Cosine, RankedCosine)
 model = dr.factorize(nn.Sequential(Cosine(32, 32), nn.ReLU(), Cosine(32, 8)), rank=4)
 optimizer = torch.optim.AdamW(model.parameters())
 for x in torch.randn(2, 64, 32):

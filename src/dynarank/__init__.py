@@ -10,25 +10,32 @@ Layers are low-rank where that is enough, full-rank while it matters, and low-ra
 >>> model = dr.merge(model)                     # plain modules again
 """
 
-from dynarank import schedules
-from dynarank.allocation import rules
-from dynarank.allocation.within_budget import plan_within
-from dynarank.checkpoint.save import load, save
-from dynarank.decompositions import UnfitWeightError, register_decomposition
-from dynarank.factors import regularizers
-from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
-from dynarank.layers import register_layer
-from dynarank.monitors.calibration import calibrate
-from dynarank.monitors.spectral import SpectralMonitor
-from dynarank.planning.fit_schedule import fit_schedule
-from dynarank.planning.headroom import headroom
-from dynarank.scheduler.batch_norm import BatchNormRecalibration
-from dynarank.scheduler.lr_rewarmup import LRRewarmup
-from dynarank.scheduler.rank_scheduler import RankScheduler
-from dynarank.scheduler.truncation import ActivationAwareTruncation
-from dynarank.surgery.check import check
-from dynarank.surgery.sites import current_plan, survey
-from dynarank.surgery.verbs import apply_plan, deflate, factorize, inflate, merge
+from typing import TYPE_CHECKING
+
+from dynarank.files.lazy_names import lazy_names
+from dynarank.files.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from dynarank import schedules
+    from dynarank.allocation import rules
+    from dynarank.allocation.within_budget import plan_within
+    from dynarank.checkpoint.save import load, save
+    from dynarank.decompositions import UnfitWeightError
+    from dynarank.factors import regularizers
+    from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
+    from dynarank.monitors.calibration import calibrate
+    from dynarank.monitors.spectral import SpectralMonitor
+    from dynarank.planning.estimate import estimate
+    from dynarank.planning.fit_schedule import fit_schedule
+    from dynarank.planning.headroom import headroom
+    from dynarank.recording.recorder import Recorder
+    from dynarank.scheduler.batch_norm import BatchNormRecalibration
+    from dynarank.scheduler.lr_rewarmup import LRRewarmup
+    from dynarank.scheduler.rank_scheduler import RankScheduler
+    from dynarank.scheduler.truncation import ActivationAwareTruncation
+    from dynarank.surgery.check import check
+    from dynarank.surgery.sites import current_plan, survey
+    from dynarank.surgery.verbs import apply_plan, deflate, factorize, inflate, merge
 
 __all__ = [
     "ActivationAwareTruncation",
@@ -39,6 +46,7 @@ __all__ = [
     "LowRank",
     "Rank",
     "RankScheduler",
+    "Recorder",
     "SpectralMonitor",
     "UnfitWeightError",
     "Within",
@@ -47,6 +55,7 @@ __all__ = [
     "check",
     "current_plan",
     "deflate",
+    "estimate",
     "factorize",
     "fit_schedule",
     "headroom",
@@ -54,11 +63,45 @@ __all__ = [
     "load",
     "merge",
     "plan_within",
-    "register_decomposition",
-    "register_layer",
     "regularizers",
     "rules",
     "save",
     "schedules",
     "survey",
 ]
+
+_HOMES = {
+    "ActivationAwareTruncation": "scheduler.truncation",
+    "Adapted": "forms",
+    "BatchNormRecalibration": "scheduler.batch_norm",
+    "FullRank": "forms",
+    "LRRewarmup": "scheduler.lr_rewarmup",
+    "LowRank": "forms",
+    "Rank": "forms",
+    "RankScheduler": "scheduler.rank_scheduler",
+    "Recorder": "recording.recorder",
+    "SpectralMonitor": "monitors.spectral",
+    "UnfitWeightError": "decompositions",
+    "Within": "forms",
+    "apply_plan": "surgery.verbs",
+    "calibrate": "monitors.calibration",
+    "check": "surgery.check",
+    "current_plan": "surgery.sites",
+    "deflate": "surgery.verbs",
+    "estimate": "planning.estimate",
+    "factorize": "surgery.verbs",
+    "fit_schedule": "planning.fit_schedule",
+    "headroom": "planning.headroom",
+    "inflate": "surgery.verbs",
+    "load": "checkpoint.save",
+    "merge": "surgery.verbs",
+    "plan_within": "allocation.within_budget",
+    "regularizers": "factors.regularizers",
+    "rules": "allocation.rules",
+    "save": "checkpoint.save",
+    "schedules": "schedules",
+    "survey": "surgery.sites",
+}
+"""The module of each public name; it is imported when the name is first asked for."""
+
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from dynarank.files.json_data import DamagedFileError, read_json
 from dynarank.forms import FORMS, Form, Rank, Request, Within, form_name
 
-__all__ = ["form_from_data", "form_to_data", "request_from_data", "request_to_data"]
+__all__ = [
+    "form_from_data",
+    "form_to_data",
+    "read_plan",
+    "request_from_data",
+    "request_to_data",
+]
 
 _BUDGET = "budget"  # the key that marks a budget among forms
 
@@ -63,3 +71,26 @@ def request_from_data(data: Mapping[str, Mapping[str, Any]]) -> dict[str, Form |
         path: Within(**one[_BUDGET]) if _BUDGET in one else form_from_data(one)
         for path, one in data.items()
     }
+
+
+def read_plan(path: str | Path) -> dict[str, Form]:
+    """A plan from a JSON file, forms by the paths of layers, for :func:`dynarank.apply_plan`.
+
+    Args:
+        path: a file as ``dynarank spectrum --suggest`` writes it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: it is not JSON, or not of forms by path.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "plan.json"
+        >>> _ = path.write_text('{"0": {"form": "low-rank", "rank": 2}}')
+        >>> _ = dr.apply_plan(nn.Sequential(nn.Linear(8, 8)), read_plan(path))
+    """
+    data: Any = read_json(Path(path))
+    try:
+        return {name: form_from_data(one) for name, one in data.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        problem = f"it is not a plan, forms by the paths of layers: {error}"
+        raise DamagedFileError(path, problem) from None

@@ -157,7 +157,8 @@ class Adapted(_WithFactors):
     """The adapted form: ``base + alpha / rank * join(factors)``, base frozen, factors trainable.
 
     Args:
-        rank, decomposition: as for :class:`LowRank`.
+        rank: as for :class:`LowRank`.
+        decomposition: as for :class:`LowRank`.
         alpha: the adapter's weight before division by the rank (16 for SVD in the published code).
         execution: ``"merged"`` adds the adapter to the base before multiplying, ``"two-branch"``
             multiplies by each and adds the results, as the published code does; ``"auto"`` takes

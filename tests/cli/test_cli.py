@@ -127,6 +127,7 @@ def test_spectrum_as_json_of_any_model(
     layers = json.loads(capsys.readouterr().out)["layers"]
     assert layers[0]["layer"] == "a" and layers[0]["stable_rank"] == pytest.approx(21 / 16)
     assert layers[1] == {"layer": "b", "shape": [2, 2], "finite": False}
+    assert layers[0]["lambda"] == pytest.approx(4 / 7) and layers[0]["lambda_rank"] == 1
     assert "<svg" in (here / "p.svg").read_text()
 
 
@@ -151,11 +152,11 @@ def test_spectrum_of_two_side_by_side(
         save_file(weights, here / name / "model.safetensors")
     assert call(monkeypatch, "spectrum", "one", "two") == 0
     title, heading, *rows, picture = capsys.readouterr().out.splitlines()
-    assert title == "Rank metrics: A = one, B = two" and heading.count("B - A") == 4
+    assert title == "Rank metrics: A = one, B = two" and heading.count("B - A") == 3
     cells = {row.split()[0]: row.split()[2:] for row in rows}
-    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0 0.667 0.500 -0.167".split()
-    assert cells["gone"] == "3.0 - 3.0 - 3 - 0.333 -".split()
-    assert cells["new"] == ["-", "nan"] * 4
+    assert cells["a"] == "1.9 2.0 +0.1 1.2 2.0 +0.8 2 2 +0".split()
+    assert cells["gone"] == "3.0 - 3.0 - 3 -".split()
+    assert cells["new"] == ["-", "nan"] * 3
     assert picture == "Figure: one-two-spectrum.png"
     assert (here / "one-two-spectrum.png").read_bytes().startswith(b"\x89PNG")
 
@@ -179,9 +180,9 @@ def test_spectrum_shows_each_row_when_it_is_ready(
     shown: list[str] = []
     read = TensorFile.read
 
-    def watched(file: TensorFile, name: str) -> torch.Tensor:
+    def watched(file: TensorFile, name: str, index: int | None = None) -> torch.Tensor:
         shown.append(capsys.readouterr().out)
-        return read(file, name)
+        return read(file, name, index)
 
     monkeypatch.setattr(TensorFile, "read", watched)
     assert call(monkeypatch, "spectrum", "m.safetensors", "--no-plot") == 0
@@ -243,7 +244,7 @@ def test_a_diverged_run_exits_1(
     def diverge(*_: object, **__: object) -> None:
         raise DivergedError("the training loss of epoch 1 is nan")
 
-    monkeypatch.setattr(sys.modules["dynarank.cli.job_runner"], "run_schedule", diverge)
+    monkeypatch.setattr("dynarank.cli.job_runner.run_schedule", diverge)
     assert call(monkeypatch, "train", "digits", "--epochs", "1") == 1
     assert "loss of epoch 1 is nan" in capsys.readouterr().err
 
@@ -322,10 +323,10 @@ def test_rank_1_and_the_whole_cost_are_told_apart(
 LEFT_OUT = "digits --epochs 2 --train-limit 128 --out x"
 REFUSED_LATE = {  # only the second schedule is refused
     "rank": (f"train {LEFT_OUT} --rank 1000", "digits, low-rank: .*rank 1000 is above the limit"),
-    "budget": (f"train {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "budget": (f"train {LEFT_OUT} --budget 0.01", "low-rank: .*below the cost of the smallest"),
     "measure": (f"train {LEFT_OUT} --budget 0.6 --measure", "either a budget or --measure"),
     "compare": (f"compare {LEFT_OUT} --seeds 1 --rank 1000", "low-rank: .*above the limit"),
-    "compare-budget": (f"compare {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "compare-budget": (f"compare {LEFT_OUT} --budget 0.01", "low-rank: .*below the cost of the"),
     "sweep": (f"sweep {LEFT_OUT} --inflate 5 --deflate 20 --rank 1000", "above the limit"),
 }
 
@@ -349,20 +350,26 @@ def test_help_is_there_and_every_command_has_json(
     assert "--json" in capsys.readouterr().out
 
 
+CHANGES = ("set", "lr", "batch-size")  # of the recipe
 OPTIONS = {
     "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
               "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
-              "measure", "log", "budget", "noise", "resume", "checkpoint-every"},
+              "measure", "log", "budget", "noise", "resume", "checkpoint-every", *CHANGES, "quiet"},
     "plan": {"budget", "schedule", "as-published", "json", "help", "rank", "decomposition",
-             "measure", "device", "precision"},
+             "measure", "device", "precision", *CHANGES},
+    "probe": {"rank", "share", "seeds", "data", "decomposition", "train-limit", "device",
+              "precision", "json", "help", *CHANGES, "quiet"},
     "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",
                 "test-limit", "out", "device", "precision", "json", "help", "budget",
-                "checkpoint-every"},
+                "checkpoint-every", *CHANGES, "quiet"},
     "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
               "train-limit", "test-limit", "out", "device", "precision", "json", "help",
-              "checkpoint-every"},
-    "spectrum": {"rank", "plot", "no-plot", "json", "help"},
+              "checkpoint-every", *CHANGES, "quiet"},
+    "spectrum": {"energy", "suggest", "layers", "rank", "device", "plot", "no-plot", "json",
+                 "help"},
     "report": {"out", "figures", "format", "json", "help"},
+    "recipes": {"json", "help"},
+    "schedules": {"json", "help"},
 }  # fmt: skip
 
 
@@ -420,7 +427,7 @@ def test_tables_are_wrapped_between_words_at_80_columns(
         ("train", ["--schedule"], "trainable training FLOPs accuracy wall-clock"),
         ("compare", ["--seeds", "2", "--schedules"], "accuracy peak mean FLOPs memory time"),
     ):
-        monkeypatch.setattr(sys.modules[f"dynarank.cli.{command}"], "console", narrow)
+        monkeypatch.setattr(f"dynarank.cli.{command}.console", narrow)
         assert call(monkeypatch, command, *small, *more, "full-rank,dynamic-rank-low") == 0
         lines = capsys.readouterr().out.splitlines()
         rule = next(i for i, line in enumerate(lines) if line.lstrip().startswith("───"))
@@ -434,8 +441,7 @@ def test_the_phases_of_a_plan_fit_80_columns_with_whole_numbers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     narrow = Console(width=80, highlight=False)
-    plan = sys.modules["dynarank.cli.plan"]
-    monkeypatch.setattr(plan, "console", Mock(return_value=narrow))
+    monkeypatch.setattr("dynarank.cli.plan.console", Mock(return_value=narrow))
     assert call(monkeypatch, "plan", "text-gpt") == 0
     phases = capsys.readouterr().out.split("Per phase, whole model")[1]
     assert "1,902,720" in phases and "2,492,544" in phases and "trainable" in phases

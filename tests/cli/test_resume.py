@@ -63,7 +63,7 @@ def page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Non
         return folder / "report.html"
 
     if "real_page" not in request.fixturenames:
-        monkeypatch.setattr(sys.modules["dynarank.cli.job_runner"], "write_report", write)
+        monkeypatch.setattr("dynarank.cli.job_runner.write_report", write)
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_what_resume_takes(run: Any, here: Path) -> None:
 @contextmanager
 def signal_at(step: int, signum: int) -> Iterator[None]:
     """A signal comes when a step of a run is shown."""
-    from dynarank.cli.show import ProgressListener
+    from dynarank.cli.progress import ProgressListener
 
     shown = ProgressListener.step
 
@@ -289,7 +289,7 @@ def test_a_signal_outside_of_training_loses_nothing(
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["dynarank.cli.job_runner"], name, interrupted)
+        patch.setattr(f"dynarank.cli.job_runner.{name}", interrupted)
         code, _, err = run(*ONE, "--out", "one")
     assert code == 143 and "interrupted (SIGTERM)" in err and "Traceback" not in err
     assert (here / "one").exists() == (name == "write_report")
@@ -329,13 +329,13 @@ def test_two_commands_in_the_same_second_get_a_folder_each(
         def now(cls, tz: Any = None) -> datetime:
             return datetime(2026, 1, 2, 3, 4, 5)
 
-    monkeypatch.setattr(sys.modules["dynarank.cli.train"], "datetime", Fixed)
+    monkeypatch.setattr("dynarank.cli.train.datetime", Fixed)
     found = [json.loads(run(*ONE, "--json")[1])["folder"] for _ in range(2)]
     assert found == ["runs/digits-20260102-030405", "runs/digits-20260102-030405-2"]
 
 
 def test_a_second_command_in_one_folder_is_refused(run: Any, whole: Path, here: Path) -> None:
-    from dynarank.cli.show import ProgressListener
+    from dynarank.cli.progress import ProgressListener
 
     shown, said = ProgressListener.step, list[tuple[int, str]]()
 
@@ -387,7 +387,7 @@ def test_a_report_that_does_not_fit_on_the_disk_loses_nothing(
         raise OSError(number, os.strerror(number), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules[f"dynarank.{place}"], name, full)
+        patch.setattr(f"dynarank.{place}.{name}", full)
         code, out, err = run(*words)
     assert code == 1 and os.strerror(number) in err and len(err.splitlines()) == 1
     assert "the same command goes on" in err and "digits" in out  # the results are shown

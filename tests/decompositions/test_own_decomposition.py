@@ -68,7 +68,7 @@ class Deep(Decomposition):
 @pytest.fixture(autouse=True)
 def deep() -> Iterator[Deep]:
     decomposition = Deep()
-    dr.register_decomposition(decomposition)
+    dr.decompositions.register_decomposition(decomposition)
     yield decomposition
     del registry._LOADED["deep"]
 
@@ -218,7 +218,7 @@ class Misnamed(Deep):
 )
 def test_what_cannot_be_registered(given: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dr.register_decomposition(given)  # type: ignore[arg-type]
+        dr.decompositions.register_decomposition(given)  # type: ignore[arg-type]
 
 
 def test_a_method_that_is_missing_is_named() -> None:

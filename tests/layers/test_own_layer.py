@@ -69,8 +69,8 @@ class RankedPlain(RankedLayer, Plain):
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
-    dr.register_layer(Gated, RankedGated)
-    dr.register_layer(Plain, RankedPlain)
+    dr.layers.register_layer(Gated, RankedGated)
+    dr.layers.register_layer(Plain, RankedPlain)
     yield
     del registry._RANKED[Gated], registry._RANKED[Plain]
 
@@ -176,7 +176,7 @@ class NoSpecs(RankedLayer, nn.Bilinear):
 )
 def test_what_cannot_be_registered(plain: object, ranked: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        dr.register_layer(plain, ranked)  # type: ignore[arg-type]
+        dr.layers.register_layer(plain, ranked)  # type: ignore[arg-type]
 
 
 def test_a_class_is_known_by_itself_not_by_its_name() -> None:

@@ -246,7 +246,7 @@ class OwnGated(Mixin, Gated):
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    dr.register_layer(Gated, RankedGated)
+    dr.layers.register_layer(Gated, RankedGated)
     yield
     del registry._RANKED[Gated]
 
@@ -260,7 +260,7 @@ def test_subclasses_of_a_registered_layer_are_included_and_can_be_registered_the
     assert type(dr.merge(model)[0]) is OwnGated
     assert_close(model(x), before)
     made = type("RankedOwnGated", (RankedGated, OwnGated), {"plain": OwnGated})
-    dr.register_layer(OwnGated, made)
+    dr.layers.register_layer(OwnGated, made)
     assert ranked_class(OwnGated) is made
     del registry._RANKED[OwnGated]
 

@@ -6,56 +6,88 @@ Exit codes: 0 done (or finished before), 1 a run failed (diverged, disk full), 2
 
 from __future__ import annotations
 
-import errno
 import sys
+from typing import Annotated
 
 import typer
 
-from dynarank.cli.compare import compare
-from dynarank.cli.interruption import raising_on_signals
-from dynarank.cli.plan import plan
-from dynarank.cli.probe import probe
-from dynarank.cli.report import report
-from dynarank.cli.spectrum import spectrum
-from dynarank.cli.sweep import sweep
-from dynarank.cli.train import train
+from dynarank.cli.encoding import any_encoding
+from dynarank.cli.lazy_group import make_app
+from dynarank.cli.signals import raising_on_signals
 from dynarank.files.printable import printable
+from dynarank.files.version import __version__
+from dynarank.files.volume import FULL_DISK
 from dynarank.train.interruption import Interrupted
-from dynarank.train.loop import DivergedError
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "app", "main"]
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # the disk's fault, not the request's
 _LONGEST = 2_000  # characters of an error message
 
-app = typer.Typer(
+COMMANDS = {
+    "init": "Write a commented recipe that runs as it is: `dynarank train NAME.toml`.",
+    "train": "Train RECIPE under one or several schedules.",
+    "plan": "Show what RECIPE costs, per layer and per phase: form, rank, parameters, FLOPs, "
+    "memory.",
+    "probe": "Say in a few short runs whether a rank schedule can gain on RECIPE, and which rank "
+    "it needs.",
+    "compare": "Train RECIPE under several schedules and seeds, and test which differences are "
+    "significant.",
+    "sweep": "Train RECIPE over a grid of inflation and deflation epochs, and draw a heat-map.",
+    "spectrum": "Rank metrics of every weight in FILE: a table and a figure.",
+    "report": "Write one self-contained HTML page about RUN, or about several runs side by side.",
+    "recipes": "List the recipes.",
+    "schedules": "List the rank schedules.",
+}
+"""The commands, each a function in a module of its name, with the first line of its help."""
+
+app = make_app(
+    COMMANDS,
     name="dynarank",
     help="Dynamic-rank training: low-rank where that is enough, full-rank while it matters.",
     epilog="Exit codes: 0 done, 1 a run failed, 2 invalid request, 130 interrupted (143: by "
     "SIGTERM).",
-    rich_markup_mode="markdown",  # paragraphs are wrapped to the terminal's width
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
-for command in (train, plan, probe, compare, sweep, spectrum, report):
-    app.command()(command)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"dynarank {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:
     """Run the command line; user errors become one line on stderr and an exit code."""
-    try:
-        with raising_on_signals():
-            app()
-    except Interrupted as stop:
-        print("dynarank: interrupted", file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except OSError as error:
-        sys.exit(_complain(_of_the_disk(error), 1) if error.errno in _DISK else _complain(error, 2))
-    except (ValueError, ImportError) as error:
-        sys.exit(_complain(error, 2))
-    except DivergedError as error:
-        sys.exit(_complain(error, 1))
+    with any_encoding():
+        try:
+            with raising_on_signals():
+                app(prog_name="dynarank")
+        except Interrupted as stop:
+            print("dynarank: interrupted", file=sys.stderr)
+            sys.exit(stop.exit_code)
+        except OSError as error:
+            of_disk = error.errno in FULL_DISK
+            sys.exit(_complain(_of_the_disk(error), 1) if of_disk else _complain(error, 2))
+        except (ValueError, ImportError) as error:
+            sys.exit(_complain(error, 2))
+        except RuntimeError as error:
+            from dynarank.train.loop import DivergedError  # a run that fails has imported torch
+
+            if not isinstance(error, DivergedError):
+                raise
+            sys.exit(_complain(error, 1))
 
 
 def _of_the_disk(error: OSError) -> str:

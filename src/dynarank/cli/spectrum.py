@@ -1,35 +1,39 @@
-"""``dynarank spectrum``: rank metrics of any checkpoint, or of two side by side."""
+"""``dynarank spectrum``: rank metrics of any checkpoint and what to cut, or two side by side."""
 
 from __future__ import annotations
 
+import difflib
 import json
-import math
+import os
+import warnings
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
 from dynarank.cli.options import RANK_HELP, parse_rank
 from dynarank.cli.show import console
+from dynarank.cli.spectrum_rows import (
+    ASCII,
+    BLOCKS,
+    Model,
+    columns,
+    left_out_lines,
+    pair_cells,
+    pair_columns,
+    shape_text,
+    single_cells,
+)
 from dynarank.cli.streaming import StreamedTable
-from dynarank.decompositions import get_decomposition
+from dynarank.files.atomic import write_text
+from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError, sha256
 from dynarank.forms import RankLike
-from dynarank.monitors.file_spectra import (
-    StoredWeight,
-    WeightSpectrum,
-    read_spectrum,
-    stored_weights,
-)
-from dynarank.monitors.singular_values import (
-    effective_rank,
-    energy_rank,
-    spectral_ratio,
-    stable_rank,
-)
-from dynarank.monitors.weight_files import WeightFiles, open_weights
+from dynarank.monitors.rank_advice import plan_text, suggested_plan, summary_lines
 from dynarank.records import read_run
 from dynarank.report.plotting import save_figure
 from dynarank.report.spectra import spectrum_figure
@@ -38,30 +42,38 @@ from dynarank.report.spectra_pair import spectrum_pair_figure
 __all__ = ["spectrum"]
 
 _FORMATS = (".png", ".svg", ".pdf")
-_BLOCKS = "▁▂▃▄▅▆▇█"
-_MEASURES = {
-    "effective": ("effective_rank", ".1f"),
-    "stable": ("stable_rank", ".1f"),
-    "99%": ("energy_rank", ".0f"),
-    "lambda": ("lambda", ".3f"),
-}
-_COLUMNS = ["full", "effective", "of full", "stable", "99%", "lambda", "singular values"]
-_PAIR_COLUMNS = [heading for measure in _MEASURES for heading in (f"{measure} A", "B", "B - A")]
+_LAMBDA = "0.5:out"
 
 
 def spectrum(
     file: Annotated[
         Path,
-        typer.Argument(help="A .safetensors file, a sharded Hugging Face folder, or a run folder."),
+        typer.Argument(
+            help="A .safetensors, .bin, .pt or .pth file, a Hugging Face folder, or a run folder."
+        ),
     ],
     other: Annotated[
         Path | None,
         typer.Argument(help="A second checkpoint to compare with, layers matched by name."),
     ] = None,
+    energy: Annotated[
+        float, typer.Option(help="The share of each weight's energy that a rank is to keep.")
+    ] = 0.99,
+    suggest: Annotated[
+        Path | None,
+        typer.Option(metavar="PLAN.json", help="Write the plan that cuts where rank saves."),
+    ] = None,
+    layers: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only layers whose name matches; repeatable."),
+    ] = None,
     rank: Annotated[
-        float,
-        typer.Option(parser=parse_rank, metavar="RANK", help=f"The rank r of lambda: {RANK_HELP}"),
-    ] = "0.5:out",  # pyright: ignore[reportArgumentType]
+        float | None,
+        typer.Option(
+            parser=parse_rank, metavar="RANK", help=f"Show lambda, at this rank: {RANK_HELP}"
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
     plot: Annotated[
         Path | None,
         typer.Option(help="Figure file (.png, .svg, .pdf); default: STEM-spectrum.png."),
@@ -71,33 +83,85 @@ def spectrum(
         bool, typer.Option("--json", help="Print JSON, singular values included.")
     ] = False,
 ) -> None:
-    """Rank metrics of every weight in FILE: a table and a figure.
+    """Rank metrics of every weight in FILE and which to cut: a table and a figure.
 
     One weight is in memory at a time, and each row is printed as soon as it is ready.
 
     From the singular values s of each weight as a matrix, out x (in * kernel positions): effective
-    rank is exp of the entropy of s / sum s; stable rank is sum s^2 / s1^2; 99% is the energy rank,
-    the fewest singular values with 99% of sum s^2; lambda is the share of sum s in the first r.
-    The factors of a low-rank layer are multiplied first.
+    rank is exp of the entropy of s / sum s; 99% is the energy rank, the fewest singular values with
+    99% of sum s^2; below the break-even rank two factors have fewer parameters than the weight.
+    Stable rank is sum s^2 / s1^2; lambda is the share of sum s in the first r. Factors, scales and
+    norms are multiplied first. Energy is not accuracy: evaluate what is cut.
     """
+    paths = [file] if other is None else [file, other]
+    _check(paths, energy, suggest, plot)
+    place = _device(device)
+    for path in paths:
+        _verify(path)
+    at: RankLike = parse_rank(_LAMBDA) if rank is None else rank
+    models = [Model(path, energy, at, place) for path in paths]
+    names = _named(models, layers)
+    terminal = console(quiet_stdout=as_json)
+    table = _Table(models, names, energy, rank is not None)
+    rows = list(table.rows(terminal, None if as_json else _title(paths)))
+    if as_json:
+        print(json.dumps(_data(paths, models, energy, rows), indent=2))
+    else:
+        _print_foot(terminal, models)
+    if suggest is not None:
+        _write_plan(terminal, suggest, models[0])
+    if not no_plot:
+        stem = "-".join(dict.fromkeys(_stem(path) for path in paths))
+        _save_figure(terminal, plot or Path(f"{stem}-spectrum.png"), models)
+
+
+def _check(paths: list[Path], energy: float, suggest: Path | None, plot: Path | None) -> None:
+    """Refuse what cannot be done, before anything is read."""
     if plot is not None and (not plot.parent.is_dir() or plot.suffix not in _FORMATS):
         raise ValueError(
             f"--plot must be a file in an existing folder, ending in {_FORMATS}; got {plot}"
         )
-    paths = [file] if other is None else [file, other]
-    for path in paths:
-        _verify(path)
-    models = [_Model(path, rank) for path in paths]
-    terminal = console(quiet_stdout=as_json)
-    rows = list(_rows(models, terminal, None if as_json else _title(paths)))
-    if as_json:
-        key: dict[str, Any] = (
-            {"file": str(file)} if other is None else {"files": [*map(str, paths)]}
+    if not 0 < energy <= 1:
+        raise ValueError(f"--energy is a share above 0 and up to 1, such as 0.99; got {energy}")
+    if suggest is None:
+        return
+    if len(paths) > 1:
+        raise ValueError("--suggest is for one file: name the one that is to be cut")
+    if not suggest.parent.is_dir() or suggest.is_dir():
+        raise ValueError(f"--suggest must be a file in an existing folder; got {suggest}")
+    if not os.access(suggest.parent, os.W_OK):
+        raise ValueError(
+            f"--suggest: the folder {suggest.parent} cannot be written to; name another"
         )
-        print(json.dumps({**key, "layers": rows}, indent=2))
-    if not no_plot:
-        stem = "-".join(dict.fromkeys(_stem(path) for path in paths))
-        _save_figure(terminal, plot or Path(f"{stem}-spectrum.png"), models)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).splitlines()[0]
+        raise ValueError(f"device {name!r} cannot be used: {told}") from error
+    return found
+
+
+def _named(models: list[Model], patterns: list[str] | None) -> list[str]:
+    """The names of the weights in order, those that a pattern matches if there are any.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    names = list(dict.fromkeys(name for model in models for name in model.weights))
+    if not patterns:
+        return names
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
+            shown = ", ".join(map(printable, near or names[:3]))
+            raise ValueError(
+                f"--layers {pattern!r} matches no layer; there is, for example: {shown}"
+            )
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def _verify(path: Path) -> None:
@@ -121,117 +185,100 @@ def _verify(path: Path) -> None:
         )
 
 
-class _Model:
-    """A checkpoint: its weights by name, and the spectra read so far."""
+class _Table:
+    """The table of one checkpoint or of two."""
 
-    def __init__(self, path: Path, rank: RankLike) -> None:
-        self.files: WeightFiles = open_weights(path)
-        self.weights: dict[str, StoredWeight] = {w.name: w for w in stored_weights(self.files)}
-        self.label, self._rank = str(path), rank
-        self.values: dict[str, list[float]] = {}
+    def __init__(
+        self, models: list[Model], names: list[str], energy: float, with_lambda: bool
+    ) -> None:
+        self._models, self._names = models, names
+        self._energy, self._lambda = energy, with_lambda
+        found = [m.weights[n] for n in names for m in models if n in m.weights]
+        make = columns if len(models) == 1 else pair_columns
+        shapes = [shape_text(weight.shape) for weight in found]
+        self._columns = make(energy, with_lambda, shapes)
 
-    def row(self, name: str) -> dict[str, Any] | None:
-        """The rank metrics of a weight; None if the checkpoint lacks it."""
-        if name not in self.weights:
-            return None
-        spectrum = read_spectrum(self.files, self.weights[name])
-        if spectrum.values is not None:
-            self.values[name] = spectrum.values.tolist()
-        return _row(spectrum, self._rank)
+    def rows(self, terminal: Console, title: str | None) -> Iterator[dict[str, Any]]:
+        """Yield the data of each weight; printed as it comes if there is a title."""
+        work = [sum(map(_work, (m.weights.get(n) for m in self._models))) for n in self._names]
+        blocks = BLOCKS if _can_print(terminal, BLOCKS) else ASCII
+        with StreamedTable(terminal, title, self._columns, self._names, work) as table:
+            for name in self._names:
+                table.working_on(name)
+                rows = [model.row(name) for model in self._models]
+                table.add(name, self._cells(name, rows, blocks))
+                yield self._data(name, rows)
 
+    def _cells(self, name: str, rows: list[dict[str, Any] | None], blocks: str) -> list[str]:
+        if len(rows) == 2:
+            return pair_cells(rows[0], rows[1], self._energy, self._lambda)
+        assert rows[0] is not None
+        values = self._models[0].values.get(name)
+        return single_cells(rows[0], [] if values is None else values, self._lambda, blocks)
 
-def _rows(models: list[_Model], terminal: Console, title: str | None) -> Iterator[dict[str, Any]]:
-    """Yield a row for each weight; printed as it comes if there is a title."""
-    names = list(dict.fromkeys(name for model in models for name in model.weights))
-    shapes = [
-        _shape(model.weights[n].shape) for n in names for model in models if n in model.weights
-    ]
-    columns = _COLUMNS if len(models) == 1 else _PAIR_COLUMNS
-    with StreamedTable(terminal, title, columns, names, shapes) as table:
-        for name in names:
-            table.working_on(name)
-            found = [model.row(name) for model in models]
-            if len(found) == 1:
-                assert found[0] is not None
-                row, cells = found[0], _single_cells(found[0])
-            else:
-                row = {"layer": name, "first": found[0], "second": found[1]}
-                cells = _pair_cells(found[0], found[1])
-            table.add(name, _shapes(found), cells)
-            yield row
+    def _data(self, name: str, rows: list[dict[str, Any] | None]) -> dict[str, Any]:
+        if len(rows) == 1:
+            assert rows[0] is not None
+            return rows[0]
+        return {"layer": name, "first": rows[0], "second": rows[1]}
 
 
-def _row(weight: WeightSpectrum, rank: RankLike) -> dict[str, Any]:
-    row: dict[str, Any] = {"layer": weight.name, "shape": list(weight.shape)}
-    if weight.values is None:
-        return row | {"finite": False}
-    values = weight.values
-    at = _lambda_rank(rank, weight.shape, len(values))
-    return row | {
-        "finite": True,
-        "full_rank": len(values),
-        "effective_rank": effective_rank(values),
-        "stable_rank": stable_rank(values),
-        "energy_rank": energy_rank(values),
-        "lambda": spectral_ratio(values, at),
-        "lambda_rank": at,
-        "singular_values": values.tolist(),
+def _work(weight: Any) -> float:
+    """About the FLOPs of a spectrum: the Gram matrix of the shorter side, and its eigenvalues."""
+    if weight is None:
+        return 0.0
+    side, other = sorted(weight.matrix)
+    return float(side) * side * (other + 3 * side) + 1
+
+
+def _can_print(terminal: Console, text: str) -> bool:
+    try:
+        text.encode(terminal.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _data(
+    paths: list[Path], models: list[Model], energy: float, rows: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """The whole answer for JSON, singular values included."""
+    pair = len(paths) == 2
+    for row in rows:
+        parts = [row["first"], row["second"]] if pair else [row]
+        for model, part in zip(models, parts, strict=True):
+            if part and part["finite"]:
+                part["singular_values"] = model.values[row["layer"]].tolist()
+    left_out = [[vars(one) for one in model.left_out] for model in models]
+    if pair:
+        return {"files": [*map(str, paths)], "energy": energy, "layers": rows, "left_out": left_out}
+    return {
+        "file": str(paths[0]),
+        "energy": energy,
+        "layers": rows,
+        "left_out": left_out[0],
+        "summary": summary_lines(models[0].advice),
+        "plan": suggested_plan(models[0].advice),
     }
 
 
-def _single_cells(row: dict[str, Any]) -> list[str]:
-    """The cells of one weight; the last is a sparkline of its singular values."""
-    if not row["finite"]:
-        return ["", "not finite", "", "", "", "", ""]
-    return [
-        str(row["full_rank"]),
-        f"{row['effective_rank']:.1f}",
-        f"{row['effective_rank'] / max(row['full_rank'], 1):.0%}",
-        f"{row['stable_rank']:.1f}",
-        str(row["energy_rank"]),
-        f"{row['lambda']:.3f}",
-        _sparkline(row["singular_values"]),
-    ]
+def _print_foot(terminal: Console, models: list[Model]) -> None:
+    """What the table adds up to, for one checkpoint, and what it leaves out."""
+    lines = summary_lines(models[0].advice) if len(models) == 1 else []
+    for model in models:
+        lines += left_out_lines(model)
+    for line in lines:
+        terminal.print(line, soft_wrap=not terminal.is_terminal, markup=False)
 
 
-def _pair_cells(first: dict[str, Any] | None, second: dict[str, Any] | None) -> list[str]:
-    """Each metric of the first, of the second, and the difference; a dash for a missing layer."""
-    cells: list[str] = []
-    for name, pattern in _MEASURES.values():
-        a, b = (_value(row, name) for row in (first, second))
-        cells += [
-            "-" if first is None else f"{a:{pattern}}",
-            "-" if second is None else f"{b:{pattern}}",
-            "" if math.isnan(b - a) else f"{b - a:+{pattern}}",
-        ]
-    return cells
-
-
-def _value(row: dict[str, Any] | None, name: str) -> float:
-    return float(row[name]) if row is not None and row["finite"] else math.nan
-
-
-def _sparkline(values: list[float], width: int = 16) -> str:
-    """The decay s_i / s1 at ``width`` points, as block characters."""
-    if not values or not values[0] > 0:
-        return ""
-    places = [values[i * len(values) // width] / values[0] for i in range(min(width, len(values)))]
-    return "".join(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)] for share in places)
-
-
-def _lambda_rank(rank: RankLike, shape: tuple[int, ...], limit: int) -> int:
-    """The rank of lambda: a share by the usual rule; an int is capped at the layer's limit."""
-    svd = get_decomposition("svd")
-    return min(rank, limit) if isinstance(rank, int) else svd.resolve_rank(rank, shape)
-
-
-def _shape(shape: tuple[int, ...] | list[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _shapes(found: list[dict[str, Any] | None]) -> str:
-    """The shape, or both where they differ."""
-    return " / ".join(dict.fromkeys(_shape(row["shape"]) for row in found if row is not None))
+def _write_plan(terminal: Console, place: Path, model: Model) -> None:
+    """Write the suggested plan, and say which cuts are not in it."""
+    plan = suggested_plan(model.advice)
+    write_text(place, plan_text(model.advice))
+    terminal.print(f"Plan: {place}, {len(plan)} layers", soft_wrap=True, markup=False)
+    if other := sum(one.cuts for one in model.advice) - len(plan):
+        told = f"{other} weights that are rebuilt or of single experts are not in the plan"
+        terminal.print(f"{told}: save them plain first", soft_wrap=True, markup=False)
 
 
 def _title(paths: list[Path]) -> str:
@@ -246,15 +293,20 @@ def _stem(path: Path) -> str:
     return path.name if path.is_dir() else path.name.split(".", 1)[0]
 
 
-def _save_figure(terminal: Console, place: Path, models: list[_Model]) -> None:
-    if not any(model.values for model in models):
+def _save_figure(terminal: Console, place: Path, models: list[Model]) -> None:
+    """Draw the figure; where it cannot be drawn or written, the answer stands all the same."""
+    spectra = [{name: v.tolist() for name, v in model.values.items()} for model in models]
+    if not any(spectra):
         return
     try:
         if len(models) == 1:
-            figure = spectrum_figure(models[0].values)
+            figure = spectrum_figure(spectra[0])
         else:
-            figure = spectrum_pair_figure({model.label: model.values for model in models})
-        save_figure(figure, place)
+            labels = [model.label for model in models]
+            figure = spectrum_pair_figure(dict(zip(labels, spectra, strict=True)))
+        with warnings.catch_warnings():  # a name may hold letters that the font lacks
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            save_figure(figure, place)
         terminal.print(f"Figure: {place}", soft_wrap=True, markup=False)
-    except ImportError as error:
-        terminal.print(f"No figure: {error}", markup=False)
+    except (ImportError, OSError) as error:
+        terminal.print(f"No figure: {error}", soft_wrap=True, markup=False)

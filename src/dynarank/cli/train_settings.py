@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dynarank.files.json_data import DamagedFileError
-from dynarank.schedules.catalog import get_preset
 from dynarank.train.grid import COMMON, Job, read_common
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 
@@ -46,7 +45,7 @@ class TrainSettings(BaseModel):
                 known = ", ".join(recipe_names())
                 raise RecipeError(f"name a recipe, or a run to go on with (--resume RUN): {known}")
             recipe = load_recipe(name)
-            return cls(recipe=recipe, schedules=recipe.schedules, epochs=recipe.epochs)
+            return cls(recipe=recipe, schedules=recipe.schedule_names, epochs=recipe.epochs)
         try:
             found = cls.model_validate(stored)
         except ValidationError as error:
@@ -64,7 +63,7 @@ class TrainSettings(BaseModel):
         if schedules is not None:
             names = [name.strip() for name in schedules.split(",")]
             for name in names:
-                get_preset(name)
+                options["recipe"].check_schedule(name)
             given["schedules"] = tuple(dict.fromkeys(names))
         return self.model_copy(update=given)
 

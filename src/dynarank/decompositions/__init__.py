@@ -4,19 +4,24 @@
 adds your own. All are pure tensor functions, independent of modules and optimizers.
 """
 
-from dynarank.decompositions.base import Decomposition
-from dynarank.decompositions.geometry import Factors, Geometry
-from dynarank.decompositions.numerics.linalg import (
-    LinAlgError,
-    UnfitWeightError,
-    all_finite,
-    precise,
-)
-from dynarank.decompositions.registry import (
-    decomposition_names,
-    get_decomposition,
-    register_decomposition,
-)
+from typing import TYPE_CHECKING
+
+from dynarank.files.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from dynarank.decompositions.base import Decomposition
+    from dynarank.decompositions.geometry import Factors, Geometry
+    from dynarank.decompositions.numerics.linalg import (
+        LinAlgError,
+        UnfitWeightError,
+        all_finite,
+        precise,
+    )
+    from dynarank.decompositions.registry import (
+        decomposition_names,
+        get_decomposition,
+        register_decomposition,
+    )
 
 __all__ = [
     "Decomposition",
@@ -30,3 +35,18 @@ __all__ = [
     "precise",
     "register_decomposition",
 ]
+
+_LINALG, _REGISTRY = "numerics.linalg", "registry"
+_HOMES = {
+    "Decomposition": "base",
+    "Factors": "geometry",
+    "Geometry": "geometry",
+    "LinAlgError": _LINALG,
+    "UnfitWeightError": _LINALG,
+    "all_finite": _LINALG,
+    "decomposition_names": _REGISTRY,
+    "get_decomposition": _REGISTRY,
+    "precise": _LINALG,
+    "register_decomposition": _REGISTRY,
+}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

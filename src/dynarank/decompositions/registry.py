@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from dynarank.decompositions.base import Decomposition
-from dynarank.decompositions.grouped import Grouped
+from dynarank.files.nearest import did_you_mean
+
+if TYPE_CHECKING:
+    from dynarank.decompositions.base import Decomposition
 
 __all__ = ["decomposition_names", "get_decomposition", "register_decomposition"]
 
@@ -24,11 +27,13 @@ def register_decomposition(decomposition: Decomposition) -> None:
             or the factor names do not go from ``down`` to ``up``.
 
     Example:
-        >>> dr.register_decomposition(dr.decompositions.get_decomposition("svd"))
+        >>> dr.decompositions.register_decomposition(dr.decompositions.get_decomposition("svd"))
         Traceback (most recent call last):
         ...
         ValueError: there is a decomposition 'svd' already (SVD): give yours another name
     """
+    from dynarank.decompositions.base import Decomposition  # torch: names alone need none
+
     if not isinstance(decomposition, Decomposition):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(
             f"register an instance of a subclass of dynarank.decompositions.Decomposition, "
@@ -68,16 +73,21 @@ def get_decomposition(name: str, groups: int = 1) -> Decomposition:
     """
     if name not in _LOADED:
         if name not in _BUILT_IN:
-            known = ", ".join(decomposition_names())
+            known = decomposition_names()
             raise ValueError(
-                f"unknown decomposition {name!r}; known: {known}; "
-                "add yours by dynarank.register_decomposition"
+                f"unknown decomposition {name!r}; known: {', '.join(known)}"
+                f"{did_you_mean(name, known)}; add yours by "
+                "dynarank.decompositions.register_decomposition"
             )
         module = import_module(f"dynarank.decompositions.{name}")
         made = getattr(module, _BUILT_IN[name])()
         _LOADED.setdefault(name, made)  # another thread may have been first
     decomposition = _LOADED[name]
-    return decomposition if groups == 1 else Grouped(decomposition, groups)
+    if groups == 1:
+        return decomposition
+    from dynarank.decompositions.grouped import Grouped
+
+    return Grouped(decomposition, groups)
 
 
 def decomposition_names() -> tuple[str, ...]:

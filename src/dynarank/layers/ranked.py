@@ -56,7 +56,7 @@ class RankedLayer(nn.Module):
 
     To add a layer, set ``plain``, write ``specs`` and ``forward`` (and ``calls``, if it is not one
     multiplication of the first argument), and pass both classes to
-    :func:`dynarank.register_layer`. See ``examples/06_custom_layer.py``.
+    :func:`dynarank.layers.register_layer`. See ``examples/06_custom_layer.py``.
     """
 
     plain: ClassVar[type[nn.Module]]

@@ -52,7 +52,7 @@ def register_layer(plain: type[nn.Module], ranked: type[RankedLayer]) -> None:
 
     Example:
         >>> from dynarank.layers.linear import RankedLinear
-        >>> dr.register_layer(nn.Linear, RankedLinear)
+        >>> dr.layers.register_layer(nn.Linear, RankedLinear)
         Traceback (most recent call last):
         ...
         ValueError: Linear has a ranked class already, RankedLinear: a second one would not be used

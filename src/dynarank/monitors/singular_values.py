@@ -24,6 +24,7 @@ __all__ = [
     "effective_rank",
     "energy_rank",
     "product_singular_values",
+    "resolved",
     "singular_values",
     "spectral_ratio",
     "stable_rank",
@@ -74,7 +75,7 @@ def _values(matrix: Tensor, exact: bool) -> Tensor:
         if not exact:
             try:
                 values = _by_gram(matrix)
-                if _resolved(values):
+                if resolved(values):
                     return values
             except LinAlgError:
                 pass  # fp64 may converge where fp32 did not
@@ -91,7 +92,7 @@ def _by_gram(matrix: Tensor) -> Tensor:
     return precise(torch.linalg.eigvalsh(gram(matrix)).clamp(min=0).sqrt().flip(0))
 
 
-def _resolved(values: Tensor) -> bool:
+def resolved(values: Tensor) -> bool:
     """Whether the values from a Gram matrix in fp32 give all rank metrics within 0.5%.
 
     Rounding changes values below 1e-3 of the largest by up to their size. If they can add up to at

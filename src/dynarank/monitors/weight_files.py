@@ -1,14 +1,16 @@
-"""Access to a model's safetensors files, checked when opened and read one tensor at a time.
+"""Access to a model's files of weights, checked when opened and read one tensor at a time.
 
-Files are read with ``pread`` instead of being memory-mapped: pages of a mapped file count as
-resident memory once they are read, and the process is killed if a file is truncated while mapped.
+safetensors files are read with ``pread`` instead of being memory-mapped: pages of a mapped file
+count as resident memory once they are read, and the process is killed if a file is truncated while
+mapped.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +19,22 @@ from torch import Tensor
 from dynarank.files.json_data import DamagedFileError, read_json
 from dynarank.files.printable import printable
 from dynarank.files.tensors import check_header
+from dynarank.monitors.foreign_files import refuse_foreign
+from dynarank.monitors.stored_tensor import StoredTensor, dtype_name
+from dynarank.monitors.torch_files import TorchFile
 
-__all__ = ["StoredTensor", "TensorFile", "WeightFiles", "open_weights"]
+__all__ = ["FileOfTensors", "TensorFile", "WeightFiles", "open_weights"]
 
 _FILE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FILES = (_FILE, _INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+_PATTERNS = (
+    "*.safetensors.index.json",
+    "*.safetensors",
+    "*.bin.index.json",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+)
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -28,23 +42,30 @@ _FLOATS = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
 }
+_OTHERS = {
+    "F4": "float4_e2m1",
+    "F6_E2M3": "float6_e2m3",
+    "F6_E3M2": "float6_e3m2",
+    "F8_E8M0": "float8_e8m0",
+    "BOOL": "bool",
+    "C64": "complex64",
+}
+_KINDS = {"U": "uint", "I": "int"}
+_LIKE = {b"PK": "a zip file, as torch.save writes", b"\x80": "a pickle"}
 
 
-_OTHERS = {b"PK": "a zip file, as torch.save and numpy write", b"\x80": "a pickle"}
+class FileOfTensors(Protocol):
+    """A file of tensors by name, in their order, read one by one."""
 
+    path: Path
+    tensors: dict[str, StoredTensor]
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Shape and dtype of a stored tensor, known before it is read.
-
-    Args:
-        shape: its shape.
-        dtype: its dtype; None if it is not a floating-point dtype.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Read a tensor, or one entry of its first dimension; 8-bit floats come in fp32."""
+        ...
 
 
 class TensorFile:
@@ -73,21 +94,48 @@ class TensorFile:
         check_header(path.resolve())  # a cache of models has links to files elsewhere
         self.tensors = {name: self._stored(name) for name in self._file.offset_keys()}
 
-    def read(self, name: str) -> Tensor:
-        """Read the tensor of this name; 8-bit floats are converted to fp32.
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Read a tensor, or one entry of its first dimension; 8-bit floats are converted to fp32.
 
         Raises:
             DamagedFileError: the file has become shorter since it was opened.
         """
         try:
-            tensor: Tensor = self._file.get_tensor(name)
+            if index is None:
+                tensor: Tensor = self._file.get_tensor(name)
+            else:
+                tensor = self._file.get_slice(name)[index]
         except SafetensorError as error:
             raise _incomplete(self.path, error) from error
-        return tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        small = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
+        return tensor.float() if small else tensor
 
     def _stored(self, name: str) -> StoredTensor:
         header = self._file.get_slice(name)
-        return StoredTensor(tuple(header.get_shape()), _FLOATS.get(header.get_dtype()))
+        kind: str = header.get_dtype()
+        dtype = _FLOATS.get(kind)
+        known = _OTHERS.get(kind) or _KINDS.get(kind[0], kind[0]) + kind[1:]
+        return StoredTensor(tuple(header.get_shape()), dtype, dtype_name(dtype) if dtype else known)
+
+
+def _open(path: Path) -> FileOfTensors:
+    """A file of tensors by its content; what is called .safetensors must be that.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        DamagedFileError: it is damaged, or of a format that is not read: the message names it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no file {path}")
+    refuse_foreign(_regular(path))
+    if path.suffix == ".safetensors" or not _begins(path).startswith(tuple(_LIKE)):
+        return TensorFile(path)
+    return TorchFile(path)
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(2)
 
 
 def _regular(path: Path) -> Path:
@@ -98,33 +146,46 @@ def _regular(path: Path) -> Path:
 
 
 def _incomplete(path: Path, error: Exception) -> DamagedFileError:
-    with path.open("rb") as file:
-        begins = file.read(2)
-    what = next((name for mark, name in _OTHERS.items() if begins.startswith(mark)), "")
+    begins = _begins(path)
+    what = next((name for mark, name in _LIKE.items() if begins.startswith(mark)), "")
     told = f"it is not a complete safetensors file: {printable(str(error))}"
     if not what:
         return DamagedFileError(path, told)
-    return DamagedFileError(path, told, f"it looks like {what}: save its tensors as safetensors")
+    return DamagedFileError(path, told, f"it looks like {what}: give it the ending .pt")
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """A model's tensors by name, each with the file that contains it."""
+    """A model's tensors by name, each with the file that contains it.
+
+    Args:
+        path: what was asked for.
+        homes: the file of each tensor.
+        config: ``config.json`` beside the files, empty if there is none.
+        adapter: ``adapter_config.json`` of PEFT beside the files, empty if there is none.
+    """
 
     path: Path
-    homes: dict[str, TensorFile]
+    homes: Mapping[str, FileOfTensors]
+    config: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def stored(self, name: str) -> StoredTensor:
         """The shape and dtype of a tensor, without reading it."""
         return self.homes[name].tensors[name]
+
+    def read(self, name: str, index: int | None = None) -> Tensor:
+        """Read a tensor, or one entry of its first dimension; 8-bit floats come in fp32."""
+        return self.homes[name].read(name, index)
 
 
 def open_weights(path: Path) -> WeightFiles:
     """Open the weights at a path; all headers are read and checked, but no tensors.
 
     Args:
-        path: a .safetensors file, the index of a sharded model, or a folder with either, such as a
-            Hugging Face model or a run.
+        path: a .safetensors file or one of ``torch.save`` (.bin, .pt, .pth), the index of a sharded
+            model, or a folder with one of them, such as a Hugging Face model or a run. Configs
+            beside it are read as well.
 
     Raises:
         FileNotFoundError: the path does not exist, a folder without weights, or a missing shard.
@@ -135,17 +196,33 @@ def open_weights(path: Path) -> WeightFiles:
         raise FileNotFoundError(f"no file {path}")
     file = _main_file(path) if path.is_dir() else path
     if file.name.endswith(".json"):
-        return WeightFiles(path, _sharded(file))
-    whole = TensorFile(file)
-    return WeightFiles(path, dict.fromkeys(whole.tensors, whole))
+        homes = _sharded(file)
+    else:
+        whole = _open(file)
+        homes = dict.fromkeys(whole.tensors, whole)
+    config, adapter = (
+        _config(file.parent / f"{name}.json") for name in ("config", "adapter_config")
+    )
+    return WeightFiles(path, homes, config, adapter)
+
+
+def _config(path: Path) -> Mapping[str, Any]:
+    """A config beside the weights; one that cannot be read is as good as none."""
+    if not path.is_file():
+        return {}
+    try:
+        found: Any = read_json(path.resolve())
+    except (DamagedFileError, OSError):
+        return {}
+    return cast("Mapping[str, Any]", found) if isinstance(found, dict) else {}
 
 
 def _main_file(folder: Path) -> Path:
-    for name in (_FILE, _INDEX):
+    for name in _FILES:
         if (folder / name).is_file():
             return folder / name
-    for pattern in ("*.safetensors.index.json", "*.safetensors"):
-        found = sorted(folder.glob(pattern))
+    for pattern in _PATTERNS:
+        found = sorted(set(folder.glob(pattern)) - set(folder.glob("training_args.bin")))
         if len(found) == 1:
             return found[0]
         if found:
@@ -156,12 +233,14 @@ def _main_file(folder: Path) -> Path:
         raise ValueError(f"{folder} contains several runs, name one or two of: {listed}")
     if (folder / "records.jsonl").is_file():
         raise FileNotFoundError(f"the run {folder} has no {_FILE}: it has not finished")
-    raise FileNotFoundError(f"{folder} contains no weights: neither {_FILE} nor {_INDEX}")
+    raise FileNotFoundError(
+        f"{folder} contains no weights: neither {_FILE}, {_INDEX} nor a .bin, .pt or .pth"
+    )
 
 
-def _sharded(index: Path) -> dict[str, TensorFile]:
+def _sharded(index: Path) -> dict[str, FileOfTensors]:
     """The tensors of the shards, in their order; the index must match the shards."""
-    homes: dict[str, TensorFile] = {}
+    homes: dict[str, FileOfTensors] = {}
     shards = _by_shard(index)
     count = sum(map(len, shards.values()))
     for shard, names in sorted(shards.items()):
@@ -172,7 +251,7 @@ def _sharded(index: Path) -> dict[str, TensorFile]:
             raise FileNotFoundError(
                 f"shard {shown} of {index} is missing: {len(names)} of {count} tensors"
             )
-        file = TensorFile(index.parent / shard)
+        file = _open(index.parent / shard)
         if lost := sorted(names - file.tensors.keys()):
             raise DamagedFileError(
                 index,

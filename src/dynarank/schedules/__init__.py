@@ -5,8 +5,7 @@ are aliases of the classes or, where the arguments decide the class (``dynamic_r
 ``low_rank``), functions. Modules are imported lazily, on first access to one of their names.
 """
 
-from importlib import import_module
-from typing import Any
+from dynarank.files.lazy_names import lazy_names
 
 CLASSES = {
     "Budgeted": "dynamic",
@@ -71,15 +70,5 @@ _OTHERS = {
 
 __all__ = [*CLASSES, *_ALIASES, *_OTHERS]  # pyright: ignore[reportUnsupportedDunderAll]
 
-
-def __getattr__(name: str) -> Any:
-    """Import the module that defines ``name`` and return the schedule or function."""
-    original = _ALIASES.get(name, name)
-    module = CLASSES.get(original) or _OTHERS.get(original)
-    if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{module}"), original)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+_HOMES = {**CLASSES, **{name: f"{CLASSES[of]}:{of}" for name, of in _ALIASES.items()}, **_OTHERS}
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dynarank.files.nearest import did_you_mean
 from dynarank.records import RunRecord
 from dynarank.sinks.base import FailSafeSink, LazySink, Sink
 from dynarank.sinks.extras import import_extra
@@ -44,9 +44,7 @@ def open_sinks(names: Sequence[str], folder: Path) -> list[Sink]:
         raise ValueError(f"a logging backend is named twice: {', '.join(names)}")
     for name in names:
         if name not in BACKENDS:
-            near = difflib.get_close_matches(name, BACKENDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(BACKENDS)
+            known, hint = ", ".join(BACKENDS), did_you_mean(name, BACKENDS)
             raise ValueError(f"unknown logging backend {name!r}; known: {known}{hint}")
         import_extra(name, name, f"the logging backend {name!r}")
     return [FailSafeSink(LazySink(BACKENDS[name], folder), name) for name in names]

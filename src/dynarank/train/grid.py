@@ -22,7 +22,8 @@ from dynarank.files.ownership import move_aside, owned
 from dynarank.files.reading import DamagedFileError, read_bytes, sha256
 from dynarank.files.sealed_json import sealed, unsealed
 from dynarank.records import Run, read_run
-from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 
 __all__ = [
     "COMMON",

@@ -27,6 +27,7 @@ __all__ = [
     "listing",
     "read_files",
     "read_hub",
+    "read_npz",
 ]
 
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -154,18 +155,30 @@ def _stack(images: Any) -> NDArray[Any]:
 
 
 def _read_npz(files: ImageFiles, path: Path) -> RawImages:
+    return _checked(files, str(path), *read_npz(path, files.name))
+
+
+def read_npz(path: Path, what: str) -> list[NDArray[Any]]:
+    """The arrays ``x_train``, ``y_train``, ``x_test`` and ``y_test`` of an .npz file.
+
+    Args:
+        path: the file.
+        what: its content in words, for the error message.
+
+    Raises:
+        DataError: it is damaged, or lacks one of them.
+    """
     try:
         _check_members(path)
         with np.load(path, allow_pickle=False) as arrays:
-            found = [np.asarray(arrays[key]) for key in NPZ_KEYS]
+            return [np.asarray(arrays[key]) for key in NPZ_KEYS]
     except DataError:
         raise
     except _BROKEN_NPZ as error:
         raise DataError(
-            f"{path} is not a valid .npz file of {files.name}: {printable(str(error))}; "
+            f"{path} is not a valid .npz file of {what}: {printable(str(error))}; "
             "it is damaged or a different file; make or fetch it again"
         ) from error
-    return _checked(files, str(path), *found)
 
 
 def _check_members(path: Path) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,10 @@ from dynarank.train.data import (
     load_fashion_mnist,
     load_shifted_digits,
 )
-from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.registry import build_model
+from dynarank.train.networks import build_network, sketch_network
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
+from dynarank.train.registry import MODELS
 from dynarank.train.task import Evaluation, Sketch
 
 __all__ = ["IMAGE_SETS", "ImageSet", "ImageTask", "make_task", "sketch"]
@@ -99,9 +102,9 @@ class ImageTask:
 
     def model(self) -> nn.Module:
         """A new network, channels-last, on the device of the images."""
-        model = build_model(
-            self.recipe.model, classes=self.data.classes, **self.recipe.model_options
-        ).to(self.data.train_images.device)
+        images, recipe = self.data.train_images, self.recipe
+        offered = _offered(recipe, images.shape[1:])
+        model = build_network(recipe, {"classes": self.data.classes}, **offered).to(images.device)
         return model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def sample(self) -> Tensor:
@@ -163,6 +166,13 @@ def make_task(
 def sketch(recipe: Recipe) -> Sketch:
     """The network and one batch of images on the meta device."""
     kind = IMAGE_SETS[recipe.data]
-    with torch.device("meta"):
-        model = build_model(recipe.model, classes=kind.classes, **recipe.model_options)
-        return Sketch(model, torch.empty(recipe.batch_size, *kind.shape))
+    offered = _offered(recipe, kind.shape)
+    model = sketch_network(recipe, {"classes": kind.classes}, **offered)
+    return Sketch(model, torch.empty(recipe.batch_size, *kind.shape, device="meta"))
+
+
+def _offered(recipe: Recipe, shape: Sequence[int]) -> dict[str, int]:
+    """What a network of the user's own may want to know of the images."""
+    if recipe.model in MODELS:
+        return {}
+    return {"channels": shape[0], "inputs": math.prod(shape)}

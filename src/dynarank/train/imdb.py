@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dynarank.sinks.extras import install_command
 from dynarank.train.imdb_files import read_imdb, read_imdb_hub
-from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.registry import build_model
+from dynarank.train.networks import build_network
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 from dynarank.train.sentence_task import ACCURACY, ClassificationTask, Examples
 from dynarank.train.sentences import SentenceData, Sentences, limit_sentences
 from dynarank.train.sources import DataError
@@ -90,12 +92,8 @@ def _options(recipe: Recipe) -> ImdbOptions:
 
 
 def _build(recipe: Recipe) -> nn.Module:
-    return build_model(
-        recipe.model,
-        vocabulary=_options(recipe).vocabulary,
-        outputs=_CLASSES,
-        **recipe.model_options,
-    )
+    known = {"vocabulary": _options(recipe).vocabulary, "outputs": _CLASSES}
+    return build_network(recipe, known)
 
 
 def _read(place: str) -> SentenceData:
@@ -103,8 +101,8 @@ def _read(place: str) -> SentenceData:
         raise DataError(
             "no location is given for the IMDb reviews (DYNARANK_DATA is not set). As --data or "
             "DYNARANK_DATA, pass (1) the folder aclImdb, aclImdb_v1.tar.gz unpacked, or the folder "
-            "that contains it; or (2) the word hub, to download them (needs pip install "
-            "'dynarank[data]')"
+            "that contains it; or (2) the word hub, to download them (needs "
+            f"{install_command('data')})"
         )
     return read_imdb_hub() if place == "hub" else read_imdb(Path(place).expanduser())
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from dynarank.records import Metric
 from dynarank.train.draws import epoch_generator
 from dynarank.train.metrics import bits_per_byte, perplexity
-from dynarank.train.recipes import Recipe, RecipeError
-from dynarank.train.registry import build_model
+from dynarank.train.networks import build_network
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 from dynarank.train.task import Evaluation, Sketch
 from dynarank.train.text_files import TextData, load_text
 
@@ -187,6 +189,9 @@ def make_task(
     code of the standard library.
     """
     options = _options(recipe)
+    if (own := recipe.data.partition(":")[2]) and data is not None:
+        raise RecipeError(f"this recipe's text is {own}, got --data {data}; leave --data out")
+    data = str(recipe.root / Path(own).expanduser()) if own else data
     text = load_text(data, max_bytes=options.max_bytes, held_out=options.held_out)
     moved = TextData(text.train.to(device), text.test.to(device), text.files, text.source)
     return LanguageModelTask(
@@ -215,9 +220,7 @@ def _options(recipe: Recipe) -> TextOptions:
 
 
 def _build(recipe: Recipe, context: int) -> nn.Module:
-    return build_model(
-        recipe.model, vocabulary=_VOCABULARY, context=context, **recipe.model_options
-    )
+    return build_network(recipe, {"vocabulary": _VOCABULARY, "context": context})
 
 
 def _cross_entropy(output: Tensor, batch: Tensor, *, label_smoothing: float = 0.0) -> Tensor:

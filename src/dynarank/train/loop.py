@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dynarank.checkpoint.folder import Contents
 from dynarank.checkpoint.snapshot import restore, take
@@ -30,10 +31,10 @@ from dynarank.surgery.selection import select
 from dynarank.surgery.sites import current_plan, survey
 from dynarank.train.init import published_init_
 from dynarank.train.ledger import Ledger
-from dynarank.train.optimizers import OPTIMIZER_SLOTS, make_optimizer
+from dynarank.train.optimizers import make_optimizer, optimizer_slots
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
-from dynarank.train.recipes import Recipe
-from dynarank.train.schedules import make_schedule
+from dynarank.train.recipe import Recipe
+from dynarank.train.schedules import make_schedule, with_default_layers
 from dynarank.train.task import Evaluation, Task
 
 __all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
@@ -132,11 +133,12 @@ class Trainer:
         on_phase: Callable[[int], None] = lambda peak_bytes: None,
         on_step: Callable[[list[Change]], None] = lambda changes: None,
     ) -> None:
-        self.recipe, self.task, self.machine = recipe, task, machine
+        self.task, self.machine = task, machine
         self.on_phase, self.on_step = on_phase, on_step
         self.epochs, self.total_steps = epochs, epochs * task.steps_per_epoch
         torch.manual_seed(seed)
         self.model = task.model()
+        self.recipe = recipe = with_default_layers(recipe, self.model)
         self._build(schedule)
         if recipe.init == "published":
             published_init_(self.model.parameters(), seed)
@@ -172,7 +174,7 @@ class Trainer:
             schedule,
             self.total_steps,
             layers=recipe.layers,
-            lr_scheduler=forecast_rates(recipe),
+            lr_scheduler=forecast_rates(recipe, self.total_steps),
             moments=schedule.moments or recipe.moments,
             batches=self._inputs if (budgets := self._has_budgets(schedule, layers)) else None,
             callbacks=self._callbacks(schedule, recalibrate=not budgets),
@@ -195,7 +197,8 @@ class Trainer:
 
     def _inputs(self) -> Iterator[Any]:
         """The inputs of some batches, on which layers are cut."""
-        count = -(-_RECALIBRATE // self.recipe.batch_size)
+        size = self.recipe.batch_size or len(tree_leaves(self.task.sample())[0])
+        count = -(-_RECALIBRATE // size)
         return (self.task.inputs(batch) for batch in islice(self.task.epoch(0), count))
 
     def _where_faster(self, schedule: RankSchedule, layers: list[str]) -> RankSchedule:
@@ -214,7 +217,7 @@ class Trainer:
     def _requests(self, schedule: RankSchedule, layers: list[str]) -> list[Request]:
         """What the schedule answers over the run, as far as it is known in advance."""
         shapes = {path: self.use.layers[path].spec.unit_shape for path in layers}
-        readings = Readings(shapes, forecast=forecast_rates(self.recipe))
+        readings = Readings(shapes, forecast=forecast_rates(self.recipe, self.total_steps))
         return [phase.plan for phase in timeline(schedule, readings, self.total_steps)]
 
     @property
@@ -246,8 +249,8 @@ class Trainer:
             self.ranks.schedule,
             self.ranks.layers,
             self.total_steps,
-            optimizer_slots=OPTIMIZER_SLOTS[self.recipe.optimizer],
-            forecast=forecast_rates(self.recipe),
+            optimizer_slots=optimizer_slots(self.recipe),
+            forecast=forecast_rates(self.recipe, self.total_steps),
         )
 
     def train_epoch(self, epoch: int) -> EpochResult:

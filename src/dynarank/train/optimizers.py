@@ -8,16 +8,43 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynarank.train.recipes import Recipe
+from dynarank.train.own_code import calling, check_options, is_reference
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 
-__all__ = ["OPTIMIZER_SLOTS", "make_optimizer"]
+__all__ = ["OPTIMIZER_SLOTS", "make_optimizer", "optimizer_slots"]
 
 OPTIMIZER_SLOTS = {"sgd": 1, "adamw": 2}
 """The number of values per parameter in the state of each optimizer."""
 
 
+def optimizer_slots(recipe: Recipe) -> int:
+    """The number of values per parameter in the state of a recipe's optimizer.
+
+    Example:
+        >>> from dynarank.train.recipes import load_recipe
+        >>> optimizer_slots(load_recipe("digits"))
+        1
+    """
+    if recipe.optimizer in OPTIMIZER_SLOTS:
+        return OPTIMIZER_SLOTS[recipe.optimizer]
+    one = nn.Linear(2, 2, bias=False)
+    optimizer = make_optimizer(recipe, one)
+    one.weight.grad = torch.ones_like(one.weight)
+    optimizer.step()
+    state: dict[Any, Any] = optimizer.state[one.weight]
+    held = [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return sum(value.shape == one.weight.shape for value in held)
+
+
 def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """Make the recipe's optimizer, with weight decay on weights and factors but not on vectors.
+
+    One of the user's own is called as ``function(parameters, lr=..., **optimizer_options)``; the
+    parameters are a list, or such groups if the recipe has a ``weight_decay``.
+
+    Raises:
+        RecipeError: the function raised an exception, or returned no optimizer of the model.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -25,10 +52,31 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
         >>> [group["weight_decay"] for group in optimizer.param_groups]
         [0.0005, 0.0]
     """
-    groups = _decay_groups(model, recipe.weight_decay)
+    if is_reference(recipe.optimizer):
+        return _own(recipe, model)
+    groups, options = _decay_groups(model, recipe.weight_decay), dict(recipe.optimizer_options)
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum)
+        kind, fixed = torch.optim.AdamW, {"betas": recipe.betas}
+    else:
+        kind, fixed = torch.optim.SGD, {"momentum": recipe.momentum}
+    options = {"lr": recipe.learning_rate, **fixed, **options}
+    check_options(kind, options, f"optimizer {recipe.optimizer!r} with optimizer_options", more=1)
+    return kind(groups, **options)
+
+
+def _own(recipe: Recipe, model: nn.Module) -> Optimizer:
+    name, function = f"optimizer {recipe.optimizer!r}", recipe.load(recipe.optimizer)
+    options = {"lr": recipe.learning_rate, **recipe.optimizer_options}
+    check_options(function, options, f"{name} with optimizer_options", more=1)
+    decay, parameters = recipe.weight_decay, list(model.parameters())
+    with calling(name, recipe.root):
+        made = function(_decay_groups(model, decay) if decay else parameters, **options)
+    if not isinstance(made, Optimizer):
+        raise RecipeError(f"{name} must return a torch.optim.Optimizer, got {made!r}")
+    held = {id(p) for group in made.param_groups for p in group["params"]}
+    if not held <= {id(p) for p in parameters}:
+        raise RecipeError(f"{name} holds parameters that it was not given; return a new one")
+    return made
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,7 +15,8 @@ from dynarank.planning.headroom import headroom, runs
 from dynarank.planning.headroom_result import Headroom
 from dynarank.train.loop import DivergedError, Machine
 from dynarank.train.optimizers import make_optimizer
-from dynarank.train.recipes import Recipe
+from dynarank.train.recipe import Recipe
+from dynarank.train.schedules import with_default_layers
 from dynarank.train.task import Task
 
 __all__ = ["probe_recipe", "probe_steps"]
@@ -48,6 +50,8 @@ def probe_recipe(
         ValueError: as :func:`dynarank.headroom`.
         DivergedError: full rank diverged at every learning rate.
     """
+    with torch.random.fork_rng(devices=[]):
+        recipe = with_default_layers(recipe, task.model())
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         with machine.autocast():

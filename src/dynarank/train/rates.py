@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import (
     ConstantLR,
@@ -13,13 +14,15 @@ from torch.optim.lr_scheduler import (
     LRScheduler,
     MultiStepLR,
     OneCycleLR,
+    ReduceLROnPlateau,
     SequentialLR,
 )
 
 from dynarank.scheduler.lr_forecast import POINTS
-
-if TYPE_CHECKING:
-    from dynarank.train.recipes import Recipe
+from dynarank.train.optimizers import make_optimizer
+from dynarank.train.own_code import calling, check_options, is_reference
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 
 __all__ = ["forecast_rates", "make_lr_scheduler"]
 
@@ -37,11 +40,18 @@ def make_lr_scheduler(recipe: Recipe, optimizer: Optimizer, total_steps: int) ->
         wsd          p until decay_at, then linear to e: warm-up, stable, decay
         onecycle     cosine up from p / 25 over w, then cosine down to nearly 0
 
+    One of the user's own is called as ``function(optimizer, total_steps)``.
+
     Args:
         recipe: the recipe.
         optimizer: the optimizer; the learning rates of its groups are the peak.
         total_steps: the number of optimizer steps of the run.
+
+    Raises:
+        RecipeError: the function raised an exception, or returned no LR scheduler of the optimizer.
     """
+    if is_reference(recipe.lr_schedule):
+        return _own(recipe, optimizer, total_steps)
     warm = round(recipe.warmup * total_steps)
     if recipe.lr_schedule == "onecycle":
         peaks = [group["lr"] for group in optimizer.param_groups]
@@ -74,8 +84,25 @@ def _after_warmup(recipe: Recipe, optimizer: Optimizer, total_steps: int, warm: 
     return ConstantLR(optimizer, 1.0, total_steps)
 
 
-def forecast_rates(recipe: Recipe) -> tuple[float, ...]:
+def _own(recipe: Recipe, optimizer: Optimizer, total_steps: int) -> LRScheduler:
+    name, function = f"lr_schedule {recipe.lr_schedule!r}", recipe.load(recipe.lr_schedule)
+    check_options(function, {}, name, more=2)
+    with calling(name, recipe.root):
+        made = function(optimizer, total_steps)
+    if not isinstance(made, LRScheduler) or made.optimizer is not optimizer:
+        raise RecipeError(f"{name} must return an LRScheduler of the optimizer, got {made!r}")
+    if isinstance(made, ReduceLROnPlateau):
+        raise RecipeError(f"{name}: ReduceLROnPlateau waits for a metric; LR schedules here do not")
+    return made
+
+
+def forecast_rates(recipe: Recipe, total_steps: int = POINTS) -> tuple[float, ...]:
     """The learning rate of a recipe, sampled at equidistant steps from the first to the last.
+
+    Args:
+        recipe: the recipe.
+        total_steps: the number of optimizer steps of the run, which the named LR schedules do not
+            depend on; one of the user's own may.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -83,6 +110,8 @@ def forecast_rates(recipe: Recipe) -> tuple[float, ...]:
         >>> len(rates), rates[0], round(rates[700], 6), round(rates[-1], 6)
         (1001, 0.1, 0.01, 0.001)
     """
+    if is_reference(recipe.lr_schedule):
+        return _own_rates(recipe, total_steps)
     stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
     scheduler = make_lr_scheduler(recipe, stand_in, POINTS)
     rates: list[float] = []
@@ -91,3 +120,18 @@ def forecast_rates(recipe: Recipe) -> tuple[float, ...]:
         stand_in.step()
         scheduler.step()
     return tuple(rates)
+
+
+def _own_rates(recipe: Recipe, total_steps: int) -> tuple[float, ...]:
+    """The rates of an LR schedule of the user's own, with the optimizer on a small stand-in."""
+    stand_in = make_optimizer(recipe, nn.Linear(2, 2))
+    scheduler = make_lr_scheduler(recipe, stand_in, total_steps)
+    rates: list[float] = []
+    with warnings.catch_warnings(), calling(f"lr_schedule {recipe.lr_schedule!r}", recipe.root):
+        warnings.simplefilter("ignore")  # the optimizer takes no steps
+        for _ in range(total_steps):
+            rates.append(float(stand_in.param_groups[0]["lr"]))
+            if len(rates) < total_steps:
+                scheduler.step()
+    last = total_steps - 1
+    return tuple(rates[min(i * total_steps // (POINTS - 1), last)] for i in range(POINTS))

@@ -1,4 +1,4 @@
-"""The registry of data sets and networks that a recipe can name.
+"""The registry of data sets, readers and networks that a recipe can name.
 
 Modules are imported lazily: an image recipe does not import anything for text. The module of a data
 set has two functions, called through :mod:`dynarank.train.tasks`:
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-__all__ = ["DATA", "MODELS", "build_model"]
+__all__ = ["DATA", "MODELS", "READERS", "TEXT_READER", "build_model"]
 
 _GLUE, _TEXT_MODELS = "dynarank.train.glue", "dynarank.train.text_models"
 _IMAGES, _IMAGE_MODELS = "dynarank.train.images", "dynarank.train.models"
@@ -37,6 +38,17 @@ DATA: dict[str, str] = {
     "stsb": _GLUE,
 }
 """The module of each data set, which makes its task."""
+
+READERS: dict[str, str] = {
+    "imagefolder": "dynarank.train.readers.image_folder",
+    "csv": "dynarank.train.readers.csv_table",
+    "npz": "dynarank.train.readers.npz_arrays",
+    "hf": "dynarank.train.readers.hub",
+}
+"""The module of each reader of a user's own data, named as ``csv:FILE``; its function ``read``."""
+
+TEXT_READER = "text"
+"""``text:PLACE`` is the data set ``text``, read from a place of the user's own."""
 
 MODELS: dict[str, str] = {
     "digits-net": _IMAGE_MODELS,

@@ -23,7 +23,7 @@ from dynarank.train.checkpoint_plan import CheckpointPlan
 from dynarank.train.interruption import Interrupted
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
-from dynarank.train.recipes import Recipe
+from dynarank.train.recipe import Recipe
 from dynarank.train.recorder import Recorder, header
 from dynarank.train.run_checkpoints import RunCheckpoints
 from dynarank.train.run_config import check_config, run_config, write_config

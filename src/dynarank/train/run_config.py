@@ -13,7 +13,8 @@ from dynarank.files.sealed_json import sealed, unsealed
 from dynarank.train.data_digest import data_digest
 from dynarank.train.grid import differences
 from dynarank.train.loop import Machine
-from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 from dynarank.train.task import Task
 
 __all__ = ["check_config", "run_config", "write_config"]

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from glob import escape
 from typing import Any
 
+import torch
 from torch import nn
 
+from dynarank.decompositions.registry import get_decomposition
 from dynarank.planning.fit_schedule import fit_schedule
+from dynarank.scheduler.budgets import Budgets
 from dynarank.scheduler.rank_scheduler import check_phases
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.dynamic import Budgeted
 from dynarank.schedules.lr_aligned import DynamicRank
+from dynarank.schedules.options import share_within
 from dynarank.schedules.rank_decay import Decay
-from dynarank.schedules.timelines import timeline
+from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Optimizers
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
-from dynarank.train.rates import forecast_rates
-from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.optimizers import make_optimizer
+from dynarank.train.own_task import OwnTask
+from dynarank.train.rates import forecast_rates, make_lr_scheduler
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 from dynarank.train.task import Task
 
-__all__ = ["check_schedules", "make_schedule"]
+__all__ = ["check_schedules", "make_schedule", "with_default_layers"]
 
 
 def make_schedule(
@@ -64,39 +73,89 @@ def make_schedule(
         total_steps,
         flops=recipe.budget,
         optimizer=optimizer,
-        lr_scheduler=forecast_rates(recipe),
+        lr_scheduler=forecast_rates(recipe, total_steps),
         to=schedule.to if isinstance(schedule, DynamicRank) else None,
         decomposition=recipe.decomposition,
         layers=recipe.layers,
     )
 
 
-def check_schedules(
-    chosen: Iterable[tuple[Recipe, str]], task: Task, epochs: int, *, measure: bool = False
-) -> None:
-    """Construct the schedules of several runs, and check that the model can follow their plans.
+def with_default_layers(recipe: Recipe, model: nn.Module) -> Recipe:
+    """The recipe with its layers by name; if it names none, those that are taken by default.
 
-    Called before the first run, so that a mistake in the last one is found at once. Nothing is
-    trained or written.
+    These are the layers that :func:`dynarank.factorize` takes at the recipe's rank, whatever the
+    schedule.
+
+    Raises:
+        ValueError: no layer of the model gets cheaper.
+
+    Example:
+        >>> recipe = Recipe(data="digits", model="mlp", epochs=1, learning_rate=0.1)
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> with_default_layers(recipe, model).layers
+        ('0',)
+    """
+    if recipe.layers is not None:
+        return recipe
+    chosen = select(survey(model), None, recipe.rank, recipe.decomposition)
+    return recipe.model_copy(update={"layers": tuple(escape(site.path) for site in chosen)})
+
+
+def check_schedules(
+    chosen: Iterable[tuple[Recipe, str]],
+    task: Task,
+    epochs: int,
+    *,
+    measure: bool = False,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Check all that several runs ask for, before the first one.
+
+    Schedules, optimizers and LR schedules are constructed, the plans are compared with the model,
+    and a task of the user's own takes one training step, on a network that is not used again.
+    Nothing is written, and the random state is given back.
 
     Args:
         chosen: the recipe and the name of the schedule of each run.
         task: the task of one of the runs.
         epochs: the length of the runs.
         measure: as for :func:`make_schedule`.
+        autocast: the context of a forward pass.
 
     Raises:
-        ValueError: the first schedule that is refused, with its name.
+        ValueError: the first request that is refused, with the recipe and the schedule.
     """
-    model, total_steps = task.model(), epochs * task.steps_per_epoch
-    sites = survey(model)
-    for recipe, name in chosen:
-        layers = {site.path: site.spec.unit_shape for site in select(sites, recipe.layers)}
-        readings = Readings(layers, recipe.learning_rate, forecast_rates(recipe))
-        try:
-            schedule = make_schedule(
-                recipe, name, model, task.sample(), total_steps, measure=measure
-            )
-            check_phases(model, timeline(schedule, readings, total_steps), sites)
-        except ValueError as error:
-            raise RecipeError(f"{recipe.name}, {name}: {error}") from error
+    with torch.random.fork_rng():
+        stepped: Recipe | None = None
+        for recipe, name in chosen:
+            try:
+                if isinstance(task, OwnTask) and recipe is not stepped:
+                    model, stepped = task.model(), recipe
+                    task.check(model, make_optimizer(recipe, model), autocast)
+                _check(recipe, name, task, epochs * task.steps_per_epoch, measure)
+            except ValueError as error:
+                raise RecipeError(f"{recipe.name}, {name}: {error}") from error
+
+
+def _check(recipe: Recipe, name: str, task: Task, total_steps: int, measure: bool) -> None:
+    """Construct what a run constructs, but for its rank scheduler."""
+    get_decomposition(recipe.decomposition)
+    if recipe.budget is not None:
+        share_within("budget", recipe.budget)
+    model = task.model()
+    recipe, sites = with_default_layers(recipe, model), survey(model)
+    optimizer = make_optimizer(recipe, model)
+    make_lr_scheduler(recipe, optimizer, total_steps)
+    layers = {site.path: site.spec.unit_shape for site in select(sites, recipe.layers)}
+    forecast = forecast_rates(recipe, total_steps)
+    schedule = make_schedule(
+        recipe, name, model, task.sample(), total_steps, optimizer, measure=measure
+    )
+    budgets = Budgets(model, lambda: [task.sample()])
+
+    def phases() -> list[Phase]:
+        rate, shares = recipe.learning_rate, budgets.shares(layers)
+        return timeline(schedule, Readings(layers, rate, forecast, flops=shares), total_steps)
+
+    check_phases(model, phases(), sites)
+    budgets.expect(phases)

@@ -23,7 +23,8 @@ from dynarank.train.metrics import (
     pearson_correlation,
     spearman_correlation,
 )
-from dynarank.train.recipes import Recipe, RecipeError
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
 from dynarank.train.task import Evaluation
 
 __all__ = [

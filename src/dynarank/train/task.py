@@ -78,7 +78,11 @@ class Sketch:
     Args:
         model: the network.
         sample: a batch's arguments of the forward pass, as ``dynarank.cost.trace`` takes them.
+        read: what was read to make it; empty: nothing.
+        steps_per_epoch: the number of steps of an epoch, if data was read.
     """
 
     model: nn.Module
     sample: Any
+    read: str = ""
+    steps_per_epoch: int | None = None

@@ -7,7 +7,7 @@ from typing import Protocol, cast
 
 import torch
 
-from dynarank.train.recipes import Recipe
+from dynarank.train.recipe import Recipe
 from dynarank.train.registry import DATA
 from dynarank.train.task import Sketch, Task
 
@@ -59,7 +59,7 @@ def make_task(
 
 
 def sketch(recipe: Recipe) -> Sketch:
-    """A recipe's network and one batch on the meta device; needs no data.
+    """A recipe's network and one batch on the meta device; needs no data but a user's own.
 
     Example:
         >>> from dynarank.train.recipes import load_recipe
@@ -70,4 +70,6 @@ def sketch(recipe: Recipe) -> Sketch:
 
 
 def _task_module(recipe: Recipe) -> _TaskModule:
-    return cast(_TaskModule, import_module(DATA[recipe.data]))
+    if recipe.has_own_data:
+        return cast(_TaskModule, import_module("dynarank.train.own_task"))
+    return cast(_TaskModule, import_module(DATA[recipe.data.partition(":")[0]]))

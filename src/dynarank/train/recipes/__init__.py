@@ -1,172 +1,18 @@
-"""Recipes: validated TOML files that define a run. Times are in epochs."""
+"""Recipes: validated TOML files that define a run."""
 
 from __future__ import annotations
 
-import difflib
 import tomllib
 from importlib.resources import files
-from itertools import pairwise
-from typing import Any, Literal, Self, TypeAlias
+from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from dynarank.files.nearest import did_you_mean
+from dynarank.train.recipe import Recipe
+from dynarank.train.recipe_error import RecipeError
+from dynarank.train.recipe_files import is_own_recipe, load_own_recipe
 
-from dynarank.forms import AdaptedExecution, Rank, RankLike
-from dynarank.schedules.base import RankSchedule
-from dynarank.schedules.catalog import get_preset
-from dynarank.train.registry import DATA, MODELS
-
-__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names"]
-
-LearningRateSchedule: TypeAlias = Literal[
-    "constant", "multistep", "cosine", "linear", "wsd", "onecycle"
-]
-
-
-class RecipeError(ValueError):
-    """Raised for an unknown recipe, or one that cannot be run as requested."""
-
-
-class Recipe(BaseModel):
-    """The definition of a run, except for the schedule, the seed and the machine.
-
-    ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. In a run of another
-    length they are scaled to the same share, to the step: it is the same experiment, scaled down.
-    If ``inflate`` or ``deflate`` is not given, the schedule computes it from the learning rate.
-
-    ``budget`` is the share of the full-rank training FLOPs that a run may cost, see
-    :func:`dynarank.train.schedules.make_schedule`. ``rewarmup`` is the number of LR re-warm-up
-    steps after each change of form; ``recalibrate_batch_norms`` turns on BatchNorm recalibration
-    after truncations.
-
-    ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
-    :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the options of the
-    network, such as its dropout, and ``data_options`` those of the data set.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    summary: str
-    data: str
-    data_options: dict[str, Any] = Field(default_factory=dict[str, Any])
-    model: str
-    model_options: dict[str, Any] = Field(default_factory=dict[str, Any])
-    layers: tuple[str, ...]
-    schedules: tuple[str, ...]
-
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: float = Field(gt=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float | None = Field(default=None, gt=0)
-    lr_schedule: LearningRateSchedule = "multistep"
-    warmup: float = Field(default=0.0, ge=0, lt=1)
-    decay_at: tuple[float, ...] = ()
-    decay_factor: float = Field(default=0.1, gt=0)
-    final_rate: float = Field(default=0.0, ge=0, lt=1)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    augment: bool = False
-    shuffle: Literal["epoch", "once"] = "epoch"
-    init: Literal["spectral", "published"] = "spectral"
-
-    rank: int | float | Rank = 0.5
-    decomposition: str = "svd"
-    inflate: float | None = Field(default=None, gt=0)
-    deflate: float | None = Field(default=None, gt=0)
-    alpha: float = Field(default=16.0, gt=0)
-    execution: AdaptedExecution = "auto"
-    budget: float | None = Field(default=None, gt=0)
-    moments: Literal["project", "calibrated", "reset", "prune"] = "project"
-    rewarmup: int = Field(default=0, ge=0)
-    recalibrate_batch_norms: bool = True
-    as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
-
-    @model_validator(mode="after")
-    def _known(self) -> Self:
-        for what, name, known in (("data", self.data, DATA), ("model", self.model, MODELS)):
-            if name not in known:
-                raise ValueError(f"{what} is one of {', '.join(known)}, got {name!r}")
-        for name in self.schedules:
-            get_preset(name)
-        return self
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        given = [epoch for epoch in (self.inflate, self.deflate) if epoch is not None]
-        if any(one >= two for one, two in pairwise([*given, self.epochs])):
-            raise ValueError(
-                f"inflate < deflate < epochs must hold, got {self.inflate}, {self.deflate}, "
-                f"{self.epochs}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _decays(self) -> Self:
-        if self.lr_schedule == "wsd" and len(self.decay_at) != 1:
-            raise ValueError(
-                f"wsd has one decay: decay_at must have one value, got {self.decay_at}"
-            )
-        if self.lr_schedule == "onecycle" and not self.warmup:
-            raise ValueError("onecycle rises before it falls: warmup must be above 0, got 0")
-        edges = [self.warmup * self.epochs, *self.decay_at, self.epochs]
-        if any(one >= two for one, two in pairwise(edges)):
-            raise ValueError(
-                f"decay_at must increase between the warm-up's end, epoch {edges[0]:g}, and the "
-                f"run's, {self.epochs}; got {self.decay_at}"
-            )
-        return self
-
-    def published(self) -> Recipe:
-        """The recipe with the settings of the published code, including its bugs.
-
-        Raises:
-            RecipeError: the recipe is not a published experiment.
-        """
-        if not self.as_published:
-            raise RecipeError(
-                f"recipe {self.name!r} is not a published experiment; omit --as-published"
-            )
-        return Recipe.model_validate({**self.model_dump(), **self.as_published})
-
-    def with_factors(self, rank: RankLike | None, decomposition: str | None) -> Recipe:
-        """The recipe with another rank or decomposition; None: unchanged."""
-        changed: dict[str, Any] = {}
-        if rank is not None:
-            changed["rank"] = rank
-        if decomposition is not None:
-            changed["decomposition"] = decomposition
-        return Recipe.model_validate({**self.model_dump(), **changed})
-
-    def with_budget(self, flops: float | None) -> Recipe:
-        """The recipe with a budget, a share of the full-rank training FLOPs; None: unchanged."""
-        if flops is None:
-            return self
-        return Recipe.model_validate({**self.model_dump(), "budget": flops})
-
-    def share(self, epoch: float) -> float:
-        """Convert an epoch to a share of the run."""
-        return epoch / self.epochs
-
-    def schedule(self, name: str) -> RankSchedule:
-        """The named schedule, constructed from this recipe's options.
-
-        Raises:
-            ValueError: an unknown schedule.
-        """
-        given = {"inflate": self.inflate, "deflate": self.deflate}
-        points = {name: self.share(epoch) for name, epoch in given.items() if epoch is not None}
-        return get_preset(name)(
-            rank=self.rank,
-            **points,
-            decomposition=self.decomposition,
-            alpha=self.alpha,
-            execution=self.execution,
-            epoch=self.share(1),
-            budget=self.budget,
-        )
+__all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names", "recipe_summaries"]
 
 
 def recipe_names() -> list[str]:
@@ -177,16 +23,38 @@ def recipe_names() -> list[str]:
     )
 
 
+def recipe_summaries() -> dict[str, str]:
+    """What each recipe trains, in one line.
+
+    Example:
+        >>> recipe_summaries()["imdb-lstm"]
+        'A bidirectional LSTM on IMDb movie reviews, with a word vocabulary.'
+    """
+    return {name: _read(name)["summary"] for name in recipe_names()}
+
+
+def _read(name: str) -> dict[str, Any]:
+    text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)
+
+
 def load_recipe(name: str) -> Recipe:
-    """Load a recipe by name.
+    """Load a built-in recipe by name, or one of your own.
+
+    Args:
+        name: a built-in name; or ``FILE.toml``, ``FILE.py`` (its ``recipe``), ``FILE.py:object`` or
+            ``module:object``, see :mod:`dynarank.train.recipe_files`.
 
     Raises:
-        RecipeError: an unknown name; the message lists the known ones and suggests the closest.
+        RecipeError: an unknown name; the message lists the known ones and suggests the closest. Or
+            a file that is no recipe; the message has the key and the nearest known one.
     """
+    if is_own_recipe(name):
+        return load_own_recipe(name)
     names = recipe_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
+        hint = did_you_mean(name, names) or "."
+        file = f"{name}.toml"
+        hint += f" A file is named with its ending: {file}." if Path(file).is_file() else ""
         raise RecipeError(f"unknown recipe {name!r}{hint} Known recipes: {', '.join(names)}.")
-    text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    return Recipe(name=name, **tomllib.loads(text))
+    return Recipe(name=name, **_read(name))

@@ -1,0 +1,50 @@
+"""Output in any encoding: what it lacks is written in ASCII, and nothing fails for a character."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from io import TextIOWrapper
+
+__all__ = ["any_encoding"]
+
+_ASCII = {
+    "±": "+-",
+    "→": "->",
+    "…": "...",
+    "−": "-",
+    "–": "-",
+    "─": "-",
+    "λ": "lambda",
+    **dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True)),
+}
+
+
+@contextmanager
+def any_encoding() -> Generator[None]:
+    """Within, stdout and stderr take every text; names that are not UTF-8 are escaped."""
+    before = {
+        stream: stream.errors
+        for stream in (sys.stdout, sys.stderr)
+        if isinstance(stream, TextIOWrapper)
+    }
+    for stream in before:
+        stream.reconfigure(errors="dynarank")
+    try:
+        yield
+    finally:
+        for stream, errors in before.items():
+            if not stream.closed:
+                stream.reconfigure(errors=errors)
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(_ASCII.get(one, ascii(one)[1:-1]) for one in text), error.end
+
+
+codecs.register_error("dynarank", _in_ascii)

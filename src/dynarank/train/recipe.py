@@ -1,0 +1,435 @@
+"""The definition of a run: validated settings, those of a TOML file. Times are in epochs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeAlias, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    ValidationError,
+    model_validator,
+)
+
+from dynarank.forms import AdaptedExecution, Rank, RankLike
+from dynarank.schedules.base import RankSchedule
+from dynarank.schedules.catalog import SCHEDULES, get_preset
+from dynarank.train.losses import LOSSES
+from dynarank.train.own_code import is_reference, load_object, source_digests
+from dynarank.train.own_metrics import METRICS
+from dynarank.train.own_schedule import own_schedule
+from dynarank.train.recipe_error import RecipeError
+from dynarank.train.registry import DATA, MODELS, READERS, TEXT_READER
+
+__all__ = [
+    "LR_SCHEDULES",
+    "OPTIMIZERS",
+    "OWN_KEYS",
+    "Recipe",
+    "problems",
+    "reader_of",
+]
+
+LR_SCHEDULES = ("constant", "multistep", "cosine", "linear", "wsd", "onecycle")
+OPTIMIZERS = ("sgd", "adamw")
+OWN_KEYS = ("data", "model", "loss", "metric", "optimizer", "lr_schedule", "schedules")
+"""The settings that may name own code."""
+
+_Count: TypeAlias = Annotated[int, Field(strict=True, ge=1)]
+_Number: TypeAlias = Annotated[float, Field(strict=True)]
+_Names: TypeAlias = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
+_BATCH = 64
+
+
+class Recipe(BaseModel):
+    """The definition of a run, except for the schedule, the seed and the machine.
+
+    ``decay_at``, ``inflate`` and ``deflate`` are epochs out of ``epochs``. In a run of another
+    length they are scaled to the same share, to the step: it is the same experiment, scaled down.
+    If ``inflate`` or ``deflate`` is not given, the schedule computes it from the learning rate.
+
+    ``budget`` is the share of the full-rank training FLOPs that a run may cost, see
+    :func:`dynarank.train.schedules.make_schedule`. ``rewarmup`` is the number of LR re-warm-up
+    steps after each change of form; ``recalibrate_batch_norms`` turns on BatchNorm recalibration
+    after truncations.
+
+    ``warmup`` is a share of the run, ``final_rate`` a share of the learning rate; see
+    :func:`dynarank.train.rates.make_lr_scheduler`. ``model_options`` are the options of the
+    network, such as its dropout, and ``data_options`` those of the data set.
+
+    ``data``, ``model``, ``loss``, ``metric``, ``optimizer``, ``lr_schedule`` and ``schedules`` may
+    be own code, see :mod:`dynarank.train.own_code`; ``sources`` has the digests of its files, and
+    ``folder`` is where they are. ``loss`` and ``metric`` are for own data, by default those that
+    suit its targets. ``batch_size`` 0 is the own data loader's. ``layers`` None: those that every
+    function of the library takes by default.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = ""
+    summary: str = ""
+    folder: str | None = None
+    sources: dict[str, str] | None = None
+    data: str
+    data_options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    num_workers: int = Field(default=0, ge=0, strict=True)
+    steps_per_epoch: _Count | None = None
+    model: str
+    model_options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    layers: _Names | None = None
+    loss: str | None = None
+    metric: str | None = None
+    higher_is_better: bool | None = None
+    schedules: _Names = ("full-rank", "low-rank", "dynamic-rank")
+
+    epochs: _Count
+    batch_size: int = Field(default=0, ge=0, strict=True)
+    optimizer: str = "sgd"
+    optimizer_options: dict[str, Any] = Field(default_factory=dict[str, Any])
+    learning_rate: _Number = Field(gt=0)
+    momentum: _Number = Field(default=0.9, ge=0, lt=1)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: _Number = Field(default=0.0, ge=0)
+    clip_norm: _Number | None = Field(default=None, gt=0)
+    lr_schedule: str = "multistep"
+    warmup: _Number = Field(default=0.0, ge=0, lt=1)
+    decay_at: tuple[float, ...] = ()
+    decay_factor: _Number = Field(default=0.1, gt=0)
+    final_rate: _Number = Field(default=0.0, ge=0, lt=1)
+    label_smoothing: _Number = Field(default=0.0, ge=0, lt=1)
+    augment: bool = Field(default=False, strict=True)
+    shuffle: Literal["epoch", "once"] = "epoch"
+    init: Literal["spectral", "published"] = "spectral"
+
+    rank: StrictInt | StrictFloat | Rank = 0.5
+    decomposition: str = "svd"
+    inflate: _Number | None = Field(default=None, gt=0)
+    deflate: _Number | None = Field(default=None, gt=0)
+    alpha: _Number = Field(default=16.0, gt=0)
+    execution: AdaptedExecution = "auto"
+    budget: _Number | None = Field(default=None, gt=0)
+    moments: Literal["project", "calibrated", "reset", "prune"] = "project"
+    rewarmup: int = Field(default=0, ge=0, strict=True)
+    recalibrate_batch_norms: bool = Field(default=True, strict=True)
+    as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, values: Any) -> Any:
+        """What is the default depends on other keys."""
+        if not isinstance(values, dict):
+            return values
+        given = cast("dict[str, Any]", values)
+        own = is_reference(str(given.get("data"))) and reader_of(str(given.get("data"))) is None
+        return {
+            "lr_schedule": "multistep" if given.get("decay_at") else "cosine",
+            "batch_size": 0 if own else _BATCH,
+            **given,
+        }
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if set(self.name) & set("/\\\0") or self.name.startswith("."):
+            raise ValueError(f"the name of a recipe is that of its run folders, got {self.name!r}")
+        _check_data(self.data)
+        _check_name("model", self.model, MODELS)
+        _check_name("optimizer", self.optimizer, OPTIMIZERS)
+        _check_name("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        if self.loss is not None:
+            _check_name("loss", self.loss, LOSSES)
+        if self.metric is not None:
+            _check_name("metric", self.metric, METRICS)
+        for name in self.schedules:
+            if not is_reference(name):
+                get_preset(name)
+        names = self.schedule_names
+        if taken := [name for name in names if names.count(name) > 1 or self._shadows(name)]:
+            raise ValueError(f"two schedules have the name {taken[0]!r}; rename the function")
+        return self
+
+    def _shadows(self, name: str) -> bool:
+        return name in SCHEDULES and name not in self.schedules
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        """Every setting has an effect."""
+        for key, default, used, where in self._conditions():
+            if getattr(self, key) != default and not used:
+                raise ValueError(f"{key} has no effect here: it is for {where}")
+        if self.metric is not None and is_reference(self.metric) and self.higher_is_better is None:
+            raise ValueError(
+                f"higher_is_better must be true or false for the metric {self.metric!r}"
+            )
+        return self
+
+    def _conditions(self) -> Iterator[tuple[str, object, bool, str]]:
+        own_metric = self.metric is not None and is_reference(self.metric)
+        own_rate, own_optimizer = is_reference(self.lr_schedule), is_reference(self.optimizer)
+        smooth = not self.has_own_data or self.loss in (None, "cross-entropy")
+        images = not self.has_own_data or self.data.startswith("imagefolder:")
+        for key in ("loss", "metric", "steps_per_epoch"):
+            yield key, None, self.has_own_data, "own data; built-in data sets have their own"
+        yield "num_workers", 0, self.has_own_data, "own data; built-in data sets are in memory"
+        yield "higher_is_better", None, own_metric, "a metric of your own"
+        yield "label_smoothing", 0.0, smooth, "the loss cross-entropy"
+        yield "augment", False, images, "images of built-in data sets and of imagefolder:"
+        yield "momentum", 0.9, not own_optimizer, "sgd; put it into optimizer_options"
+        yield "betas", (0.9, 0.999), not own_optimizer, "adamw; put it into optimizer_options"
+        for key, default in (("warmup", 0.0), ("decay_at", ()), ("final_rate", 0.0)):
+            yield key, default, not own_rate, f"named LR schedules, not for {self.lr_schedule!r}"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        given = [epoch for epoch in (self.inflate, self.deflate) if epoch is not None]
+        if any(one >= two for one, two in pairwise([*given, self.epochs])):
+            raise ValueError(
+                f"inflate < deflate < epochs must hold, got {self.inflate}, {self.deflate}, "
+                f"{self.epochs}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _decays(self) -> Self:
+        if self.lr_schedule == "wsd" and len(self.decay_at) != 1:
+            raise ValueError(
+                f"wsd has one decay: decay_at must have one value, got {self.decay_at}"
+            )
+        if self.lr_schedule == "onecycle" and not self.warmup:
+            raise ValueError("onecycle rises before it falls: warmup must be above 0, got 0")
+        edges = [self.warmup * self.epochs, *self.decay_at, self.epochs]
+        if any(one >= two for one, two in pairwise(edges)):
+            raise ValueError(
+                f"decay_at must increase between the warm-up's end, epoch {edges[0]:g}, and the "
+                f"run's, {self.epochs}; got {self.decay_at}"
+            )
+        return self
+
+    def published(self) -> Recipe:
+        """The recipe with the settings of the published code, including its bugs.
+
+        Raises:
+            RecipeError: the recipe is not a published experiment.
+        """
+        if not self.as_published:
+            raise RecipeError(
+                f"recipe {self.name!r} is not a published experiment; omit --as-published"
+            )
+        return Recipe.model_validate({**self.model_dump(), **self.as_published})
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether the data is none of the built-in sets."""
+        return self.data not in DATA and reader_of(self.data) != TEXT_READER
+
+    @property
+    def root(self) -> Path:
+        """The folder that own files are relative to."""
+        return Path(self.folder or ".").expanduser()
+
+    @property
+    def references(self) -> list[str]:
+        """The names of all own code."""
+        return [name for key in OWN_KEYS for name in self.references_of(key)]
+
+    def references_of(self, key: str) -> list[str]:
+        """The names of own code that a setting gives."""
+        value = getattr(self, key)
+        names = [value] if isinstance(value, str) else value or []
+        if key == "data" and reader_of(self.data):
+            return []
+        return [name for name in names if is_reference(name)]
+
+    @property
+    def schedule_names(self) -> tuple[str, ...]:
+        """The names of the schedules; that of an own one is its function's."""
+        return tuple(name.rpartition(":")[2] for name in self.schedules)
+
+    def load(self, reference: str) -> Any:
+        """The object of own code that a reference of this recipe names.
+
+        Raises:
+            RecipeError: it cannot be loaded, or a file has changed since the recipe was.
+        """
+        if self.sources is not None:
+            self._check_sources()
+        return load_object(reference, self.root)
+
+    def _check_sources(self) -> None:
+        now = source_digests(self.references, self.root)
+        for name, digest in (self.sources or {}).items():
+            if digest != now.get(name):
+                raise RecipeError(
+                    f"{self.root / name} has changed since the run began (SHA-256 {digest[:12]} "
+                    f"there, {str(now.get(name))[:12]} now); restore it, or start another run with "
+                    "--out"
+                )
+
+    def sealed(self) -> Recipe:
+        """The recipe with the digests of its own code, which is loaded; the same if it has none."""
+        if not (references := self.references):
+            return self.model_copy(update={"sources": None})
+        return self.model_copy(update={"sources": source_digests(references, self.root)})
+
+    def with_factors(self, rank: RankLike | None, decomposition: str | None) -> Recipe:
+        """The recipe with another rank or decomposition; None: unchanged."""
+        changed: dict[str, Any] = {}
+        if rank is not None:
+            changed["rank"] = rank
+        if decomposition is not None:
+            changed["decomposition"] = decomposition
+        return Recipe.model_validate({**self.model_dump(), **changed})
+
+    def with_budget(self, flops: float | None) -> Recipe:
+        """The recipe with a budget, a share of the full-rank training FLOPs; None: unchanged."""
+        if flops is None:
+            return self
+        return Recipe.model_validate({**self.model_dump(), "budget": flops})
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
+        """The recipe with other settings, by key; ``model_options.width`` is one within a table.
+
+        Raises:
+            RecipeError: an unknown key, with the nearest known one, or a value that is wrong.
+
+        Example:
+            >>> from dynarank.train.recipes import load_recipe
+            >>> load_recipe("digits").with_settings({"learning_rate": 0.2, "rank.value": 0.5}).rank
+            Rank(value=0.5, of='out', multiple_of=1)
+        """
+        values = self.model_dump()
+        for key, value in settings.items():
+            _place(values, key, value)
+        try:
+            changed = Recipe.model_validate(values)
+        except ValidationError as error:
+            key, problem = problems(error)[0]
+            named = f", setting {key!r}" if key else ""
+            raise RecipeError(f"recipe {self.name!r}{named}: {problem}") from error
+        return changed if changed.references == self.references else changed.sealed()
+
+    def share(self, epoch: float) -> float:
+        """Convert an epoch to a share of the run."""
+        return epoch / self.epochs
+
+    def schedule(self, name: str) -> RankSchedule:
+        """The named schedule, constructed from this recipe's options.
+
+        Raises:
+            ValueError: an unknown schedule.
+        """
+        given = {"inflate": self.inflate, "deflate": self.deflate}
+        points = {name: self.share(epoch) for name, epoch in given.items() if epoch is not None}
+        options = {
+            "rank": self.rank,
+            **points,
+            "decomposition": self.decomposition,
+            "alpha": self.alpha,
+            "execution": self.execution,
+            "epoch": self.share(1),
+            "budget": self.budget,
+        }
+        for reference in self.schedules:
+            if is_reference(reference) and name == reference.rpartition(":")[2]:
+                return own_schedule(self.load(reference), reference, options, self.root)
+        self.check_schedule(name)
+        return get_preset(name)(**options)
+
+    def check_schedule(self, name: str) -> None:
+        """Raise an error if a schedule is neither a named one nor one of this recipe's own.
+
+        Raises:
+            ValueError: an unknown schedule.
+        """
+        if is_reference(name):
+            raise RecipeError(
+                f"add {name!r} to the schedules of the recipe, then ask for it by "
+                f"{name.rpartition(':')[2]!r}"
+            )
+        if name not in self.schedule_names:
+            get_preset(name)
+
+
+def reader_of(data: str) -> str | None:
+    """The reader in ``csv:FILE``; None if the data is not read by one."""
+    name, colon, _ = data.partition(":")
+    return name if colon and name in (*READERS, TEXT_READER) else None
+
+
+def _check_data(name: str) -> None:
+    """Raise ValueError if data is neither built in nor read nor own."""
+    kinds = [*READERS, TEXT_READER]
+    prefix, _, place = name.partition(":")
+    near = difflib.get_close_matches(prefix, kinds, 1, 0.6)
+    if reader_of(name) is None and near and set(place) & set("./\\"):
+        raise ValueError(f"data {name!r}: unknown reader {prefix!r}; did you mean {near[0]!r}?")
+    if reader_of(name) is None:
+        _check_name("data", name, DATA, [f"{kind}:..." for kind in kinds])
+
+
+def _check_name(key: str, name: str, known: Iterable[str], more: Sequence[str] = ()) -> None:
+    if name in known or is_reference(name):
+        return
+    listed = ", ".join([*known, *more])
+    near = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{key} is one of {listed}, or file.py:function, got {name!r}{hint}")
+
+
+def problems(error: ValidationError) -> list[tuple[str, str]]:
+    """The keys of a recipe that are wrong, each with the problem; ``""`` for several together."""
+    found: dict[str, str] = {}
+    for one in error.errors():
+        parts = [str(part) for part in one["loc"]]
+        key = ".".join(part for part in parts if part not in ("int", "float", "Rank"))
+        if one["type"] == "extra_forbidden":
+            found[key] = f"unknown key{_nearest(key)}"
+        elif one["type"] == "missing":
+            found[key] = "required, but missing"
+        elif parts and parts[0] == "rank" and not isinstance(one["input"], dict):
+            found[key] = f"a rank is {_RANKS}, got {one['input']!r}"
+        elif not (parts[:1] == ["rank"] and parts[1:2] in (["int"], ["float"])):
+            found[key] = _message(one["msg"], one["input"])
+    return list(found.items())
+
+
+_RANKS = 'a number (int), a share of the cost (float) or { value = 0.25, of = "out" }'
+
+
+def _message(message: str, value: Any) -> str:
+    text = message.removeprefix("Value error, ")
+    return text if text != message else f"{message[0].lower()}{message[1:]}, got {value!r}"
+
+
+def _place(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key in a recipe's values; dots lead into tables."""
+    first, *rest = key.split(".")
+    if first not in _SETTINGS:
+        raise RecipeError(f"unknown setting {key!r}{_nearest(first)}")
+    inner: dict[str, Any] = values
+    for name, following in zip([first, *rest], rest, strict=False):
+        if not isinstance(inner.get(name), dict):
+            if name != "rank" and name in Recipe.model_fields:
+                raise RecipeError(f"setting {key!r}: {name} is no table, it has no {following!r}")
+            inner[name] = {}
+        inner = cast("dict[str, Any]", inner[name])
+    inner[key.rpartition(".")[2]] = value
+
+
+_SETTINGS = [name for name in Recipe.model_fields if name not in ("folder", "sources")]
+_SHORT = {"lr": "learning_rate", "bs": "batch_size", "scheduler": "lr_schedule"}
+
+
+def _nearest(key: str) -> str:
+    """The known key that may have been meant."""
+    near = [_SHORT[key]] if key in _SHORT else difflib.get_close_matches(key, _SETTINGS, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(_SETTINGS)}"
