@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -45,6 +44,7 @@ from dynarank.records import (
 from dynarank.report import write_report
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.scheduler.saved_state import schedule_identity
+from dynarank.schedules.catalog import schedule_name
 from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.sinks import Sink, open_sinks
@@ -554,7 +554,7 @@ class Recorder:
         ranks = self.ranks
         return {
             "name": self.name,
-            "schedule": "none" if ranks is None else _kebab(ranks.schedule),
+            "schedule": "none" if ranks is None else schedule_name(ranks.schedule),
             "identity": None if ranks is None else schedule_identity(ranks.schedule),
             "seed": self.seed,
             "total_steps": self._total,
@@ -644,13 +644,6 @@ def _metric(metric: str | Metric) -> Metric:
         )
     higher, percent = _METRICS[metric]
     return Metric(name=metric, higher_is_better=higher, percent=percent)
-
-
-def _kebab(schedule: object) -> str:
-    """The name of a schedule: ``dynamic-rank`` for a DynamicRank."""
-    function = getattr(schedule, "function", None)
-    name = getattr(function, "__name__", type(schedule).__name__)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).strip("<>").replace("_", "-").lower()
 
 
 def _precision(model: nn.Module, device: torch.device) -> str:

@@ -124,7 +124,7 @@ def _kind(name: str, runs: Sequence[Run]) -> Literal["full-rank", "fixed", "dyna
     forms = set().union(*phases)
     if changed:
         return "dynamic"
-    if forms == {"full-rank"} or (not forms and name == "full-rank"):
+    if forms <= {"full-rank"} and (phases or name == "full-rank"):
         return "full-rank"
     return "fixed"
 
