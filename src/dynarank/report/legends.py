@@ -10,7 +10,7 @@ from dynarank.records import Run
 from dynarank.report.annotations import PALE
 from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.plotting import depth_colormap, display_names
-from dynarank.report.theme import NEUTRAL
+from dynarank.report.theme import INK, NEUTRAL
 from dynarank.report.transition_points import spans
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def form_patch(form: str, alpha: float = 1) -> Artist:
 
     color = FORM_COLORS[form][0] if form in FORM_COLORS else NEUTRAL
     hatch = FORM_HATCHES.get(form)
-    return Patch(facecolor=color, edgecolor="#ffffff", alpha=alpha, hatch=hatch, linewidth=0)
+    return Patch(facecolor=color, edgecolor=INK, alpha=alpha, hatch=hatch, linewidth=0)
 
 
 def labels_with_counts(grouped: Mapping[str, Sequence[Run]]) -> list[str]:

@@ -219,8 +219,9 @@ def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
     if not timed:
         return []
     caption = (
-        "One bar per layer, the first layer at the top. The color is the form; the darker it is, "
-        "the larger the rank as a share of the layer's full rank." + which
+        "One bar per layer, the first layer at the top. The gray is the form, hatched where "
+        "adapted; the stronger it is, the larger the rank as a share of the layer's full rank."
+        + which
     )
     figure = _figure("rank-timeline", lambda narrow: rank_timeline_figure(timed, narrow), caption)
     return [figure]
