@@ -50,11 +50,11 @@ def test_the_format_before_zip_is_read(tmp_path: Path) -> None:
     assert weights(tmp_path) == {"a": (6, 5), "b.2": (5, 4), "b.10": (4, 6)}
 
 
-@pytest.mark.parametrize("renewed", [0, 1 << 30])
+@pytest.mark.parametrize("remapped", [0, 1 << 30])
 def test_values_are_those_that_were_saved(
-    renewed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remapped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_files, "_RENEWED", renewed)
+    monkeypatch.setattr(torch_files, "_REMAPPED", remapped)
     dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
     state = {f"w{i}": random(6, 5).to(dtype) for i, dtype in enumerate(dtypes)}
     torch.save(state | {"t": random(5, 6).T}, tmp_path / "m.pt")

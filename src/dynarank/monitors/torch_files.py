@@ -1,7 +1,7 @@
 """Access to the tensors that ``torch.save`` wrote, without running code from the file.
 
 A file is read with ``weights_only=True`` and mapped, so that a tensor's bytes come into memory when
-they are used. They would stay there as long as the mapping: it is renewed from time to time.
+they are used. They would stay there as long as the mapping: the file is mapped again from time to time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["TorchFile"]
 _MODELS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "weights",
            "ema", "generator")  # fmt: skip
 _DEPTH = 3  # {"checkpoint": {"model": {"state_dict": ...}}}
-_RENEWED = 64 << 20  # bytes read from a mapping until it is renewed
+_REMAPPED = 64 << 20  # bytes read from a mapping until the next
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
            torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # fmt: skip
 
@@ -52,7 +52,7 @@ class TorchFile:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor, or one entry of its first dimension; 8-bit floats come in fp32."""
-        if self._read > _RENEWED:
+        if self._read > _REMAPPED:
             self._found, self._read = {}, 0  # unmap first
             self._found = self._load()
         tensor = self._found[name].detach()
