@@ -1,7 +1,7 @@
 """Access to the tensors that ``torch.save`` wrote, without running code from the file.
 
 A file is read with ``weights_only=True`` and mapped, so that a tensor's bytes come into memory when
-they are used. They would stay there as long as the mapping: the file is mapped again from time to time.
+they are used. They would stay as long as the mapping: the file is mapped again in between.
 """
 
 from __future__ import annotations
