@@ -106,6 +106,7 @@ def test_layers_where_no_rank_saves_are_not_in_the_plan(tmp_path: Path) -> None:
         "embed_tokens.weight": low,
         "lm_head.weight": low,
         "small.weight": low[:8],
+        "mixer.A_log": low,
         "dw.weight": low[:, None, :9].reshape(40, 1, 3, 3),
         "norm.weight_g": torch.ones(40, 1),
         "norm.weight_v": low,

@@ -266,8 +266,10 @@ def _write_plan(terminal: Console, place: Path, model: Model) -> None:
     write_text(place, plan_text(model.advice))
     terminal.print(f"Plan: {place}, {len(plan)} layers", soft_wrap=True, markup=False)
     if other := sum(one.cuts for one in model.advice) - len(plan):
-        told = f"{other} weights that are rebuilt or of single experts are not in the plan"
-        terminal.print(f"{told}: save them plain first", soft_wrap=True, markup=False)
+        told = (
+            f"Not in the plan: {other} weights that are rebuilt, single experts or bare parameters"
+        )
+        terminal.print(told, soft_wrap=True, markup=False)
 
 
 def _title(paths: list[Path]) -> str:
