@@ -1,6 +1,6 @@
-"""Runs each script named, in a process of its own, forked once torch is imported.
+"""Runs each script named, in its folder and in a process of its own, forked once torch is imported.
 
-python tests/run_scripts.py FOLDER SCRIPT...
+python tests/run_scripts.py SCRIPT...
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ import os
 import runpy
 import sys
 import traceback
+import warnings
 from importlib import import_module
+from pathlib import Path
 
 
 def run(script: str) -> int:
@@ -17,6 +19,7 @@ def run(script: str) -> int:
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     try:
+        os.chdir(Path(script).parent)
         runpy.run_path(script, run_name="__main__")
     except BaseException:
         traceback.print_exc()
@@ -25,8 +28,9 @@ def run(script: str) -> int:
     os._exit(0)
 
 
-for module in ("torch", "dynarank"):
+# Python 3.12 warns of forking where there are threads; those of numpy and torch are idle here.
+warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+for module in ("torch", "torch._dynamo", "dynarank.scheduler.rank_scheduler"):  # what is slow
     import_module(module)
-os.chdir(sys.argv[1])
-failed = [script for script in sys.argv[2:] if run(script)]
+failed = [script for script in sys.argv[1:] if run(script)]
 sys.exit(f"failed: {' '.join(failed)}" if failed else 0)

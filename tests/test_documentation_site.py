@@ -75,7 +75,7 @@ def test_every_command_and_option_is_on_the_page_of_the_command_line(site: Path)
     group = typer.main.get_command(app)
     root = group.context_class(group, info_name="dynarank")
     for name in group.list_commands(root):
-        command = group.get_command(root, name)
+        _, command, _ = group.resolve_command(root, [name])
         assert f'id="{name}"' in text
         for one in command.params:
             assert one.opts[0] in text or one.hidden, (name, one.opts)

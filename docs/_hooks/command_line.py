@@ -29,8 +29,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def page(group: Any) -> str:
     """Each command with its arguments and options, in Markdown."""
     root = group.context_class(group, info_name="dynarank")
-    commands = ((name, group.get_command(root, name)) for name in group.list_commands(root))
-    return HEAD + "".join(section(name, one, root) for name, one in commands if not one.hidden)
+    return HEAD + "".join(
+        section(*resolved(group, root, name), root) for name in group.list_commands(root)
+    )
+
+
+def resolved(group: Any, root: Any, name: str) -> tuple[str, Any]:
+    """A command's name and the command itself, imported by now."""
+    return group.resolve_command(root, [name])[:2]
 
 
 def section(name: str, command: Any, root: Any) -> str:

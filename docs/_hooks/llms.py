@@ -43,4 +43,4 @@ def first_sentence(text: str) -> str:
     paragraphs = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).split("\n\n")
     prose = [one for one in paragraphs if one.strip() and not re.match(r"\s*[#<|!:\-]", one)]
     words = " ".join(prose[0].split()) if prose else ""
-    return re.split(r"(?<=[.:])\s", re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", words))[0]
+    return re.split(r"(?<=\.)\s", re.sub(r"\[([^]]+)\]\([^)]*\)", r"\1", words))[0]

@@ -20,7 +20,7 @@ from dynarank.report.formats import (
     ratio,
     seconds_text,
 )
-from dynarank.report.plotting import display_name
+from dynarank.report.plotting import display_name, display_names
 from dynarank.report.transition_points import Span, change_kind, spans
 
 
@@ -88,3 +88,22 @@ def test_names_are_made_fit_for_a_figure():
     assert display_name("_hidden") == " _hidden"
     assert display_name("a\nb") == "a b"
     assert len(display_name("x" * 200, 30)) == 30
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"model.{'encoder.' * 22}{i}.{'attention.' * 3}weight" for i in range(40)],
+        [f"{'x' * 199}{end}" for end in "abc"],
+        [f"{i}{'x' * 199}" for i in range(12)],
+        [f"a.{'x' * 90}{i}{'x' * 90}.b" for i in range(1200)],
+        ["a" * 200, "a" * 201],
+        ["a.b", "a.b.c"],
+        ["one"],
+        [],
+    ],
+)
+def test_names_of_one_figure_stay_different_and_short(names):
+    shown = display_names(names, 22)
+    assert len(set(shown)) == len(names)
+    assert max(map(len, shown), default=0) <= 24

@@ -27,6 +27,14 @@ def test_a_run_of_step_losses_has_a_page(tmp_path, finished):
     assert ("mine stopped at epoch 3 of 3" in page.text) != finished
 
 
+def test_losses_stand_where_there_is_no_score(tmp_path):
+    write_own_run(tmp_path, test_loss=0.5)
+    text = page_of(tmp_path).text
+    assert "Loss and cost" in text and "test loss training loss" in text
+    assert "mine reached a test loss of 0.5 at" in text and "test accuracy" not in text
+    assert "mine 0.5 0.7358" in text
+
+
 def test_a_loop_that_does_not_say_its_length_has_none(tmp_path):
     run = read_run(write_own_run(tmp_path, finished=False))
     run.records[0] = run.header.model_copy(update={"epochs": 0})

@@ -68,23 +68,69 @@ def test_300_layers_are_drawn_without_a_complaint(browser, deep):
     assert browser.ask("document.documentElement.scrollWidth") == 390
 
 
+READOUT = "document.querySelector('#moving-readout').textContent"
+
+
+def test_the_viewer_opens_on_a_layer_that_changes_at_the_change(browser, tmp_path):
+    write_run(tmp_path, "full-rank", pictures=True)
+    write_run(tmp_path, "dynamic-rank", pictures=True)
+    browser.open(write_report(tmp_path))
+    chosen = "document.querySelector('#moving-run').selectedOptions[0].textContent"
+    assert browser.ask(chosen) == "dynamic-rank"
+    assert browser.ask(READOUT).startswith("Epoch 5 · full-rank of 32 · λ ")  # inflated at 4.4
+    choose(browser, "run", 0)
+    assert browser.ask(READOUT).startswith("Epoch 12 · full-rank of 32 · λ ")  # never changes
+
+
+def test_one_reading_is_shown_as_points(browser, tmp_path):
+    run = write_run(tmp_path, "dynamic-rank", pictures=True)
+    lines = (run / "records.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "records.jsonl").write_bytes(b"".join(lines[:3]))
+    browser.open(write_report(tmp_path))
+    assert browser.ask("document.querySelectorAll('#moving-timeline circle').length") == 2
+    assert browser.complaints == []
+
+
+def test_tables_that_scroll_say_so(browser, page):
+    hint = "getComputedStyle(document.querySelector('.wide'), '::before').content"
+    browser.open(page, 390)
+    assert "Scroll sideways" in browser.ask(hint)
+    assert browser.ask("document.querySelector('.wide').scrollWidth") > 390
+    browser.open(page, 1200)
+    assert browser.ask(hint) == "none"
+
+
+def test_long_names_make_no_wide_page_and_stay_different(browser, tmp_path):
+    names = [f"model.{'encoder.' * 22}{i}.{'attention.' * 3}weight" for i in range(40)]
+    names += ["x" * 199 + end for end in "ab"]
+    write_run(tmp_path, "dynamic-rank", pictures=True, layers=names)
+    path = write_report(tmp_path)
+    for width in (1200, 390):
+        browser.open(path, width)
+        assert browser.ask("document.documentElement.scrollWidth") == width
+        widths = "Math.max(...[...document.querySelectorAll('td')].map(c => c.offsetWidth))"
+        browser.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert browser.ask(widths) < 700
+    assert browser.complaints == []
+
+
 def test_the_slider_moves_the_layer_through_time(browser, page):
     browser.open(page)
-    assert browser.ask("document.querySelector('#moving-readout').textContent").startswith(
-        "Epoch 12 · adapted, rank 8 of 32 · λ "
-    )
+    assert browser.ask(READOUT).startswith("Epoch 5 · full-rank of 32 · λ ")
     browser.ask("document.querySelector('#moving-time').focus()")
     last = browser.ask("document.querySelector('#moving-spectrum').innerHTML")
     for _ in range(7):
+        browser.press(*RIGHT)
+    assert browser.ask(READOUT).startswith("Epoch 12 · adapted, rank 8 of 32 · λ ")
+    for _ in range(8):
         browser.press(*LEFT)
-    readout = browser.ask("document.querySelector('#moving-readout').textContent")
-    assert readout.startswith("Epoch 5 · full-rank of 32 · λ ")
+    assert browser.ask(READOUT).startswith("Epoch 4 · low-rank, rank 8 of 32 · λ ")
     assert browser.ask("document.querySelector('#moving-spectrum').innerHTML") != last
     assert browser.ask("document.querySelector('#moving-weights-note').textContent").startswith(
         "Epoch 4;"
     )
     told = "document.querySelector('#moving-time').getAttribute('aria-valuetext')"
-    assert browser.ask(told) == "Epoch 5, full-rank of 32"
+    assert browser.ask(told) == "Epoch 4, low-rank, rank 8 of 32"
     assert browser.complaints == []
 
 
@@ -108,15 +154,15 @@ def test_play_runs_to_the_end_and_with_less_motion_steps(browser, page):
     browser.open(page, still=True)
     name = "document.querySelector('#moving-play').textContent"
     at = "Number(document.querySelector('#moving-time').value)"
-    assert browser.ask(name) == "Next reading" and browser.ask(at) == 12
+    assert browser.ask(name) == "Next reading" and browser.ask(at) == 5
     browser.ask("document.querySelector('#moving-play').click()")
-    assert browser.ask(at) == 0 and browser.ask(name) == "Next reading"
+    assert browser.ask(at) == 6 and browser.ask(name) == "Next reading"
     browser.open(page)
     browser.ask("document.querySelector('#moving-play').click()")
     assert browser.ask(name) == "Pause"
     moved = f"new Promise(done => setTimeout(() => done({at}), 900))"
     answer = browser.call("Runtime.evaluate", expression=moved, awaitPromise=True)
-    assert 0 < answer["result"]["value"] <= 12
+    assert 5 < answer["result"]["value"] <= 12
     assert browser.complaints == []
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from dynarank.records import Metric
-from dynarank.report.sweep import best_cell, sweep_figure
+from dynarank.report.sweep import best_cell, best_cells, sweep_figure
 
 LOSS = Metric(name="perplexity", higher_is_better=False, percent=False)
 GRID = {
@@ -46,6 +46,14 @@ def test_the_best_is_framed_whichever_way_is_better():
     column, row = (20.0, 40.0, 60.0, 80.0).index(worst[0]), (60.0, 80.0, 120.0).index(worst[1])
     framed = patches(sweep_figure(GRID, LOSS), "best")
     assert framed == [(pytest.approx(column - 0.46), pytest.approx(row - 0.46))]
+
+
+def test_all_of_the_best_are_framed():
+    tied = {(1.0, 3.0): [0.9], (2.0, 3.0): [0.90001], (1.0, 2.0): [0.8]}  # 90.00% both
+    assert best_cells(tied, Metric()) == [(1.0, 3.0), (2.0, 3.0)]
+    assert len(patches(sweep_figure(tied), "best")) == 2
+    assert best_cells(tied, LOSS) == [(1.0, 2.0)]
+    assert best_cells({(1.0, 2.0): [math.nan]}, LOSS) == []
 
 
 def test_what_has_not_run_or_is_not_finite_is_shown_as_such():

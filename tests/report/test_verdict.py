@@ -27,7 +27,7 @@ from dynarank.report.verdict import verdict
 PERPLEXITY = Metric(name="perplexity", higher_is_better=False, percent=False)
 LOW, FULL = {"form": "low-rank", "rank": 8}, {"form": "full-rank"}
 FLOPS = {"full-rank": 1.0, "low-rank": 0.29, "dynamic-rank": 0.6}
-AT_ONE = "at n = 1: another seed may change as much."
+AT_ONE = "at n = 1: another seed may change a score by as much."
 
 
 def run(
@@ -124,8 +124,8 @@ CASES = {
     "one seed twice is no second seed": (
         [run("full-rank", 0.95), run("low-rank", 0.90), run("low-rank", 0.94)],
         "Test accuracy: low-rank was 3.00 points worse than full-rank at 0.29x the FLOPs, "
-        "at n = 1: another seed may change as much; runs of low-rank share a seed and count as "
-        "one.",
+        "at n = 1: another seed may change a score by as much; runs of low-rank share a seed and "
+        "count as one.",
     ),
     "lower is better": (
         [run("full-rank", 10.0, metric=PERPLEXITY), run("low-rank", 12.5, metric=PERPLEXITY),
@@ -136,18 +136,18 @@ CASES = {
     "equal FLOPs": (
         [run("low-rank", 0.9, flops=0.6), run("dynamic-rank", 0.89, flops=0.604)],
         "Test accuracy: dynamic-rank brought nothing over low-rank (1.00 points worse at the same "
-        "FLOPs), at n = 1: another seed may change as much; full-rank was not run.",
+        "FLOPs), at n = 1: another seed may change a score by as much; full-rank was not run.",
     ),
     "cheaper and worse is not nothing": (
         [run("low-rank", 0.9, flops=0.6), run("dynamic-rank", 0.89, flops=0.3)],
         "Test accuracy: dynamic-rank was 1.00 points worse than low-rank at 0.5x its FLOPs, "
-        "at n = 1: another seed may change as much; full-rank was not run.",
+        "at n = 1: another seed may change a score by as much; full-rank was not run.",
     ),
     "the best of one form is what moving is compared with": (
         [run("low-rank", 0.9), run("lora", 0.92), run("relora", 0.91, kind="dynamic-rank")],
         "Test accuracy: low-rank was 2.00 points worse than lora at the same FLOPs; relora brought "
         "nothing over lora (1.00 points worse at 2.1x its FLOPs), all at n = 1: another seed may "
-        "change as much; full-rank was not run.",
+        "change a score by as much; full-rank was not run.",
     ),
     "many schedules": (
         [run("full-rank", 0.95), *(run(f"s{i}", 0.8 + i / 100) for i in range(10))],
@@ -158,12 +158,12 @@ CASES = {
     "only schedules that move": (
         [run("a", 0.9, kind="dynamic-rank"), run("b", 0.8, kind="dynamic-rank", flops=0.3)],
         "Test accuracy: b was 10.00 points worse than a at 0.5x its FLOPs, at n = 1: another seed "
-        "may change as much; full-rank was not run.",
+        "may change a score by as much; full-rank was not run.",
     ),
     "full-rank diverged": (
         [run("full-rank", math.nan), run("low-rank", 0.9), run("dynamic-rank", 0.95)],
         "Test accuracy: dynamic-rank was 5.00 points better than low-rank at 2.1x its FLOPs, "
-        "at n = 1: another seed may change as much; full-rank diverged.",
+        "at n = 1: another seed may change a score by as much; full-rank diverged.",
     ),
     "one of three diverged: no test": (
         [*seeds("full-rank", 0.95, 0.96, 0.94), *seeds("low-rank", 0.7, 0.71, math.nan)],
@@ -186,12 +186,12 @@ CASES = {
     "damaged": (
         [run("full-rank", 0.95), run("low-rank", 0.95, damage=("line 3",))],
         "Test accuracy: low-rank matched full-rank at 0.29x the FLOPs, at n = 1: another seed may "
-        "change as much; the records of low-rank are damaged.",
+        "change a score by as much; the records of low-rank are damaged.",
     ),
     "of different lengths": (
         [run("full-rank", 0.95, epochs=30), run("low-rank", 0.95)],
         "Test accuracy: low-rank matched full-rank at 0.29x the FLOPs, at n = 1: another seed may "
-        "change as much; the runs differ in epochs.",
+        "change a score by as much; the runs differ in epochs.",
     ),
     "an own loop with test losses": (
         [run("plain", kind="full-rank", test_loss=0.50, seed=None),
@@ -214,7 +214,7 @@ CASES = {
     "some without a score": (
         [run("full-rank", 0.95), run("low-rank", 0.95), run("mine", test_loss=0.1)],
         "Test accuracy: low-rank matched full-rank at 0.29x the FLOPs, at n = 1: another seed may "
-        "change as much; no test accuracy was recorded for mine.",
+        "change a score by as much; no test accuracy was recorded for mine.",
     ),
     "no cost to compare": (
         [run("full-rank", 0.95, flops=0.0), run("low-rank", 0.95, flops=0.0)],
@@ -224,6 +224,11 @@ CASES = {
         [run("full-rank", s, seed=None) for s in (0.95, 0.951)]
         + [run("low-rank", s, seed=None) for s in (0.90, 0.901)],
         "Test accuracy: low-rank lost to full-rank by 5.00 points at 0.29x the FLOPs (n = 2).",
+    ),
+    "one run of a score that is no share": (
+        [run("low-rank", 12.5, metric=PERPLEXITY)],
+        "low-rank reached a test perplexity of 12.5 at 0.29x the FLOPs of full rank (n = 1), with "
+        "no other schedule to compare it with.",
     ),
     "several recipes": (
         [run("digits: low-rank", 0.9), run("text: low-rank", 0.8, recipe="text")],

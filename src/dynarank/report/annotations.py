@@ -113,8 +113,8 @@ def shade_phases(axes: Axes, run: Run) -> None:
             if share > 0:
                 axes.axvspan(
                     span.start, span.end,
-                    color=FORM_COLORS[form][0], alpha=PALE * share, linewidth=0, zorder=0,
-                    hatch=FORM_HATCHES.get(form),
+                    facecolor=FORM_COLORS[form][0], alpha=PALE * share, linewidth=0, zorder=0,
+                    hatch=FORM_HATCHES.get(form), edgecolor="#ffffff",
                 )  # fmt: skip
 
 

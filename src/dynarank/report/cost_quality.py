@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal
 from dynarank.records import Metric, Run, SummaryRecord
 from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule
-from dynarank.report.plotting import display_name, new_figure, score_axis, styled
+from dynarank.report.legends import legend_below, line
+from dynarank.report.plotting import display_name, display_names, new_figure, score_axis, styled
 from dynarank.report.theme import INK, NEUTRAL
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cost_quality_figure"]
 
+_MOST_LABELED = 8
 _Value = Callable[[SummaryRecord], float]
 _Box = tuple[float, float, float, float]  # left, right, low, high, in fractions of the axes
 
@@ -40,22 +42,20 @@ class _Point:
 
 
 @styled
-def cost_quality_figure(
-    runs: Sequence[Run], columns: Literal[1, 3] = 3, colors: Mapping[str, str] | None = None
-) -> Figure:
+def cost_quality_figure(runs: Sequence[Run], columns: Literal[1, 3] = 3) -> Figure:
     """Plot test score against relative training FLOPs, peak memory and training time.
 
-    A labeled point is a schedule; with several runs it is their mean, with error bars of one
-    standard deviation and a small dot per run. Unfinished runs have no cost and runs whose score
-    is not finite have no position: both are left out.
+    A point is a schedule, labeled or, if there are more than eight, in the legend; with several
+    runs it is their mean, with error bars of one standard deviation and a small dot per run.
+    Unfinished runs have no cost and runs whose score is not finite have no position: both are left
+    out.
 
     Args:
         runs: all with the same metric.
         columns: plots side by side (3) or one above the other (1).
-        colors: of the schedules, where the figure is one of several; default: their own.
     """
     metric = runs[0].header.metric
-    colors = colors or schedule_colors(by_schedule(runs))
+    colors = schedule_colors(by_schedule(runs))
     memory, memory_unit = _memory_unit(runs)
     seconds, seconds_unit = _time_unit(runs)
     figure = new_figure(9.5 if columns == 3 else 4.6, 3.5 if columns == 3 else 9.0)
@@ -65,8 +65,14 @@ def cost_quality_figure(
         (f"peak memory ({memory_unit})", lambda end: end.memory_bytes / memory),
         (f"training ({seconds_unit})", lambda end: end.train_seconds / seconds),
     )
+    shown = list(by_schedule(runs))
+    names = dict(zip(shown, display_names(shown, 24), strict=True))
     for axes, (label, value) in zip(panels, measures, strict=True):
-        _panel(axes, runs, colors, value, label)
+        points = _panel(axes, runs, colors, value, label)
+        if len(names) <= _MOST_LABELED:
+            _label(axes, points, names)
+    if len(names) > _MOST_LABELED:
+        legend_below(figure, [(line(colors[name]), label) for name, label in names.items()])
     for axes in panels[:1] if columns == 3 else panels:
         axes.set_ylabel(f"test {display_name(metric.name)}")
     for axes in panels:
@@ -88,7 +94,7 @@ def _points(runs: Sequence[Run], colors: Mapping[str, str], value: _Value) -> li
 
 def _panel(
     axes: Axes, runs: Sequence[Run], colors: Mapping[str, str], value: _Value, label: str
-) -> None:
+) -> list[_Point]:
     points = _points(runs, colors, value)
     for point in points:
         if len(point.runs) > 1:
@@ -102,7 +108,7 @@ def _panel(
     axes.set_xlabel(label)
     if points:
         _limit(axes, points)
-        _label(axes, points)
+    return points
 
 
 def _limit(axes: Axes, points: Sequence[_Point]) -> None:
@@ -124,13 +130,13 @@ def _better(axes: Axes, metric: Metric) -> None:
     )  # fmt: skip
 
 
-def _label(axes: Axes, points: Sequence[_Point]) -> None:
+def _label(axes: Axes, points: Sequence[_Point], names: Mapping[str, str]) -> None:
     """Label each point where the label covers no other point and no other label."""
     (_, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     spots = {point: (point.x / right, (point.y - low) / (high - low)) for point in points}
     taken = [(x - 0.03, x + 0.03, y - 0.02, y + 0.02) for x, y in spots.values()]
     for point, (x, y) in spots.items():
-        text = display_name(point.name, 24)
+        text = names[point.name]
         box = next((b for b in _places(x, y, text) if not _meets(b, taken)), None)
         box = box or next(_places(x, y, text))
         taken.append(box)

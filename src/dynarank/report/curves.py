@@ -22,7 +22,13 @@ from dynarank.report.annotations import (
 )
 from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule, first_of_each
-from dynarank.report.legends import LegendEntry, label_with_count, legend_below, line, phase_entries
+from dynarank.report.legends import (
+    LegendEntry,
+    labels_with_counts,
+    legend_below,
+    line,
+    phase_entries,
+)
 from dynarank.report.plotting import (
     display_name,
     new_figure,
@@ -46,15 +52,14 @@ _Value = Callable[[EpochRecord], float | None]
 _Style = Literal["-", ":"]  # test, training
 _SCORES: dict[_Style, _Value] = {"-": lambda e: e.test_score, ":": lambda e: e.train_score}
 _LOSSES: dict[_Style, _Value] = {"-": lambda e: e.test_loss, ":": lambda e: e.train_loss}
+_NAMES: dict[_Style, str] = {"-": "test", ":": "training"}
 _PANEL = 4.2  # inches of axes in one panel
 _MOST_LABELED = 8
 _MOST_STEPS = 600  # losses of single steps, over a schedule's runs
 
 
 @styled
-def curves_figure(
-    runs: Sequence[Run], columns: Literal[1, 2] = 2, colors: Mapping[str, str] | None = None
-) -> Figure:
+def curves_figure(runs: Sequence[Run], columns: Literal[1, 2] = 2) -> Figure:
     """Draw scores, and training and test losses, against epochs: one color per schedule.
 
     A schedule with several runs is drawn as their mean, with thin lines for each run. Losses of
@@ -65,10 +70,9 @@ def curves_figure(
     Args:
         runs: all with the same metric.
         columns: panels side by side (2) or one above the other (1).
-        colors: of the schedules, where the figure is one of several; default: their own.
     """
     grouped = by_schedule(runs)
-    colors = colors or schedule_colors(grouped)
+    colors = schedule_colors(grouped)
     metric = runs[0].header.metric
     strips = _strips(grouped, colors)
     kinds = [kind for kind in (_SCORES, _LOSSES) if _has(runs, kind)]
@@ -149,6 +153,7 @@ def _draw(axes: Axes, group: Sequence[Run], value: _Value, color: str, style: _S
             linestyle=style,
             linewidth=1.6 if style == "-" else 1.2,
             alpha=0.9,
+            markerfacecolor=color if style == "-" else "#ffffff",
             **point_markers(list(mean.values()), few),
         )
 
@@ -160,7 +165,7 @@ def _draw_steps(axes: Axes, group: Sequence[Run], color: str) -> None:
         if losses:
             marks = point_markers(losses)
             epochs = [epoch for epoch, _ in steps]
-            axes.plot(epochs, losses, color=color, linewidth=0.7, alpha=0.5, zorder=1.5, **marks)
+            axes.plot(epochs, losses, color=color, linewidth=0.9, alpha=0.6, zorder=1.5, **marks)
 
 
 def _step_losses(run: Run) -> list[tuple[float, float]]:
@@ -228,12 +233,12 @@ def _readable(markers: list[ChangeMarker], several: bool) -> list[ChangeMarker]:
 def _legend_entries(
     grouped: dict[str, list[Run]], colors: Mapping[str, str], strips: Sequence[tuple[Run, str]]
 ) -> list[LegendEntry]:
-    entries = [
-        (line(colors[name]), label_with_count(name, group)) for name, group in grouped.items()
-    ]
+    shown = zip(grouped, labels_with_counts(grouped), strict=True)
+    entries = [(line(colors[name]), label) for name, label in shown]
     runs = [run for group in grouped.values() for run in group]
-    if any(run.all(EpochRecord) for run in runs):
-        entries += [(line(NEUTRAL), "test"), (line(NEUTRAL, ":"), "training")]
+    for style, name in _NAMES.items():
+        if any(_has(runs, {style: kind[style]}) for kind in (_SCORES, _LOSSES)):
+            entries.append((line(NEUTRAL, style), name))
     if any(_step_losses(run) for run in runs):
-        entries.append((line(NEUTRAL, width=0.7), "training, step by step"))
+        entries.append((line(NEUTRAL, width=0.9), "training, step by step"))
     return entries if strips else [*entries, *phase_entries(runs)]

@@ -90,9 +90,9 @@ def figures_of(runs: Sequence[Run]) -> Iterator[tuple[str, Callable[[], Figure]]
     banded = [run for run in chosen if layer_names(run)]
     colors = schedule_colors(by_schedule(runs))
     if has_curves(runs):
-        yield "curves", lambda: curves_figure(runs, colors=colors)
+        yield "curves", lambda: curves_figure(runs)
     if final_scores(runs):
-        yield "cost-quality", lambda: cost_quality_figure(runs, colors=colors)
+        yield "cost-quality", lambda: cost_quality_figure(runs)
     if watched:
         yield "rank-metrics", lambda: rank_metrics_figure(watched)
     noisy = [run for run in chosen if run.all(NoiseRecord)]

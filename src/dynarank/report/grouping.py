@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dynarank.files.printable import printable
-from dynarank.records import Run
+from dynarank.records import EpochRecord, Run, StepRecord
 
-__all__ = ["by_schedule", "comparable", "final_scores", "first_of_each", "run_name"]
+__all__ = [
+    "by_schedule",
+    "comparable",
+    "final_scores",
+    "first_of_each",
+    "has_scores",
+    "last_losses",
+    "run_name",
+]
 
 
 def comparable(runs: Sequence[Run]) -> list[Run]:
@@ -67,3 +75,17 @@ def final_scores(runs: Sequence[Run]) -> list[float]:
     """The test scores of the finished runs, without those of runs that recorded none."""
     ends = [run.summary for run in runs if run.summary is not None]
     return [end.test_score for end in ends if end.test_score is not None]
+
+
+def has_scores(runs: Sequence[Run]) -> bool:
+    """Tell whether any run recorded a test score, at its end or on the way."""
+    epochs = (epoch for run in runs for epoch in run.all(EpochRecord))
+    return bool(final_scores(runs)) or any(epoch.test_score is not None for epoch in epochs)
+
+
+def last_losses(run: Run) -> tuple[float | None, float | None]:
+    """The last test loss and the last training loss of a run; None where none was recorded."""
+    epochs, steps = run.all(EpochRecord), run.all(StepRecord)
+    tested = [epoch.test_loss for epoch in epochs if epoch.test_loss is not None]
+    trained = [each.train_loss for each in (*steps, *epochs) if each.train_loss is not None]
+    return tested[-1] if tested else None, trained[-1] if trained else None

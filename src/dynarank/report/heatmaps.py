@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynarank.records import HeatmapRecord, Run
 from dynarank.report.formats import number
-from dynarank.report.plotting import display_name, new_figure, styled
+from dynarank.report.plotting import display_name, display_names, new_figure, styled
 from dynarank.report.thinning import evenly
 
 if TYPE_CHECKING:
@@ -38,14 +38,14 @@ def heatmaps_figure(run: Run, layers: int = 4, readings: int = 5) -> Figure:
         raise ValueError(f"{run.header.schedule} has no heat-map records to draw")
     figure = new_figure(max(4.6, 1.9 * len(records) + 0.4), 1.75 * len(names) + 0.5)
     grid = figure.subplots(len(names), len(records), squeeze=False)
-    for name, row in zip(names, grid, strict=True):
+    for name, shown, row in zip(names, display_names(names, 22), grid, strict=True):
         pictures = [record.layers.get(name) for record in records]
         top = _largest([picture for picture in pictures if picture])
         for record, picture, axes in zip(records, pictures, row, strict=True):
             _picture(axes, picture, top)
             if name == names[0]:
                 axes.set_title(f"epoch {number(record.epoch)}")
-        row[0].set_ylabel(display_name(name, 22), fontsize=8)
+        row[0].set_ylabel(shown, fontsize=8)
     figure.suptitle(
         f"{display_name(run.header.schedule)}: mean |w| of blocks, outputs down, inputs across",
         fontsize=9,

@@ -165,15 +165,19 @@
     layer = run.layers[Number(layerChoice.value)];
     show();
   }
+  // The same layer as before, or one that changes form; at the change.
   function chooseRun() {
     const before = layer && layer.name;
     run = data.runs[Number(runChoice.value)];
     options(layerChoice, run.layers.map((each) => each.name));
     const same = run.layers.findIndex((each) => each.name === before);
-    layerChoice.value = String(Math.max(same, 0));
+    const changes = run.layers.findIndex((each) => each.forms.length > 1);
+    layerChoice.value = String(Math.max(same >= 0 ? same : changes, 0));
     readings = [...new Set([...run.epochs, ...run.pictureEpochs])].sort((a, b) => a - b);
     slider.max = String(readings.length - 1);
-    slider.value = String(readings.length - 1);
+    const forms = run.layers[Number(layerChoice.value)].forms;
+    const after = forms.length > 1 ? readings.findIndex((epoch) => epoch >= forms[1][0]) : -1;
+    slider.value = String(after >= 0 ? after : readings.length - 1);
     chooseLayer();
   }
 
@@ -202,6 +206,7 @@
   runChoice.addEventListener("change", () => { stop(); chooseRun(); });
 
   options(runChoice, data.runs.map((each) => each.name));
+  runChoice.value = String(data.opening);
   at("run-label").hidden = data.runs.length < 2;
   name();
   root.hidden = false; // before drawing: hidden elements have no width

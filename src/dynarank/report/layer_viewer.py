@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dynarank.records import Run
 from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.embed import data_block
-from dynarank.report.layer_viewer_data import DECADES, LETTERS, limits_text, viewer_runs
+from dynarank.report.layer_viewer_data import DECADES, LETTERS, limits_text, opening, viewer_runs
 from dynarank.report.markup import Html, element
 from dynarank.report.theme import variable
 
@@ -34,6 +34,7 @@ def layer_viewer(runs: Sequence[Run]) -> Html:
         "colors": _viridis(),
         "forms": {form: variable(light) for form, (light, _) in FORM_COLORS.items()},
         "hatched": list(FORM_HATCHES),
+        "opening": opening(pictures),
         "runs": pictures,
     }
     caption = f"{_CAPTION} {limits_text(pictures)}".strip()

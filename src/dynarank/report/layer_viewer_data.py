@@ -19,7 +19,15 @@ from dynarank.report.rank_metrics import watched_names
 from dynarank.report.thinning import evenly, kept_text, within
 from dynarank.report.transition_points import last_epoch
 
-__all__ = ["DECADES", "LETTERS", "limits_text", "pack_spectrum", "pack_weights", "viewer_runs"]
+__all__ = [
+    "DECADES",
+    "LETTERS",
+    "limits_text",
+    "opening",
+    "pack_spectrum",
+    "pack_weights",
+    "viewer_runs",
+]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
 DECADES = 5
@@ -32,6 +40,12 @@ def viewer_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Pack the runs that have spectra or heat-maps; they share the size budget."""
     shown = [run for run in runs if run.all(SpectrumRecord) or run.all(HeatmapRecord)]
     return [_packed(run, len(shown)) for run in shown]
+
+
+def opening(pictures: Sequence[dict[str, Any]]) -> int:
+    """The run that the viewer opens on: the first in which a layer changes form."""
+    changing = (any(len(layer["forms"]) > 1 for layer in run["layers"]) for run in pictures)
+    return next((index for index, changes in enumerate(changing) if changes), 0)
 
 
 def limits_text(pictures: Sequence[dict[str, Any]]) -> str:
@@ -74,8 +88,9 @@ def _packed(run: Run, runs: int) -> dict[str, Any]:
     spectra, pictures = run.all(SpectrumRecord), run.all(HeatmapRecord)
     names = watched_names([run])
     layers, readings = within(SPECTRUM_BUDGET // runs, len(names), len(spectra), 64)
-    kept_names, kept_spectra = evenly(names, layers), evenly(spectra, min(readings, _MOST_READINGS))
     forms = layer_forms(run)
+    kept_names = _kept(names, layers, [name for name in names if len(forms[name]) > 1])
+    kept_spectra = evenly(spectra, min(readings, _MOST_READINGS))
     weights = _weights(run, pictures, runs)
     return {
         "name": run.header.schedule,
@@ -97,6 +112,14 @@ def _packed(run: Run, runs: int) -> dict[str, Any]:
             *weights["limits"],
         ],
     }
+
+
+def _kept(names: Sequence[str], most: int, changing: Sequence[str]) -> list[str]:
+    """Evenly spaced layers, among them one that changes form, if any does."""
+    kept = evenly(names, most)
+    if changing and not set(kept) & set(changing):
+        kept[len(kept) // 2] = changing[0]
+    return [name for name in names if name in set(kept)]
 
 
 def _span(span: FormSpan) -> list[Any]:

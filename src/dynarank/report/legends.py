@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Run
 from dynarank.report.annotations import PALE
 from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
-from dynarank.report.plotting import depth_colormap, display_name
+from dynarank.report.plotting import depth_colormap, display_names
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.transition_points import spans
 
@@ -22,7 +22,7 @@ __all__ = [
     "LegendEntry",
     "depth_bar",
     "form_patch",
-    "label_with_count",
+    "labels_with_counts",
     "legend_below",
     "line",
     "phase_entries",
@@ -43,12 +43,14 @@ def form_patch(form: str, alpha: float = 1) -> Artist:
     from matplotlib.patches import Patch
 
     color = FORM_COLORS[form][0] if form in FORM_COLORS else NEUTRAL
-    return Patch(color=color, alpha=alpha, hatch=FORM_HATCHES.get(form), linewidth=0)
+    hatch = FORM_HATCHES.get(form)
+    return Patch(facecolor=color, edgecolor="#ffffff", alpha=alpha, hatch=hatch, linewidth=0)
 
 
-def label_with_count(name: str, runs: Sequence[Run]) -> str:
-    """A schedule's name, followed by its number of runs if it has several."""
-    return display_name(name) if len(runs) == 1 else f"{display_name(name)} ({len(runs)} runs)"
+def labels_with_counts(grouped: Mapping[str, Sequence[Run]]) -> list[str]:
+    """The schedules' names, each followed by its number of runs if it has several."""
+    shown = zip(display_names(list(grouped)), grouped.values(), strict=True)
+    return [name if len(runs) == 1 else f"{name} ({len(runs)} runs)" for name, runs in shown]
 
 
 def phase_entries(runs: Sequence[Run]) -> list[LegendEntry]:

@@ -15,6 +15,7 @@ class Html(str):
     __slots__ = ()
 
 
+_LONG = 40  # letters of a cell
 # Control characters, marks that change the direction of the text around them, lone surrogates.
 _HIDDEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
@@ -55,11 +56,18 @@ def table(
     """
     kinds = ["text" if index in text else "number" for index in range(len(columns))]
     head = _row("th", columns, kinds, scope="col")
-    body = [_row("td", row, kinds) for row in rows]
+    body = [_row("td", map(_cell, row), kinds) for row in rows]
     inner = element("table", element("thead", head), element("tbody", *body))
-    return element("div", inner, class_="wide", tabindex="0")
+    return element("div", inner, class_="wide", tabindex="0", role="group", aria_label="Table")
 
 
-def _row(tag: str, cells: Sequence[str], kinds: Sequence[str], **attributes: str) -> Html:
+def _cell(content: str) -> str:
+    """A long name wraps; other cells do not."""
+    if isinstance(content, Html) or len(content) <= _LONG:
+        return content
+    return element("span", content, class_="wrapped")
+
+
+def _row(tag: str, cells: Iterable[str], kinds: Sequence[str], **attributes: str) -> Html:
     paired = zip(cells, kinds, strict=True)
     return element("tr", *(element(tag, cell, class_=kind, **attributes) for cell, kind in paired))

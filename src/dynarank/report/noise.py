@@ -10,7 +10,7 @@ from dynarank.records import NoiseRecord, Run
 from dynarank.report.colors import schedule_colors
 from dynarank.report.grouping import by_schedule
 from dynarank.report.legends import legend_below, line
-from dynarank.report.plotting import display_name, new_figure, plain_tick, point_markers, styled
+from dynarank.report.plotting import display_names, new_figure, plain_tick, point_markers, styled
 from dynarank.report.theme import NEUTRAL
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def noise_figure(
     Args:
         runs: those with noise readings.
         narrow: for a phone.
-        colors: of the schedules, where the figure is one of several; default: their own.
+        colors: of the schedules of all runs; default: of these.
     """
     from matplotlib.ticker import FuncFormatter
 
@@ -52,6 +52,9 @@ def noise_figure(
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
     axes.set(xlabel="epoch", ylabel="samples", title="Gradient noise scale")
-    entries = [(line(colors[name]), display_name(name)) for name in shown]
+    entries = [
+        (line(colors[name]), label)
+        for name, label in zip(shown, display_names(list(shown)), strict=True)
+    ]
     legend_below(figure, [*entries, (line(NEUTRAL, "--"), "batch size")] if batches else entries)
     return figure

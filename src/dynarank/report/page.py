@@ -23,7 +23,7 @@ from dynarank.report.verdict import verdict
 
 __all__ = ["build_page", "write_report"]
 
-_SCRIPTS = ("theme.js", "layer_viewer.js")
+_SCRIPTS = ("page.js", "layer_viewer.js")
 
 
 def write_report(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 
@@ -28,6 +29,7 @@ __all__ = [
     "depth_colormap",
     "depth_colors",
     "display_name",
+    "display_names",
     "inline_svg",
     "new_figure",
     "percent_tick",
@@ -163,6 +165,34 @@ def display_name(name: str, limit: int = 30) -> str:
         text = f"{text[:head]}…{text[-(limit - 1 - head) :]}"
     text = text.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text
+
+
+def display_names(names: Sequence[str], limit: int = 30) -> list[str]:
+    """Make the names of one figure safe to draw, and still different where they are shortened.
+
+    The parts that all of them begin and end with are cut first, then the middle; names that are
+    still the same get numbers.
+
+    Example:
+        >>> display_names(["encoder.block.0.mlp", "encoder.block.1.mlp"], 12)
+        ['…0…', '…1…']
+    """
+    for tried in (names, _without_common(names)):
+        shown = [display_name(name, limit) for name in tried]
+        if len(set(shown)) == len(set(names)):
+            return shown
+    return [f"{display_name(name, limit - 6)} ({i})" for i, name in enumerate(names, start=1)]
+
+
+def _without_common(names: Sequence[str]) -> list[str]:
+    def common(rows: Sequence[Sequence[str]]) -> int:
+        return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))))
+
+    parts = [name.split(".") for name in names]
+    first = common(parts)
+    last = common([row[first:][::-1] for row in parts])
+    inner = [".".join(row[first : len(row) - last]) for row in parts]
+    return [f"{'…' * (first > 0)}{name}{'…' * (last > 0)}" for name in inner]
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:

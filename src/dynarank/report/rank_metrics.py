@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 from dynarank.records import LayerSpectrum, Run, SpectrumRecord
 from dynarank.report.annotations import change_markers, draw_markers, label_markers, shade_phases
 from dynarank.report.legends import LegendEntry, depth_bar, legend_below, line, phase_entries
-from dynarank.report.plotting import depth_colors, display_name, new_figure, point_markers, styled
+from dynarank.report.plotting import (
+    depth_colors,
+    display_name,
+    display_names,
+    new_figure,
+    point_markers,
+    styled,
+)
 from dynarank.report.theme import INK
 from dynarank.report.thinning import evenly
 from dynarank.report.transition_points import last_epoch
@@ -127,4 +134,5 @@ def _layer_entries(names: Sequence[str]) -> list[LegendEntry]:
     if len(names) > FEW_LAYERS:
         drawn = f", {MOST_LAYERS} drawn" if len(names) > MOST_LAYERS else ""
         return [(line(INK), f"median of {len(names)} layers{drawn}")]
-    return [(line(color), display_name(name)) for name, color in depth_colors(names).items()]
+    colors = depth_colors(names).values()
+    return [(line(c), name) for c, name in zip(colors, display_names(names), strict=True)]

@@ -9,7 +9,7 @@ from dynarank.records import Run
 from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.layer_forms import FormSpan, layer_forms
 from dynarank.report.legends import LegendEntry, form_patch, legend_below
-from dynarank.report.plotting import display_name, new_figure, styled
+from dynarank.report.plotting import display_name, display_names, new_figure, styled
 from dynarank.report.theme import NEUTRAL
 from dynarank.report.thinning import evenly
 from dynarank.report.transition_points import last_epoch
@@ -94,9 +94,8 @@ def _band_panel(axes: Axes, layers: Mapping[str, list[FormSpan]], names_at_left:
     axes.tick_params(axis="y", length=0)
     names = [(row, name) for row, name in enumerate(layers)] if names_at_left else []
     named = evenly(names, _MOST_NAMES)
-    axes.set_yticks(
-        [row for row, _ in named], [display_name(name, 22) for _, name in named], fontsize=7
-    )
+    shown = display_names([name for _, name in named], 22)
+    axes.set_yticks([row for row, _ in named], shown, fontsize=7)
 
 
 def _boxes(axes: Axes, boxes: Sequence[_Box], form: str, opacity: float) -> None:
@@ -112,9 +111,9 @@ def _boxes(axes: Axes, boxes: Sequence[_Box], form: str, opacity: float) -> None
     codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * len(boxes)
     color = FORM_COLORS[form][0] if form in FORM_COLORS else NEUTRAL
     hatch = FORM_HATCHES.get(form)
-    axes.add_patch(
-        PathPatch(Path(corners, codes), color=color, alpha=opacity, linewidth=0, hatch=hatch)
-    )
+    shape = PathPatch(Path(corners, codes), facecolor=color, alpha=opacity, linewidth=0)
+    shape.set(hatch=hatch, edgecolor="#ffffff")  # the hatch is the page showing through
+    axes.add_patch(shape)
 
 
 def _legend_entries(spans: Sequence[FormSpan]) -> list[LegendEntry]:

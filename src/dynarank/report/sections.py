@@ -23,7 +23,13 @@ from dynarank.report.curves import curves_figure, has_curves
 from dynarank.report.decisions import decisions_table
 from dynarank.report.figures import MOST_SCHEDULES
 from dynarank.report.formats import joined
-from dynarank.report.grouping import by_schedule, final_scores, first_of_each, run_name
+from dynarank.report.grouping import (
+    by_schedule,
+    final_scores,
+    first_of_each,
+    has_scores,
+    run_name,
+)
 from dynarank.report.heatmaps import heatmaps_figure
 from dynarank.report.layer_forms import layer_names
 from dynarank.report.layer_viewer import layer_viewer
@@ -34,6 +40,8 @@ from dynarank.report.rank_metrics import MOST_LAYERS, rank_metrics_figure, watch
 from dynarank.report.rank_timeline import rank_timeline_figure
 from dynarank.report.spectra_over_time import spectra_over_time_figure, spectrum_names
 from dynarank.report.tables import changes_table, cost_table, layers_table, phases_table
+from dynarank.report.terms import terms
+from dynarank.report.transition_points import transition_points
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,6 +49,8 @@ if TYPE_CHECKING:
 __all__ = ["sections"]
 
 
+# The sections that use the words for forms and changes, in order.
+_IN_TERMS = ("Learning curves", "Rank of each layer over time", "Phases", "Changes of form")
 _Build = Callable[[Sequence[Run]], Iterable[Html]]
 
 
@@ -54,10 +64,10 @@ def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: Non
     chosen = first_of_each(runs)[:MOST_SCHEDULES]
     which = _which(runs, len(chosen))
     colors = schedule_colors(by_schedule(runs))
-    name = runs[0].header.metric.name
+    name = runs[0].header.metric.name if has_scores(runs) else "loss"
     parts: list[tuple[str, Sequence[Run], _Build]] = [
-        (f"{name[:1].upper()}{name[1:]} and cost", runs, lambda runs: _costs(runs, colors)),
-        ("Learning curves", runs, lambda runs: _curves(runs, colors)),
+        (f"{name[:1].upper()}{name[1:]} and cost", runs, _costs),
+        ("Learning curves", runs, _curves),
         ("Rank of each layer over time", chosen, lambda runs: _timeline(runs, which)),
         ("Rank metrics over time", chosen, lambda runs: _rank_metrics(runs, which)),
         ("One layer over time", chosen, _one_layer),
@@ -71,8 +81,12 @@ def sections(runs: Sequence[Run], warn: Callable[[str], None] = lambda text: Non
         ("Changes of form", chosen, lambda runs: [_said(which), changes_table(runs)]),
         ("Configuration", runs, lambda runs: [_configuration(runs)]),
     ]
-    built = ((title, _content(title, shown, build, warn)) for title, shown, build in parts)
-    return [element("section", element("h2", title), *found) for title, found in built if found]
+    built = {title: _content(title, shown, build, warn) for title, shown, build in parts}
+    first = next(title for title in _IN_TERMS if built[title])
+    built[first].insert(0, terms(runs))  # explained where they first occur
+    return [
+        element("section", element("h2", title), *found) for title, found in built.items() if found
+    ]
 
 
 def _content(
@@ -99,8 +113,8 @@ def _built(build: _Build, runs: Sequence[Run]) -> list[Html] | str:
         return printable(f"{type(error).__name__}: {error}")
 
 
-def _costs(runs: Sequence[Run], colors: Mapping[str, str]) -> list[Html]:
-    return [cost_table(runs, colors), _quality(runs, colors)]
+def _costs(runs: Sequence[Run]) -> list[Html]:
+    return [cost_table(runs), _quality(runs)]
 
 
 def _one_layer(runs: Sequence[Run]) -> list[Html]:
@@ -129,7 +143,7 @@ def _which(runs: Sequence[Run], shown: int) -> str:
     return said + (f" {shown} of {schedules} schedules are shown." if shown < schedules else "")
 
 
-def _quality(runs: Sequence[Run], colors: Mapping[str, str]) -> Html:
+def _quality(runs: Sequence[Run]) -> Html:
     """The cost-quality plots and significant differences, if there are runs to compare."""
     finished = [run for run in runs if final_scores([run])]
     if len(finished) < 2:  # one point is no comparison, and the table has it already
@@ -149,13 +163,11 @@ def _quality(runs: Sequence[Run], colors: Mapping[str, str]) -> Html:
             "deviation; small points are the runs."
         )
     heading = element("h3", "Statistical comparison")
-    figure = _figure(
-        "cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3, colors), caption
-    )
+    figure = _figure("cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3), caption)
     return Html(heading + element("ul", *told, class_="sentences") + figure)
 
 
-def _curves(runs: Sequence[Run], colors: Mapping[str, str]) -> list[Html]:
+def _curves(runs: Sequence[Run]) -> list[Html]:
     if not has_curves(runs):
         return []
     caption = (
@@ -166,9 +178,7 @@ def _curves(runs: Sequence[Run], colors: Mapping[str, str]) -> list[Html]:
     )
     if len(by_schedule(runs)) < len(runs):
         caption += " Thick lines are means over a schedule's runs, thin lines the runs."
-    return [
-        _figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2, colors), caption)
-    ]
+    return [_figure("curves", lambda narrow: curves_figure(runs, 1 if narrow else 2), caption)]
 
 
 def _rank_metrics(runs: Sequence[Run], which: str) -> list[Html]:
@@ -213,7 +223,8 @@ def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
 
 
 def _static(chosen: Sequence[Run]) -> list[Html]:
-    """Static figures of the first run that has data, for printing and without scripts."""
+    """Static figures of a run that has data, for printing and without scripts; one that changes."""
+    chosen = sorted(chosen, key=lambda run: not transition_points(run))
     found: list[Html] = []
     spectra = next((run for run in chosen if spectrum_names(run)), None)
     weights = next((run for run in chosen if run.all(HeatmapRecord)), None)

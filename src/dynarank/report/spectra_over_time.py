@@ -12,6 +12,7 @@ from dynarank.report.legends import legend_below, line
 from dynarank.report.plotting import (
     depth_colors,
     display_name,
+    display_names,
     new_figure,
     plain_tick,
     point_markers,
@@ -50,8 +51,9 @@ def spectra_over_time_figure(run: Run, layers: int = 6, readings: int = 6) -> Fi
     figure = new_figure(max(4.6, 3.1 * columns), 2.5 * rows + 0.4)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True).flat)
     colors = depth_colors([number(record.epoch) for record in records])
-    for axes, name in zip(grid, names, strict=False):
+    for axes, name, shown in zip(grid, names, display_names(names, 28), strict=False):
         _panel(axes, name, records, list(colors.values()))
+        axes.set_title(shown)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     _label(grid, columns, len(names))
@@ -86,7 +88,6 @@ def _panel(axes: Axes, name: str, records: Sequence[SpectrumRecord], colors: Seq
     axes.set_yscale("log")
     axes.set(xlim=(0, 1), ylim=(FLOOR, 1.4))
     axes.yaxis.set_major_formatter(FuncFormatter(plain_tick))
-    axes.set_title(display_name(name, 28))
 
 
 def _sound(layer: LayerSpectrum) -> bool:

@@ -24,21 +24,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["best_cell", "sweep_figure"]
+__all__ = ["best_cell", "best_cells", "sweep_figure"]
 
 Cell = tuple[float, float]
+_DIGITS = 2
 
 
 def best_cell(scores: Mapping[Cell, Sequence[float]], metric: Metric) -> Cell | None:
-    """The (inflate, deflate) of the best mean score; None where no cell's mean is finite.
+    """The first of the best cells; None where no cell's mean is finite."""
+    return next(iter(best_cells(scores, metric)), None)
+
+
+def best_cells(scores: Mapping[Cell, Sequence[float]], metric: Metric) -> list[Cell]:
+    """Each (inflate, deflate) of the best mean score, as it is written; none if none is finite.
 
     Example:
-        >>> best_cell({(1, 3): [0.5], (2, 3): [0.7, 0.8]}, Metric())
-        (2, 3)
+        >>> best_cells({(1, 3): [0.5], (2, 3): [0.7, 0.8], (2, 4): [0.75]}, Metric())
+        [(2, 3), (2, 4)]
     """
     means = {cell: mean for cell, mean in _means(scores).items() if math.isfinite(mean)}
-    sign = 1 if metric.higher_is_better else -1
-    return max(means, key=lambda cell: sign * means[cell], default=None)
+    best = (max if metric.higher_is_better else min)(means.values(), default=math.nan)
+    written = score_text(best, metric, _DIGITS)
+    return [cell for cell, mean in means.items() if score_text(mean, metric, _DIGITS) == written]
 
 
 @styled
@@ -48,8 +55,8 @@ def sweep_figure(
     """Draw the mean test score over the inflation epoch (x) and the deflation epoch (y).
 
     A cell that would deflate before it inflates is not a schedule and stays empty; one that has
-    not run is hatched. Each cell shows its mean, and n if it is over several runs; the best cell
-    is framed.
+    not run is hatched. Each cell shows its mean, and n if it is over several runs; the best cells
+    are framed.
 
     Args:
         scores: the test scores of the runs of each (inflate, deflate), in epochs.
@@ -102,14 +109,14 @@ def _cells(
         [[value if math.isfinite(value) else math.nan for value in row] for row in grid],
         origin="lower", aspect="auto", cmap=scale, norm=norm,
     )  # fmt: skip
-    best = best_cell(scores, metric)
+    best = best_cells(scores, metric)
     for row, y in enumerate(up):
         for column, x in enumerate(across):
             if x < y:
                 mean = means.get((x, y), math.nan)
                 light = math.isfinite(mean) and _goodness(norm(mean), metric) > 0.6
                 _cell(axes, (column, row), scores.get((x, y), ()), metric, light)
-            if (x, y) == best:
+            if (x, y) in best:
                 _frame(axes, column, row)
     bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.02)
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -136,7 +143,7 @@ def _cell(
         axes.text(*at, "not run", ha="center", va="center", fontsize=8, color=NEUTRAL)
         return
     finite = all(map(math.isfinite, values))
-    text = score_text(fmean(values), metric, 2) if finite else "not\nfinite"
+    text = score_text(fmean(values), metric, _DIGITS) if finite else "not\nfinite"
     if len(values) > 1:
         text += f"\nn = {len(values)}"
     color = "white" if finite and not light else INK

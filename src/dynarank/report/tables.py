@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, stdev
 
 from dynarank.records import (
@@ -29,7 +29,7 @@ from dynarank.report.formats import (
     seconds_text,
     spread_text,
 )
-from dynarank.report.grouping import by_schedule
+from dynarank.report.grouping import by_schedule, has_scores, last_losses
 from dynarank.report.markup import Html, details, element, table
 from dynarank.report.theme import themed_color
 from dynarank.report.transition_points import (
@@ -46,12 +46,18 @@ MOST_ROWS = 60
 _NONE = "–"
 
 
-def cost_table(runs: Sequence[Run], colors: Mapping[str, str] | None = None) -> Html:
-    """Build the table of each schedule's score and cost, as means over its finished runs."""
+def cost_table(runs: Sequence[Run]) -> Html:
+    """Build the table of each schedule's score and cost, as means over its finished runs.
+
+    Where no run has a score, its last losses stand in their place.
+    """
+    metric = runs[0].header.metric
+    results = (
+        (f"test {metric.name}", "best") if has_scores(runs) else ("test loss", "training loss")
+    )
     columns = (
         "schedule",
-        f"test {runs[0].header.metric.name}",
-        "best",
+        *results,
         "trainable, peak",
         "trainable, mean",
         "training FLOPs",
@@ -59,22 +65,49 @@ def cost_table(runs: Sequence[Run], colors: Mapping[str, str] | None = None) -> 
         "training",
         "wall-clock",
     )
-    metric = runs[0].header.metric
-    colors = colors or schedule_colors(by_schedule(runs))
+    results_of = _scores if scored else _losses
+    colors = schedule_colors(by_schedule(runs))
     rows: list[Sequence[str]] = []
     for name, group in by_schedule(runs).items():
-        ends = [run.summary for run in group if run.summary is not None]
+        ended = [run for run in group if run.summary is not None]
         swatch = element("span", class_="swatch", style=themed_color(colors[name]))
-        if ends:
-            counted = [element("small", f"mean of {len(ends)} runs")] if len(ends) > 1 else []
-            rows.append((element("span", swatch, name, *counted), *_cost_cells(ends, metric)))
-        rows.extend(_unfinished_cells(swatch, run) for run in group if run.summary is None)
+        if ended:
+            counted = f"mean of {len(ended)} runs" if len(ended) > 1 else ""
+            rows.append((_named(swatch, name, counted), *results_of(ended), *_cost_cells(ended)))
+        for run in group:
+            if run.summary is None:
+                seed = "" if run.header.seed is None else f"seed {run.header.seed} "
+                first = _named(swatch, name, f"{seed}unfinished: {reached_text(run)}")
+                rows.append((first, *results_of([run]), *_unfinished_cells(run)))
     return table(columns, rows)
 
 
-def _cost_cells(ends: Sequence[SummaryRecord], metric: Metric) -> Iterator[str]:
-    yield _mean_and_spread([end.test_score for end in ends], metric)
-    yield _mean_and_spread([end.best_test_score for end in ends], metric)
+def _named(swatch: Html, name: str, told: str) -> Html:
+    small = [element("small", told)] if told else []
+    return element("span", swatch, name, *small, class_="wrapped" if len(name) > 40 else "name")
+
+
+def _scores(runs: Sequence[Run]) -> list[str]:
+    """The last and the best score, of the summaries or, of one unfinished run, of its epochs."""
+    metric = runs[0].header.metric
+    ends = [run.summary for run in runs if run.summary is not None]
+    if ends:
+        last, best = [end.test_score for end in ends], [end.best_test_score for end in ends]
+        return [_mean_and_spread(last, metric), _mean_and_spread(best, metric)]
+    scores = [e.test_score for e in runs[0].all(EpochRecord) if e.test_score is not None]
+    finite = [score for score in scores if math.isfinite(score)]
+    top = (max if metric.higher_is_better else min)(finite, default=math.nan)
+    shown = [score_text(score, metric) for score in (*scores[-1:], top)]
+    return shown if scores else [_NONE] * 2
+
+
+def _losses(runs: Sequence[Run]) -> list[str]:
+    pairs = zip(*map(last_losses, runs), strict=True)
+    return [_mean_and_spread(losses, Metric(name="loss", percent=False)) for losses in pairs]
+
+
+def _cost_cells(runs: Sequence[Run]) -> Iterator[str]:
+    ends = [run.summary for run in runs if run.summary is not None]
     cells: tuple[tuple[Callable[[SummaryRecord], float], Callable[[float], str]], ...] = (
         (lambda end: end.trainable_parameters_peak, count),
         (lambda end: end.trainable_parameters_mean, count),
@@ -96,20 +129,13 @@ def _mean_and_spread(scores: Sequence[float | None], metric: Metric) -> str:
     return score_text(fmean(values), metric) + spread
 
 
-def _unfinished_cells(swatch: Html, run: Run) -> Sequence[str]:
-    header, epochs = run.header, run.all(EpochRecord)
-    seed = "" if header.seed is None else f"seed {header.seed} "
-    reached = element("small", f"{seed}unfinished: {reached_text(run)}")
-    first = element("span", swatch, header.schedule, reached)
+def _unfinished_cells(run: Run) -> Sequence[str]:
+    epochs = run.all(EpochRecord)
     if not epochs:
-        return (first, *[_NONE] * 8)
-    scores = [epoch.test_score for epoch in epochs if epoch.test_score is not None]
-    finite = [score for score in scores if math.isfinite(score)]
-    best = (max if header.metric.higher_is_better else min)(finite, default=math.nan)
+        return [_NONE] * 6
     seconds = seconds_text(math.fsum(epoch.seconds for epoch in epochs))
     peak = count(max(epoch.trainable_parameters for epoch in epochs))
-    shown = [score_text(score, header.metric) for score in (*scores[-1:], best)]
-    return (first, *(shown if scores else [_NONE] * 2), peak, _NONE, _NONE, _NONE, seconds, _NONE)
+    return (peak, _NONE, _NONE, _NONE, seconds, _NONE)
 
 
 def phases_table(runs: Sequence[Run]) -> Html:

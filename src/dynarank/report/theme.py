@@ -35,6 +35,7 @@ _PAGE = {  # name: light, dark
     "note": ("#fff8e6", "#2a2413"),
     "note-line": ("#d4a72c", "#9a7b21"),
     "accent": ("#0969da", "#58a6ff"),
+    "shadow": ("#8c959f66", "#9aa4af66"),
 }
 _PAIRS = {f"s{i}": pair for i, pair in enumerate(SCHEDULE_COLORS.values())} | {
     f"f{i}": pair for i, pair in enumerate(FORM_COLORS.values())

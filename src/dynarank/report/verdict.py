@@ -16,7 +16,7 @@ from typing import Literal
 from dynarank.records import ChangeRecord, EpochRecord, Metric, PhaseRecord, Run, StepRecord
 from dynarank.report.comparison import Pair, compare_pairs, interval_text
 from dynarank.report.formats import difference_text, joined, number, plural, score_text
-from dynarank.report.grouping import by_schedule, final_scores
+from dynarank.report.grouping import by_schedule, final_scores, last_losses
 
 __all__ = ["verdict"]
 
@@ -85,12 +85,7 @@ def _measure(runs: Sequence[Run]) -> tuple[Metric, _Value]:
     """The score, as of the summary; the last test loss, if no run has a score."""
     if final_scores(runs):
         return runs[0].header.metric, lambda run: run.summary and run.summary.test_score
-    return _LOSS, _last_test_loss
-
-
-def _last_test_loss(run: Run) -> float | None:
-    losses = [epoch.test_loss for epoch in run.all(EpochRecord) if epoch.test_loss is not None]
-    return losses[-1] if losses and run.summary is not None else None
+    return _LOSS, lambda run: last_losses(run)[0]
 
 
 def _summed(name: str, runs: Sequence[Run], value: _Value) -> _Schedule:
@@ -135,9 +130,10 @@ def _kind(name: str, runs: Sequence[Run]) -> Literal["full-rank", "fixed", "dyna
 
 
 def _alone(one: _Schedule, metric: Metric) -> str:
-    reached = f"{one.name} reached {_written(one.mean, metric)} test {metric.name}"
+    score = _written(one.mean, metric)
+    result = f"{score} test {metric.name}" if metric.percent else f"a test {metric.name} of {score}"
     cost = "" if one.kind == "full-rank" else _cost(one, None)
-    return f"{reached}{cost} (n = {one.n}), with no other schedule to compare it with"
+    return f"{one.name} reached {result}{cost} (n = {one.n}), with no other schedule to compare it with"
 
 
 def _unscored(found: Sequence[_Schedule]) -> str:
@@ -229,7 +225,8 @@ def _evidence(
     """On how many runs it rests, and which differences are not tested."""
     sizes = sorted({one.n for pair in shown for one in pair})
     if sizes == [1]:
-        return f",{' all' if len(shown) > 1 else ''} at n = 1: another seed may change as much"
+        every = " all" if len(shown) > 1 else ""
+        return f",{every} at n = 1: another seed may change a score by as much"
     n = f"n = {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
     untested = [
         f"{one.name} against {base.name}"

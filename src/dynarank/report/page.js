@@ -1,5 +1,5 @@
 "use strict";
-// The theme button cycles through system, dark and light; the choice is stored if storage is allowed.
+// The theme button, and the hint on tables that scroll. The button cycles through system, dark and light; the choice is stored if storage is allowed.
 (() => {
   const button = document.getElementById("theme");
   const words = { "": "Theme: system", dark: "Theme: dark", light: "Theme: light" };
@@ -25,4 +25,12 @@
     show(order[(order.indexOf(theme) + 1) % order.length]);
     stored(theme);
   });
+
+  const tables = [...document.querySelectorAll(".wide")];
+  const hint = () => {
+    for (const table of tables) table.classList.toggle("scrolls", table.scrollWidth > table.clientWidth + 1);
+  };
+  hint();
+  const observer = new ResizeObserver(hint);
+  for (const table of tables) observer.observe(table);
 })();
