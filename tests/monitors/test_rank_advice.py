@@ -147,7 +147,7 @@ def test_the_sum_says_what_a_reader_should_take_from_it() -> None:
 
 
 def test_a_zero_weight_is_cut_to_one() -> None:
-    weight = StoredWeight("x", (64, 64), ("x",), tuple, 64 * 64)
+    weight = StoredWeight("x", (64, 64), ("x.weight",), tuple, 64 * 64)
     advice = advise(weight, torch.zeros(64), 0.99)
     assert suggested_plan([advice])["x"]["rank"] == 1 and advice.saved == 4096 - 128
 
