@@ -45,7 +45,7 @@ def test_the_table_decides(model: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rows[2].endswith("cut to 1: -94%") and rows[-1].endswith("leave: embedding")
     assert " keep: " in rows[3] and rows[3].split()[6] == "-"
     assert total.endswith("saves 960 (6.9%) in 1 of 12 layers.")
-    assert verdict == "1 of 12 layers keep 99% of their energy at half size."
+    assert verdict == "1 of 12 layers keeps 99% of its energy at half size."
     assert left.startswith("Left out: q.weight (int8 4x4): int8 without scales")
 
 
@@ -72,7 +72,7 @@ def test_a_plan_is_written_that_is_read_again(
 ) -> None:
     spectrum(model, suggest=Path("plan.json"), no_plot=True)
     assert read_plan("plan.json") == {"h.2": LowRank(1)}
-    assert "Plan: plan.json, 1 layers" in capsys.readouterr().out
+    assert "Plan: plan.json, 1 layer\n" in capsys.readouterr().out
 
 
 def test_only_the_layers_of_a_pattern(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

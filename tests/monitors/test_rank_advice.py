@@ -139,7 +139,7 @@ def test_the_sum_says_what_a_reader_should_take_from_it() -> None:
     assert summary_lines([one(low), one(flat)]) == [
         "8,192 parameters in 2 weights; rank at 99% of the energy saves 3,328 (40.6%) in 1 of 2 "
         "layers.",
-        "1 of 2 layers keep 99% of their energy at half size.",
+        "1 of 2 layers keeps 99% of its energy at half size.",
     ]
     assert summary_lines([one(flat)])[0].endswith("saves nothing.")
     assert "train low-rank instead" in summary_lines([one(flat)])[1]

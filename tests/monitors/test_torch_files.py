@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from stored import random
 from torch import Tensor, nn
 
@@ -43,6 +44,22 @@ def test_the_model_is_found(kind: str, ending: str, tmp_path: Path) -> None:
     torch.save(SHAPES[kind], tmp_path / f"m.{ending}")
     found = weights(tmp_path / f"m.{ending}")
     assert list(found.items()) == [("a", (6, 5)), ("b.2", (5, 4)), ("b.10", (4, 6))]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "compiled", "inside"])
+def test_names_of_wrappers_in_safetensors(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "1.safetensors"
+    save_file(SHAPES[kind], path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES[kind], path.name)}))
+    for place in (path, index):
+        assert weights(place) == {"a": (6, 5), "b.2": (5, 4), "b.10": (4, 6)}
+
+
+def test_names_that_would_collide_stay_as_they_are(tmp_path: Path) -> None:
+    both = {"a.weight": random(6, 5), "_orig_mod.a.weight": random(5, 4)}
+    save_file(both, tmp_path / "m.safetensors")
+    assert weights(tmp_path) == {"a": (6, 5), "_orig_mod.a": (5, 4)}
 
 
 def test_the_format_before_zip_is_read(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from dynarank.files.reading import DamagedFileError, sha256
 from dynarank.forms import RankLike
 from dynarank.monitors.rank_advice import plan_text, suggested_plan, summary_lines
 from dynarank.records import read_run
+from dynarank.report.formats import plural
 from dynarank.report.plotting import save_figure
 from dynarank.report.spectra import spectrum_figure
 from dynarank.report.spectra_pair import spectrum_pair_figure
@@ -264,7 +265,7 @@ def _write_plan(terminal: Console, place: Path, model: Model) -> None:
     """Write the suggested plan, and say which cuts are not in it."""
     plan = suggested_plan(model.advice)
     write_text(place, plan_text(model.advice))
-    terminal.print(f"Plan: {place}, {len(plan)} layers", soft_wrap=True, markup=False)
+    terminal.print(f"Plan: {place}, {plural(len(plan), 'layer')}", soft_wrap=True, markup=False)
     if other := sum(one.cuts for one in model.advice) - len(plan):
         told = (
             f"Not in the plan: {other} weights that are rebuilt, single experts or bare parameters"

@@ -158,5 +158,7 @@ def _halves(able: Sequence[RankAdvice]) -> str:
     for level in _LEVELS:
         count = sum(one.half_energy >= level for one in able)
         if count:
-            return f"{count} of {len(able)} layers keep {level:.0%} of their energy at half size."
+            verb, whose = ("keeps", "its") if count == 1 else ("keep", "their")
+            share = f"{level:.0%} of {whose} energy"
+            return f"{count} of {len(able)} layers {verb} {share} at half size."
     return f"No layer keeps {_LEVELS[-1]:.0%} of its energy at half size: train low-rank instead."

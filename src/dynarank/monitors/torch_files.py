@@ -34,8 +34,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.fl
 class TorchFile:
     """One file of ``torch.save``: the tensors of its model by name, in their order.
 
-    The model is the file's dictionary, or one in it: ``state_dict``, ``model`` and the like. The
-    prefix ``module.`` of DataParallel and DDP and ``_orig_mod.`` of ``torch.compile`` are dropped.
+    The model is the file's dictionary, or one in it: ``state_dict``, ``model`` and the like.
 
     Args:
         path: the file.
@@ -70,7 +69,7 @@ class TorchFile:
                 "it holds no dictionary of tensors",
                 "save the model's: torch.save(model.state_dict(), FILE)",
             )
-        return _plain_names(found)
+        return found
 
 
 def _loaded(path: Path) -> Any:
@@ -118,14 +117,6 @@ def _model(data: Any, depth: int = _DEPTH) -> dict[str, Tensor]:
         if found := _model(entries.get(key), depth - 1):
             return found
     return own
-
-
-def _plain_names(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = [name.replace("_orig_mod.", "") for name in found]
-    while names and all(name.startswith("module.") for name in names):
-        names = [name.removeprefix("module.") for name in names]
-    unique = names if len(set(names)) == len(names) else list(found)
-    return dict(zip(unique, found.values(), strict=True))
 
 
 def _stored(tensor: Tensor) -> StoredTensor:
