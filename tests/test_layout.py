@@ -39,6 +39,7 @@ ORDER = [
     "records",
     "sinks",
     "report",
+    "recording",
     "train",
     "cli",
     "__main__",

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
     from dynarank.monitors.calibration import calibrate
     from dynarank.monitors.spectral import SpectralMonitor
+    from dynarank.planning.estimate import estimate
     from dynarank.planning.fit_schedule import fit_schedule
     from dynarank.planning.headroom import headroom
+    from dynarank.recording.recorder import Recorder
     from dynarank.scheduler.batch_norm import BatchNormRecalibration
     from dynarank.scheduler.lr_rewarmup import LRRewarmup
     from dynarank.scheduler.rank_scheduler import RankScheduler
@@ -44,6 +46,7 @@ __all__ = [
     "LowRank",
     "Rank",
     "RankScheduler",
+    "Recorder",
     "SpectralMonitor",
     "UnfitWeightError",
     "Within",
@@ -52,6 +55,7 @@ __all__ = [
     "check",
     "current_plan",
     "deflate",
+    "estimate",
     "factorize",
     "fit_schedule",
     "headroom",
@@ -75,6 +79,7 @@ _HOMES = {
     "LowRank": "forms",
     "Rank": "forms",
     "RankScheduler": "scheduler.rank_scheduler",
+    "Recorder": "recording.recorder",
     "SpectralMonitor": "monitors.spectral",
     "UnfitWeightError": "decompositions",
     "Within": "forms",
@@ -83,6 +88,7 @@ _HOMES = {
     "check": "surgery.check",
     "current_plan": "surgery.sites",
     "deflate": "surgery.verbs",
+    "estimate": "planning.estimate",
     "factorize": "surgery.verbs",
     "fit_schedule": "planning.fit_schedule",
     "headroom": "planning.headroom",

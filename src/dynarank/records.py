@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -289,6 +289,14 @@ class RecordWriter:
             self._append(self._file, line)
         self._digest.update(line)
         self._bytes += len(line)
+
+    def rewrite(self, records: Iterable[_Line]) -> None:
+        """Put these records in place of all that is in the file, which changes all at once."""
+        lines = b"".join(sealed(one.model_dump_json()).encode() + b"\n" for one in records)
+        self.close()
+        write_bytes(self._path, lines)
+        self._open().seek(len(lines))
+        self._digest, self._bytes = hashlib.sha256(lines), len(lines)
 
     def position(self) -> dict[str, Any]:
         """The end of the records so far, which are now on the device, as plain data."""

@@ -323,10 +323,10 @@ def test_rank_1_and_the_whole_cost_are_told_apart(
 LEFT_OUT = "digits --epochs 2 --train-limit 128 --out x"
 REFUSED_LATE = {  # only the second schedule is refused
     "rank": (f"train {LEFT_OUT} --rank 1000", "digits, low-rank: .*rank 1000 is above the limit"),
-    "budget": (f"train {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "budget": (f"train {LEFT_OUT} --budget 0.01", "low-rank: .*below the cost of the smallest"),
     "measure": (f"train {LEFT_OUT} --budget 0.6 --measure", "either a budget or --measure"),
     "compare": (f"compare {LEFT_OUT} --seeds 1 --rank 1000", "low-rank: .*above the limit"),
-    "compare-budget": (f"compare {LEFT_OUT} --budget 0.01", "dynamic-rank: .*nearest possible is"),
+    "compare-budget": (f"compare {LEFT_OUT} --budget 0.01", "low-rank: .*below the cost of the"),
     "sweep": (f"sweep {LEFT_OUT} --inflate 5 --deflate 20 --rank 1000", "above the limit"),
 }
 
@@ -350,21 +350,26 @@ def test_help_is_there_and_every_command_has_json(
     assert "--json" in capsys.readouterr().out
 
 
+CHANGES = ("set", "lr", "batch-size")  # of the recipe
 OPTIONS = {
     "train": {"data", "schedule", "seed", "epochs", "train-limit", "test-limit", "as-published",
               "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
-              "measure", "log", "budget", "noise", "resume", "checkpoint-every"},
+              "measure", "log", "budget", "noise", "resume", "checkpoint-every", *CHANGES, "quiet"},
     "plan": {"budget", "schedule", "as-published", "json", "help", "rank", "decomposition",
-             "measure", "device", "precision"},
+             "measure", "device", "precision", *CHANGES},
+    "probe": {"rank", "share", "seeds", "data", "decomposition", "train-limit", "device",
+              "precision", "json", "help", *CHANGES, "quiet"},
     "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",
                 "test-limit", "out", "device", "precision", "json", "help", "budget",
-                "checkpoint-every"},
+                "checkpoint-every", *CHANGES, "quiet"},
     "sweep": {"inflate", "deflate", "seeds", "schedule", "data", "rank", "decomposition", "epochs",
               "train-limit", "test-limit", "out", "device", "precision", "json", "help",
-              "checkpoint-every"},
+              "checkpoint-every", *CHANGES, "quiet"},
     "spectrum": {"energy", "suggest", "layers", "rank", "device", "plot", "no-plot", "json",
                  "help"},
     "report": {"out", "figures", "format", "json", "help"},
+    "recipes": {"json", "help"},
+    "schedules": {"json", "help"},
 }  # fmt: skip
 
 

@@ -28,7 +28,6 @@ LIGHT = [
     ["schedules", "--json"],
     ["--show-completion", "bash"],
     ["--show-completion", "zsh"],
-    ["--install-completion", "bash"],
     ["trian"],
 ]
 _MAIN = """
@@ -46,7 +45,8 @@ def python(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     path = str(Path(dynarank.__file__).parents[1])
     return subprocess.run(
         [sys.executable, *words], capture_output=True, text=True, encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, "PYTHONPATH": path, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1",
+             **environment},
     )  # fmt: skip
 
 

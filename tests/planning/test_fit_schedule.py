@@ -217,7 +217,8 @@ def test_the_learning_rate_is_understood_in_mid_run_and_the_window_moves() -> No
     lr_scheduler = MultiStepLR(optimizer, [4], 0.1)  # of 20 epochs
     schedule = dr.fit_schedule(model, x, STEPS, flops=0.7, lr_scheduler=lr_scheduler, to="low-rank")
     ranks = RankScheduler(model, optimizer, schedule, STEPS, lr_scheduler=lr_scheduler)
-    starts = [[phase.start for phase in ranks.phases()]]
+    with pytest.warns(UserWarning, match="how often MultiStepLR is stepped is not known"):
+        starts = [[phase.start for phase in ranks.phases()]]
     for step in range(20):
         optimizer.step()
         ranks.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 from statistics import fmean, variance
 
@@ -13,6 +14,7 @@ from scipy import stats
 
 from dynarank.records import Metric
 from dynarank.report.comparison import compare_pairs, compare_scores
+from dynarank.sinks.extras import install_command
 
 PERPLEXITY = Metric(name="perplexity", higher_is_better=False, percent=False)
 MATTHEWS = Metric(name="Matthews correlation", percent=False)
@@ -142,5 +144,5 @@ def test_one_schedule_better_than_several_is_one_sentence():
 
 def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
-    with pytest.raises(ImportError, match=r"pip install 'dynarank\[report\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("report"))):
         compare_pairs({"a": [0.1, 0.2], "b": [0.3, 0.4]})

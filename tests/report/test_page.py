@@ -20,6 +20,7 @@ from dynarank.report.curves import curves_figure
 from dynarank.report.grouping import by_schedule, comparable
 from dynarank.report.page import build_page
 from dynarank.report.spectra import spectrum_figure
+from dynarank.sinks.extras import install_command
 
 EVIL = ["<script>alert(1)</script>", "_orig_mod.$x$.weight", '" onload="alert(2)', "a&b"]
 
@@ -218,7 +219,7 @@ def test_missing_matplotlib_names_the_extra(three, monkeypatch):
     runs = runs_of(three)
     for call in (lambda: write_report(three), lambda: curves_figure(runs),
                  lambda: spectrum_figure({"a": [1.0]})):  # fmt: skip
-        with pytest.raises(ImportError, match=re.escape("pip install 'dynarank[report]'")):
+        with pytest.raises(ImportError, match=re.escape(install_command("report"))):
             call()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ from dynarank.records import (
     read_run,
 )
 from dynarank.sinks import BACKENDS, open_sinks
+from dynarank.sinks.extras import install_command
 from dynarank.sinks.scalars import event_of, scalars_of
 
 HEADER = RunRecord(
@@ -232,7 +234,9 @@ def test_a_backend_that_is_not_installed_is_an_error_that_names_the_extra(
     monkeypatch.setattr("importlib.import_module", nothing)
     with pytest.raises(
         ImportError,
-        match=rf"'{name}' needs `{name}`, which is not installed: pip install 'dynarank\[{name}\]'",
+        match=re.escape(
+            f"'{name}' needs `{name}`, which is not installed: {install_command(name)}"
+        ),
     ):
         open_sinks([name], tmp_path)
 

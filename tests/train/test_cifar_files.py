@@ -1,3 +1,4 @@
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from dynarank.sinks.extras import install_command
 from dynarank.train import cifar_files
 from dynarank.train.cifar_files import CIFAR10
 from dynarank.train.data import ImageData, load_cifar10, load_cifar100
@@ -114,7 +116,7 @@ def test_hub(images: np.ndarray, labels: np.ndarray, monkeypatch: pytest.MonkeyP
 
 def test_hub_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'dynarank\[data\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("data"))):
         load_cifar10("hub")
 
 

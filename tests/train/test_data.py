@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from dynarank.sinks.extras import install_command
 from dynarank.train.data import (
     ImageData,
     _shifted,
@@ -49,7 +51,7 @@ def test_digits_without_scikit_learn(
     load: Callable[[], ImageData], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'dynarank\[demo\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("demo"))):
         load()
 
 

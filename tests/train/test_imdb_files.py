@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from dynarank.sinks.extras import install_command
 from dynarank.train.imdb_files import read_imdb, read_imdb_hub
 from dynarank.train.sources import DataError
 
@@ -69,7 +71,7 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="from the hub as 'stanfordnlp/imdb' failed"):
         read_imdb_hub()
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'dynarank\[data\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("data"))):
         read_imdb_hub()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dynarank.sinks.extras import install_command
 from dynarank.train.metrics import (
     accuracy,
     bits_per_byte,
@@ -140,5 +142,5 @@ def test_other_classes_than_two_are_refused() -> None:
 )  # fmt: skip
 def test_without_the_library_the_extra_is_named(measure, module, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r"pip install 'dynarank\[text\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("text"))):
         measure(torch.tensor([0, 1]), torch.tensor([0, 1]))

@@ -14,6 +14,7 @@ from training import Silent, images
 from dynarank import Rank
 from dynarank.cost.flops import trace
 from dynarank.cost.schedule import cost_schedule
+from dynarank.recording.rank_metrics import evenly
 from dynarank.records import (
     ChangeRecord,
     EpochRecord,
@@ -29,7 +30,6 @@ from dynarank.train.data import ImageData, limit, load_digits_data
 from dynarank.train.images import ImageTask
 from dynarank.train.loop import DivergedError, Machine, Trainer
 from dynarank.train.models import MODELS
-from dynarank.train.rank_metrics import evenly
 from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
 from dynarank.train.run import run_schedule
 from dynarank.train.tasks import sketch

@@ -27,8 +27,8 @@ import torch
 
 from dynarank import BatchNormRecalibration, LRRewarmup, RankScheduler
 from dynarank.forms import FullRank
+from dynarank.recording.host import commit, hardware
 from dynarank.schedules import dynamic_rank
-from dynarank.train.host import commit, hardware
 from dynarank.train.optimizers import make_optimizer
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
 from dynarank.train.recipes import Recipe, load_recipe

@@ -30,10 +30,10 @@ from torch import nn
 import dynarank as dr
 from dynarank.cost.flops import trace
 from dynarank.forms import Rank
+from dynarank.recording.host import commit, hardware
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.data import ImageData, limit, load_cifar10, load_digits_data
-from dynarank.train.host import commit, hardware
 from dynarank.train.images import ImageTask
 from dynarank.train.loop import Machine, Trainer
 from dynarank.train.recipes import Recipe, load_recipe

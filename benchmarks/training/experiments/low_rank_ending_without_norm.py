@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dynarank as dr
+from dynarank.recording.host import commit, hardware
 from dynarank.train.data import ImageData, load_digits_data
-from dynarank.train.host import commit, hardware
 
 RANKS = {"mlp": (6, 8, 12, 16, 24), "conv": (2, 4, 6, 8, 12)}
 LAYERS = {"mlp": ("1", "3"), "conv": ("2", "4")}

@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 import dynarank as dr
 from dynarank.cost import trace
 from dynarank.forms import FullRank, LowRank, Within
+from dynarank.recording.host import commit, hardware
 from dynarank.schedules import Phases, schedule_to_data
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.rank_decay import Decay
-from dynarank.train.host import commit, hardware
 from dynarank.train.ledger import Ledger
 
 

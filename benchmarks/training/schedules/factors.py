@@ -26,9 +26,9 @@ import dynarank as dr
 from dynarank.cost import trace
 from dynarank.factors.initialization import initialize_factors
 from dynarank.factors.learning_rates import FactorLearningRates
+from dynarank.recording.host import commit, hardware
 from dynarank.scheduler.batch_norm import recalibrate_batch_norms
 from dynarank.surgery.sites import Site
-from dynarank.train.host import commit, hardware
 from dynarank.train.ledger import Ledger
 
 RANKS = {"fash": dr.Rank(1 / 16, of="min"), "lm2": dr.Rank(1 / 4, of="min")}

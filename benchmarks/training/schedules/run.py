@@ -22,8 +22,8 @@ from problems import PROBLEMS, Problem
 
 import dynarank as dr
 from dynarank.cost import trace
+from dynarank.recording.host import commit, hardware
 from dynarank.schedules import schedule_to_data
-from dynarank.train.host import commit, hardware
 from dynarank.train.ledger import Ledger
 
 

@@ -6,7 +6,6 @@ Exit codes: 0 done (or finished before), 1 a run failed (diverged, disk full), 2
 
 from __future__ import annotations
 
-import errno
 import sys
 from typing import Annotated
 
@@ -17,11 +16,11 @@ from dynarank.cli.lazy_group import make_app
 from dynarank.cli.signals import raising_on_signals
 from dynarank.files.printable import printable
 from dynarank.files.version import __version__
+from dynarank.files.volume import FULL_DISK
 from dynarank.train.interruption import Interrupted
 
 __all__ = ["COMMANDS", "app", "main"]
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}  # the disk's fault, not the request's
 _LONGEST = 2_000  # characters of an error message
 
 COMMANDS = {
@@ -79,7 +78,7 @@ def main() -> None:
             print("dynarank: interrupted", file=sys.stderr)
             sys.exit(stop.exit_code)
         except OSError as error:
-            of_disk = error.errno in _DISK
+            of_disk = error.errno in FULL_DISK
             sys.exit(_complain(_of_the_disk(error), 1) if of_disk else _complain(error, 2))
         except (ValueError, ImportError) as error:
             sys.exit(_complain(error, 2))

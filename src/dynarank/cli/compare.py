@@ -22,11 +22,19 @@ from dynarank.cli.options import (
     DeviceOption,
     EpochsOption,
     PrecisionOption,
+    QuietOption,
     RankOption,
     TestLimitOption,
     TrainLimitOption,
 )
-from dynarank.cli.show import console, print_whole_words, right_aligned
+from dynarank.cli.recipe_options import (
+    BatchSizeOption,
+    LearningRateOption,
+    RecipeArgument,
+    SetOption,
+    change_recipe,
+)
+from dynarank.cli.show import console, print_whole_words, progress, right_aligned
 from dynarank.records import Metric, Run, SummaryRecord
 from dynarank.report.comparison import compare_scores, require_scipy
 from dynarank.report.formats import (
@@ -39,13 +47,13 @@ from dynarank.report.formats import (
     spread_text,
 )
 from dynarank.train.grid import Job
-from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
+from dynarank.train.recipes import RecipeError, load_recipe
 
 __all__ = ["compare"]
 
 
 def compare(
-    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    recipe: RecipeArgument,
     schedules: Annotated[
         str, typer.Option(help="Comma-separated schedules; `dynarank train --help` lists them.")
     ] = "full-rank,low-rank,dynamic-rank",
@@ -54,6 +62,9 @@ def compare(
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
     budget: BudgetOption = None,
+    lr: LearningRateOption = None,
+    batch_size: BatchSizeOption = None,
+    overrides: SetOption = None,
     epochs: EpochsOption = None,
     train_limit: TrainLimitOption = None,
     test_limit: TestLimitOption = None,
@@ -63,6 +74,7 @@ def compare(
     checkpoint_every: CheckpointOption = "10",  # pyright: ignore[reportArgumentType]
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train RECIPE under several schedules and seeds, and test which differences are significant.
@@ -72,16 +84,20 @@ def compare(
     never mixed or deleted. For each seed all schedules share initial weights and data order. Mean
     and standard deviation are over seeds.
     """
-    chosen = load_recipe(recipe).with_factors(rank, decomposition).with_budget(budget)
+    chosen = change_recipe(
+        load_recipe(recipe), overrides, lr=lr, batch_size=batch_size, rank=rank,
+        decomposition=decomposition, budget=budget,
+    )  # fmt: skip
     names = list(dict.fromkeys(name.strip() for name in schedules.split(",")))
     for name in names:
         chosen.check_schedule(name)
     require_scipy()
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
-    runner = JobRunner("compare", terminal, machine, data, epochs or chosen.epochs, train_limit,
-                       test_limit, checkpoint_every)  # fmt: skip
-    folder = out or Path("runs") / f"compare-{recipe}"
+    runner = JobRunner("compare", progress(terminal, quiet), machine, data,
+                       epochs or chosen.epochs, train_limit, test_limit,
+                       checkpoint_every)  # fmt: skip
+    folder = out or Path("runs") / f"compare-{chosen.name}"
     jobs = [
         Job(folder / f"seed{seed}" / name, chosen, name, seed)
         for seed in range(seeds)
@@ -120,11 +136,12 @@ def _print_result(
     _show(terminal, title, metric, grouped)
     for sentence in sentences:
         terminal.print(sentence)
-    terminal.print(f"Runs: {folder}" + (f"; report: {page}" if page else ""))
+    terminal.print(f"Runs: {folder}" + (f"; report: {page}" if page else ""), markup=False)
 
 
 def _scores(runs: Sequence[Run]) -> list[float]:
-    return [_summary(run).test_score for run in runs]
+    scores = [_summary(run).test_score for run in runs]
+    return [score for score in scores if score is not None]  # a run of `train` has one
 
 
 def _summary(run: Run) -> SummaryRecord:

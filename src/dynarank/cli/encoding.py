@@ -10,8 +10,16 @@ from io import TextIOWrapper
 
 __all__ = ["any_encoding"]
 
-_ASCII = {"±": "+-", "→": "->", "…": "...", "−": "-", "–": "-", "─": "-", "λ": "lambda"}
-_ASCII |= dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True))
+_ASCII = {
+    "±": "+-",
+    "→": "->",
+    "…": "...",
+    "−": "-",
+    "–": "-",
+    "─": "-",
+    "λ": "lambda",
+    **dict(zip("▁▂▃▄▅▆▇█", "_.:-=+*#", strict=True)),
+}
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dynarank.cli.interruption import GoOn
 from dynarank.cli.progress import ProgressListener
 from dynarank.files.json_data import DamagedFileError
 from dynarank.files.ownership import move_aside, owned
+from dynarank.files.volume import FULL_DISK
 from dynarank.records import Run, find_runs
 from dynarank.report import write_report
 from dynarank.report.formats import plural
@@ -190,19 +192,21 @@ class JobRunner:
 
     def runs(self, jobs: Sequence[Job], folder: Path) -> Iterator[tuple[Job, Run]]:
         """Yield each job with its finished run, which is trained unless it was finished before."""
-        return run_jobs(jobs, self._train, self._settings, _say, held=folder)
+        train = partial(self._train, folder=folder)
+        return run_jobs(jobs, train, self._settings, _say, held=folder)
 
-    def _train(self, job: Job) -> None:
+    def _train(self, job: Job, *, folder: Path) -> None:
         """Train one job, or go on with it; if it diverges, say so and leave it unfinished."""
         task = self._task(job)
-        name = job.schedule if self.command == "train" else f"{job.schedule}, seed {job.seed}"
-        if self.command != "train":
-            self.terminal.print(f"{job.folder}:")
+        one = self.command == "train"  # of several runs, the report has the changes
+        name = job.schedule if one else job.folder.relative_to(folder).as_posix()
         sinks = open_sinks(self.backends, job.folder)
         stop = StopSignals()
         try:
             with (
-                ProgressListener(self.terminal, name, self.epochs, task.metric) as listener,
+                ProgressListener(
+                    self.terminal, name, self.epochs, task.metric, changes=one
+                ) as listener,
                 stop,
             ):
                 run_schedule(
@@ -221,7 +225,7 @@ class JobRunner:
                 )
         except DivergedError as error:
             self.diverged[job.folder] = error
-            self.terminal.print(f"{name} diverged: {error}")
+            self.terminal.print(f"{name} diverged: {error}", markup=False)
         stop.check()  # a signal after the last step
 
     def _task(self, job: Job) -> Task:
@@ -249,15 +253,16 @@ class JobRunner:
     def showing(self, what: str) -> Generator[None]:
         """A block without which the results can be printed all the same.
 
-        Why there is no figure is said; an error of the disk is raised by :meth:`finish`.
+        Why there is none is said, such as a folder that is read-only; an error of the disk is
+        raised by :meth:`finish`.
         """
         try:
             yield
-        except ImportError as error:
-            self.terminal.print(f"No {what}: {error}")
-        except OSError as error:
-            self.terminal.print(f"No {what}: {error}")
-            self._disk_error = error
+        except (ImportError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in FULL_DISK:
+                self._disk_error = error
+            else:
+                _say(f"no {what}: {error}")
 
     def finish(self) -> None:
         """Raise an error if any run diverged, or if a report or a figure could not be written.

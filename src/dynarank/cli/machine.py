@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from dynarank.files.nearest import did_you_mean
 from dynarank.train.loop import Machine
 from dynarank.train.recipes import RecipeError
 
 __all__ = ["choose_machine"]
+
+_PRECISIONS = ("auto", "fp32", "bf16")
 
 
 def choose_machine(
@@ -30,8 +33,9 @@ def choose_machine(
         raise RecipeError(
             f"device {name!r} cannot be used: {str(error).splitlines()[0]}"
         ) from error
-    if precision not in ("auto", "fp32", "bf16"):
-        raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}")
+    if precision not in _PRECISIONS:
+        hint = did_you_mean(precision, _PRECISIONS)
+        raise RecipeError(f"precision is auto, fp32 or bf16, got {precision!r}{hint}")
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" else "fp32"
     return Machine(chosen, precision, compile, measure, noise)

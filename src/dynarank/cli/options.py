@@ -21,6 +21,7 @@ __all__ = [
     "DeviceOption",
     "EpochsOption",
     "PrecisionOption",
+    "QuietOption",
     "RankOption",
     "ScheduleOption",
     "TestLimitOption",
@@ -124,4 +125,7 @@ CheckpointOption: TypeAlias = Annotated[
 DeviceOption: TypeAlias = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 PrecisionOption: TypeAlias = Annotated[
     str, typer.Option(help="auto (bf16 on CUDA, else fp32), fp32 or bf16 (autocast).")
+]
+QuietOption: TypeAlias = Annotated[
+    bool, typer.Option("--quiet", help="Print the result only, no progress.")
 ]

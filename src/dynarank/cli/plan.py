@@ -12,6 +12,13 @@ from torch import nn
 
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
+from dynarank.cli.recipe_options import (
+    BatchSizeOption,
+    LearningRateOption,
+    RecipeArgument,
+    SetOption,
+    change_recipe,
+)
 from dynarank.cli.show import console, print_whole_words, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
@@ -24,7 +31,7 @@ from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import optimizer_slots
 from dynarank.train.rates import forecast_rates
-from dynarank.train.recipes import Recipe, load_recipe, recipe_names
+from dynarank.train.recipes import Recipe, load_recipe
 from dynarank.train.schedules import make_schedule, with_default_layers
 from dynarank.train.task import Sketch
 from dynarank.train.tasks import sketch
@@ -33,7 +40,7 @@ __all__ = ["plan"]
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    recipe: RecipeArgument,
     schedule: Annotated[
         str,
         typer.Option(help="A schedule; `dynarank train --help` lists them."),
@@ -44,6 +51,9 @@ def plan(
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
     budget: BudgetOption = None,
+    lr: LearningRateOption = None,
+    batch_size: BatchSizeOption = None,
+    overrides: SetOption = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time every form of every layer on this machine.")
     ] = False,
@@ -59,7 +69,10 @@ def plan(
     """
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
-    chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
+    chosen = change_recipe(
+        chosen, overrides, lr=lr, batch_size=batch_size, rank=rank,
+        decomposition=decomposition, budget=budget,
+    )  # fmt: skip
     machine = choose_machine(device, precision)
     drawn = sketch(chosen)
     chosen = with_default_layers(chosen, drawn.model)

@@ -15,20 +15,28 @@ from dynarank.cli.options import (
     DecompositionOption,
     DeviceOption,
     PrecisionOption,
+    QuietOption,
     TrainLimitOption,
     parse_rank,
 )
-from dynarank.cli.show import console
+from dynarank.cli.recipe_options import (
+    BatchSizeOption,
+    LearningRateOption,
+    RecipeArgument,
+    SetOption,
+    change_recipe,
+)
+from dynarank.cli.show import console, progress
 from dynarank.planning.headroom import runs
 from dynarank.train.probe import probe_recipe, probe_steps
-from dynarank.train.recipes import RecipeError, load_recipe, recipe_names
+from dynarank.train.recipes import RecipeError, load_recipe
 from dynarank.train.tasks import make_task
 
 __all__ = ["probe"]
 
 
 def probe(
-    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    recipe: RecipeArgument,
     rank: Annotated[
         str | None,
         typer.Option(
@@ -47,9 +55,13 @@ def probe(
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, for the error.")] = 2,
     data: DataOption = None,
     decomposition: DecompositionOption = None,
+    lr: LearningRateOption = None,
+    batch_size: BatchSizeOption = None,
+    overrides: SetOption = None,
     train_limit: TrainLimitOption = None,
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Say in a few short runs whether a rank schedule can gain on RECIPE, and which rank it needs.
@@ -64,17 +76,21 @@ def probe(
     """
     if not 0 < share <= 1:
         raise RecipeError(f"--share is a share of the steps of a run, in (0, 1], got {share}")
-    chosen = load_recipe(recipe).with_factors(None, decomposition)
+    chosen = change_recipe(
+        load_recipe(recipe), overrides, lr=lr, batch_size=batch_size,
+        decomposition=decomposition,
+    )  # fmt: skip
     ranks = [parse_rank(one.strip()) for one in rank.split(",")] if rank else [chosen.rank]
     terminal, machine = console(quiet_stdout=as_json), choose_machine(device, precision)
+    shown = progress(terminal, quiet)
     torch.manual_seed(0)
     task = make_task(chosen, data, seed=0, device=machine.device, train_limit=train_limit)
     steps = probe_steps(chosen, task, share, len(ranks), seeds)
     whole = steps * runs(len(ranks), seeds) / (chosen.epochs * task.steps_per_epoch)
     said = f"{runs(len(ranks), seeds)} runs of {steps} steps, {whole:.0%} of the steps of a run"
-    terminal.print(f"{chosen.name}: {said}", markup=False)
-    with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as bar:
-        shown = bar.add_task("probing")
+    shown.print(f"{chosen.name}: {said}", markup=False)
+    with Progress(console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        bar_of = bar.add_task("probing")
         found = probe_recipe(
             chosen,
             task,
@@ -82,9 +98,9 @@ def probe(
             ranks,
             steps=steps,
             seeds=seeds,
-            progress=lambda done, total: bar.update(shown, completed=done, total=total),
+            progress=lambda done, total: bar.update(bar_of, completed=done, total=total),
         )
     if as_json:
         print(json.dumps({"recipe": chosen.name, **found.to_data()}, indent=2))
     else:
-        terminal.print(f"\n{found}", markup=False)
+        terminal.print(f"{found}" if quiet else f"\n{found}", markup=False)

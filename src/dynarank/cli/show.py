@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Generator
@@ -13,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["console", "print_whole_words", "right_aligned"]
+__all__ = ["console", "print_whole_words", "progress", "right_aligned"]
 
 
 def console(*, quiet_stdout: bool = False) -> Console:
@@ -21,6 +22,11 @@ def console(*, quiet_stdout: bool = False) -> Console:
     file = cast("TextIO", _Lasting(sys.stderr if quiet_stdout else sys.stdout))
     out = Console(file=file, highlight=False)
     return out if out.is_terminal else Console(file=file, highlight=False, width=120)
+
+
+def progress(terminal: Console, quiet: bool) -> Console:
+    """Where progress is shown: the console of the results, or nowhere."""
+    return Console(file=io.StringIO(), quiet=True) if quiet else terminal
 
 
 class _Lasting:
@@ -65,6 +71,7 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
         box=SIMPLE_HEAD,
         padding=(0, 1),
         pad_edge=False,
+        show_edge=False,
         collapse_padding=True,
     )
     for name in first:
@@ -75,10 +82,18 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
 
 
 def print_whole_words(terminal: Console, table: Table) -> None:
-    """Print a table; in a narrow terminal cells are wrapped between words, if that is enough."""
+    """Print a table; in a narrow terminal headings are wrapped between words, if that is enough.
+
+    If it is not, cells are too.
+    """
     cells = [[str(cell) for cell in (c.header, *c.cells)] for c in table.columns]
-    least = [max(len(word) for cell in column for word in cell.split()) for column in cells]
-    spare = terminal.width - 2 * len(cells) - sum(least)  # two characters around each column
+    words = [[word for cell in column for word in cell.split()] for column in cells]
+    whole = [column[0].split() + column[1:] for column in cells]
+    room = terminal.width - 2 * (len(cells) - 1)  # two characters between columns
+    least = [max(map(len, column)) for column in whole]
+    if sum(least) > room:
+        least = [max(map(len, column)) for column in words]
+    spare = room - sum(least)
     if spare >= 0:
         for column, texts, width in zip(table.columns, cells, least, strict=True):
             more = min(max(map(len, texts)) - width, spare)

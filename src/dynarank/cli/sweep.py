@@ -20,25 +20,36 @@ from dynarank.cli.options import (
     DeviceOption,
     EpochsOption,
     PrecisionOption,
+    QuietOption,
     RankOption,
     TestLimitOption,
     TrainLimitOption,
 )
-from dynarank.cli.show import console, right_aligned
+from dynarank.cli.recipe_options import (
+    BatchSizeOption,
+    LearningRateOption,
+    RecipeArgument,
+    SetOption,
+    change_recipe,
+)
+from dynarank.cli.show import console, progress, right_aligned
+from dynarank.files.nearest import did_you_mean
 from dynarank.records import Metric
 from dynarank.report.formats import number, score_text
 from dynarank.report.plotting import save_figure
 from dynarank.report.sweep import best_cell, best_cells, sweep_figure
 from dynarank.train.grid import Job
-from dynarank.train.recipes import Recipe, RecipeError, load_recipe, recipe_names
+from dynarank.train.recipes import Recipe, RecipeError, load_recipe
 
 __all__ = ["sweep"]
 
 Cell = tuple[float, float]
 
+_SCHEDULES = ("dynamic-rank", "dynamic-rank-low")
+
 
 def sweep(
-    recipe: Annotated[str, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")],
+    recipe: RecipeArgument,
     inflate: Annotated[
         str, typer.Option(help="Inflation epochs, on the recipe's own scale: 20,40,60 or "
                           "FROM:TO:STEP, end included.")
@@ -51,6 +62,9 @@ def sweep(
     data: DataOption = None,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
+    lr: LearningRateOption = None,
+    batch_size: BatchSizeOption = None,
+    overrides: SetOption = None,
     epochs: EpochsOption = None,
     train_limit: TrainLimitOption = None,
     test_limit: TestLimitOption = None,
@@ -60,6 +74,7 @@ def sweep(
     checkpoint_every: CheckpointOption = "10",  # pyright: ignore[reportArgumentType]
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train RECIPE over a grid of inflation and deflation epochs, and draw a heat-map.
@@ -68,18 +83,21 @@ def sweep(
     runs are kept, so that a finer grid adds to a coarse one, and an unfinished one goes on where it
     was. Runs with other settings or data are refused, never mixed or deleted.
     """
-    if schedule not in ("dynamic-rank", "dynamic-rank-low"):
+    if schedule not in _SCHEDULES:
         raise RecipeError(
             f"a sweep varies the inflation and deflation epochs: --schedule must be dynamic-rank "
-            f"or dynamic-rank-low, got {schedule!r}"
+            f"or dynamic-rank-low, got {schedule!r}{did_you_mean(schedule, _SCHEDULES)}"
         )
-    chosen = load_recipe(recipe).with_factors(rank, decomposition)
+    chosen = change_recipe(
+        load_recipe(recipe), overrides, lr=lr, batch_size=batch_size, rank=rank,
+        decomposition=decomposition,
+    )  # fmt: skip
     cells = grid(parse_epochs(inflate), parse_epochs(deflate), chosen.epochs)
     terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
-    runner = JobRunner("sweep", terminal, machine, data, epochs or chosen.epochs, train_limit,
-                       test_limit, checkpoint_every)  # fmt: skip
-    folder = out or Path("runs") / f"sweep-{recipe}"
+    runner = JobRunner("sweep", progress(terminal, quiet), machine, data, epochs or chosen.epochs,
+                       train_limit, test_limit, checkpoint_every)  # fmt: skip
+    folder = out or Path("runs") / f"sweep-{chosen.name}"
     at = {_place(folder, cell, seed): (seed, cell) for seed in range(seeds) for cell in cells}
     jobs = [Job(place, _at(chosen, cell), schedule, seed) for place, (seed, cell) in at.items()]
     common = runner.common(chosen, schedule=schedule)
@@ -87,7 +105,7 @@ def sweep(
         scores: dict[Cell, list[float]] = {cell: [] for cell in cells}
         metric = Metric()
         for job, run in runner.runs(jobs, folder):
-            assert run.summary is not None
+            assert run.summary is not None and run.summary.test_score is not None
             metric = run.header.metric
             scores[at[job.folder][1]].append(run.summary.test_score)
         _print_result(terminal, chosen.name, scores, metric, folder, runner, as_json)
@@ -112,7 +130,7 @@ def _print_result(
         print(json.dumps(result, indent=2))
         return
     _show(terminal, scores, metric, name)
-    terminal.print(f"Runs: {folder}" + "".join(f"; {p}" for p in pictures))
+    terminal.print(f"Runs: {folder}" + "".join(f"; {p}" for p in pictures), markup=False)
 
 
 def parse_epochs(text: str) -> list[float]:

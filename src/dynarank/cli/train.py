@@ -23,26 +23,35 @@ from dynarank.cli.options import (
     DeviceOption,
     EpochsOption,
     PrecisionOption,
+    QuietOption,
     RankOption,
     ScheduleOption,
     TestLimitOption,
     TrainLimitOption,
 )
-from dynarank.cli.show import console, print_whole_words, right_aligned
+from dynarank.cli.recipe_options import (
+    RECIPE_HELP,
+    BatchSizeOption,
+    LearningRateOption,
+    SetOption,
+    change_recipe,
+    complete_recipe,
+)
+from dynarank.cli.show import console, print_whole_words, progress, right_aligned
 from dynarank.cli.train_settings import TrainSettings, find_train
 from dynarank.files.ownership import new_folder
 from dynarank.records import Metric, PhaseRecord, Run, SummaryRecord
 from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.checkpoint_plan import CheckpointPlan
-from dynarank.train.recipes import RecipeError, recipe_names
+from dynarank.train.recipes import RecipeError
 
 __all__ = ["train"]
 
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(help=f"One of: {', '.join(recipe_names())}.")
+        str | None, typer.Argument(help=RECIPE_HELP, autocompletion=complete_recipe)
     ] = None,
     data: DataOption = None,
     schedule: ScheduleOption = None,
@@ -52,6 +61,9 @@ def train(
     rank: RankOption = None,
     decomposition: DecompositionOption = None,
     budget: BudgetOption = None,
+    lr: LearningRateOption = None,
+    batch_size: BatchSizeOption = None,
+    overrides: SetOption = None,
     epochs: EpochsOption = None,
     train_limit: TrainLimitOption = None,
     test_limit: TestLimitOption = None,
@@ -82,6 +94,7 @@ def train(
         str | None,
         typer.Option(help=f"Comma-separated logging backends: {', '.join(BACKENDS)}."),
     ] = None,
+    quiet: QuietOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Train RECIPE under one or several schedules.
@@ -99,14 +112,17 @@ def train(
     terminal = console(quiet_stdout=as_json)
     settings = TrainSettings.of(recipe, stored)
     chosen = settings.recipe.published() if as_published else settings.recipe
-    chosen = chosen.with_factors(rank, decomposition).with_budget(budget)
+    chosen = change_recipe(
+        chosen, overrides, lr=lr, batch_size=batch_size, rank=rank,
+        decomposition=decomposition, budget=budget,
+    )  # fmt: skip
     settings = settings.with_options(
         schedule, recipe=chosen, seed=seed, epochs=epochs, train_limit=train_limit,
         test_limit=test_limit, compile=compile, measure=measure, noise=noise, data=data, log=log,
         precision=None if precision == "auto" else precision,
     )  # fmt: skip
     open_sinks(settings.backends, Path())  # fail on an unknown backend before reading any data
-    runner = _runner(settings, terminal, device, checkpoint_every)
+    runner = _runner(settings, progress(terminal, quiet), device, checkpoint_every)
     folder = home if home is not None else _place(settings, runner)
     jobs = settings.jobs(folder)
     go_on = GoOn(folder, ("dynarank", "train", "--resume", str(folder)), as_json)
@@ -141,7 +157,9 @@ def _place(settings: TrainSettings, runner: JobRunner) -> Path:
     for folder in sorted(Path("runs").glob(f"{name}-*"), reverse=True):
         with suppress(ValueError, OSError):
             if runner.goes_on(folder, settings.jobs(folder), common):
-                runner.terminal.print(f"{folder} was interrupted: it goes on (--out for another)")
+                runner.terminal.print(
+                    f"{folder} was interrupted: it goes on (--out for another)", markup=False
+                )
                 return folder
     return new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
 
@@ -168,7 +186,9 @@ def _print_result(
             f"Every schedule ran at the recipe's learning rate, {settings.recipe.learning_rate:g}. "
             "Low-rank networks often want another than full-rank ones: tune it for each schedule."
         )
-    terminal.print(f"Run folder: {folder}" + (f"; report: {report}" if report else ""))
+    terminal.print(
+        f"Run folder: {folder}" + (f"; report: {report}" if report else ""), markup=False
+    )
 
 
 def _show(
@@ -186,7 +206,7 @@ def _show(
     for name, summary in summaries.items():
         table.add_row(
             name,
-            score_text(summary.test_score, metric, 2),
+            "" if summary.test_score is None else score_text(summary.test_score, metric, 2),
             count(summary.trainable_parameters_peak),
             count(summary.trainable_parameters_mean),
             ratio(summary.relative_flops),

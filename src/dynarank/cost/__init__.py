@@ -2,6 +2,7 @@
 
 from dynarank.cost.flops import Flops, LayerUse, ModelUse, count_flops, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
+from dynarank.files.lazy_names import lazy_names
 
 __all__ = [
     "Flops",
@@ -13,3 +14,5 @@ __all__ = [
     "count_flops",
     "trace",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -24,6 +24,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.cost.counter import count_step
+from dynarank.cost.stand_in import meta_copy
 from dynarank.forms import BudgetKind, Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, Flops, WeightSpec, choose_execution, ranked_class, readers
 from dynarank.layers.running import call_model, forward_arguments, preserve_state
@@ -36,6 +37,7 @@ __all__ = [
     "count_flops",
     "form_parameters",
     "run_batch",
+    "share_of",
     "trace",
     "weights_only",
 ]
@@ -108,7 +110,7 @@ class ModelUse:
         own = sum(self.layers[path].flops(FullRank()).training for path in paths)
         whole = self.flops(dict.fromkeys(paths, FullRank())).training
         full = self.flops(dict.fromkeys(self.layers, FullRank())).training
-        return own / full, (whole - own) / full
+        return share_of(own, full), share_of(whole - own, full, 0.0)
 
     def flops(self, plan: Plan) -> Flops:
         """The FLOPs of one batch under ``plan``; layers not in the plan keep their form."""
@@ -120,6 +122,11 @@ class ModelUse:
         counts = [use.parameters(plan.get(path, use.form)) for path, use in self.layers.items()]
         trainable = sum(count[0] for count in counts) + self.other_trainable
         return trainable, sum(count[1] for count in counts) + self.other_total
+
+
+def share_of(part: float, whole: float, of_nothing: float = 1.0) -> float:
+    """``part / whole``; a model without matrix products costs in each form what it costs in any."""
+    return part / whole if whole else of_nothing
 
 
 def form_parameters(spec: WeightSpec, form: Form, trains: bool = True) -> tuple[int, int]:
@@ -246,7 +253,7 @@ def _recorded_step(
     A meta copy, a copy with real tensors, or, if the model cannot be copied, the model itself.
     """
     try:
-        twin = copy.deepcopy(model).to("meta")
+        twin = meta_copy(model)
         return _record_step(twin, sites, _own_tensors(arguments, "meta"), loss)
     except Exception:  # whatever the model does that meta tensors do not allow
         if any(p.is_meta for p in model.parameters()):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
-__all__ = ["MemoryProbe", "probe_memory", "tensor_bytes"]
+__all__ = ["MemoryProbe", "SavedTensors", "probe_memory", "saved_tensors", "tensor_bytes"]
 
 
 @dataclass
@@ -38,21 +39,52 @@ def probe_memory(
         yield probe
         probe.peak_bytes = torch.cuda.max_memory_allocated(device)
         return
-    saved: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
+    with saved_tensors() as saved:
         yield probe
     kept = [*model.parameters(), *model.buffers()]
-    for tensor in kept:
-        saved.pop(tensor.untyped_storage().data_ptr(), None)
     states = (state for optimizer in optimizers for state in optimizer.state.values())
     state = [v for one in states for v in one.values() if isinstance(v, Tensor)]
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    probe.peak_bytes = sum(saved.values()) + tensor_bytes([*kept, *state, *gradients])
+    probe.peak_bytes = saved.bytes_without(kept) + tensor_bytes([*kept, *state, *gradients])
+
+
+class SavedTensors:
+    """The storages that autograd has saved for the backward pass, each once."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[int, int] = {}
+
+    def add(self, tensor: Tensor) -> Tensor:
+        """Note a saved tensor."""
+        self._bytes[_place(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    def bytes_without(self, kept: Iterable[Tensor]) -> int:
+        """The size of the storages in bytes, but for those of these tensors."""
+        own = set(map(_place, kept))
+        return sum(size for place, size in self._bytes.items() if place not in own)
+
+
+def _place(tensor: Tensor) -> int:
+    """What distinguishes a storage while it is alive; on the meta device no address does."""
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata if tensor.is_meta else storage.data_ptr()
+
+
+@contextmanager
+def saved_tensors() -> Generator[SavedTensors]:
+    """A context that notes what autograd saves in it.
+
+    Example:
+        >>> x = torch.ones(8, 4, requires_grad=True)
+        >>> with saved_tensors() as saved:
+        ...     y = (x * x).exp()
+        >>> saved.bytes_without([x])
+        128
+    """
+    saved = SavedTensors()
+    with saved_tensors_hooks(saved.add, lambda tensor: tensor):
+        yield saved
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

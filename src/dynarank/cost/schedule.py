@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynarank.cost.budget import estimated
-from dynarank.cost.flops import Flops, ModelUse
+from dynarank.cost.flops import Flops, ModelUse, share_of
 from dynarank.forms import Adapted, FullRank, Plan, Within
 from dynarank.schedules.base import Readings, Schedule
 from dynarank.schedules.timelines import Phase, timeline
@@ -80,7 +80,7 @@ class ScheduleCost:
     @property
     def relative_training(self) -> float:
         """The training FLOPs of the run relative to the same run at full rank."""
-        return self.training_flops / (self.full_rank.training * self.steps)
+        return share_of(self.training_flops, self.full_rank.training * self.steps)
 
     @property
     def mean_trainable(self) -> float:
@@ -141,8 +141,8 @@ def cost_schedule(
             phase,
             plan,
             flops,
-            flops.forward / full.forward,
-            flops.training / full.training,
+            share_of(flops.forward, full.forward),
+            share_of(flops.training, full.training),
             trainable,
             total,
             (total + (1 + optimizer_slots) * trainable) * itemsize,

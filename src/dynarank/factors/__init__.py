@@ -1,1 +1,5 @@
 """Training aids for factors: initialization, learning rates and regularizers."""
+
+from dynarank.files.lazy_names import lazy_names
+
+__getattr__, __dir__ = lazy_names(__name__)

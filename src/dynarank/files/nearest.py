@@ -19,6 +19,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         >>> did_you_mean("DIGITS", ["digits"]), did_you_mean("x", ["digits"])
         ("; did you mean 'digits'?", '')
     """
-    names = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=_CUTOFF)
-    return f"; did you mean {names[near[0]]!r}?" if near else ""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1, _CUTOFF)
+    if not near:
+        lower = {one.lower(): one for one in names}
+        near = [lower[one] for one in difflib.get_close_matches(name.lower(), lower, 1, _CUTOFF)]
+    return f"; did you mean {near[0]!r}?" if near else ""

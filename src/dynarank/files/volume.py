@@ -11,10 +11,12 @@ import os
 import warnings
 from pathlib import Path
 
-__all__ = ["MISSING", "missing", "sync_file", "sync_folder"]
+__all__ = ["FULL_DISK", "MISSING", "missing", "sync_file", "sync_folder"]
 
 # What a volume answers if it does not know an operation; everything else is a failure.
 MISSING = frozenset({errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+# The fault of the disk, not of what was asked: when there is room, the same succeeds.
+FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG})
 _said: set[tuple[int, str]] = set()
 
 

@@ -4,6 +4,7 @@
 own.
 """
 
+from dynarank.files.lazy_names import lazy_names
 from dynarank.layers.execution import Call, Execution, Flops, choose_execution, executions
 from dynarank.layers.ranked import RankedLayer, effective, own_parameters
 from dynarank.layers.registry import class_obstacle, ranked_class, readers, register_layer
@@ -24,3 +25,5 @@ __all__ = [
     "readers",
     "register_layer",
 ]
+
+__getattr__, __dir__ = lazy_names(__name__)

@@ -54,6 +54,7 @@ def fit_schedule(
     memory: int | float | None = None,
     optimizer: Optimizers = None,
     lr_scheduler: Any | Sequence[float] | None = None,
+    lr_every: int | None = None,
     rank: RankLike | None = None,
     to: Ending | None = None,
     decomposition: str = "svd",
@@ -83,6 +84,8 @@ def fit_schedule(
         optimizer: the model's optimizer or optimizers, for time and memory.
         lr_scheduler: the learning-rate scheduler, or the learning rate over the run; pass the same
             to :class:`dynarank.RankScheduler`.
+        lr_every: how many optimizer steps pass from one step of the LR scheduler to the next; pass
+            the same to :class:`dynarank.RankScheduler`.
         rank: the rank of the paper's order; None: chosen.
         to: the ending of the paper's order, ``"adapted"`` or ``"low-rank"``; None: chosen.
         decomposition: the decomposition's name.
@@ -126,7 +129,7 @@ def fit_schedule(
         return fit_memory(choices, amount, run)
     price, allowed = _flops(run, amount) if kind == "flops" else _seconds(run, choices, amount)
     found = [_costed(choice, price, allowed, run) for choice in choices]
-    forecast = Forecast(lr_scheduler, total_steps).rates
+    forecast = Forecast(lr_scheduler, total_steps, lr_every).rates
     able = [one for one in found if one.fits(forecast)]
     if not able:
         raise ValueError(_refusal(kind, amount, found, forecast))

@@ -7,6 +7,7 @@ model's parameters, so the user's scheduler, optimizer and model are not touched
 from __future__ import annotations
 
 import copy
+import math
 import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,16 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from dynarank.scheduler.lr_interval import (
+    WAYS,
+    check_lr_every,
+    follows_learning_rate,
+    likely_interval,
+)
+from dynarank.schedules.base import Readings, Schedule
 from dynarank.surgery.own_references import inner_optimizer
 
-__all__ = ["POINTS", "Forecast", "check_lr_scheduler"]
+__all__ = ["POINTS", "Forecast", "check_lr_scheduler", "unknown_rates"]
 
 POINTS = 1001
 """How many learning rates a forecast holds, from the first step of a run to its last."""
@@ -28,15 +36,19 @@ POINTS = 1001
 class Forecast:
     """The learning rates of a whole run, as soon as they are known.
 
-    An LR scheduler does not tell how often it is stepped, so its step count is watched: if that
-    rises once an epoch, the rates are known at the end of the first epoch.
+    How often an LR scheduler is stepped is what the user says, else what its length tells (see
+    :func:`~dynarank.scheduler.lr_interval.likely_interval`), else unknown. Its step count is
+    watched in any case: if that rises once an epoch, the rates are known at the end of the first
+    epoch, and a wrong expectation is corrected.
 
     Args:
         source: an LR scheduler; the rates of the run themselves, at equal distances; or None.
         total_steps: optimizer steps of the run.
+        every: optimizer steps from one step of the LR scheduler to the next; None: not said.
 
     Raises:
-        ValueError: rates that are negative or not finite, or something that is not an LR scheduler.
+        ValueError: rates that are negative or not finite, something that is not an LR scheduler,
+            or an ``every`` that is no number of steps.
 
     Example:
         >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
@@ -49,8 +61,11 @@ class Forecast:
         (1.0, 0.1)
     """
 
-    def __init__(self, source: Any | Sequence[float] | None, total_steps: int) -> None:
+    def __init__(
+        self, source: Any | Sequence[float] | None, total_steps: int, every: int | None = None
+    ) -> None:
         self.total_steps = total_steps
+        self._told = check_lr_every(every, source)
         self.rates: tuple[float, ...] = ()
         if isinstance(source, Sequence) and not isinstance(source, str):
             if wrong := [rate for rate in source if not 0 <= rate < float("inf")]:
@@ -65,6 +80,29 @@ class Forecast:
         self._seen = (0, _count(source) or 0)  # the last step at which its count rose
         self._every: float | None = None
         self._rises = 0
+        if self._copy is not None:
+            self._expect(self._told or likely_interval(source, total_steps))
+
+    @property
+    def source(self) -> Any:
+        """The LR scheduler that is watched; None for given rates, or without any."""
+        return self._scheduler
+
+    @property
+    def every(self) -> float | None:
+        """Optimizer steps from one step of the LR scheduler to the next; None: not known yet."""
+        return self._every
+
+    @property
+    def told(self) -> bool:
+        """Whether the user has said how often the LR scheduler is stepped."""
+        return self._told is not None
+
+    def _expect(self, every: float | None) -> None:
+        """Foresee the rates for an LR scheduler that is stepped so often."""
+        if every is not None and every != self._every and self._copy is not None:
+            self._every = every
+            self.rates = _foresee(self._copy, self.total_steps, every)
 
     def watch(self, step: int) -> None:
         """Look at the scheduler after an optimizer step, and update the forecast if it was stepped.
@@ -77,10 +115,19 @@ class Forecast:
             return
         since = step - self._seen[0] if self._rises else max(1, step - 1)
         every = since / (count - self._seen[1])
-        self._seen, self._rises = (step, count), self._rises + 1
-        if every != self._every:
-            self._every = every
-            self.rates = _foresee(self._copy, self.total_steps, every)
+        first, self._seen, self._rises = not self._rises, (step, count), self._rises + 1
+        if first and self._every is not None and step - 1 <= self._every <= step:
+            return  # as expected
+        if self._told is not None and every != self._told:
+            warnings.warn(
+                f"{type(self._scheduler).__name__} is stepped every {every:g} optimizer steps, not "
+                f"every {self._told} (lr_every={self._told}): the transition points that follow "
+                f"the learning rate are computed again; give lr_every={every:g}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self._told = None
+        self._expect(every)
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain data."""
@@ -112,6 +159,26 @@ class Forecast:
         self._every, self._rises = every, rises
 
 
+def unknown_rates(
+    forecast: Forecast, schedule: Schedule, readings: Readings, total_steps: int
+) -> str:
+    """Why the phases of a run are not known before its first step; empty if they are."""
+    if forecast.source is None or forecast.rates:
+        return ""
+    if not follows_learning_rate(schedule, readings, total_steps):
+        return ""
+    name = type(forecast.source).__name__
+    if isinstance(forecast.source, ReduceLROnPlateau):
+        return (
+            f"{name} lowers the learning rate by what it sees: the transition points follow it "
+            "during the run, and are not known before"
+        )
+    return (
+        f"how often {name} is stepped is not known before the run, and the transition points "
+        f"depend on it: until it is stepped they are those of an unknown learning rate; {WAYS}"
+    )
+
+
 def check_lr_scheduler(source: Any, optimizers: Sequence[Optimizer]) -> None:
     """Raise ValueError for the LR scheduler of an optimizer that is not one of these."""
     one = inner_optimizer(source)
@@ -136,7 +203,7 @@ def _foresee(lr_scheduler: Any, total_steps: int, every: float) -> tuple[float, 
     ahead = _detached(lr_scheduler)
     if ahead is None:
         return ()
-    count = max(1, round(total_steps / every))
+    count = max(1, math.ceil(total_steps / every))
     rates: list[float] = []
     try:
         with warnings.catch_warnings():
@@ -149,7 +216,10 @@ def _foresee(lr_scheduler: Any, total_steps: int, every: float) -> tuple[float, 
             _warn(lr_scheduler, error)
             return ()
         rates += [rates[-1]] * (count - len(rates))
-    return tuple(rates[min(i * count // (POINTS - 1), count - 1)] for i in range(POINTS))
+    last = POINTS - 1
+    return tuple(
+        rates[min(int(i * total_steps / (last * every)), count - 1)] for i in range(POINTS)
+    )
 
 
 def _detached(lr_scheduler: Any) -> Any:

@@ -27,7 +27,7 @@ from dynarank.scheduler.callbacks import (
     stateful_callbacks,
 )
 from dynarank.scheduler.copies import check_picklable
-from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler
+from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler, unknown_rates
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, ask, step_of
@@ -69,6 +69,9 @@ class RankScheduler:
             (``print(dr.survey(model, rank))`` shows which).
         lr_scheduler: the LR scheduler; a copy of it is run ahead to forecast the learning rate. Or
             the learning rates of the run, evenly spaced. None: there is no forecast.
+        lr_every: how many optimizer steps pass from one ``lr_scheduler.step()`` to the next: 1, or
+            ``len(loader)`` if it is stepped once an epoch. None: found out when it is first
+            stepped, unless the length of the LR scheduler tells before.
         moments: how the optimizer's moments are converted, see :func:`dynarank.apply_plan`. With
             ``"calibrated"``, or a ``GradientWindow`` of another length, the last
             gradients of a layer before its change are kept; without any, because the change could
@@ -95,6 +98,7 @@ class RankScheduler:
 
     Warns:
         UserWarning: no layers are named, and no low-rank phase saves 5% of the model's weights.
+        RuntimeWarning: the LR scheduler is stepped at other steps than ``lr_every`` says.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
@@ -117,6 +121,7 @@ class RankScheduler:
         *,
         layers: LayerFilter = None,
         lr_scheduler: Any | Sequence[float] | None = None,
+        lr_every: int | None = None,
         moments: Moments = "project",
         batches: Batches | None = None,
         callbacks: Sequence[CallbackLike] = (),
@@ -131,7 +136,7 @@ class RankScheduler:
             self.moments = GradientWindow(model, self.optimizer)
         self.gradients = self.moments if isinstance(self.moments, GradientWindow) else None
         check_lr_scheduler(lr_scheduler, self.optimizer)
-        self.forecast = Forecast(lr_scheduler, total_steps)
+        self.forecast = Forecast(lr_scheduler, total_steps, lr_every)
         self.callbacks = named_callbacks(callbacks)
         self.last_step = 0
         self.decisions: list[Decision] = []
@@ -144,10 +149,11 @@ class RankScheduler:
         self._seed = torch.initial_seed()
         self._forms_loaded = forms_loaded()
         self._states_checked = False
+        self._told_of_rates = False
         sites = survey(model)
         self._choose_layers(sites, layers, state)
         try:
-            self._budgets.expect(self.phases)
+            self._budgets.expect(self._phases)
             for one in self.callbacks.values():
                 one.on_start(self)
             if state is None:
@@ -170,7 +176,7 @@ class RankScheduler:
         scheduled = scheduled_layers(sites, self.schedule, self.total_steps, named)
         check_held(scheduled, self.optimizer)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
-        check_phases(self.model, phases := self.phases(), sites)
+        check_phases(self.model, phases := self._phases(), sites)
         if named is None and not has_factors(sites):
             warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=3)
 
@@ -180,7 +186,20 @@ class RankScheduler:
         return tuple(self._layers)
 
     def phases(self) -> list[Phase]:
-        """The phases of the whole run, as far as the current readings tell."""
+        """The phases of the whole run, as far as the current readings tell.
+
+        Warns:
+            UserWarning: once, if the schedule follows the learning rate, and how often the LR
+                scheduler is stepped is not known yet: it was not said (``lr_every``).
+        """
+        if not self._told_of_rates:
+            self._told_of_rates = True
+            how = self.forecast, self.schedule, self._readings(), self.total_steps
+            if why := unknown_rates(*how):
+                warnings.warn(why, UserWarning, stacklevel=2)
+        return self._phases()
+
+    def _phases(self) -> list[Phase]:
         return timeline(self.schedule, self._readings(), self.total_steps)
 
     def step(self) -> list[Change]:
@@ -188,7 +207,7 @@ class RankScheduler:
         self.last_step += 1
         forget_replaced(*self.model.modules())
         self._check_states()
-        self._budgets.after_first_step(self.phases)
+        self._budgets.after_first_step(self._phases)
         for one in self.callbacks.values():
             one.after_step(self)
         self.forecast.watch(self.last_step)
@@ -334,7 +353,7 @@ class RankScheduler:
         if all(type(one).__module__.startswith("torch.optim") for one in inner):  # known by class
             return
         sites = survey(self.model)
-        later = [stand_in(phase.plan) for phase in self.phases() if phase.start > self.last_step]
+        later = [stand_in(phase.plan) for phase in self._phases() if phase.start > self.last_step]
         ahead = [site for plan in later for site, _ in differences(self.model, plan, sites)]
         if self.schedule.spectra_every is not None:  # it decides as it goes
             ahead = find_sites(self.model, sites, self._layers).values()

@@ -59,7 +59,8 @@ def _plans(
     """The first step of each plan, found by bisection."""
 
     def plan(step: int) -> Request:
-        return dict(ask(schedule, {}, Clock(step, total_steps), readings).plan)
+        clock = Clock(step, total_steps)
+        return dict(ask(schedule, {}, clock, _seen_at(readings, clock)).plan)
 
     yield 0, plan(0)
     stride = max(1, total_steps // _SAMPLES)
@@ -77,16 +78,19 @@ def _stateful_plans(
     state, last = schedule.start(), None
     for step in range(total_steps):
         clock = Clock(step, total_steps)
-        seen = replace(readings, learning_rate=_rate_at(readings, clock))
-        plan, state, _ = ask(schedule, state, clock, seen)
+        plan, state, _ = ask(schedule, state, clock, _seen_at(readings, clock))
         if plan != last:
             last = dict(plan)
             yield step, last
 
 
-def _rate_at(readings: Readings, clock: Clock) -> float | None:
-    rates = readings.forecast
-    return rates[int(clock.progress * len(rates))] if rates else readings.learning_rate
+def _seen_at(readings: Readings, clock: Clock) -> Readings:
+    """The readings with the learning rate that is forecast for the step."""
+    if not (rates := readings.forecast):
+        return readings
+    # Rounded up: a forecast of at least as many points as steps then gives each step its own rate.
+    at = -(-clock.step * (len(rates) - 1) // clock.total_steps)
+    return replace(readings, learning_rate=rates[at])
 
 
 def _first_difference(plan: Callable[[int], Request], low: int, high: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -14,7 +15,9 @@ from dynarank.layers import Call, choose_execution
 from dynarank.surgery.selection import LayerFilter, RankMap, rank_for, why_left
 from dynarank.surgery.site import Site
 
-__all__ = ["Survey"]
+__all__ = ["Survey", "grouped"]
+
+_K = TypeVar("_K", bound=Hashable)
 
 _PATH, _SHAPE, _NOTE = 32, 14, 30  # columns, 80 with the spaces between them
 _ROWS, _SIDE = 1 << 20, 64  # a large batch: rows of a linear layer, positions of a convolution
@@ -85,26 +88,37 @@ def _outcome(
 
 
 def _lines(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    """The rows, those of like blocks (paths that differ in numbers only) in one line."""
-    groups: dict[tuple[tuple[str, ...], str, str], list[list[str]]] = {}
-    for path, shape, note in rows:
-        parts = path.split(".")
-        like = tuple("" if part.isdigit() else part for part in parts)
-        numbers = [part for part in parts if part.isdigit()]
-        groups.setdefault((like, shape, note), []).append(numbers)
+    """The rows, those of like blocks in one line."""
     lines: list[str] = []
-    for (like, shape, note), numbers in groups.items():
-        times = f" x{len(numbers)}" if len(numbers) > 1 else ""
-        spans = map(_span, zip(*numbers, strict=True))
-        named = ".".join(part or next(spans, "") for part in like) or "(the model)"
+    for name, (shape, note) in grouped((path, (shape, note)) for path, shape, note in rows):
         first, *more = textwrap.wrap(note, _NOTE, break_on_hyphens=False)
-        name = named + times
         if len(name) > _PATH:  # on a line of its own: cut, two layers could look the same
             lines.append(name)
             name = ""
         lines.append(f"{name:{_PATH}} {shape:{_SHAPE}} {first}")
         lines += [" " * (_PATH + _SHAPE + 2) + line for line in more]
     return lines
+
+
+def grouped(rows: Iterable[tuple[str, _K]]) -> list[tuple[str, _K]]:
+    """Rows by path, of like blocks (paths that differ in numbers only, equal rows) one each.
+
+    Example:
+        >>> grouped([("h.0.fc", "8x8"), ("h.1.fc", "8x8"), ("head", "8x2")])
+        [('h.{0..1}.fc x2', '8x8'), ('head', '8x2')]
+    """
+    groups: dict[tuple[tuple[str, ...], _K], list[list[str]]] = {}
+    for path, row in rows:
+        parts = path.split(".")
+        like = tuple("" if part.isdigit() else part for part in parts)
+        groups.setdefault((like, row), []).append([part for part in parts if part.isdigit()])
+    named: list[tuple[str, _K]] = []
+    for (like, row), numbers in groups.items():
+        times = f" x{len(numbers)}" if len(numbers) > 1 else ""
+        spans = map(_span, zip(*numbers, strict=True))
+        name = ".".join(part or next(spans, "") for part in like) or "(the model)"
+        named.append((name + times, row))
+    return named
 
 
 def _span(numbers: tuple[str, ...]) -> str:

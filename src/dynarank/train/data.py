@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from dynarank.sinks.extras import import_extra
+from dynarank.sinks.extras import import_extra, install_command
 from dynarank.train.batches import crop_and_flip
 from dynarank.train.cifar_files import CIFAR10, CIFAR100
 from dynarank.train.draws import epoch_generator
@@ -159,8 +159,8 @@ def _load(files: ImageFiles, standard: str, folder: str | None) -> ImageData:
         raise DataError(
             f"no location is given for {files.name} (DYNARANK_DATA is not set). As --data or "
             f"DYNARANK_DATA, pass (1) a folder with {standard}; (2) an .npz file with x_train, "
-            "y_train, x_test, y_test; or (3) the word hub, to download it (needs pip install "
-            "'dynarank[data]')"
+            "y_train, x_test, y_test; or (3) the word hub, to download it (needs "
+            f"{install_command('data')})"
         )
     hub = place == "hub"
     raw = read_hub(files) if hub else read_files(files, Path(place).expanduser())

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dynarank.sinks.extras import install_command
 from dynarank.train.glue_files import GLUE, read_glue, read_glue_hub
 from dynarank.train.networks import build_network
 from dynarank.train.recipe import Recipe
@@ -127,8 +128,8 @@ def _read(name: str, place: str) -> SentenceData:
         raise DataError(
             f"no location is given for GLUE's {GLUE[name].folder} (DYNARANK_DATA is not set). As "
             f"--data or DYNARANK_DATA, pass (1) a folder with {GLUE[name].folder}/train.tsv and "
-            "dev.tsv, directly or in glue/; or (2) the word hub, to download it (needs pip install "
-            "'dynarank[data]')"
+            "dev.tsv, directly or in glue/; or (2) the word hub, to download it (needs "
+            f"{install_command('data')})"
         )
     return read_glue_hub(name) if place == "hub" else read_glue(name, Path(place).expanduser())
 

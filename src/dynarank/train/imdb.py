@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dynarank.sinks.extras import install_command
 from dynarank.train.imdb_files import read_imdb, read_imdb_hub
 from dynarank.train.networks import build_network
 from dynarank.train.recipe import Recipe
@@ -100,8 +101,8 @@ def _read(place: str) -> SentenceData:
         raise DataError(
             "no location is given for the IMDb reviews (DYNARANK_DATA is not set). As --data or "
             "DYNARANK_DATA, pass (1) the folder aclImdb, aclImdb_v1.tar.gz unpacked, or the folder "
-            "that contains it; or (2) the word hub, to download them (needs pip install "
-            "'dynarank[data]')"
+            "that contains it; or (2) the word hub, to download them (needs "
+            f"{install_command('data')})"
         )
     return read_imdb_hub() if place == "hub" else read_imdb(Path(place).expanduser())
 

@@ -44,7 +44,6 @@ def build_network(recipe: Recipe, known: Mapping[str, Any], **offered: Any) -> n
         options = {**known, **accepted(builder, offered), **recipe.model_options}
         return build_model(recipe.model, **options)
     facts = {**known, **offered}
-    facts |= {_ALSO[name]: value for name, value in facts.items() if name in _ALSO}
     return _build_own(recipe, facts)
 
 
@@ -52,8 +51,10 @@ def _build_own(recipe: Recipe, facts: Mapping[str, Any]) -> nn.Module:
     function, name = recipe.load(recipe.model), f"model {recipe.model!r}"
     if isinstance(function, nn.Module):
         raise RecipeError(f"{name} is a network; name a function or class that makes one")
-    options = {**accepted(function, facts), **recipe.model_options}
-    check_options(function, options, f"{name} with model_options")
+    also = {_ALSO[key]: value for key, value in facts.items() if key in _ALSO}
+    options = {**accepted(function, {**facts, **also}), **recipe.model_options}
+    what = f"{name} with model_options (of the data, {', '.join(facts) or 'nothing'} is known)"
+    check_options(function, options, what)
     with calling(name, recipe.root):
         made = function(**options)
     if not isinstance(made, nn.Module):

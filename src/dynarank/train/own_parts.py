@@ -348,15 +348,14 @@ def make_parts(
         RecipeError: it is something else, or a part is empty.
     """
     train, test = _pair(made, who)
-    parts = [
-        _part(value, f"{who}: the {name} part", batch_size, workers, steps if train_part else None)
-        for value, name, train_part in ((train, "training", True), (test, "test", False))
-    ]
-    if isinstance(parts[0], StreamPart):
-        parts[0] = _with_steps(parts[0], who, steps)
+    first = _part(train, f"{who}: the training part", batch_size, workers)
+    own = isinstance(test, DataLoader)  # any batch size will do
+    second = _part(test, f"{who}: the test part", 0 if own else first.batch_size, workers)
+    if isinstance(first, StreamPart):
+        first = _with_steps(first, who, steps)
     elif steps is not None:
         raise RecipeError(f"{who}: steps_per_epoch is for streams, an epoch is all of this data")
-    return parts[0], parts[1]
+    return first, second
 
 
 def _pair(made: Any, who: str) -> tuple[Any, Any]:
@@ -374,12 +373,12 @@ def _pair(made: Any, who: str) -> tuple[Any, Any]:
     raise RecipeError(f"{who} must return {_WHAT}; it returned {_shown(made)}")
 
 
-def _part(value: Any, who: str, batch_size: int, workers: int, steps: int | None) -> Part:
+def _part(value: Any, who: str, batch_size: int, workers: int) -> Part:
     if isinstance(value, DataLoader):
         part = _of_loader(cast("DataLoader[Any]", value), who, batch_size)
     elif isinstance(value, IterableDataset):
         size = batch_size or _SIZE
-        part = StreamPart(DataLoader(value, size, num_workers=workers), size, steps or 0)
+        part = StreamPart(DataLoader(value, size, num_workers=workers), size, 0)
     elif (fields := _fields(value, who)) is not None:
         part = TensorPart(fields, batch_size or _SIZE)
     elif hasattr(value, "__len__") and hasattr(value, "__getitem__") and not _is_array(value):

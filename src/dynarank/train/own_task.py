@@ -24,16 +24,15 @@ from dynarank.records import Metric
 from dynarank.train.losses import LOSSES, class_scores, default_loss
 from dynarank.train.networks import build_network, sketch_network
 from dynarank.train.own_code import accepted, calling, check_options, is_reference
+from dynarank.train.own_facts import TARGETS, data_facts, split_batch, targets_in_memory
 from dynarank.train.own_metrics import METRICS, Score, default_metric
-from dynarank.train.own_parts import MapPart, Part, TensorPart, make_parts
+from dynarank.train.own_parts import Part, TensorPart, make_parts
 from dynarank.train.recipe import Recipe, reader_of
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.registry import READERS
 from dynarank.train.task import Evaluation, Sketch
 
 __all__ = ["OwnTask", "make_task", "sketch"]
-
-_TARGETS = ("labels", "label", "targets", "target", "y")
 
 
 class OwnTask:
@@ -90,7 +89,7 @@ class OwnTask:
 
     def _choose_loss(self) -> Callable[[Any, Any], Tensor] | None:
         """The loss of outputs and targets; None: the model's own, if it takes the targets."""
-        name, target = self.recipe.loss, _split(self._first)[1]
+        name, target = self.recipe.loss, split_batch(self._first)[1]
         if name is None and isinstance(self._first, Mapping):
             return None
         name = name or default_loss(_tensor_target(target))
@@ -127,7 +126,7 @@ class OwnTask:
         """The name of the loss, if it is a named one of class or real targets."""
         if self._loss is None or (self.recipe.loss and is_reference(self.recipe.loss)):
             return None
-        target = _tensor_target(_split(self._first)[1])
+        target = _tensor_target(split_batch(self._first)[1])
         name = self.recipe.loss or default_loss(target)
         return None if name == "cross-entropy" and target.is_floating_point() else name
 
@@ -138,7 +137,7 @@ class OwnTask:
     @property
     def known(self) -> dict[str, Any]:
         """What a network may want to know of the data, as far as it is known."""
-        return _facts(self._first, self.train)
+        return data_facts(self._first, self.train)
 
     def sample(self) -> Any:
         """The arguments of the forward pass of the first batch."""
@@ -169,7 +168,7 @@ class OwnTask:
 
     def inputs(self, batch: Any) -> Any:
         """The arguments of the forward pass of a batch."""
-        return _split(batch)[0]
+        return split_batch(batch)[0]
 
     def tensors(self) -> Iterator[Tensor]:
         """The examples in memory; of datasets and streams, some of them."""
@@ -182,11 +181,11 @@ class OwnTask:
         function = self.score.function
         if not self.score.is_mean or function is None:
             return loss, loss.detach() if function is None else None
-        score = function(_logits(output).detach().float(), _split(batch)[1])
+        score = function(_logits(output).detach().float(), split_batch(batch)[1])
         return loss, score.detach()
 
     def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        inputs, target = _split(batch)
+        inputs, target = split_batch(batch)
         if self._loss is None:
             return self._model_loss(model, batch)
         output = call_model(model, inputs)
@@ -197,7 +196,7 @@ class OwnTask:
         key = _target_key(batch)
         takes = inspect.signature(model.forward).parameters
         if key is None or (key not in takes and not _takes_any(takes)):
-            inputs, target = _split(batch)
+            inputs, target = split_batch(batch)
             output = call_model(model, inputs)
             name = default_loss(_tensor_target(target))
             return self._checked(self._named_loss(name)(output, target)), output
@@ -234,7 +233,7 @@ class OwnTask:
         for batch in batches:
             with autocast():
                 loss, output = self._forward(model, batch)
-            count, target = _count(batch), _split(batch)[1]
+            count, target = _count(batch), split_batch(batch)[1]
             counted, total = counted + count, total + loss.float().item() * count
             if function is None:
                 continue
@@ -295,12 +294,12 @@ class OwnTask:
 
     def _check_labels(self, model: nn.Module) -> None:
         """Raise an error if a class is one that the network has no output for."""
-        inputs, target = _split(self._first)
+        inputs, target = split_batch(self._first)
         if self._loss_name() != "cross-entropy" or not isinstance(target, Tensor):
             return
         with torch.no_grad():
             outputs = class_scores(_logits(call_model(model, inputs)), target).shape[1]
-        held = _targets_in_memory(self.train, self.test) or [target]
+        held = targets_in_memory(self.train, self.test) or [target]
         for values in (values for values in held if not values.is_floating_point()):
             kept = values[values != -100]
             if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < outputs:
@@ -325,23 +324,8 @@ class OwnTask:
             raise RecipeError(f"the loss of the first batch is {loss.item()}: {why}")
 
 
-def _split(batch: Any) -> tuple[Any, Any]:
-    """The inputs of the forward pass, and the target."""
-    if isinstance(batch, Mapping):
-        named = cast("Mapping[str, Any]", batch)
-        key = _target_key(named)
-        rest = {name: value for name, value in named.items() if name != key}
-        return rest, named[key] if key is not None else None
-    if isinstance(batch, tuple | list):
-        held = cast("list[Any]", batch)
-        if len(held) == 1:
-            return held[0], held[0]
-        return held[0] if len(held) == 2 else tuple(held[:-1]), held[-1]
-    return batch, batch
-
-
 def _target_key(batch: Mapping[str, Any]) -> str | None:
-    return next((name for name in _TARGETS if name in batch), None)
+    return next((name for name in TARGETS if name in batch), None)
 
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
@@ -352,7 +336,7 @@ def _tensor_target(target: Any) -> Tensor:
     if not isinstance(target, Tensor):
         raise RecipeError(
             f"the target of a batch is {type(target).__name__}, no tensor; name an own loss, "
-            f"or give (x, y) or a dict with one of {', '.join(_TARGETS)}"
+            f"or give (x, y) or a dict with one of {', '.join(TARGETS)}"
         )
     return target
 
@@ -373,32 +357,6 @@ def _count(batch: Any) -> int:
     """The number of examples of a batch."""
     leaves = [x for x in tree_leaves(batch) if isinstance(x, Tensor) and x.ndim]
     return len(leaves[0]) if leaves else 1
-
-
-def _targets_in_memory(*parts: Part) -> list[Tensor]:
-    found = [_split(part.fields)[1] for part in parts if isinstance(part, TensorPart)]
-    return [target for target in found if isinstance(target, Tensor)]
-
-
-def _facts(batch: Any, train: Part) -> dict[str, Any]:
-    inputs, target = _split(batch)
-    found: dict[str, Any] = {}
-    if isinstance(inputs, Tensor) and inputs.ndim > 1:
-        found |= {"inputs": inputs[0].numel(), "channels": inputs.shape[1]}
-    if (classes := _classes(target, train)) is not None:
-        found["classes"] = classes
-    return found
-
-
-def _classes(target: Any, train: Part) -> int | None:
-    """The number of classes, or of values to predict."""
-    if isinstance(train, MapPart):
-        named = getattr(train.dataset, "classes", None)
-        return len(named) if isinstance(named, list | tuple) else None
-    if isinstance(target, Tensor) and target.is_floating_point():
-        return target.shape[1] if target.ndim > 1 else 1
-    held = _targets_in_memory(train)
-    return int(held[0].max()) + 1 if held and held[0].numel() else None
 
 
 def make_task(

@@ -29,10 +29,19 @@ from dynarank.train.own_schedule import own_schedule
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.registry import DATA, MODELS, READERS, TEXT_READER
 
-__all__ = ["LR_SCHEDULES", "OPTIMIZERS", "Recipe", "RecipeError", "problems", "reader_of"]
+__all__ = [
+    "LR_SCHEDULES",
+    "OPTIMIZERS",
+    "OWN_KEYS",
+    "Recipe",
+    "problems",
+    "reader_of",
+]
 
 LR_SCHEDULES = ("constant", "multistep", "cosine", "linear", "wsd", "onecycle")
 OPTIMIZERS = ("sgd", "adamw")
+OWN_KEYS = ("data", "model", "loss", "metric", "optimizer", "lr_schedule", "schedules")
+"""The settings that may name own code."""
 
 _Count: TypeAlias = Annotated[int, Field(strict=True, ge=1)]
 _Number: TypeAlias = Annotated[float, Field(strict=True)]
@@ -130,8 +139,9 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        readers = [f"{name}:..." for name in (*READERS, TEXT_READER)]
-        _check_name("data", self.data, DATA, reader_of(self.data) is not None, readers)
+        if set(self.name) & set("/\\\0") or self.name.startswith("."):
+            raise ValueError(f"the name of a recipe is that of its run folders, got {self.name!r}")
+        _check_data(self.data)
         _check_name("model", self.model, MODELS)
         _check_name("optimizer", self.optimizer, OPTIMIZERS)
         _check_name("lr_schedule", self.lr_schedule, LR_SCHEDULES)
@@ -229,9 +239,15 @@ class Recipe(BaseModel):
     @property
     def references(self) -> list[str]:
         """The names of all own code."""
-        names = (self.model, self.loss, self.metric, self.optimizer, self.lr_schedule)
-        data = [] if reader_of(self.data) else [self.data]
-        return [n for n in (*data, *names, *self.schedules) if n is not None and is_reference(n)]
+        return [name for key in OWN_KEYS for name in self.references_of(key)]
+
+    def references_of(self, key: str) -> list[str]:
+        """The names of own code that a setting gives."""
+        value = getattr(self, key)
+        names = [value] if isinstance(value, str) else value or []
+        if key == "data" and reader_of(self.data):
+            return []
+        return [name for name in names if is_reference(name)]
 
     @property
     def schedule_names(self) -> tuple[str, ...]:
@@ -349,10 +365,19 @@ def reader_of(data: str) -> str | None:
     return name if colon and name in (*READERS, TEXT_READER) else None
 
 
-def _check_name(
-    key: str, name: str, known: Iterable[str], able: bool = False, more: Sequence[str] = ()
-) -> None:
-    if name in known or able or is_reference(name):
+def _check_data(name: str) -> None:
+    """Raise ValueError if data is neither built in nor read nor own."""
+    kinds = [*READERS, TEXT_READER]
+    prefix, _, place = name.partition(":")
+    near = difflib.get_close_matches(prefix, kinds, 1, 0.6)
+    if reader_of(name) is None and near and set(place) & set("./\\"):
+        raise ValueError(f"data {name!r}: unknown reader {prefix!r}; did you mean {near[0]!r}?")
+    if reader_of(name) is None:
+        _check_name("data", name, DATA, [f"{kind}:..." for kind in kinds])
+
+
+def _check_name(key: str, name: str, known: Iterable[str], more: Sequence[str] = ()) -> None:
+    if name in known or is_reference(name):
         return
     listed = ", ".join([*known, *more])
     near = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from dynarank.files.reading import DamagedFileError, read_bytes
 from dynarank.train.own_code import calling, importable, load_file, load_object, reference_to
-from dynarank.train.recipe import Recipe, problems
+from dynarank.train.recipe import OWN_KEYS, Recipe, problems
 from dynarank.train.recipe_error import RecipeError
 
 __all__ = ["is_own_recipe", "load_own_recipe"]
@@ -125,11 +125,13 @@ def _made(values: Mapping[str, Any], path: Path, text: str) -> Recipe:
     except ValidationError as error:
         told = "; ".join(_told(path, text, *one) for one in problems(error)[:5])
         raise RecipeError(told) from error
-    try:
-        return recipe.sealed()
-    except RecipeError as error:
-        key = next((k for k, v in values.items() if isinstance(v, str) and v in str(error)), "")
-        raise RecipeError(f"{path}{_line(text, key)}: {error}") from error
+    for key in OWN_KEYS:
+        for reference in recipe.references_of(key):
+            try:
+                recipe.load(reference)
+            except RecipeError as error:
+                raise RecipeError(f"{path}{_line(text, key)}, {key}: {error}") from error
+    return recipe.sealed()
 
 
 def _told(path: Path, text: str, key: str, problem: str) -> str:

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import platform
-from collections import Counter
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from dynarank.cost.flops import count_flops
-from dynarank.form_data import form_to_data
-from dynarank.forms import Change, form_name
+from dynarank.forms import Change
+from dynarank.monitors.spectral import SpectralMonitor
+from dynarank.recording.events import RankEvents, phase_record
+from dynarank.recording.host import commit, hardware, started, versions
+from dynarank.recording.rank_metrics import PICTURES, VALUES, RankMetricsRecorder, evenly
 from dynarank.records import (
-    ChangeRecord,
-    DecisionRecord,
     EpochRecord,
-    PhaseRecord,
     Record,
     RunRecord,
     SummaryRecord,
 )
-from dynarank.train.host import commit, hardware
 from dynarank.train.listener import Listener, Progress
 from dynarank.train.loop import EpochResult, Machine, Trainer
 from dynarank.train.noise import NoiseRecorder
-from dynarank.train.rank_metrics import RankMetricsRecorder
 from dynarank.train.recipe import Recipe
 from dynarank.train.task import Task
 
@@ -40,7 +34,6 @@ def header(
     recipe: Recipe, schedule: str, task: Task, machine: Machine, *, seed: int, epochs: int
 ) -> RunRecord:
     """The first record of a run: its settings and its machine."""
-    names = ("dynarank", "torch", "numpy")
     return RunRecord(
         recipe=recipe.name,
         schedule=schedule,
@@ -51,9 +44,9 @@ def header(
         hardware=hardware(machine.device),
         precision=machine.precision,
         metric=task.metric,
-        versions={name: version(name) for name in names} | {"python": platform.python_version()},
+        versions=versions(),
         commit=commit(),
-        started=datetime.now(UTC).isoformat(timespec="milliseconds"),
+        started=started(),
     )
 
 
@@ -71,16 +64,32 @@ class Recorder:
     ) -> None:
         self.trainer, self.write, self.listener = trainer, write, listener
         trainer.on_phase, trainer.on_step = self._phase, self.step
-        self.rank_metrics = RankMetricsRecorder(trainer, write)
+        self.rank_metrics = self._rank_metrics()
+        self.events = RankEvents(write, lambda step: step / trainer.task.steps_per_epoch)
         self.noise = NoiseRecorder(trainer, write) if trainer.machine.noise else None
         self.memory_bytes = 0
-        self._decisions = 0
         self._results: list[EpochResult] = []
+        self._picture_epochs = frozenset(evenly(range(trainer.epochs + 1), PICTURES))
+
+    def _rank_metrics(self) -> RankMetricsRecorder:
+        trainer, recipe = self.trainer, self.trainer.recipe
+        monitor = SpectralMonitor(
+            trainer.model, rank=recipe.rank, layers=recipe.layers, updates=True, values=VALUES
+        )
+
+        def now() -> tuple[float, int]:
+            return trainer.epochs_done, trainer.done
+
+        layers = trainer.ranks.layers
+        return RankMetricsRecorder(trainer.model, monitor, layers, self.write, now)
+
+    def _read(self, epoch: int) -> None:
+        self.rank_metrics.read(pictures=epoch in self._picture_epochs)
 
     def begin(self) -> None:
         """Record the initial weights."""
         self._decided()
-        self.rank_metrics.read(0)
+        self._read(0)
 
     @property
     def epochs(self) -> int:
@@ -100,7 +109,7 @@ class Recorder:
         """Go on where another recorder was; the trainer's state is loaded before."""
         self.memory_bytes = state["memory_bytes"]
         self._results = [EpochResult(**result) for result in state["results"]]
-        self._decisions = len(self.trainer.ranks.decisions)
+        self.events.known = len(self.trainer.ranks.decisions)
         self.rank_metrics.monitor.load_state_dict(state["rank_metrics"])
         if self.noise is not None:
             self.noise.monitor.load_state_dict(state["noise"])
@@ -119,7 +128,7 @@ class Recorder:
         )
         self.write(record)
         self.listener.epoch(record)
-        self.rank_metrics.read(len(self._results))
+        self._read(len(self._results))
         if self.noise is not None:
             self.noise.read(len(self._results))
 
@@ -158,48 +167,24 @@ class Recorder:
             )
         )
         self._decided()
-        for change in changes:
-            self.write(
-                ChangeRecord(
-                    epoch=trainer.epochs_done,
-                    step=trainer.done,
-                    path=change.path,
-                    before=form_to_data(change.before),
-                    after=form_to_data(change.after),
-                    error=change.error,
-                    update_error=change.update_error,
-                )
-            )
+        self.events.changed(trainer.done, changes)
         if changes:
             self.listener.changed(trainer.epochs_done, changes)
 
     def _decided(self) -> None:
         """Record the schedule's readings and decisions since the last step."""
         self.rank_metrics.decided_by(self.trainer.ranks.spectra)
-        decisions = self.trainer.ranks.decisions
-        for decision in decisions[self._decisions :]:
-            self.write(
-                DecisionRecord(
-                    epoch=decision.step / self.trainer.task.steps_per_epoch,
-                    step=decision.step,
-                    path=decision.path,
-                    form=form_to_data(decision.form),
-                    reason=decision.reason,
-                    readings=dict(decision.readings),
-                )
-            )
-        self._decisions = len(decisions)
+        self.events.decided(self.trainer.ranks.decisions)
 
     def _phase(self, peak_bytes: int) -> None:
-        trainer, parameters = self.trainer, list(self.trainer.model.parameters())
+        trainer = self.trainer
         self.memory_bytes = max(self.memory_bytes, peak_bytes)
         self.write(
-            PhaseRecord(
+            phase_record(
+                trainer.model,
+                trainer.plan,
                 epoch=trainer.epochs_done,
                 step=trainer.done,
-                forms=dict(Counter(form_name(form) for form in trainer.plan.values())),
-                trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-                total_parameters=sum(p.numel() for p in parameters),
                 predicted_flops=trainer.ledger.flops.training,
                 counted_flops=_count(trainer),
                 relative_flops=trainer.ledger.relative_step,

@@ -12,13 +12,14 @@ from torch import nn
 
 from dynarank.decompositions.registry import get_decomposition
 from dynarank.planning.fit_schedule import fit_schedule
+from dynarank.scheduler.budgets import Budgets
 from dynarank.scheduler.rank_scheduler import check_phases
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.dynamic import Budgeted
 from dynarank.schedules.lr_aligned import DynamicRank
 from dynarank.schedules.options import share_within
 from dynarank.schedules.rank_decay import Decay
-from dynarank.schedules.timelines import timeline
+from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.optimizer_state import Optimizers
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
@@ -128,10 +129,10 @@ def check_schedules(
         stepped: Recipe | None = None
         for recipe, name in chosen:
             try:
-                _check(recipe, name, task, epochs * task.steps_per_epoch, measure)
                 if isinstance(task, OwnTask) and recipe is not stepped:
                     model, stepped = task.model(), recipe
                     task.check(model, make_optimizer(recipe, model), autocast)
+                _check(recipe, name, task, epochs * task.steps_per_epoch, measure)
             except ValueError as error:
                 raise RecipeError(f"{recipe.name}, {name}: {error}") from error
 
@@ -146,8 +147,15 @@ def _check(recipe: Recipe, name: str, task: Task, total_steps: int, measure: boo
     optimizer = make_optimizer(recipe, model)
     make_lr_scheduler(recipe, optimizer, total_steps)
     layers = {site.path: site.spec.unit_shape for site in select(sites, recipe.layers)}
-    readings = Readings(layers, recipe.learning_rate, forecast_rates(recipe, total_steps))
+    forecast = forecast_rates(recipe, total_steps)
     schedule = make_schedule(
         recipe, name, model, task.sample(), total_steps, optimizer, measure=measure
     )
-    check_phases(model, timeline(schedule, readings, total_steps), sites)
+    budgets = Budgets(model, lambda: [task.sample()])
+
+    def phases() -> list[Phase]:
+        rate, shares = recipe.learning_rate, budgets.shares(layers)
+        return timeline(schedule, Readings(layers, rate, forecast, flops=shares), total_steps)
+
+    check_phases(model, phases(), sites)
+    budgets.expect(phases)

@@ -1,9 +1,11 @@
-"""Records of a run's rank metrics: spectra every epoch, heatmaps of the weights less often."""
+"""Records of a run's rank metrics: spectra, and less often heatmaps of the weights."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
+
+from torch import nn
 
 from dynarank.monitors.heatmap import heatmap
 from dynarank.monitors.spectral import SpectralMonitor
@@ -11,9 +13,8 @@ from dynarank.records import HeatmapRecord, LayerSpectrum, Record, SpectrumRecor
 from dynarank.schedules.readings import SpectralReading
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
-from dynarank.train.loop import Trainer
 
-__all__ = ["RankMetricsRecorder", "evenly"]
+__all__ = ["PICTURES", "VALUES", "RankMetricsRecorder", "evenly"]
 
 VALUES = 64  # singular values kept per layer
 PICTURES = 10  # epochs with heatmaps, including the start and the end
@@ -23,30 +24,40 @@ _T = TypeVar("_T")
 
 
 class RankMetricsRecorder:
-    """Records spectra and heatmaps of a trainer's weights, without changing the run.
+    """Records spectra and heatmaps of a model's weights, without changing the run.
 
     Args:
-        trainer: the trainer of the run.
+        model: the model.
+        monitor: reads its spectra.
+        layers: the paths of the layers of which a few have heatmaps.
         write: called with each record.
+        now: the epochs and the steps done.
     """
 
-    def __init__(self, trainer: Trainer, write: Callable[[Record], None]) -> None:
-        self.trainer, self.write = trainer, write
-        recipe = trainer.recipe
-        self.monitor = SpectralMonitor(
-            trainer.model, rank=recipe.rank, layers=recipe.layers, updates=True, values=VALUES
-        )
-        self._pictured = evenly(trainer.ranks.layers, PICTURED)
-        self._picture_epochs = frozenset(evenly(range(trainer.epochs + 1), PICTURES))
+    def __init__(
+        self,
+        model: nn.Module,
+        monitor: SpectralMonitor,
+        layers: Sequence[str],
+        write: Callable[[Record], None],
+        now: Callable[[], tuple[float, int]],
+    ) -> None:
+        self.model, self.monitor, self.write, self.now = model, monitor, write, now
+        self._pictured = evenly(layers, PICTURED)
 
-    def read(self, epoch: int) -> None:
-        """Record the weights after this many epochs."""
+    def read(self, *, pictures: bool) -> None:
+        """Record the weights as they are."""
         self._write(self.monitor.read())
-        if epoch in self._picture_epochs:
-            sites = select(survey(self.trainer.model), lambda module, path: path in self._pictured)
-            pictures = {site.path: _short(heatmap(site.effective())) for site in sites}
-            done, step = self.trainer.epochs_done, self.trainer.done
-            self.write(HeatmapRecord(epoch=done, step=step, layers=pictures))
+        if pictures:
+            sites = select(survey(self.model), lambda module, path: path in self._pictured)
+            found = {site.path: _short(heatmap(site.effective())) for site in sites}
+            done, step = self.now()
+            self.write(HeatmapRecord(epoch=done, step=step, layers=found))
+
+    def step(self) -> None:
+        """Count an optimizer step, and record the spectra if a reading is due."""
+        if (readings := self.monitor.step()) is not None:
+            self._write(readings)
 
     def decided_by(self, readings: Mapping[str, SpectralReading]) -> None:
         """Record the readings on which the schedule decides, before it changes anything."""
@@ -54,7 +65,7 @@ class RankMetricsRecorder:
             self._write(readings)
 
     def _write(self, readings: Mapping[str, SpectralReading]) -> None:
-        done, step = self.trainer.epochs_done, self.trainer.done
+        done, step = self.now()
         layers = {path: LayerSpectrum(**vars(reading)) for path, reading in readings.items()}
         self.write(SpectrumRecord(epoch=done, step=step, layers=layers))
 

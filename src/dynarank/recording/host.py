@@ -1,15 +1,18 @@
-"""The hardware and the commit that a run used."""
+"""The hardware, the versions and the commit that a run used."""
 
 from __future__ import annotations
 
+import platform
 import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from dynarank.cost.timing import cpu_model
 
-__all__ = ["commit", "hardware"]
+__all__ = ["commit", "hardware", "started", "versions"]
 
 
 def hardware(device: torch.device) -> str:
@@ -18,6 +21,17 @@ def hardware(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{cpu_model()}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of this package, of torch, numpy and Python."""
+    names = ("dynarank", "torch", "numpy")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def started() -> str:
+    """The time now, for the header of a run."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def commit() -> str | None:
