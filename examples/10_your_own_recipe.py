@@ -1,4 +1,4 @@
-"""A recipe of your own: `dynarank train examples/10_your_own_recipe.py` trains it, and so does this file.
+"""A recipe of your own: `dynarank train 10_your_own_recipe.py` trains it, and so does this file.
 
 Data with a random transform, a network, a metric and a rank schedule, each a function or class;
 `dynarank plan`, `probe`, `compare` and `sweep` take the file too.
