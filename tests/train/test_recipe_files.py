@@ -130,6 +130,28 @@ def test_python_files_and_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             load_recipe(f"{path}:{name}")
 
 
+def test_a_recipe_in_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "pack_of_nets"
+    package.mkdir()
+    for name, text in {
+        "__init__.py": "",
+        "sizes.py": "WIDTH = 32\n",
+        "nets.py": "from torch import nn\nfrom .sizes import WIDTH\n"
+        "def net(inputs, classes): return nn.Sequential(nn.Linear(inputs, WIDTH), "
+        "nn.Linear(WIDTH, classes))\n",
+        "recipes.py": "from .nets import net\n"
+        "small = dict(data='digits', model=net, epochs=1, learning_rate=0.1)\n",
+    }.items():
+        (package / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("pack_of_nets.recipes:small")
+    assert (recipe.name, recipe.model) == ("recipes", "pack_of_nets.nets:net")
+    assert recipe.folder == str(tmp_path) and recipe.sources is not None
+    assert recipe.sources.keys() == {"pack_of_nets/nets.py", "pack_of_nets/sizes.py"}
+    monkeypatch.chdir("/")
+    assert recipe.load(recipe.model).__name__ == "net"
+
+
 def test_settings_are_checked_as_a_file_is(tmp_path: Path) -> None:
     recipe = own(tmp_path)
     changed = recipe.with_settings({"rank.value": 0.25, "model_options.width": 32, "epochs": 5})

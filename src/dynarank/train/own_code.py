@@ -31,6 +31,7 @@ __all__ = [
     "is_reference",
     "load_file",
     "load_object",
+    "package_root",
     "reference_to",
     "source_digests",
 ]
@@ -269,7 +270,9 @@ def reference_to(value: Any, folder: Path) -> str:
     name, module = getattr(value, "__qualname__", ""), getattr(value, "__module__", "") or ""
     path = _file_of(sys.modules[module]) if module in sys.modules else None
     inside = path is not None and _inside(path, [str(folder.resolve())])
+    in_package = "." in module  # which may have relative imports
     place = path.relative_to(folder.resolve()).as_posix() if path and inside else module
+    place = module if in_package else place
     if (module == "__main__" and path is None) or not is_reference(f"{place}:{name}"):
         raise RecipeError(_unnamed(value))
     if load_object(f"{place}:{name}", folder) is not value:
@@ -302,7 +305,7 @@ def source_digests(references: Iterable[str], folder: Path) -> dict[str, str]:
         module = load_file(folder / place) if place.endswith(".py") else _import(place, folder)
         path = _file_of(module)
         if path is not None and not _INSTALLED & set(path.parts) and not _standard(path):
-            _collect(path, {root, path.parent, _top(module, path)}, found)
+            _collect(path, {root, path.parent, package_root(module, path)}, found)
     named = {Path(os.path.relpath(path, root)).as_posix(): found[path] for path in found}
     return dict(sorted(named.items()))
 
@@ -311,7 +314,7 @@ def _standard(path: Path) -> bool:
     return path.is_relative_to(Path(hashlib.__file__).resolve().parent)
 
 
-def _top(module: ModuleType, path: Path) -> Path:
+def package_root(module: ModuleType, path: Path) -> Path:
     """The folder that holds the package of a module."""
     depth = module.__name__.count(".") + (path.name == "__init__.py")
     return path.parents[min(depth, len(path.parents) - 1)]

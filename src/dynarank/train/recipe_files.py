@@ -15,7 +15,14 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from dynarank.files.reading import DamagedFileError, read_bytes
-from dynarank.train.own_code import calling, importable, load_file, load_object, reference_to
+from dynarank.train.own_code import (
+    calling,
+    importable,
+    load_file,
+    load_object,
+    package_root,
+    reference_to,
+)
 from dynarank.train.recipe import OWN_KEYS, Recipe, problems
 from dynarank.train.recipe_error import RecipeError
 
@@ -62,7 +69,7 @@ def _from_toml(path: Path) -> Recipe:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path}: {error}; this is not TOML") from error
-    return _made(values, path, text)
+    return _made(values, path, text, path.resolve().parent)
 
 
 def _from_python(path: Path, attribute: str) -> Recipe:
@@ -78,14 +85,22 @@ def _from_module(name: str, attribute: str) -> Recipe:
     value = load_object(f"{name}:{attribute}", folder)
     with importable(folder):
         module = __import__(name, fromlist=[""])
-    path = Path(getattr(module, "__file__", None) or folder / f"{name}.py")
-    return _of_value(value, path, f"{name}:{attribute}")
+    path = Path(getattr(module, "__file__", None) or folder / f"{name}.py").resolve()
+    return _of_value(value, path, f"{name}:{attribute}", package_root(module, path))
 
 
-def _of_value(value: Any, path: Path, where: str) -> Recipe:
-    """The recipe that an object in a Python file is, or returns."""
+def _of_value(value: Any, path: Path, where: str, root: Path | None = None) -> Recipe:
+    """The recipe that an object in a Python file is, or returns.
+
+    Args:
+        value: the object.
+        path: the file.
+        where: the object's name, for messages.
+        root: the folder that the recipe's files and modules are in; None: the file's.
+    """
+    root = path.resolve().parent if root is None else root
     if callable(value) and not isinstance(value, type):
-        with calling(where, path.resolve().parent):
+        with calling(where, root):
             value = value()
     if isinstance(value, Recipe):
         value = value.model_dump(exclude_unset=True)
@@ -95,22 +110,23 @@ def _of_value(value: Any, path: Path, where: str) -> Recipe:
             f"{value!r}"
         )
     named = dict(cast("Mapping[str, Any]", value))
-    return _made({key: _named(key, one, path) for key, one in named.items()}, path, "")
+    named = {key: _named(key, one, path, root) for key, one in named.items()}
+    return _made({**named, "name": named.get("name") or path.stem}, path, "", root)
 
 
-def _named(key: str, value: Any, path: Path) -> Any:
+def _named(key: str, value: Any, path: Path, root: Path) -> Any:
     """A setting with references in place of functions and classes."""
     if isinstance(value, tuple | list):
-        return [_named(key, one, path) for one in cast("list[Any]", value)]
+        return [_named(key, one, path, root) for one in cast("list[Any]", value)]
     if not callable(value):
         return value
     try:
-        return reference_to(value, path.resolve().parent)
+        return reference_to(value, root)
     except RecipeError as error:
         raise RecipeError(f"{path}, {key}: {error}") from error
 
 
-def _made(values: Mapping[str, Any], path: Path, text: str) -> Recipe:
+def _made(values: Mapping[str, Any], path: Path, text: str, root: Path) -> Recipe:
     """The recipe of a file, with the digests of its own code.
 
     Raises:
@@ -119,7 +135,7 @@ def _made(values: Mapping[str, Any], path: Path, text: str) -> Recipe:
     for key in ("folder", "sources"):
         if key in values:
             raise RecipeError(f"{path}{_line(text, key)}: {key} is found by itself; leave it out")
-    given = {"name": path.stem, **values, "folder": str(path.resolve().parent)}
+    given = {"name": path.stem, **values, "folder": str(root)}
     try:
         recipe = Recipe.model_validate(given)
     except ValidationError as error:
