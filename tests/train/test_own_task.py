@@ -338,3 +338,16 @@ def test_a_network_that_reads_values_is_sketched_and_trained(tmp_path: Path) -> 
     drawn = sketch(recipe)
     assert not drawn.sample.is_meta
     run(recipe, tmp_path / "run")
+
+
+def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    recipe = own(tmp_path / "one", "noisy")
+    with pytest.raises(Interrupted):
+        run(recipe, tmp_path / "one" / "run", stop=stopping(3))
+    (tmp_path / "one").rename(tmp_path / "two")
+    moved = load_recipe(str(tmp_path / "two" / "my.toml")).with_settings({"num_workers": 1})
+    run(moved, tmp_path / "two" / "run")
+    assert read_run(tmp_path / "two" / "run").summary is not None
+    with pytest.raises(RecipeError, match=r"net.py is not there"):
+        run(recipe, tmp_path / "two" / "run")

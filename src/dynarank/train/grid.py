@@ -16,6 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from pydantic_core import to_jsonable_python
+
 from dynarank.files.atomic import write_text
 from dynarank.files.json_data import parse_json
 from dynarank.files.ownership import move_aside, owned
@@ -38,6 +40,12 @@ __all__ = [
 ]
 
 COMMON = "common.json"
+_NO_SETTINGS = ("summary", "folder", "num_workers")  # of a recipe
+_DEFAULTS: dict[str, Any] = {
+    name: to_jsonable_python(field.get_default(call_default_factory=True))
+    for name, field in Recipe.model_fields.items()
+    if not field.is_required()
+}
 _FILES = ("config.json", "records.jsonl", "model.safetensors")
 _NOTES = ("data", "log")  # where data was and what was logged: they make no other experiment
 _MARKS = {"config.json": (b'"recipe"', b'"schedule"'), "records.jsonl": (b'"kind"', b'"run"')}
@@ -142,12 +150,16 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]
 
 
 def _recipe_differences(there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """The differences of two recipes; of two names, no other. The summary is no setting."""
+    """The differences of two recipes; of two names, no other.
+
+    A key that an older version did not know has its default.
+    """
+    there, asked = {**_DEFAULTS, **there}, {**_DEFAULTS, **asked}
     names = ["name"] if there.get("name") != asked["name"] else [*there, *asked]
     return [
         f"recipe.{name}: {there.get(name)} there, {asked.get(name)} now"
         for name in dict.fromkeys(names)
-        if name != "summary" and there.get(name) != asked.get(name)
+        if name not in _NO_SETTINGS and there.get(name) != asked.get(name)
     ]
 
 
