@@ -165,7 +165,8 @@ def scaled(files: WeightFiles, name: str) -> Claim | None:
     factor = 1 / 127 if scale.endswith("SCB") else 1.0  # bitsandbytes keeps the largest of each row
 
     def read(index: int | None) -> Tensor:
-        weight = files.read(name, index).float()
+        weight = files.read(name, index)
+        weight = weight.clone() if stored.dtype == torch.float32 else weight.float()
         by = as_scale(files.read(scale, index if own else None)) * factor
         return multiply_blocks_(weight.flatten(1), by, block).reshape(shape)
 
