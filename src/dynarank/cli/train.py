@@ -42,6 +42,7 @@ from dynarank.cli.train_settings import TrainSettings, find_train
 from dynarank.files.ownership import new_folder
 from dynarank.records import Metric, PhaseRecord, Run, SummaryRecord
 from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
+from dynarank.report.verdict import verdict
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.checkpoint_plan import CheckpointPlan
 from dynarank.train.recipes import RecipeError
@@ -189,6 +190,7 @@ def _print_result(
             f"Every schedule ran at the recipe's learning rate, {settings.recipe.learning_rate:g}. "
             "Low-rank networks often want another than full-rank ones: tune it for each schedule."
         )
+    terminal.print(verdict(list(runs.values())), markup=False)
     terminal.print(
         f"Run folder: {folder}" + (f"; report: {report}" if report else ""), markup=False
     )

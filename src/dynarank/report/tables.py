@@ -52,9 +52,8 @@ def cost_table(runs: Sequence[Run]) -> Html:
     Where no run has a score, its last losses stand in their place.
     """
     metric = runs[0].header.metric
-    results = (
-        (f"test {metric.name}", "best") if has_scores(runs) else ("test loss", "training loss")
-    )
+    scored = has_scores(runs)
+    results = (f"test {metric.name}", "best") if scored else ("test loss", "training loss")
     columns = (
         "schedule",
         *results,
