@@ -10,7 +10,7 @@ import pytest
 from report_pages import Page, runs_of
 from report_runs import PERPLEXITY, write_run
 
-from dynarank.records import ChangeRecord, EpochRecord, read_run
+from dynarank.records import ChangeRecord, EpochRecord, SpectrumRecord, read_run
 from dynarank.report.annotations import MOST_LABELS, change_markers
 from dynarank.report.colors import schedule_colors
 from dynarank.report.cost_quality import cost_quality_figure
@@ -171,6 +171,13 @@ def test_spectra_over_time_are_a_line_a_moment(tmp_path):
         spectra_over_time_figure(read_run(write_run(tmp_path / "none", "low-rank")))
 
 
+def test_spectra_read_twice_at_an_epoch_are_two_lines(tmp_path):
+    run = read_run(write_run(tmp_path, pictures=True))
+    run.records.append(run.all(SpectrumRecord)[-1])
+    first = spectra_over_time_figure(run, readings=14).axes[0]
+    assert len(first.get_lines()) == 14 + 1
+
+
 def test_heatmaps_are_on_one_scale_a_layer(tmp_path):
     run = read_run(write_run(tmp_path, pictures=True))
     panels = heatmaps_figure(run, layers=2, readings=3).axes
@@ -280,6 +287,22 @@ def test_svg_ids_of_two_figures_differ(three):
     figure = curves_figure(runs_of(three))
     ids = [set(Page(inline_svg(figure, prefix)).ids) for prefix in ("a", "b")]
     assert not ids[0] & ids[1]
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_a_long_legend_takes_no_height_from_the_curves(tmp_path, count):
+    from dynarank.records import Run
+
+    run = read_run(write_run(tmp_path, "low-rank"))
+    names = [f"own schedule {i}" for i in range(count)]
+    runs = [
+        Run(run.folder, {}, [run.header.model_copy(update={"schedule": n}), *run.records[1:]])
+        for n in names
+    ]
+    for figure in (curves_figure(runs, columns=1), cost_quality_figure(runs, columns=1)):
+        figure.draw_without_rendering()
+        tall = max(axes.get_window_extent().height for axes in figure.axes)
+        assert tall / figure.dpi > 1.8, "inches"
 
 
 def test_names_in_the_cost_figure_cover_neither_names_nor_points(tmp_path):

@@ -9,8 +9,9 @@ from report_pages import Page, page_of, runs_of
 from report_runs import write_own_run, write_run
 
 from dynarank.records import EpochRecord, Run, SpectrumRecord, read_run
+from dynarank.report import write_report
 from dynarank.report.curves import curves_figure
-from dynarank.report.figures import figures_of
+from dynarank.report.figures import figures_of, write_figures
 from dynarank.report.page import build_page
 from dynarank.report.rank_metrics import rank_metrics_figure
 
@@ -39,6 +40,12 @@ def test_a_loop_that_does_not_say_its_length_has_none(tmp_path):
     run = read_run(write_own_run(tmp_path, finished=False))
     run.records[0] = run.header.model_copy(update={"epochs": 0})
     assert "mine stopped at epoch 3." in shown(run).text
+
+
+def test_folders_may_be_strings(tmp_path):
+    write_own_run(tmp_path)
+    assert write_report(str(tmp_path), str(tmp_path / "page.html")).is_file()
+    assert write_figures(str(tmp_path), str(tmp_path / "figures"), ["svg"])
 
 
 def test_runs_with_and_without_scores_share_a_page(tmp_path):

@@ -258,6 +258,14 @@ def test_the_order_of_the_runs_does_not_matter():
     assert verdict(runs) == verdict(runs[::-1])
 
 
+def test_a_plain_model_is_full_rank():
+    plain = run("none", test_loss=0.5, flops=1.0)
+    plain.records[1] = plain.records[1].model_copy(update={"forms": {}})
+    assert verdict([plain, run("mine", test_loss=0.4)]) == (
+        f"Test loss: mine was 0.1 better than none at 0.29x the FLOPs, {AT_ONE}"
+    )
+
+
 def test_without_scipy_nothing_is_tested(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     runs = [*seeds("full-rank", 0.95, 0.951), *seeds("low-rank", 0.90, 0.901)]

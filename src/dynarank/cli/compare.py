@@ -46,6 +46,7 @@ from dynarank.report.formats import (
     seconds_text,
     spread_text,
 )
+from dynarank.report.verdict import verdict
 from dynarank.train.grid import Job
 from dynarank.train.recipes import RecipeError, load_recipe
 
@@ -134,6 +135,7 @@ def _print_result(
         print(json.dumps(result, indent=2))
         return
     _show(terminal, title, metric, grouped)
+    terminal.print(verdict([run for runs in grouped.values() for run in runs]), markup=False)
     for sentence in sentences:
         terminal.print(sentence)
     terminal.print(f"Runs: {folder}" + (f"; report: {page}" if page else ""), markup=False)

@@ -66,7 +66,8 @@ def plan(
     """Show what RECIPE costs, per layer and per phase: form, rank, parameters, FLOPs, memory.
 
     FLOPs are of matrix products and convolutions in forward and backward pass (1 multiply-add = 2),
-    relative to full-rank training. Nothing is trained and no data is read. With --measure, each
+    relative to full-rank training. Nothing is trained, and no data is read but a batch of your
+    own. With --measure, each
     layer's forms are timed on this machine, to find layers that run faster at full rank.
     """
     chosen = load_recipe(recipe)
@@ -101,9 +102,11 @@ def plan(
         show_timings(terminal, use, timings, machine)
     for line in _remarks(chosen, drawn.model, layers, use, cost):
         terminal.print(line)
+    if drawn.read:
+        terminal.print(f"Read: {drawn.read}.", markup=False)
 
 
-# Steps per epoch depend on the data, which is not read: phases are planned in thousandths of an
+# Steps per epoch depend on the data. Where it is not read, phases are planned in thousandths of an
 # epoch or, for a stateful schedule, which must be queried step by step, in 10,000ths of the run.
 _FINE, _STEPS = 1000, 10_000
 _COLUMNS = 3  # phases of which the table of layers shows each
@@ -112,16 +115,16 @@ _COLUMNS = 3  # phases of which the table of layers shows each
 def _cost(
     recipe: Recipe, name: str, use: ModelUse, layers: list[str], drawn: Sketch
 ) -> ScheduleCost:
-    coarse = max(1, _STEPS // recipe.epochs)
+    coarse = drawn.steps_per_epoch or max(1, _STEPS // recipe.epochs)
     schedule = make_schedule(recipe, name, drawn.model, drawn.sample, recipe.epochs * coarse)
-    scale = coarse if schedule.stateful else _FINE
+    scale = coarse if schedule.stateful or drawn.steps_per_epoch else _FINE
     return cost_schedule(
         use,
         schedule,
         layers,
         recipe.epochs * scale,
         optimizer_slots=optimizer_slots(recipe),
-        forecast=forecast_rates(recipe),
+        forecast=forecast_rates(recipe, recipe.epochs * scale),
     )
 
 

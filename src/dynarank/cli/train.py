@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from dynarank.cli.interruption import GoOn
-from dynarank.cli.job_runner import JobRunner
+from dynarank.cli.job_runner import JobRunner, not_writable
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import (
     BudgetOption,
@@ -42,6 +42,7 @@ from dynarank.cli.train_settings import TrainSettings, find_train
 from dynarank.files.ownership import new_folder
 from dynarank.records import Metric, PhaseRecord, Run, SummaryRecord
 from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
+from dynarank.report.verdict import verdict
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.checkpoint_plan import CheckpointPlan
 from dynarank.train.recipes import RecipeError
@@ -161,7 +162,10 @@ def _place(settings: TrainSettings, runner: JobRunner) -> Path:
                     f"{folder} was interrupted: it goes on (--out for another)", markup=False
                 )
                 return folder
-    return new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        return new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    except OSError as error:
+        raise not_writable(Path("runs"), error) from error
 
 
 def _print_result(
@@ -186,6 +190,7 @@ def _print_result(
             f"Every schedule ran at the recipe's learning rate, {settings.recipe.learning_rate:g}. "
             "Low-rank networks often want another than full-rank ones: tune it for each schedule."
         )
+    terminal.print(verdict(list(runs.values())), markup=False)
     terminal.print(
         f"Run folder: {folder}" + (f"; report: {report}" if report else ""), markup=False
     )

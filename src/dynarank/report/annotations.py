@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dynarank.records import Run
 from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
-from dynarank.report.theme import NEUTRAL
+from dynarank.report.theme import INK, NEUTRAL
 from dynarank.report.transition_points import Span, spans, transition_points
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _levels(
 def shade_phases(axes: Axes, run: Run) -> None:
     """Shade the phases behind everything else: the darker, the more layers have the form.
 
-    A run of one phase is left white: there is nothing to tell apart.
+    A run of one phase is left white: there is no other to mark it off from.
     """
     stretches = _thinned(spans(run))
     if len(stretches) < 2:
@@ -114,7 +114,7 @@ def shade_phases(axes: Axes, run: Run) -> None:
                 axes.axvspan(
                     span.start, span.end,
                     facecolor=FORM_COLORS[form][0], alpha=PALE * share, linewidth=0, zorder=0,
-                    hatch=FORM_HATCHES.get(form), edgecolor="#ffffff",
+                    hatch=FORM_HATCHES.get(form), edgecolor=INK,
                 )  # fmt: skip
 
 

@@ -38,8 +38,8 @@ MOST_SCHEDULES = 6  # side by side, in figures with one panel per schedule
 
 
 def write_figures(
-    folder: Path,
-    target: Path,
+    folder: str | Path,
+    target: str | Path,
     formats: Sequence[str] = FORMATS[:2],
     *,
     warn: Callable[[str], None] = warnings.warn,
@@ -63,7 +63,8 @@ def write_figures(
         asked = ", ".join(unknown) or "none"
         raise ValueError(f"figures are written as {', '.join(FORMATS)}; asked for: {asked}")
     require_matplotlib()
-    found, unreadable = read_runs(folder)
+    target = Path(target)
+    found, unreadable = read_runs(Path(folder))
     for told in unreadable:
         warn(told)
     runs = comparable(found)

@@ -118,7 +118,7 @@
     const hatch = draw(draw(svg, "defs", {}), "pattern", {
       id: "moving-hatch", width: 5, height: 5, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)",
     });
-    draw(hatch, "line", { x1: 0, x2: 0, y1: 0, y2: 5, stroke: "var(--page)", "stroke-width": 3 });
+    draw(hatch, "line", { x1: 0, x2: 0, y1: 0, y2: 5, stroke: "var(--ink)", "stroke-width": 2.5, opacity: 0.6 });
     for (const [start, end, form, rank] of layer.forms) {
       const place = { x: x(start), width: Math.max(x(end) - x(start), 1), y: bottom + 4, height: 14 };
       const band = draw(svg, "rect", {

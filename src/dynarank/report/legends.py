@@ -10,7 +10,7 @@ from dynarank.records import Run
 from dynarank.report.annotations import PALE
 from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.plotting import depth_colormap, display_names
-from dynarank.report.theme import NEUTRAL
+from dynarank.report.theme import INK, NEUTRAL
 from dynarank.report.transition_points import spans
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def form_patch(form: str, alpha: float = 1) -> Artist:
 
     color = FORM_COLORS[form][0] if form in FORM_COLORS else NEUTRAL
     hatch = FORM_HATCHES.get(form)
-    return Patch(facecolor=color, edgecolor="#ffffff", alpha=alpha, hatch=hatch, linewidth=0)
+    return Patch(facecolor=color, edgecolor=INK, alpha=alpha, hatch=hatch, linewidth=0)
 
 
 def labels_with_counts(grouped: Mapping[str, Sequence[Run]]) -> list[str]:
@@ -65,13 +65,14 @@ def phase_entries(runs: Sequence[Run]) -> list[LegendEntry]:
 
 
 def legend_below(figure: Figure, entries: Sequence[LegendEntry]) -> None:
-    """Place the legend below the figure, in as many columns as fit its width."""
+    """Place the legend below the figure, in as many columns as fit; further rows add height."""
     if not entries:
         return
     handles, labels = zip(*entries, strict=True)
     widest = max(len(label) for label in labels) * 0.068 + 0.55  # inches
     fitting = max(1, int(figure.get_figwidth() / widest))
     rows = math.ceil(len(entries) / fitting)
+    figure.set_figheight(figure.get_figheight() + 0.18 * (rows - 1))  # not taken from the axes
     figure.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(entries) / rows))
 
 

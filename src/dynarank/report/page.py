@@ -27,7 +27,10 @@ _SCRIPTS = ("page.js", "layer_viewer.js")
 
 
 def write_report(
-    folder: Path, output: Path | None = None, *, warn: Callable[[str], None] = warnings.warn
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Path:
     """Write the report of the runs at or below ``folder`` and return its path.
 
@@ -45,9 +48,10 @@ def write_report(
 
     """
     require_matplotlib()
+    folder = Path(folder)
     runs, unreadable = read_runs(folder)
     page = build_page(runs, unreadable, warn)
-    output = folder / "report.html" if output is None else output
+    output = folder / "report.html" if output is None else Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, page)
     return output

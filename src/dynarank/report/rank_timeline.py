@@ -10,7 +10,7 @@ from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
 from dynarank.report.layer_forms import FormSpan, layer_forms
 from dynarank.report.legends import LegendEntry, form_patch, legend_below
 from dynarank.report.plotting import display_name, display_names, new_figure, styled
-from dynarank.report.theme import NEUTRAL
+from dynarank.report.theme import INK, NEUTRAL
 from dynarank.report.thinning import evenly
 from dynarank.report.transition_points import last_epoch
 
@@ -112,7 +112,7 @@ def _boxes(axes: Axes, boxes: Sequence[_Box], form: str, opacity: float) -> None
     color = FORM_COLORS[form][0] if form in FORM_COLORS else NEUTRAL
     hatch = FORM_HATCHES.get(form)
     shape = PathPatch(Path(corners, codes), facecolor=color, alpha=opacity, linewidth=0)
-    shape.set(hatch=hatch, edgecolor="#ffffff")  # the hatch is the page showing through
+    shape.set(hatch=hatch, edgecolor=INK)
     axes.add_patch(shape)
 
 

@@ -22,7 +22,7 @@ from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure, has_curves
 from dynarank.report.decisions import decisions_table
 from dynarank.report.figures import MOST_SCHEDULES
-from dynarank.report.formats import joined
+from dynarank.report.formats import joined, plural
 from dynarank.report.grouping import (
     by_schedule,
     final_scores,
@@ -51,6 +51,7 @@ __all__ = ["sections"]
 
 # The sections that use the words for forms and changes, in order.
 _IN_TERMS = ("Learning curves", "Rank of each layer over time", "Phases", "Changes of form")
+_MOST_SENTENCES = 8  # of the statistical comparison, beyond which they are folded
 _Build = Callable[[Sequence[Run]], Iterable[Html]]
 
 
@@ -164,7 +165,10 @@ def _quality(runs: Sequence[Run]) -> Html:
         )
     heading = element("h3", "Statistical comparison")
     figure = _figure("cost", lambda narrow: cost_quality_figure(runs, 1 if narrow else 3), caption)
-    return Html(heading + element("ul", *told, class_="sentences") + figure)
+    listed = element("ul", *told, class_="sentences")
+    if len(told) > _MOST_SENTENCES:
+        listed = details(f"Each with each: {plural(len(scores), 'schedule')}", listed)
+    return Html(heading + listed + figure)
 
 
 def _curves(runs: Sequence[Run]) -> list[Html]:
@@ -215,8 +219,9 @@ def _timeline(runs: Sequence[Run], which: str) -> list[Html]:
     if not timed:
         return []
     caption = (
-        "One bar per layer, the first layer at the top. The color is the form; the darker it is, "
-        "the larger the rank as a share of the layer's full rank." + which
+        "One bar per layer, the first layer at the top. The gray is the form, hatched where "
+        "adapted; the stronger it is, the larger the rank as a share of the layer's full rank."
+        + which
     )
     figure = _figure("rank-timeline", lambda narrow: rank_timeline_figure(timed, narrow), caption)
     return [figure]

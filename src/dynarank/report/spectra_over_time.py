@@ -50,14 +50,15 @@ def spectra_over_time_figure(run: Run, layers: int = 6, readings: int = 6) -> Fi
     rows = -(-len(names) // columns)
     figure = new_figure(max(4.6, 3.1 * columns), 2.5 * rows + 0.4)
     grid = list(figure.subplots(rows, columns, squeeze=False, sharey=True, sharex=True).flat)
-    colors = depth_colors([number(record.epoch) for record in records])
+    colors = list(depth_colors([str(index) for index in range(len(records))]).values())
     for axes, name, shown in zip(grid, names, display_names(names, 28), strict=False):
-        _panel(axes, name, records, list(colors.values()))
+        _panel(axes, name, records, colors)
         axes.set_title(shown)
     for axes in grid[len(names) :]:
         axes.set_visible(False)
     _label(grid, columns, len(names))
-    legend_below(figure, [(line(color), f"epoch {at}") for at, color in colors.items()])
+    epochs = [f"epoch {number(record.epoch)}" for record in records]
+    legend_below(figure, [(line(c), at) for c, at in zip(colors, epochs, strict=True)])
     figure.suptitle(display_name(run.header.schedule), fontsize=9)
     return figure
 

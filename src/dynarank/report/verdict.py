@@ -124,7 +124,7 @@ def _kind(name: str, runs: Sequence[Run]) -> Literal["full-rank", "fixed", "dyna
     forms = set().union(*phases)
     if changed:
         return "dynamic"
-    if forms == {"full-rank"} or (not forms and name == "full-rank"):
+    if forms <= {"full-rank"} and (phases or name == "full-rank"):
         return "full-rank"
     return "fixed"
 
@@ -133,7 +133,8 @@ def _alone(one: _Schedule, metric: Metric) -> str:
     score = _written(one.mean, metric)
     result = f"{score} test {metric.name}" if metric.percent else f"a test {metric.name} of {score}"
     cost = "" if one.kind == "full-rank" else _cost(one, None)
-    return f"{one.name} reached {result}{cost} (n = {one.n}), with no other schedule to compare it with"
+    told = f"{one.name} reached {result}{cost} (n = {one.n})"
+    return f"{told}, with no other schedule to compare it with"
 
 
 def _unscored(found: Sequence[_Schedule]) -> str:
