@@ -38,7 +38,7 @@ def test_the_code_runs(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("page", with_blocks("toml"), ids=name)
 def test_a_recipe_is_one(page: Path) -> None:
     for text in blocks(page, "toml"):
-        assert Recipe(name="page", **tomllib.loads(text)).summary
+        assert Recipe(name="page", **tomllib.loads(text)).data
 
 
 @pytest.mark.parametrize("page", [page for page in DOCUMENTS if commands(page)], ids=name)

@@ -21,6 +21,7 @@ ARGUMENTS = {
     "05_custom_decomposition": [],
     "06_custom_layer": [],
     "07_save_and_resume": ["--steps", "20"],
+    "08_own_loop_recorded": ["--epochs", "2"],
     "09_compress_an_encoder": "--encoder encoder --data pairs --shares 0.5 --rounds 1".split(),
 }
 SAYS = {
@@ -31,6 +32,7 @@ SAYS = {
     "05_custom_decomposition": "True Sequential",
     "06_custom_layer": "True Sequential",
     "07_save_and_resume": "bit by bit the same weights: True",
+    "08_own_loop_recorded": "report: runs/digits-loop/report.html",
     "09_compress_an_encoder": "0.5 calibrated, in a budget",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150

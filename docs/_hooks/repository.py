@@ -6,6 +6,7 @@ path, as it does in the repository; the same link is rewritten for the site here
 
 from __future__ import annotations
 
+import ast
 import posixpath
 import re
 from collections.abc import Iterator
@@ -57,9 +58,16 @@ def text_of(path: Path) -> str | None:
     if path.is_dir():
         if (readme := path / "README.md").exists():
             return readme.read_text(encoding="utf-8")
-        files = [one.name for one in sorted(path.iterdir()) if one.is_file()]
-        return title + "".join(f"- [{name}]({name})\n" for name in files)
+        files = [one for one in sorted(path.iterdir()) if one.is_file()]
+        return title + "".join(f"- [{one.name}]({one.name}){about(one)}\n" for one in files)
     return None
+
+
+def about(path: Path) -> str:
+    """The first line of a Python file's docstring, after a colon."""
+    text = path.read_text(encoding="utf-8") if path.suffix == ".py" else ""
+    docstring = ast.get_docstring(ast.parse(text))
+    return f": {docstring.splitlines()[0]}" if docstring else ""
 
 
 def generated(path: Path, config: MkDocsConfig) -> File:

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from dynarank.records import EpochRecord, PhaseRecord, Run, SummaryRecord, read_run
+from dynarank.report.colors import SCHEDULE_COLORS
 
 HERE = Path(__file__).parent
 RUNS = HERE.parents[1] / "benchmarks/training/results/2026-11-28-demo"
@@ -19,17 +20,26 @@ COST = (62, 172)  # top and bottom of a panel
 SCORE = (226, 392)
 LOWEST, HIGHEST = 0.8, 0.935
 STYLE = """
-svg { font: 15px system-ui, sans-serif }
-.back { fill: #fff; stroke: #d1d9e0 } .grid { stroke: #d8dee4 }
-text { fill: #59636e } .title { fill: #24292f; font-weight: 600 }
-polyline { fill: none; stroke: currentColor; stroke-width: 2.5; stroke-linejoin: round }
-polygon { fill: currentColor; opacity: .18 } .name { fill: currentColor }
-.full-rank { color: #6e7781 } .low-rank { color: #d55e00 } .decay { color: #0072b2 }
-@media (prefers-color-scheme: dark) {
-  .back { fill: #12161b; stroke: #323a43 } .grid { stroke: #323a43 }
-  text { fill: #9aa4af } .title { fill: #e6e9ec }
-  .full-rank { color: #9aa4af } .low-rank { color: #f0763a } .decay { color: #3a9be0 }
-}"""
+svg {{ font: 15px system-ui, sans-serif }}
+.back {{ fill: #fff; stroke: #d1d9e0 }} .grid {{ stroke: #d8dee4 }}
+text {{ fill: #59636e }} .title {{ fill: #24292f; font-weight: 600 }}
+polyline {{ fill: none; stroke: currentColor; stroke-width: 2.5; stroke-linejoin: round }}
+polygon {{ fill: currentColor; opacity: .18 }} .name {{ fill: currentColor }}
+{light}
+@media (prefers-color-scheme: dark) {{
+.back {{ fill: #12161b; stroke: #323a43 }} .grid {{ stroke: #323a43 }}
+text {{ fill: #9aa4af }} .title {{ fill: #e6e9ec }} .name {{ fill: currentColor }}
+{dark}
+}}"""
+
+
+def style() -> str:
+    """The colors of the report, in both themes."""
+    light, dark = (
+        "\n".join(f".{name} {{ color: {SCHEDULE_COLORS[name][side]} }}" for name in NAMES)
+        for side in (0, 1)
+    )
+    return STYLE.format(light=light, dark=dark)
 
 
 def runs_of(name: str) -> list[Run]:
@@ -112,7 +122,7 @@ def picture() -> str:
     scores = [score("low-rank", 290), score("full-rank", 262), score("decay", 241)]
     panel = f'<rect y="{SCORE[0]}" width="{WIDTH}" height="{SCORE[1] - SCORE[0]}"/>'
     clip = f'<clipPath id="panel">{panel}</clipPath>'
-    parts = [f"<style>{STYLE}</style>", clip, back, *axes(), *costs, *scores]
+    parts = [f"<style>{style()}</style>", clip, back, *axes(), *costs, *scores]
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
     return "\n".join([head, *parts, "</svg>"]) + "\n"

@@ -114,6 +114,9 @@ def test_plan_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     assert len(plan["phases"]) == 1 and len(plan["phases"][0]["layers"]) == 19
     assert plan["relative_training_flops"] == pytest.approx(0.567, abs=0.003)
     assert plan["phases"][0]["layers"][0]["rank"] == 8
+    memory = plan["phases"][0]["memory"]
+    assert memory["parameters"] == 4 * plan["phases"][0]["total_parameters"]
+    assert memory["optimizer"] == memory["gradients"] and memory["activations"] > 0
 
 
 def test_spectrum_as_json_of_any_model(

@@ -106,6 +106,7 @@ def test_layers_where_no_rank_saves_are_not_in_the_plan(tmp_path: Path) -> None:
         "embed_tokens.weight": low,
         "lm_head.weight": low,
         "small.weight": low[:8],
+        "mixer.A_log": low,
         "dw.weight": low[:, None, :9].reshape(40, 1, 3, 3),
         "norm.weight_g": torch.ones(40, 1),
         "norm.weight_v": low,
@@ -138,7 +139,7 @@ def test_the_sum_says_what_a_reader_should_take_from_it() -> None:
     assert summary_lines([one(low), one(flat)]) == [
         "8,192 parameters in 2 weights; rank at 99% of the energy saves 3,328 (40.6%) in 1 of 2 "
         "layers.",
-        "1 of 2 layers keep 99% of their energy at half size.",
+        "1 of 2 layers keeps 99% of its energy at half size.",
     ]
     assert summary_lines([one(flat)])[0].endswith("saves nothing.")
     assert "train low-rank instead" in summary_lines([one(flat)])[1]
@@ -146,7 +147,7 @@ def test_the_sum_says_what_a_reader_should_take_from_it() -> None:
 
 
 def test_a_zero_weight_is_cut_to_one() -> None:
-    weight = StoredWeight("x", (64, 64), ("x",), tuple, 64 * 64)
+    weight = StoredWeight("x", (64, 64), ("x.weight",), tuple, 64 * 64)
     advice = advise(weight, torch.zeros(64), 0.99)
     assert suggested_plan([advice])["x"]["rank"] == 1 and advice.saved == 4096 - 128
 

@@ -94,14 +94,21 @@ def test_layers_come_in_their_natural_order() -> None:
     ("name", "role"),
     [("model.embed_tokens", "embedding"), ("wte", "embedding"), ("lm_head", "head"),
      ("bert.embeddings.word_embeddings", "embedding"), ("classifier", "head"), ("fc1", ""),
-     ("embedding_hidden_mapping_in", ""), ("out", "head")],
+     ("embedding_hidden_mapping_in", ""), ("out", "head"), ("layers.1.fc2", "")],
 )  # fmt: skip
 def test_embeddings_and_heads_are_marked(name: str, role: str, tmp_path: Path) -> None:
-    rows = 30 if name == "out" else 20
+    rows = 30 if name in ("out", "layers.1.fc2") else 20
     write(tmp_path, {f"{name}.weight": random(rows, 8)}, config={"vocab_size": 30})
     files = open_weights(tmp_path)
     (weight,) = survey_files(files).weights
     assert role_of(weight, files) == role
+
+
+def test_the_last_of_several_layers_of_a_head_is_the_head(tmp_path: Path) -> None:
+    write(tmp_path, {f"classifier.{i}.weight": random(20, 20) for i in (0, 3, 10)})
+    files = open_weights(tmp_path)
+    roles = [role_of(weight, files) for weight in survey_files(files).weights]
+    assert roles == ["", "", "head"]
 
 
 def resnext(groups: int) -> dict[str, Tensor]:

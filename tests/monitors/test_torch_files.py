@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from stored import random
 from torch import Tensor, nn
 
@@ -45,16 +46,32 @@ def test_the_model_is_found(kind: str, ending: str, tmp_path: Path) -> None:
     assert list(found.items()) == [("a", (6, 5)), ("b.2", (5, 4)), ("b.10", (4, 6))]
 
 
+@pytest.mark.parametrize("kind", ["ddp", "compiled", "inside"])
+def test_names_of_wrappers_in_safetensors(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "1.safetensors"
+    save_file(SHAPES[kind], path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES[kind], path.name)}))
+    for place in (path, index):
+        assert weights(place) == {"a": (6, 5), "b.2": (5, 4), "b.10": (4, 6)}
+
+
+def test_names_that_would_collide_stay_as_they_are(tmp_path: Path) -> None:
+    both = {"a.weight": random(6, 5), "_orig_mod.a.weight": random(5, 4)}
+    save_file(both, tmp_path / "m.safetensors")
+    assert weights(tmp_path) == {"a": (6, 5), "_orig_mod.a": (5, 4)}
+
+
 def test_the_format_before_zip_is_read(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "m.pt", _use_new_zipfile_serialization=False)
     assert weights(tmp_path) == {"a": (6, 5), "b.2": (5, 4), "b.10": (4, 6)}
 
 
-@pytest.mark.parametrize("renewed", [0, 1 << 30])
+@pytest.mark.parametrize("remapped", [0, 1 << 30])
 def test_values_are_those_that_were_saved(
-    renewed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    remapped: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_files, "_RENEWED", renewed)
+    monkeypatch.setattr(torch_files, "_REMAPPED", remapped)
     dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn)
     state = {f"w{i}": random(6, 5).to(dtype) for i, dtype in enumerate(dtypes)}
     torch.save(state | {"t": random(5, 6).T}, tmp_path / "m.pt")

@@ -81,6 +81,11 @@ def test_a_run_that_was_stopped_twice_is_the_run_that_was_not(kind: str, tmp_pat
     assert scores[0] == scores[1]
 
 
+def _numpy_state() -> list[int]:
+    state: Any = np.random.get_state()
+    return state[1].tolist()  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_epoch_is_a_pure_function_of_seed_and_epoch(kind: str, tmp_path: Path) -> None:
     task = task_of(recipe_of(tmp_path, kind))
@@ -90,11 +95,11 @@ def test_an_epoch_is_a_pure_function_of_seed_and_epoch(kind: str, tmp_path: Path
         assert len(batches) == task.steps_per_epoch - start == 6 - start
         return torch.cat([x.flatten().double() for b in batches for x in tree_leaves(b)])
 
-    before = (torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    before = (torch.random.get_rng_state(), random.getstate(), _numpy_state())
     first = values(task, 0)
-    again = (torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+    again = (torch.random.get_rng_state(), random.getstate(), _numpy_state())
     assert torch.equal(before[0], again[0]) and before[1:] == again[1:]
-    torch.rand(3), random.random(), np.random.rand()  # what a model draws changes nothing
+    _ = torch.rand(3), random.random(), np.random.rand()  # what a model draws changes nothing
     assert torch.equal(values(task, 0), first)
     assert torch.equal(values(task, 0, 4), first[-len(first) // 3 :])
     assert not torch.equal(values(task, 1), first)
@@ -208,6 +213,11 @@ def no_scheduler(optimizer, total_steps): return optimizer
 def plateau(optimizer, total_steps):
     return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
 def no_schedule(): return 3
+class Odd(torch.optim.Optimizer):
+    def __init__(self, params, lr): super().__init__(params, {"lr": lr})
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["odd"] = torch.ones(3)
 """
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -245,6 +255,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "foreign": ({"optimizer": "net.py:foreign"}, "holds parameters that it was not given"),
     "optimizer option": ({"optimizer_options.nestrov": True}, "did you mean 'nesterov'"),
     "sgd's": ({"optimizer_options.nesterov": True, "momentum": 0.0}, "Nesterov momentum requires"),
+    "odd state": ({"optimizer": "net.py:Odd", "schedules": "dynamic-rank"}, "odd"),
+    "rprop": ({"optimizer": "torch.optim:Rprop"}, "cannot be moved.*moments='reset'"),
     "no scheduler": ({"lr_schedule": "net.py:no_scheduler"}, "must return an LRScheduler"),
     "plateau": ({"lr_schedule": "net.py:plateau"}, "ReduceLROnPlateau waits"),
     "no schedule": ({"schedules": "net.py:no_schedule"}, "must return a rank schedule"),
@@ -287,3 +299,29 @@ def test_the_data_decides_which_run_it_is(tmp_path: Path) -> None:
     other = own(tmp_path, "noisy", code=code).model_copy(update={"sources": recipe.sources})
     with pytest.raises(RecipeError, match=r"train_size|has changed"):
         run(other, tmp_path / "run")
+
+
+SPLIT = """
+def split():
+    x = torch.randn(92, 8)
+    parts = torch.utils.data.random_split(TensorDataset(x, x[:, :3].argmax(1)), [72, 20])
+    np.random.shuffle(order := list(range(72)))
+    return torch.utils.data.Subset(parts[0], order), parts[1]
+"""
+
+
+def test_what_a_data_function_draws_is_the_same_in_every_run(tmp_path: Path) -> None:
+    recipe = own(tmp_path, "split", code=SPLIT)
+    state = torch.random.get_rng_state()
+    one, two = (next(task_of(recipe, seed).test.ordered()) for seed in (0, 1))
+    assert all(map(torch.equal, one, two))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_a_network_that_reads_values_is_sketched_and_trained(tmp_path: Path) -> None:
+    code = "\nclass Net(Net):\n    def forward(self, x):\n"
+    code += "        return super().forward(x if x.sum().item() < 1e9 else -x)\n"
+    recipe = own(tmp_path, code=code)
+    drawn = sketch(recipe)
+    assert not drawn.sample.is_meta
+    run(recipe, tmp_path / "run")

@@ -147,6 +147,7 @@ def test_settings_are_checked_as_a_file_is(tmp_path: Path) -> None:
         ({"lr_schedule": "net.py:halved", "warmup": 0.1}, "warmup has no effect here"),
         ({"metric": "net.py:worst"}, "higher_is_better must be true or false"),
         ({"schedules": ["net.py:late", "net.py:late"]}, "two schedules have the name 'late'"),
+        ({"optimizer_options.lr": 1}, "optimizer_options has 'lr': set learning_rate"),
         ({"augment": True}, "augment has no effect here"),
     ]:
         with pytest.raises(RecipeError, match=told):

@@ -33,7 +33,7 @@ COMMANDS = {
     "compare": "Train RECIPE under several schedules and seeds, and test which differences are "
     "significant.",
     "sweep": "Train RECIPE over a grid of inflation and deflation epochs, and draw a heat-map.",
-    "spectrum": "Rank metrics of every weight in FILE: a table and a figure.",
+    "spectrum": "Rank metrics of every weight in FILE and which to cut: a table and a figure.",
     "report": "Write one self-contained HTML page about RUN, or about several runs side by side.",
     "recipes": "List the recipes.",
     "schedules": "List the rank schedules.",

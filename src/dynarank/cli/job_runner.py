@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dynarank.records import Run, find_runs
 from dynarank.report import write_report
 from dynarank.report.formats import plural
 from dynarank.sinks import open_sinks
+from dynarank.sinks.extras import install_command
 from dynarank.train.checkpoint_plan import CheckpointPlan
 from dynarank.train.data_digest import data_digest
 from dynarank.train.grid import (
@@ -41,7 +43,7 @@ from dynarank.train.schedules import check_schedules
 from dynarank.train.task import Task
 from dynarank.train.tasks import make_task
 
-__all__ = ["JobRunner"]
+__all__ = ["JobRunner", "not_writable"]
 
 
 @dataclass
@@ -107,10 +109,10 @@ class JobRunner:
         try:
             with ExitStack() as held:
                 if here := folder.exists():
-                    held.enter_context(owned(folder))
+                    held.enter_context(writing_to(folder))
                 common = self._check(folder, jobs, common)
                 if not here:
-                    held.enter_context(owned(folder))
+                    held.enter_context(writing_to(folder))
                 open_folder(folder, common)
                 self._say_what_is_there(jobs)
                 yield
@@ -141,6 +143,8 @@ class JobRunner:
         elif self.finished_before:
             kept = plural(len(self.finished_before), "run")
             self.terminal.print(f"{kept} of {len(jobs)} finished before.")
+        if find_spec("matplotlib") is None:
+            _say(f"there will be no figures, they need matplotlib: {install_command('report')}")
 
     def _left(self, folder: Path, jobs: Sequence[Job]) -> list[Job]:
         """The jobs that are not finished, none of which another process may be at work on."""
@@ -150,7 +154,7 @@ class JobRunner:
         left = [job for job, state in found if state != "finished"]
         for job in left:
             if job.folder != folder and job.folder.exists():
-                with owned(job.folder):
+                with writing_to(job.folder):
                     pass
         return left
 
@@ -258,7 +262,7 @@ class JobRunner:
         """
         try:
             yield
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, ValueError) as error:
             if isinstance(error, OSError) and error.errno in FULL_DISK:
                 self._disk_error = error
             else:
@@ -276,6 +280,32 @@ class JobRunner:
             raise DivergedError(f"diverged and left unfinished: {told}")
         if self._disk_error is not None:
             raise self._disk_error
+
+
+@contextmanager
+def writing_to(folder: Path) -> Generator[None]:
+    """Own a folder of runs within the block.
+
+    Raises:
+        RecipeError: it cannot be made or written to.
+        FolderInUseError: another process writes to it.
+    """
+    with ExitStack() as held:
+        try:
+            held.enter_context(owned(folder))
+        except OSError as error:
+            raise not_writable(folder, error) from error
+        yield
+
+
+def not_writable(folder: Path, error: OSError) -> Exception:
+    """Why no run can be written to a folder; an error of the disk stays what it is."""
+    if error.errno in FULL_DISK:
+        return error
+    reason = error.strerror or error
+    return RecipeError(
+        f"no run can be written to {folder} ({reason}); pass another folder with --out"
+    )
 
 
 def _say(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
 
@@ -23,13 +24,14 @@ from dynarank.cli.show import console, print_whole_words, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
-from dynarank.form_data import form_to_data
 from dynarank.forms import Adapted, Form, FullRank, Rank, RankLike, Within, form_name
+from dynarank.planning.estimate import estimate_phases
+from dynarank.planning.estimate_phase import PhaseEstimate, layer_data
 from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
-from dynarank.train.optimizers import optimizer_slots
+from dynarank.train.optimizers import make_optimizer, optimizer_slots
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe
 from dynarank.train.schedules import make_schedule, with_default_layers
@@ -64,7 +66,8 @@ def plan(
     """Show what RECIPE costs, per layer and per phase: form, rank, parameters, FLOPs, memory.
 
     FLOPs are of matrix products and convolutions in forward and backward pass (1 multiply-add = 2),
-    relative to full-rank training. Nothing is trained and no data is read. With --measure, each
+    relative to full-rank training. Nothing is trained, and no data is read but a batch of your
+    own. With --measure, each
     layer's forms are timed on this machine, to find layers that run faster at full rank.
     """
     chosen = load_recipe(recipe)
@@ -82,12 +85,14 @@ def plan(
     terminal = console(quiet_stdout=as_json)
     plans = [phase.plan for phase in cost.phases]
     timings = time_layers(terminal, use, plans, machine) if measure else None
+    optimizer = make_optimizer(chosen, drawn.model)
+    phases = estimate_phases(drawn.model, [optimizer], cost, drawn.sample, counted=False)
     if as_json:
         measured = {"measured": timings_data(timings)} if timings else {}
-        print(json.dumps(_data(chosen, schedule, use, cost) | measured, indent=2))
+        print(json.dumps(_data(chosen, schedule, use, cost, phases) | measured, indent=2))
         return
     _show_layers(terminal, chosen, schedule, use, cost)
-    _show_phases(terminal, chosen, cost)
+    _show_phases(terminal, chosen, cost, phases)
     if _waits_for_spectra(chosen, schedule):
         terminal.print(
             f"[bold yellow]{schedule} decides by the layers' spectra during training:[/] the "
@@ -97,9 +102,11 @@ def plan(
         show_timings(terminal, use, timings, machine)
     for line in _remarks(chosen, drawn.model, layers, use, cost):
         terminal.print(line)
+    if drawn.read:
+        terminal.print(f"Read: {drawn.read}.", markup=False)
 
 
-# Steps per epoch depend on the data, which is not read: phases are planned in thousandths of an
+# Steps per epoch depend on the data. Where it is not read, phases are planned in thousandths of an
 # epoch or, for a stateful schedule, which must be queried step by step, in 10,000ths of the run.
 _FINE, _STEPS = 1000, 10_000
 _COLUMNS = 3  # phases of which the table of layers shows each
@@ -108,16 +115,16 @@ _COLUMNS = 3  # phases of which the table of layers shows each
 def _cost(
     recipe: Recipe, name: str, use: ModelUse, layers: list[str], drawn: Sketch
 ) -> ScheduleCost:
-    coarse = max(1, _STEPS // recipe.epochs)
+    coarse = drawn.steps_per_epoch or max(1, _STEPS // recipe.epochs)
     schedule = make_schedule(recipe, name, drawn.model, drawn.sample, recipe.epochs * coarse)
-    scale = coarse if schedule.stateful else _FINE
+    scale = coarse if schedule.stateful or drawn.steps_per_epoch else _FINE
     return cost_schedule(
         use,
         schedule,
         layers,
         recipe.epochs * scale,
         optimizer_slots=optimizer_slots(recipe),
-        forecast=forecast_rates(recipe),
+        forecast=forecast_rates(recipe, recipe.epochs * scale),
     )
 
 
@@ -131,7 +138,13 @@ def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
     return bool(recipe.schedule(name).requires)
 
 
-def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> dict[str, Any]:
+def _data(
+    recipe: Recipe,
+    schedule: str,
+    use: ModelUse,
+    cost: ScheduleCost,
+    phases: Sequence[PhaseEstimate],
+) -> dict[str, Any]:
     return {
         "recipe": recipe.name,
         "schedule": schedule,
@@ -139,20 +152,12 @@ def _data(recipe: Recipe, schedule: str, use: ModelUse, cost: ScheduleCost) -> d
         "relative_training_flops": cost.relative_training,
         "trainable_parameters_mean": cost.mean_trainable,
         "trainable_parameters_peak": cost.peak_trainable,
-        "phases": [_phase_data(use, phase, cost.steps / recipe.epochs) for phase in cost.phases],
+        "phases": [_phase_data(use, phase, cost.steps / recipe.epochs) for phase in phases],
     }
 
 
-def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
-    layers = [
-        {
-            "layer": path,
-            **form_to_data(use.layers[path].spec.resolve(form)),
-            "trainable_parameters": use.layers[path].parameters(form)[0],
-            "relative_training_flops": _relative(use.layers[path], form),
-        }
-        for path, form in cost.plan.items()
-    ]
+def _phase_data(use: ModelUse, one: PhaseEstimate, scale: float) -> dict[str, Any]:
+    cost = one.cost
     return {
         "start_epoch": cost.phase.start / scale,
         "stop_epoch": cost.phase.stop / scale,
@@ -163,7 +168,8 @@ def _phase_data(use: ModelUse, cost: PhaseCost, scale: float) -> dict[str, Any]:
         "estimated_ranks": cost.estimated,
         "state_bytes": cost.state_bytes,
         "costs_more_than_full_rank": cost.relative_training > 1,
-        "layers": layers,
+        "memory": one.memory.to_dict(),
+        "layers": [layer_data(use.layers[path], path, form) for path, form in cost.plan.items()],
     }
 
 
@@ -195,10 +201,13 @@ def _cell(use: LayerUse, phase: PhaseCost, path: str) -> str:
     return f"{name} {trained:,} {_relative(use, form):.3f}x"
 
 
-def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
-    numbers = ["trainable", "all", "forward", "training", "state"]
+def _show_phases(
+    terminal: Console, recipe: Recipe, cost: ScheduleCost, phases: Sequence[PhaseEstimate]
+) -> None:
+    numbers = ["trainable", "all", "forward", "training", "state", "activations"]
     table = right_aligned("Per phase, whole model", ["epochs", "form or budget"], numbers)
-    for one in cost.phases:
+    for found in phases:
+        one = found.cost
         answers = one.phase.plan.values()
         names = sorted({_budget(a) if isinstance(a, Within) else form_name(a) for a in answers})
         table.add_row(
@@ -209,14 +218,16 @@ def _show_phases(terminal: Console, recipe: Recipe, cost: ScheduleCost) -> None:
             ratio(one.relative_forward),
             ratio(one.relative_training),
             bytes_text(one.state_bytes),
+            bytes_text(found.memory.activations),
         )
     table.add_section()
     mean, total = count(cost.mean_trainable), ratio(cost.relative_training)
-    table.add_row("whole run", "mean", mean, "", "", total, "")
+    table.add_row("whole run", "mean", mean, "", "", total, "", "")
     print_whole_words(terminal, table)
     terminal.print(
         "Trainable and all: parameters. Forward and training: FLOPs relative to full-rank. State: "
-        "parameters, gradients and optimizer state in fp32, without activations.\n"
+        "parameters, gradients and optimizer state in fp32. Activations: what a batch saves for "
+        "the backward pass, attention scores in full.\n"
     )
 
 

@@ -11,7 +11,7 @@ __all__ = ["schedules"]
 def schedules(as_json: JsonListOption = False) -> None:
     """List the rank schedules.
 
-    A rank schedule says which form and rank each layer has at each step. `dynarank train RECIPE
-    --schedule NAME` trains under one, `dynarank plan RECIPE --schedule NAME` shows what it costs.
+    A rank schedule says which form and rank each layer has at each step. `dynarank train` trains
+    under one or several of them, `dynarank plan` shows what one costs.
     """
     show_list(schedule_summaries(), as_json)

@@ -17,11 +17,19 @@ from rich.table import Table
 __all__ = ["console", "print_whole_words", "progress", "right_aligned"]
 
 
+_NO_LIMIT = 1000  # columns: a file or a pipe gets every name whole, and a sentence a line
+
+
 def console(*, quiet_stdout: bool = False) -> Console:
-    """A console on stdout, or on stderr when stdout is for JSON; 120 columns if not a terminal."""
+    """A console on stdout, or on stderr when stdout is for JSON.
+
+    Lines fit the terminal, or ``COLUMNS``; what is neither a terminal nor given them has no limit.
+    """
     file = cast("TextIO", _Lasting(sys.stderr if quiet_stdout else sys.stdout))
     out = Console(file=file, highlight=False)
-    return out if out.is_terminal else Console(file=file, highlight=False, width=120)
+    if not out.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
+        out.width = _NO_LIMIT
+    return out
 
 
 def progress(terminal: Console, quiet: bool) -> Console:

@@ -18,8 +18,6 @@ from rich.console import Console
 from dynarank.cli.options import RANK_HELP, parse_rank
 from dynarank.cli.show import console
 from dynarank.cli.spectrum_rows import (
-    ASCII,
-    BLOCKS,
     Model,
     columns,
     left_out_lines,
@@ -35,6 +33,7 @@ from dynarank.files.reading import DamagedFileError, sha256
 from dynarank.forms import RankLike
 from dynarank.monitors.rank_advice import plan_text, suggested_plan, summary_lines
 from dynarank.records import read_run
+from dynarank.report.formats import plural
 from dynarank.report.plotting import save_figure
 from dynarank.report.spectra import spectrum_figure
 from dynarank.report.spectra_pair import spectrum_pair_figure
@@ -201,20 +200,19 @@ class _Table:
     def rows(self, terminal: Console, title: str | None) -> Iterator[dict[str, Any]]:
         """Yield the data of each weight; printed as it comes if there is a title."""
         work = [sum(map(_work, (m.weights.get(n) for m in self._models))) for n in self._names]
-        blocks = BLOCKS if _can_print(terminal, BLOCKS) else ASCII
         with StreamedTable(terminal, title, self._columns, self._names, work) as table:
             for name in self._names:
                 table.working_on(name)
                 rows = [model.row(name) for model in self._models]
-                table.add(name, self._cells(name, rows, blocks))
+                table.add(name, self._cells(name, rows))
                 yield self._data(name, rows)
 
-    def _cells(self, name: str, rows: list[dict[str, Any] | None], blocks: str) -> list[str]:
+    def _cells(self, name: str, rows: list[dict[str, Any] | None]) -> list[str]:
         if len(rows) == 2:
             return pair_cells(rows[0], rows[1], self._energy, self._lambda)
         assert rows[0] is not None
         values = self._models[0].values.get(name)
-        return single_cells(rows[0], [] if values is None else values, self._lambda, blocks)
+        return single_cells(rows[0], [] if values is None else values, self._lambda)
 
     def _data(self, name: str, rows: list[dict[str, Any] | None]) -> dict[str, Any]:
         if len(rows) == 1:
@@ -229,14 +227,6 @@ def _work(weight: Any) -> float:
         return 0.0
     side, other = sorted(weight.matrix)
     return float(side) * side * (other + 3 * side) + 1
-
-
-def _can_print(terminal: Console, text: str) -> bool:
-    try:
-        text.encode(terminal.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return False
-    return True
 
 
 def _data(
@@ -275,10 +265,12 @@ def _write_plan(terminal: Console, place: Path, model: Model) -> None:
     """Write the suggested plan, and say which cuts are not in it."""
     plan = suggested_plan(model.advice)
     write_text(place, plan_text(model.advice))
-    terminal.print(f"Plan: {place}, {len(plan)} layers", soft_wrap=True, markup=False)
+    terminal.print(f"Plan: {place}, {plural(len(plan), 'layer')}", soft_wrap=True, markup=False)
     if other := sum(one.cuts for one in model.advice) - len(plan):
-        told = f"{other} weights that are rebuilt or of single experts are not in the plan"
-        terminal.print(f"{told}: save them plain first", soft_wrap=True, markup=False)
+        told = (
+            f"Not in the plan: {other} weights that are rebuilt, single experts or bare parameters"
+        )
+        terminal.print(told, soft_wrap=True, markup=False)
 
 
 def _title(paths: list[Path]) -> str:

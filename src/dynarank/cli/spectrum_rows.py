@@ -27,8 +27,6 @@ from dynarank.monitors.stored_weights import Role, role_of, survey_files
 from dynarank.monitors.weight_files import open_weights
 
 __all__ = [
-    "ASCII",
-    "BLOCKS",
     "Model",
     "columns",
     "left_out_lines",
@@ -39,7 +37,7 @@ __all__ = [
     "sparkline",
 ]
 
-BLOCKS, ASCII = "▁▂▃▄▅▆▇█", "_.-=+*%#"
+_BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK = 16  # characters
 _LISTED = 8  # tensors left out that are listed by name
 
@@ -127,7 +125,7 @@ def columns(energy: float, with_lambda: bool, shapes: Sequence[str]) -> list[Col
 
 
 def single_cells(
-    row: dict[str, Any], values: Sequence[float] | Tensor, with_lambda: bool, blocks: str
+    row: dict[str, Any], values: Sequence[float] | Tensor, with_lambda: bool
 ) -> list[str]:
     """The cells of one weight; the last but one is a sparkline of its singular values."""
     more = [""] if with_lambda else []
@@ -142,7 +140,7 @@ def single_cells(
         str(row["break_even_rank"]),
         _amount(row["saved_parameters"]),
         *([f"{row['lambda']:.3f}"] if with_lambda else []),
-        sparkline(values, blocks=blocks),
+        sparkline(values),
         str(row["verdict"]),
     ]
 
@@ -193,20 +191,18 @@ def _value(row: dict[str, Any] | None, name: str) -> float:
     return float(row[name]) if row is not None and row["finite"] else math.nan
 
 
-def sparkline(values: Sequence[float] | Tensor, width: int = _SPARK, blocks: str = BLOCKS) -> str:
+def sparkline(values: Sequence[float] | Tensor, width: int = _SPARK) -> str:
     """The decay s_i / s1 at ``width`` points, or at each value if there are fewer.
 
     Example:
         >>> sparkline([4.0, 2.0, 1.0])
         '█▅▃'
-        >>> sparkline([4.0, 2.0, 1.0], blocks=ASCII)
-        '#+-'
     """
     if not len(values) or not values[0] > 0:
         return ""
     width = min(width, len(values))
     places = [float(values[i * len(values) // width]) / float(values[0]) for i in range(width)]
-    return "".join(blocks[min(int(share * len(blocks)), len(blocks) - 1)] for share in places)
+    return "".join(_BLOCKS[min(int(share * len(_BLOCKS)), len(_BLOCKS) - 1)] for share in places)
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from dynarank.cli.interruption import GoOn
-from dynarank.cli.job_runner import JobRunner
+from dynarank.cli.job_runner import JobRunner, not_writable
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import (
     BudgetOption,
@@ -162,7 +162,10 @@ def _place(settings: TrainSettings, runner: JobRunner) -> Path:
                     f"{folder} was interrupted: it goes on (--out for another)", markup=False
                 )
                 return folder
-    return new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        return new_folder(Path("runs"), f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    except OSError as error:
+        raise not_writable(Path("runs"), error) from error
 
 
 def _print_result(

@@ -24,7 +24,6 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dynarank.cost.counter import count_step
-from dynarank.cost.stand_in import meta_copy
 from dynarank.forms import BudgetKind, Form, FullRank, LowRank, Plan
 from dynarank.layers import Call, Flops, WeightSpec, choose_execution, ranked_class, readers
 from dynarank.layers.running import call_model, forward_arguments, preserve_state
@@ -253,7 +252,7 @@ def _recorded_step(
     A meta copy, a copy with real tensors, or, if the model cannot be copied, the model itself.
     """
     try:
-        twin = meta_copy(model)
+        twin = copy.deepcopy(model).to("meta")
         return _record_step(twin, sites, _own_tensors(arguments, "meta"), loss)
     except Exception:  # whatever the model does that meta tensors do not allow
         if any(p.is_meta for p in model.parameters()):

@@ -121,14 +121,16 @@ def _left(weight: StoredWeight, role: Role) -> str:
 def suggested_plan(advice: Sequence[RankAdvice]) -> dict[str, dict[str, object]]:
     """The plan that cuts each weight where its rank saves: plain data, paths of modules to forms.
 
-    Only weights whose layer can change form are in it: what was stored plain or as factors. Rebuilt
-    weights and single experts would first have to be saved plain.
+    Only weights whose layer can change form are in it: what was stored as a weight or its factors.
+    Rebuilt weights and single experts would first have to be saved plain.
     """
-    return {
-        one.weight.name: form_to_data(LowRank(max(one.rank, 1)))
-        for one in advice
-        if one.cuts and one.weight.kind in ("plain", "low-rank")
-    }
+    found = (one for one in advice if one.cuts and _is_of_a_layer(one.weight))
+    return {one.weight.name: form_to_data(LowRank(max(one.rank, 1))) for one in found}
+
+
+def _is_of_a_layer(weight: StoredWeight) -> bool:
+    name = weight.tensors[0].rpartition(".")[2]  # weight, in_proj_weight, weight_ih_l0
+    return weight.kind == "low-rank" or (weight.kind == "plain" and "weight" in name)
 
 
 def plan_text(advice: Sequence[RankAdvice]) -> str:
@@ -156,5 +158,7 @@ def _halves(able: Sequence[RankAdvice]) -> str:
     for level in _LEVELS:
         count = sum(one.half_energy >= level for one in able)
         if count:
-            return f"{count} of {len(able)} layers keep {level:.0%} of their energy at half size."
+            verb, whose = ("keeps", "its") if count == 1 else ("keep", "their")
+            share = f"{level:.0%} of {whose} energy"
+            return f"{count} of {len(able)} layers {verb} {share} at half size."
     return f"No layer keeps {_LEVELS[-1]:.0%} of its energy at half size: train low-rank instead."

@@ -232,12 +232,23 @@ def role_of(weight: StoredWeight, files: WeightFiles) -> Role:
         >>> role_of(one, WeightFiles(None, {}))
         'embedding'
     """
-    last = weight.name.rpartition(".")[2]
     if len(weight.shape) != 2 or weight.kind == "expert":
         return ""
-    if _HEADS.fullmatch(last):
-        return "head"
-    known = files.config.get("vocab_size")
+    last = weight.name.rpartition(".")[2]
     if _EMBEDDINGS.fullmatch(last):
         return "embedding"
-    return "head" if known is not None and weight.shape[0] == known else ""
+    if _HEADS.fullmatch(last) or _ends_head(weight.name, files):
+        return "head"
+    known = files.config.get("vocab_size")
+    numbered = re.search(r"(?:^|[.])\d+[.]", weight.name)  # one of many layers
+    return "head" if known and weight.shape[0] == known and not numbered else ""
+
+
+def _ends_head(name: str, files: WeightFiles) -> bool:
+    """Whether it is the last layer of a Sequential that is named as a head: classifier.6 of VGG."""
+    match = re.fullmatch(r"((?:.*\.)?(\w+)\.)(\d{1,9})", name)
+    if match is None or not _HEADS.fullmatch(match[2]):
+        return False
+    others = (re.fullmatch(re.escape(match[1]) + r"(\d{1,9})\.weight", n) for n in files.homes)
+    numbers = [int(o[1]) for o in others if o and len(files.stored(o[0]).shape) == 2]
+    return int(match[3]) == max(numbers, default=0)

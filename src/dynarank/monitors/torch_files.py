@@ -1,7 +1,7 @@
 """Access to the tensors that ``torch.save`` wrote, without running code from the file.
 
 A file is read with ``weights_only=True`` and mapped, so that a tensor's bytes come into memory when
-they are used. They would stay there as long as the mapping: it is renewed from time to time.
+they are used. They would stay as long as the mapping: the file is mapped again in between.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["TorchFile"]
 _MODELS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "weights",
            "ema", "generator")  # fmt: skip
 _DEPTH = 3  # {"checkpoint": {"model": {"state_dict": ...}}}
-_RENEWED = 64 << 20  # bytes read from a mapping until it is renewed
+_REMAPPED = 64 << 20  # bytes read from a mapping until the next
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
            torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)  # fmt: skip
 
@@ -34,8 +34,7 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.fl
 class TorchFile:
     """One file of ``torch.save``: the tensors of its model by name, in their order.
 
-    The model is the file's dictionary, or one in it: ``state_dict``, ``model`` and the like. The
-    prefix ``module.`` of DataParallel and DDP and ``_orig_mod.`` of ``torch.compile`` are dropped.
+    The model is the file's dictionary, or one in it: ``state_dict``, ``model`` and the like.
 
     Args:
         path: the file.
@@ -52,7 +51,7 @@ class TorchFile:
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor, or one entry of its first dimension; 8-bit floats come in fp32."""
-        if self._read > _RENEWED:
+        if self._read > _REMAPPED:
             self._found, self._read = {}, 0  # unmap first
             self._found = self._load()
         tensor = self._found[name].detach()
@@ -70,7 +69,7 @@ class TorchFile:
                 "it holds no dictionary of tensors",
                 "save the model's: torch.save(model.state_dict(), FILE)",
             )
-        return _plain_names(found)
+        return found
 
 
 def _loaded(path: Path) -> Any:
@@ -118,14 +117,6 @@ def _model(data: Any, depth: int = _DEPTH) -> dict[str, Tensor]:
         if found := _model(entries.get(key), depth - 1):
             return found
     return own
-
-
-def _plain_names(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    names = [name.replace("_orig_mod.", "") for name in found]
-    while names and all(name.startswith("module.") for name in names):
-        names = [name.removeprefix("module.") for name in names]
-    unique = names if len(set(names)) == len(names) else list(found)
-    return dict(zip(unique, found.values(), strict=True))
 
 
 def _stored(tensor: Tensor) -> StoredTensor:

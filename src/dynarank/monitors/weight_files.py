@@ -7,7 +7,7 @@ mapped.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Protocol, cast
@@ -160,23 +160,26 @@ class WeightFiles:
 
     Args:
         path: what was asked for.
-        homes: the file of each tensor.
+        homes: the file of each tensor, by its name without what wrappers add to it: ``module.`` of
+            DataParallel and DDP, ``_orig_mod.`` of ``torch.compile``.
+        names: the names of tensors in their files.
         config: ``config.json`` beside the files, empty if there is none.
         adapter: ``adapter_config.json`` of PEFT beside the files, empty if there is none.
     """
 
     path: Path
     homes: Mapping[str, FileOfTensors]
+    names: Mapping[str, str] = field(default_factory=dict[str, str])
     config: Mapping[str, Any] = field(default_factory=dict[str, Any])
     adapter: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def stored(self, name: str) -> StoredTensor:
         """The shape and dtype of a tensor, without reading it."""
-        return self.homes[name].tensors[name]
+        return self.homes[name].tensors[self.names[name]]
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor, or one entry of its first dimension; 8-bit floats come in fp32."""
-        return self.homes[name].read(name, index)
+        return self.homes[name].read(self.names[name], index)
 
 
 def open_weights(path: Path) -> WeightFiles:
@@ -203,7 +206,17 @@ def open_weights(path: Path) -> WeightFiles:
     config, adapter = (
         _config(file.parent / f"{name}.json") for name in ("config", "adapter_config")
     )
-    return WeightFiles(path, homes, config, adapter)
+    names = _plain_names(homes)
+    plain = {name: homes[stored] for name, stored in names.items()}
+    return WeightFiles(path, plain, names, config, adapter)
+
+
+def _plain_names(stored: Collection[str]) -> dict[str, str]:
+    """The names in files by those that the plain model has for them."""
+    names = {name.replace("_orig_mod.", ""): name for name in stored}
+    while names and all(name.startswith("module.") for name in names):
+        names = {name.removeprefix("module."): one for name, one in names.items()}
+    return names if len(names) == len(stored) else {name: name for name in stored}
 
 
 def _config(path: Path) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from dynarank.planning.estimate_result import Estimate
 from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler, unknown_rates
 from dynarank.scheduler.rank_scheduler import check_phases, scheduled_layers
 from dynarank.schedules.base import Readings, Schedule, as_schedule
+from dynarank.schedules.catalog import schedule_name
 from dynarank.schedules.options import check_count
 from dynarank.schedules.timelines import timeline
 from dynarank.surgery.optimizer_state import Optimizers, as_list, check_held
@@ -98,7 +99,7 @@ def estimate(
     named = " and ".join(type(one).__name__ for one in optimizers) or _ASSUMED
     optimizers = optimizers or _default(model)
     phases = estimate_phases(model, optimizers, cost, batch, loss, measure=measure)
-    name = None if schedule is None else _name(schedule)
+    name = None if schedule is None else schedule_name(as_schedule(schedule))
     kind = type(model).__name__
     return Estimate(kind, name, use, paths, cost, phases, named, total_steps, notes)
 
@@ -111,17 +112,22 @@ def estimate_phases(
     loss: Callable[[Any], Tensor] | None = None,
     *,
     measure: bool = False,
+    counted: bool = True,
 ) -> tuple[PhaseEstimate, ...]:
-    """The phases of a schedule's cost with their memory; with ``measure``, also their time."""
+    """The phases of a schedule's cost with their memory.
+
+    With ``measure`` also their time, with ``counted`` also their FLOPs by FlopCounterMode.
+    """
     known: dict[frozenset[Any], tuple[StepMemory, Flops | None, DryRun | None]] = {}
 
     def found(phase: PhaseCost) -> tuple[StepMemory, Flops | None, DryRun | None]:
         plan = phase.plan
         memory = step_memory(model, optimizers, plan, batch, loss)
         # Of a budget the FLOPs are known, and the ranks that spend them are not.
-        counted = None if phase.estimated else _counted(model, plan, batch, loss)
+        exact = counted and not phase.estimated
+        flops = _counted(model, plan, batch, loss) if exact else None
         ran = dry_run(model, optimizers, [plan], batch, loss)[0] if measure else None
-        return memory, counted, ran
+        return memory, flops, ran
 
     for phase in cost.phases:
         known.setdefault(key := _key(phase), known.get(key) or found(phase))
@@ -210,10 +216,6 @@ def _check(
             "measure=True trains copies of the model, and its parameters are on the meta device; "
             "give a model with values, or measure=False"
         )
-
-
-def _name(schedule: Schedule) -> str:
-    return getattr(schedule, "__name__", None) or type(schedule).__name__
 
 
 def _default(model: nn.Module) -> list[Optimizer]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -18,11 +19,11 @@ from torch.optim import Optimizer
 
 from dynarank.cost.flops import Flops, ModelUse, count_flops, share_of, trace
 from dynarank.cost.memory import SavedTensors, tensor_bytes
-from dynarank.cost.stand_in import on_meta, stand_in
+from dynarank.cost.stand_in import meta_copy, on_meta
 from dynarank.files.ownership import owned
 from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
-from dynarank.forms import Change, FullRank
+from dynarank.forms import Change, FullRank, Plan, form_name
 from dynarank.monitors.spectral import SpectralMonitor
 from dynarank.recording.events import RankEvents, phase_record
 from dynarank.recording.host import commit, hardware, started, versions
@@ -148,9 +149,11 @@ class Recorder:
     ) -> None:
         self.folder = Path(folder)
         self.model, self._optimizers = _subject(ranks, model, optimizer)
-        self.ranks, self.seed, self._batch = ranks, seed, batch
+        self.ranks, self.seed = ranks, seed
+        self._batch, self._given = batch, batch is not None
         self.metric = _metric(metric)
         self.name = name or self.folder.resolve().name
+        self._settings = self._make_settings()
         self._save_model, self._report, self._say = save_model, report, say
         self._epochs = None if epochs is None else check_count("epochs", epochs)
         self._per_epoch = self._length_of_epoch(steps_per_epoch)
@@ -164,6 +167,7 @@ class Recorder:
         self._later = 0  # steps that logs are ahead of the rank scheduler
         self._seconds, self._mark, self._start = 0.0, time.perf_counter(), time.perf_counter()
         self._rate: float | None = None
+        self._read_at = -1  # the last step at which all weights were read
         self._told_of_steps = self._closed = self._goes_on = False
         self._last_spectra: Mapping[str, SpectralReading] = {}
         self._events = RankEvents(self._write, self._epoch_at)
@@ -256,8 +260,8 @@ class Recorder:
         given = {"test_loss": test_loss, "test_score": test_score, "train_score": train_score}
         results = {n: as_number(n, value) for n, value in given.items()}
         self._end_epoch(as_number("train_loss", train_loss), results, numbers)
-        if self._metrics is not None and _is_power_of_two(len(self._results)):
-            self._metrics.read(pictures=True)
+        if _is_power_of_two(len(self._results)):
+            self._read()
         self._output.sync()
         self._mark = time.perf_counter()
 
@@ -276,8 +280,7 @@ class Recorder:
                 return
             if self.step > self._last_epoch:
                 self._end_epoch(None, {}, {})
-            if self._metrics is not None:
-                self._metrics.read(pictures=True)
+            self._read()
             digest = self._write_model() if self._save_model else None
             self._write(self._summary(digest))
             if self.ranks is None and self._epochs is None:
@@ -305,18 +308,17 @@ class Recorder:
 
     @property
     def probing(self) -> bool:
-        """Whether the next training forward pass is the first of a phase."""
+        """Whether forward passes are looked at: until the first step of a phase is done."""
         return self._probing
 
     def began(self, batch: Any) -> None:
-        """Begin the recording with the first training forward pass, whose batch is kept."""
-        if self._batch is None and self._use is None:
-            self._batch = batch
+        """Begin the recording with the first training forward pass, and keep its batch."""
+        if self._use is None and not self._given:
+            self._batch = batch  # the last before the first step
         self._begin(self.step)
 
     def saved(self, tensors: SavedTensors) -> None:
-        """Note what the first forward pass of a phase saves."""
-        self._probing = False
+        """Note what a forward pass before the first step of a phase saves."""
         self._saved = tensors.bytes_without([*self.model.parameters(), *self.model.buffers()])
 
     def stepped(self) -> None:
@@ -357,9 +359,8 @@ class Recorder:
             header = self._header()
             self._output.begin([header], final=self._per_epoch is not None)
             self._decided()
-            if self._metrics is not None:
-                with torch.autocast(torch.device(header.device).type, enabled=False):
-                    self._metrics.read(pictures=True)
+            with torch.autocast(torch.device(header.device).type, enabled=False):
+                self._read()
         self._begun, self._mark = True, time.perf_counter()
 
     def _go_on(self, records: list[Record], step: int) -> None:
@@ -427,15 +428,17 @@ class Recorder:
                     "which FLOPs are computed (a compiled graph calls it, or another module does); "
                     "give Recorder(..., batch=...)"
                 )
-            self._use = trace(self.model, self._batch)
+            try:  # without a second copy of the values
+                self._use = trace(meta_copy(self.model), on_meta(self._batch))
+            except Exception:  # whatever the model does that meta tensors do not allow
+                self._use = trace(self.model, self._batch)
             self._batch = on_meta(self._batch)  # its shapes are all that is needed from now on
         return self._use
 
     def _counted(self) -> int | None:
         """The FLOPs of a step by FlopCounterMode; None where no meta copy runs."""
         try:
-            twin, _ = stand_in(self.model, [], {}, meta=True)
-            found: Flops = count_flops(twin, self._batch)
+            found: Flops = count_flops(meta_copy(self.model), self._batch)
         except Exception:  # whatever the model does that meta tensors do not allow
             return None
         return found.training
@@ -459,6 +462,12 @@ class Recorder:
             self._last_spectra = self.ranks.spectra
             self._metrics.decided_by(self.ranks.spectra)
         self._events.decided(self.ranks.decisions)
+
+    def _read(self) -> None:
+        """Record the weights as they are, once a step."""
+        if self._metrics is not None and self._read_at != self.step:
+            self._read_at = self.step
+            self._metrics.read(pictures=True)
 
     def _flush(self) -> None:
         """Write the values of the steps so far."""
@@ -548,18 +557,17 @@ class Recorder:
     def _total(self) -> int | None:
         return None if self.ranks is None else self.ranks.total_steps
 
-    @property
-    def _settings(self) -> dict[str, Any]:
-        """What tells this run from others."""
-        ranks = self.ranks
+    def _make_settings(self) -> dict[str, Any]:
+        """What distinguishes this run from others."""
+        ranks, now = self.ranks, current_plan(self.model)
         return {
             "name": self.name,
-            "schedule": "none" if ranks is None else schedule_name(ranks.schedule),
+            "schedule": _forms_name(now) if ranks is None else schedule_name(ranks.schedule),
             "identity": None if ranks is None else schedule_identity(ranks.schedule),
             "seed": self.seed,
             "total_steps": self._total,
             "metric": self.metric.name,
-            "layers": [] if ranks is None else list(ranks.layers),
+            "layers": list(now if ranks is None else ranks.layers),
         }
 
     def _length_of_epoch(self, given: int | None) -> int | None:
@@ -644,6 +652,13 @@ def _metric(metric: str | Metric) -> Metric:
         )
     higher, percent = _METRICS[metric]
     return Metric(name=metric, higher_is_better=higher, percent=percent)
+
+
+def _forms_name(plan: Plan) -> str:
+    """The name of a run whose forms do not change: that of most layers with factors, if any."""
+    names = Counter(form_name(form) for form in plan.values())
+    del names["full-rank"]
+    return names.most_common(1)[0][0] if names else "full-rank"
 
 
 def _precision(model: nn.Module, device: torch.device) -> str:

@@ -31,7 +31,7 @@ class Listening(Protocol):
 
     @property
     def probing(self) -> bool:
-        """Whether the next training forward pass is to be looked at."""
+        """Whether forward passes that record gradients are to be looked at."""
         ...
 
     def began(self, batch: Any) -> None:
@@ -115,7 +115,7 @@ class _ForwardHooks:
         """Note the arguments and what is saved, in a training pass that is to be looked at."""
         if torch.compiler.is_compiling() or self.listener is None or not self.listener.probing:
             return
-        if torch.is_grad_enabled() and module.training and self._open is None:
+        if torch.is_grad_enabled() and self._open is None:
             self.listener.began(arguments(module, args, named))
             context = saved_tensors()
             self._open = context, context.__enter__()
@@ -156,7 +156,7 @@ def _watch_compiled(model: nn.Module, hooks: _ForwardHooks, stack: ExitStack) ->
 
     def first(*args: Any, **named: Any) -> Any:
         listener = hooks.listener
-        if listener is not None and torch.is_grad_enabled() and model.training:
+        if listener is not None and torch.is_grad_enabled():
             give_back()
             listener.began(arguments(model, args, named))
         return compiled(*args, **named)

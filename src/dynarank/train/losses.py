@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["LOSSES", "Loss", "align", "class_scores", "default_loss"]
+__all__ = ["LOSSES", "Loss", "align", "class_scores", "cross_entropy", "default_loss"]
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A function ``(output, target) -> scalar``, a mean over examples."""

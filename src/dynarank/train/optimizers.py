@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +14,11 @@ from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
 
 __all__ = ["OPTIMIZER_SLOTS", "make_optimizer", "optimizer_slots"]
+
+_NAMED: dict[str, Callable[..., Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adamw": torch.optim.AdamW,
+}
 
 OPTIMIZER_SLOTS = {"sgd": 1, "adamw": 2}
 """The number of values per parameter in the state of each optimizer."""
@@ -54,12 +60,11 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     """
     if is_reference(recipe.optimizer):
         return _own(recipe, model)
-    groups, options = _decay_groups(model, recipe.weight_decay), dict(recipe.optimizer_options)
+    groups = _decay_groups(model, recipe.weight_decay)
+    kind, fixed = _NAMED[recipe.optimizer], {"momentum": recipe.momentum}
     if recipe.optimizer == "adamw":
-        kind, fixed = torch.optim.AdamW, {"betas": recipe.betas}
-    else:
-        kind, fixed = torch.optim.SGD, {"momentum": recipe.momentum}
-    options = {"lr": recipe.learning_rate, **fixed, **options}
+        fixed = {"betas": recipe.betas}
+    options: dict[str, Any] = {"lr": recipe.learning_rate, **fixed, **recipe.optimizer_options}
     check_options(kind, options, f"optimizer {recipe.optimizer!r} with optimizer_options", more=1)
     return kind(groups, **options)
 

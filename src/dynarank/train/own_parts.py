@@ -45,11 +45,14 @@ _WHAT = "(train, test): each a pair of tensors (x, y), a dict of tensors, a Data
 class Part(Protocol):
     """The training or the test examples."""
 
-    size: int | None
-    """The number of examples; None: it is not known."""
     batch_size: int
     steps: int
     """The number of whole batches of an epoch; 0: it is not known."""
+
+    @property
+    def size(self) -> int | None:
+        """The number of examples; None: it is not known."""
+        ...
 
     def epoch(self, seed: int, epoch: int, start: int, *, once: bool = False) -> Iterator[Any]:
         """The batches of an epoch in random order, from the one at ``start`` on."""
@@ -326,8 +329,8 @@ def digest_of(batch: Any) -> Iterator[Tensor]:
             leaf = torch.from_numpy(leaf)
         if isinstance(leaf, Tensor):
             yield leaf.reshape(-1) if not leaf.is_sparse else leaf.to_dense().reshape(-1)
-        elif callable(tobytes := getattr(leaf, "tobytes", None)):  # a picture of Pillow
-            yield torch.frombuffer(bytearray(tobytes()), dtype=torch.uint8)
+        elif hasattr(leaf, "tobytes"):  # a picture of Pillow
+            yield torch.frombuffer(bytearray(cast("Any", leaf).tobytes()), dtype=torch.uint8)
         else:
             yield torch.frombuffer(bytearray(repr(leaf).encode() or b" "), dtype=torch.uint8)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from importlib import import_module
 from typing import Any, cast
@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dynarank.layers.running import call_model, preserve_state
 from dynarank.records import Metric
-from dynarank.train.losses import LOSSES, class_scores, default_loss
+from dynarank.train.losses import LOSSES, class_scores, cross_entropy, default_loss
 from dynarank.train.networks import build_network, sketch_network
 from dynarank.train.own_code import accepted, calling, check_options, is_reference
+from dynarank.train.own_draws import kept_generators, seed_generators
 from dynarank.train.own_facts import TARGETS, data_facts, split_batch, targets_in_memory
 from dynarank.train.own_metrics import METRICS, Score, default_metric
 from dynarank.train.own_parts import Part, TensorPart, make_parts
@@ -33,6 +34,8 @@ from dynarank.train.registry import READERS
 from dynarank.train.task import Evaluation, Sketch
 
 __all__ = ["OwnTask", "make_task", "sketch"]
+
+_DATA_SEED = 0
 
 
 class OwnTask:
@@ -103,7 +106,7 @@ class OwnTask:
             raise RecipeError(
                 f"label_smoothing {smoothing} is for cross-entropy, but the loss is {name}"
             )
-        function = partial(LOSSES[name], label_smoothing=smoothing) if smoothing else LOSSES[name]
+        function = partial(cross_entropy, label_smoothing=smoothing) if smoothing else LOSSES[name]
         return lambda output, target: function(_logits(output), target)
 
     def _own(self, reference: str, what: str) -> Callable[..., Any]:
@@ -275,6 +278,7 @@ class OwnTask:
         Raises:
             RecipeError: what fails, by name.
         """
+        self.model()  # a function that returns one network again and again is refused
         said = f"model {self.recipe.model!r}, loss {self.recipe.loss or 'by default'!r}"
         with calling(f"a training step ({said})", self.recipe.root), preserve_state(model):
             model.train()
@@ -306,6 +310,7 @@ class OwnTask:
                 raise RecipeError(
                     f"the classes are {int(kept.min())} to {int(kept.max())}, but the network has "
                     f"{outputs} outputs, for 0 to {outputs - 1}"
+                    + (" (of one logit, the loss is bce)" if outputs == 1 else "")
                 )
 
     def _check_loss(self, loss: Tensor) -> None:
@@ -402,15 +407,21 @@ def _call_data(recipe: Recipe) -> Any:
     known = {"batch_size": recipe.batch_size or 64}
     options = {**accepted(function, known), **recipe.data_options}
     check_options(function, options, f"data {recipe.data!r} with data_options")
-    with calling(f"data function {recipe.data!r}", recipe.root):
+    with calling(f"data function {recipe.data!r}", recipe.root), kept_generators():
+        seed_generators(_DATA_SEED)  # a random split is the same in every run
         return function(**options)
 
 
 def sketch(recipe: Recipe) -> Sketch:
-    """The network and one batch on the meta device; the data is read for the batch."""
+    """The network and one batch, on the meta device if it runs there; the data is read for it."""
     task = make_task(
         recipe, None, seed=0, device=torch.device("cpu"), train_limit=None, test_limit=None
     )
-    model = sketch_network(recipe, {}, **task.known)
-    sample = tree_map_only(Tensor, lambda x: x.to("meta"), task.sample())
+    model, sample = sketch_network(recipe, {}, **task.known), task.sample()
+    on_meta = tree_map_only(Tensor, lambda x: x.to("meta"), sample)
+    with suppress(RuntimeError), torch.no_grad(), preserve_state(model):
+        call_model(model, on_meta)
+        return Sketch(model, on_meta, f"one batch of {recipe.data}", task.steps_per_epoch)
+    with torch.random.fork_rng(devices=[]):  # its forward pass reads values
+        model = task.model()
     return Sketch(model, sample, f"one batch of {recipe.data}", task.steps_per_epoch)

@@ -166,6 +166,12 @@ class Recipe(BaseModel):
         for key, default, used, where in self._conditions():
             if getattr(self, key) != default and not used:
                 raise ValueError(f"{key} has no effect here: it is for {where}")
+        own = (
+            {"lr"} if is_reference(self.optimizer) else {"lr", "momentum", "betas", "weight_decay"}
+        )
+        if taken := sorted(own & self.optimizer_options.keys()):
+            key = "learning_rate" if taken[0] == "lr" else taken[0]
+            raise ValueError(f"optimizer_options has {taken[0]!r}: set {key} in the recipe")
         if self.metric is not None and is_reference(self.metric) and self.higher_is_better is None:
             raise ValueError(
                 f"higher_is_better must be true or false for the metric {self.metric!r}"

@@ -198,4 +198,7 @@ def _count(trainer: Trainer) -> int | None:
     if trainer.machine.compile:
         return None
     sample = tree_map_only(torch.Tensor, lambda x: x.to("meta"), trainer.task.sample())
-    return count_flops(deepcopy(trainer.model).to("meta"), sample).training
+    try:
+        return count_flops(deepcopy(trainer.model).to("meta"), sample).training
+    except RuntimeError:  # its forward pass reads values, which are not there
+        return None

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from dynarank.decompositions.registry import get_decomposition
 from dynarank.planning.fit_schedule import fit_schedule
@@ -20,7 +21,7 @@ from dynarank.schedules.lr_aligned import DynamicRank
 from dynarank.schedules.options import share_within
 from dynarank.schedules.rank_decay import Decay
 from dynarank.schedules.timelines import Phase, timeline
-from dynarank.surgery.optimizer_state import Optimizers
+from dynarank.surgery.optimizer_state import Optimizers, check_movable
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import make_optimizer
@@ -126,27 +127,35 @@ def check_schedules(
         ValueError: the first request that is refused, with the recipe and the schedule.
     """
     with torch.random.fork_rng():
-        stepped: Recipe | None = None
         for recipe, name in chosen:
             try:
-                if isinstance(task, OwnTask) and recipe is not stepped:
-                    model, stepped = task.model(), recipe
-                    task.check(model, make_optimizer(recipe, model), autocast)
-                _check(recipe, name, task, epochs * task.steps_per_epoch, measure)
+                model = task.model()
+                optimizer = make_optimizer(recipe, model)
+                if isinstance(task, OwnTask):
+                    task.check(model, optimizer, autocast)
+                _check(recipe, name, task, epochs, model, optimizer, measure)
             except ValueError as error:
                 raise RecipeError(f"{recipe.name}, {name}: {error}") from error
 
 
-def _check(recipe: Recipe, name: str, task: Task, total_steps: int, measure: bool) -> None:
+def _check(
+    recipe: Recipe,
+    name: str,
+    task: Task,
+    epochs: int,
+    model: nn.Module,
+    optimizer: Optimizer,
+    measure: bool,
+) -> None:
     """Construct what a run constructs, but for its rank scheduler."""
     get_decomposition(recipe.decomposition)
     if recipe.budget is not None:
         share_within("budget", recipe.budget)
-    model = task.model()
     recipe, sites = with_default_layers(recipe, model), survey(model)
-    optimizer = make_optimizer(recipe, model)
+    total_steps = epochs * task.steps_per_epoch
     make_lr_scheduler(recipe, optimizer, total_steps)
-    layers = {site.path: site.spec.unit_shape for site in select(sites, recipe.layers)}
+    scheduled = select(sites, recipe.layers)
+    layers = {site.path: site.spec.unit_shape for site in scheduled}
     forecast = forecast_rates(recipe, total_steps)
     schedule = make_schedule(
         recipe, name, model, task.sample(), total_steps, optimizer, measure=measure
@@ -159,3 +168,5 @@ def _check(recipe: Recipe, name: str, task: Task, total_steps: int, measure: boo
 
     check_phases(model, phases(), sites)
     budgets.expect(phases)
+    changes = schedule.spectra_every is not None or any(phase.start for phase in phases())
+    check_movable([optimizer], schedule.moments or recipe.moments, scheduled if changes else ())

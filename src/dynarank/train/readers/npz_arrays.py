@@ -31,8 +31,7 @@ def read(place: str, folder: Path, *, channels_last: bool = False) -> Any:
             finite.
     """
     path = find(place, folder)
-    x_train, y_train, x_test, y_test = read_npz(path, "arrays")
-    names = dict(zip(NPZ_KEYS, (x_train, y_train, x_test, y_test), strict=True))
+    names: dict[str, NDArray[Any]] = dict(zip(NPZ_KEYS, read_npz(path, "arrays"), strict=True))
     for name, array in names.items():
         _check(path, name, array)
     for part in ("train", "test"):
