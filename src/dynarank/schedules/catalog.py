@@ -9,7 +9,7 @@ from typing import Any
 
 from dynarank.files.nearest import did_you_mean
 from dynarank.forms import Within
-from dynarank.schedules.base import FunctionSchedule, RankSchedule
+from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.dynamic import Budgeted
 from dynarank.schedules.library.closed_loop import ClosedLoop
 from dynarank.schedules.library.cuttlefish import Cuttlefish
@@ -124,24 +124,6 @@ def get_preset(name: str) -> Preset:
         hint = did_you_mean(name, SCHEDULES)
         raise ValueError(f"unknown schedule {name!r}; known: {', '.join(SCHEDULES)}{hint}")
     return SCHEDULES[name]
-
-
-def schedule_name(schedule: RankSchedule) -> str:
-    """The name of a schedule: that of the catalog, else that of its class or function.
-
-    Example:
-        >>> schedule_name(DynamicRank(8, to="low-rank")), schedule_name(Budgeted(Within(flops=0.5)))
-        ('dynamic-rank-low', 'dynamic-rank')
-    """
-    if isinstance(schedule, Budgeted):
-        return "dynamic-rank"
-    for name, preset in SCHEDULES.items():
-        fixed = preset.fixed.items()
-        if type(schedule) is preset.cls and all(getattr(schedule, k) == v for k, v in fixed):
-            return name
-    own = schedule.function if isinstance(schedule, FunctionSchedule) else type(schedule)
-    name = getattr(own, "__name__", type(own).__name__).strip("<>")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).replace("_", "-").lower()
 
 
 def schedule_summaries() -> dict[str, str]:
