@@ -9,7 +9,7 @@ from typing import Any
 
 from dynarank.files.nearest import did_you_mean
 from dynarank.forms import Within
-from dynarank.schedules.base import RankSchedule
+from dynarank.schedules.base import FunctionSchedule, RankSchedule
 from dynarank.schedules.dynamic import Budgeted
 from dynarank.schedules.library.closed_loop import ClosedLoop
 from dynarank.schedules.library.cuttlefish import Cuttlefish
@@ -126,6 +126,24 @@ def get_preset(name: str) -> Preset:
     return SCHEDULES[name]
 
 
+def schedule_name(schedule: RankSchedule) -> str:
+    """The name of a schedule: that of the catalog, else that of its class or function.
+
+    Example:
+        >>> schedule_name(DynamicRank(8, to="low-rank")), schedule_name(Budgeted(Within(flops=0.5)))
+        ('dynamic-rank-low', 'dynamic-rank')
+    """
+    if isinstance(schedule, Budgeted):
+        return "dynamic-rank"
+    for name, preset in SCHEDULES.items():
+        fixed = preset.fixed.items()
+        if type(schedule) is preset.cls and all(getattr(schedule, k) == v for k, v in fixed):
+            return name
+    own = schedule.function if isinstance(schedule, FunctionSchedule) else type(schedule)
+    name = getattr(own, "__name__", type(own).__name__).strip("<>")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name).replace("_", "-").lower()
+
+
 def schedule_summaries() -> dict[str, str]:
     """What each named schedule does, in one line.
 
@@ -134,18 +152,3 @@ def schedule_summaries() -> dict[str, str]:
         'Frozen weights with low-rank adapters throughout.'
     """
     return {name: preset.summary for name, preset in SCHEDULES.items()}
-
-
-def schedule_name(schedule: RankSchedule) -> str:
-    """The name of a schedule in the catalog; of another, that of its class or function.
-
-    Example:
-        >>> schedule_name(low_rank(8))
-        'low-rank'
-    """
-    for name, preset in SCHEDULES.items():
-        fixed = all(getattr(schedule, key, None) == value for key, value in preset.fixed.items())
-        if (type(schedule) is preset.cls and fixed) or type(schedule) is preset.within:
-            return name
-    own = getattr(getattr(schedule, "function", None), "__name__", type(schedule).__name__)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", own).strip("<>").replace("_", "-").lower()
