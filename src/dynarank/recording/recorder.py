@@ -25,12 +25,12 @@ from dynarank.forms import Change, Plan, form_name
 from dynarank.monitors.spectral import SpectralMonitor
 from dynarank.recording.events import RankEvents
 from dynarank.recording.host import commit, hardware, started, versions
+from dynarank.recording.output import Output
 from dynarank.recording.phase_costs import PhaseCosts, alike, summary_of
 from dynarank.recording.rank_metrics import VALUES, RankMetricsRecorder
 from dynarank.recording.run_folder import check_folder, kept_records, write_settings
 from dynarank.recording.step_log import StepLog, as_number, kept
 from dynarank.recording.watch import watch
-from dynarank.recording.writing import Output
 from dynarank.records import (
     DecisionRecord,
     EpochRecord,
