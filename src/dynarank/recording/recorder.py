@@ -269,6 +269,8 @@ class Recorder:
             return
         self._closed = True
         with self._stack:
+            if self.step:
+                self._begin(self.step)  # of a run that had only to be closed
             if not self._phases:
                 warnings.warn(
                     f"{self.folder}: no optimizer step was recorded, so there is no summary",
