@@ -210,6 +210,27 @@ def test_the_recorder_may_be_made_before_the_checkpoint_is_loaded(tmp_path: Path
     assert [r.step for r in run.all(StepRecord)] == list(range(1, TOTAL + 1))
 
 
+def test_a_run_that_had_only_to_be_closed(tmp_path: Path) -> None:
+    """Killed after its last step and checkpoint; the loop that goes on has nothing to train."""
+    loop = Loop()
+    recorder = Recorder(tmp_path / "mine", loop.ranks, report=False)
+    loop.train(recorder)
+    dr.save(tmp_path / "checkpoint", **loop.parts)
+    vanish(recorder)
+    for _ in range(2):  # the second time it is finished
+        again = Loop()
+        dr.load(tmp_path / "checkpoint", **again.parts)
+        said: list[str] = []
+        with Recorder(tmp_path / "mine", again.ranks, report=False, say=said.append):
+            pass
+        run = read_run(tmp_path / "mine")
+        assert run.summary is not None and len(run.all(EpochRecord)) == EPOCHS
+    expected = record(tmp_path / "whole", name="mine")
+    key: Callable[[dict[str, Any]], str] = repr
+    found = timeless(read_run(tmp_path / "mine"))
+    assert sorted(found, key=key) == sorted(timeless(expected), key=key)
+
+
 def test_a_run_that_begins_again_moves_the_unfinished_one_aside(tmp_path: Path) -> None:
     loop = Loop()
     with pytest.raises(KeyboardInterrupt), Recorder(tmp_path / "mine", loop.ranks) as recorder:

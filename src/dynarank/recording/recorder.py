@@ -17,17 +17,16 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynarank.cost.flops import Flops, ModelUse, count_flops, share_of, trace
-from dynarank.cost.memory import SavedTensors, tensor_bytes
-from dynarank.cost.stand_in import meta_copy, on_meta
+from dynarank.cost.memory import SavedTensors
 from dynarank.files.ownership import owned
 from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
-from dynarank.forms import Change, FullRank, Plan, form_name
+from dynarank.forms import Change, Plan, form_name
 from dynarank.monitors.spectral import SpectralMonitor
-from dynarank.recording.events import RankEvents, phase_record
+from dynarank.recording.events import RankEvents
 from dynarank.recording.host import commit, hardware, started, versions
 from dynarank.recording.output import Output
+from dynarank.recording.phase_costs import PhaseCosts, alike, summary_of
 from dynarank.recording.rank_metrics import VALUES, RankMetricsRecorder
 from dynarank.recording.run_folder import check_folder, kept_records, write_settings
 from dynarank.recording.step_log import StepLog, as_number, kept
@@ -150,7 +149,7 @@ class Recorder:
         self.folder = Path(folder)
         self.model, self._optimizers = _subject(ranks, model, optimizer)
         self.ranks, self.seed = ranks, seed
-        self._batch, self._given = batch, batch is not None
+        self._costs = PhaseCosts(self.model, self._optimizers, batch)
         self.metric = _metric(metric)
         self.name = name or self.folder.resolve().name
         self._settings = self._make_settings()
@@ -161,8 +160,7 @@ class Recorder:
         self._log = StepLog()
         self._results: list[EpochRecord] = []
         self._phases: list[PhaseRecord] = []
-        self._use: ModelUse | None = None
-        self._saved, self._probing, self._new_phase = 0, True, True
+        self._probing = self._new_phase = True
         self._begun, self._seen_step, self._last_epoch = False, False, 0
         self._later = 0  # steps that logs are ahead of the rank scheduler
         self._seconds, self._mark, self._start = 0.0, time.perf_counter(), time.perf_counter()
@@ -271,6 +269,8 @@ class Recorder:
             return
         self._closed = True
         with self._stack:
+            if self.step:
+                self._begin(self.step)  # of a run that had only to be closed
             if not self._phases:
                 warnings.warn(
                     f"{self.folder}: no optimizer step was recorded, so there is no summary",
@@ -282,7 +282,10 @@ class Recorder:
                 self._end_epoch(None, {}, {})
             self._read()
             digest = self._write_model() if self._save_model else None
-            self._write(self._summary(digest))
+            took = {"train_seconds": self._seconds,
+                    "wall_seconds": time.perf_counter() - self._start}  # fmt: skip
+            spans = self._phases, self.step, self._results
+            self._write(summary_of(*spans, self.metric, model_sha256=digest, **took))
             if self.ranks is None and self._epochs is None:
                 self._relabel(len(self._results))
             self._output.sync()
@@ -313,13 +316,12 @@ class Recorder:
 
     def began(self, batch: Any) -> None:
         """Begin the recording with the first training forward pass, and keep its batch."""
-        if self._use is None and not self._given:
-            self._batch = batch  # the last before the first step
+        self._costs.see(batch)
         self._begin(self.step)
 
     def saved(self, tensors: SavedTensors) -> None:
         """Note what a forward pass before the first step of a phase saves."""
-        self._saved = tensors.bytes_without([*self.model.parameters(), *self.model.buffers()])
+        self._costs.saved(tensors)
 
     def stepped(self) -> None:
         """Record what an optimizer step began: a phase, decisions, a reading of the spectra."""
@@ -401,58 +403,12 @@ class Recorder:
     def _phase(self) -> None:
         """Record the phase whose first step has just been done."""
         self._new_phase = self._probing = False
-        use, plan = self._traced(), current_plan(self.model)
-        predicted = use.flops(plan).training
-        full = use.flops(dict.fromkeys(use.layers, FullRank())).training
-        record = phase_record(
-            self.model,
-            plan,
-            epoch=self._epoch_at(self.step - 1),
-            step=self.step - 1,
-            predicted_flops=predicted,
-            counted_flops=self._counted(),
-            relative_flops=share_of(predicted, full),
-            memory_bytes=self._memory(),
-        )
+        step = self.step - 1
+        record = self._costs.phase(self._epoch_at(step), step)
         goes_on, self._goes_on = self._goes_on, False
-        if not goes_on or not _alike(self._phases[-1], record):
+        if not goes_on or not alike(self._phases[-1], record):
             self._phases.append(record)
             self._write(record)
-
-    def _traced(self) -> ModelUse:
-        """The trace of the first training batch."""
-        if self._use is None:
-            if self._batch is None:
-                raise ValueError(
-                    "no training forward pass of the model was seen before the first step, from "
-                    "which FLOPs are computed (a compiled graph calls it, or another module does); "
-                    "give Recorder(..., batch=...)"
-                )
-            try:  # without a second copy of the values
-                self._use = trace(meta_copy(self.model), on_meta(self._batch))
-            except Exception:  # whatever the model does that meta tensors do not allow
-                self._use = trace(self.model, self._batch)
-            self._batch = on_meta(self._batch)  # its shapes are all that is needed from now on
-        return self._use
-
-    def _counted(self) -> int | None:
-        """The FLOPs of a step by FlopCounterMode; None where no meta copy runs."""
-        try:
-            found: Flops = count_flops(meta_copy(self.model), self._batch)
-        except Exception:  # whatever the model does that meta tensors do not allow
-            return None
-        return found.training
-
-    def _memory(self) -> int:
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        if device.type == "cuda":
-            return torch.cuda.max_memory_allocated(device)
-        parameters = list(self.model.parameters())
-        states = (state for one in self._optimizers for state in one.state.values())
-        tensors = [v for state in states for v in state.values() if torch.is_tensor(v)]
-        trained = [p for p in parameters if p.requires_grad]
-        held = tensor_bytes([*parameters, *self.model.buffers(), *trained, *tensors])
-        return held + self._saved
 
     def _decided(self) -> None:
         """Record the readings and decisions of the schedule since the last look."""
@@ -508,27 +464,6 @@ class Recorder:
         self._results.append(record)
         self._last_epoch, self._rate = self.step, None
         self._write(record)
-
-    def _summary(self, digest: str | None) -> SummaryRecord:
-        """The run's costs, from its phases, and its scores."""
-        stops = [*(phase.step for phase in self._phases[1:]), self.step]
-        spans = [(p, stop - p.step) for p, stop in zip(self._phases, stops, strict=True)]
-        steps = max(1, sum(steps for _, steps in spans))
-        scores = [s for r in self._results if (s := r.test_score) is not None]
-        best = max if self.metric.higher_is_better else min
-        return SummaryRecord(
-            test_score=scores[-1] if scores else None,
-            best_test_score=best(scores) if scores else None,
-            scores=self._results[-1].scores if self._results else {},
-            trainable_parameters_peak=max(p.trainable_parameters for p, n in spans if n),
-            trainable_parameters_mean=sum(p.trainable_parameters * n for p, n in spans) / steps,
-            training_flops=float(sum(p.predicted_flops * n for p, n in spans)),
-            relative_flops=sum(p.relative_flops * n for p, n in spans) / steps,
-            memory_bytes=max(p.memory_bytes or 0 for p, _ in spans),
-            train_seconds=self._seconds,
-            wall_seconds=time.perf_counter() - self._start,
-            model_sha256=digest,
-        )
 
     def _write_model(self) -> str:
         path = self.folder / "model.safetensors"
@@ -668,12 +603,6 @@ def _precision(model: nn.Module, device: torch.device) -> str:
     else:
         dtype = next((p.dtype for p in model.parameters()), torch.float32)
     return _PRECISION.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def _alike(one: PhaseRecord, other: PhaseRecord) -> bool:
-    """Whether two records are of one phase."""
-    names = ("forms", "trainable_parameters", "total_parameters", "predicted_flops")
-    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _is_power_of_two(number: int) -> bool:
