@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ _ASCII = {
 
 @contextmanager
 def any_encoding() -> Generator[None]:
-    """Within, stdout and stderr take every text; names that are not UTF-8 are escaped."""
+    """Within, stdout and stderr take every text, even closed; names not in UTF-8 are escaped."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
     before = {
         stream: stream.errors
         for stream in (sys.stdout, sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dynarank.cli.listing import JsonListOption, show_list
-from dynarank.train.recipes import recipe_summaries
+from dynarank.train.built_in_recipes import recipe_summaries
 
 __all__ = ["recipes"]
 

@@ -92,18 +92,20 @@ def right_aligned(title: str, first: list[str], numbers: list[str]) -> Table:
 def print_whole_words(terminal: Console, table: Table) -> None:
     """Print a table; in a narrow terminal headings are wrapped between words, if that is enough.
 
-    If it is not, cells are too.
+    If it is not, cells are too, in as few columns as possible.
     """
     cells = [[str(cell) for cell in (c.header, *c.cells)] for c in table.columns]
-    words = [[word for cell in column for word in cell.split()] for column in cells]
-    whole = [column[0].split() + column[1:] for column in cells]
+    words = [max(len(word) for cell in one for word in cell.split()) for one in cells]
+    whole = [max(map(len, [*one[0].split(), *one[1:]])) for one in cells]
     room = terminal.width - 2 * (len(cells) - 1)  # two characters between columns
-    least = [max(map(len, column)) for column in whole]
-    if sum(least) > room:
-        least = [max(map(len, column)) for column in words]
+    least = whole
+    for column in sorted(range(len(cells)), key=lambda at: words[at] - whole[at]):
+        if sum(least) > room:
+            least[column] = words[column]
     spare = room - sum(least)
     if spare >= 0:
         for column, texts, width in zip(table.columns, cells, least, strict=True):
             more = min(max(map(len, texts)) - width, spare)
             column.width, spare = width + more, spare - more
+            column.no_wrap = False
     terminal.print(table)

@@ -2,40 +2,15 @@
 
 from __future__ import annotations
 
-import tomllib
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from dynarank.files.nearest import did_you_mean
+from dynarank.train.built_in_recipes import read_built_in, recipe_names, recipe_summaries
 from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.recipe_files import is_own_recipe, load_own_recipe
 
 __all__ = ["Recipe", "RecipeError", "load_recipe", "recipe_names", "recipe_summaries"]
-
-
-def recipe_names() -> list[str]:
-    """The names of all recipes."""
-    folder = files("dynarank.train.recipes")
-    return sorted(
-        f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml")
-    )
-
-
-def recipe_summaries() -> dict[str, str]:
-    """What each recipe trains, in one line.
-
-    Example:
-        >>> recipe_summaries()["imdb-lstm"]
-        'A bidirectional LSTM on IMDb movie reviews, with a word vocabulary.'
-    """
-    return {name: _read(name)["summary"] for name in recipe_names()}
-
-
-def _read(name: str) -> dict[str, Any]:
-    text = (files("dynarank.train.recipes") / f"{name}.toml").read_text(encoding="utf-8")
-    return tomllib.loads(text)
 
 
 def load_recipe(name: str) -> Recipe:
@@ -57,4 +32,4 @@ def load_recipe(name: str) -> Recipe:
         file = f"{name}.toml"
         hint += f" A file is named with its ending: {file}." if Path(file).is_file() else ""
         raise RecipeError(f"unknown recipe {name!r}{hint} Known recipes: {', '.join(names)}.")
-    return Recipe(name=name, **_read(name))
+    return Recipe(name=name, **read_built_in(name))
