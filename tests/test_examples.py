@@ -23,6 +23,7 @@ ARGUMENTS = {
     "07_save_and_resume": ["--steps", "20"],
     "08_own_loop_recorded": ["--epochs", "2"],
     "09_compress_an_encoder": "--encoder encoder --data pairs --shares 0.5 --rounds 1".split(),
+    "10_your_own_recipe": ["--epochs", "1", "--train-limit", "64"],
 }
 SAYS = {
     "01_functions": 'deflate(to="adapted")     23,306 trainable, output change 0.0e+00',
@@ -34,6 +35,7 @@ SAYS = {
     "07_save_and_resume": "bit by bit the same weights: True",
     "08_own_loop_recorded": "report: runs/digits-loop/report.html",
     "09_compress_an_encoder": "0.5 calibrated, in a budget",
+    "10_your_own_recipe": "test worst_class",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150
 

@@ -83,6 +83,15 @@ def test_only_the_layers_of_a_pattern(model: Path, capsys: pytest.CaptureFixture
         spectrum(model, layers=["h.1", "h.12"], no_plot=True)
 
 
+def test_one_expert_is_named_as_it_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, {"experts.up_proj": torch.randn(12, 4, 4)})
+    spectrum(tmp_path, layers=["experts.up_proj[11]"], no_plot=True)
+    _, _, row, *_ = capsys.readouterr().out.splitlines()
+    assert row.split()[0] == "experts.up_proj[11]"
+
+
 REFUSED = {
     "energy": ({"energy": 1.5}, "--energy is a share above 0 and up to 1"),
     "zero energy": ({"energy": 0.0}, "--energy is a share above 0 and up to 1"),

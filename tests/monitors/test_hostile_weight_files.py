@@ -192,6 +192,19 @@ def test_errors_are_printable_and_short(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["1a" * 50_000, "a_" * 50_000 + "x", "parametrizations." * 5_000 + "original1", "9" * 100_000,
+     "x.lora_A." * 10_000, "conv" * 20_000 + "7" * 5_000],
+)  # fmt: skip
+@pytest.mark.timeout(60)
+def test_long_names_take_no_time(tmp_path: Path, name: str) -> None:
+    kernel = torch.ones(2, 2, 3)
+    save_file({name: torch.eye(2), f"{name}_v": torch.eye(2), f"{name}k": kernel},
+              tmp_path / "m.safetensors")  # fmt: skip
+    assert len(list(file_spectra(tmp_path))) == 3
+
+
 @settings(deadline=None, max_examples=300)
 @given(mutation=mutated(stored({"a": tensor([2, 2], 0, 16), "x.down": tensor([1, 2], 16, 24),
                                 "x.up": tensor([2, 1], 24, 32)}, 8)))  # fmt: skip

@@ -64,6 +64,19 @@ def test_conv1d_of_gpt2_is_turned(tmp_path: Path) -> None:
     assert list(dict.fromkeys(blocks)) == [str(i) for i in range(11)]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_conv1d_without_a_bias_is_told_by_its_name(turned: bool, tmp_path: Path) -> None:
+    layers = {
+        "attn.c_attn": (24, 8),
+        "attn.c_proj": (8, 8),
+        "mlp.c_fc": (32, 8),
+        "mlp.c_proj": (8, 32),
+    }
+    weights = {f"h.0.{name}": random(*shape) for name, shape in layers.items()}
+    write(tmp_path, {f"{n}.weight": w.T if turned else w for n, w in weights.items()})
+    assert_weights(tmp_path, weights)
+
+
 def test_what_is_no_weight_is_passed_over(tmp_path: Path) -> None:
     state = {
         "l.weight": random(6, 5),

@@ -13,9 +13,12 @@ from safetensors.torch import save_file
 from stored import random
 from torch import Tensor, nn
 
+import dynarank as dr
 from dynarank.files.reading import DamagedFileError
 from dynarank.monitors import torch_files
-from dynarank.monitors.file_spectra import file_spectra
+from dynarank.monitors.file_spectra import file_spectra, read_spectrum
+from dynarank.monitors.stored_weights import stored_weights
+from dynarank.monitors.weight_files import open_weights
 
 STATE = {"a.weight": random(6, 5), "a.bias": torch.ones(6), "b.10.weight": random(4, 6),
          "b.2.weight": random(5, 4)}  # fmt: skip
@@ -54,6 +57,20 @@ def test_names_of_wrappers_in_safetensors(kind: str, tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES[kind], path.name)}))
     for place in (path, index):
         assert weights(place) == {"a": (6, 5), "b.2": (5, 4), "b.10": (4, 6)}
+
+
+def test_a_mapped_file_is_not_written_to(tmp_path: Path) -> None:
+    """Each layout that computes a weight, read twice from one mapping."""
+    state = {"s.weight": random(6, 5), "s.weight_scale": torch.rand(6),
+             "n.weight_g": torch.ones(6, 1), "n.weight_v": random(6, 5),
+             "p.weight_orig": random(6, 5), "p.weight_mask": torch.ones(6, 5),
+             "e.experts": torch.rand(2, 6, 5)}  # fmt: skip
+    model = dr.apply_plan(layer := nn.Sequential(nn.Linear(5, 6)), {"0": dr.Adapted(2)}) and layer
+    torch.save(state | model.state_dict(), tmp_path / "m.pt")
+    files = open_weights(tmp_path)
+    for weight in stored_weights(files):
+        first, second = (read_spectrum(files, weight).values for _ in range(2))
+        assert first is not None and second is not None and torch.equal(first, second)
 
 
 def test_names_that_would_collide_stay_as_they_are(tmp_path: Path) -> None:

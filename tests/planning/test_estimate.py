@@ -219,6 +219,12 @@ def test_phases_follow_what_is_said_of_the_lr_scheduler(name: str, every: int) -
     assert f"(lr_every={every})" in str(found)
 
 
+def test_a_compiled_model_is_estimated_as_it_is() -> None:
+    model, how = net(), {"schedule": SCHEDULE, "total_steps": STEPS}
+    found = dr.estimate(torch.compile(model, backend="eager"), torch.ones(8, 64), **how)  # type: ignore[arg-type]
+    assert found.cost == dr.estimate(model, torch.ones(8, 64), **how).cost  # type: ignore[arg-type]
+
+
 def test_an_unknown_interval_is_said_in_a_warning_and_in_the_table() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -248,6 +254,7 @@ def refusals() -> dict[str, tuple[str, Callable[[], Estimate]]]:
             "on the meta device",
             lambda: dr.estimate(net().to("meta"), x, measure=True),
         ),
+        "lazy": ("lazy parameters", lambda: dr.estimate(nn.LazyLinear(8), x)),
         "of another": (
             "trains in no optimizer|in no optimizer|another optimizer|no optimizer",
             lambda: dr.estimate(model, x, optimizer=other, **how),

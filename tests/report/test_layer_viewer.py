@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_runs import write_run
 
-from dynarank.records import read_run
+from dynarank.records import ChangeRecord, read_run
 from dynarank.report.embed import data_block
 from dynarank.report.layer_viewer_data import (
     DECADES,
     LETTERS,
     limits_text,
+    opening,
     pack_spectrum,
     pack_weights,
     viewer_runs,
@@ -85,6 +86,20 @@ def test_many_layers_are_kept_within_the_budget_and_the_limits_said(tmp_path, mo
         "This page shows 5 of 13 readings, 5 of 7 readings of the weights and "
         "weights in 8 x 8 blocks; records.jsonl has all."
     )
+
+
+def test_a_layer_that_changes_is_kept_and_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr("dynarank.report.layer_viewer_data.SPECTRUM_BUDGET", 5 * 64 * 4 * 2)
+    still = read_run(write_run(tmp_path / "still", "low-rank", layers=20, pictures=True))
+    run = read_run(write_run(tmp_path, layers=20, pictures=True))
+    run.records = [
+        record for record in run.records
+        if not isinstance(record, ChangeRecord) or record.path == "blocks.13.conv"
+    ]  # fmt: skip
+    packed = viewer_runs([still, run])
+    names = [layer["name"] for layer in packed[1]["layers"] if len(layer["forms"]) > 1]
+    assert names == ["blocks.13.conv"]
+    assert opening(packed) == 1 and opening(packed[:1]) == 0
 
 
 @given(st.integers(1, 10**6), st.integers(1, 5000), st.integers(1, 500), st.integers(1, 100))

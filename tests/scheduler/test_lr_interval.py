@@ -214,3 +214,33 @@ def test_a_state_goes_on_with_what_was_told() -> None:
     second = ranks(first.state_dict())
     assert second.phases() == first.phases()
     assert second.forecast.every == 31
+
+
+@pytest.mark.parametrize("at", [1, 30, 31, 32, 45, 61, 62, 63])
+def test_a_resumed_run_foresees_what_the_whole_one_does(at: int) -> None:
+    """Its LR scheduler has been loaded before, and its copy begins in the middle."""
+
+    def made(lr: Any = None, ranks: Any = None) -> tuple[Any, Any]:
+        model = net()
+        optimizer = sgd(model)
+        scheduler = SILENT["lambda"](optimizer, 10)
+        if lr is not None:
+            scheduler.load_state_dict(lr)
+            optimizer.param_groups[0]["lr"] = scheduler.get_last_lr()[0]
+        how = {"lr_scheduler": scheduler, "state": ranks}
+        return RankScheduler(model, optimizer, dynamic_rank(2), 310, **how), scheduler
+
+    def go_on(ranks: RankScheduler, scheduler: Any, start: int, stop: int) -> None:
+        for step in range(start + 1, stop + 1):
+            ranks.optimizer[0].step()
+            if step % 31 == 0:
+                scheduler.step()
+            ranks.step()
+
+    whole, scheduler = made()
+    go_on(whole, scheduler, 0, at)
+    lr, state = scheduler.state_dict(), whole.state_dict()
+    go_on(whole, scheduler, at, 100)
+    resumed, scheduler = made(lr, state)
+    go_on(resumed, scheduler, at, 100)
+    assert resumed.forecast.rates == whole.forecast.rates

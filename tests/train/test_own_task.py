@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from training import Silent
 
 from dynarank.files.json_data import parse_json
-from dynarank.records import EpochRecord, read_run
+from dynarank.records import EpochRecord, NoiseRecord, read_run
 from dynarank.train.interruption import Interrupted
 from dynarank.train.loop import Machine
 from dynarank.train.own_task import OwnTask
@@ -53,10 +53,14 @@ def task_of(recipe: Recipe, seed: int = 0) -> Any:
 
 
 def run(recipe: Recipe, folder: Path, schedule: str = "dynamic-rank", **options: Any) -> None:
-    machine = Machine(CPU)
+    settings: dict[str, Any] = {
+        "machine": Machine(CPU),
+        "checkpoints": CheckpointPlan(minutes=None),
+        **options,
+    }
     run_schedule(
-        recipe, schedule, task_of(recipe), folder, Silent(), seed=0, epochs=2, machine=machine,
-        checkpoints=CheckpointPlan(minutes=None), say=lambda text: None, **options,
+        recipe, schedule, task_of(recipe), folder, Silent(), seed=0, epochs=2,
+        say=lambda text: None, **settings,
     )  # fmt: skip
 
 
@@ -312,10 +316,19 @@ def split():
 
 def test_what_a_data_function_draws_is_the_same_in_every_run(tmp_path: Path) -> None:
     recipe = own(tmp_path, "split", code=SPLIT)
+    one = next(task_of(recipe, 0).test.ordered())
+    _ = torch.rand(3), np.random.rand()
     state = torch.random.get_rng_state()
-    one, two = (next(task_of(recipe, seed).test.ordered()) for seed in (0, 1))
+    two = next(task_of(recipe, 1).test.ordered())
     assert all(map(torch.equal, one, two))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["loaders", "labeled"])
+def test_the_noise_scale_is_measured(kind: str, tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, kind).with_settings({"batch_size": 0 if kind == "loaders" else 12})
+    run(recipe, tmp_path / "run", machine=Machine(CPU, noise=True))
+    assert read_run(tmp_path / "run").all(NoiseRecord)
 
 
 def test_a_network_that_reads_values_is_sketched_and_trained(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from own_recipes import own, write
 
@@ -136,7 +136,7 @@ def test_settings_are_checked_as_a_file_is(tmp_path: Path) -> None:
     assert (changed.rank.value, changed.model_options) == (0.25, {"width": 32})  # type: ignore[union-attr]
     assert changed.sources == recipe.sources
     assert recipe.with_settings({"model": "mlp"}).sources == recipe.sources  # of the data
-    for settings, told in [
+    for asked, told in [
         ({"learning_rat": 1}, "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
         ({"lr": 1}, "did you mean 'learning_rate'"),
         ({"sources": {}}, "unknown setting 'sources'"),
@@ -151,7 +151,7 @@ def test_settings_are_checked_as_a_file_is(tmp_path: Path) -> None:
         ({"augment": True}, "augment has no effect here"),
     ]:
         with pytest.raises(RecipeError, match=told):
-            recipe.with_settings(settings)
+            recipe.with_settings(asked)
 
 
 json = st.recursive(
@@ -161,11 +161,12 @@ json = st.recursive(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(list(Recipe.model_fields)) | st.text(), json, max_size=4))
-def test_any_settings_are_taken_or_refused_by_name(settings: dict[str, Any]) -> None:
+def test_any_settings_are_taken_or_refused_by_name(asked: dict[str, Any]) -> None:
     base = load_recipe("digits")
     try:
-        changed = base.with_settings(settings)
+        changed = base.with_settings(asked)
     except RecipeError:
         return
     assert Recipe.model_validate(changed.model_dump(mode="json")) == changed

@@ -6,11 +6,12 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
 from dynarank.train import text_files
 from dynarank.train.sources import DataError
-from dynarank.train.text_files import TextData, load_text, standard_library
+from dynarank.train.text_files import TextData, load_split_text, load_text, standard_library
 
 
 def text(part: Tensor) -> bytes:
@@ -138,3 +139,16 @@ def test_nothing_there_says_what_was_looked_for(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="max_bytes must be at least 2 and held_out between"):
         load_text(None, **options)  # type: ignore[arg-type]
+
+
+def test_a_corpus_that_is_split_already(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "a.txt").write_text("one " * 50)
+    with pytest.raises(DataError, match="no valid, validation, val or test beside it"):
+        load_split_text(tmp_path, max_bytes=1000, held_out=0.1)
+    (tmp_path / "valid.txt").write_text("two " * 50)
+    data = load_split_text(tmp_path, max_bytes=1000, held_out=0.1)
+    assert bytes(data.train.tolist()) == b"one " * 50 + b"\0"
+    assert bytes(data.test.tolist()) == (b"two " * 50)[:99] + b"\0"
+    whole = load_split_text(tmp_path / "valid.txt", max_bytes=1000, held_out=0.1)
+    assert torch.equal(whole.train, load_text(str(tmp_path / "valid.txt"), held_out=0.1).train)

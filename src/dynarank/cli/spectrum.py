@@ -154,13 +154,17 @@ def _named(models: list[Model], patterns: list[str] | None) -> list[str]:
     if not patterns:
         return names
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(_matches(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern.strip("*."), names, n=3, cutoff=0.4)
             shown = ", ".join(map(printable, near or names[:3]))
             raise ValueError(
                 f"--layers {pattern!r} matches no layer; there is, for example: {shown}"
             )
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    return [name for name in names if any(_matches(name, pattern) for pattern in patterns)]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name == pattern or fnmatchcase(name, pattern)  # experts.up_proj[3] is a name too
 
 
 def _verify(path: Path) -> None:

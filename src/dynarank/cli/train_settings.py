@@ -53,7 +53,7 @@ class TrainSettings(BaseModel):
             raise DamagedFileError(
                 COMMON, f"{where}: {error.errors()[0]['msg']}", "repeat the command with --out RUN"
             ) from error
-        if name is not None and name != found.recipe.name:
+        if name is not None and found.recipe.name not in (name, Path(name).stem):
             raise RecipeError(f"the run to go on with is of {found.recipe.name}, not of {name}")
         return found
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from dynarank.decompositions import (
@@ -112,7 +113,9 @@ def _adapted(files: WeightFiles, chain: StoredWeight, base: str, form: Adapted) 
         factors = tuple(map(precise, chain.parts()))
         if len(factors) == 2:
             factors = ((factors[1].flatten(1) @ factors[0].flatten(1)).reshape(chain.shape),)
-        return (precise(as_layer(files.read(base), groups)) + form.scale * factors[0],)
+        weight = as_layer(files.read(base), groups)
+        adapter = factors[0].to(torch.promote_types(weight.dtype, torch.float32))
+        return (adapter.mul_(form.scale).add_(weight),)
 
     size = chain.parameters + math.prod(stored.shape)
     tensors = (base, *chain.tensors)

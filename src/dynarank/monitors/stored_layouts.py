@@ -40,11 +40,6 @@ _BESIDE_PACKED = ("qzeros", "scales", "g_idx", "weight_shape", "weight_scale", "
                   "weight_g_idx", "zero", "scale", "meta", "shape", "nbits")  # fmt: skip
 
 
-def _layer(name: str, parameter: str) -> str:
-    """The path of a weight from a name without its suffix: of ``X.weight`` it is ``X``."""
-    return name.removesuffix(f".{parameter}") if parameter == "weight" else name
-
-
 def weight_norm(files: WeightFiles, name: str) -> Claim | None:
     """``W = g v / ||v||``, the norm over all dimensions but the one in which g has entries."""
     if name.endswith("_v"):
@@ -98,7 +93,7 @@ def spectral_norm(files: WeightFiles, name: str) -> Claim | None:
         return None
     rows, swapped = (
         math.prod(files.stored(u).shape),
-        layer_shape(files, _layer(path, "weight"), shape),
+        layer_shape(files, path.removesuffix(".weight"), shape),
     )
     dim = 1 if swapped[1] and shape[1] == rows else 0
     if shape[dim] != rows:
@@ -132,7 +127,7 @@ def _rebuilt(
     stored: Callable[[], Tensor],
 ) -> Claim:
     """A weight that is computed in the layout of its module."""
-    layer = _layer(path, "weight")
+    layer = path.removesuffix(".weight")
     canonical, groups = layer_shape(files, layer, shape)
 
     def parts() -> tuple[Tensor, ...]:
@@ -146,7 +141,7 @@ def scaled(files: WeightFiles, name: str) -> Claim | None:
     """8-bit numbers with a scale for all, each row or each block; experts one by one."""
     scale = _scale_of(files, name)
     stored = files.stored(name)
-    layer = _layer(name, "weight")
+    layer = name.removesuffix(".weight")
     numbers = stored.dtype is not None or stored.kind == "int8"
     if scale is None or not numbers or len(stored.shape) < 2:
         return None
@@ -165,7 +160,8 @@ def scaled(files: WeightFiles, name: str) -> Claim | None:
     factor = 1 / 127 if scale.endswith("SCB") else 1.0  # bitsandbytes keeps the largest of each row
 
     def read(index: int | None) -> Tensor:
-        weight = files.read(name, index).float()
+        weight = files.read(name, index)
+        weight = weight.clone() if stored.dtype == torch.float32 else weight.float()
         by = as_scale(files.read(scale, index if own else None)) * factor
         return multiply_blocks_(weight.flatten(1), by, block).reshape(shape)
 

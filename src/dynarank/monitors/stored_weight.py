@@ -107,6 +107,8 @@ def _swapped_groups(files: WeightFiles, name: str, shape: tuple[int, ...]) -> in
     if len(shape) < 2:
         return 0
     outputs = _outputs(files, name, convolution=len(shape) > 2)
+    if outputs is None and len(shape) == 2:
+        return int(_is_wide_conv1d(name, shape))
     if outputs in (None, shape[0]):
         square = shape[0] == shape[1] or outputs is None
         return int(len(shape) > 2 and square and bool(_TRANSPOSED.search(name)))
@@ -115,10 +117,21 @@ def _swapped_groups(files: WeightFiles, name: str, shape: tuple[int, ...]) -> in
     return groups if fits and (groups == 1 or len(shape) > 2) else 0
 
 
+def _is_wide_conv1d(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a weight named as GPT-2's has the sides of its ``Conv1D``, stored as (in, out).
+
+    Its projections widen, to the queries, keys and values or to the MLP, but for the MLP's last.
+    """
+    parent, _, last = name.rpartition(".")
+    if last in ("c_attn", "q_attn", "c_fc"):
+        return shape[1] > shape[0]
+    return last == "c_proj" and parent.endswith("mlp") and shape[0] > shape[1]
+
+
 def _outputs(files: WeightFiles, name: str, convolution: bool) -> int | None:
     """The number of outputs of a layer, from its bias or the norm after it."""
     candidates = [f"{name}.bias"]
-    if convolution and (place := re.fullmatch(r"(.*?)(\d+)", name)):
+    if convolution and (place := re.fullmatch(r"(.*?)(\d{1,18})", name)):
         candidates.append(f"{place[1]}{int(place[2]) + 1}.weight")  # in a Sequential
     if convolution and "conv" in name:
         candidates += [f"{name.replace('conv', norm)}.weight" for norm in ("bn", "norm")]
@@ -135,13 +148,13 @@ def natural_order(names: Iterable[str]) -> list[str]:
         >>> natural_order(["h.0.b", "h.10.a", "h.2.a", "h.0.a"])
         ['h.0.b', 'h.0.a', 'h.2.a', 'h.10.a']
     """
-    places: dict[tuple[str, ...], int] = {}
+    places: dict[tuple[int, str], int] = {}  # of each part after the parts before it
     keys: dict[str, list[tuple[int, int]]] = {}
     for name in names:
-        parts = re.split(r"(\d{1,18})", name)
         key: list[tuple[int, int]] = []
-        for i, part in enumerate(parts):
-            known = places.setdefault((*parts[:i], part) if i % 2 == 0 else (), len(places))
-            key.append((i % 2, int(part) if i % 2 else known))
+        before = -1
+        for i, part in enumerate(re.split(r"(\d{1,18})", name)):
+            before = places.setdefault((before, part), len(places))
+            key.append((i % 2, int(part) if i % 2 else before))
         keys[name] = key
     return sorted(keys, key=lambda name: keys[name])

@@ -48,12 +48,14 @@ _LAYOUTS: tuple[Callable[[WeightFiles, str], Claim | None], ...] = (
     scaled,
 )
 # Entries of a state that are no weights of a layer: biases and buffers, states of an optimizer.
-_NO_WEIGHT = re.compile(
-    r"(?:^|.*[._])(?:bias|running_mean|running_var|num_batches_tracked|position_ids|token_type_ids"
-    r"|inv_freq|freqs_cis|cos_cached|sin_cached|\w*mask|relative_position_index"
-    r"|zero_points?|qzeros|g_idx|absmax|quant_map|exp_avg|exp_avg_sq|momentum_buffer|saved_forms)"
-    r"|.*_scales?|.*_scale_inv|(?:.*\.)?scales|(?:.*\.)?optimizer(?:_states?)?\..*"
-)
+_NO_WEIGHTS = (
+    "bias", "mask", "running_mean", "running_var", "num_batches_tracked", "position_ids",
+    "token_type_ids", "inv_freq", "freqs_cis", "cos_cached", "sin_cached", "absmax", "quant_map",
+    "relative_position_index", "zero_point", "zero_points", "qzeros", "g_idx", ".scales", "_scales",
+    "_scale", "_scale_inv", "exp_avg", "exp_avg_sq", "momentum_buffer", "saved_forms",
+)  # fmt: skip
+_OPTIMIZER = re.compile(r"(?:^|\.)optimizer(?:_states?)?\.")
+_LONGEST = 4_096  # characters of a name in which layouts are looked for
 _EMBEDDINGS = re.compile(
     r"wte|wpe|shared|tok_?embeddings?|\w*embed(?:ding)?s?(?:_tokens|_positions|_in)?|relative_attention_bias",
     re.IGNORECASE,
@@ -98,7 +100,8 @@ def survey_files(files: WeightFiles) -> StoredWeights:
     taken: set[str] = set()
     for layout in _LAYOUTS:
         for name in files.homes:
-            claim = None if name in taken else layout(files, name)
+            known = name not in taken and len(name) <= _LONGEST
+            claim = layout(files, name) if known else None
             if claim is not None and not taken & set(claim.tensors):
                 claims[name] = claim
                 taken |= set(claim.tensors)
@@ -122,7 +125,7 @@ def _single(files: WeightFiles, name: str) -> Claim | None:
     """What a tensor is that belongs to no known layout."""
     stored = files.stored(name)
     weight = re.search(r"(?:^|[._])weight$", name) is not None
-    if len(stored.shape) < 2 or _NO_WEIGHT.fullmatch(name):
+    if len(stored.shape) < 2 or _is_no_weight(name):
         return None
     if stored.dtype is None:
         reason = _unread(stored.kind, weight)
@@ -144,6 +147,10 @@ def _single(files: WeightFiles, name: str) -> Claim | None:
 
     plain = StoredWeight(layer, shape, (name,), parts, math.prod(shape))
     return Claim((plain,), (name,))
+
+
+def _is_no_weight(name: str) -> bool:
+    return name.endswith(_NO_WEIGHTS) or _OPTIMIZER.search(name) is not None
 
 
 def _slices(files: WeightFiles, name: str) -> Callable[[int], Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from dynarank.cost.dry_run import DryRun, dry_run
@@ -88,7 +89,7 @@ def estimate(
         >>> [(one.start, round(one.cost.relative_training, 3)) for one in found.phases]
         [(0, 0.725), (40, 1.0), (80, 0.925)]
     """
-    optimizers = as_list(optimizer)
+    optimizers, model = as_list(optimizer), _unwrapped(model)
     _check(model, schedule, total_steps, lr_scheduler, measure=measure)
     if optimizers:
         check_lr_scheduler(lr_scheduler, optimizers)
@@ -211,11 +212,22 @@ def _check(
             "an LR scheduler matters for the transition points of a schedule, and schedule is not "
             "given; give schedule=, or leave lr_scheduler out"
         )
+    if any(map(is_lazy, model.parameters())):
+        raise ValueError(
+            f"{type(model).__name__} has lazy parameters, whose shapes its first batch decides; "
+            "run the model on a batch once, then estimate"
+        )
     if measure and any(p.is_meta for p in model.parameters()):
         raise ValueError(
             "measure=True trains copies of the model, and its parameters are on the meta device; "
             "give a model with values, or measure=False"
         )
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` has wrapped, or the model itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _default(model: nn.Module) -> list[Optimizer]:

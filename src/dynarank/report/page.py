@@ -104,6 +104,11 @@ def _distinct(items: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(items))
 
 
+def _some(items: Sequence[str], most: int = 10) -> list[str]:
+    left = len(items) - most
+    return [*items[:most], f"{left:,} more"] if left > 1 else list(items)
+
+
 def _date(runs: Sequence[Run]) -> str:
     """The day the runs started, or the first and last day."""
     days: list[str] = []
@@ -123,14 +128,15 @@ def _sentence(runs: Sequence[Run]) -> str:
     headers = [run.header for run in runs]
     schedules = list(by_schedule(runs))
     seeds = sorted({header.seed for header in headers if header.seed is not None})
-    seeded = f"seed{'s' if len(seeds) > 1 else ''} {joined([str(seed) for seed in seeds])}, "
+    numbers = joined(_some([str(seed) for seed in seeds]))
+    seeded = f"seed{'s' if len(seeds) > 1 else ''} {numbers}, " if seeds else ""
     epochs = _distinct([plural(header.epochs, "epoch") for header in headers])
     devices = _distinct([f"{header.device} ({header.hardware})" for header in headers])
     precisions = _distinct([header.precision for header in headers])
     recipes = _distinct([header.recipe for header in headers])
     return (
         f"Recipe {joined(recipes)} was trained under {plural(len(schedules), 'schedule')} "
-        f"({', '.join(schedules)}), {seeded if seeds else ''}for {joined(epochs)} "
+        f"({', '.join(_some(schedules))}), {seeded}for {joined(epochs)} "
         f"on {joined(devices)} "
         f"in {joined(precisions)}: {plural(len(runs), 'run')}."
     )

@@ -174,7 +174,7 @@ def display_names(names: Sequence[str], limit: int = 30) -> list[str]:
     still the same get numbers.
 
     Example:
-        >>> display_names(["encoder.block.0.mlp", "encoder.block.1.mlp"], 12)
+        >>> display_names(["encoder.0.attention.query", "encoder.1.attention.query"], 12)
         ['…0…', '…1…']
     """
     for tried in (names, _without_common(names)):

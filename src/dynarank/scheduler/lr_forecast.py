@@ -80,6 +80,7 @@ class Forecast:
         self._seen = (0, _count(source) or 0)  # the last step at which its count rose
         self._every: float | None = None
         self._rises = 0
+        self._past = 0  # steps of the LR scheduler in this run that its copy has behind it
         if self._copy is not None:
             self._expect(self._told or likely_interval(source, total_steps))
 
@@ -101,8 +102,15 @@ class Forecast:
     def _expect(self, every: float | None) -> None:
         """Foresee the rates for an LR scheduler that is stepped so often."""
         if every is not None and every != self._every and self._copy is not None:
+            past = [self._rate_of(i) for i in range(self._past)]
             self._every = every
-            self.rates = _foresee(self._copy, self.total_steps, every)
+            self.rates = _foresee(self._copy, self.total_steps, every, past)
+
+    def _rate_of(self, index: int) -> float:
+        """The forecast rate after this many steps of the LR scheduler."""
+        assert self._every is not None
+        at = math.ceil(index * self._every * (POINTS - 1) / self.total_steps)
+        return self.rates[min(at, len(self.rates) - 1)]
 
     def watch(self, step: int) -> None:
         """Look at the scheduler after an optimizer step, and update the forecast if it was stepped.
@@ -157,6 +165,8 @@ class Forecast:
             )
         self.rates, self._seen = tuple(rates), (seen[0], seen[1])
         self._every, self._rises = every, rises
+        if self.rates and self._copy is not None:
+            self._past = _count(self._copy) or 0
 
 
 def unknown_rates(
@@ -194,21 +204,24 @@ def _is_rate(value: object) -> bool:
     return type(value) in (int, float) and 0 <= cast(float, value) < float("inf")
 
 
-def _foresee(lr_scheduler: Any, total_steps: int, every: float) -> tuple[float, ...]:
+def _foresee(
+    lr_scheduler: Any, total_steps: int, every: float, past: Sequence[float] = ()
+) -> tuple[float, ...]:
     """The first group's rate at ``POINTS`` steps of a run, evenly from its first to its last.
 
-    ``every`` is the number of optimizer steps from one step of the LR scheduler to the next. Empty,
-    with a warning, if the scheduler cannot be run without the user's help.
+    ``every`` is the number of optimizer steps from one step of the LR scheduler to the next, and
+    ``past`` the rates of its steps so far. Empty, with a warning, if the scheduler cannot be run
+    without the user's help.
     """
     ahead = _detached(lr_scheduler)
     if ahead is None:
         return ()
     count = max(1, math.ceil(total_steps / every))
-    rates: list[float] = []
+    rates = list(past[:count])
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for _ in range(count):
+            for _ in range(count - len(rates)):
                 rates.append(float(ahead.optimizer.param_groups[0]["lr"]))
                 ahead.step()
     except Exception as error:  # a scheduler that wants a metric, or ends before the run does

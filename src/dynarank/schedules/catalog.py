@@ -152,18 +152,3 @@ def schedule_summaries() -> dict[str, str]:
         'Frozen weights with low-rank adapters throughout.'
     """
     return {name: preset.summary for name, preset in SCHEDULES.items()}
-
-
-def schedule_name(schedule: RankSchedule) -> str:
-    """The name of a schedule in the catalog; of another, that of its class or function.
-
-    Example:
-        >>> schedule_name(low_rank(8))
-        'low-rank'
-    """
-    for name, preset in SCHEDULES.items():
-        fixed = all(getattr(schedule, key, None) == value for key, value in preset.fixed.items())
-        if (type(schedule) is preset.cls and fixed) or type(schedule) is preset.within:
-            return name
-    own = getattr(getattr(schedule, "function", None), "__name__", type(schedule).__name__)
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", own).strip("<>").replace("_", "-").lower()

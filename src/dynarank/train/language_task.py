@@ -23,7 +23,7 @@ from dynarank.train.networks import build_network
 from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.task import Evaluation, Sketch
-from dynarank.train.text_files import TextData, load_text
+from dynarank.train.text_files import TextData, load_split_text, load_text
 
 __all__ = ["LanguageModelTask", "TextOptions", "make_task", "sketch"]
 
@@ -189,10 +189,7 @@ def make_task(
     code of the standard library.
     """
     options = _options(recipe)
-    if (own := recipe.data.partition(":")[2]) and data is not None:
-        raise RecipeError(f"this recipe's text is {own}, got --data {data}; leave --data out")
-    data = str(recipe.root / Path(own).expanduser()) if own else data
-    text = load_text(data, max_bytes=options.max_bytes, held_out=options.held_out)
+    text = _load(recipe, data, options)
     moved = TextData(text.train.to(device), text.test.to(device), text.files, text.source)
     return LanguageModelTask(
         recipe,
@@ -202,6 +199,17 @@ def make_task(
         train_limit=train_limit,
         test_limit=test_limit,
     )
+
+
+def _load(recipe: Recipe, data: str | None, options: TextOptions) -> TextData:
+    """The text of a recipe's own place, or of ``--data``."""
+    size, held_out = options.max_bytes, options.held_out
+    if not (own := recipe.data.partition(":")[2]):
+        return load_text(data, max_bytes=size, held_out=held_out)
+    if data is not None:
+        raise RecipeError(f"this recipe's text is {own}, got --data {data}; leave --data out")
+    place = recipe.root / Path(own).expanduser()
+    return load_split_text(place, max_bytes=size, held_out=held_out)
 
 
 def sketch(recipe: Recipe) -> Sketch:

@@ -138,7 +138,9 @@ class Trainer:
         self.epochs, self.total_steps = epochs, epochs * task.steps_per_epoch
         torch.manual_seed(seed)
         self.model = task.model()
-        self.recipe = recipe = with_default_layers(recipe, self.model)
+        size = recipe.batch_size or len(tree_leaves(task.sample())[0])  # that of a loader
+        recipe = with_default_layers(recipe, self.model).model_copy(update={"batch_size": size})
+        self.recipe = recipe
         self._build(schedule)
         if recipe.init == "published":
             published_init_(self.model.parameters(), seed)
@@ -197,8 +199,7 @@ class Trainer:
 
     def _inputs(self) -> Iterator[Any]:
         """The inputs of some batches, on which layers are cut."""
-        size = self.recipe.batch_size or len(tree_leaves(self.task.sample())[0])
-        count = -(-_RECALIBRATE // size)
+        count = -(-_RECALIBRATE // self.recipe.batch_size)
         return (self.task.inputs(batch) for batch in islice(self.task.epoch(0), count))
 
     def _where_faster(self, schedule: RankSchedule, layers: list[str]) -> RankSchedule:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dynarank.train.sources import DataError
 
-__all__ = ["PATTERNS", "TextData", "load_text", "standard_library"]
+__all__ = ["PATTERNS", "TextData", "load_split_text", "load_text", "standard_library"]
 
 PATTERNS = ("*.txt", "*.md", "*.rst", "*.tex", "*.py", "*.c", "*.h", "*.rs", "*.js", "*.html")
 _MAX_BYTES = 8_000_000
@@ -100,6 +100,40 @@ def load_text(
         raise DataError(f"there are no {wanted} in {root}: {advice}")
     train, test = _split(texts, held_out)
     return TextData(_tensor(train), _tensor(test), len(texts), str(root))
+
+
+def load_split_text(place: Path, *, max_bytes: int, held_out: float) -> TextData:
+    """Read a corpus that may be split already; otherwise as :func:`load_text`.
+
+    Args:
+        place: a folder with ``train.txt`` or ``train/``, and ``valid``, ``validation``, ``val`` or
+            ``test`` likewise; or any other folder or file.
+        max_bytes: the maximum size of the corpus; of the test part, its share ``held_out``.
+        held_out: the share of the bytes for testing.
+
+    Raises:
+        DataError: there is no text, or a training part without a test part.
+    """
+    train = _part_of(place, ["train"])
+    if train is None:
+        return load_text(str(place), max_bytes=max_bytes, held_out=held_out)
+    test = _part_of(place, ["valid", "validation", "val", "test"])
+    if test is None:
+        raise DataError(f"{train} is there, but no valid, validation, val or test beside it")
+    sizes = int((1 - held_out) * max_bytes), int(held_out * max_bytes)
+    texts: list[list[bytes]] = []
+    for part, size in zip((train, test), sizes, strict=True):
+        texts.append(_read([part] if part.is_file() else _files(part, PATTERNS, set()), size))
+        if not texts[-1]:
+            raise DataError(f"there is no text in {part}")
+    one, two = (_tensor(b"".join(part)) for part in texts)
+    return TextData(one, two, sum(map(len, texts)), str(place))
+
+
+def _part_of(place: Path, names: Sequence[str]) -> Path | None:
+    """The file or folder of a part of a corpus."""
+    able = [place / end for name in names for end in (f"{name}.txt", name)]
+    return next((path for path in able if path.exists()), None)
 
 
 def standard_library() -> Path:
