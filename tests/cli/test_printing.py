@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -154,6 +155,20 @@ def test_a_figure_that_cannot_be_written_costs_the_figure_not_the_answer(
         said = capsys.readouterr()
         assert f"no {what}: " in said.err and str(figure) in said.err
         assert "accuracy" in said.out and "Traceback" not in said.err
+
+
+def test_a_report_in_a_read_only_folder_says_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "run/report.html")
+
+    monkeypatch.setattr("dynarank.cli.report.write_report", refuse)
+    assert call(monkeypatch, "report", "run") == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system; name another file with --out: 'run/report.html'" in error
+    assert call(monkeypatch, "report", "run", "--out", "x.html") == 2
+    assert "--out" not in capsys.readouterr().err
 
 
 def test_settings_from_the_command_line_are_those_of_the_run(
