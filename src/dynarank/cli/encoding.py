@@ -6,7 +6,7 @@ import codecs
 import os
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import TextIOWrapper
 
 __all__ = ["any_encoding"]
@@ -26,22 +26,21 @@ _ASCII = {
 @contextmanager
 def any_encoding() -> Generator[None]:
     """Within, stdout and stderr take every text, even closed; names not in UTF-8 are escaped."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-    before = {
-        stream: stream.errors
-        for stream in (sys.stdout, sys.stderr)
-        if isinstance(stream, TextIOWrapper)
-    }
-    for stream in before:
-        stream.reconfigure(errors="dynarank")
-    try:
+    with ExitStack() as undo:
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream is None:
+                setattr(sys, name, undo.enter_context(open(os.devnull, "w", encoding="utf-8")))
+                undo.callback(setattr, sys, name, None)
+            elif isinstance(stream, TextIOWrapper):
+                undo.callback(_set_errors, stream, stream.errors)
+                stream.reconfigure(errors="dynarank")
         yield
-    finally:
-        for stream, errors in before.items():
-            if not stream.closed:
-                stream.reconfigure(errors=errors)
+
+
+def _set_errors(stream: TextIOWrapper, errors: str | None) -> None:
+    if not stream.closed:
+        stream.reconfigure(errors=errors)
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

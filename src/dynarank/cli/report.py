@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ from dynarank.report import write_report
 from dynarank.report.figures import write_figures
 
 __all__ = ["report"]
+
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def report(
@@ -41,7 +44,13 @@ def report(
     written: list[Path] = []
     if figures is not None:
         written = write_figures(run, figures, asked, warn=warnings.setdefault)
-    page = write_report(run, out, warn=warnings.setdefault)
+    try:
+        page = write_report(run, out, warn=warnings.setdefault)
+    except OSError as error:
+        if out is not None or error.errno not in _READ_ONLY:
+            raise
+        told = f"{error.strerror}; name another file with --out"
+        raise OSError(error.errno, told, error.filename) from error
     for told in warnings:
         print(f"dynarank: warning: {printable(told, 500)}", file=sys.stderr)
     if not as_json:

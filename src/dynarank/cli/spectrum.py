@@ -304,5 +304,5 @@ def _save_figure(terminal: Console, place: Path, models: list[Model]) -> None:
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             save_figure(figure, place)
         terminal.print(f"Figure: {place}", soft_wrap=True, markup=False)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, ValueError) as error:
         terminal.print(f"No figure: {error}", soft_wrap=True, markup=False)
