@@ -243,6 +243,58 @@ UNKNOWN = {
 }  # fmt: skip
 
 
+SCALES = ["fc.w_scale", "fc.qscale", "fc_scale", "fc.weight_quantizer.scale", "fc.weight_amax"]
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_8_bit_floats_beside_what_may_be_their_scale_are_left_out(
+    name: str, tmp_path: Path
+) -> None:
+    weight = {"fc.weight": random(6, 5).to(torch.float8_e4m3fn), "fc.bias": torch.ones(6)}
+    write(tmp_path, {**weight, name: torch.ones(6, 1), "l.weight": random(6, 5)})
+    assert_weights(tmp_path, {"l": random(6, 5)})
+    (one,) = left_out(tmp_path)
+    assert one.name == "fc.weight" and name in one.reason and "may be its scale" in one.reason
+
+
+def test_8_bit_floats_without_scales_are_themselves(tmp_path: Path) -> None:
+    small = random(6, 5).to(torch.float8_e4m3fn)
+    beside = {"fc.bias": torch.ones(6), "fc.input_scale": torch.ones(1), "fc2.bias": torch.ones(2)}
+    write(tmp_path, {"fc.weight": small, **beside})
+    assert_weights(tmp_path, {"fc": small.float()})
+    write(tmp_path, {"fc.weight": small, "l.weight": small, "l.weight_scale": torch.ones(6)})
+    assert_weights(tmp_path, {"l": small.float()})
+    assert ["without a scale" in one.reason for one in left_out(tmp_path)] == [True]
+
+
+UNCLEAR = {"ffn.wi": (8, 6, 32), "layers.experts.w1": (2, 3, 6, 5), "attn.q.kernel": (4, 8, 20)}
+
+
+@pytest.mark.parametrize("name", UNCLEAR)
+def test_stacks_that_nothing_tells_are_left_out(name: str, tmp_path: Path) -> None:
+    write(tmp_path, {name: random(*UNCLEAR[name]), "l.weight": random(6, 5)})
+    assert_weights(tmp_path, {"l": random(6, 5)})
+    assert "a stack of matrices or a convolution" in left_out(tmp_path)[0].reason
+
+
+@pytest.mark.parametrize("bias", [(8, 6), (8, 5), (8,)], ids=str)
+def test_the_bias_tells_a_stack_from_a_convolution(bias: tuple[int, ...], tmp_path: Path) -> None:
+    """Whatever the name and the config say."""
+    weight = random(8, 6, 5)
+    write(
+        tmp_path,
+        {"moe.up.weight": weight, "moe.up.bias": torch.ones(bias)},
+        config={"num_experts": 8},
+    )
+    stack = {f"moe.up[{i}]": weight[i] for i in range(8)}
+    assert_weights(tmp_path, {"moe.up": weight} if len(bias) == 1 else stack)
+
+
+def test_a_convolution_of_one_expert_is_no_stack(tmp_path: Path) -> None:
+    write(tmp_path, {"experts.0.up.weight": random(8, 6, 5)})
+    assert_weights(tmp_path, {"experts.0.up": random(8, 6, 5)})
+
+
 @pytest.mark.parametrize("reason", UNKNOWN)
 def test_what_is_not_known_is_left_out_with_the_reason(reason: str, tmp_path: Path) -> None:
     write(tmp_path, {**UNKNOWN[reason], "plain.weight": random(6, 5)})

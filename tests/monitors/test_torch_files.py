@@ -17,7 +17,7 @@ import dynarank as dr
 from dynarank.files.reading import DamagedFileError
 from dynarank.monitors import torch_files
 from dynarank.monitors.file_spectra import file_spectra, read_spectrum
-from dynarank.monitors.stored_weights import stored_weights
+from dynarank.monitors.stored_weights import stored_weights, survey_files
 from dynarank.monitors.weight_files import open_weights
 
 STATE = {"a.weight": random(6, 5), "a.bias": torch.ones(6), "b.10.weight": random(4, 6),
@@ -28,6 +28,9 @@ SHAPES: dict[str, Any] = {
     "state_dict": {"state_dict": STATE, "epoch": 3, "optimizer": OPTIMIZER},
     "model": {"optimizer": OPTIMIZER, "model": STATE},
     "unknown key": {"optimizer": OPTIMIZER, "student": STATE},
+    "a matrix beside it": {"confusion": random(9, 9), "model": STATE},
+    "a vector beside it": {"lr": {"last": torch.ones(2)}, "student": STATE},
+    "an optimizer beside it": {"adam": OPTIMIZER, "student": STATE},
     "twice": {"checkpoint": {"model": {"state_dict": STATE}}},
     "ddp": {f"module.{name}": tensor for name, tensor in STATE.items()},
     "compiled": {f"_orig_mod.{name}": tensor for name, tensor in STATE.items()},
@@ -57,6 +60,26 @@ def test_names_of_wrappers_in_safetensors(kind: str, tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": dict.fromkeys(SHAPES[kind], path.name)}))
     for place in (path, index):
         assert weights(place) == {"a": (6, 5), "b.2": (5, 4), "b.10": (4, 6)}
+
+
+def test_several_models_are_all_read(tmp_path: Path) -> None:
+    torch.save({"G": STATE, "D": {"a.weight": random(3, 7)}, "opt": OPTIMIZER}, tmp_path / "m.pt")
+    found = weights(tmp_path)
+    assert found == {"G.a": (6, 5), "G.b.2": (5, 4), "G.b.10": (4, 6), "D.a": (3, 7)}
+
+
+def test_tied_weights_are_read_once(tmp_path: Path) -> None:
+    tied = random(6, 5)
+    torch.save({"a.weight": tied, "b.weight": tied, "c.weight": tied.T}, tmp_path / "m.pt")
+    assert weights(tmp_path) == {"a": (6, 5), "c": (5, 6)}
+    (one,) = survey_files(open_weights(tmp_path)).left_out
+    assert (one.name, one.reason) == ("b.weight", "tied: the same tensor as a.weight")
+
+
+def test_the_state_of_an_optimizer_is_named(tmp_path: Path) -> None:
+    torch.save(OPTIMIZER, tmp_path / "m.pt")
+    with pytest.raises(DamagedFileError, match="it is the state of an optimizer; name the file of"):
+        weights(tmp_path)
 
 
 def test_a_mapped_file_is_not_written_to(tmp_path: Path) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynarank.files.printable import printable
 from dynarank.monitors.quantized import as_scale, block_of, multiply_blocks_, unpack_fp4
 from dynarank.monitors.stored_weight import Claim, StoredWeight, as_layer, layer_shape
 from dynarank.monitors.weight_files import WeightFiles
@@ -27,10 +29,17 @@ __all__ = [
     "parametrized",
     "scaled",
     "spectral_norm",
+    "unclear_stack",
+    "unknown_scales",
     "weight_norm",
 ]
 
-_SCALES = ("_scale_inv", "_scale")
+_SCALES = ("_scale_inv", "_scale", "_scales")
+_LAST = chr(0x10FFFF)  # sorts after every other character
+_BARE_SCALES = ("scale", "scales", "scale_inv")
+_NO_SCALES = re.compile(
+    r"bias|input|output|act|lora|norm|[._][kv]_scale|_extra_state", re.IGNORECASE
+)
 _PACKED = {
     "qweight": "integers of GPTQ or AWQ, several packed in an int32",
     "W_q": "integers of HQQ, packed",
@@ -149,6 +158,8 @@ def scaled(files: WeightFiles, name: str) -> Claim | None:
              if n in files.homes]  # fmt: skip
     used = (name, scale, *zeros)
     experts = stored.shape[0] if is_stack(files, layer, stored.shape) else 0
+    if unclear := unclear_stack(files, name, stored.shape):
+        return Claim((), used, unclear)
     shape, scales = stored.shape[bool(experts) :], files.stored(scale).shape
     own = bool(experts) and bool(scales) and scales[0] == experts
     block = block_of(shape, scales[own:], _told_block(files))
@@ -181,7 +192,7 @@ def _scale_of(files: WeightFiles, name: str) -> str | None:
     if name.endswith("weight") or small:
         names += [f"{name}{suffix}" for suffix in _SCALES]
     if small:
-        names += [f"{layer}scale", f"{name}.scale"]
+        names += [f"{place}{suffix}" for place in (layer, f"{name}.") for suffix in _BARE_SCALES]
     return next((n for n in names if n in files.homes and _is_number(files, n)), None)
 
 
@@ -195,6 +206,34 @@ def _told_block(files: WeightFiles) -> Sequence[int]:
     block: Any = config.get("weight_block_size") if isinstance(config, dict) else None
     plain = isinstance(block, list) and all(isinstance(b, int) and b > 0 for b in block)
     return block if plain else ()
+
+
+def unknown_scales(files: WeightFiles, claims: Mapping[str, Claim]) -> dict[str, Claim]:
+    """8-bit floats that no layout claimed, but whose scale may be a tensor beside them, or lost."""
+    taken = {name for claim in claims.values() for name in claim.tensors}
+    floats = [n for n in files.homes if files.stored(n).kind.startswith("float8")]
+    scaled = any(name in taken for name in floats)
+    order, found = sorted(files.homes), dict[str, Claim]()
+    for name in floats:
+        stored, layer = files.stored(name), name.removesuffix(".weight")
+        if name in taken or len(stored.shape) < 2 or stored.dtype is None:
+            continue
+        inside = order[bisect(order, layer) : bisect(order, layer + _LAST)]
+        beside = [n for n in inside if n != name and n not in taken and _may_scale(files, n, name)]
+        if beside:
+            reason = f"{stored.kind} beside {printable(beside[0])}, which may be its scale"
+            found[name] = Claim((), (name, *beside), reason)
+        elif scaled:
+            reason = f"{stored.kind} without a scale, where other weights have one"
+            found[name] = Claim((), (name,), reason)
+    return found
+
+
+def _may_scale(files: WeightFiles, name: str, weight: str) -> bool:
+    """Whether a tensor whose name begins with that of a weight's layer may hold its scales."""
+    own = name.removeprefix(weight.removesuffix(".weight"))
+    few = 2 * math.prod(files.stored(name).shape) <= math.prod(files.stored(weight).shape)
+    return few and own[:1] in (".", "_") and not _NO_SCALES.search(own)
 
 
 def packed_fp4(files: WeightFiles, name: str) -> Claim | None:
@@ -261,14 +300,43 @@ def packed_integers(files: WeightFiles, name: str) -> Claim | None:
 
 
 _STACKS = re.compile(r"expert|moe(?:[._]|$)|switch_mlp", re.IGNORECASE)
-_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_OWN_MODULE = re.compile(r"experts?[._]\d+[._]", re.IGNORECASE)  # one of several, not a stack
+_LARGEST_KERNEL = 16
+_UNCLEAR = "a stack of matrices or a convolution: neither its name nor config.json tells"
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "n_experts",
+           "num_moe_experts")  # fmt: skip
 
 
 def is_stack(files: WeightFiles, name: str, shape: Sequence[int]) -> bool:
     """Whether a tensor (E, a, b) holds one matrix for each of E experts."""
-    if len(shape) != 3 or "conv" in name:
+    biased = _bias_dims(files, name, shape)
+    if len(shape) != 3 or "conv" in name or biased == 1 or _OWN_MODULE.search(name):
         return False
-    return bool(_STACKS.search(name)) or expert_count(files) == shape[0]
+    return bool(_STACKS.search(name)) or expert_count(files) == shape[0] or biased == 2
+
+
+def unclear_stack(files: WeightFiles, name: str, shape: Sequence[int]) -> str:
+    """Why it is not known whether a tensor is a stack of matrices; empty: it is known.
+
+    Convolutions are called ``weight``, or have a bias or a small kernel.
+    """
+    layer = name.removesuffix(".weight")
+    if len(shape) < 3 or "conv" in name.lower() or is_stack(files, layer, shape):
+        return ""
+    stacks = len(shape) > 3 and _STACKS.search(layer) and not _OWN_MODULE.search(layer)
+    bare = re.search(r"(?:^|[._])weight$", name) is None and shape[-1] > _LARGEST_KERNEL
+    unclear = (stacks or bare) and _bias_dims(files, layer, shape) != 1
+    return _UNCLEAR if unclear else ""
+
+
+def _bias_dims(files: WeightFiles, layer: str, shape: Sequence[int]) -> int:
+    """The dimensions of a layer's bias: 2 for a stack (E, a, b), 1 for a convolution; 0: none."""
+    bias = next((b for b in (f"{layer}.bias", f"{layer}_bias") if b in files.homes), None)
+    if bias is None:
+        return 0
+    sizes = files.stored(bias).shape
+    fits = len(sizes) == 2 and sizes[0] == shape[0] and sizes[1] in shape[1:]
+    return 2 if fits else int(len(sizes) == 1 and sizes[0] in shape[:2])
 
 
 def expert_count(files: WeightFiles) -> int | None:

@@ -17,11 +17,13 @@ class StoredTensor:
         shape: its shape.
         dtype: its dtype; None if it is not a floating-point dtype that torch computes with.
         kind: the name of its dtype, such as ``bfloat16`` or ``int8``.
+        first: the first name in the file of this very tensor, where tied weights are stored once.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     kind: str = ""
+    first: str = ""
 
 
 def dtype_name(dtype: torch.dtype) -> str:

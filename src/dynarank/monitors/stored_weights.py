@@ -22,6 +22,8 @@ from dynarank.monitors.stored_layouts import (
     parametrized,
     scaled,
     spectral_norm,
+    unclear_stack,
+    unknown_scales,
     weight_norm,
 )
 from dynarank.monitors.stored_weight import (
@@ -57,7 +59,8 @@ _NO_WEIGHTS = (
 _OPTIMIZER = re.compile(r"(?:^|\.)optimizer(?:_states?)?\.")
 _LONGEST = 4_096  # characters of a name in which layouts are looked for
 _EMBEDDINGS = re.compile(
-    r"wte|wpe|shared|tok_?embeddings?|\w*embed(?:ding)?s?(?:_tokens|_positions|_in)?|relative_attention_bias",
+    r"wte|wpe|shared|(?:\w*_)?emb|tok_?embeddings?|\w*embed(?:ding)?s?(?:_tokens|_positions|_in)?"
+    r"|relative_attention_bias",
     re.IGNORECASE,
 )
 _HEADS = re.compile(
@@ -105,6 +108,9 @@ def survey_files(files: WeightFiles) -> StoredWeights:
             if claim is not None and not taken & set(claim.tensors):
                 claims[name] = claim
                 taken |= set(claim.tensors)
+    for name, claim in unknown_scales(files, claims).items():
+        claims[name] = claim
+        taken |= set(claim.tensors)
     weights: list[StoredWeight] = []
     left_out: list[LeftOut] = []
     for name in natural_order(files.homes):
@@ -132,6 +138,10 @@ def _single(files: WeightFiles, name: str) -> Claim | None:
         return Claim((), (name,), reason) if reason else None
     if not weight and stored.shape[0] == 1 and len(stored.shape) > 2:
         return None  # a class token, embeddings of positions
+    if stored.first not in ("", files.names[name]):
+        return Claim((), (name,), f"tied: the same tensor as {printable(stored.first)}")
+    if unclear := unclear_stack(files, name, stored.shape):
+        return Claim((), (name,), unclear)
     layer = name.removesuffix(".weight")
     if is_stack(files, layer, stored.shape):
         one = stored.shape[1:]

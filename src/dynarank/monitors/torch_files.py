@@ -23,8 +23,7 @@ from dynarank.monitors.stored_tensor import StoredTensor, dtype_name
 __all__ = ["TorchFile"]
 
 # Where a checkpoint keeps the model, most frequent first.
-_MODELS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "weights",
-           "ema", "generator")  # fmt: skip
+_MODELS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "weights", "ema")
 _DEPTH = 3  # {"checkpoint": {"model": {"state_dict": ...}}}
 _REMAPPED = 64 << 20  # bytes read from a mapping until the next
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
@@ -34,7 +33,8 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.fl
 class TorchFile:
     """One file of ``torch.save``: the tensors of its model by name, in their order.
 
-    The model is the file's dictionary, or one in it: ``state_dict``, ``model`` and the like.
+    The model is the file's dictionary, or one in it: ``state_dict``, ``model`` and the like. Where
+    there are several others, such as ``encoder`` and ``decoder``, they come before the names.
 
     Args:
         path: the file.
@@ -47,7 +47,10 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._found, self._read = self._load(), 0
-        self.tensors = {name: _stored(tensor) for name, tensor in self._found.items()}
+        first = {_memory(tensor): name for name, tensor in reversed(self._found.items())}
+        self.tensors = {
+            name: _stored(tensor, first[_memory(tensor)]) for name, tensor in self._found.items()
+        }
 
     def read(self, name: str, index: int | None = None) -> Tensor:
         """Read a tensor, or one entry of its first dimension; 8-bit floats come in fp32."""
@@ -62,8 +65,14 @@ class TorchFile:
     def _load(self) -> dict[str, Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of deprecated storages
-            found = _model(_loaded(self.path))
-        if not found:
+            loaded = _loaded(self.path)
+        if _is_optimizer(loaded):
+            raise DamagedFileError(
+                self.path,
+                "it is the state of an optimizer",
+                "name the file of the model that was saved with it",
+            )
+        if not (found := _model(loaded)):
             raise DamagedFileError(
                 self.path,
                 "it holds no dictionary of tensors",
@@ -106,26 +115,51 @@ def _refused(path: Path, told: str) -> DamagedFileError:
 
 
 def _model(data: Any, depth: int = _DEPTH) -> dict[str, Tensor]:
-    """The tensors of the model in what a file holds: its own, else those of a known key."""
+    """The tensors of the model in what a file holds: of a known key, its own, or of other keys."""
     if not isinstance(data, Mapping):
         return {}
     entries = cast("Mapping[Any, Any]", data)
     own = {str(name): value for name, value in entries.items() if isinstance(value, Tensor)}
-    if any(tensor.ndim > 1 for tensor in own.values()) or not depth:
+    if not depth or _is_optimizer(entries):
         return own
-    for key in (*_MODELS, *(k for k in entries if "optim" not in str(k) and k not in _MODELS)):
+    for key in _MODELS:
         if found := _model(entries.get(key), depth - 1):
             return found
-    return own
+    if any(tensor.ndim > 1 for tensor in own.values()):
+        return own
+    others = {
+        str(key): found
+        for key, value in entries.items()
+        if "optim" not in str(key) and not _is_optimizer(value)
+        if (found := _model(value, depth - 1))
+    }
+    weights = {
+        key: found for key, found in others.items() if any(t.ndim > 1 for t in found.values())
+    }
+    others = weights or others
+    if len(others) > 1:
+        return {f"{key}.{name}": t for key, found in others.items() for name, t in found.items()}
+    return next(iter(others.values()), own)
 
 
-def _stored(tensor: Tensor) -> StoredTensor:
+def _is_optimizer(data: Any) -> bool:
+    return isinstance(data, Mapping) and "param_groups" in data
+
+
+def _memory(tensor: Tensor) -> object:
+    """What tensors that are one and the same have in common."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _stored(tensor: Tensor, first: str) -> StoredTensor:
     plain = tensor.layout is torch.strided and not tensor.is_quantized
     kind = (
         dtype_name(tensor.dtype) if plain else "sparse" if not tensor.is_quantized else "quantized"
     )
     dtype = tensor.dtype if plain and tensor.dtype in _FLOATS else None
-    return StoredTensor(tuple(tensor.shape), dtype, kind)
+    return StoredTensor(tuple(tensor.shape), dtype, kind, first)
 
 
 def _is_small_float(dtype: torch.dtype) -> bool:
