@@ -28,9 +28,15 @@ def run(script: str) -> int:
     os._exit(0)
 
 
-# Python 3.12 warns of forking where there are threads; those of numpy and torch are idle here.
-warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
-for module in ("torch", "torch._dynamo", "dynarank.scheduler.rank_scheduler"):  # what is slow
-    import_module(module)
-failed = [script for script in sys.argv[1:] if run(script)]
-sys.exit(f"failed: {' '.join(failed)}" if failed else 0)
+def main(scripts: list[str]) -> int | str:
+    """Run the scripts; what to exit with."""
+    # Python 3.12 warns of forking where there are threads; those of numpy and torch are idle here.
+    warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+    for module in ("torch", "torch._dynamo", "dynarank.scheduler.rank_scheduler"):  # what is slow
+        import_module(module)
+    failed = [script for script in scripts if run(script)]
+    return f"failed: {' '.join(failed)}" if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
