@@ -87,13 +87,26 @@ def test_plan_shows_layers_and_phases_and_warns_of_what_the_adapter_costs(
     assert "head (not in the layers of the recipe)" in out
 
 
+def test_plan_says_why_layers_are_left_and_names_short_times(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own.toml").write_text(
+        'data = "digits"\nmodel = "mlp"\nepochs = 7\nlearning_rate = 0.1\nbatch_size = 100\n'
+        "model_options = { inputs = 64, width = 64 }\n"
+    )
+    assert call(monkeypatch, "plan", "own.toml") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "head (output layer)." in out and "of the recipe" not in out
+    assert re.search(r"\b\d\.\d{3} to \d", out) and not re.search(r"\d\.\d{4,} to", out)
+
+
 def test_plan_of_the_second_experiment_has_the_published_parameters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "plan", "cifar100-wrn28-10") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "0 to 80 low-rank 20,590,236" in out and "80 to 170 full-rank 36,539,124" in out
-    assert "stages.0.0.widen (not in the layers of the recipe)" in out
+    assert re.search(r"stages\.0\.0\.widen, [^()]*head \(not in the layers of the recipe\)", out)
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

@@ -35,6 +35,10 @@ WRONG = {
     "twice": (["--set", "momentum=0.1", "--set", "momentum=0.2"], "given twice"),
     "both": (["--lr", "0.1", "--set", "learning_rate=0.2"], "either --lr or --set"),
     "model": (["--set", "model=bert"], "."),
+    "other-network": (
+        ["--set", "model=mlp", "--set", "layers=['*']"],
+        "model 'mlp' on data 'digits' raised RuntimeError",
+    ),
     "layers": (["--set", "layers=['nothing.*']"], "nothing"),
     "budget": (["--budget", "0.01"], "budget|nearest possible|smallest ranks"),
     "negative-budget": (["--budget", "-1"], "'budget'"),

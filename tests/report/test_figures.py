@@ -7,11 +7,17 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import pytest
+from matplotlib.figure import Figure
 from report_pages import Page, runs_of
 from report_runs import PERPLEXITY, write_run
 
 from dynarank.records import ChangeRecord, EpochRecord, SpectrumRecord, read_run
-from dynarank.report.annotations import MOST_LABELS, change_markers
+from dynarank.report.annotations import (
+    MOST_LABELS,
+    ChangeMarker,
+    change_markers,
+    label_markers,
+)
 from dynarank.report.colors import schedule_colors
 from dynarank.report.cost_quality import cost_quality_figure
 from dynarank.report.curves import curves_figure
@@ -211,6 +217,18 @@ def test_a_schedule_that_changes_often_has_marks_without_labels(tmp_path):
     marks = change_markers([run], {"relora": INK})
     assert len(marks) == 11 > MOST_LABELS
     assert not any(mark.label for mark in marks)
+
+
+@pytest.mark.parametrize("times", [(0.2, 0.4, 0.6, 1.2), (2.8, 3.5, 3.7, 3.95), (0.0, 0.3, 4.0)])
+def test_labels_of_marks_do_not_touch(times):
+    figure = Figure(figsize=(5, 3))
+    axes = figure.add_subplot()
+    axes.set_xlim(0, 4)
+    width = axes.get_window_extent().width / figure.dpi
+    label_markers(axes, [ChangeMarker(at, "resize", INK) for at in times], 4, width)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == len(times)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_the_plan_at_the_start_is_no_mark(tmp_path):

@@ -7,7 +7,7 @@ import math
 import pytest
 from report_runs import write_run
 
-from dynarank.records import ChangeRecord, Metric, read_run
+from dynarank.records import ChangeRecord, Metric, PhaseRecord, read_run
 from dynarank.report.formats import (
     bytes_text,
     count,
@@ -17,6 +17,7 @@ from dynarank.report.formats import (
     joined,
     percent,
     plural,
+    range_text,
     ratio,
     seconds_text,
 )
@@ -78,9 +79,23 @@ def test_spans_are_the_phases_and_their_shares(tmp_path):
     assert found == [Span(0, 4.4, 0, 0), Span(4.4, 9.6, 1, 0), Span(9.6, 12, 0, 1)]
 
 
+def test_layers_that_no_schedule_changes_are_left_out_of_the_shares(tmp_path):
+    run = read_run(write_run(tmp_path))
+    phases = run.all(PhaseRecord)
+    forms = [{**one.forms, "full-rank": one.forms.get("full-rank", 0) + 2} for one in phases]
+    more = [a.model_copy(update={"forms": b}) for a, b in zip(phases, forms, strict=True)]
+    run.records[:] = [r for r in run.records if not isinstance(r, PhaseRecord)] + more
+    assert spans(run) == [Span(0, 4.4, 0, 0), Span(4.4, 9.6, 1, 0), Span(9.6, 12, 0, 1)]
+
+
 def test_a_rotating_schedule_is_one_long_span_of_a_share(tmp_path):
     found = spans(read_run(write_run(tmp_path, "rotating", layers=12)))
     assert found == [Span(0, 0.5, 0, 0), Span(0.5, 12, 1 / 12, 0)]
+
+
+@pytest.mark.parametrize(("values", "text"), [([], ""), ([8, 8], "8"), ([28, 5, 9], "5 to 28")])
+def test_a_range_of_ranks(values, text):
+    assert range_text(values) == text
 
 
 def test_names_are_made_fit_for_a_figure():

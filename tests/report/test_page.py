@@ -15,11 +15,13 @@ import pytest
 from report_pages import Page, page_of, runs_of
 from report_runs import PERPLEXITY, write_run
 
+from dynarank.records import ChangeRecord, read_run
 from dynarank.report import write_report
 from dynarank.report.curves import curves_figure
 from dynarank.report.grouping import by_schedule, comparable
 from dynarank.report.page import build_page
 from dynarank.report.spectra import spectrum_figure
+from dynarank.report.tables import changes_table
 from dynarank.sinks.extras import install_command
 
 EVIL = ["<script>alert(1)</script>", "_orig_mod.$x$.weight", '" onload="alert(2)', "a&b"]
@@ -63,6 +65,18 @@ def test_page_tells_the_recorded_figures(three_page):
     assert "3 layers low-rank (svd) → full-rank" in three_page.text
     assert "epoch 4.4" in three_page.text and "1e-7" in three_page.text
     assert '"torch": "2.13.0"' in three_page.text and '"batch_size": 32' in three_page.text
+
+
+def test_a_change_of_rank_says_from_which_to_which(tmp_path):
+    forms = [{"form": "low-rank", "decomposition": "svd", "rank": rank} for rank in (28, 9, 22, 5)]
+    run = read_run(write_run(tmp_path))
+    first = run.all(ChangeRecord)[0]
+    run.records[:] = [record for record in run.records if not isinstance(record, ChangeRecord)]
+    for path, before, after in (("a", forms[0], forms[2]), ("b", forms[1], forms[3])):
+        change = {"path": path, "before": before, "after": after}
+        run.records.append(first.model_copy(update=change))
+    text = Page(f"{changes_table([run])}").text
+    assert "2 layers low-rank (svd), rank 9 to 28 → 5 to 22" in text
 
 
 @pytest.fixture(scope="module")

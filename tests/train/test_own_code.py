@@ -70,6 +70,7 @@ def test_a_file_may_have_the_name_of_a_known_module(tmp_path: Path) -> None:
         ("", "absent.py:f", "absent.py is not there; files are relative to the recipe's folder"),
         ("", "absent_module:f", "'absent_module' is not there: neither in the recipe's folder"),
         ("", "torch.absent:f", "'torch.absent' is not there"),
+        ("", "imgfolder:pets", "or did you mean the reader 'imagefolder:'"),
         ("import absent_module", "bad.py:f", "raised ModuleNotFoundError: No module.*bad.py, li"),
         ("import absent_module", "bad:f", "raised ModuleNotFoundError: No module.*bad.py, line 1"),
         ("x = (", "bad.py:f", "raised SyntaxError.*bad.py, line 1"),

@@ -56,7 +56,7 @@ __all__ = ["compare"]
 def compare(
     recipe: RecipeArgument,
     schedules: Annotated[
-        str, typer.Option(help="Comma-separated schedules; `dynarank train --help` lists them.")
+        str, typer.Option(help="Comma-separated schedules; `dynarank schedules` lists them.")
     ] = "full-rank,low-rank,dynamic-rank",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 3,
     data: DataOption = None,

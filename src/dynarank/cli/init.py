@@ -19,7 +19,7 @@ epochs = 10
 learning_rate = 0.05
 
 # batch_size = 64
-# schedules = ["full-rank", "low-rank", "dynamic-rank"]   # `dynarank train --help` lists them; or
+# schedules = ["full-rank", "low-rank", "dynamic-rank"]   # `dynarank schedules` lists them; or
 #                                                         # "file.py:function" -> a rank schedule
 # rank = 0.5                  # share of a layer's own cost; 16: a rank
 # layers = ["*conv*"]         # patterns of the layers that change rank; default: chosen by size

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from torch import nn
 
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
@@ -27,14 +26,15 @@ from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, Rank, RankLike, Within, form_name
 from dynarank.planning.estimate import estimate_phases
 from dynarank.planning.estimate_phase import PhaseEstimate, layer_data
-from dynarank.report.formats import bytes_text, count, ratio
+from dynarank.report.formats import bytes_text, count, number, ratio
 from dynarank.schedules.timelines import Phase
-from dynarank.surgery.selection import select
+from dynarank.surgery.selection import select, why_left
+from dynarank.surgery.site import Site
 from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import make_optimizer, optimizer_slots
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe
-from dynarank.train.schedules import make_schedule, with_default_layers
+from dynarank.train.schedules import make_schedule, passing_forward, with_default_layers
 from dynarank.train.task import Sketch
 from dynarank.train.tasks import sketch
 
@@ -45,7 +45,7 @@ def plan(
     recipe: RecipeArgument,
     schedule: Annotated[
         str,
-        typer.Option(help="A schedule; `dynarank train --help` lists them."),
+        typer.Option(help="A schedule; `dynarank schedules` lists them."),
     ] = "dynamic-rank",
     as_published: Annotated[
         bool, typer.Option("--as-published", help="Plan exactly what the published code runs.")
@@ -78,9 +78,12 @@ def plan(
     )  # fmt: skip
     machine = choose_machine(device, precision)
     drawn = sketch(chosen)
+    sites = survey(drawn.model)
+    left = _left(sites, chosen)
     chosen = with_default_layers(chosen, drawn.model)
-    layers = [site.path for site in select(survey(drawn.model), chosen.layers)]
-    use = trace(drawn.model, drawn.sample)
+    layers = [site.path for site in select(sites, chosen.layers)]
+    with passing_forward(chosen):
+        use = trace(drawn.model, drawn.sample)
     cost = _cost(chosen, schedule, use, layers, drawn)
     terminal = console(quiet_stdout=as_json)
     plans = [phase.plan for phase in cost.phases]
@@ -100,8 +103,10 @@ def plan(
         )
     if timings:
         show_timings(terminal, use, timings, machine)
-    for line in _remarks(chosen, drawn.model, layers, use, cost):
+    for line in _remarks(chosen, use, cost):
         terminal.print(line)
+    if left:
+        terminal.print(left, markup=False)
     if drawn.read:
         terminal.print(f"Read: {drawn.read}.", markup=False)
 
@@ -109,6 +114,7 @@ def plan(
 # Steps per epoch depend on the data. Where it is not read, phases are planned in thousandths of an
 # epoch or, for a stateful schedule, which must be queried step by step, in 10,000ths of the run.
 _FINE, _STEPS = 1000, 10_000
+_NOT_NAMED = "not in the layers of the recipe"
 _COLUMNS = 3  # phases of which the table of layers shows each
 
 
@@ -131,7 +137,7 @@ def _cost(
 def _span(recipe: Recipe, cost: ScheduleCost, phase: Phase) -> str:
     """The phase's first and last epoch."""
     scale = cost.steps / recipe.epochs
-    return f"{phase.start / scale:g} to {phase.stop / scale:g}"
+    return f"{number(phase.start / scale)} to {number(phase.stop / scale)}"
 
 
 def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
@@ -255,9 +261,18 @@ def _rank_text(rank: RankLike) -> str:
     return f"rank {share.value} of {names[share.of]}"
 
 
-def _remarks(
-    recipe: Recipe, model: nn.Module, layers: list[str], use: ModelUse, cost: ScheduleCost
-) -> list[str]:
+def _left(sites: Sequence[Site], recipe: Recipe) -> str:
+    """The layers that keep their weight, those of one reason together; empty if there are none."""
+    reasons: dict[str, list[str]] = {}
+    why = why_left(sites, recipe.layers, recipe.rank, recipe.decomposition)
+    for site, reason in zip(sites, why, strict=True):
+        if reason:
+            reasons.setdefault(reason.replace("not in layers", _NOT_NAMED), []).append(site.path)
+    told = [f"{', '.join(paths)} ({reason})" for reason, paths in reasons.items()]
+    return f"Not factorized: {'; '.join(told)}." if told else ""
+
+
+def _remarks(recipe: Recipe, use: ModelUse, cost: ScheduleCost) -> list[str]:
     lines = [
         f"[bold yellow]The adapted phase costs more than full-rank training: "
         f"{one.relative_training:.3f}x a step ({_two_branch(use, one, cost):.3f}x as two branches, "
@@ -272,9 +287,4 @@ def _remarks(
             "Ranks with ~ are an estimate: they are measured when the phase begins. Its FLOPs are "
             "its budget."
         )
-    left = [
-        f"{site.path} ({site.obstacle or 'not in the layers of the recipe'})"
-        for site in survey(model)
-        if site.path not in layers
-    ]
-    return [*lines, f"Not factorized: {', '.join(left)}."] if left else lines
+    return lines

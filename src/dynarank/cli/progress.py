@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from types import TracebackType
 
@@ -10,9 +11,9 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from dynarank.forms import Change, form_name
+from dynarank.forms import Change, Form, FullRank, form_name
 from dynarank.records import EpochRecord, Metric
-from dynarank.report.formats import plural, score_text, seconds_text
+from dynarank.report.formats import plural, range_text, score_text, seconds_text
 from dynarank.train.listener import Progress
 
 __all__ = ["ProgressListener", "changes_text", "progress_text", "that_fit"]
@@ -119,7 +120,7 @@ def changes_text(changes: list[tuple[float, Change]]) -> list[str]:
         >>> first = 4.25, Change("1", FullRank(), LowRank(9), 0.25)
         >>> print(*changes_text([first, *cuts]), sep=chr(10))
         epoch 4.25: 1 layer full-rank -> low-rank, error 2.5e-01
-        epoch 4.25 to 4.50: 1 layer low-rank -> low-rank, error 5.0e-01
+        epoch 4.25 to 4.50: 1 layer low-rank 9 -> low-rank 5, error 5.0e-01
     """
 
     def kind(found: tuple[float, Change]) -> tuple[str, str]:
@@ -132,8 +133,19 @@ def changes_text(changes: list[tuple[float, Change]]) -> list[str]:
         when = " to ".join(dict.fromkeys([next(iter(times)), next(reversed(times))]))
         layers = plural(len({change.path for _, change in found}), "layer")
         error = max(change.error for _, change in found)
+        if before == after:  # only the ranks say what has changed
+            first = {change.path: change.before for _, change in reversed(found)}
+            last = {change.path: change.after for _, change in found}
+            before, after = before + _ranks(first.values()), after + _ranks(last.values())
         lines.append(f"epoch {when}: {layers} {before} -> {after}, error {error:.1e}")
     return lines
+
+
+def _ranks(forms: Iterable[Form]) -> str:
+    """The ranks of forms of one name, after a space: `` 9``, `` 5 to 9``; empty if unknown."""
+    ranks = [one.rank for one in forms if not isinstance(one, FullRank)]
+    text = range_text(rank for rank in ranks if isinstance(rank, int))
+    return f" {text}" if text else ""
 
 
 def that_fit(parts: list[str], width: int) -> str:

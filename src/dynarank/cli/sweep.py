@@ -196,7 +196,8 @@ def _draw(
 def _show(terminal: Console, scores: dict[Cell, list[float]], metric: Metric, name: str) -> None:
     down, across = (sorted({cell[axis] for cell in scores}) for axis in (1, 0))
     title = f"{name}: mean test {metric.name}, deflate down, inflate across"
-    table = right_aligned(title, ["deflate"], [number(i) for i in across])
+    terminal.print(title, style="bold", markup=False)  # often wider than the table
+    table = right_aligned("", ["deflate"], [number(i) for i in across])
     best = best_cells(scores, metric)
     for d in reversed(down):
         table.add_row(

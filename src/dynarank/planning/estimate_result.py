@@ -108,8 +108,9 @@ class Estimate:
         sources = {one.memory.source for one in self.phases}
         how = "measured in a forward pass" if "measured" in sources else "counted on a meta copy"
         told.append(
-            "Memory: parameters, gradients, optimizer state and activations (what autograd saves, "
-            f"{how}), without workspaces. FLOPs: of a step, 1 multiply-add = 2."
+            "Memory in bytes (K = 1024): parameters, gradients, optimizer state and activations "
+            f"(what autograd saves, {how}), without workspaces. FLOPs: of a step, "
+            "1 multiply-add = 2."
         )
         if extra := max(one.extra_flops for one in self.phases):
             told.append(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dynarank.records import Run
 from dynarank.report.colors import FORM_COLORS, FORM_HATCHES
@@ -71,18 +71,23 @@ def label_markers(axes: Axes, markers: Sequence[ChangeMarker], end: float, width
     """
     placed = _levels([marker for marker in markers if marker.label], end, width)
     for marker, level in placed:
-        share = marker.epoch / end
         axes.annotate(
             marker.label,
             (marker.epoch, 1),
             xycoords=axes.get_xaxis_transform(),
             xytext=(0, 3 + 10 * level),
             textcoords="offset points",
-            ha="left" if share < 0.08 else "right" if share > 0.94 else "center",
+            ha=_side(marker, end),
             fontsize=8,
             color=marker.color,
         )
     return 10 + 10 * max(level for _, level in placed) if placed else 0
+
+
+def _side(marker: ChangeMarker, end: float) -> Literal["left", "center", "right"]:
+    """How a label lies on its marker, so that it stays within the axes."""
+    share = marker.epoch / end
+    return "left" if share < 0.08 else "right" if share > 0.94 else "center"
 
 
 def _levels(
@@ -93,9 +98,10 @@ def _levels(
     placed: list[tuple[ChangeMarker, int]] = []
     for marker in markers:
         half = 0.5 * end * len(marker.label) * 0.065 / width  # a letter is about .065 inches wide
-        left = marker.epoch - half
+        shift = {"left": half, "center": 0, "right": -half}[_side(marker, end)]
+        left = marker.epoch + shift - half
         level = next((i for i, right in enumerate(free) if right <= left), len(free))
-        free[level:] = [marker.epoch + half, *free[level + 1 :]]
+        free[level:] = [left + 2 * half, *free[level + 1 :]]
         placed.append((marker, level))
     return placed
 

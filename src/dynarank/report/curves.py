@@ -134,7 +134,7 @@ def _panel(
     if strips:
         below = figure.add_subplot(grid[row + 1, column], sharex=axes)
         draw_phase_strips(below, strips)
-        below.set_xlabel("share of layers that are full-rank", fontsize=8)
+        below.set_xlabel("share of scheduled layers at full rank", fontsize=8)
     return axes
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dynarank.records import Metric
 
@@ -17,6 +17,7 @@ __all__ = [
     "number",
     "percent",
     "plural",
+    "range_text",
     "ratio",
     "score_text",
     "seconds_text",
@@ -39,6 +40,12 @@ def number(value: float, digits: int = 4) -> str:
 def percent(value: float, digits: int = 1) -> str:
     """Write a share between 0 and 1 as a percentage: ``56.9%``."""
     return f"{value:.{digits}%}" if math.isfinite(value) else NOT_FINITE
+
+
+def range_text(values: Iterable[int]) -> str:
+    """Write the least and the largest of whole numbers: ``5 to 28``, ``8``; nothing for none."""
+    known = sorted(values)
+    return " to ".join(dict.fromkeys(f"{value}" for value in (*known[:1], *known[-1:])))
 
 
 def ratio(value: float) -> str:

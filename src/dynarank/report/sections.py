@@ -178,7 +178,7 @@ def _curves(runs: Sequence[Run]) -> list[Html]:
         "Solid lines: test. Dotted lines: training. Dashed vertical lines: transition points, at "
         "which layers change form, in the color of their schedule (gray where schedules coincide; "
         f"unlabeled or left out if a schedule has more than {MOST_LABELS}). "
-        "Shading, or the strips below: the share of layers that are full-rank."
+        "Shading, or the strips below: the share of scheduled layers at full rank."
     )
     if len(by_schedule(runs)) < len(runs):
         caption += " Thick lines are means over a schedule's runs, thin lines the runs."

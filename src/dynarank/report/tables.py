@@ -24,6 +24,7 @@ from dynarank.report.formats import (
     flops_text,
     number,
     plural,
+    range_text,
     ratio,
     score_text,
     seconds_text,
@@ -189,7 +190,8 @@ def _change_rows(run: Run, point: TransitionPoint) -> Iterator[Sequence[str]]:
         grouped.setdefault(key, []).append(change)
     at = "start" if point.step == 0 else f"epoch {number(point.epoch)}"
     for (kind, before, after), changes in grouped.items():
-        title = f"{plural(len(changes), 'layer')} {before} → {after}"
+        change = f"{before} → {after}" if before != after else f"{before}{_ranks_text(changes)}"
+        title = f"{plural(len(changes), 'layer')} {change}"
         paths = [element("li", _path_text(change)) for change in changes]
         listed = details(title, element("ul", *paths, class_="paths"))
         yield run.header.schedule, at, kind, listed, error_text(_largest(changes))
@@ -198,6 +200,14 @@ def _change_rows(run: Run, point: TransitionPoint) -> Iterator[Sequence[str]]:
 def _form_text(form: dict[str, object]) -> str:
     name, decomposition = form.get("form", "unknown"), form.get("decomposition")
     return f"{name} ({decomposition})" if decomposition else str(name)
+
+
+def _ranks_text(changes: Sequence[ChangeRecord]) -> str:
+    """The ranks of layers that keep their form: ``, rank 9 to 28 → 5 to 22``."""
+    sides = ([change.before for change in changes], [change.after for change in changes])
+    ranks = [[rank for one in side if isinstance(rank := one.get("rank"), int)] for side in sides]
+    told = dict.fromkeys(filter(None, map(range_text, ranks)))
+    return f", rank {' → '.join(told)}" if told else ""
 
 
 def _path_text(change: ChangeRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dynarank.records import (
@@ -41,7 +42,7 @@ class TransitionPoint:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of training, and the shares of the layers that are full-rank and adapted in it."""
+    """A stretch of training, and the shares of its scheduled layers at full rank and adapted."""
 
     start: float
     end: float
@@ -83,12 +84,23 @@ def reached_text(run: Run) -> str:
 def spans(run: Run) -> list[Span]:
     """List the run's phases; adjacent ones with the same shares of forms are merged."""
     phases = [phase for phase in run.all(PhaseRecord) if sum(phase.forms.values())]
+    fixed = _unscheduled(run, phases)
     ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
     found: list[Span] = []
     for phase, end in zip(phases, ends, strict=False):
-        total, start = sum(phase.forms.values()), phase.epoch
-        shares = (phase.forms.get("full-rank", 0) / total, phase.forms.get("adapted", 0) / total)
+        total, start = max(sum(phase.forms.values()) - fixed, 1), phase.epoch
+        full, adapted = phase.forms.get("full-rank", 0) - fixed, phase.forms.get("adapted", 0)
+        shares = full / total, adapted / total
         if found and (found[-1].full_rank, found[-1].adapted) == shares:
             start = found.pop().start
         found.append(Span(start, end, *shares))
     return [span for span in found if span.end > span.start]
+
+
+def _unscheduled(run: Run, phases: Sequence[PhaseRecord]) -> int:
+    """The number of layers that keep their weight: neither monitored nor ever changed."""
+    known = {name for record in run.all(SpectrumRecord) for name in record.layers}
+    known |= {change.path for change in run.all(ChangeRecord)}
+    full = min((phase.forms.get("full-rank", 0) for phase in phases), default=0)
+    total = sum(phases[0].forms.values()) if phases else 0
+    return max(min(total - len(known), full), 0) if known else 0

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from dynarank.train.recipe_error import RecipeError
+from dynarank.train.registry import READERS, TEXT_READER
 
 __all__ = [
     "accepted",
@@ -183,9 +184,11 @@ def _import(name: str, folder: Path) -> ModuleType:
         except ModuleNotFoundError as error:
             if not f"{name}.".startswith(f"{error.name}."):  # one that it imports
                 raise
+            near = difflib.get_close_matches(name, [*READERS, TEXT_READER], 1, 0.75)
+            hint = f"; or did you mean the reader '{near[0]}:'?" if near else ""
             raise RecipeError(
                 f"module {name!r} is not there: neither in the recipe's folder, {folder}, nor "
-                "installed; for a file, write file.py:function"
+                f"installed; for a file, write file.py:function{hint}"
             ) from error
 
 

@@ -16,7 +16,7 @@ from dynarank.planning.headroom_result import Headroom
 from dynarank.train.loop import DivergedError, Machine
 from dynarank.train.optimizers import make_optimizer
 from dynarank.train.recipe import Recipe
-from dynarank.train.schedules import with_default_layers
+from dynarank.train.schedules import check_schedules, with_default_layers
 from dynarank.train.task import Task
 
 __all__ = ["probe_recipe", "probe_steps"]
@@ -47,9 +47,10 @@ def probe_recipe(
     """Probe a recipe: see :func:`dynarank.headroom`.
 
     Raises:
-        ValueError: as :func:`dynarank.headroom`.
+        ValueError: as :func:`dynarank.headroom`, or the network does not fit the data.
         DivergedError: full rank diverged at every learning rate.
     """
+    check_schedules([(recipe, "full-rank")], task, recipe.epochs, autocast=machine.autocast)
     with torch.random.fork_rng(devices=[]):
         recipe = with_default_layers(recipe, task.model())
 

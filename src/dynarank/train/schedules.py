@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.decompositions.registry import get_decomposition
+from dynarank.layers.running import preserve_state
 from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.scheduler.budgets import Budgets
 from dynarank.scheduler.rank_scheduler import check_phases
@@ -25,13 +26,14 @@ from dynarank.surgery.optimizer_state import Optimizers, check_movable
 from dynarank.surgery.selection import select
 from dynarank.surgery.sites import survey
 from dynarank.train.optimizers import make_optimizer
+from dynarank.train.own_code import calling
 from dynarank.train.own_task import OwnTask
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
 from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.task import Task
 
-__all__ = ["check_schedules", "make_schedule", "with_default_layers"]
+__all__ = ["check_schedules", "make_schedule", "passing_forward", "with_default_layers"]
 
 
 def make_schedule(
@@ -113,7 +115,8 @@ def check_schedules(
     """Check all that several runs ask for, before the first one.
 
     Schedules, optimizers and LR schedules are constructed, the plans are compared with the model,
-    and a task of the user's own takes one training step, on a network that is not used again.
+    and a task of the user's own takes one training step, on a network that is not used again; of
+    built-in data, one batch goes through the network.
     Nothing is written, and the random state is given back.
 
     Args:
@@ -126,6 +129,7 @@ def check_schedules(
     Raises:
         ValueError: the first request that is refused, with the recipe and the schedule.
     """
+    fitting: set[str] = set()
     with torch.random.fork_rng():
         for recipe, name in chosen:
             try:
@@ -133,9 +137,28 @@ def check_schedules(
                 optimizer = make_optimizer(recipe, model)
                 if isinstance(task, OwnTask):
                     task.check(model, optimizer, autocast)
+                elif recipe.model not in fitting:
+                    _check_network(recipe, task, model, autocast)
+                    fitting.add(recipe.model)
                 _check(recipe, name, task, epochs, model, optimizer, measure)
             except ValueError as error:
                 raise RecipeError(f"{recipe.name}, {name}: {error}") from error
+
+
+def _check_network(
+    recipe: Recipe,
+    task: Task,
+    model: nn.Module,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Raise RecipeError if the network, which may be another than the data was made for, fails."""
+    with passing_forward(recipe), preserve_state(model), torch.no_grad(), autocast():
+        task.loss(model, next(task.epoch(0)))
+
+
+def passing_forward(recipe: Recipe) -> AbstractContextManager[None]:
+    """A context whose errors are those of the recipe's network on its data."""
+    return calling(f"model {recipe.model!r} on data {recipe.data!r}", recipe.root)
 
 
 def _check(
