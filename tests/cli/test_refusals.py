@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from command_line import call
 
+from dynarank.cli.sweep import _place, parse_epochs  # pyright: ignore[reportPrivateUsage]
 from dynarank.files.ownership import owned
 
 SHORT = ["--epochs", "2", "--train-limit", "128"]
@@ -26,6 +27,13 @@ WRONG = {
     "decomposition": (["--decomposition", "svdd"], "unknown decomposition 'svdd'"),
     "rank": (["--rank", "1000"], "above the limit"),
     "learning-rate": (["--lr", "-1"], "'learning_rate'"),
+    "infinite-rate": (["--lr", "inf"], "finite"),
+    "meta": (["--device", "meta"], "device 'meta' cannot be used"),
+    "endless": (["--epochs", "1" + "0" * 20], "--epochs"),
+    "large-seed": (["--seed", "1" + "0" * 20], "--seed"),
+    "many-seeds": (["--seeds", "1000000000000"], "--seeds"),
+    "many-cells": (["--inflate", "0:1000000000000:1"], "at most 1,000 epochs"),
+    "no-rank": (["--rank", ""], "neither a rank"),
     "batch-size": (["--batch-size", "0"], "--batch-size"),
     "large-batch": (["--batch-size", "4096"], "4,?096"),
     "key": (["--set", "learning_rat=1"], "did you mean 'learning_rate'"),
@@ -69,6 +77,11 @@ HAVE = {
     "out-is-a-file": ("train", "compare", "sweep"),
     "out-owned": ("train", "compare", "sweep"),
     "out-with-files": ("train",),
+    "meta": ("train", "compare", "sweep", "probe", "plan"),
+    "endless": ("train", "compare", "sweep"),
+    "large-seed": ("train",),
+    "many-seeds": ("compare", "sweep", "probe"),
+    "many-cells": ("sweep",),
     "seeds": ("compare", "sweep", "probe"),
     "schedule": ("train", "sweep", "plan"),
     "schedules": ("compare",),
@@ -130,3 +143,9 @@ def test_what_the_result_needs_is_checked_first(
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     assert call(monkeypatch, *COMMANDS["compare"]) == 2
     assert "scipy" in capsys.readouterr().err and not list(here.iterdir())
+
+
+def test_cells_that_are_close_have_folders_of_their_own() -> None:
+    epochs = parse_epochs("5.00001,5.00002") + parse_epochs("0.1:0.5:0.1")
+    places = [_place(Path(), (1.0, epoch), 0) for epoch in epochs]
+    assert len(set(places)) == 7 and places[4] == Path("inflate1-deflate0.3/seed0")

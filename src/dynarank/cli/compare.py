@@ -58,7 +58,7 @@ def compare(
     schedules: Annotated[
         str, typer.Option(help="Comma-separated schedules; `dynarank schedules` lists them.")
     ] = "full-rank,low-rank,dynamic-rank",
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, max=1_000, help="Number of seeds: 0, 1, ...")] = 3,
     data: DataOption = None,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,

@@ -28,7 +28,7 @@ def choose_machine(
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         chosen = torch.device(name)
-        torch.empty(0, device=chosen)
+        torch.zeros(1, device=chosen).item()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:
         raise RecipeError(
             f"device {name!r} cannot be used: {str(error).splitlines()[0]}"

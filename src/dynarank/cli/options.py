@@ -105,7 +105,8 @@ DataOption: TypeAlias = Annotated[
     ),
 ]
 EpochsOption: TypeAlias = Annotated[
-    int | None, typer.Option(min=1, help="Scale the whole schedule to this many epochs.")
+    int | None,
+    typer.Option(min=1, max=1_000_000, help="Scale the whole schedule to this many epochs."),
 ]
 TrainLimitOption: TypeAlias = Annotated[
     int | None, typer.Option(min=1, help="Train on at most this many examples, class-balanced.")

@@ -52,7 +52,9 @@ def probe(
             "together. Each has at least 100 steps."
         ),
     ] = 0.05,
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, for the error.")] = 2,
+    seeds: Annotated[
+        int, typer.Option(min=1, max=1_000, help="Number of seeds, for the error.")
+    ] = 2,
     data: DataOption = None,
     decomposition: DecompositionOption = None,
     lr: LearningRateOption = None,
@@ -80,7 +82,9 @@ def probe(
         load_recipe(recipe), overrides, lr=lr, batch_size=batch_size,
         decomposition=decomposition,
     )  # fmt: skip
-    ranks = [parse_rank(one.strip()) for one in rank.split(",")] if rank else [chosen.rank]
+    ranks = (
+        [parse_rank(one.strip()) for one in rank.split(",")] if rank is not None else [chosen.rank]
+    )
     terminal, machine = console(quiet_stdout=as_json), choose_machine(device, precision)
     shown = progress(terminal, quiet)
     torch.manual_seed(0)

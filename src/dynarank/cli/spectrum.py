@@ -137,7 +137,7 @@ def _check(paths: list[Path], energy: float, suggest: Path | None, plot: Path | 
 def _device(name: str) -> torch.device:
     try:
         found = torch.device(name)
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found).item()  # the meta device has no values
     except (RuntimeError, AssertionError) as error:
         told = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used: {told}") from error

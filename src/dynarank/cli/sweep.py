@@ -45,6 +45,7 @@ __all__ = ["sweep"]
 
 Cell = tuple[float, float]
 
+_MOST_EPOCHS = 1_000  # of an axis
 _SCHEDULES = ("dynamic-rank", "dynamic-rank-low")
 
 
@@ -55,7 +56,7 @@ def sweep(
                           "FROM:TO:STEP, end included.")
     ],
     deflate: Annotated[str, typer.Option(help="Deflation epochs, in the same format.")],
-    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, ...")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, max=1_000, help="Number of seeds: 0, 1, ...")] = 1,
     schedule: Annotated[
         str, typer.Option(help="dynamic-rank, or dynamic-rank-low (deflates to low-rank).")
     ] = "dynamic-rank",
@@ -146,14 +147,14 @@ def parse_epochs(text: str) -> list[float]:
     try:
         if ":" in text:
             first, last, step = map(float, text.split(":"))
-            if step > 0 and last >= first:
+            if step > 0 and last >= first and last - first < _MOST_EPOCHS * step:
                 return [first + i * step for i in range(int((last - first) / step + 1e-9) + 1)]
             raise ValueError
         return sorted({float(part) for part in text.split(",")})
     except ValueError:
         raise RecipeError(
-            f"epochs must be a list like 20,40,60 or FROM:TO:STEP with a positive step, "
-            f"got {text!r}"
+            f"epochs must be a list like 20,40,60 or FROM:TO:STEP with a positive step, of at most "
+            f"{_MOST_EPOCHS:,} epochs, got {text!r}"
         ) from None
 
 
@@ -178,7 +179,7 @@ def _at(recipe: Recipe, cell: Cell) -> Recipe:
 
 
 def _place(folder: Path, cell: Cell, seed: int) -> Path:
-    return folder / f"inflate{number(cell[0])}-deflate{number(cell[1])}" / f"seed{seed}"
+    return folder / f"inflate{number(cell[0], 12)}-deflate{number(cell[1], 12)}" / f"seed{seed}"
 
 
 def _draw(

@@ -57,7 +57,8 @@ def train(
     data: DataOption = None,
     schedule: ScheduleOption = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of weights, data and order; default: 0.")
+        int | None,
+        typer.Option(min=0, max=2**63 - 1, help="Seed of weights, data and order; default: 0."),
     ] = None,
     rank: RankOption = None,
     decomposition: DecompositionOption = None,

@@ -25,6 +25,7 @@ from dynarank.monitors.weight_files import WeightFiles
 __all__ = ["factor_chain", "lora_update"]
 
 _MOST_JOINED = 1 << 28  # values, 2 GiB in fp64: factors of a few bytes can multiply to terabytes
+_ROWS = 1 << 20  # values
 _LORA = re.compile(r"(.*)\.(lora_A|lora_embedding_A|lora_down)((?:\.\w+)?)((?:\.weight)?)")
 _OTHER_FACTOR = {"lora_A": "lora_B", "lora_embedding_A": "lora_embedding_B", "lora_down": "lora_up"}
 
@@ -110,12 +111,17 @@ def _adapted(files: WeightFiles, chain: StoredWeight, base: str, form: Adapted) 
     groups = int(stored.shape != chain.shape)
 
     def parts() -> tuple[Tensor, ...]:
-        factors = tuple(map(precise, chain.parts()))
-        if len(factors) == 2:
-            factors = ((factors[1].flatten(1) @ factors[0].flatten(1)).reshape(chain.shape),)
-        weight = as_layer(files.read(base), groups)
-        adapter = factors[0].to(torch.promote_types(weight.dtype, torch.float32))
-        return (adapter.mul_(form.scale).add_(weight),)
+        factors = tuple(precise(factor).flatten(1) for factor in chain.parts())
+        stored = as_layer(files.read(base), groups)
+        dtype = torch.promote_types(stored.dtype, torch.float32)
+        weight = stored.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        if len(factors) == 1:
+            return (weight.add_(factors[0].reshape(weight.shape), alpha=form.scale),)
+        down, up = factors
+        rows = max(_ROWS // down.shape[1], 1)  # at a time: the product in fp64 is never whole
+        for part, of_up in zip(weight.flatten(1).split(rows), up.split(rows), strict=True):
+            part += form.scale * (of_up @ down)
+        return (weight,)
 
     size = chain.parameters + math.prod(stored.shape)
     tensors = (base, *chain.tensors)

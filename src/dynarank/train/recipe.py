@@ -74,7 +74,7 @@ class Recipe(BaseModel):
     function of the library takes by default.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = ""
     summary: str = ""
@@ -92,7 +92,7 @@ class Recipe(BaseModel):
     higher_is_better: bool | None = None
     schedules: _Names = ("full-rank", "low-rank", "dynamic-rank")
 
-    epochs: _Count
+    epochs: _Count = Field(le=1_000_000)
     batch_size: int = Field(default=0, ge=0, strict=True)
     optimizer: str = "sgd"
     optimizer_options: dict[str, Any] = Field(default_factory=dict[str, Any])
