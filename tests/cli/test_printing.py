@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import call
+from own_recipes import own
 
 from dynarank.cli.encoding import any_encoding
 from dynarank.cli.show import console
@@ -191,3 +192,19 @@ def test_settings_from_the_command_line_are_those_of_the_run(
     whole = json.loads(capsys.readouterr().out)["relative_training_flops"]
     assert call(monkeypatch, *plan, "--set", "rank.value=0.125") == 0
     assert json.loads(capsys.readouterr().out)["relative_training_flops"] < whole
+
+
+@pytest.mark.parametrize("words", [["plan"], ["train", "--epochs", "1"]])
+def test_what_own_code_prints_is_apart_from_json(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    code = 'print("imported")\ndef printing():\n    print("called")\n    return tensors()\n'
+    own(tmp_path, "printing", code=code)
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, *words, "my.toml", "--schedule", "low-rank", "--json") == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)
+    assert "imported" in said.err and "called" in said.err

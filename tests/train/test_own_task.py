@@ -17,6 +17,7 @@ from training import Silent
 
 from dynarank.files.json_data import parse_json
 from dynarank.records import EpochRecord, NoiseRecord, read_run
+from dynarank.train.data_digest import data_digest
 from dynarank.train.interruption import Interrupted
 from dynarank.train.loop import Machine
 from dynarank.train.own_task import OwnTask
@@ -351,3 +352,95 @@ def test_a_run_goes_on_where_its_folder_was_moved_to(tmp_path: Path) -> None:
     assert read_run(tmp_path / "two" / "run").summary is not None
     with pytest.raises(RecipeError, match=r"net.py is not there"):
         run(recipe, tmp_path / "two" / "run")
+
+
+ODD = """
+class Drawn(Noisy):
+    def __init__(self, count):
+        super().__init__(count)
+        self.own = np.random.default_rng()
+
+    def __getitem__(self, index):
+        return self.x[index] + float(self.own.normal()), self.y[index]
+
+
+class Later(Noisy):
+    def __getitem__(self, index):
+        return self.x[index], torch.tensor(9) if index == self.wrong else self.y[index]
+
+    wrong = 37
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        while True:
+            yield torch.zeros(8), 1
+
+
+class Tokens(Noisy):
+    def __getitem__(self, index):
+        from collections import UserDict
+        return UserDict(x=self.x[index], labels=self.y[index])
+
+
+def rows(items):
+    from collections import UserDict
+    return UserDict({k: torch.stack([i[k] for i in items]) for k in ("x", "labels")})
+
+
+def drawn():
+    return Drawn(72), Noisy(20)
+
+
+def drawn_stream():
+    class Stream(IterableDataset):
+        own = np.random.default_rng()
+
+        def __iter__(self):
+            return iter([(torch.ones(8) * self.own.normal(), 1)] * 72)
+
+    return Stream(), Noisy(20)
+
+
+def later():
+    return Later(72), Noisy(20)
+
+
+def endless_test():
+    return Noisy(72), DataLoader(Endless(), 12)
+
+
+def tokens():
+    return tuple(DataLoader(Tokens(n), 12, collate_fn=rows) for n in (72, 20))
+"""
+
+
+@pytest.mark.parametrize(("data", "more"), [("drawn", ""), ("drawn_stream", "steps_per_epoch = 6")])
+def test_what_data_draws_from_a_generator_of_its_own_identifies_no_run(
+    data: str, more: str, tmp_path: Path
+) -> None:
+    recipe = own(tmp_path, data, f"batch_size = 12\n{more}", ODD)
+    assert data_digest(task_of(recipe)) == data_digest(task_of(recipe))
+
+
+def test_a_batch_that_fails_later_is_an_error_that_says_where(tmp_path: Path) -> None:
+    recipe = own(tmp_path, "later", "batch_size = 12", ODD)
+    task = task_of(recipe)
+    with pytest.raises(RecipeError, match=r"loss 'by default'.*Target 9 is out of bounds"):
+        for batch in task.epoch(0):
+            task.loss(task.model(), batch)
+
+
+def test_a_test_stream_that_does_not_end_is_refused(tmp_path: Path) -> None:
+    recipe = own(tmp_path, "endless_test", "batch_size = 12", ODD)
+    with pytest.raises(RecipeError, match="test part has not ended after 1,000 batches"):
+        check_schedules([(recipe, "low-rank")], task_of(recipe), 2)
+
+
+def test_a_batch_may_be_any_mapping(tmp_path: Path) -> None:
+    recipe = own(tmp_path, "tokens", "", ODD)
+    task = task_of(recipe)
+    batch = next(task.epoch(0))
+    assert type(batch) is dict and batch["x"].shape == (12, 8)
+    values = torch.cat([x.flatten() for x in task.test.digest()])
+    assert len(values) > 20 * 9

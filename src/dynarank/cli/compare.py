@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -34,7 +33,7 @@ from dynarank.cli.recipe_options import (
     SetOption,
     change_recipe,
 )
-from dynarank.cli.show import console, print_whole_words, progress, right_aligned
+from dynarank.cli.show import console, print_json, print_whole_words, progress, right_aligned
 from dynarank.records import Metric, Run, SummaryRecord
 from dynarank.report.comparison import compare_scores, require_scipy
 from dynarank.report.formats import (
@@ -85,6 +84,7 @@ def compare(
     never mixed or deleted. For each seed all schedules share initial weights and data order. Mean
     and standard deviation are over seeds.
     """
+    terminal = console(quiet_stdout=as_json)
     chosen = change_recipe(
         load_recipe(recipe), overrides, lr=lr, batch_size=batch_size, rank=rank,
         decomposition=decomposition, budget=budget,
@@ -93,7 +93,6 @@ def compare(
     for name in names:
         chosen.check_schedule(name)
     require_scipy()
-    terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
     runner = JobRunner("compare", progress(terminal, quiet), machine, data,
                        epochs or chosen.epochs, train_limit, test_limit,
@@ -132,7 +131,7 @@ def _print_result(
         found = {name: _figures(runs) for name, runs in grouped.items()}
         result = {**runner.status(folder), "report": page, "metric": metric.model_dump(),
                   "schedules": found, "sentences": sentences}  # fmt: skip
-        print(json.dumps(result, indent=2))
+        print_json(result)
         return
     _show(terminal, title, metric, grouped)
     terminal.print(verdict([run for runs in grouped.values() for run in runs]), markup=False)

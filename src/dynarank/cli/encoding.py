@@ -32,7 +32,9 @@ def any_encoding() -> Generator[None]:
             if stream is None:
                 setattr(sys, name, undo.enter_context(open(os.devnull, "w", encoding="utf-8")))
                 undo.callback(setattr, sys, name, None)
-            elif isinstance(stream, TextIOWrapper):
+            else:
+                undo.callback(setattr, sys, name, stream)
+            if isinstance(stream, TextIOWrapper):
                 undo.callback(_set_errors, stream, stream.errors)
                 stream.reconfigure(errors="dynarank")
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import sys
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from dynarank.cli.show import print_json
 from dynarank.records import find_runs
 from dynarank.train.grid import COMMON
 from dynarank.train.interruption import Interrupted
@@ -51,7 +51,7 @@ class GoOn:
         if self.as_json:
             at = {"run": str(stop.folder), "step": stop.step} if stop.folder else {}
             told = {"folder": str(self.folder), "status": "interrupted", "signal": name, **at}
-            print(json.dumps({**told, "go_on": go_on, "show": shown}, indent=2))
+            print_json({**told, "go_on": go_on, "show": shown})
 
 
 def same_command(folder: Path, as_json: bool) -> GoOn:

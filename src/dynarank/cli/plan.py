@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -19,7 +18,7 @@ from dynarank.cli.recipe_options import (
     SetOption,
     change_recipe,
 )
-from dynarank.cli.show import console, print_whole_words, right_aligned
+from dynarank.cli.show import console, print_json, print_whole_words, right_aligned
 from dynarank.cli.timings import show_timings, time_layers, timings_data
 from dynarank.cost.flops import LayerUse, ModelUse, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
@@ -70,6 +69,7 @@ def plan(
     own. With --measure, each
     layer's forms are timed on this machine, to find layers that run faster at full rank.
     """
+    terminal = console(quiet_stdout=as_json)
     chosen = load_recipe(recipe)
     chosen = chosen.published() if as_published else chosen
     chosen = change_recipe(
@@ -85,14 +85,13 @@ def plan(
     with passing_forward(chosen):
         use = trace(drawn.model, drawn.sample)
     cost = _cost(chosen, schedule, use, layers, drawn)
-    terminal = console(quiet_stdout=as_json)
     plans = [phase.plan for phase in cost.phases]
     timings = time_layers(terminal, use, plans, machine) if measure else None
     optimizer = make_optimizer(chosen, drawn.model)
     phases = estimate_phases(drawn.model, [optimizer], cost, drawn.sample, counted=False)
     if as_json:
         measured = {"measured": timings_data(timings)} if timings else {}
-        print(json.dumps(_data(chosen, schedule, use, cost, phases) | measured, indent=2))
+        print_json(_data(chosen, schedule, use, cost, phases) | measured)
         return
     _show_layers(terminal, chosen, schedule, use, cost)
     _show_phases(terminal, chosen, cost, phases)

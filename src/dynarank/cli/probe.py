@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import torch
@@ -26,7 +25,7 @@ from dynarank.cli.recipe_options import (
     SetOption,
     change_recipe,
 )
-from dynarank.cli.show import console, progress
+from dynarank.cli.show import console, print_json, progress
 from dynarank.planning.headroom import runs
 from dynarank.train.probe import probe_recipe, probe_steps
 from dynarank.train.recipes import RecipeError, load_recipe
@@ -78,6 +77,7 @@ def probe(
     """
     if not 0 < share <= 1:
         raise RecipeError(f"--share is a share of the steps of a run, in (0, 1], got {share}")
+    terminal = console(quiet_stdout=as_json)
     chosen = change_recipe(
         load_recipe(recipe), overrides, lr=lr, batch_size=batch_size,
         decomposition=decomposition,
@@ -85,7 +85,7 @@ def probe(
     ranks = (
         [parse_rank(one.strip()) for one in rank.split(",")] if rank is not None else [chosen.rank]
     )
-    terminal, machine = console(quiet_stdout=as_json), choose_machine(device, precision)
+    machine = choose_machine(device, precision)
     shown = progress(terminal, quiet)
     torch.manual_seed(0)
     task = make_task(chosen, data, seed=0, device=machine.device, train_limit=train_limit)
@@ -105,6 +105,6 @@ def probe(
             progress=lambda done, total: bar.update(bar_of, completed=done, total=total),
         )
     if as_json:
-        print(json.dumps({"recipe": chosen.name, **found.to_data()}, indent=2))
+        print_json({"recipe": chosen.name, **found.to_data()})
     else:
         terminal.print(f"{found}" if quiet else f"\n{found}", markup=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import os
 import sys
 from collections.abc import Generator
@@ -14,7 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["console", "print_whole_words", "progress", "right_aligned"]
+__all__ = ["console", "print_json", "print_whole_words", "progress", "right_aligned"]
 
 
 _NO_LIMIT = 1000  # columns: a file or a pipe gets every name whole, and a sentence a line
@@ -25,11 +26,29 @@ def console(*, quiet_stdout: bool = False) -> Console:
 
     Lines fit the terminal, or ``COLUMNS``; what is neither a terminal nor given them has no limit.
     """
-    file = cast("TextIO", _Lasting(sys.stderr if quiet_stdout else sys.stdout))
+    if quiet_stdout and not isinstance(sys.stdout, _Apart):
+        sys.stdout = cast("TextIO", _Apart(sys.stdout))
+    stream = cast("TextIO", sys.stderr if quiet_stdout else sys.stdout)
+    file = cast("TextIO", _Lasting(stream))
     out = Console(file=file, highlight=False)
     if not out.is_terminal and not os.environ.get("COLUMNS", "").isdigit():
         out.width = _NO_LIMIT
     return out
+
+
+class _Apart:
+    """stdout while it is for JSON: what a user's own code prints goes to stderr."""
+
+    def __init__(self, answers: TextIO) -> None:
+        self.answers = answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+def print_json(data: Any) -> None:
+    """Print the answer of a command to stdout, as JSON."""
+    print(json.dumps(data, indent=2), file=getattr(sys.stdout, "answers", sys.stdout))
 
 
 def progress(terminal: Console, quiet: bool) -> Console:

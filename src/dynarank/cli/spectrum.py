@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ import typer
 from rich.console import Console
 
 from dynarank.cli.options import RANK_HELP, parse_rank
-from dynarank.cli.show import console
+from dynarank.cli.show import console, print_json
 from dynarank.cli.spectrum_rows import (
     Model,
     columns,
@@ -104,7 +103,7 @@ def spectrum(
     table = _Table(models, names, energy, rank is not None)
     rows = list(table.rows(terminal, None if as_json else _title(paths)))
     if as_json:
-        print(json.dumps(_data(paths, models, energy, rows), indent=2))
+        print_json(_data(paths, models, energy, rows))
     else:
         _print_foot(terminal, models)
     if suggest is not None:

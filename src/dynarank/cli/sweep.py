@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -32,7 +31,7 @@ from dynarank.cli.recipe_options import (
     SetOption,
     change_recipe,
 )
-from dynarank.cli.show import console, progress, right_aligned
+from dynarank.cli.show import console, print_json, progress, right_aligned
 from dynarank.files.nearest import did_you_mean
 from dynarank.records import Metric
 from dynarank.report.formats import number, score_text
@@ -89,12 +88,12 @@ def sweep(
             f"a sweep varies the inflation and deflation epochs: --schedule must be dynamic-rank "
             f"or dynamic-rank-low, got {schedule!r}{did_you_mean(schedule, _SCHEDULES)}"
         )
+    terminal = console(quiet_stdout=as_json)
     chosen = change_recipe(
         load_recipe(recipe), overrides, lr=lr, batch_size=batch_size, rank=rank,
         decomposition=decomposition,
     )  # fmt: skip
     cells = grid(parse_epochs(inflate), parse_epochs(deflate), chosen.epochs)
-    terminal = console(quiet_stdout=as_json)
     machine = choose_machine(device, precision)
     runner = JobRunner("sweep", progress(terminal, quiet), machine, data, epochs or chosen.epochs,
                        train_limit, test_limit, checkpoint_every)  # fmt: skip
@@ -128,7 +127,7 @@ def _print_result(
         rows = [{"inflate": i, "deflate": d, "scores": s} for (i, d), s in scores.items()]
         result = {**runner.status(folder), "pictures": pictures, "metric": metric.model_dump(),
                   "cells": rows, "best": best_cell(scores, metric)}  # fmt: skip
-        print(json.dumps(result, indent=2))
+        print_json(result)
         return
     _show(terminal, scores, metric, name)
     terminal.print(f"Runs: {folder}" + "".join(f"; {p}" for p in pictures), markup=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -37,7 +36,7 @@ from dynarank.cli.recipe_options import (
     change_recipe,
     complete_recipe,
 )
-from dynarank.cli.show import console, print_whole_words, progress, right_aligned
+from dynarank.cli.show import console, print_json, print_whole_words, progress, right_aligned
 from dynarank.cli.train_settings import TrainSettings, find_train
 from dynarank.files.ownership import new_folder
 from dynarank.records import Metric, PhaseRecord, Run, SummaryRecord
@@ -182,7 +181,7 @@ def _print_result(
     report = runner.write_page(folder)
     if as_json:
         told = {name: summary.model_dump() for name, summary in summaries.items()}
-        print(json.dumps({**runner.status(folder), "report": report, "runs": told}, indent=2))
+        print_json({**runner.status(folder), "report": report, "runs": told})
         return
     title = f"{settings.recipe.name}, seed {settings.seed}, {plural(settings.epochs, 'epoch')}"
     _show(terminal, title, next(iter(runs.values())).header.metric, summaries)

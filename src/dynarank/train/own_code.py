@@ -35,6 +35,7 @@ __all__ = [
     "package_root",
     "reference_to",
     "source_digests",
+    "told",
 ]
 
 _LOADED: dict[str, tuple[Path, str]] = {}
@@ -199,9 +200,19 @@ def calling(what: str, folder: Path) -> Generator[None]:
     Raises:
         RecipeError: the code raised an exception.
     """
+    with told(what, folder), importable(folder):
+        yield
+
+
+@contextmanager
+def told(what: str, folder: Path) -> Generator[None]:
+    """As :func:`calling`, for what is called often: nothing is imported anew.
+
+    Raises:
+        RecipeError: the code raised an exception.
+    """
     try:
-        with importable(folder):
-            yield
+        yield
     except RecipeError:
         raise
     except Exception as error:

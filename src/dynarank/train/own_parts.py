@@ -11,6 +11,7 @@ there, its batches up to that step are read again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -33,7 +34,7 @@ from dynarank.train.draws import epoch_generator
 from dynarank.train.own_draws import GlobalState, kept_generators, seed_generators
 from dynarank.train.recipe_error import RecipeError
 
-__all__ = ["MapPart", "Part", "StreamPart", "TensorPart", "digest_of", "make_parts"]
+__all__ = ["MapPart", "Part", "StreamPart", "TensorPart", "digest_of", "make_parts", "plain"]
 
 _ORDER, _ITEM, _COLLATE, _STREAM, _LIMIT = 0, 1, 2, 3, 4  # independent random streams
 _TESTS = ("test", "validation", "valid", "val", "dev")
@@ -194,9 +195,11 @@ class MapPart(_Indexed):
             yield cast(Tensor, fingerprint())
         spread = torch.linspace(0, self.size - 1, min(self.size, _DIGESTED)).long()
         for index in self.indices[spread].tolist():
-            rows = [[index]]
-            (batch,) = self._read(_Batches(self.dataset, rows, list, (0, 0)), 0, workers=0)
-            yield from digest_of(batch)
+            yield from _fixed(list(digest_of(self._example(index))), self._example(index))
+
+    def _example(self, index: int) -> Any:
+        rows = [[index]]
+        return next(self._read(_Batches(self.dataset, rows, list, (0, 0)), 0, workers=0))
 
     def _read(self, batches: _Batches, start: int, workers: int | None = None) -> Iterator[Any]:
         count = self.workers if workers is None else workers
@@ -210,6 +213,14 @@ class MapPart(_Indexed):
             generator=torch.Generator(),  # otherwise one number is drawn from the global one
         )
         return iter(loader)
+
+
+def plain(batch: Any) -> Any:
+    """A batch as tensors can be found in it: mappings (a tokenizer's output) become dicts."""
+    if isinstance(batch, Mapping):
+        named = cast("Mapping[Any, Any]", batch)
+        return {name: plain(value) for name, value in named.items()}
+    return batch
 
 
 def _same(batch: Any) -> Any:
@@ -284,11 +295,27 @@ class StreamPart:
             "of its own, or as a stream; limit it in the data function, or set steps_per_epoch"
         )
 
+    def check_end(self, most: int) -> None:
+        """Raise an error if the batches do not end; those of a known number are not read.
+
+        Raises:
+            RecipeError: there are more than ``most``.
+        """
+        try:
+            if len(self.loader) and not isinstance(self.loader.dataset, IterableDataset):
+                return
+        except TypeError:  # no __len__
+            pass
+        if next(islice(self._seeded(0, 0), most, None), None) is not None:
+            raise RecipeError(
+                f"the test part has not ended after {most:,} batches, but all of it is read after "
+                "each epoch; end it, or take the first of it in the data function (islice)"
+            )
+
     def digest(self) -> Iterator[Tensor]:
         """What identifies the data."""
-        for batch in self._seeded(0, 0):
-            yield from digest_of(batch)
-            return
+        first, again = next(self._seeded(0, 0), ()), next(self._seeded(0, 0), ())
+        yield from _fixed(list(digest_of(first)), again)
 
     def _seeded(self, seed: int, epoch: int) -> Iterator[Any]:
         """The batches; the global generators are those of the data while one is read, only."""
@@ -322,9 +349,26 @@ class StreamPart:
                 set_epoch(epoch)
 
 
+def _fixed(values: list[Tensor], again: Any) -> Iterator[Tensor]:
+    """The values that are the same when they are read again; of others, their shapes.
+
+    A generator of the data's own (``numpy.random.default_rng()``) is not seeded by us: what it
+    draws identifies no data, and a run could never go on.
+    """
+    other = list(digest_of(again))
+    for index, value in enumerate(values):
+        same = index < len(other) and value.dtype == other[index].dtype
+        same = same and torch.equal(_bytes(value), _bytes(other[index]))
+        yield value if same else torch.tensor(value.shape)
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.detach().contiguous().reshape(-1).view(torch.uint8)  # NaN is as itself
+
+
 def digest_of(batch: Any) -> Iterator[Tensor]:
     """All values of a batch as tensors."""
-    for leaf in tree_leaves(batch):
+    for leaf in tree_leaves(plain(batch)):
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
             leaf = torch.from_numpy(leaf)
         if isinstance(leaf, Tensor):

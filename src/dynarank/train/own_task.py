@@ -23,11 +23,11 @@ from dynarank.layers.running import call_model, preserve_state
 from dynarank.records import Metric
 from dynarank.train.losses import LOSSES, class_scores, cross_entropy, default_loss
 from dynarank.train.networks import build_network, sketch_network
-from dynarank.train.own_code import accepted, calling, check_options, is_reference
+from dynarank.train.own_code import accepted, calling, check_options, is_reference, told
 from dynarank.train.own_draws import kept_generators, seed_generators
 from dynarank.train.own_facts import TARGETS, data_facts, split_batch, targets_in_memory
 from dynarank.train.own_metrics import METRICS, Score, default_metric
-from dynarank.train.own_parts import Part, TensorPart, make_parts
+from dynarank.train.own_parts import Part, StreamPart, TensorPart, make_parts, plain
 from dynarank.train.recipe import Recipe, reader_of
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.registry import READERS
@@ -36,6 +36,7 @@ from dynarank.train.task import Evaluation, Sketch
 __all__ = ["OwnTask", "make_task", "sketch"]
 
 _DATA_SEED = 0
+_LONGEST_TEST = 1000  # batches of a test stream; more if an epoch is long
 
 
 class OwnTask:
@@ -80,8 +81,10 @@ class OwnTask:
                 "lower batch_size, or raise --train-limit"
             )
         self.train_size = train.size or train.steps * train.batch_size
+        self._ends = False  # whether a test stream is known to end
         self.facts = {"train": train.size, "test": test.size, **(facts or {})}
-        self._first = next(self.epoch(0))
+        with calling(f"data {recipe.data!r}", recipe.root):  # it may import when it is first read
+            self._first = next(self.epoch(0))
         self._loss = self._choose_loss()
         self.score = self._choose_score()
 
@@ -155,18 +158,12 @@ class OwnTask:
     def _moved(self, batches: Iterator[Any], where: str, start: int = 0) -> Iterator[Any]:
         step = start
         while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RecipeError:
-                raise
-            except Exception as error:
-                raise RecipeError(
-                    f"data {self.recipe.data!r}, {where}, batch {step + 1}: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
             step += 1
+            with told(f"data {self.recipe.data!r}, {where}, batch {step},", self.recipe.root):
+                try:
+                    batch = plain(next(batches))
+                except StopIteration:
+                    return
             yield tree_map_only(Tensor, lambda x: x.to(self.device, non_blocking=True), batch)
 
     def inputs(self, batch: Any) -> Any:
@@ -188,11 +185,17 @@ class OwnTask:
         return loss, score.detach()
 
     def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
-        inputs, target = split_batch(batch)
-        if self._loss is None:
-            return self._model_loss(model, batch)
-        output = call_model(model, inputs)
-        return self._checked(self._loss(output, target)), output
+        with told(self._said, self.recipe.root):
+            inputs, target = split_batch(batch)
+            if self._loss is None:
+                return self._model_loss(model, batch)
+            output = call_model(model, inputs)
+            return self._checked(self._loss(output, target)), output
+
+    @property
+    def _said(self) -> str:
+        recipe = self.recipe
+        return f"a batch (model {recipe.model!r}, loss {recipe.loss or 'by default'!r})"
 
     def _model_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         """The loss that a model returns with the targets among its arguments."""
@@ -279,8 +282,7 @@ class OwnTask:
             RecipeError: what fails, by name.
         """
         self.model()  # a function that returns one network again and again is refused
-        said = f"model {self.recipe.model!r}, loss {self.recipe.loss or 'by default'!r}"
-        with calling(f"a training step ({said})", self.recipe.root), preserve_state(model):
+        with calling(f"a training step of {self._said}", self.recipe.root), preserve_state(model):
             model.train()
             self._check_labels(model)
             with autocast():
@@ -295,6 +297,9 @@ class OwnTask:
                 raise RecipeError(f"data {self.recipe.data!r}: the test part is empty")
             with torch.no_grad():
                 self._evaluate(model, autocast, iter([first]))
+        if isinstance(self.test, StreamPart) and not self._ends:
+            self.test.check_end(max(_LONGEST_TEST, 20 * self.steps_per_epoch))
+            self._ends = True
 
     def _check_labels(self, model: nn.Module) -> None:
         """Raise an error if a class is one that the network has no output for."""
