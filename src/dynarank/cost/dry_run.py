@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from dynarank.cost.flops import run_batch
 from dynarank.cost.memory import probe_memory
+from dynarank.cost.stand_in import without_graphs
 from dynarank.forms import Plan
 from dynarank.layers.running import preserve_state
 from dynarank.surgery.verbs import apply_plan
@@ -79,7 +80,7 @@ def _dry_run(
     rounds: int,
 ) -> DryRun:
     # The optimizer's copy has the parameters of the model's copy, and no hooks.
-    twin, own = copy.deepcopy((model, list(optimizers)))
+    twin, own = copy.deepcopy((model, list(optimizers)), without_graphs(model))
     apply_plan(twin, plan, optimizer=own, moments="reset")
     device = next(twin.parameters()).device
     seconds: list[float] = []

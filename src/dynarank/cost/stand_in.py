@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dynarank.forms import Change, Form, Plan
 from dynarank.surgery.edit import Edit, like_old
@@ -26,7 +26,7 @@ from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.site import Site
 from dynarank.surgery.transaction import differences
 
-__all__ = ["meta_copy", "on_meta", "stand_in"]
+__all__ = ["meta_copy", "on_meta", "stand_in", "without_graphs"]
 
 
 def stand_in(
@@ -74,9 +74,18 @@ def on_meta(batch: Any) -> Any:
     return tree_map_only(Tensor, lambda x: x.detach().to("meta"), batch)
 
 
+def without_graphs(model: nn.Module) -> dict[int, Any]:
+    """The memo of a deep copy that detaches results of autograd, which modules may keep.
+
+    torch copies no tensor that has a graph: an attention map, or a loss kept as an attribute.
+    """
+    kept = tree_leaves([list(vars(module).values()) for module in model.modules()])
+    return {id(v): v.detach() for v in kept if isinstance(v, Tensor) and not v.is_leaf}
+
+
 def _memo(model: nn.Module, optimizers: Sequence[Optimizer], meta: bool) -> dict[int, Any]:
     """What a deep copy is to hold in place of tensors and optimizer states."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = without_graphs(model)
     for optimizer in (one for given in optimizers for one in wrapped(given)):
         memo[id(optimizer.state)] = defaultdict(dict)
     if meta:

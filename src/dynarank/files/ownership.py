@@ -214,6 +214,9 @@ def _in_use(path: Path) -> FolderInUseError:
     if pid is not None:
         who = f"process {pid} on {printable(host)} since {printable(since)}"
     way_out = "wait for it, stop it, or use another folder"
+    if (pid, host) == (os.getpid(), HOST):
+        way_out = "that is this process: close() the recorder or what else works there, or use "
+        way_out += "another folder"
     if path.name == _OWNER:
         way_out += f"; if it is gone, delete {path}"
     return FolderInUseError(f"folder {path.parent} is in use by {who}: {way_out}")

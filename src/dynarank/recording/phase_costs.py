@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from dynarank.cost.stand_in import meta_copy, on_meta
 from dynarank.forms import FullRank
 from dynarank.recording.events import phase_record
 from dynarank.records import EpochRecord, Metric, PhaseRecord, SummaryRecord
-from dynarank.surgery.sites import current_plan
+from dynarank.surgery.sites import current_plan, survey
 
 __all__ = ["PhaseCosts", "alike", "summary_of"]
 
@@ -33,6 +34,7 @@ class PhaseCosts:
         self.model, self.optimizers = model, optimizers
         self._batch, self._given = batch, batch is not None
         self._use: ModelUse | None = None
+        self._traced_for: dict[str, bool] = {}
         self._saved = 0
 
     def see(self, batch: Any) -> None:
@@ -65,7 +67,12 @@ class PhaseCosts:
         )
 
     def _traced(self) -> ModelUse:
-        """The trace of the first training batch."""
+        """The trace of the first training batch, for the layers that are trained now."""
+        trained, before = self._trained(), self._traced_for
+        self._traced_for = trained
+        if self._use is not None and trained != before:
+            with suppress(Exception):  # where no meta copy runs, it stays that of the first step
+                self._use = trace(meta_copy(self.model), self._batch)
         if self._use is None:
             if self._batch is None:
                 raise ValueError(
@@ -79,6 +86,14 @@ class PhaseCosts:
                 self._use = trace(self.model, self._batch)
             self._batch = on_meta(self._batch)  # its shapes are all that is needed from now on
         return self._use
+
+    def _trained(self) -> dict[str, bool]:
+        """Which layers are trained: what is frozen needs no gradient of its weight."""
+        return {
+            site.path: any(p.requires_grad for p in site.parameters().values())
+            for site in survey(self.model)
+            if site.form is not None
+        }
 
     def _counted(self) -> int | None:
         """The FLOPs of a step by FlopCounterMode; None where no meta copy runs."""

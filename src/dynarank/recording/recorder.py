@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.cost.memory import SavedTensors
+from dynarank.cost.stand_in import without_graphs
 from dynarank.files.ownership import owned
 from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
@@ -56,6 +57,7 @@ from dynarank.surgery.verbs import merge
 __all__ = ["Recorder"]
 
 _FLUSH = 256  # steps whose values wait on the device
+_MOST_SHARE = 1.5  # a word error rate may be above 1
 _METRICS = {  # whether higher is better, and whether it is shown in percent
     "score": (True, False),
     "accuracy": (True, True),
@@ -91,6 +93,7 @@ class Recorder:
         ranks: the rank scheduler of the loop; call its ``step()`` before ``zero_grad()``.
         model: the model of a loop without a rank scheduler; with ``optimizer``.
         optimizer: its optimizer, or several, of which the steps of the first are counted.
+        start: optimizer steps done before, where a loop without a rank scheduler goes on.
         epochs: how many epochs there will be; None: found at the first :meth:`epoch`.
         steps_per_epoch: optimizer steps of an epoch; None: found at the first :meth:`epoch`.
         batch: a batch, from whose shapes FLOPs are computed, as :func:`dynarank.estimate` takes it.
@@ -134,6 +137,7 @@ class Recorder:
         *,
         model: nn.Module | None = None,
         optimizer: Optimizers = None,
+        start: int = 0,
         epochs: int | None = None,
         steps_per_epoch: int | None = None,
         batch: Any = None,
@@ -156,7 +160,9 @@ class Recorder:
         self._save_model, self._report, self._say = save_model, report, say
         self._epochs = None if epochs is None else check_count("epochs", epochs)
         self._per_epoch = self._length_of_epoch(steps_per_epoch)
-        self._count = 0  # optimizer steps, without a rank scheduler
+        self._count = _started_at(start, ranks)  # optimizer steps, without a rank scheduler
+        self._reached = 0  # the last optimizer step that was seen
+        self._shapes: tuple[Any, ...] = ()  # of the phase's parameters
         self._log = StepLog()
         self._results: list[EpochRecord] = []
         self._phases: list[PhaseRecord] = []
@@ -166,7 +172,7 @@ class Recorder:
         self._seconds, self._mark, self._start = 0.0, time.perf_counter(), time.perf_counter()
         self._rate: float | None = None
         self._read_at = -1  # the last step at which all weights were read
-        self._told_of_steps = self._closed = self._goes_on = False
+        self._told_of_steps = self._told_of_shares = self._closed = self._goes_on = False
         self._last_spectra: Mapping[str, SpectralReading] = {}
         self._events = RankEvents(self._write, self._epoch_at)
         self._stack = ExitStack()
@@ -190,10 +196,11 @@ class Recorder:
         optimizer = self._optimizers[0]
         self._stack.push(watch(self.model, self.ranks, optimizer, self))
 
-    def _make_metrics(self, share: float) -> RankMetricsRecorder:
+    def _make_metrics(self, share: float) -> RankMetricsRecorder | None:
         layers = None if self.ranks is None else list(self.ranks.layers)
+        if not (paths := layers or [*current_plan(self.model)]):
+            return None
         monitor = SpectralMonitor(self.model, layers=layers, share=share, values=VALUES)
-        paths = layers or [*current_plan(self.model)]
         return RankMetricsRecorder(
             self.model, monitor, paths, self._write, lambda: (self._epoch_at(self.step), self.step)
         )
@@ -222,6 +229,8 @@ class Recorder:
             self._later = 1  # this loop logs before it steps
         at = self.step + self._later
         self._check_step(step, at)
+        if self.step < self._reached:  # the loop has loaded an earlier checkpoint
+            self._flush()
         given = {"loss": loss, "lr": lr, **values}
         self._log.add(at, {n: kept(n, value) for n, value in given.items() if value is not None})
 
@@ -244,8 +253,10 @@ class Recorder:
             scores: other scores, by name.
         """
         self._check_open("epoch")
-        step = self.step
-        if step == self._last_epoch:
+        if self.step:
+            self._begin(self.step)
+        step = self._reached
+        if step <= self._last_epoch:
             warnings.warn(
                 f"epoch() was called at step {step:,}, and no optimizer step was done since the "
                 "last call: its results are not recorded; give all results of an epoch in one call",
@@ -253,10 +264,10 @@ class Recorder:
                 stacklevel=2,
             )
             return
-        self._begin(step)
         numbers = {n: as_number(n, value) for n, value in scores.items()}
         given = {"test_loss": test_loss, "test_score": test_score, "train_score": train_score}
         results = {n: as_number(n, value) for n, value in given.items()}
+        self._check_share(results)
         self._end_epoch(as_number("train_loss", train_loss), results, numbers)
         if _is_power_of_two(len(self._results)):
             self._read()
@@ -278,16 +289,16 @@ class Recorder:
                     stacklevel=2,
                 )
                 return
-            if self.step > self._last_epoch:
+            if self._reached > self._last_epoch:
                 self._end_epoch(None, {}, {})
             self._read()
             digest = self._write_model() if self._save_model else None
             took = {"train_seconds": self._seconds,
                     "wall_seconds": time.perf_counter() - self._start}  # fmt: skip
-            spans = self._phases, self.step, self._results
+            spans = self._phases, self._reached, self._results
             self._write(summary_of(*spans, self.metric, model_sha256=digest, **took))
-            if self.ranks is None and self._epochs is None:
-                self._relabel(len(self._results))
+            if self.ranks is None:
+                self._relabel(self._epochs or len(self._results))
             self._output.sync()
         if self._report:
             self._write_report()
@@ -312,7 +323,7 @@ class Recorder:
     @property
     def probing(self) -> bool:
         """Whether forward passes are looked at: until the first step of a phase is done."""
-        return self._probing
+        return self._probing or _shapes_of(self.model) != self._shapes
 
     def began(self, batch: Any) -> None:
         """Begin the recording with the first training forward pass, and keep its batch."""
@@ -328,11 +339,14 @@ class Recorder:
         now = time.perf_counter()
         self._count += 1
         self._begin(self.step - 1)
+        if self.step <= self._reached:
+            self._back_to(self.step - 1)
+        self._reached = self.step
         self._seconds += now - self._mark
         self._seen_step = True
         if self._rate is None:
             self._rate = float(self._optimizers[0].param_groups[0]["lr"])
-        if self._new_phase:
+        if self._new_phase or _shapes_of(self.model) != self._shapes:
             self._phase()
         self._decided()
         if self._metrics is not None:
@@ -363,7 +377,17 @@ class Recorder:
             self._decided()
             with torch.autocast(torch.device(header.device).type, enabled=False):
                 self._read()
-        self._begun, self._mark = True, time.perf_counter()
+        self._begun, self._reached, self._mark = True, step, time.perf_counter()
+
+    def _back_to(self, step: int) -> None:
+        """Go on after an earlier step, whose checkpoint the loop has loaded."""
+        held = self._log.held(self.step) if self._later else []
+        self._flush()
+        self._log.restart(self.step, held)
+        self._phases, self._results, self._last_epoch, self._seconds = [], [], 0, 0.0
+        self._events.known, self._read_at = 0, -1
+        self._begun, self._new_phase = False, True
+        self._begin(step)
 
     def _go_on(self, records: list[Record], step: int) -> None:
         """Go on from these records of the same run."""
@@ -403,6 +427,7 @@ class Recorder:
     def _phase(self) -> None:
         """Record the phase whose first step has just been done."""
         self._new_phase = self._probing = False
+        self._shapes = _shapes_of(self.model)
         step = self.step - 1
         record = self._costs.phase(self._epoch_at(step), step)
         goes_on, self._goes_on = self._goes_on, False
@@ -445,12 +470,12 @@ class Recorder:
         self._flush()
         mean = self._log.mean_loss()
         if self._per_epoch is None:
-            self._per_epoch = self.step - self._last_epoch
+            self._per_epoch = self._reached - self._last_epoch
             self._relabel(self._epochs or self._expected_epochs())
         phase = self._phases[-1] if self._phases else None
         record = EpochRecord(
-            epoch=self._epoch_at(self.step),
-            step=self.step,
+            epoch=self._epoch_at(self._reached),
+            step=self._reached,
             learning_rate=self._rate or 0.0,
             train_loss=mean if train_loss is None else train_loss,
             test_loss=results.get("test_loss"),
@@ -462,12 +487,12 @@ class Recorder:
             seconds=self._seconds,
         )
         self._results.append(record)
-        self._last_epoch, self._rate = self.step, None
+        self._last_epoch, self._rate = self._reached, None
         self._write(record)
 
     def _write_model(self) -> str:
         path = self.folder / "model.safetensors"
-        state = merge(deepcopy(self.model)).state_dict()
+        state = merge(deepcopy(self.model, without_graphs(self.model))).state_dict()
         save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})
         return sha256(path)
 
@@ -531,7 +556,7 @@ class Recorder:
         def change(record: Record) -> Record:
             if isinstance(record, RunRecord):
                 length = {"epochs": epochs, "steps_per_epoch": self._per_epoch}
-                return record.model_copy(update=length)
+                return record.model_copy(update=length | self._by_hand())
             if isinstance(record, SummaryRecord):
                 return record
             return record.model_copy(update={"epoch": self._epoch_at(record.step)})
@@ -541,9 +566,28 @@ class Recorder:
             p.model_copy(update={"epoch": self._epoch_at(p.step)}) for p in self._phases
         ]
 
+    def _by_hand(self) -> dict[str, str]:
+        """What to call the schedule of forms that changed without a rank scheduler."""
+        kinds = {tuple(sorted(phase.forms.items())) for phase in self._phases}
+        return {"schedule": "by hand"} if self.ranks is None and len(kinds) > 1 else {}
+
     def _check_open(self, what: str) -> None:
         if self._closed:
             raise ValueError(f"{what}() after close(): the recording in {self.folder} has ended")
+
+    def _check_share(self, results: Mapping[str, float | None]) -> None:
+        """Say once that scores shown in percent are shares."""
+        for name in ("test_score", "train_score"):
+            value = results[name]
+            if self.metric.percent and value is not None and value > _MOST_SHARE:
+                if not self._told_of_shares:
+                    self._told_of_shares = True
+                    warnings.warn(
+                        f"{name}={value:g} in {self.metric.name}, which is a share of 1 and will "
+                        f"be shown as {value:.0%}: give {value / 100:g}, or another metric=",
+                        UserWarning,
+                        stacklevel=3,
+                    )
 
     def _check_step(self, given: int | None, at: int) -> None:
         if given is None or self._told_of_steps or abs(given - at) <= 1:
@@ -575,6 +619,18 @@ def _subject(
             "model= and optimizer="
         )
     return model, as_list(optimizer)
+
+
+def _started_at(start: int, ranks: RankScheduler | None) -> int:
+    """The optimizer steps done before the recorder was made, without a rank scheduler."""
+    if start and ranks is not None:
+        raise ValueError(f"a rank scheduler knows its steps; leave start={start} out")
+    return check_count("start", start) if start else 0
+
+
+def _shapes_of(model: nn.Module) -> tuple[Any, ...]:
+    """What changes with the cost: the shapes of the parameters, and which are trained."""
+    return tuple((p.shape, p.requires_grad) for p in model.parameters())
 
 
 def _metric(metric: str | Metric) -> Metric:

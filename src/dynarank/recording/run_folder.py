@@ -67,7 +67,8 @@ def kept_records(folder: Path, step: int) -> list[Record]:
         aside = move_aside(folder / _RECORDS)
         warnings.warn(
             f"{folder} holds an unfinished run, and this one begins at step 0: its records are now "
-            f"in {aside.name}. To go on with it, load its checkpoint before training (dr.load)",
+            f"in {aside.name}. To go on with it, load its checkpoint before training (dr.load); "
+            "without a rank scheduler, also give Recorder(..., start=the steps done)",
             UserWarning,
             stacklevel=6,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -69,7 +69,7 @@ class StepLog:
         """Read all that is pending: for each step its values, ``loss`` and ``lr`` among them."""
         logs = [(step, one) for step, many in self._pending.items() for one in many]
         tensors = [v for _, one in logs for v in one.values() if isinstance(v, Tensor)]
-        read = iter(torch.stack([t.double() for t in tensors]).tolist() if tensors else [])
+        read = iter(_read(tensors))
         merged: dict[int, dict[str, float]] = {}
         losses: dict[int, list[float]] = {}
         for step, one in logs:
@@ -94,7 +94,26 @@ class StepLog:
                 stacklevel=4,
             )
 
+    def held(self, step: int) -> list[Mapping[str, Kept]]:
+        """Take out what was logged for a step."""
+        return self._pending.pop(step, [])
+
+    def restart(self, step: int, values: list[Mapping[str, Kept]]) -> None:
+        """Begin again with the values of a step; nothing may be pending."""
+        self._pending, self._epoch = {step: values} if values else {}, []
+
     def mean_loss(self) -> float | None:
         """The mean loss of the epoch's steps, which then ends; None if none was logged."""
         losses, self._epoch = self._epoch, []
         return sum(losses) / len(losses) if losses else None
+
+
+def _read(tensors: Sequence[Tensor]) -> list[float]:
+    """The values of scalars, with one transfer from each device for each dtype."""
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(index)
+    found: dict[int, float] = {}
+    for places in alike.values():
+        found.update(zip(places, torch.stack([tensors[i] for i in places]).tolist(), strict=True))
+    return [float(found[index]) for index in range(len(tensors))]

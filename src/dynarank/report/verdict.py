@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Literal
+from typing import Any, Literal, cast
 
 from dynarank.records import ChangeRecord, EpochRecord, Metric, PhaseRecord, Run, StepRecord
 from dynarank.report.comparison import Pair, compare_pairs, interval_text
@@ -23,6 +23,7 @@ __all__ = ["verdict"]
 _MOST_CLAUSES = 3
 _MOST_NAMES = 3
 _EQUAL = 0.02  # FLOPs that differ by less are called the same
+_NO_SETTINGS = ("seed", "crc", "data", "format", "noise")  # of config.json
 _LOSS = Metric(name="loss", higher_is_better=False, percent=False)
 _Value = Callable[[Run], float | None]
 
@@ -58,6 +59,7 @@ class _Schedule:
     diverged: int
     unfinished: int
     seeds_differ: bool
+    alike: bool
 
     @property
     def mean(self) -> float:
@@ -65,7 +67,7 @@ class _Schedule:
 
     @property
     def n(self) -> int:
-        return len(self.scores) if self.seeds_differ else 1
+        return len(self.scores) if self.seeds_differ and self.alike else 1
 
 
 def _sentence(runs: Sequence[Run]) -> str:
@@ -89,7 +91,7 @@ def _measure(runs: Sequence[Run]) -> tuple[Metric, _Value]:
 
 
 def _summed(name: str, runs: Sequence[Run], value: _Value) -> _Schedule:
-    lost = [run for run in runs if _diverged(run)]
+    lost = [run for run in runs if _diverged(run, value)]
     ended = [run for run in runs if run.summary is not None and run not in lost]
     scores = [score for run in ended if (score := value(run)) is not None]
     flops = [run.summary.relative_flops for run in ended if run.summary is not None]
@@ -103,15 +105,31 @@ def _summed(name: str, runs: Sequence[Run], value: _Value) -> _Schedule:
         diverged=len(lost),
         unfinished=sum(run.summary is None for run in runs if run not in lost),
         seeds_differ=len(set(seeds)) == len(seeds),
+        alike=_alike(ended),
     )
 
 
-def _diverged(run: Run) -> bool:
+def _alike(runs: Sequence[Run]) -> bool:
+    """Whether runs differ in nothing but their seed, as far as settings are recorded."""
+    lengths = {run.header.epochs * run.header.steps_per_epoch for run in runs}
+    found = [_settings(run) for run in runs if run.config]
+    return len(lengths) <= 1 and all(one == found[0] for one in found)
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    config = {key: value for key, value in run.config.items() if key not in _NO_SETTINGS}
+    own: object = config.get("recorder")  # of a loop of one's own
+    if isinstance(own, dict):
+        config["recorder"] = {k: v for k, v in cast("dict[str, Any]", own).items() if k != "seed"}
+    return config
+
+
+def _diverged(run: Run, value: _Value) -> bool:
     """Whether it ended at a loss or with a score that is not finite."""
     last = [run.all(EpochRecord)[-1:], run.all(StepRecord)[-1:]]
     ends = [record.train_loss for records in last for record in records]
     ends += [e.test_loss for e in run.all(EpochRecord)[-1:]]
-    ends += [run.summary.test_score] if run.summary is not None else []
+    ends += [value(run)] if run.summary is not None else []
     return any(end is not None and not math.isfinite(end) for end in ends)
 
 
@@ -191,7 +209,7 @@ def _against(one: _Schedule, base: _Schedule, test: Pair | None, metric: Metric)
     if test is not None and test.significant:
         return f"{one.name} {'beat' if gain > 0 else 'lost to'} {base.name} by {by}{cost}"
     same = _written(one.mean, metric) == _written(base.mean, metric)
-    if one.kind == "dynamic" and base.kind == "fixed" and (gain <= 0 or same):
+    if test is None and one.kind == "dynamic" and base.kind == "fixed" and (gain <= 0 or same):
         if one.flops >= (1 - _EQUAL) * base.flops:
             told = "the same score" if same else f"{by} worse"
             return f"{one.name} brought nothing over {base.name} ({told}{cost})"
@@ -251,10 +269,14 @@ def _caveats(found: Sequence[_Schedule], runs: Sequence[Run], metric: Metric) ->
     said += [f"no test {metric.name} was recorded for {_some(scoreless)}"] if scoreless else []
     damaged = [name for name, group in by_schedule(runs).items() if any(r.damage for r in group)]
     said += [f"the records of {_some(damaged)} are damaged"] if damaged else []
-    same = [one.name for one in judged if not one.seeds_differ]
+    unlike = [one.name for one in judged if not one.alike]
+    said += [f"runs of {_some(unlike)} differ in settings and count as one"] if unlike else []
+    same = [one.name for one in judged if one.alike and not one.seeds_differ]
     said += [f"runs of {_some(same)} share a seed and count as one"] if same else []
     if len({run.header.epochs for run in runs}) > 1:
         said.append("the runs differ in epochs")
+    elif len({run.header.steps_per_epoch for run in runs}) > 1:
+        said.append("the runs differ in steps")
     return said
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from dynarank.checkpoint.folder import Contents
+from dynarank.cost.stand_in import without_graphs
 from dynarank.files.printable import printable
 from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
@@ -229,5 +230,5 @@ def _finished(folder: Path) -> SummaryRecord | None:
 
 
 def _write_model(model: nn.Module, path: Path) -> None:
-    state = merge(deepcopy(model)).state_dict()  # the model is still that of the optimizer
+    state = merge(deepcopy(model, without_graphs(model))).state_dict()  # the model is still that of the optimizer
     save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})
