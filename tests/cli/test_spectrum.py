@@ -194,3 +194,15 @@ def test_two_weights_of_one_name_are_refused(tmp_path: Path) -> None:
     save_file({"a.weight": torch.eye(4), "a": torch.eye(4)}, tmp_path / "m.safetensors")
     with pytest.raises(DamagedFileError, match="are both the weight of a"):
         spectrum(tmp_path / "m.safetensors")
+
+
+def test_two_checkpoints_without_a_common_name_say_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stem, name in (("a", "model.l.weight"), ("b", "l.weight")):
+        save_file({name: random(20, 20)}, tmp_path / f"{stem}.safetensors")
+    spectrum(tmp_path / "a.safetensors", tmp_path / "b.safetensors", no_plot=True)
+    told = "No weight has the same name in A and B, which begin with model.l and l.\n"
+    assert capsys.readouterr().out.endswith(told)
+    spectrum(tmp_path / "a.safetensors", tmp_path / "a.safetensors", no_plot=True)
+    assert "No weight" not in capsys.readouterr().out

@@ -257,11 +257,19 @@ def _data(
 
 def _print_foot(terminal: Console, models: list[Model]) -> None:
     """What the table adds up to, for one checkpoint, and what it leaves out."""
-    lines = summary_lines(models[0].advice) if len(models) == 1 else []
+    lines = summary_lines(models[0].advice) if len(models) == 1 else _unlike(*models)
     for model in models:
         lines += left_out_lines(model)
     for line in lines:
         terminal.print(line, soft_wrap=not terminal.is_terminal, markup=False)
+
+
+def _unlike(first: Model, second: Model) -> list[str]:
+    """A word where two checkpoints have no name in common, such as with another prefix."""
+    if first.weights.keys() & second.weights.keys():
+        return []
+    a, b = (printable(next(iter(model.weights))) for model in (first, second))
+    return [f"No weight has the same name in A and B, which begin with {a} and {b}."]
 
 
 def _write_plan(terminal: Console, place: Path, model: Model) -> None:
