@@ -203,7 +203,7 @@ def calling(what: str, folder: Path) -> Generator[None]:
 
 @contextmanager
 def told(what: str, folder: Path) -> Generator[None]:
-    """As :func:`calling`, for what is called often: nothing is imported anew.
+    """As :func:`calling`, for what is called often: nothing is imported again.
 
     Raises:
         RecipeError: the code raised an exception.
