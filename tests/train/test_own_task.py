@@ -223,9 +223,7 @@ class Odd(torch.optim.Optimizer):
     def step(self):
         for p in self.param_groups[0]["params"]:
             self.state[p]["odd"] = torch.ones(3)
-"""
 
-WRONG_CODE += """
 
 def one_class():
     return ((points()[0], points()[1] * 0),) * 2
