@@ -223,6 +223,10 @@ class Odd(torch.optim.Optimizer):
     def step(self):
         for p in self.param_groups[0]["params"]:
             self.state[p]["odd"] = torch.ones(3)
+
+
+def one_class():
+    return ((points()[0], points()[1] * 0),) * 2
 """
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
@@ -234,6 +238,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "raises": ({"data": "net.py:fails"}, r"net.py:fails' raised KeyError.*net.py, line \d+"),
     "nan": ({"data": "net.py:nan"}, "loss of the first batch is nan: the batch itself holds"),
     "classes": ({"data": "net.py:classes"}, "classes are 7 to 7, but the network has 3 outputs"),
+    "one class": ({"data": "net.py:one_class"}, "cross-entropy of one output is always 0"),
     "words": ({"data": "net.py:words"}, "net.py:Net|forward|Linear"),
     "endless": ({"data": "net.py:endless"}, "stream without a length; set steps_per_epoch"),
     "epochs of no stream": ({"steps_per_epoch": 3}, "steps_per_epoch is for streams"),
@@ -444,3 +449,10 @@ def test_a_batch_may_be_any_mapping(tmp_path: Path) -> None:
     assert type(batch) is dict and batch["x"].shape == (12, 8)
     values = torch.cat([x.flatten() for x in task.test.digest()])
     assert len(values) > 20 * 9
+
+
+def test_a_regression_loss_makes_the_target_of_a_table_real(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n" + "".join(f"{i},{10 * (i % 5)}\n" for i in range(40)))
+    recipe = own(tmp_path).with_settings({"data": "csv:a.csv", "loss": "mse", "batch_size": 8})
+    target: Any = task_of(recipe).train.fields[1]
+    assert target.is_floating_point() and target.max() == 40

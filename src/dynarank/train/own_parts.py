@@ -34,11 +34,21 @@ from dynarank.train.draws import epoch_generator
 from dynarank.train.own_draws import GlobalState, kept_generators, seed_generators
 from dynarank.train.recipe_error import RecipeError
 
-__all__ = ["MapPart", "Part", "StreamPart", "TensorPart", "digest_of", "make_parts", "plain"]
+__all__ = [
+    "MapPart",
+    "Part",
+    "StreamPart",
+    "TensorPart",
+    "digest_of",
+    "from_array",
+    "make_parts",
+    "plain",
+]
 
 _ORDER, _ITEM, _COLLATE, _STREAM, _LIMIT = 0, 1, 2, 3, 4  # independent random streams
 _TESTS = ("test", "validation", "valid", "val", "dev")
 _SIZE = 64
+_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)  # torch can do little with them
 _DIGESTED = 256  # examples of a dataset that is read item by item
 _WHAT = "(train, test): each a pair of tensors (x, y), a dict of tensors, a Dataset or a DataLoader"
 
@@ -215,6 +225,13 @@ class MapPart(_Indexed):
         return iter(loader)
 
 
+def from_array(array: Any) -> Tensor:
+    """An array of numbers as a tensor, also of a byte order or a type that torch has not."""
+    kind = array.dtype.newbyteorder("=")
+    kind = np.dtype(np.float64) if kind.kind == "f" and kind.itemsize > 8 else kind
+    return torch.from_numpy(np.ascontiguousarray(array, kind))
+
+
 def plain(batch: Any) -> Any:
     """A batch as tensors can be found in it: mappings (a tokenizer's output) become dicts."""
     if isinstance(batch, Mapping):
@@ -370,7 +387,7 @@ def digest_of(batch: Any) -> Iterator[Tensor]:
     """All values of a batch as tensors."""
     for leaf in tree_leaves(plain(batch)):
         if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf":
-            leaf = torch.from_numpy(leaf)
+            leaf = from_array(leaf)
         if isinstance(leaf, Tensor):
             yield leaf.reshape(-1) if not leaf.is_sparse else leaf.to_dense().reshape(-1)
         elif hasattr(leaf, "tobytes"):  # a picture of Pillow
@@ -507,8 +524,9 @@ def _tensor(value: Any, who: str) -> Tensor:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
             raise RecipeError(f"{who} has an array of {value.dtype}; numbers are required")
-        value = torch.from_numpy(np.ascontiguousarray(value))
+        value = from_array(value)
         value = value.float() if value.dtype == torch.float64 else value
+    value = value.long() if value.dtype in _UNSIGNED else value
     if value.ndim == 0:
         raise RecipeError(f"{who} has a tensor without dimensions; the first is of the examples")
     return cast(Tensor, value.detach())

@@ -308,6 +308,12 @@ class OwnTask:
             return
         with torch.no_grad():
             outputs = class_scores(_logits(call_model(model, inputs)), target).shape[1]
+        if outputs == 1:
+            raise RecipeError(
+                "cross-entropy of one output is always 0: two classes have two outputs, or one "
+                "with the loss bce; the classes found are "
+                f"{sorted(map(int, target.unique()))[:5]}"
+            )
         held = targets_in_memory(self.train, self.test) or [target]
         for values in (values for values in held if not values.is_floating_point()):
             kept = values[values != -100]
@@ -315,7 +321,6 @@ class OwnTask:
                 raise RecipeError(
                     f"the classes are {int(kept.min())} to {int(kept.max())}, but the network has "
                     f"{outputs} outputs, for 0 to {outputs - 1}"
-                    + (" (of one logit, the loss is bce)" if outputs == 1 else "")
                 )
 
     def _check_loss(self, loss: Tensor) -> None:
@@ -397,6 +402,8 @@ def _read(recipe: Recipe) -> tuple[Part, Part, dict[str, Any]]:
         options = dict(recipe.data_options)
         if reader == "imagefolder":
             options["augment"] = recipe.augment
+        if reader == "csv" and recipe.loss in ("mse", "l1", "huber"):
+            options.setdefault("task", "regression")  # whole numbers would become classes
         check_options(read, options, f"data {recipe.data!r} with data_options", more=2)
         made, who = read(place, recipe.root, **options), f"data {recipe.data!r}"
     else:

@@ -81,3 +81,15 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="could not be read as UTF-8"):
         read("b.csv", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [("NA", "row 2, column 'age' is 'NA', a missing number"), ("1,5", "write decimal points")],
+)
+def test_words_that_mean_numbers_are_no_categories(cell: str, told: str, tmp_path: Path) -> None:
+    ages = [f'"{cell}"' if i % 4 == 0 or "," in cell else str(i) for i in range(40)]
+    name = table(tmp_path, [f"{age},{i % 2}" for i, age in enumerate(ages)], "age,sold")
+    with pytest.raises(DataError, match=told):
+        read(name, tmp_path)
+    assert read(name, tmp_path, categorical=["age"])[0][0].shape[1] > 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
+from dynarank.train.own_parts import make_parts
 from dynarank.train.readers.npz_arrays import read
 from dynarank.train.sources import DataError
 
@@ -59,3 +60,14 @@ def test_a_damaged_file(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(DataError, match=r"not a valid .npz file"):
         read("a.npz", tmp_path)
+
+
+@pytest.mark.parametrize("kind", [">f4", "longdouble", "u2", ">i8"])
+def test_types_that_torch_lacks(kind: str, tmp_path: Path) -> None:
+    x, y = GOOD["x_train"].astype(kind), GOOD["y_train"].astype(">i4")
+    train, _ = make_parts(read(save(tmp_path, x_train=x, y_train=y), tmp_path), "a", 2)
+    read_x, read_y = cast("Any", train).fields
+    assert torch.equal(read_x.double(), torch.from_numpy(GOOD["x_train"]))
+    real = np.dtype(kind).kind == "f"
+    assert read_x.dtype == (torch.float32 if real else torch.int64)
+    assert torch.equal(read_y, torch.from_numpy(GOOD["y_train"]))

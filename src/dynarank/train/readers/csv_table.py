@@ -23,6 +23,7 @@ from dynarank.train.sources import DataError, read_utf8
 __all__ = ["read"]
 
 _MOST_CLASSES = 100  # whole numbers of more values than these may be counts: the user must say
+_MISSING = {"na", "n/a", "nan", "null", "none", "?", "-", "nil", "missing"}
 _MOST_CATEGORIES = 1000  # a column with more is text or a key
 
 
@@ -148,6 +149,7 @@ def _numbers(rows: _Rows, name: str) -> Tensor | None:
     cells = rows.column(name)
     values = [_number(cell) for cell in cells]
     words = [index for index, value in enumerate(values) if value is None]
+    _check_words(rows, name, cells, words)
     if len(words) > len(cells) // 10:
         return None
     wrong = words or [i for i, value in enumerate(values) if not math.isfinite(value or 0.0)]
@@ -157,6 +159,23 @@ def _numbers(rows: _Rows, name: str) -> Tensor | None:
             "numbers; correct it, leave it out (drop), or name the column in categorical"
         )
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _check_words(rows: _Rows, name: str, cells: list[str], words: list[int]) -> None:
+    """Refuse words that mean numbers: as categories, they would train something else."""
+    found = {cells[index].lower() for index in words}
+    if not found:
+        return
+    first = f"{rows.place(words[0])}, column {name!r} is {printable(cells[words[0]])!r}"
+    if found <= _MISSING and len(words) < len(cells):
+        raise DataError(
+            f"{first}, a missing number; fill it in, leave the row or the column out (drop), or "
+            "name the column in categorical"
+        )
+    if all(_number(word.replace(",", ".", 1)) is not None for word in found):
+        raise DataError(
+            f"{first}: write decimal points, no commas, or name the column in categorical"
+        )
 
 
 def _features(rows: _Rows, name: str, is_category: bool, train: Tensor) -> Tensor:

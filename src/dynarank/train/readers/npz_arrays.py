@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from dynarank.train.image_files import NPZ_KEYS, read_npz
+from dynarank.train.own_parts import from_array
 from dynarank.train.readers.splits import find
 from dynarank.train.sources import DataError
 
@@ -72,7 +72,7 @@ def _check(path: Path, name: str, array: NDArray[Any]) -> None:
 
 
 def _inputs(array: NDArray[Any], channels_last: bool) -> Tensor:
-    x = torch.from_numpy(np.ascontiguousarray(array))
+    x = from_array(array)
     if array.dtype == np.uint8 and array.ndim > 2:
         x = x.float() / 255
     x = x.float() if x.is_floating_point() else x
@@ -80,7 +80,7 @@ def _inputs(array: NDArray[Any], channels_last: bool) -> Tensor:
 
 
 def _targets(path: Path, name: str, array: NDArray[Any]) -> Tensor:
-    y = torch.from_numpy(np.ascontiguousarray(array))
+    y = from_array(array)
     y = y.squeeze(1) if y.ndim == 2 and y.shape[1] == 1 else y
     if y.is_floating_point():
         return y.float()
