@@ -230,5 +230,6 @@ def _finished(folder: Path) -> SummaryRecord | None:
 
 
 def _write_model(model: nn.Module, path: Path) -> None:
-    state = merge(deepcopy(model, without_graphs(model))).state_dict()  # the model is still that of the optimizer
+    # A copy, since the model is still that of the optimizer.
+    state = merge(deepcopy(model, without_graphs(model))).state_dict()
     save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})
