@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import dynarank as dr
 from dynarank import Adapted, LowRank
@@ -380,3 +381,26 @@ def test_an_interrupt_is_no_reason_to_try_again(monkeypatch: pytest.MonkeyPatch)
         trace(model, sample)
     assert state(model, sample) == before
     assert torch.backends.mha.get_fastpath_enabled() == kernels
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its first layers in the backward pass."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.Tanh())
+        self.head, self.reentrant = nn.Linear(16, 4), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.head(self.inner(x))
+        return self.head(checkpoint(self.inner, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_what_a_checkpointed_block_recomputes_follows_the_plan(reentrant: bool | None) -> None:
+    model, x = Checkpointed(reentrant), torch.randn(8, 16, requires_grad=True)
+    plan = {"inner.0": LowRank(4), "inner.2": LowRank(4)}
+    predicted = trace(model, x).flops(plan)
+    dr.apply_plan(model, plan)
+    assert predicted == count_flops(model, x)

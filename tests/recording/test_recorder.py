@@ -17,6 +17,7 @@ import dynarank as dr
 from dynarank import RankScheduler, Recorder
 from dynarank.cost.flops import count_flops
 from dynarank.files.ownership import FolderInUseError
+from dynarank.recording.step_log import StepLog
 from dynarank.records import (
     ChangeRecord,
     DecisionRecord,
@@ -85,11 +86,6 @@ def record(folder: Path, loop: Loop | None = None, **how: Any) -> Run:
     with Recorder(folder, loop.ranks, **options) as recorder:
         loop.train(recorder)
     return read_run(folder)
-
-
-def flush(recorder: Any) -> None:
-    """Write the values that wait, as it is done every 256 steps."""
-    recorder._flush()
 
 
 def vanish(recorder: Any) -> None:
@@ -179,7 +175,6 @@ def test_after_a_crash_it_goes_on(stop: int, tmp_path: Path) -> None:
         loop.train(recorder, step, step + 1)
         if step + 1 == stop:
             dr.save(tmp_path / "checkpoint", **loop.parts)
-            flush(recorder)
     vanish(recorder)
     again = Loop()
     dr.load(tmp_path / "checkpoint", **again.parts)
@@ -229,6 +224,144 @@ def test_a_run_that_had_only_to_be_closed(tmp_path: Path) -> None:
     key: Callable[[dict[str, Any]], str] = repr
     found = timeless(read_run(tmp_path / "mine"))
     assert sorted(found, key=key) == sorted(timeless(expected), key=key)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["log-first", "step-first"])
+def test_a_checkpoint_loaded_within_the_loop_cuts_what_came_after(
+    first: bool, tmp_path: Path
+) -> None:
+    loop = Loop()
+    with Recorder(tmp_path / "mine", loop.ranks, report=False, say=lambda told: None) as recorder:
+        for stop in (17, TOTAL):
+            for step in range(loop.ranks.last_step, stop):
+                if first:
+                    recorder.log(loss=float(step))
+                loop.step(step)
+                if not first:
+                    recorder.log(loss=float(step))
+                if stop == 17 and step == 11:
+                    dr.save(tmp_path / "checkpoint", **loop.parts)
+            if stop == 17:
+                dr.load(tmp_path / "checkpoint", **loop.parts)
+    run = read_run(tmp_path / "mine")
+    found = [(r.step, r.train_loss) for r in run.all(StepRecord)]
+    assert found == [(step + 1, float(step)) for step in range(TOTAL)]
+    assert [r.step for r in run.all(PhaseRecord)] == [0, 8, 22]
+
+
+def test_the_best_checkpoint_loaded_at_the_end_changes_no_cost(tmp_path: Path) -> None:
+    loop = Loop()
+    with Recorder(tmp_path / "mine", loop.ranks, report=False) as recorder:
+        loop.train(recorder, 0, 12)
+        dr.save(tmp_path / "best", **loop.parts)
+        loop.train(recorder, 12)
+        dr.load(tmp_path / "best", **loop.parts)
+        with pytest.warns(UserWarning, match="no optimizer step was done since"):
+            recorder.epoch(test_score=1.0)
+    run, whole = read_run(tmp_path / "mine"), record(tmp_path / "whole")
+    assert run.summary is not None and whole.summary is not None
+    assert run.summary.training_flops == whole.summary.training_flops
+    assert [r.step for r in run.all(EpochRecord)] == [10, 20, 30]
+
+
+def test_a_plain_loop_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    for start in (0, 13):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        if start:
+            dr.load(tmp_path / "checkpoint", **parts)
+        recorder = Recorder(
+            tmp_path / "mine", **parts, start=start, report=False, say=lambda told: None
+        )
+        for step in range(start, 20):
+            loss = model(batch(step)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.log(loss=loss)
+            if step == 12:
+                dr.save(tmp_path / "checkpoint", **parts)
+        vanish(recorder) if not start else recorder.close()
+    run = read_run(tmp_path / "mine")
+    assert [r.step for r in run.all(StepRecord)] == list(range(1, 21))
+    assert run.summary is not None and run.summary.test_score is None
+
+
+def test_forms_changed_by_hand_are_a_phase(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path / "mine", model=model, optimizer=optimizer, report=False) as recorder:
+        for step in range(20):
+            if step == 5:
+                dr.apply_plan(model, {"0": dr.LowRank(2)}, optimizer=optimizer)
+            if step == 10:
+                model[2].requires_grad_(False)
+            model(batch(step)).square().mean().backward()
+            optimizer.step()
+            recorder.log(loss=0.0)
+    run = read_run(tmp_path / "mine")
+    phases = run.all(PhaseRecord)
+    assert run.header.schedule == "by hand"
+    assert [p.step for p in phases] == [0, 5, 10]
+    assert phases[1].forms == {"low-rank": 1, "full-rank": 2}
+    assert [p.predicted_flops for p in phases] == [p.counted_flops for p in phases]
+    assert run.summary is not None and run.summary.relative_flops < 1
+
+
+class Keeping(nn.Module):
+    """Keeps its output, with the graph: an attention map, or features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.kept = net(), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = [self.inner(x)]
+        return self.kept[0]
+
+
+def test_a_model_that_keeps_results_of_autograd(tmp_path: Path) -> None:
+    model = Keeping()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    how: dict[str, Any] = {"model": model, "optimizer": optimizer, "report": False}
+    with Recorder(tmp_path / "mine", **how, save_model=True):
+        model(batch(0)).square().mean().backward()
+        optimizer.step()
+    summary = read_run(tmp_path / "mine").summary
+    assert summary is not None and summary.model_sha256
+    found = dr.estimate(model, batch(0), schedule=SCHEDULE, total_steps=TOTAL)
+    assert len(found.phases) == 3 and model.kept[0].grad_fn is not None
+
+
+def test_a_model_without_layers_that_change_form(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.LayerNorm(16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Recorder(tmp_path / "mine", model=model, optimizer=optimizer, report=False):
+        model(batch(0)).square().mean().backward()
+        optimizer.step()
+    assert read_run(tmp_path / "mine").summary is not None
+
+
+def test_a_score_that_is_no_share_is_said_once(tmp_path: Path) -> None:
+    loop = Loop()
+    with Recorder(tmp_path / "mine", loop.ranks, metric="accuracy", report=False) as recorder:
+        loop.train(None, 0, 5)
+        with pytest.warns(UserWarning, match=r"shown as 9310%: give 0.931"):
+            recorder.epoch(test_score=93.1)
+        loop.train(None, 5, 9)
+        recorder.epoch(test_score=94.0)
+
+
+def test_scalars_are_read_in_their_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some devices have no fp64, and a loop may use several devices."""
+    monkeypatch.setattr(Tensor, "double", None, raising=False)
+    log = StepLog()
+    log.add(1, {"loss": torch.tensor(0.1), "n": torch.tensor(2**40 + 1)})
+    log.add(1, {"loss": torch.tensor(0.3, dtype=torch.float64)})
+    ((step, found),) = log.take()
+    assert (step, found["n"]) == (1, 2**40 + 1)
+    assert found["loss"] == (torch.tensor(0.1).item() + 0.3) / 2
 
 
 def test_a_run_that_begins_again_moves_the_unfinished_one_aside(tmp_path: Path) -> None:
@@ -298,9 +431,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "another schedule": (other_schedule, "holds another run .*identity"),
     "of train": (of_train, "holds a run of `dynarank train`"),
     "no settings": (no_settings, "without config.json"),
-    "in use": (in_use, "is in use by process"),
+    "in use": (in_use, r"is in use by process .* that is this process: close\(\)"),
     "log after close": (log_late, r"log\(\) after close\(\)"),
     "two recorders": (two, "has a recorder already"),
+    "start": (made(ranks=Loop().ranks, start=3), "leave start=3 out"),
     "nothing to count": (made(), "give ranks, or model= and optimizer="),
     "both": (made(ranks=Loop().ranks, model=net()), "leave model and optimizer out"),
     "metric": (made(ranks=Loop().ranks, metric="bleu"), "unknown metric 'bleu'"),

@@ -34,13 +34,15 @@ def run(
     schedule: str, score: float | None = None, *, seed: int | None = 0, flops: float | None = None,
     kind: str | None = None, ended: bool = True, metric: Metric | None = None, epochs: int = 3,
     test_loss: float | None = None, train_loss: float | None = 0.5, recipe: str = "digits",
-    damage: tuple[str, ...] = (), steps: bool = False,
+    damage: tuple[str, ...] = (), steps: bool = False, steps_per_epoch: int = 10,
+    config: dict | None = None,
 ) -> Run:  # fmt: skip
     """A run in memory: of one form, or inflating in its second step; see `kind`."""
     kind = kind or (schedule if schedule in FLOPS else "low-rank")
     flops = FLOPS[kind] if flops is None else flops
     header = RunRecord(
-        recipe=recipe, schedule=schedule, seed=seed, epochs=epochs, steps_per_epoch=10,
+        recipe=recipe, schedule=schedule, seed=seed, epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
         device="cpu", hardware="a CPU", precision="fp32", metric=metric or Metric(), versions={},
         started="2026-03-01",
     )  # fmt: skip
@@ -61,11 +63,18 @@ def run(
     )  # fmt: skip
     last = StepRecord(epoch=epochs, step=30, train_loss=train_loss) if steps else epoch
     records = [header, phase, *([change] if kind == "dynamic-rank" else []), last]
-    return Run(Path(schedule), {}, [*records, *([summary] if ended else [])], damage)
+    return Run(Path(schedule), config or {}, [*records, *([summary] if ended else [])], damage)
 
 
 def seeds(schedule: str, *scores: float, **options: object) -> list[Run]:
     return [run(schedule, score, seed=seed, **options) for seed, score in enumerate(scores)]
+
+
+def untested_at_the_end() -> Run:
+    found = run("mine")
+    last = found.all(EpochRecord)[0]
+    early = last.model_copy(update={"epoch": 1, "step": 10, "test_loss": math.nan})
+    return Run(found.folder, {}, [*found.records[:2], early, *found.records[2:]])
 
 
 CASES = {
@@ -192,6 +201,28 @@ CASES = {
         [run("full-rank", 0.95, epochs=30), run("low-rank", 0.95)],
         "Test accuracy: low-rank matched full-rank at 0.29x the FLOPs, at n = 1: another seed may "
         "change a score by as much; the runs differ in epochs.",
+    ),
+    "of as many epochs, of different lengths": (
+        [run("full-rank", 0.95), run("low-rank", 0.95, steps_per_epoch=1000)],
+        "Test accuracy: low-rank matched full-rank at 0.29x the FLOPs, at n = 1: another seed may "
+        "change a score by as much; the runs differ in steps.",
+    ),
+    "other settings are no other seed": (
+        [*seeds("full-rank", 0.95, 0.951), run("low-rank", 0.9, config={"rank": 4, "seed": 0}),
+         run("low-rank", 0.92, seed=1, config={"rank": 8, "seed": 1})],
+        "Test accuracy: low-rank was 4.05 points worse than full-rank at 0.29x the FLOPs (n = 1 to "
+        "2; not tested: low-rank against full-rank); runs of low-rank differ in settings and count "
+        "as one.",
+    ),
+    "a difference that the test does not show is not called one": (
+        [*seeds("low-rank", 0.85, 0.89, 0.87), *seeds("dynamic-rank", 0.84, 0.87, 0.86)],
+        "Test accuracy: dynamic-rank cannot be told from low-rank (−1.33 points, interval −5.48 to "
+        "2.81) at 2.1x its FLOPs (n = 3); full-rank was not run.",
+    ),
+    "a loss that was not finite when it was last tested": (
+        [run("plain", kind="full-rank", test_loss=0.50), untested_at_the_end()],
+        "plain reached a test loss of 0.5 (n = 1), with no other schedule to compare it with; mine "
+        "diverged.",
     ),
     "an own loop with test losses": (
         [run("plain", kind="full-rank", test_loss=0.50, seed=None),

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.module_tracker import ModuleTracker
 
 from dynarank.cost.counter import count_step
 from dynarank.forms import BudgetKind, Form, FullRank, LowRank, Plan
@@ -70,9 +71,10 @@ class LayerUse:
     def flops(self, form: Form) -> Flops:
         """The FLOPs of its calls in ``form``."""
         resolved = self.spec.resolve(form)
-        return sum(
-            (choose_execution(self.spec, resolved, call).flops for call in self.calls), Flops()
+        costs = (
+            (choose_execution(self.spec, resolved, call).flops, call.again) for call in self.calls
         )
+        return sum((Flops(0, one.training) if again else one for one, again in costs), Flops())
 
     def parameters(self, form: Form) -> tuple[int, int]:
         """The number of trainable and of all entries in ``form``."""
@@ -326,22 +328,47 @@ def _recorded_calls(
             devices[module] = next(iter(one.parameters().values())).device.type
     with ExitStack() as stack:
         for module, names in paths.items():
-            hook = _record(names, calls, devices[module])
-            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+            record = _Record(names, calls, devices[module])
+            before = module.register_forward_pre_hook(record.before, with_kwargs=True)
+            after = module.register_forward_hook(record.after, with_kwargs=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
         yield
 
 
-def _record(
-    names: Mapping[str, str], calls: dict[str, list[Call]], device: str
-) -> Callable[[nn.Module, Any, Any], None]:
-    def record(module: nn.Module, inputs: Any, named: Any) -> None:
+class _Record:
+    """Records the calls of a module, those under activation checkpointing at what they cost.
+
+    ``torch.utils.checkpoint`` runs a layer a second time in the backward pass. If the first time
+    was without gradients (reentrant), the second is a training pass; else it is a forward pass
+    alone, which ends before the last layer whose output nobody needs.
+    """
+
+    def __init__(self, names: Mapping[str, str], calls: dict[str, list[Call]], device: str) -> None:
+        self.names, self.calls, self.device = names, calls, device
+        self._without = 0  # calls without gradients so far
+
+    def before(self, module: nn.Module, inputs: Any, named: Any) -> None:
+        if not _in_backward():
+            self._without += not torch.is_grad_enabled()
+            self._add(module, inputs, named, trains=torch.is_grad_enabled())
+
+    def after(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+        if _in_backward():
+            self._add(module, inputs, named, trains=self._without > 0)
+            self._without = max(0, self._without - 1)
+
+    def _add(self, module: nn.Module, inputs: Any, named: Any, *, trains: bool) -> None:
         ranked = ranked_class(type(module))
         assert ranked is not None
         bound = inspect.signature(module.forward).bind(*inputs, **named)
         bound.apply_defaults()
+        how: dict[str, Any] = {"device": self.device, "again": _in_backward()}
+        how |= {} if trains else {"input_grad": False, "trains": False}
         for name, found in ranked.calls(module, bound.arguments).items():
-            if name in names:
-                calls[names[name]] += [replace(call, device=device) for call in found]
+            if name in self.names:
+                self.calls[self.names[name]] += [replace(call, **how) for call in found]
 
-    return record
+
+def _in_backward() -> bool:
+    return ModuleTracker().is_bw

@@ -62,6 +62,8 @@ class Call:
         device: the type of the layer's device.
         lookup: whether rows of the weight are looked up; a weight that an embedding and an output
             layer share is used in both ways.
+        again: whether it repeats a call in the backward pass (activation checkpointing): it costs
+            training, and no forward pass.
     """
 
     shape: tuple[int, ...]
@@ -71,6 +73,7 @@ class Call:
     rows: tuple[int, int] | None = None
     device: str = "cpu"
     lookup: bool = False
+    again: bool = False
 
     def own_executions(self, spec: WeightSpec, form: Form) -> list[Execution] | None:
         """The executions, if they differ from those of a plain multiplication; else None."""

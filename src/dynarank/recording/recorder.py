@@ -355,6 +355,12 @@ class Recorder:
             self._flush()
         self._mark = time.perf_counter()
 
+    def checkpointed(self) -> None:
+        """Have on the device what a run that goes on from this checkpoint is to find."""
+        if self._begun:
+            self._flush(self.step)
+            self._output.sync()
+
     def changed(self, changes: list[Change]) -> None:
         """Record changes of form, after which a phase begins."""
         self._decided()
@@ -450,9 +456,9 @@ class Recorder:
             self._read_at = self.step
             self._metrics.read(pictures=True)
 
-    def _flush(self) -> None:
-        """Write the values of the steps so far."""
-        for step, found in self._log.take():
+    def _flush(self, last: int | None = None) -> None:
+        """Write the values of the steps so far, or up to one."""
+        for step, found in self._log.take(last):
             loss, rate = found.pop("loss", None), found.pop("lr", None)
             self._write(
                 StepRecord(

@@ -65,9 +65,10 @@ class StepLog:
         """Keep the values of a step."""
         self._pending.setdefault(step, []).append(values)
 
-    def take(self) -> list[tuple[int, dict[str, float]]]:
-        """Read all that is pending: for each step its values, ``loss`` and ``lr`` among them."""
-        logs = [(step, one) for step, many in self._pending.items() for one in many]
+    def take(self, last: int | None = None) -> list[tuple[int, dict[str, float]]]:
+        """Read what is pending, up to a step: its values, ``loss`` and ``lr`` among them."""
+        steps = [step for step in self._pending if last is None or step <= last]
+        logs = [(step, one) for step in steps for one in self._pending.pop(step)]
         tensors = [v for _, one in logs for v in one.values() if isinstance(v, Tensor)]
         read = iter(_read(tensors))
         merged: dict[int, dict[str, float]] = {}
@@ -80,7 +81,6 @@ class StepLog:
             if some:
                 merged[step]["loss"] = sum(some) / len(some)
                 self.lost(step, merged[step]["loss"])
-        self._pending.clear()
         return list(merged.items())
 
     def lost(self, step: int, loss: float) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
 from dynarank.cost.memory import SavedTensors, saved_tensors
@@ -46,6 +47,9 @@ class Listening(Protocol):
     def changed(self, changes: list[Change]) -> None:
         """Layers have changed form after the step."""
 
+    def checkpointed(self) -> None:
+        """The optimizer's state is about to be taken, as for a checkpoint."""
+
 
 def watch(
     model: nn.Module, ranks: RankScheduler | None, optimizer: Any, listener: Listening
@@ -55,15 +59,16 @@ def watch(
     Raises:
         ValueError: a recorder watches the rank scheduler already.
     """
-    stack = ExitStack()
+    stack, inner = ExitStack(), inner_optimizer(optimizer)
     if ranks is not None:
         if _NAME in ranks.callbacks:
             raise ValueError("this rank scheduler has a recorder already; close() that one first")
         ranks.callbacks[_NAME] = _Observer(listener)
         stack.callback(ranks.callbacks.pop, _NAME, None)
     else:
-        inner = inner_optimizer(optimizer)
         stack.callback(inner.register_step_post_hook(_AfterStep(listener)).remove)
+    if isinstance(inner, Optimizer):
+        stack.callback(inner.register_state_dict_pre_hook(_BeforeState(listener)).remove)
     hooks = _ForwardHooks(model, listener)
     before = model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     after = model.register_forward_hook(hooks.after, always_call=True)
@@ -102,6 +107,12 @@ class _AfterStep(_Watcher):
     def __call__(self, *args: Any) -> None:
         if self.listener is not None:
             self.listener.stepped()
+
+
+class _BeforeState(_Watcher):
+    def __call__(self, *args: Any) -> None:
+        if self.listener is not None:
+            self.listener.checkpointed()
 
 
 class _ForwardHooks:
