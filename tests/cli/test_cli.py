@@ -103,6 +103,7 @@ def test_plan_says_why_layers_are_left_and_names_short_times(
 def test_plan_of_the_second_experiment_has_the_published_parameters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)  # no cell is wrapped then
     assert call(monkeypatch, "plan", "cifar100-wrn28-10") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "0 to 80 low-rank 20,590,236" in out and "80 to 170 full-rank 36,539,124" in out

@@ -136,17 +136,30 @@ def test_a_wrong_interval_is_said_and_corrected() -> None:
         _, came = run(SILENT["lambda"], 10, 31, 31, dynamic_rank(2), late=True, lr_every=1)
 
 
-def test_a_wrong_guess_is_corrected_without_a_word() -> None:
+def test_a_wrong_guess_is_said_if_phases_were_told_by_it_and_corrected() -> None:
     """Half a period of a cosine, and a whole one, look alike until it is stepped."""
 
     def half(optimizer: Optimizer, length: int) -> Any:
         return lrs.CosineAnnealingLR(optimizer, length // 2)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(RuntimeWarning, match="not stepped every 2 steps, as its length tells"):
         _, came = run(half, 10, 30, 1, dynamic_rank(2), late=True)
     right, _ = run(half, 10, 30, 1, dynamic_rank(2), late=True, lr_every=1)
     assert came == right
+
+
+def test_a_wrong_guess_is_corrected_without_a_word_if_nobody_asked() -> None:
+    model = net()
+    optimizer = sgd(model)
+    scheduler = lrs.CosineAnnealingLR(optimizer, 15)
+    ranks = RankScheduler(model, optimizer, dynamic_rank(2), 30, lr_scheduler=scheduler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(1, 31):
+            train_step(model, optimizer, step)
+            ranks.step()
+            scheduler.step()
+    assert ranks.forecast.every == 1
 
 
 def follower(clock: Clock, readings: Readings) -> dict[str, Any]:

@@ -32,6 +32,8 @@ __all__ = ["POINTS", "Forecast", "check_lr_scheduler", "unknown_rates"]
 POINTS = 1001
 """How many learning rates a forecast holds, from the first step of a run to its last."""
 
+_AGAIN = "the transition points that follow the learning rate are computed again"
+
 
 class Forecast:
     """The learning rates of a whole run, as soon as they are known.
@@ -56,7 +58,7 @@ class Forecast:
         >>> forecast = Forecast(scheduler, total_steps=100)
         >>> forecast.rates  # unknown until the scheduler has been stepped
         ()
-        >>> optimizer.step(); scheduler.step(); forecast.watch(1)
+        >>> optimizer.step(); scheduler.step(); _ = forecast.watch(1)
         >>> forecast.rates[499], forecast.rates[501]
         (1.0, 0.1)
     """
@@ -80,9 +82,11 @@ class Forecast:
         self._seen = (0, _count(source) or 0)  # the last step at which its count rose
         self._every: float | None = None
         self._rises = 0
+        self._guess: float | None = None  # what its length told, until it is stepped
         self._past = 0  # steps of the LR scheduler in this run that its copy has behind it
         if self._copy is not None:
-            self._expect(self._told or likely_interval(source, total_steps))
+            self._guess = None if self._told else likely_interval(source, total_steps)
+            self._expect(self._told or self._guess)
 
     @property
     def source(self) -> Any:
@@ -112,30 +116,40 @@ class Forecast:
         at = math.ceil(index * self._every * (POINTS - 1) / self.total_steps)
         return self.rates[min(at, len(self.rates) - 1)]
 
-    def watch(self, step: int) -> None:
+    def watch(self, step: int) -> str:
         """Look at the scheduler after an optimizer step, and update the forecast if it was stepped.
 
         At the first rise of its count, the interval between its steps is known up to one optimizer
         step, by the order of the user's calls; at the second it is known exactly.
+
+        Returns:
+            What was wrong with the interval that its length had told; else empty.
         """
         count = _count(self._scheduler)
         if self._copy is None or count is None or count <= self._seen[1] or self._rises == 2:
-            return
+            return ""
         since = step - self._seen[0] if self._rises else max(1, step - 1)
         every = since / (count - self._seen[1])
         first, self._seen, self._rises = not self._rises, (step, count), self._rises + 1
         if first and self._every is not None and step - 1 <= self._every <= step:
-            return  # as expected
-        if self._told is not None and every != self._told:
+            return ""  # as expected
+        guess, told, self._guess = self._guess, self._told, None
+        if told is not None and every != told:
             warnings.warn(
-                f"{type(self._scheduler).__name__} is stepped every {every:g} optimizer steps, not "
-                f"every {self._told} (lr_every={self._told}): the transition points that follow "
-                f"the learning rate are computed again; give lr_every={every:g}",
+                f"{self._name} is stepped every {every:g} optimizer steps, not every {told} "
+                f"(lr_every={told}): {_AGAIN}; give lr_every={every:g}",
                 RuntimeWarning,
                 stacklevel=3,
             )
             self._told = None
         self._expect(every)
+        if guess in (None, every):
+            return ""
+        return f"{self._name} is not stepped every {guess:g} steps, as its length tells: {_AGAIN}"
+
+    @property
+    def _name(self) -> str:
+        return type(self._scheduler).__name__
 
     def state_dict(self) -> dict[str, Any]:
         """What is known, as plain data."""
@@ -163,6 +177,7 @@ class Forecast:
                 "the state of a forecast is its learning rates, finite and at least 0, and when "
                 f"they were found: rates, seen, every and rises, got {reprlib.repr(dict(state))}"
             )
+        self._guess = None
         self.rates, self._seen = tuple(rates), (seen[0], seen[1])
         self._every, self._rises = every, rises
         if self.rates and self._copy is not None:

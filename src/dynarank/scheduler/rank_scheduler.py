@@ -28,6 +28,7 @@ from dynarank.scheduler.callbacks import (
 )
 from dynarank.scheduler.copies import check_picklable
 from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler, unknown_rates
+from dynarank.scheduler.lr_interval import WAYS
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
 from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, ask, step_of
@@ -210,7 +211,8 @@ class RankScheduler:
         self._budgets.after_first_step(self._phases)
         for one in self.callbacks.values():
             one.after_step(self)
-        self.forecast.watch(self.last_step)
+        if (wrong := self.forecast.watch(self.last_step)) and self._told_of_rates:
+            warnings.warn(f"{wrong}; {WAYS}", RuntimeWarning, stacklevel=2)
         return self._advance()
 
     def close(self) -> None:

@@ -71,4 +71,8 @@ _OTHERS = {
 __all__ = [*CLASSES, *_ALIASES, *_OTHERS]  # pyright: ignore[reportUnsupportedDunderAll]
 
 _HOMES = {**CLASSES, **{name: f"{CLASSES[of]}:{of}" for name, of in _ALIASES.items()}, **_OTHERS}
-__getattr__, __dir__ = lazy_names(__name__, _HOMES)
+__getattr__, _ = lazy_names(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return __all__
