@@ -120,6 +120,21 @@ def test_a_run_is_recorded_whole(tmp_path: Path) -> None:
     assert not run.damage and not run.notes
 
 
+def test_all_weights_are_read_once_a_step(tmp_path: Path) -> None:
+    loop = Loop(total=20)
+    with Recorder(tmp_path / "mine", loop.ranks, report=False) as recorder:
+        loop.train(recorder, stop=20)  # its second epoch ends where the run does
+    steps = [r.step for r in read_run(tmp_path / "mine").all(HeatmapRecord)]
+    assert 20 in steps and len(steps) == len(set(steps))
+
+
+def test_records_wait_in_memory_for_sinks_only(tmp_path: Path) -> None:
+    loop = Loop()
+    with Recorder(tmp_path / "mine", loop.ranks, report=False) as recorder:
+        loop.train(recorder, stop=5)
+        assert recorder._output._held is None  # though the length of an epoch is not known yet
+
+
 def test_costs_are_those_of_the_model(tmp_path: Path) -> None:
     run, loop = record(tmp_path / "mine"), Loop()
     flops: list[int] = []

@@ -27,12 +27,13 @@ class Output:
         self.folder, self._sinks = folder, sinks
         self._writer = RecordWriter(folder)
         self._unwritten: list[Record] = []
-        self._held: list[Record] | None = []  # from the sinks, while their header is not final
+        # From the sinks, while their header is not final.
+        self._held: list[Record] | None = [] if sinks else None
 
     def begin(self, records: Sequence[Record], *, final: bool) -> None:
         """Begin with these records, a header first; ``final``: its epochs are known."""
         self._writer.rewrite(records)
-        self._held = list(records)
+        self._held = list(records) if self._sinks else None
         if final:
             self._release()
 
