@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from dynarank.decompositions import Factors, UnfitWeightError, all_finite, precise
 from dynarank.decompositions.truncation import ActivationStats, split_activation_aware
 from dynarank.decompositions.zero_join import zero_join_factors
+from dynarank.distributed.fsdp2 import Resharding
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 from dynarank.layers.own_forward import set_class
@@ -52,6 +53,7 @@ class Edit:
     new: dict[str, Parameter]
     shift: Tensor | None = None  # what is added to the module's bias
     bias_left: str = ""  # why the bias stays, though the activation statistics would move it
+    resharding: Resharding | None = None  # of the parameters, if fully_shard shards them
 
     @property
     def trained(self) -> dict[str, Parameter]:
@@ -60,9 +62,7 @@ class Edit:
 
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
-        frozen, factors = self.site.frozen_factors, self.trained.values()
-        known = [p.detach().double() for p in factors if not p.is_meta]
-        norms = tuple(float(p.norm()) for p in known) or self.site.factor_norms
+        frozen, norms = self.site.frozen_factors, self._norms() or self.site.factor_norms
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)
@@ -73,6 +73,16 @@ class Edit:
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
             bias.data.add_(self.shift)
+        if self.resharding is not None:
+            self.resharding.commit(undo)
+
+    def _norms(self) -> tuple[float, ...]:
+        """Those of the new factors."""
+        if self.resharding is not None:
+            return tuple(self.resharding.norms[name] for name in self.trained)
+        return tuple(
+            float(p.detach().double().norm()) for p in self.trained.values() if not p.is_meta
+        )
 
 
 def prepare_edit(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, precise
+from dynarank.distributed.fsdp2 import Sharding
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters
 
@@ -32,6 +33,7 @@ class Site:
         left_out: why it is left unless ``layers=`` names it, see :mod:`dynarank.surgery.defaults`;
             empty if not.
         bias_shared_with: other parameters and buffers in the memory of the module's bias.
+        sharding: how ``fully_shard`` shards its parameters, if it does.
     """
 
     module: nn.Module
@@ -44,6 +46,7 @@ class Site:
     reader: nn.Module | None = None
     left_out: str = ""
     bias_shared_with: tuple[str, ...] = ()
+    sharding: Sharding | None = None
 
     @property
     def path(self) -> str:
@@ -98,6 +101,8 @@ class Site:
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that make up the weight in its form, by their names in the module."""
         own, names = own_parameters(self.module), self.spec.parameter_names(self._own_form())
+        if self.sharding is not None and self.sharding.is_gathered():
+            own = {**own, **self.sharding.shards()}
         return {name: p for name in names if (p := own[name]) is not None}
 
     def trained(self) -> list[Parameter]:
