@@ -1,4 +1,4 @@
-"""DTensors, of which each process holds a shard: gathered to one process, made of whole tensors."""
+"""DTensors, of which each process holds a shard: gathered to one process, and dealt by one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather", "is_dtensor", "like_shards", "local_part"]
+__all__ = ["gather", "is_dtensor", "local_part", "scatter"]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -71,26 +71,64 @@ def _gather(local: Tensor, dim: int, size: int, group: Any, owner: int) -> Tenso
 
 
 @torch.no_grad()
-def like_shards(value: Tensor, sharded: Tensor) -> Tensor:
-    """A whole tensor as a DTensor: split as another one along the sides that they share.
+def scatter(
+    value: Tensor, like: Tensor, owner: int, device: torch.device, at: torch.device
+) -> Tensor:
+    """A DTensor of a whole value that one process has; the others receive their shards of it.
+
+    All processes that share it must call it.
 
     Args:
-        value: the same in all processes.
-        sharded: a DTensor; a side that ``value`` has not is not split.
+        value: the whole in the owner's process; elsewhere only its shape and dtype are read.
+        like: a DTensor; the value is split as it is, along the sides that both have.
+        owner: the process, by its global rank.
+        device: the device to send from.
+        at: the device of the shards.
     """
     from torch.distributed.tensor import DTensor, Replicate
 
-    like = cast(Any, sharded.detach())
-    mesh, placements, local = like.device_mesh, list[Any](), value.detach()
-    for axis, placement in enumerate(like.placements):
-        dim = getattr(placement, "dim", None)
-        if dim is None or value.ndim != like.ndim or value.shape[dim] != like.shape[dim]:
-            placements.append(Replicate())
-            continue
-        placements.append(placement)
-        size = math.ceil(value.shape[dim] / mesh.size(axis))
-        start = min(mesh.get_local_rank(axis) * size, value.shape[dim])
-        local = local.narrow(dim, start, min(size, value.shape[dim] - start))
-    local = local.to(like.to_local().device, copy=True).contiguous()
-    shape, stride = value.shape, value.stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    dealt, mine = cast(Any, like.detach()), dist.get_rank() == owner
+    mesh, placements, shape = dealt.device_mesh, list[Any](), [*value.shape]
+    here, there = [*mesh.get_coordinate()], (mesh.mesh == owner).nonzero()[0].tolist()
+    local = value.detach().to(device) if mine else torch.empty(0, dtype=value.dtype, device=device)
+    for axis in reversed(range(mesh.ndim)):
+        dim, group = getattr(dealt.placements[axis], "dim", None), mesh.get_group(axis)
+        if dim is not None and (value.ndim != dealt.ndim or shape[dim] != dealt.shape[dim]):
+            dim = None
+        placements.insert(0, Replicate() if dim is None else dealt.placements[axis])
+        if here[:axis] == there[:axis]:
+            source = int(mesh.mesh[(*here[:axis], there[axis], *here[axis + 1 :])])
+            local = _deal(local, shape, dim, group, source)
+        if dim is not None:
+            shape[dim] = _length(shape[dim], group)
+    local, stride = local.to(at, copy=True), torch.empty(value.shape, device="meta").stride()
+    return DTensor.from_local(
+        local, mesh, placements, run_check=False, shape=value.shape, stride=stride
+    )
+
+
+def _deal(local: Tensor, shape: list[int], dim: int | None, group: Any, source: int) -> Tensor:
+    """This process's part of a tensor of this shape that one of a group has, or all of it."""
+    count, mine = dist.get_world_size(group), dist.get_rank() == source
+    received = list(shape)
+    if dim is not None:
+        received[dim] = math.ceil(shape[dim] / count)
+    whole = local.contiguous() if mine else local.new_empty(shape if dim is None else received)
+    if whole.numel() == 0:
+        return local.new_empty(received)
+    if dim is None:
+        dist.broadcast(whole.view(-1).view(torch.uint8), source, group=group)
+        return whole
+    part, parts = local.new_empty(received), None
+    if mine:
+        padded = whole.new_zeros([*shape[:dim], received[dim] * count, *shape[dim + 1 :]])
+        padded.narrow(dim, 0, shape[dim]).copy_(whole)
+        parts = [p.contiguous().view(-1).view(torch.uint8) for p in padded.chunk(count, dim)]
+    dist.scatter(part.view(-1).view(torch.uint8), parts, source, group=group)
+    return part.narrow(dim, 0, _length(shape[dim], group)).contiguous()
+
+
+def _length(size: int, group: Any) -> int:
+    """How much of a side this process has, as ``torch.chunk`` splits it over a group."""
+    part = math.ceil(size / dist.get_world_size(group))
+    return min(part, max(0, size - part * dist.get_rank(group)))

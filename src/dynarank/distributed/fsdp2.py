@@ -15,7 +15,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from dynarank.distributed.dtensors import like_shards
+from dynarank.distributed.dtensors import scatter
 from dynarank.distributed.unit_class import is_unit
 
 __all__ = ["Resharding", "Sharding", "sharded_parameters", "shardings"]
@@ -37,7 +37,8 @@ _OF_GROUP = (
 )  # fmt: skip
 _OF_PARAMETER = (
     "sharded_param", "fsdp_placement", "is_dtensor", "reset_sharded_param",
-    "unsharded_accumulated_grad", "_module_info", "_param_fqn", "_post_load_hook_handle",
+    "offload_to_cpu", "device", "unsharded_accumulated_grad", "_module_info", "_param_fqn",
+    "_post_load_hook_handle",
 )  # fmt: skip
 _ARGUMENTS = (
     "param", "module_info", "mesh_info", "post_forward_mesh_info", "device",
@@ -100,14 +101,22 @@ class Sharding:
         self.group._to_sharded()
 
     def reshard(
-        self, old: Iterable[str], new: Mapping[str, Parameter], modules: Sequence[nn.Module]
+        self,
+        old: Iterable[str],
+        new: Mapping[str, Parameter],
+        modules: Sequence[nn.Module],
+        owner: int,
     ) -> Resharding:
         """Shard new parameters as old ones are. Nothing is replaced yet.
 
+        All processes that share them must call it.
+
         Args:
             old: the names of the old ones.
-            new: the new ones by name, whole, with their gradients: the same in all processes.
+            new: the new ones by name, whole in the owner's process; on the meta device elsewhere.
+                So are their gradients, if they have any.
             modules: the modules that share them, this one first.
+            owner: the process that has them, by its global rank.
 
         Raises:
             ValueError: parameters of one group would train in several dtypes.
@@ -115,9 +124,33 @@ class Sharding:
         own = self._own()
         replaced = [own[name] for name in old]
         self._check_dtypes(replaced, new)
-        made = [_sharded(self.group, replaced[0], name, p, modules) for name, p in new.items()]
-        norms = {name: float(p.detach().double().norm()) for name, p in new.items()}
-        return Resharding(self.group, replaced, made, norms)
+        made = [self._empty(replaced[0], name, p) for name, p in new.items()]
+        for q, p in zip(made, new.values(), strict=True):
+            _fill(q, p, owner)
+            name = q._module_info.param_name
+            q._module_info = type(q._module_info)(*modules[:1], name, *_shared(modules[1:], name))
+        return Resharding(self.group, replaced, made)
+
+    def _empty(self, like: Any, name: str, p: Parameter) -> Any:
+        """A new ``FSDPParam`` without values, of a module that stands for the real one."""
+        from torch.distributed.tensor import Shard
+
+        dim, count = like.fsdp_placement.dim, getattr(self.group.mesh_info, "shard_mesh_size", 1)
+        placement = Shard(dim if dim < p.ndim and p.shape[dim] % count == 0 else 0)
+
+        def place(_: Parameter) -> Shard:
+            return placement
+
+        module, group, info = nn.Module(), self.group, type(like._module_info)
+        empty = Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
+        module.register_parameter(name, empty)
+        meshes = group.mesh_info, group.post_forward_mesh_info
+        policies = group.mp_policy, group.offload_policy
+        made = type(like)(empty, info(module, name), *meshes, group.device, place, *policies)
+        _unfollow_loads(made)
+        if like._param_fqn is not None:
+            made._param_fqn = f"{like._param_fqn.rpartition('.')[0]}.{name}".lstrip(".")
+        return made
 
     def _own(self) -> dict[str, Any]:
         """The ``FSDPParam`` of each of the module's parameters, by name."""
@@ -144,7 +177,6 @@ class Resharding:
     group: Any
     old: Sequence[Any]
     made: Sequence[Any]
-    norms: Mapping[str, float] = field(default_factory=dict[str, float])  # of whole parameters
 
     @property
     def new(self) -> dict[str, Parameter]:
@@ -252,30 +284,20 @@ def _waits(q: Any) -> bool:
     return q.unsharded_accumulated_grad is not None or any(p.grad is not None for p in _gathered(q))
 
 
-def _sharded(group: Any, like: Any, name: str, p: Parameter, modules: Sequence[nn.Module]) -> Any:
-    """A new ``FSDPParam`` for a whole parameter of these modules, which do not have it yet."""
-    from torch.distributed.tensor import Shard
-
-    dim, count = like.fsdp_placement.dim, getattr(group.mesh_info, "shard_mesh_size", 1)
-    placement = Shard(dim if dim < p.ndim and p.shape[dim] % count == 0 else 0)
-
-    def place(_: Parameter) -> Shard:
-        return placement
-
-    stand_in, info = nn.Module(), type(like._module_info)
-    whole = Parameter(p.detach().to(group.device).contiguous(), p.requires_grad)
-    stand_in.register_parameter(name, whole)
-    meshes = group.mesh_info, group.post_forward_mesh_info
-    policies = group.mp_policy, group.offload_policy
-    made = type(like)(whole, info(stand_in, name), *meshes, group.device, place, *policies)
-    _unfollow_loads(made)
-    first, *others = modules
-    made._module_info = info(first, name, others, [name] * len(others))
-    if like._param_fqn is not None:
-        made._param_fqn = f"{like._param_fqn.rpartition('.')[0]}.{name}".lstrip(".")
+def _fill(q: Any, p: Parameter, owner: int) -> None:
+    """Give it its shard of a parameter and its gradient, as a load after ``to_empty`` does."""
+    at = torch.device("cpu") if q.offload_to_cpu else q.device
+    value = scatter(p, q.sharded_param, owner, q.device, at)
+    module, name = q._module_info.module, q._module_info.param_name
+    module.register_parameter(name, Parameter(value, p.requires_grad))
+    q.reset_sharded_param()
     if p.grad is not None:
-        made.sharded_param.grad = like_shards(p.grad, made.sharded_param)
-    return made
+        q.sharded_param.grad = scatter(p.grad, q.sharded_param, owner, q.device, at)
+
+
+def _shared(modules: Sequence[nn.Module], name: str) -> tuple[list[nn.Module], list[str]]:
+    """Modules that have a parameter too, and its names there."""
+    return list(modules), [name] * len(modules)
 
 
 def _follow_loads(q: Any) -> None:

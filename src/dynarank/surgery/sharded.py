@@ -1,113 +1,169 @@
-"""A change of form under FSDP2 (``fully_shard``): one layer at a time is whole, in one process.
+"""A change of form under FSDP2 (``fully_shard``): a layer is whole in one process, its owner.
 
-The owner of a layer prepares its change from whole tensors, as of any layer (:func:`gathered`);
-what it made is sent to all, and each process keeps its shards of it (:func:`resharded`,
-:func:`state_in_shards`), beside the old ones, until all layers are committed.
+Within :func:`gathered` the owner prepares the change as of any layer (:func:`prepare_whole`). What
+it made is told to the others, and each receives its shards (:meth:`WholeEdit.in_shards`), beside
+the old ones, until all layers are committed. No process holds more than the one layer that it owns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from dynarank.distributed.dtensors import gather, is_dtensor, like_shards
+from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.dtensors import gather, is_dtensor, local_part, scatter
+from dynarank.distributed.fsdp2 import Sharding
+from dynarank.forms import Form
 from dynarank.layers import own_parameters
-from dynarank.surgery.edit import Edit, check_replaceable, restore_on_exit
+from dynarank.surgery.edit import Edit, InShards, check_replaceable, prepare_edit, restore_on_exit
+from dynarank.surgery.gradients import move_gradients
+from dynarank.surgery.optimizer_state import Moments, new_contents
 from dynarank.surgery.own_references import groups_of, wrapped
 from dynarank.surgery.settings import attributes, predecessors
 from dynarank.surgery.site import Site
 
-__all__ = ["gathered", "resharded", "state_in_shards"]
+__all__ = ["WholeEdit", "check_gatherable", "gathered", "prepare_whole"]
+
+
+def check_gatherable(site: Site) -> None:
+    """Have the site's module have its shards, as between steps.
+
+    Raises:
+        ValueError: its parameters have gradient hooks, or gradients that are not reduced yet.
+    """
+    assert site.sharding is not None
+    site.sharding.settle(site.path)
+    check_replaceable(site.path, site.parameters())
 
 
 @contextmanager
-def gathered(site: Site, optimizers: Sequence[Any], owner: int) -> Generator[bool]:
-    """A context in which a weight is whole in one process; all processes that share it take part.
+def gathered(site: Site, optimizers: Sequence[Any], owner: int) -> Generator[None]:
+    """A context in which a weight is whole in one process; all that share it must enter it.
 
-    In the owner's process the site's module has whole parameters with whole gradients, and the
-    optimizers' groups and states hold these. Elsewhere nothing changes. Gives whether this process
-    is the owner.
+    In the owner's process the module has whole parameters with whole gradients, and the optimizers'
+    groups and states hold these. Elsewhere nothing changes.
 
     Args:
-        site: a weight that ``fully_shard`` shards.
+        site: a weight that passed :func:`check_gatherable` in all processes.
         optimizers: those that train it.
         owner: the process, by its global rank.
-
-    Raises:
-        ValueError: the parameters have gradient hooks, or gradients that are not reduced yet.
     """
     assert site.sharding is not None
-    check_replaceable(site.path, site.parameters())
-    site.sharding.settle(site.path)
-    stores = _stores(optimizers)
+    stores, device = _stores(optimizers), site.sharding.device
+    parameters = list(site.parameters().values())
     bias = own_parameters(site.module).get("bias")
-    sharded = {id(p): p for p in (*site.parameters().values(), bias) if p is not None}
-    whole = {
-        key: _whole(p, stores, owner, site.sharding.device)
-        for key, p in sharded.items()
-        if is_dtensor(p)
-    }
-    mine = torch.distributed.get_rank() == owner
+    if bias is not None and is_dtensor(bias):  # a truncation may move it
+        parameters.append(bias)
+    found = [(p, _whole(p, stores, owner, device)) for p in parameters]
     with ExitStack() as undo:
-        if mine:
-            _hold(site, optimizers, {key: one for key, one in whole.items() if one}, undo)
-        yield mine
+        if torch.distributed.get_rank() == owner:
+            whole = {id(p): one for p, one in found if one is not None}
+            _hold(site, optimizers, whole, undo)
+        yield
 
 
-def resharded(edit: Edit) -> Edit:
-    """The edit with this process's shards of its new parameters, ready to be committed.
+@dataclass(frozen=True)
+class WholeEdit:
+    """A prepared change of a sharded weight: whole in the owner's process, on meta elsewhere.
 
     Args:
-        edit: of whole values (with their gradients), the same in all processes.
+        edit: the change.
+        states: of each store of the optimizers' states: those of the new parameters, by name.
+        norms: those of the new factors.
     """
-    site, old = edit.site, edit.site.parameters()
-    assert site.sharding is not None
-    if not edit.new:
-        return edit
-    made = site.sharding.reshard(old, edit.new, [place.module for place in site.places])
-    for name, p in made.new.items():
-        vars(p).update(attributes(site.path, predecessors(old, name), p))
-    shift, bias = edit.shift, own_parameters(site.module).get("bias")
-    if shift is not None and bias is not None and is_dtensor(bias):
-        shift = like_shards(shift, bias)
-    return replace(edit, old=old, new=made.new, shift=shift, resharding=made)
+
+    edit: Edit
+    states: Sequence[Mapping[str, Mapping[str, Any]]]
+    norms: tuple[float, ...]
+
+    def told(self) -> Any:
+        """What the others need to know to receive it, as plain data."""
+        new = self.edit.new.items()
+        tensors = {n: (_told(p), p.requires_grad, p.grad is not None) for n, p in new}
+        states = [{n: _told(state) for n, state in store.items()} for store in self.states]
+        return tensors, _told(self.edit.shift), states, self.norms
+
+    @classmethod
+    def received(cls, edit: Edit, told: Any) -> WholeEdit:
+        """What another process told, without values; ``edit`` says what is changed."""
+        tensors, shift, states, norms = told
+        new = dict[str, Parameter]()
+        for name, (value, trains, has_gradient) in tensors.items():
+            new[name] = Parameter(_heard(value), requires_grad=trains)
+            new[name].grad = _heard(value) if has_gradient else None
+        return cls(replace(edit, new=new, shift=_heard(shift)), _heard(states), norms)
+
+    def in_shards(self, optimizers: Sequence[Any], owner: int) -> Edit:
+        """The edit in this process's shards; all that share the weight must call it.
+
+        Raises:
+            ValueError: parameters that FSDP2 reduces together would train in several dtypes.
+        """
+        edit, site = self.edit, self.edit.site
+        sharding, old = site.sharding, site.parameters()
+        assert sharding is not None
+        made = sharding.reshard(old, edit.new, [place.module for place in site.places], owner)
+        states = dict[int, dict[str, dict[str, Any]]]()
+        for store, own in zip(_stores(optimizers), self.states, strict=True):
+            new = ((name, state, made.new[name]) for name, state in own.items())
+            states[id(store)] = {
+                n: {key: _dealt(state[key], p, owner, sharding) for key in sorted(state)}
+                for n, state, p in new
+            }
+        for name, p in made.new.items():
+            vars(p).update(attributes(site.path, predecessors(old, name), p))
+        shift, bias = edit.shift, own_parameters(site.module).get("bias")
+        if shift is not None and bias is not None:
+            shift = _dealt(shift, bias, owner, sharding)
+        shards = InShards(made, self.norms, states)
+        return replace(edit, old=old, new=made.new, shift=shift, shards=shards)
 
 
-def state_in_shards(state: Mapping[str, Any], parameter: Parameter) -> dict[str, Any]:
-    """An optimizer's state of a whole parameter, as that of its shards; counts stay as they are."""
-    return {
-        key: like_shards(v, parameter) if isinstance(v, Tensor) and v.ndim > 0 else v
-        for key, v in state.items()
-    }
+def prepare_whole(
+    site: Site,
+    after: Form,
+    optimizers: Sequence[Any],
+    moments: Moments,
+    activity: ActivationStats | None = None,
+    seed: int | None = None,
+) -> WholeEdit:
+    """Prepare a change in the owner's process, within :func:`gathered`; raises as its parts do."""
+    edit = prepare_edit(site, after, activity, seed)
+    contents = {id(table): new for table, new in new_contents([edit], optimizers, moments)}
+    move_gradients(edit)
+    states = list[dict[str, dict[str, Any]]]()
+    for store in _stores(optimizers):
+        new: Mapping[Any, Any] = contents.get(id(store), {})
+        states.append({name: new[p] for name, p in edit.new.items() if p in new})
+    return WholeEdit(edit, states, edit.norms)
 
 
 def _stores(optimizers: Sequence[Any]) -> list[dict[Any, Any]]:
-    """The states of the optimizers and of those they wrap, each once."""
+    """The tables of states of the optimizers and of those they wrap, each once."""
     family = [one for optimizer in optimizers for one in wrapped(optimizer)]
     return [*{id(one.state): one.state for one in family if isinstance(one.state, dict)}.values()]
 
 
 def _whole(
-    p: Parameter, stores: Sequence[dict[Any, Any]], owner: int, device: torch.device
+    p: Parameter, stores: Sequence[Mapping[Any, Any]], owner: int, device: torch.device
 ) -> tuple[Parameter, list[dict[str, Any]]] | None:
-    """A parameter with its gradient and its states in these stores, whole; None but in the owner.
+    """A parameter with its gradient and its state in each store, whole; None but in the owner.
 
-    What is gathered goes in a fixed order, the same in all processes.
+    The order of what is gathered is the same in all processes.
     """
     value = gather(p, owner, device)
     gradient = None if p.grad is None else gather(p.grad, owner, device)
     states = list[dict[str, Any]]()
     for store in stores:
         state: Mapping[str, Any] = store.get(p, {})
-        tensors = {key: v for key, v in state.items() if isinstance(v, Tensor) and is_dtensor(v)}
-        found = {key: gather(tensors[key], owner, device) for key in sorted(tensors)}
-        states.append({key: found.get(key, v) for key, v in state.items()})
+        split = sorted(k for k, v in state.items() if isinstance(v, Tensor) and is_dtensor(v))
+        states.append({**state, **{key: gather(state[key], owner, device) for key in split}})
     if value is None:
         return None
     whole = Parameter(value, requires_grad=p.requires_grad)
@@ -126,7 +182,7 @@ def _hold(
     for place in site.places:
         own = own_parameters(place.module)
         restore_on_exit(own, undo)
-        own.update({n: whole[id(p)][0] for n, p in own.items() if id(p) in whole})
+        own.update({name: whole[id(p)][0] for name, p in own.items() if id(p) in whole})
     for group in (g for optimizer in optimizers for g in groups_of(wrapped(optimizer))):
         held: list[Any] = group["params"]
         undo.callback(held.__setitem__, slice(None), held[:])
@@ -137,3 +193,36 @@ def _hold(
             del store[p]
             new, states = whole[id(p)]
             store[new] = states[i]
+
+
+def _dealt(value: Any, like: Tensor, owner: int, sharding: Sharding) -> Any:
+    """An entry of a state, or a change of a parameter, for this process; counts stay whole."""
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    part = scatter(value, like, owner, sharding.device, local_part(like).device)
+    return part if is_dtensor(like) else local_part(part)
+
+
+def _told(value: Any) -> Any:
+    """A value to tell: of a tensor with entries its shape and dtype."""
+    if isinstance(value, Mapping):
+        return {key: _told(v) for key, v in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    return _Shape(value.shape, value.dtype) if value.ndim else value.detach().cpu()
+
+
+def _heard(told: Any) -> Any:
+    """What was told, tensors on the meta device."""
+    if isinstance(told, Mapping):
+        return {key: _heard(v) for key, v in told.items()}
+    if isinstance(told, list):
+        return [_heard(v) for v in told]
+    if isinstance(told, _Shape):
+        return torch.empty(told.shape, dtype=told.dtype, device="meta")
+    return told
+
+
+class _Shape(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
