@@ -26,7 +26,7 @@ from torch.nn import Parameter
 from dynarank.distributed.dtensors import scatter
 from dynarank.distributed.unit_class import is_unit
 
-__all__ = ["Resharding", "Sharding", "sharded_parameters", "shardings"]
+__all__ = ["Resharding", "Sharding", "sharded_parameters", "shardings", "sharing_ranks"]
 
 TRIED = ("2.13",)  # versions of torch that the tests have run with
 # What is used of a group of parameters, of one parameter, and of its constructor.
@@ -59,9 +59,9 @@ class Sharding:
     group: Any
 
     @property
-    def ranks(self) -> list[int]:
+    def ranks(self) -> frozenset[int]:
         """The processes that share the parameters, by their global ranks."""
-        return [int(rank) for rank in self.group.mesh_info.mesh.mesh.flatten()]
+        return _ranks(self.group)
 
     @property
     def device(self) -> torch.device:
@@ -222,6 +222,12 @@ def shardings(model: nn.Module) -> dict[int, tuple[Parameter, Any]]:
     }
 
 
+def sharing_ranks(modules: Iterable[nn.Module]) -> list[frozenset[int]]:
+    """The global ranks of the processes that share parameters of these modules' units."""
+    groups = [g for module in modules if is_unit(type(module)) for g in _groups(module)]
+    return [*{_ranks(group) for group in groups}]
+
+
 def sharded_parameters(unit: nn.Module) -> Iterator[Parameter]:
     """The parameters that a unit shards itself, not its units inside."""
     for group in _groups(unit):
@@ -264,6 +270,10 @@ def _check_torch(kind: type, lacking: frozenset[str]) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _ranks(group: Any) -> frozenset[int]:
+    return frozenset(group.mesh_info.mesh.mesh.flatten().tolist())
 
 
 def _homes(q: Any) -> list[tuple[nn.Module, str]]:

@@ -7,7 +7,7 @@ the old ones, until all layers are committed. No process holds more than the one
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.dtensors import gather, is_dtensor, local_part, scatter
 from dynarank.distributed.fsdp2 import Sharding
-from dynarank.forms import Form
+from dynarank.forms import Form, same_weight
 from dynarank.layers import own_parameters
 from dynarank.surgery.edit import Edit, InShards, check_replaceable, prepare_edit, restore_on_exit
 from dynarank.surgery.gradients import move_gradients
@@ -28,18 +28,63 @@ from dynarank.surgery.own_references import groups_of, wrapped
 from dynarank.surgery.settings import attributes, predecessors
 from dynarank.surgery.site import Site
 
-__all__ = ["WholeEdit", "check_gatherable", "gathered", "prepare_whole"]
+__all__ = [
+    "WholeEdit",
+    "check_gatherable",
+    "gathered",
+    "is_resharded",
+    "prepare_whole",
+    "states_in_shards",
+]
 
 
-def check_gatherable(site: Site) -> None:
-    """Have the site's module have its shards, as between steps.
+def is_resharded(site: Site, after: Form) -> bool:
+    """Whether a change to this form gives a weight new parameters, which ``fully_shard`` shards."""
+    return site.sharding is not None and site.form is not None and not same_weight(site.form, after)
+
+
+def check_gatherable(
+    wanted: Iterable[tuple[Site, Form]], moments: Moments, members: frozenset[int]
+) -> None:
+    """Have the modules of sharded weights that change have their shards, as between steps.
+
+    Args:
+        wanted: weights and their new forms.
+        moments: the policy.
+        members: the processes that make the change together, by their global ranks.
 
     Raises:
-        ValueError: its parameters have gradient hooks, or gradients that are not reduced yet.
+        ValueError: gradients of a weight are not reduced yet or have hooks, other processes share
+            it, or the policy needs gradients that no process has whole.
     """
-    assert site.sharding is not None
-    site.sharding.settle(site.path)
-    check_replaceable(site.path, site.parameters())
+    for site in (site for site, after in wanted if is_resharded(site, after)):
+        assert site.sharding is not None
+        if site.sharding.ranks != members:
+            raise ValueError(
+                f"layer {site.path!r} is sharded over the processes {sorted(site.sharding.ranks)}, "
+                f"and {sorted(members)} change forms together: leave it out (layers=), or shard "
+                "all layers over the same processes"
+            )
+        if not isinstance(moments, str):
+            raise ValueError(
+                f"layer {site.path!r} is sharded by fully_shard, and moments={moments!r} needs "
+                "whole gradients of many steps: use moments='project'"
+            )
+        site.sharding.settle(site.path)
+        check_replaceable(site.path, site.parameters())
+
+
+def states_in_shards(
+    wanted: Iterable[tuple[Site, Form]], optimizers: Sequence[Any]
+) -> dict[str, list[Any]]:
+    """What is going to be gathered of sharded weights: the same in all processes, or they wait."""
+    found = dict[str, list[Any]]()
+    for site in (site for site, after in wanted if is_resharded(site, after)):
+        for name, p in site.parameters().items():
+            states = [store.get(p, {}) for store in _stores(optimizers)]
+            tensors = [sorted(k for k, v in s.items() if isinstance(v, Tensor)) for s in states]
+            found[f"{site.path}.{name}"] = [p.grad is not None, *tensors]
+    return found
 
 
 @contextmanager
@@ -50,7 +95,7 @@ def gathered(site: Site, optimizers: Sequence[Any], owner: int) -> Generator[Non
     groups and states hold these. Elsewhere nothing changes.
 
     Args:
-        site: a weight that passed :func:`check_gatherable` in all processes.
+        site: a weight that has passed :func:`check_gatherable` in all processes.
         optimizers: those that train it.
         owner: the process, by its global rank.
     """
