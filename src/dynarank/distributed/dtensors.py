@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["gather", "is_dtensor", "local_part", "scatter"]
+__all__ = ["gather", "is_dtensor", "local_part", "scatter", "whole"]
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -28,6 +28,22 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor's whole value in each process; all that share a DTensor must call it."""
+    if not is_dtensor(tensor):
+        return tensor
+    from torch.distributed.tensor import DTensor
+
+    split = cast(Any, tensor.detach())
+    local, at = split.to_local(), split.device_mesh.device_type
+    if local.device.type != at:  # offloaded to the CPU: the backend may be another device's
+        mesh, shape, stride = split.device_mesh, split.shape, split.stride()
+        moved = local.to(at), mesh, split.placements
+        split = DTensor.from_local(*moved, run_check=False, shape=shape, stride=stride)
+    return split.full_tensor().to(local.device)
+
+
+@torch.no_grad()
 def gather(tensor: Tensor, owner: int, device: torch.device) -> Tensor | None:
     """A DTensor's whole value in one process; None in the others, which never have more than parts.
 
@@ -41,18 +57,18 @@ def gather(tensor: Tensor, owner: int, device: torch.device) -> Tensor | None:
     """
     from torch.distributed.tensor import Shard
 
-    whole, mine = cast(Any, tensor.detach()), dist.get_rank() == owner
-    split = [(axis, p) for axis, p in enumerate(whole.placements) if not p.is_replicate()]
+    shared, mine = cast(Any, tensor.detach()), dist.get_rank() == owner
+    split = [(axis, p) for axis, p in enumerate(shared.placements) if not p.is_replicate()]
     if not split:
-        return whole.to_local().to(device, copy=True) if mine else None
+        return shared.to_local().to(device, copy=True) if mine else None
     if len(split) > 1 or type(split[0][1]) is not Shard:  # not of FSDP2's: means of rows, say
-        value = whole.full_tensor()
+        value = shared.full_tensor()
         return value.to(device) if mine else None
     axis, dim = split[0][0], split[0][1].dim
-    group = whole.device_mesh.get_group(axis)
+    group = shared.device_mesh.get_group(axis)
     if owner not in dist.get_process_group_ranks(group):
         return None
-    return _gather(whole.to_local().to(device), dim, whole.shape[dim], group, owner)
+    return _gather(shared.to_local().to(device), dim, shared.shape[dim], group, owner)
 
 
 def _gather(local: Tensor, dim: int, size: int, group: Any, owner: int) -> Tensor | None:

@@ -30,6 +30,7 @@ __all__ = [
     "Processes",
     "independent",
     "is_independent",
+    "processes_among",
     "processes_of",
 ]
 
@@ -192,6 +193,13 @@ def processes_of(*modules: nn.Module, training: bool = True) -> Processes:
         return Processes()
     group = next((g for g, r in zip(groups, ranks, strict=False) if r == members), None)
     return Processes(group or _group(members, None), _group(members, "gloo"))
+
+
+def processes_among(ranks: frozenset[int]) -> Processes:
+    """The processes of these global ranks."""
+    if len(ranks) == 1:
+        return Processes()
+    return Processes(_group(ranks, None), _group(ranks, "gloo"))
 
 
 @contextmanager

@@ -58,6 +58,10 @@ class InShards:
     norms: tuple[float, ...] = ()
     states: Mapping[int, Mapping[str, dict[str, Any]]] = field(default_factory=dict[Any, Any])
 
+    def reverse(self, norms: tuple[float, ...]) -> InShards:
+        """What puts the old shards back, whose factors had these norms."""
+        return InShards(self.resharding.reverse(), norms)
+
 
 @dataclass(frozen=True)
 class Edit:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.dtensors import gather, is_dtensor, local_part, scatter
-from dynarank.distributed.fsdp2 import Sharding
+from dynarank.distributed.fsdp2 import Sharding, shardings
 from dynarank.forms import Form, same_weight
 from dynarank.layers import own_parameters
 from dynarank.surgery.edit import Edit, InShards, check_replaceable, prepare_edit, restore_on_exit
@@ -31,6 +31,7 @@ from dynarank.surgery.site import Site
 __all__ = [
     "WholeEdit",
     "check_gatherable",
+    "check_order",
     "gathered",
     "is_resharded",
     "prepare_whole",
@@ -72,6 +73,18 @@ def check_gatherable(
             )
         site.sharding.settle(site.path)
         check_replaceable(site.path, site.parameters())
+
+
+def check_order(model: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Raise ValueError if the optimizers have none of the shards that ``fully_shard`` made."""
+    held = {id(p) for one in optimizers for g in groups_of(wrapped(one)) for p in g["params"]}
+    shards = [shard for shard, _ in shardings(model).values() if shard.requires_grad]
+    if optimizers and shards and not any(id(p) in held for p in shards):
+        raise ValueError(
+            "the optimizer of this RankScheduler holds none of the parameters that fully_shard has "
+            "made, so it would train nothing: make them in the order model, fully_shard, optimizer, "
+            "RankScheduler"
+        )
 
 
 def states_in_shards(

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, precise
+from dynarank.distributed.dtensors import is_dtensor, whole
 from dynarank.distributed.fsdp2 import Sharding
+from dynarank.distributed.processes import processes_among
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters
 
@@ -105,6 +107,21 @@ class Site:
             own = {**own, **self.sharding.shards()}
         return {name: p for name in names if (p := own[name]) is not None}
 
+    def values(self) -> dict[str, Tensor]:
+        """The values of the parameters, to read: whole ones also of a weight that is sharded.
+
+        All processes that share a sharded weight must ask for them.
+
+        Raises:
+            PeerError: not all processes ask.
+        """
+        own: dict[str, Tensor] = {**self.parameters()}
+        if self.sharding is None or not any(map(is_dtensor, own.values())):
+            return own
+        together = processes_among(self.sharding.ranks)
+        together.gather(f"reading layer {self.path!r}, which is sharded", None)
+        return {name: whole(p) for name, p in own.items()}
+
     def trained(self) -> list[Parameter]:
         """The parameters that train in this form: all but the base of an adapted one."""
         return [p for name, p in self.parameters().items() if not self.spec.is_base(name)]
@@ -117,12 +134,12 @@ class Site:
 
     def effective(self) -> Tensor:
         """The effective weight, canonical."""
-        weight = self.spec.effective(self._own_form(), self.parameters())
+        weight = self.spec.effective(self._own_form(), self.values())
         return self.spec.to_canonical(weight)
 
     def exact(self) -> Tensor:
         """The effective weight, canonical, in fp64 (see :func:`precise`)."""
-        values = {name: precise(p) for name, p in self.parameters().items()}
+        values = {name: precise(p) for name, p in self.values().items()}
         return self.spec.to_canonical(self.spec.effective(self._own_form(), values))
 
     def _own_form(self) -> Form:

@@ -116,11 +116,11 @@ def change_forms(
         "states": states_in_shards(wanted, optimizers),
     }
     agree_on(wanted, how, together)
-    sites = [*(edit.site for edit in prepared), *(site for site, _ in wanted)]
+    due = [*((edit.site, edit.change.after) for edit in prepared), *wanted]
 
     def ready() -> list[DistributedDataParallel]:
-        check_gatherable(wanted, moments, together.members)
-        return _wrappers(sites)
+        check_gatherable(due, moments, together.members)
+        return _wrappers([site for site, _ in due])
 
     wrappers = together.attempt("a change of forms", ready)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
