@@ -17,6 +17,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.forms import (
     Adapted,
     AdaptedExecution,
@@ -62,7 +63,8 @@ def apply_plan(
     Law: applying a plan twice equals applying it once; what does not change keeps its object.
 
     Args:
-        model: any module; its modules keep their identity, hooks and names.
+        model: any module, wrapped (DDP, ``torch.compile``) or not; its modules keep their identity,
+            hooks and names, and paths are those without wrappers.
         plan: a form for each path.
         optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
             the old ones, and their state moves with them. An optimizer that is not passed but
@@ -232,7 +234,8 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
-    for path, module in model.named_modules():
+    core = unwrapped(model)
+    for path, module in core.named_modules():
         if isinstance(module, RankedLayer) and (reason := forward_obstacle(module)):
             raise ValueError(f"layer {path!r} cannot become a plain layer: {reason}")
     sites = survey(model)
@@ -243,17 +246,18 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
     }
     with ExitStack() as undo:
         change_forms(differences(model, plan, sites), optimizer, moments, undo=undo)
-        for module in model.modules():
+        for module in core.modules():
             if isinstance(module, RankedLayer):
                 restore_module_on_exit(module, undo)
                 module.to_plain()
         undo.pop_all()
-    unfollow_loads(model)
-    unsign_states(model)
+    unfollow_loads(core)
+    unsign_states(core)
     return model
 
 
 def _follow(model: nn.Module, optimizer: Optimizers) -> None:
     """From now on, states that are saved tell the forms, and those that are loaded bring them."""
-    follow_loads(model)
-    sign_states(model, as_list(optimizer))
+    core = unwrapped(model)
+    follow_loads(core)
+    sign_states(core, as_list(optimizer))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from dynarank.distributed.unwrap import check_wrappers
+
 __all__ = ["check_unwrapped", "is_wrapper"]
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
@@ -16,6 +18,7 @@ def is_wrapper(kind: type) -> bool:
 
 def check_unwrapped(model: nn.Module) -> None:
     """Raise ValueError if a wrapper holds the model's parameters and would miss a change."""
+    check_wrappers(model)
     for path, module in model.named_modules():
         for cls in type(module).__mro__:
             if cls.__name__ in _WRAPPERS:
