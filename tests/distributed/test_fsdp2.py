@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -25,7 +25,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import dynarank as dr
 from dynarank.decompositions import UnfitWeightError
+from dynarank.distributed import fsdp2
 from dynarank.distributed.dtensors import local_part, whole
+from dynarank.factors.balance import balance
 from dynarank.surgery import sharded, transaction
 
 STEPS, BATCH, RANK = 12, 16, 3
@@ -158,7 +160,10 @@ def train(case: Case, to: Ending, *, share: bool) -> tuple[list[float], dict[str
     return losses, values(model, optimizer)
 
 
-LAYERS = {mlp: ("0", "2.0", "2.2"), convolutions: ("1",)}
+LAYERS: dict[Callable[[], nn.Module], tuple[str, ...]] = {
+    mlp: ("0", "2.0", "2.2"),
+    convolutions: ("1",),
+}
 
 
 def values(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -351,14 +356,13 @@ def refusals() -> dict[str, str]:
     handle.remove()
     change()
     said["load"] = refused(lambda: model.load_state_dict(dr.merge(mlp()).state_dict()))
-    from dynarank.factors import balance
-
     said["balance"] = refused(lambda: balance(model))
 
-    known = fsdp2._OF_GROUP
-    fsdp2._OF_GROUP = (*known, "in_another_version")
+    private: Any = fsdp2
+    known = private._OF_GROUP
+    private._OF_GROUP = (*known, "in_another_version")
     said["version"] = refused(lambda: dr.survey(model))
-    fsdp2._OF_GROUP = known
+    private._OF_GROUP = known
     with torch.device("meta"):
         empty = mlp()
     fully_shard(empty, mesh=mesh_of(Case()))
@@ -473,7 +477,7 @@ def unlike_ways() -> dict[str, float]:
         "tied": (Tied, _root, ("embedding",)),
         "one layer": (lambda: nn.Linear(16, 3), _root, ("",)),
         "together": (mlp, _two_together, ("0", "2.0")),
-        "factorized before": (mlp, _factorized, ("0", "2.0")),
+        "factorized before": (_factorized, _first_and_root, ("0", "2.0")),
         "converted after": (mlp, _converted, ("0", "2.0")),
     }
     return {name: apart(*way) for name, way in ways.items()}
@@ -494,9 +498,12 @@ def _two_together(model: Any) -> None:
     _root(model)
 
 
-def _factorized(model: Any) -> None:
+def _factorized() -> nn.Module:
     with dr.distributed.independent():
-        dr.factorize(model, RANK, layers=["0", "2.0"])
+        return dr.factorize(mlp(), RANK + 1, layers=["0", "2.0"])
+
+
+def _first_and_root(model: Any) -> None:
     fully_shard(model[0], mesh=mesh_of(Case()))
     _root(model)
 
