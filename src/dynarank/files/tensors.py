@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,7 @@ from dynarank.files.json_data import dump_json, parse_json
 from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError, reading
 
-__all__ = ["check_header", "load_tensors", "save_tensors", "tensor_chunks"]
+__all__ = ["check_header", "load_tensors", "save_tensors", "stored_dtype", "tensor_chunks"]
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -38,6 +39,7 @@ _NAMES = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _METADATA = "__metadata__"
 
@@ -90,8 +92,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise DamagedFileError(path, printable(str(error))) from error
 
 
-def check_header(path: Path) -> None:
-    """Refuse what safetensors' reader does not look at: keys that appear twice.
+def check_header(path: Path) -> dict[str, Any]:
+    """The header; what safetensors' reader does not look at is refused: keys that appear twice.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,6 +108,20 @@ def check_header(path: Path) -> None:
     found = parse_json(header, f"the header of {path}", max_bytes=_MAX_HEADER)
     if not isinstance(found, dict):
         raise DamagedFileError(path, "its header is not a JSON object")
+    return found
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The dtype of a tensor by its name in a header.
+
+    Raises:
+        KeyError: torch has no such dtype.
+
+    Example:
+        >>> stored_dtype("BF16")
+        torch.bfloat16
+    """
+    return _DTYPES[name]
 
 
 def tensor_chunks(

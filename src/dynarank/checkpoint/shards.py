@@ -1,0 +1,190 @@
+"""Sharded tensors (FSDP2's): each process writes its own pieces, and reads those it needs.
+
+Who writes which piece is planned by ``torch.distributed.checkpoint`` (DCP), and so is which saved
+pieces a new one is put together from: any number of processes loads what another number saved. A
+file of pieces is safetensors; their places are in its header, in the entry that DCP reads too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dynarank.files.json_data import parse_json
+from dynarank.files.printable import printable
+from dynarank.files.reading import DamagedFileError
+from dynarank.files.tensors import check_header, stored_dtype, tensor_chunks
+
+__all__ = [
+    "Shard",
+    "Stored",
+    "is_shard_file",
+    "is_sharded",
+    "shard_chunks",
+    "shard_file",
+    "shard_of",
+]
+
+_FILE = re.compile(r"shard-\d{5,}\.safetensors", re.ASCII)
+_PLACES, _OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A piece of a tensor, on the CPU.
+
+    Args:
+        local: its values.
+        shape: of the whole tensor.
+        offsets: where the piece begins in it.
+    """
+
+    local: Tensor
+    shape: torch.Size
+    offsets: torch.Size
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process has a piece of the tensor."""
+    return type(tensor).__name__ == "DTensor"  # by name: torch.distributed.tensor is slow to import
+
+
+def shard_file(rank: int) -> str:
+    """The name of the file of a process's pieces."""
+    return f"shard-{rank:05d}.safetensors"
+
+
+def is_shard_file(name: str) -> bool:
+    """Whether this is the name of a file of pieces."""
+    return _FILE.fullmatch(name) is not None
+
+
+def shard_of(tensor: Any) -> Shard:
+    """A copy of this process's piece of a sharded tensor."""
+    (chunk,) = tensor.__create_chunk_list__()
+    return Shard(tensor.detach().to_local().to("cpu", copy=True), tensor.shape, chunk.offsets)
+
+
+def shard_chunks(shards: Mapping[str, Shard]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file of pieces."""
+    places = {name: {_OFFSETS: list(shard.offsets)} for name, shard in shards.items()}
+    tensors = {name: shard.local for name, shard in shards.items()}
+    return tensor_chunks(tensors, {_PLACES: json.dumps(places)})
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A piece in a file."""
+
+    file: Any
+    key: str
+    offsets: torch.Size
+    sizes: torch.Size
+
+    def read(self, place: tuple[slice, ...]) -> Tensor:
+        return self.file.get_slice(self.key)[place] if place else self.file.get_tensor(self.key)
+
+
+class Stored:
+    """The tensors of a checkpoint, each read when it is asked for, whole or a piece.
+
+    Args:
+        folder: of the checkpoint, whose files have been verified. They are kept open.
+        names: of its safetensors files.
+    """
+
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        for name in names:
+            self._open(folder / name)
+
+    def parts(self) -> set[str]:
+        """The parts of the checkpoint that have tensors."""
+        return {name.partition("/")[0] for name in self._pieces}
+
+    def names(self, part: str) -> Iterator[str]:
+        """The names of the tensors of a part."""
+        return (n.removeprefix(f"{part}/") for n in self._pieces if n.startswith(f"{part}/"))
+
+    def outline(self, part: str) -> dict[str, Tensor]:
+        """The tensors of a part without their values."""
+        return {name: self._empty(f"{part}/{name}", "meta") for name in self.names(part)}
+
+    def read(self, part: str, likes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors of a part, on the CPU; of those like a sharded one, this process's pieces."""
+        return {n: self._read(f"{part}/{n}", (likes or {}).get(n)) for n in self.names(part)}
+
+    def _open(self, path: Path) -> None:
+        header = check_header(path)
+        try:
+            file = safe_open(path, "pt", backend="pread")
+            places = None
+            if is_shard_file(path.name):
+                places = parse_json(file.metadata()[_PLACES], f"the places in {path}")
+            for key in file.keys():
+                name = key if places else f"{path.stem}/{key}"
+                entry, sizes = header[key], torch.Size(header[key]["shape"])
+                offsets = torch.Size(places[key][_OFFSETS] if places else [0] * len(sizes))
+                self._pieces.setdefault(name, []).append(_Piece(file, key, offsets, sizes))
+                self._dtypes[name] = stored_dtype(entry["dtype"])
+        except (SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise DamagedFileError(path, printable(str(error))) from error
+
+    def _empty(self, name: str, device: str = "cpu") -> Tensor:
+        ends = [
+            [begin + size for begin, size in zip(piece.offsets, piece.sizes, strict=True)]
+            for piece in self._pieces[name]
+        ]
+        shape = [max(row) for row in zip(*ends, strict=True)]
+        return torch.empty(shape, dtype=self._dtypes[name], device=device)
+
+    def _read(self, name: str, like: Any) -> Tensor:
+        if like is None or not is_sharded(like) or like.shape != self._empty(name, "meta").shape:
+            whole = self._empty(name)
+            self._fill(name, whole, torch.Size([0] * whole.ndim))
+            return whole
+        from torch.distributed.tensor import DTensor
+
+        (chunk,) = like.__create_chunk_list__()
+        local = torch.empty(chunk.sizes, dtype=self._dtypes[name])
+        self._fill(name, local, chunk.offsets)
+        return DTensor.from_local(
+            local,
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=self._empty(name, "meta").stride(),
+        )
+
+    def _fill(self, name: str, local: Tensor, offsets: torch.Size) -> None:
+        """Put a piece together from those that were saved."""
+        from torch.distributed.checkpoint.metadata import (
+            ChunkStorageMetadata,
+            TensorProperties,
+            TensorStorageMetadata,
+        )
+        from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+        pieces = self._pieces[name]
+        saved = [ChunkStorageMetadata(piece.offsets, piece.sizes) for piece in pieces]
+        whole = TensorStorageMetadata(TensorProperties(local.dtype), local.shape, saved)
+        wanted = [ChunkStorageMetadata(offsets, local.shape)]
+        for item in create_read_items_for_chunk_list(name, whole, wanted):
+            found = pieces[item.storage_index.index or 0].read(
+                _slices(item.storage_offsets, item.lengths)
+            )
+            local[_slices(item.dest_offsets, item.lengths)].copy_(found)
+
+
+def _slices(offsets: Iterable[int], lengths: Iterable[int]) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(offsets, lengths, strict=True))
