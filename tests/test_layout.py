@@ -24,6 +24,7 @@ ORDER = [
     "files",
     "forms",
     "form_data",
+    "distributed",
     "decompositions",
     "layers",
     "surgery",

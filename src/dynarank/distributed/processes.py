@@ -1,0 +1,236 @@
+"""The processes that train one model together, what they agree on, and how an error reaches all.
+
+Each decision that a process takes by itself may differ from the others' (an SVD with one thread and
+with two is not equal in bits), so it is taken once and told, or compared. Small objects travel in a
+gloo group of their own, beside the gradients' group: a process that does something else there is
+found, and not mistaken for one that averages gradients.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import reduce
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dynarank.distributed.wrappers import data_parallel_groups
+
+__all__ = ["DisagreementError", "PeerError", "Processes", "independent", "processes_of"]
+
+_T = TypeVar("_T")
+_INDEPENDENT: ContextVar[bool] = ContextVar("independent", default=False)
+# By the ranks of the members: the default group they were made in, and the group.
+_MADE: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+
+class PeerError(RuntimeError):
+    """Raised in all other processes when one of them fails, or does not come."""
+
+
+class DisagreementError(ValueError):
+    """Raised in all processes when they differ in what must be alike."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that train one model together; one process alone agrees with itself.
+
+    Args:
+        group: the process group that tensors travel in; None: there is one process.
+        control: a gloo group of the same members, for small objects.
+    """
+
+    group: Any = None
+    control: Any = None
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        """The number of this process among them."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    def gather(self, what: str, value: _T) -> list[_T]:
+        """The value of every process, by number; all must call it for the same ``what``.
+
+        Raises:
+            PeerError: a process has ended, or does not come within the group's time-out.
+            DisagreementError: a process is about something else.
+
+        Example:
+            >>> Processes().gather("the step", 3)
+            [3]
+        """
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, (what, value), group=self.control)
+        except RuntimeError as error:
+            raise PeerError(
+                f"{what}: not all of {self.size} processes came ({error}). One has ended, or is "
+                "about something else: every process must make the same calls in the same order"
+            ) from error
+        _check_alike("what processes do next", [one for one, _ in found])
+        return [one for _, one in found]
+
+    def agree(self, what: str, value: Any) -> None:
+        """Check that plain data is the same in all processes.
+
+        Raises:
+            DisagreementError: it is not; the message names the first difference, in all processes.
+
+        Example:
+            >>> Processes().agree("the schedule", {"rank": 4})
+        """
+        _check_alike(what, self.gather(what, value))
+
+    def from_first(self, what: str, value: _T) -> _T:
+        """The first process's value."""
+        return self.gather(what, value)[0]
+
+    def attempt(self, what: str, function: Callable[[], _T]) -> _T:
+        """Call a function in every process; if it fails in one, it has failed in all.
+
+        Raises:
+            Exception: what the function raised here.
+            PeerError: it raised in another process only.
+
+        Example:
+            >>> Processes().attempt("adding", lambda: 1 + 1)
+            2
+        """
+        if self.group is None:
+            return function()
+        made, error = None, None
+        try:
+            made = function()
+        except Exception as raised:
+            error = raised
+        told = self.gather(what, None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if failed := [rank for rank, text in enumerate(told) if text is not None]:
+            others = f" (and {len(failed) - 1} others)" if len(failed) > 1 else ""
+            raise PeerError(f"{what} failed in process {failed[0]}{others}: {told[failed[0]]}")
+        return cast(_T, made)
+
+    def send(self, tensors: Iterable[Tensor], owner: int) -> None:
+        """Give these tensors, in place, the values that they have in the owner's process."""
+        for tensor in tensors if self.group is not None else ():
+            sent = self._sent(tensor.detach())
+            if sent.numel():  # as bytes: no backend has every dtype
+                dist.broadcast(sent.view(-1).view(torch.uint8), group=self.group, group_src=owner)
+            if owner != self.rank:
+                tensor.detach().copy_(sent)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """The tensor, or a copy, that the group's backend can send."""
+        nccl = tensor.device.type == "cpu" and dist.get_backend(self.group) == "nccl"
+        device = torch.device("cuda", torch.cuda.current_device()) if nccl else tensor.device
+        return tensor.to(device).contiguous()
+
+
+def processes_of(*modules: nn.Module, training: bool = True) -> Processes:
+    """The processes that train the model of which these are modules.
+
+    They are those of the wrappers around the modules (DDP, FSDP2), wherever these are; else, if a
+    model is trained and a process group is initialized, those of the default group: a loop that
+    averages gradients by hand.
+
+    Args:
+        modules: of the model, whose wrappers are looked for.
+        training: whether the model is trained, and not a copy that one process has for itself.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or _INDEPENDENT.get():
+        return Processes()
+    if dist.get_world_size() == 1:
+        return Processes()
+    groups = data_parallel_groups(modules)
+    if not groups and not training:
+        return Processes()
+    ranks = [frozenset(dist.get_process_group_ranks(group)) for group in groups]
+    members = reduce(operator.or_, ranks) if ranks else frozenset(range(dist.get_world_size()))
+    if len(members) == 1:
+        return Processes()
+    group = next((g for g, r in zip(groups, ranks, strict=True) if r == members), None)
+    return Processes(group or _group(members, None), _group(members, "gloo"))
+
+
+@contextmanager
+def independent() -> Generator[None]:
+    """Within it, this process changes its models by itself, whatever process group there is.
+
+    For processes that share a process group and train different models.
+
+    Example:
+        >>> with independent():
+        ...     model = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)
+    """
+    token = _INDEPENDENT.set(True)
+    try:
+        yield
+    finally:
+        _INDEPENDENT.reset(token)
+
+
+def _group(members: Iterable[int], backend: str | None) -> Any:
+    """A process group of these members, made once."""
+    world, ranks = dist.group.WORLD, tuple(sorted(members))
+    if backend is None and len(ranks) == dist.get_world_size():
+        return world
+    made_in, group = _MADE.get((*ranks, backend), (None, None))
+    if made_in is not world:
+        group = dist.new_group(
+            list(ranks), timeout=_timeout(world), backend=backend, use_local_synchronization=True
+        )
+        _MADE[(*ranks, backend)] = world, group
+    return group
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long the group's own operations wait; None if it does not say."""
+    for device in group._device_types:
+        options = getattr(group._get_backend(device), "options", None)
+        if (found := getattr(options, "_timeout", None)) is not None:
+            return found
+    return None
+
+
+def _check_alike(what: str, values: Sequence[Any]) -> None:
+    """Raise DisagreementError, naming the first difference, unless all values are equal."""
+    for rank, value in enumerate(values):
+        if value != values[0]:
+            place, first, other = _difference(values[0], value)
+            raise DisagreementError(
+                f"the processes differ in {what}{place}: {first!r} in process 0, {other!r} in "
+                f"process {rank}. Nothing has changed; give every process the same model, "
+                "schedule, options and seed of decisions"
+            )
+
+
+def _difference(one: Any, other: Any, place: str = "") -> tuple[str, Any, Any]:
+    """The first place at which nested data differs, and both values there."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        a, b = cast(Mapping[Any, Any], one), cast(Mapping[Any, Any], other)
+        for key in dict.fromkeys([*a, *b]):
+            if key not in a or key not in b or a[key] != b[key]:
+                return _difference(a.get(key), b.get(key), f"{place}[{key!r}]")
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        rows, others = cast(Sequence[Any], one), cast(Sequence[Any], other)
+        for i in range(max(len(rows), len(others))):
+            pair = [values[i] if i < len(values) else None for values in (rows, others)]
+            if pair[0] != pair[1]:
+                return _difference(pair[0], pair[1], f"{place}[{i}]")
+    return place, one, other
