@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import StorageWriter
 from torch.futures import Future
 
 from dynarank.checkpoint.manifest import Entry
@@ -53,7 +55,7 @@ def write_shards(
     """
     writer = _Writer(path, sync)
     try:
-        dcp.save(
+        save(
             dict(shards),
             storage_writer=writer,
             planner=_Planner(flatten_state_dict=False),
@@ -70,7 +72,7 @@ def write_shards(
     return writer.written
 
 
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Plans pieces that are copies, and no DTensors any more."""
 
     def set_up_planner(
@@ -86,7 +88,7 @@ class _Planner(dcp.DefaultSavePlanner):
         return self.state_dict[index.fqn]
 
 
-class _Writer(dcp.StorageWriter):
+class _Writer(StorageWriter):
     """Writes the pieces of a process into one file, hashed on the way."""
 
     def __init__(self, path: Path, sync: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from dynarank.checkpoint.findings import ALONE, in_all
 from dynarank.checkpoint.manifest import (
     MANIFEST,
     Entry,
@@ -25,8 +26,7 @@ from dynarank.checkpoint.manifest import (
     is_name,
     read_manifest,
 )
-from dynarank.checkpoint.shards import Shard, Stored, is_shard_file
-from dynarank.checkpoint.findings import ALONE, in_all
+from dynarank.checkpoint.shards import Shard, Stored, is_shard_file, piece_like
 from dynarank.distributed.processes import Processes
 from dynarank.files.atomic import remove, remove_orphans, temporary_beside, write_chunks
 from dynarank.files.json_data import dump_json, read_json
@@ -75,16 +75,26 @@ class Contents:
     @property
     def size(self) -> int:
         """The bytes of the tensors that this process writes."""
-        tensors = (t for file in self.tensors.values() for t in file.values())
-        return sum(t.nbytes for t in (*tensors, *(one.local for one in self.shards.values())))
+        tensors = [t for file in self.tensors.values() for t in file.values()]
+        tensors += [shard.local for shard in self.shards.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def outline(self, part: str) -> Mapping[str, Tensor]:
         """The tensors of a part; those that are read later without values."""
         return self.tensors.get(part, {}) if self.stored is None else self.stored.outline(part)
 
     def read(self, part: str, likes: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
-        """The tensors of a part; of those like a sharded one, this process's pieces."""
-        return self.tensors.get(part, {}) if self.stored is None else self.stored.read(part, likes)
+        """The tensors of a part; of those like a sharded one, this process's pieces.
+
+        Args:
+            part: its name.
+            likes: sharded tensors, by ``<name of the part>/<name of the tensor>``.
+        """
+        likes = likes or {}
+        if self.stored is not None:
+            return self.stored.read(part, likes)
+        found = self.tensors.get(part, {})
+        return {name: piece_like(t, likes.get(f"{part}/{name}")) for name, t in found.items()}
 
 
 def write_folder(
@@ -182,7 +192,9 @@ def read_folder(
         NewerFormatError: a newer version wrote it.
     """
     if processes.size > 1:
-        return in_all(processes, f"reading {folder}", lambda: _read(folder, verify, step, processes))
+        return in_all(
+            processes, f"reading {folder}", lambda: _read(folder, verify, step, processes)
+        )
     for left in reversed(range(_TRIES)):
         place = _whole(folder)
         read = _identity(place)

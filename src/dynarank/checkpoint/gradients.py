@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dynarank.checkpoint.shards import is_sharded
+from dynarank.checkpoint.shards import is_sharded, piece_like
 from dynarank.distributed.processes import Processes
 
-__all__ = ["differ", "gradients_of", "mean", "set_gradients"]
+__all__ = ["differing", "gradients_of", "mean", "set_gradients"]
 
 
 def gradients_of(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
@@ -25,15 +25,11 @@ def gradients_of(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
     return found if any(processes.gather("whether there are gradients", some)) else {}
 
 
-def differ(gradients: Mapping[str, Tensor], processes: Processes) -> bool:
-    """Whether this process has other gradients than the first; pieces of one tensor do not count."""
-    digest = hashlib.sha256()
-    for name, grad in gradients.items() if processes.size > 1 else ():
-        if not is_sharded(grad):
-            plain = grad.detach().cpu().contiguous().view(-1).view(torch.uint8)
-            digest.update(name.encode() + plain.numpy().tobytes())
-    own = digest.digest()
-    return own != processes.from_first("the gradients", own)
+def differing(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Those that differ from the first process's; pieces of sharded ones do not count."""
+    own = {n: _digest(t) for n, t in tensors.items() if processes.size > 1 and not is_sharded(t)}
+    first = processes.from_first("the tensors of the first process", own)
+    return {name: tensors[name] for name, digest in own.items() if first.get(name) != digest}
 
 
 def mean(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -50,8 +46,15 @@ def set_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Give each parameter its gradient, or none."""
     for name, p in model.named_parameters():
         grad = saved.get(name)
+        if grad is not None and is_sharded(p) and not is_sharded(grad):
+            grad = piece_like(grad, p)
         p.grad = None if grad is None else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def _digest(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).digest()

@@ -28,6 +28,7 @@ __all__ = [
     "Stored",
     "is_shard_file",
     "is_sharded",
+    "piece_like",
     "shard_chunks",
     "shard_file",
     "shard_of",
@@ -71,6 +72,14 @@ def shard_of(tensor: Any) -> Shard:
     """A copy of this process's piece of a sharded tensor."""
     (chunk,) = tensor.__create_chunk_list__()
     return Shard(tensor.detach().to_local().to("cpu", copy=True), tensor.shape, chunk.offsets)
+
+
+def piece_like(tensor: Tensor, like: Any) -> Tensor:
+    """This process's piece of a tensor which all have, sharded as ``like`` is; None: all of it."""
+    if like is None:
+        return tensor
+    (chunk,) = like.__create_chunk_list__()
+    return _as_shard(tensor[_slices(chunk.offsets, chunk.sizes)], like)
 
 
 def shard_chunks(shards: Mapping[str, Shard]) -> Iterator[bytes | memoryview]:
@@ -120,8 +129,12 @@ class Stored:
         return {name: self._empty(f"{part}/{name}", "meta") for name in self.names(part)}
 
     def read(self, part: str, likes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The tensors of a part, on the CPU; of those like a sharded one, this process's pieces."""
-        return {n: self._read(f"{part}/{n}", (likes or {}).get(n)) for n in self.names(part)}
+        """The tensors of a part, on the CPU; of those like a sharded one, this process's pieces.
+
+        ``likes``: sharded tensors, by ``<name of the part>/<name of the tensor>``.
+        """
+        found = {name: f"{part}/{name}" for name in self.names(part)}
+        return {name: self._read(full, (likes or {}).get(full)) for name, full in found.items()}
 
     def _open(self, path: Path) -> None:
         header = check_header(path)
@@ -148,23 +161,14 @@ class Stored:
         return torch.empty(shape, dtype=self._dtypes[name], device=device)
 
     def _read(self, name: str, like: Any) -> Tensor:
-        if like is None or not is_sharded(like) or like.shape != self._empty(name, "meta").shape:
+        if like is None:
             whole = self._empty(name)
             self._fill(name, whole, torch.Size([0] * whole.ndim))
             return whole
-        from torch.distributed.tensor import DTensor
-
         (chunk,) = like.__create_chunk_list__()
         local = torch.empty(chunk.sizes, dtype=self._dtypes[name])
         self._fill(name, local, chunk.offsets)
-        return DTensor.from_local(
-            local,
-            like.device_mesh,
-            like.placements,
-            run_check=False,
-            shape=like.shape,
-            stride=self._empty(name, "meta").stride(),
-        )
+        return _as_shard(local, like)
 
     def _fill(self, name: str, local: Tensor, offsets: torch.Size) -> None:
         """Put a piece together from those that were saved."""
@@ -184,6 +188,19 @@ class Stored:
                 _slices(item.storage_offsets, item.lengths)
             )
             local[_slices(item.dest_offsets, item.lengths)].copy_(found)
+
+
+def _as_shard(local: Tensor, like: Any) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=torch.empty(like.shape, device="meta").stride(),
+    )
 
 
 def _slices(offsets: Iterable[int], lengths: Iterable[int]) -> tuple[slice, ...]:
