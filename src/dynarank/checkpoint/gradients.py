@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dynarank.checkpoint.shards import is_sharded, piece_like
+from dynarank.checkpoint.shards import is_sharded
 from dynarank.distributed.processes import Processes
 
 __all__ = ["differing", "gradients_of", "mean", "set_gradients"]
@@ -46,8 +46,6 @@ def set_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Give each parameter its gradient, or none."""
     for name, p in model.named_parameters():
         grad = saved.get(name)
-        if grad is not None and is_sharded(p) and not is_sharded(grad):
-            grad = piece_like(grad, p)
         p.grad = None if grad is None else torch.empty_like(p, dtype=grad.dtype).copy_(grad)
 
 

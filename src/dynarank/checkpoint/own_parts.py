@@ -10,10 +10,11 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dynarank.checkpoint.folder import Contents
 from dynarank.checkpoint.gradients import mean
+from dynarank.checkpoint.shards import is_sharded, piece_like
 from dynarank.checkpoint.tree import unflatten
 from dynarank.distributed.processes import Processes
 
@@ -52,16 +53,17 @@ class OwnParts:
             warnings.warn(_said(self._size, size), UserWarning, stacklevel=2)
         return self._of(rank)["random"] if rank < self._size else None
 
-    def gradients(self, sharded: bool) -> Mapping[str, Tensor]:
-        """The gradients for this process, of a sharded model or of a replica."""
+    def gradients(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """The gradients for this process: its own, or the mean where pieces or numbers differ."""
+        likes = {name: p for name, p in model.named_parameters() if is_sharded(p)}
         ranks = range(self._size)
-        if self._size == self._processes.size and not sharded:
+        if self._size == self._processes.size and not likes:
             ranks = range(self._processes.rank, self._processes.rank + 1)
-        first = self._parts["gradients"]
-        rows = [self._of(rank)["gradients"] for rank in ranks]
+        rows, first = [self._of(rank)["gradients"] for rank in ranks], self._parts["gradients"]
         if all(row is None for row in rows):
             return first
-        return mean([first if row is None else row for row in rows])
+        own = [row and {n: piece_like(g, likes.get(n)) for n, g in row.items()} for row in rows]
+        return mean([first if row is None else row for row in own])
 
     def buffers(self) -> Mapping[str, Tensor]:
         """The buffers that this process had for itself, if it is one of as many."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from dynarank.checkpoint.random_states import set_random_states
 from dynarank.checkpoint.shards import is_sharded, shard_of
 from dynarank.checkpoint.structure import restore_structure, structure_of
 from dynarank.checkpoint.tree import flatten, unflatten
-from dynarank.checkpoint.values import keep_optimizer, load_modules, load_other
+from dynarank.checkpoint.values import fits, keep_optimizer, load_modules, load_other
 from dynarank.distributed.processes import Processes, processes_of
 from dynarank.layers import RankedLayer
 from dynarank.surgery.loading import follow_loads
@@ -130,24 +131,48 @@ def restore(
     given |= {"ema": ema, "scaler": scaler}
     with ExitStack() as undo:
         undo.callback(set_random_states, read_random_states())
-        extra = processes.attempt(
-            "loading the state",
-            lambda: _restore(contents, model, given, random_states, processes, undo),
+        loaded = processes.attempt(
+            "loading the state", lambda: _restore(contents, model, given, processes, undo)
         )
+        fit = processes.gather("whether the values fit", loaded.fit())
+        states = loaded.own.random() if random_states else None
+        processes.attempt("loading the values", lambda: loaded.write(states, all(fit), undo))
         undo.pop_all()
     _follow([model, *(one for one in _all(ema) if isinstance(one, nn.Module))], optimizer)
-    return extra
+    return loaded.extra
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What is left to load when all else is: values that are written in place."""
+
+    modules: _Pairs  # the model first
+    averages: _Pairs  # those that are no modules
+    own: OwnParts
+    extra: Any
+
+    def fit(self) -> bool:
+        """Whether no value can be refused."""
+        return all(fits(one, state) for one, state in (*self.modules, *self.averages))
+
+    def write(self, random: dict[str, Any] | None, fit: bool, undo: ExitStack) -> None:
+        for one, state in self.averages:
+            load_other("ema", one, state, undo, keep=not fit)
+        load_modules(self.modules, undo, keep=not fit)
+        model = self.modules[0][0]
+        set_gradients(model, self.own.gradients(model))
+        if random is not None:
+            set_random_states(random)
 
 
 def _restore(
     contents: Contents,
     model: nn.Module,
     given: Mapping[str, Any],
-    random_states: bool,
     processes: Processes,
     undo: ExitStack,
-) -> Any:
-    """Load everything; ``undo`` can take it back."""
+) -> _Loaded:
+    """Load everything but values that are written in place; ``undo`` can take it back."""
     outlines = {name: contents.outline(name) for name in _LARGE}
     parts = {
         name: unflatten(contents.data[name], outlines.get(name) or contents.read(name), name)
@@ -166,11 +191,14 @@ def _restore(
         parts[name] = unflatten(contents.data[name], contents.read(name, likes), name)
     own = OwnParts(contents, parts, processes)
     parts["model"] = {**parts["model"], **own.buffers()}
-    _load_values(*_paired(model, given, parts, contents), undo)
-    set_gradients(model, own.gradients(any(map(is_sharded, model.parameters()))))
-    if random_states and (states := own.random()) is not None:
-        set_random_states(states)
-    return parts["extra"]
+    pairs, modules = _paired(model, given, parts, contents)
+    for one, state in pairs["optimizer"]:
+        keep_optimizer(one, undo)
+        load_named_state(one, state)
+    for name in ("lr_scheduler", "scaler"):
+        for one, state in pairs[name]:
+            load_other(name, one, state, undo)
+    return _Loaded([(one, state) for one, state, _ in modules], pairs["ema"], own, parts["extra"])
 
 
 def _paired(
@@ -185,17 +213,6 @@ def _paired(
     modules += [(*pair, known) for pair, known in averages if isinstance(pair[0], nn.Module)]
     pairs["ema"] = [pair for pair in pairs["ema"] if not isinstance(pair[0], nn.Module)]
     return pairs, modules
-
-
-def _load_values(pairs: Mapping[str, _Pairs], modules: _Modules, undo: ExitStack) -> None:
-    """Load the states of everything whose structure has been restored."""
-    for one, state in pairs["optimizer"]:
-        keep_optimizer(one, undo)
-        load_named_state(one, state)
-    for name in ("lr_scheduler", "scaler", "ema"):
-        for one, state in pairs[name]:
-            load_other(name, one, state, undo)
-    load_modules([(one, state) for one, state, _ in modules], undo)
 
 
 def _likes(
