@@ -13,6 +13,7 @@ from faults import contents, equal, litter
 from dynarank.checkpoint import steps
 from dynarank.checkpoint.folder import Contents, write_folder
 from dynarank.checkpoint.steps import Checkpoints
+from dynarank.checkpoint.together import write_together
 from dynarank.files.reading import DamagedFileError
 
 
@@ -114,7 +115,7 @@ def test_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         most = max(most, running)
         gate.wait(10)
         time.sleep(0.01)
-        write_folder(folder, *args, step=step)  # type: ignore[arg-type]
+        write_together(folder, *args, step=step)  # type: ignore[arg-type]
         written.append(step)
         running -= 1
 

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from dynarank.distributed.wrappers import data_parallel_groups
 
-__all__ = ["DisagreementError", "PeerError", "Processes", "independent", "processes_of"]
+__all__ = [
+    "DisagreementError",
+    "PeerError",
+    "Processes",
+    "independent",
+    "is_independent",
+    "processes_of",
+]
 
 _T = TypeVar("_T")
 _TOLD = "told_to_all_processes"
@@ -119,7 +126,7 @@ class Processes:
         try:
             made = function()
         except Exception as raised:
-            if getattr(raised, _TOLD, False):  # the others do not wait to hear of it
+            if _is_told(raised):  # the others do not wait to hear of it
                 raise
             error = raised
         try:
@@ -154,6 +161,13 @@ class Processes:
                 dist.broadcast(sent.view(-1).view(torch.uint8), group=self.group, group_src=owner)
             if owner != self.rank:
                 tensor.detach().copy_(sent)
+
+    def sum(self, tensor: Tensor) -> None:
+        """Give a tensor, in place, the sum of its values in all processes."""
+        if self.group is not None:
+            sent = self._sent(tensor)
+            dist.all_reduce(sent, group=self.group)
+            tensor.copy_(sent)
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy, that the group's backend can send."""
@@ -205,6 +219,11 @@ def independent() -> Generator[None]:
         _INDEPENDENT.reset(token)
 
 
+def is_independent() -> bool:
+    """Whether this is within :func:`independent`."""
+    return _INDEPENDENT.get()
+
+
 def _group(members: Iterable[int], backend: str | None) -> Any:
     """A process group of these members, made once."""
     world, ranks = dist.group.WORLD, tuple(sorted(members))
@@ -234,18 +253,23 @@ def _told(error: Exception) -> Exception:
     return error
 
 
+def _is_told(error: BaseException | None) -> bool:
+    """Whether all processes know of the error, or of one that caused it."""
+    return error is not None and (getattr(error, _TOLD, False) or _is_told(error.__cause__))
+
+
 def _check_alike(what: str, values: Sequence[Any]) -> None:
     """Raise DisagreementError, naming the first difference, unless all values are equal."""
     for rank, value in enumerate(values):
         if value != values[0]:
             place, first, other = _difference(values[0], value)
-            raise _told(
-                DisagreementError(
-                    f"the processes differ in {what}{place}: {first!r} in process 0, {other!r} in "
-                    f"process {rank}. Nothing has changed; give every process the same model, "
-                    "schedule, options and seed of decisions"
-                )
+            text = (
+                f"the processes differ in {what}{place}: {first!r} in process 0, {other!r} in "
+                f"process {rank}. Nothing has changed; give every process the same model, "
+                "schedule and options; processes that train "
+                "different models do so within dynarank.distributed.independent()"
             )
+            raise _told(DisagreementError(text))
 
 
 def _difference(one: Any, other: Any, place: str = "") -> tuple[str, Any, Any]:
