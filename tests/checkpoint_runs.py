@@ -88,9 +88,11 @@ def train_and_save(kind: str, folder: Path, extra: Any = None) -> dict[str, Tens
     return state_of(model, optimizer)
 
 
-def load_and_tell(kind: str, folder: Path) -> tuple[dict[str, Tensor], list[str], Any]:
+def load_and_tell(
+    kind: str, folder: Path, other_forms: bool = False
+) -> tuple[dict[str, Tensor], list[str], Any]:
     """The state that was loaded, the warnings of the checkpoint, and the extra part."""
-    model, optimizer = build(kind, seed=1)
+    model, optimizer = build(kind, seed=1, plan={} if other_forms else None)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         extra = dr.load(folder, model=model, optimizer=optimizer)
@@ -107,8 +109,8 @@ def whole_run(kind: str, folder: Path) -> dict[str, Tensor]:
     return state_of(model, optimizer)
 
 
-def second_half(kind: str, folder: Path) -> dict[str, Tensor]:
-    model, optimizer = build(kind, seed=1)
+def second_half(kind: str, folder: Path, other_forms: bool = False) -> dict[str, Tensor]:
+    model, optimizer = build(kind, seed=1, plan={} if other_forms else None)
     dr.load(folder, model=model, optimizer=optimizer)
     train(model, optimizer, range(3, 6))
     return state_of(model, optimizer)

@@ -41,10 +41,14 @@ def test_any_number_of_processes_loads_what_any_other_saved(
             assert len(said) == (count != size and one == 0), said  # of random states
 
 
+@pytest.mark.parametrize("other_forms", [False, True])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_a_loaded_run_goes_on_bit_by_bit(kind: str, processes: Pools, tmp_path: Path) -> None:
+def test_a_loaded_run_goes_on_bit_by_bit(
+    kind: str, other_forms: bool, processes: Pools, tmp_path: Path
+) -> None:
     whole = processes(2)(whole_run, kind, tmp_path / "half")
-    for one, other in zip(whole, processes(2)(second_half, kind, tmp_path / "half"), strict=True):
+    found = processes(2)(second_half, kind, tmp_path / "half", other_forms)
+    for one, other in zip(whole, found, strict=True):
         assert_same(one, other)
 
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynarank.files.json_data import parse_json
 from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError
-from dynarank.files.tensors import check_header, stored_dtype, tensor_chunks
+from dynarank.files.tensors import TensorFile, tensor_chunks
 
 __all__ = [
     "Shard",
@@ -93,13 +92,10 @@ def shard_chunks(shards: Mapping[str, Shard]) -> Iterator[bytes | memoryview]:
 class _Piece:
     """A piece in a file."""
 
-    file: Any
+    file: TensorFile
     key: str
     offsets: torch.Size
     sizes: torch.Size
-
-    def read(self, place: tuple[slice, ...]) -> Tensor:
-        return self.file.get_slice(self.key)[place] if place else self.file.get_tensor(self.key)
 
 
 class Stored:
@@ -137,19 +133,17 @@ class Stored:
         return {name: self._read(full, (likes or {}).get(full)) for name, full in found.items()}
 
     def _open(self, path: Path) -> None:
-        header = check_header(path)
+        file, places = TensorFile(path), dict[str, Any]()
         try:
-            file = safe_open(path, "pt", backend="pread")
-            places = None
             if is_shard_file(path.name):
-                places = parse_json(file.metadata()[_PLACES], f"the places in {path}")
-            for key in file.keys():
+                places = parse_json(file.metadata[_PLACES], f"the places in {path}")
+            for key, outline in file.outlines.items():
                 name = key if places else f"{path.stem}/{key}"
-                entry, sizes = header[key], torch.Size(header[key]["shape"])
-                offsets = torch.Size(places[key][_OFFSETS] if places else [0] * len(sizes))
-                self._pieces.setdefault(name, []).append(_Piece(file, key, offsets, sizes))
-                self._dtypes[name] = stored_dtype(entry["dtype"])
-        except (SafetensorError, ValueError, TypeError, LookupError, AttributeError) as error:
+                offsets = torch.Size(places[key][_OFFSETS] if places else [0] * outline.ndim)
+                piece = _Piece(file, key, offsets, outline.shape)
+                self._pieces.setdefault(name, []).append(piece)
+                self._dtypes[name] = outline.dtype
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise DamagedFileError(path, printable(str(error))) from error
 
     def _empty(self, name: str, device: str = "cpu") -> Tensor:
@@ -184,9 +178,8 @@ class Stored:
         whole = TensorStorageMetadata(TensorProperties(local.dtype), local.shape, saved)
         wanted = [ChunkStorageMetadata(offsets, local.shape)]
         for item in create_read_items_for_chunk_list(name, whole, wanted):
-            found = pieces[item.storage_index.index or 0].read(
-                _slices(item.storage_offsets, item.lengths)
-            )
+            piece = pieces[item.storage_index.index or 0]
+            found = piece.file.read(piece.key, _slices(item.storage_offsets, item.lengths))
             local[_slices(item.dest_offsets, item.lengths)].copy_(found)
 
 

@@ -17,7 +17,7 @@ from dynarank.files.json_data import dump_json, parse_json
 from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError, reading
 
-__all__ = ["check_header", "load_tensors", "save_tensors", "stored_dtype", "tensor_chunks"]
+__all__ = ["TensorFile", "check_header", "load_tensors", "save_tensors", "tensor_chunks"]
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -111,17 +111,41 @@ def check_header(path: Path) -> dict[str, Any]:
     return found
 
 
-def stored_dtype(name: str) -> torch.dtype:
-    """The dtype of a tensor by its name in a header.
+class TensorFile:
+    """A safetensors file that is kept open, whose tensors are read whole or in part.
+
+    Args:
+        path: the file.
 
     Raises:
-        KeyError: torch has no such dtype.
+        FileNotFoundError: there is no such file.
+        DamagedFileError: see :func:`load_tensors`.
 
     Example:
-        >>> stored_dtype("BF16")
-        torch.bfloat16
+        >>> path = getfixture("tmp_path") / "model.safetensors"
+        >>> save_tensors(path, {"weight": torch.arange(6).view(2, 3)})
+        >>> TensorFile(path).read("weight", (slice(0, 2), slice(1, 2)))
+        tensor([[1],
+                [4]])
     """
-    return _DTYPES[name]
+
+    def __init__(self, path: Path) -> None:
+        header = check_header(path)
+        try:
+            self._file = safe_open(path, "pt", backend="pread")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            self.outlines: dict[str, Tensor] = {
+                name: torch.empty(
+                    header[name]["shape"], dtype=_DTYPES[header[name]["dtype"]], device="meta"
+                )
+                for name in self._file.keys()
+            }
+        except (SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
+            raise DamagedFileError(path, printable(str(error))) from error
+
+    def read(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor, on the CPU: a slice of each dimension."""
+        return self._file.get_slice(name)[place] if place else self._file.get_tensor(name)
 
 
 def tensor_chunks(
