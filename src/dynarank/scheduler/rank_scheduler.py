@@ -55,6 +55,7 @@ from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
+from dynarank.surgery.sharded import check_order
 from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import differences, truncates
@@ -407,6 +408,8 @@ class RankScheduler:
     def _check_states(self) -> None:
         """Once optimizers have states: raise ValueError if a later change could not move them."""
         inner = [one for optimizer in self.optimizer for one in wrapped(optimizer)]
+        if not self._states_checked:
+            check_order(self.model, self.optimizer)
         if self._states_checked or not any(one.state for one in inner):
             return
         self._states_checked = True

@@ -80,6 +80,7 @@ def _before_load(
     load = Load.of(state, prefix, metadata)
     found = [one for site in survey(model) if (one := incoming(site, load)) is not None]
     plain = [one for one in found if one.becomes_full and not load.is_ours]
+    _check_whole(found)
     edits = [_edit(one) for one in found if one.needs_edit and one not in plain]
     refactored = _refactored(plain)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
@@ -93,6 +94,18 @@ def _before_load(
             del state[at + one.site.spec.name]
             state.update({at + name: value for name, value in values.items()})
     state.pop(prefix + KEY, None)  # the model's own; of its class when the load began
+
+
+def _check_whole(found: Iterable[Incoming]) -> None:
+    """Raise ValueError for sharded weights of another form: no process has all of their values."""
+    if other := [one for one in found if one.site.sharding is not None and not one.same]:
+        first = other[0]
+        more = f" (and {len(other) - 1} others)" if len(other) > 1 else ""
+        raise ValueError(
+            f"layer {first.site.path!r}{more} is {first.after} in the state and {first.before} in "
+            "the model, which is sharded by fully_shard: bring it to the state's forms first, in "
+            "all processes, by RankScheduler(..., state=) or apply_plan"
+        )
 
 
 def _edit(one: Incoming) -> Edit:

@@ -6,7 +6,7 @@ references, check. An exception anywhere leaves model and optimizer exactly as t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -28,6 +28,13 @@ from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_c
 from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.replaced import keep_replaced
 from dynarank.surgery.selection import find_sites
+from dynarank.surgery.sharded import (
+    WholeEdit,
+    check_gatherable,
+    is_resharded,
+    prepare_whole,
+    states_in_shards,
+)
 from dynarank.surgery.shared_edits import (
     agree_on,
     fit_everywhere,
@@ -104,12 +111,27 @@ def change_forms(
         together: the processes that make the change together, all of which must call this.
     """
     optimizers = as_list(optimizer)
-    how = {"moments": moments if isinstance(moments, str) else type(moments).__name__}
+    how = {
+        "moments": moments if isinstance(moments, str) else type(moments).__name__,
+        "states": states_in_shards(wanted, optimizers),
+    }
     agree_on(wanted, how, together)
-    sites = [*(edit.site for edit in prepared), *(site for site, _ in wanted)]
-    wrappers = together.attempt("a change of forms", lambda: _wrappers(sites))
+    due = [*((edit.site, edit.change.after) for edit in prepared), *wanted]
+
+    def ready() -> list[DistributedDataParallel]:
+        check_gatherable(due, moments, together.members)
+        return _wrappers([site for site, _ in due])
+
+    wrappers = together.attempt("a change of forms", ready)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits, owners = _prepared(wanted, calibration or {}, seed, together)
+
+        def prepare(site: Site, form: Form) -> Edit | WholeEdit:
+            activity = (calibration or {}).get(site.path)
+            if is_resharded(site, form):
+                return prepare_whole(site, form, optimizers, moments, activity, seed)
+            return prepare_edit(site, form, activity, seed)
+
+        edits, owners = _prepared(wanted, prepare, optimizers, together)
         edits = [*prepared, *edits]
         contents = fit_everywhere(
             "the optimizer's states", lambda: new_contents(edits, optimizers, moments), together
@@ -132,17 +154,19 @@ def change_forms(
 
 def _prepared(
     wanted: Sequence[tuple[Site, Form]],
-    calibration: Mapping[str, ActivationStats],
-    seed: int | None,
+    prepare: Callable[[Site, Form], Edit | WholeEdit],
+    optimizers: Sequence[Any],
     together: Processes,
 ) -> tuple[list[Edit], list[int]]:
     """The edits, and the number of the process that owns each."""
-    if together.size > 1:
-        return prepare_together(wanted, calibration, seed, together)
+    if together.size > 1 or any(is_resharded(site, form) for site, form in wanted):
+        return prepare_together(wanted, prepare, optimizers, together)
     unfit, edits = UnfitLayers(), list[Edit]()
     for site, form in wanted:
         with unfit.layer(site.path):
-            edits.append(prepare_edit(site, form, calibration.get(site.path), seed))
+            edit = prepare(site, form)
+            assert isinstance(edit, Edit)
+            edits.append(edit)
     unfit.check()
     return edits, [0] * len(edits)
 
