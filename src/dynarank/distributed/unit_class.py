@@ -41,9 +41,10 @@ def above(unit: type[nn.Module], kind: type[nn.Module]) -> type[nn.Module]:
     """The class that a unit gets when the one beneath becomes ``kind``; ``kind`` if it is none."""
     if not is_unit(unit) or is_unit(kind):
         return kind
-    wrapper = unit.__mro__[1]
-    _UNITS.setdefault((wrapper, beneath(unit)), unit)  # it returns to the very class it had
+    wrapper, plain = unit.__mro__[1], beneath(unit)
+    _UNITS.setdefault((wrapper, plain), unit)  # it returns to the very class it had
     if (made := _UNITS.get((wrapper, kind))) is None:
         own = {"__deepcopy__": vars(unit).get("__deepcopy__"), "__module__": kind.__module__}
-        made = _UNITS[wrapper, kind] = type(f"FSDP{kind.__name__}", (wrapper, kind), own)
+        name = f"{unit.__name__.removesuffix(plain.__name__)}{kind.__name__}"
+        made = _UNITS[wrapper, kind] = type(name, (wrapper, kind), own)
     return cast("type[nn.Module]", made)

@@ -55,7 +55,7 @@ from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
-from dynarank.surgery.sharded import check_order
+from dynarank.surgery.sharded import check_moments, check_order
 from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import differences, truncates
@@ -169,6 +169,7 @@ class RankScheduler:
         self._states_checked = False
         self._told_of_rates = False
         sites = survey(model)
+        check_moments(sites, moments)
         choose = lambda: self._choose_layers(sites, layers, state)  # noqa: E731
         self.processes.attempt("a RankScheduler", choose)
         self._agree()

@@ -31,6 +31,7 @@ from dynarank.surgery.site import Site
 __all__ = [
     "WholeEdit",
     "check_gatherable",
+    "check_moments",
     "check_order",
     "gathered",
     "is_resharded",
@@ -67,12 +68,19 @@ def check_gatherable(
                 "all layers over the same processes"
             )
         if not isinstance(moments, str):
-            raise ValueError(
-                f"layer {site.path!r} is sharded by fully_shard, and moments={moments!r} needs "
-                "whole gradients of many steps: use moments='project'"
-            )
+            check_moments([site], "calibrated")
         site.sharding.settle(site.path)
         check_replaceable(site.path, site.parameters())
+
+
+def check_moments(sites: Iterable[Site], moments: Moments) -> None:
+    """Raise ValueError if weights are sharded, and moments are to be calibrated on gradients."""
+    sharded = [site.path for site in sites if site.sharding is not None]
+    if sharded and (moments == "calibrated" or not isinstance(moments, str)):
+        raise ValueError(
+            f"layer {sharded[0]!r} is sharded by fully_shard, and moments='calibrated' needs whole "
+            "gradients of several steps, which no process has: use moments='project'"
+        )
 
 
 def check_order(model: nn.Module, optimizers: Sequence[Any]) -> None:
@@ -81,8 +89,8 @@ def check_order(model: nn.Module, optimizers: Sequence[Any]) -> None:
     shards = [shard for shard, _ in shardings(model).values() if shard.requires_grad]
     if optimizers and shards and not any(id(p) in held for p in shards):
         raise ValueError(
-            "the optimizer of this RankScheduler holds none of the parameters that fully_shard has "
-            "made, so it would train nothing: make them in the order model, fully_shard, optimizer, "
+            "the optimizer of this RankScheduler has none of the parameters that fully_shard made, "
+            "so it trains nothing: make them in the order model, fully_shard, optimizer, "
             "RankScheduler"
         )
 
