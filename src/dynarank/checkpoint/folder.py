@@ -41,6 +41,7 @@ __all__ = [
     "discard",
     "prepare",
     "put",
+    "read_data",
     "read_folder",
     "settle",
     "verify_folder",
@@ -226,6 +227,19 @@ def _read(
         stored = Stored(folder, tables)
         return Contents({part: stored.read(part) for part in stored.parts()}, data)
     return Contents({Path(name).stem: load_tensors(folder / name) for name in tables}, data)
+
+
+def read_data(folder: Path, name: str) -> Any:
+    """Read one part of the data of a checkpoint; raises as :func:`read_folder`.
+
+    Of the other files only the sizes are compared.
+    """
+    folder = _whole(folder)
+    entry = verify_folder(folder, "size").files.get(f"{name}.json")
+    if entry is None:
+        raise DamagedFileError(folder, f"it has no {name}.json", "use a folder that dr.save wrote")
+    _compare(folder / f"{name}.json", entry, "full")
+    return read_json(folder / f"{name}.json", max_bytes=_MAX_JSON)
 
 
 def verify_folder(
