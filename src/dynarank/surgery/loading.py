@@ -34,7 +34,12 @@ from dynarank.surgery.replaced import returning_states
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.sites import survey
 from dynarank.surgery.unfit import UnfitLayers
-from dynarank.surgery.wrappers import check_unwrapped, is_wrapper
+from dynarank.surgery.wrappers import (
+    check_unwrapped,
+    is_wrapper,
+    renew_wrappers,
+    renewable_wrappers,
+)
 
 __all__ = ["follow_loads", "forms_loaded", "note_forms_loaded", "unfollow_loads"]
 
@@ -172,7 +177,9 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
     replaced = [edit for edit in edits if edit.old]
     held = [(one, _held_by(one, replaced)) for one in _holders(replaced)]
     contents = [new_contents(mine, [one], "reset") for one, mine in held]
+    wrappers = renewable_wrappers([edit.site for edit in replaced])
     with ExitStack() as undo:
+        undo.callback(renew_wrappers, wrappers, None)  # called last
         for edit in edits:
             edit.commit(undo)
         check_committed(edits, ())
@@ -188,6 +195,7 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
                 if isinstance(layer, RankedLayer) and one.saved is not None:
                     restore_on_exit(layer.__dict__, undo)
                     layer.adopt({one.site.spec.name: one.saved})
+        renew_wrappers(wrappers, undo)
         undo.pop_all()
     if edits:
         note_forms_loaded()
@@ -198,7 +206,7 @@ def _holders(edits: Sequence[Edit]) -> list[Any]:
     """The optimizers that hold parameters which are replaced: nobody has named them.
 
     Raises:
-        ValueError: a wrapper such as DDP holds them too.
+        ValueError: a wrapper that cannot follow holds them too.
     """
     if not edits:
         return []

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from dynarank.distributed.fsdp2 import Sharding, shardings
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.forms import Form, FullRank, RankLike
 from dynarank.layers import (
     RankedLayer,
@@ -49,7 +50,7 @@ def survey(
     it is left. With a rank the forms are those that ``factorize`` would give; nothing is changed.
 
     Args:
-        model: any model.
+        model: any model, wrapped or not; paths are those without wrappers.
         rank: the rank to show; None: the forms that the weights have.
         layers: see :func:`dynarank.factorize`; used with ``rank``.
         decomposition: see :func:`dynarank.factorize`; used with ``rank``.
@@ -62,6 +63,7 @@ def survey(
         1 of 2 weights: 0.375x of 8,192 parameters
         the model: 0.467x of 9,610 parameters
     """
+    model = unwrapped(model)
     sites = _traverse(model)
     return Survey(with_defaults(model, sites), model, rank, layers, decomposition)
 

@@ -11,14 +11,11 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynarank.decompositions.truncation import ActivationStats
-from dynarank.distributed.ddp import check_renewable, renew
 from dynarank.distributed.processes import Processes
-from dynarank.distributed.wrappers import ddp_wrappers
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, same_weight
 from dynarank.surgery.committed import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit
@@ -43,7 +40,7 @@ from dynarank.surgery.shared_edits import (
 )
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.unfit import UnfitLayers
-from dynarank.surgery.wrappers import check_unwrapped
+from dynarank.surgery.wrappers import check_unwrapped, renew_wrappers, renewable_wrappers
 
 __all__ = ["change_forms", "differences", "truncates"]
 
@@ -120,7 +117,7 @@ def change_forms(
 
     def ready() -> list[DistributedDataParallel]:
         check_gatherable(due, moments, together.members)
-        return _wrappers([site for site, _ in due])
+        return renewable_wrappers([site for site, _ in due])
 
     wrappers = together.attempt("a change of forms", ready)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
@@ -142,11 +139,11 @@ def change_forms(
     wrappers = wrappers if any(edit.old for edit in edits) else []
     with ExitStack() as own:
         stack = own if undo is None else undo
-        stack.callback(_renew, wrappers, None)  # called last
+        stack.callback(renew_wrappers, wrappers, None)  # called last
         if keep:
             keep_replaced(edits, optimizers, stack)
         together.attempt("a change of forms", lambda: _commit(edits, contents, optimizers, stack))
-        together.attempt("renewing the wrapper", lambda: _renew(wrappers, stack))
+        together.attempt("renewing the wrapper", lambda: renew_wrappers(wrappers, stack))
         own.pop_all()  # all is well: nothing to undo
     watch_replaced(edits)
     return [edit.change for edit in edits]
@@ -186,21 +183,3 @@ def _commit(
         edit.commit(undo)
     write(contents, undo)
     check_committed(edits, optimizers)
-
-
-def _wrappers(sites: Sequence[Site]) -> list[DistributedDataParallel]:
-    """The DDP wrappers around these weights; raises ValueError if one cannot follow a change."""
-    if not sites or not (dist.is_available() and dist.is_initialized()):
-        return []
-    places = [place for site in sites for place in site.places]
-    found = ddp_wrappers(place.module for place in places)
-    for one in found:
-        check_renewable(one, [p for site in sites for p in site.parameters().values()])
-    return found
-
-
-def _renew(wrappers: Sequence[DistributedDataParallel], undo: ExitStack | None) -> None:
-    for one in wrappers:
-        restore = renew(one)
-        if undo is not None:
-            undo.callback(restore)

@@ -9,29 +9,10 @@ from typing import Any
 from torch import nn
 
 from dynarank.distributed.fsdp2 import sharded_parameters
+from dynarank.distributed.unwrap import inside, unwrapped
 from dynarank.surgery.problem import Problem, listed
 
-__all__ = ["key_problems", "unwrapped", "wrapper_problems"]
-
-# Wrappers by name, so that importing them is left to who uses them, and where they have the model.
-_INSIDE = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without the wrappers around it.
-
-    Example:
-        >>> unwrapped(nn.DataParallel(nn.Linear(2, 1)))
-        Linear(in_features=2, out_features=1, bias=True)
-    """
-    while (name := _inside(model)) is not None:
-        model = getattr(model, name)
-    return model
+__all__ = ["key_problems", "wrapper_problems"]
 
 
 def wrapper_problems(model: nn.Module) -> Iterator[Problem]:
@@ -61,7 +42,7 @@ def wrapper_problems(model: nn.Module) -> Iterator[Problem]:
 def key_problems(model: nn.Module) -> Iterator[Problem]:
     """I11: wrappers inside the model that put their names into the keys of its ``state_dict``."""
     for path, module in unwrapped(model).named_modules():
-        if path and (name := _inside(module)) is not None:
+        if path and (name := inside(module)) is not None:
             way = "compile in place, module.compile()" if name == "_orig_mod" else "wrap the model"
             yield Problem(
                 "I11",
@@ -97,10 +78,6 @@ def _sharded(module: Any) -> Iterator[nn.Parameter]:
     if (handle := module._handle) is not None:
         flat = handle.flat_param
         yield from chain([flat], flat._params or (), flat._shared_params or ())
-
-
-def _inside(module: nn.Module) -> str | None:
-    return next((_INSIDE[name] for name in _class_names(module) if name in _INSIDE), None)
 
 
 def _class_names(module: nn.Module) -> list[str]:
