@@ -13,6 +13,7 @@ import argparse
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,7 +58,8 @@ def main(steps: int, folder: Path, kill_at: int | None) -> None:
     schedule = dr.schedules.dynamic_rank(rank=0.25, inflate=0.3, deflate=0.7)
     ranks = dr.RankScheduler(model, optimizer, schedule, total_steps=steps)
 
-    run = {"model": model, "optimizer": optimizer, "lr_scheduler": lr_scheduler, "ranks": ranks}
+    run: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    run |= {"lr_scheduler": lr_scheduler, "ranks": ranks}
     start = 0
     if (folder / "last").exists():
         start = dr.load(folder / "last", **run)["step"]

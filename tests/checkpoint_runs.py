@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dynarank as dr
-from dynarank.checkpoint.shards import is_sharded
 from dynarank.checkpoint.snapshot import restore, take
 from dynarank.checkpoint.steps import Checkpoints
+from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.processes import processes_of
 
 PLAN = {"low": dr.LowRank(3), "high": dr.Adapted(2)}
@@ -67,7 +67,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
 
 
 def whole(tensor: Any) -> Tensor:
-    found = tensor.full_tensor() if is_sharded(tensor) else tensor
+    found = tensor.full_tensor() if is_dtensor(tensor) else tensor
     return found.detach().cpu().clone()
 
 

@@ -25,8 +25,7 @@ from dynarank.checkpoint.snapshot import restore, take
 from dynarank.checkpoint.steps import Checkpoints
 from dynarank.distributed.joining import init_process_group
 
-STEPS, EVERY = 12, 2
-SCHEDULE = {"rank": 2, "inflate": 3 / STEPS, "deflate": 7 / STEPS, "to": "low-rank"}
+STEPS, EVERY = 12, 2  # the form changes after steps 2 and 6
 
 
 def once(folder: Path, name: str) -> bool:
@@ -46,9 +45,10 @@ def run(folder: Path, kills: tuple[str, ...] = ()) -> dict[str, Tensor]:
     model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 12))
     ddp = DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(ddp.parameters(), 1e-2)
-    ranks = dr.RankScheduler(
-        ddp, optimizer, dr.schedules.dynamic_rank(**SCHEDULE), total_steps=STEPS
+    schedule = dr.schedules.dynamic_rank(
+        rank=2, inflate=3 / STEPS, deflate=7 / STEPS, to="low-rank"
     )
+    ranks = dr.RankScheduler(ddp, optimizer, schedule, total_steps=STEPS)
     kept: dict[str, Any] = {"model": ddp, "optimizer": optimizer, "ranks": ranks}
     damage(folder, kills)
     checkpoints = Checkpoints(folder / "steps")

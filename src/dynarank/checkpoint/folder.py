@@ -70,8 +70,8 @@ class Contents:
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    shards: dict[str, Shard] = field(default_factory=dict)
-    stored: Stored | None = None
+    shards: dict[str, Shard] = field(default_factory=dict, repr=False)
+    stored: Stored | None = field(default=None, repr=False)
 
     @property
     def size(self) -> int:

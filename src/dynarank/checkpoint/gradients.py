@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dynarank.checkpoint.shards import is_sharded
+from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.processes import Processes
 
 __all__ = ["differing", "gradients_of", "mean", "set_gradients"]
@@ -27,7 +27,7 @@ def gradients_of(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
 
 def differing(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
     """Those that differ from the first process's; pieces of sharded ones do not count."""
-    own = {n: _digest(t) for n, t in tensors.items() if processes.size > 1 and not is_sharded(t)}
+    own = {n: _digest(t) for n, t in tensors.items() if processes.size > 1 and not is_dtensor(t)}
     first = processes.from_first("the tensors of the first process", own)
     return {name: tensors[name] for name, digest in own.items() if first.get(name) != digest}
 
@@ -50,7 +50,7 @@ def set_gradients(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _digest(tensor: Tensor) -> bytes:

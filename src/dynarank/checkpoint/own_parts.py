@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from dynarank.checkpoint.folder import Contents
 from dynarank.checkpoint.gradients import mean
-from dynarank.checkpoint.shards import is_sharded, piece_like
+from dynarank.checkpoint.shards import piece_like
 from dynarank.checkpoint.tree import unflatten
+from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.processes import Processes
 
 __all__ = ["OwnParts", "own_part"]
@@ -55,7 +56,7 @@ class OwnParts:
 
     def gradients(self, model: nn.Module) -> Mapping[str, Tensor]:
         """The gradients for this process: its own, or the mean where pieces or numbers differ."""
-        likes = {name: p for name, p in model.named_parameters() if is_sharded(p)}
+        likes = {name: p for name, p in model.named_parameters() if is_dtensor(p)}
         ranks = range(self._size)
         if self._size == self._processes.size and not likes:
             ranks = range(self._processes.rank, self._processes.rank + 1)

@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import nn
 
 from dynarank.checkpoint.folder import read_folder
-from dynarank.checkpoint.shards import is_sharded
 from dynarank.checkpoint.snapshot import restore, take
 from dynarank.checkpoint.together import write_together
+from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.processes import processes_of
 from dynarank.files.printable import printable
 
@@ -145,7 +145,7 @@ def load(
         ValueError: it is the state of another model, optimizer, average or LR scheduler; nothing
             has changed. So whatever else one of the objects raises.
     """
-    trained = optimizer is not None or any(map(is_sharded, model.parameters()))
+    trained = optimizer is not None or any(map(is_dtensor, model.parameters()))
     processes = processes_of(*model.modules(), training=trained)
     with said_if_alone("dr.load"):
         processes.agree("the checkpoint to load", os.path.realpath(folder))

@@ -26,7 +26,6 @@ __all__ = [
     "Shard",
     "Stored",
     "is_shard_file",
-    "is_sharded",
     "piece_like",
     "shard_chunks",
     "shard_file",
@@ -50,11 +49,6 @@ class Shard:
     local: Tensor
     shape: torch.Size
     offsets: torch.Size
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether each process has a piece of the tensor."""
-    return type(tensor).__name__ == "DTensor"  # by name: torch.distributed.tensor is slow to import
 
 
 def shard_file(rank: int) -> str:
@@ -111,6 +105,11 @@ class Stored:
         self._dtypes: dict[str, torch.dtype] = {}
         for name in names:
             self._open(folder / name)
+        for name, pieces in self._pieces.items():
+            held, whole = sum(piece.sizes.numel() for piece in pieces), self._shape(name).numel()
+            if held != whole or any(offset < 0 for piece in pieces for offset in piece.offsets):
+                problem = f"its pieces of {printable(name)} have {held:,} of {whole:,} entries"
+                raise DamagedFileError(folder, problem, "use another checkpoint")
 
     def parts(self) -> set[str]:
         """The parts of the checkpoint that have tensors."""
@@ -122,7 +121,11 @@ class Stored:
 
     def outline(self, part: str) -> dict[str, Tensor]:
         """The tensors of a part without their values."""
-        return {name: self._empty(f"{part}/{name}", "meta") for name in self.names(part)}
+        found = {name: f"{part}/{name}" for name in self.names(part)}
+        return {
+            name: torch.empty(self._shape(full), dtype=self._dtypes[full], device="meta")
+            for name, full in found.items()
+        }
 
     def read(self, part: str, likes: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The tensors of a part, on the CPU; of those like a sharded one, this process's pieces.
@@ -146,21 +149,20 @@ class Stored:
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise DamagedFileError(path, printable(str(error))) from error
 
-    def _empty(self, name: str, device: str = "cpu") -> Tensor:
+    def _shape(self, name: str) -> torch.Size:
         ends = [
             [begin + size for begin, size in zip(piece.offsets, piece.sizes, strict=True)]
             for piece in self._pieces[name]
         ]
-        shape = [max(row) for row in zip(*ends, strict=True)]
-        return torch.empty(shape, dtype=self._dtypes[name], device=device)
+        return torch.Size([max(row) for row in zip(*ends, strict=True)])
 
     def _read(self, name: str, like: Any) -> Tensor:
         if like is None:
-            whole = self._empty(name)
+            whole = torch.zeros(self._shape(name), dtype=self._dtypes[name])
             self._fill(name, whole, torch.Size([0] * whole.ndim))
             return whole
         (chunk,) = like.__create_chunk_list__()
-        local = torch.empty(chunk.sizes, dtype=self._dtypes[name])
+        local = torch.zeros(chunk.sizes, dtype=self._dtypes[name])
         self._fill(name, local, chunk.offsets)
         return _as_shard(local, like)
 

@@ -22,11 +22,13 @@ from dynarank.checkpoint.named_state import load_named_state, named_state, place
 from dynarank.checkpoint.own_parts import OwnParts, own_part
 from dynarank.checkpoint.random_states import random_states as read_random_states
 from dynarank.checkpoint.random_states import set_random_states
-from dynarank.checkpoint.shards import is_sharded, shard_of
+from dynarank.checkpoint.shards import shard_of
 from dynarank.checkpoint.structure import restore_structure, structure_of
 from dynarank.checkpoint.tree import flatten, unflatten
 from dynarank.checkpoint.values import fits, keep_optimizer, load_modules, load_other
+from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.processes import Processes, processes_of
+from dynarank.distributed.unwrap import check_wrappers, unwrapped
 from dynarank.layers import RankedLayer
 from dynarank.surgery.loading import follow_loads
 from dynarank.surgery.optimizer_signature import sign_states
@@ -57,7 +59,8 @@ def take(
     that train the model, must call it.
     """
     processes = processes_of(*model.modules()) if processes is None else processes
-    model = _unwrapped(model)
+    check_wrappers(model)
+    model = unwrapped(model)
     parts: dict[str, Any] = {"model": model.state_dict()}  # first: FSDP2 shards what it gathered
     gradients = gradients_of(model, processes)
     others = {"ranks": ranks, "lr_scheduler": lr_scheduler, "scaler": scaler}
@@ -90,7 +93,7 @@ def _buffers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The buffers that are saved: each process counts its own batches."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     tensors = {n: t for n, t in state.items() if isinstance(t, Tensor) and n not in parameters}
-    return {name: tensor for name, tensor in tensors.items() if not is_sharded(tensor)}
+    return {name: tensor for name, tensor in tensors.items() if not is_dtensor(tensor)}
 
 
 def _count(processes: Processes) -> dict[str, int]:
@@ -101,10 +104,10 @@ def _put(contents: Contents, name: str, part: Any, processes: Processes) -> None
     """Copy a part of the state into the contents, without what the first process copies for all."""
     contents.data[name], found = flatten(part, name)
     for key, value in found.items():
-        if is_sharded(value) and processes.size > 1 and value.numel():
+        if is_dtensor(value) and processes.size > 1 and value.numel():
             contents.shards[f"{name}/{key}"] = shard_of(value)
         elif processes.rank == 0 or name not in _PARTS:
-            whole = cast(Any, value).full_tensor() if is_sharded(value) else value
+            whole = cast(Any, value).full_tensor() if is_dtensor(value) else value
             contents.tensors.setdefault(name, {})[key] = whole.to("cpu", copy=True)
 
 
@@ -126,7 +129,8 @@ def restore(
     that train the model, must call it.
     """
     processes = processes_of(*model.modules()) if processes is None else processes
-    model = _unwrapped(model)
+    check_wrappers(model)
+    model = unwrapped(model)
     given = {"optimizer": optimizer, "ranks": ranks, "lr_scheduler": lr_scheduler}
     given |= {"ema": ema, "scaler": scaler}
     with ExitStack() as undo:
@@ -223,7 +227,7 @@ def _likes(
     outlines: Mapping[str, Mapping[str, Tensor]],
 ) -> dict[str, Tensor]:
     """By the name of a stored tensor: the sharded one as which a piece of it is to be read."""
-    if not any(is_sharded(p) for one, *_ in modules for p in one.parameters()):
+    if not any(is_dtensor(p) for one, *_ in modules for p in one.parameters()):
         return {}
     names = {id(t): f"{part}/{name}" for part, row in outlines.items() for name, t in row.items()}
     found: list[tuple[Any, Any]] = [(state, one.state_dict()) for one, state, _ in modules]
@@ -241,7 +245,7 @@ def _likes(
 def _sharded(saved: Any, own: Any) -> Iterator[tuple[Tensor, Tensor]]:
     """The tensors in two states alike of which the second one's is sharded."""
     if isinstance(saved, Tensor):
-        if isinstance(own, Tensor) and is_sharded(own) and saved.shape == own.shape:
+        if isinstance(own, Tensor) and is_dtensor(own) and saved.shape == own.shape:
             yield saved, own
     elif isinstance(saved, Mapping) and isinstance(own, Mapping):
         table, other = cast(Mapping[Any, Any], saved), cast(Mapping[Any, Any], own)
@@ -258,17 +262,6 @@ def _follow(models: Sequence[nn.Module], optimizer: Any) -> None:
         if any(isinstance(module, RankedLayer) for module in one.modules()):
             follow_loads(one)
             sign_states(one, _all(optimizer) if one is models[0] else ())
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of ``torch.compile`` and DDP: its names have no prefix."""
-    while (inner := getattr(model, "_orig_mod", None) or _in_ddp(model)) is not None:
-        model = inner
-    return model
-
-
-def _in_ddp(model: nn.Module) -> nn.Module | None:
-    return model.module if type(model).__name__ == "DistributedDataParallel" else None  # type: ignore[return-value]
 
 
 def _all(value: Any) -> list[Any]:
