@@ -28,6 +28,7 @@ from dynarank.cli.options import (
     TestLimitOption,
     TrainLimitOption,
 )
+from dynarank.cli.processes import leader
 from dynarank.cli.recipe_options import (
     RECIPE_HELP,
     BatchSizeOption,
@@ -137,6 +138,8 @@ def train(
 def _runner(
     settings: TrainSettings, terminal: Console, device: str, checkpoints: CheckpointPlan
 ) -> JobRunner:
+    if (lead := leader()) is not None:
+        device = lead.device(device)
     machine = choose_machine(
         device, settings.precision, settings.compile, settings.measure, settings.noise
     )

@@ -61,6 +61,14 @@ class Processes:
         """The number of this process among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
+    def backend(self, device: torch.device) -> str | None:
+        """What carries the tensors of a device: ``"gloo"``, ``"nccl"``; None: there is one process.
+
+        Example:
+            >>> Processes().backend(torch.device("cpu"))
+        """
+        return None if self.group is None else self.group._get_backend(device).name()
+
     def gather(self, what: str, value: _T) -> list[_T]:
         """The value of every process, by number; all must call it for the same ``what``.
 
@@ -125,6 +133,20 @@ class Processes:
             others = f" (and {len(failed) - 1} others)" if len(failed) > 1 else ""
             raise PeerError(f"{what} failed in process {failed[0]}{others}: {told[failed[0]]}")
         return cast(_T, made)
+
+    def by_first(self, what: str, function: Callable[[], _T]) -> _T:
+        """What a function returns in the first process, which alone calls it.
+
+        Raises:
+            Exception: what the function raised, in the first process; in the others PeerError.
+
+        Example:
+            >>> Processes().by_first("adding", lambda: 1 + 1)
+            2
+        """
+        with independent():
+            made = self.attempt(what, function if self.rank == 0 else lambda: cast(_T, None))
+        return self.from_first(what, made)
 
     def send(self, tensors: Iterable[Tensor], owner: int) -> None:
         """Give these tensors, in place, the values that they have in the owner's process."""
