@@ -6,7 +6,7 @@ from torch import nn
 
 __all__ = ["check_unwrapped", "is_wrapper"]
 
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_WRAPPERS = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def is_wrapper(kind: type) -> bool:
