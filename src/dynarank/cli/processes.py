@@ -76,6 +76,14 @@ class Leader:
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
         return str(_own_device(kind))
 
+    @property
+    def words(self) -> str:
+        """The command that starts as many processes, where all of them are on this machine."""
+        here = os.environ.get("LOCAL_WORLD_SIZE")
+        if here != str(self.processes.size):
+            return "dynarank"
+        return f"torchrun --nproc-per-node {here} -m dynarank"
+
     @contextmanager
     def training(self, order: Order, task: Task) -> Generator[Processes]:
         """Within the block, all processes train this run.
@@ -116,6 +124,7 @@ def run_together(command: Callable[[], int]) -> int:
     if processes.rank:
         return _follow(processes)
     lead = Leader(processes)
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # no error
     token = _LEADER.set(lead)
     code = 1
     try:

@@ -165,6 +165,7 @@ class Trainer:
         if machine.compile:
             self.model.compile()
         self._replica: DistributedDataParallel | None = None
+        self.processes_before = processes.size  # of the run that goes on
         self._states: list[Any] = []  # of all processes, what is not the same in them
         if processes.rank:
             self._seed(0)
@@ -414,7 +415,10 @@ class Trainer:
         own = extra.pop("trainer")
         self.done, self.train_seconds = own["done"], own["train_seconds"]
         self._new_phase = own["new_phase"]
-        self._go_on_apart(own["processes"] or [own])
+        states = own["processes"] or [own]
+        self.processes_before = len(states)
+        self._new_phase |= len(states) != self.processes.size  # it costs other communication
+        self._go_on_apart(states)
         self.plan = current_plan(self.model)
         self.ledger.turn(self.plan, self.all_reduced_bytes)
         self.ledger.load_state_dict(own["ledger"])

@@ -265,7 +265,12 @@ class _Run:
         self.records = RecordWriter(self.folder, saved["records"])
         self._begun -= saved["wall_seconds"]
         done, steps = self.trainer.done, self.trainer.total_steps
-        self.say(f"{self.folder} goes on from its checkpoint of step {done:,} of {steps:,}")
+        before, now = self.trainer.processes_before, self.trainer.processes.size
+        others = f", with {now} processes instead of {before}: same batches, other dropout draws"
+        self.say(
+            f"{self.folder} goes on from its checkpoint of step {done:,} of {steps:,}"
+            + (others if before != now else "")
+        )
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._begun
