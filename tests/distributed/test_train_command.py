@@ -62,9 +62,8 @@ def wait_for(there: Callable[[], bool], started: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def wait_for_epoch(folder: Path, started: subprocess.Popen[str]) -> None:
-    path = folder / "records.jsonl"
-    wait_for(lambda: path.exists() and '"kind":"epoch"' in path.read_text(), started)
+def wait_for_checkpoint(folder: Path, started: subprocess.Popen[str]) -> None:
+    wait_for(lambda: any(folder.glob("checkpoints/step-*")), started)
 
 
 def worker(started: subprocess.Popen[str], rank: int) -> int:
@@ -143,7 +142,7 @@ def test_a_killed_worker_is_started_again_from_the_checkpoint(
         str(folder),
         more=("--max-restarts", "1"),
     )
-    wait_for_epoch(folder, started)
+    wait_for_checkpoint(folder, started)
     os.kill(worker(started, 1), signal.SIGKILL)
     _, err = said(started)
     assert started.returncode == 0, err
@@ -164,7 +163,7 @@ def test_interrupted_it_goes_on_in_any_number_of_processes(
 ) -> None:
     folder = tmp_path / "run"
     started = torchrun("train", recipe, "--schedule", "dynamic-rank", "--out", str(folder))
-    wait_for_epoch(folder, started)
+    wait_for_checkpoint(folder, started)
     started.send_signal(signal.SIGINT)  # torchrun passes it on
     _, err = said(started)
     step = re.search(r"interrupted \(SIGINT\): step (\d+) is done and saved", err)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from io import BytesIO
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 
 from dynarank.train.loop import Trainer
@@ -49,7 +51,9 @@ class Pace:
         """The first process's value, which may be large."""
         processes = self._trainer.processes
         if processes.size > 1:
-            sent = [value]
+            held = BytesIO()
+            torch.save(value, held)  # pickle cannot read unsigned tensors back (NumPy's generator)
+            sent = [held.getvalue()]
             dist.broadcast_object_list(sent, group=processes.control, group_src=0)
-            return sent[0]
+            return torch.load(BytesIO(sent[0]), weights_only=False)
         return value
