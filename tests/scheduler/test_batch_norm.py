@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import poison
+from stepping import one_step
 from torch import nn
 
 from dynarank import ActivationAwareTruncation, RankScheduler, UnfitWeightError
@@ -161,7 +162,7 @@ def test_statistics_that_are_not_finite_are_refused_and_end_no_run() -> None:
     before = buffers(model)
     poison(model, math.nan, "0")
     with pytest.warns(RuntimeWarning, match="step 1: the inputs of BatchNorm '1'"):
-        assert ranks.step()
+        assert one_step(ranks)
     assert buffers(model) == before
 
 
@@ -177,10 +178,10 @@ def test_an_iterator_that_ends_with_the_first_change_is_refused_at_the_second() 
         layers="2",
         callbacks=[BatchNormRecalibration(lambda: one)],
     )
-    ranks.step()
+    one_step(ranks)
     before = buffers(model)
     with pytest.raises(ValueError, match="there is no batch to recalibrate BatchNorm on"):
-        ranks.step()
+        one_step(ranks)
     assert buffers(model) == before and model[1].momentum == 0.1
 
 

@@ -15,13 +15,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from small_run import assert_same_bits, snapshot
+from stepping import one_step
 from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank.cost.flops import trace
 from dynarank.cost.schedule import cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, LowRank, Within
-from dynarank.scheduler import budgets
+from dynarank.scheduler import pooled
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.schedules import Clock, Phases, RankSchedule, Readings, Schedule, replay
 
@@ -91,13 +92,13 @@ class Run:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = budgets.calibrate
+    original = pooled.calibrate
 
     def counting(*args: Any, **named: Any) -> Any:
         calls.append(1)
         return original(*args, **named)
 
-    monkeypatch.setattr(budgets, "calibrate", counting)
+    monkeypatch.setattr(pooled, "calibrate", counting)
     return calls
 
 
@@ -237,7 +238,7 @@ def test_the_predicted_cost_of_the_run_is_what_it_costs_within_one_percent() -> 
     executed = 0
     for _ in range(8):
         executed += use.flops(dr.current_plan(model)).training
-        ranks.step()
+        one_step(ranks)
     assert executed <= predicted.training_flops
     assert executed == pytest.approx(predicted.training_flops, rel=0.01)
     assert [phase.estimated for phase in predicted.phases] == [False, True, True]
@@ -282,7 +283,7 @@ def test_an_error_while_batch_norm_is_recalibrated_takes_the_cut_back(
     run.optimizer.step()
     before = snapshot(run.model, run.optimizer)
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dynarank.scheduler.rank_scheduler.recalibrate_batch_norms", interrupted)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import FULL, LOW, SCHEDULE, STEPS, forms, net, sgd, train_step
+from stepping import one_step
 
 import dynarank as dr
 from dynarank import LRRewarmup, RankScheduler
@@ -54,7 +55,7 @@ def test_they_are_called_in_the_order_of_the_list() -> None:
     assert log == [(0, "a", "start"), (0, "b", "start"), *first]
     log.clear()
     for _ in range(3):
-        ranks.step()
+        one_step(ranks)
     steps = [[(step, "a", "step"), (step, "b", "step")] for step in (1, 2, 3)]
     change = [(2, "a", "before"), (2, "b", "before"), (2, "a", "after"), 2, (2, "b", "after")]
     assert log == [*steps[0], *steps[1], *change, *steps[2]]
@@ -77,20 +78,20 @@ def test_an_exception_before_a_change_leaves_the_model_and_is_asked_again() -> N
     model, ranks, one, log = about_to_change()
     one.raises = "before"
     with pytest.raises(RuntimeError, match="a before"):
-        ranks.step()
+        one_step(ranks)
     assert forms(model) == [LOW, LOW, FULL] and ("b", "before") not in [x[1:] for x in log]
     one.raises = ""
-    assert len(ranks.step()) == 2 and forms(model) == [FULL] * 3
+    assert len(one_step(ranks)) == 2 and forms(model) == [FULL] * 3
 
 
 def test_an_exception_after_a_change_leaves_it_made() -> None:
     model, ranks, one, log = about_to_change()
     one.raises = "after"
     with pytest.raises(RuntimeError, match="a after"):
-        ranks.step()
+        one_step(ranks)
     assert forms(model) == [FULL] * 3 and (1, "b", "after") not in log
     one.raises = ""
-    assert ranks.step() == []  # not made again
+    assert one_step(ranks) == []  # not made again
 
 
 @pytest.mark.parametrize("raises", ["start", "before", "after"])
@@ -126,7 +127,7 @@ def test_a_change_that_is_put_off_is_not_told_after() -> None:
         ranks = RankScheduler(model, sgd(model), low_rank(2), 9, callbacks=told, **only)
     with torch.no_grad():
         model[2].weight[0, 0] = 1.0
-    ranks.step()
+    one_step(ranks)
     assert [what for *_, what in log] == ["start", "before", "step", "before", "after"]
 
 
@@ -195,7 +196,7 @@ def test_a_saved_callback_that_is_not_there_is_refused_before_anything_changes()
     model = net()
     ranks = RankScheduler(model, sgd(model), SCHEDULE, STEPS, callbacks=[LRRewarmup(3)])
     for _ in range(4):
-        ranks.step()
+        one_step(ranks)
     other = net()
     again = RankScheduler(other, sgd(other), SCHEDULE, STEPS)
     with pytest.raises(ValueError, match="had the callbacks LRRewarmup, this one has not"):

@@ -23,6 +23,7 @@ from small_run import (
     snapshot,
     train_step,
 )  # fmt: skip
+from stepping import one_step
 from torch import nn
 
 import dynarank as dr
@@ -37,7 +38,7 @@ def told(ranks: RankScheduler) -> tuple[list[Change], list[str]]:
     """The changes and warnings of one step."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        changes = ranks.step()
+        changes = one_step(ranks)
     assert all((w.category, w.filename) == (RuntimeWarning, __file__) for w in caught)
     return changes, [str(w.message) for w in caught]
 
@@ -83,11 +84,11 @@ def test_no_layer_waits_longer_than_a_share_of_the_run(total: int, longest: int)
         warnings.simplefilter("ignore")
         waits = {}
         for _ in range(min(300, total - 1)):
-            ranks.step()
+            one_step(ranks)
             waits[ranks.last_step] = ranks.state_dict()["postponed"]["2"]["patience"]
     assert max(waits.values()) == longest
     poison(model, 1.0)
-    steps = next(n for n in range(1, longest + 1) if ranks.step())
+    steps = next(n for n in range(1, longest + 1) if one_step(ranks))
     assert steps <= longest and forms(model)[1] == LOW
 
 
@@ -136,7 +137,7 @@ def test_a_change_not_made_by_the_end_is_tried_once_more_and_said() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(9):
-            ranks.step()
+            one_step(ranks)
     said = told(ranks)[1]
     assert len(said) == 1
     assert "step 10: the run ends with changes never made: layer '2'" in said[0]
@@ -235,7 +236,7 @@ def test_a_schedule_that_reads_spectra_of_a_nan_weight_goes_on() -> None:
     ranks = RankScheduler(model, sgd(model), ClosedLoop(2, spectra_every=1), STEPS)
     poison(model, math.nan)
     for _ in range(STEPS):
-        ranks.step()
+        one_step(ranks)
 
 
 def test_the_schedule_is_told_the_form_a_waiting_layer_still_has() -> None:
@@ -261,7 +262,7 @@ def test_a_callback_hears_only_of_changes_that_were_made() -> None:
         ranks = RankScheduler(model, sgd(model), low_rank(2), 9, callbacks=[seen.append])
     assert [[c.path for c in changes] for changes in seen] == [["0"]]
     poison(model, 1.0)
-    changes = ranks.step()
+    changes = one_step(ranks)
     assert seen[1:] == [changes] and forms(model) == [LOW, LOW, FULL]
 
 
@@ -272,7 +273,7 @@ def test_patience_is_part_of_the_state() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(5):
-            ranks.step()
+            one_step(ranks)
     state = json.loads(json.dumps(ranks.state_dict()))
     assert state["postponed"].keys() == {"2"}
     assert (state["postponed"]["2"]["patience"], state["postponed"]["2"]["retry_at"]) == (2, 7)

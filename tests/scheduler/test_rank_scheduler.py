@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_run import FULL, LAST, LOW, SCHEDULE, STEPS, forms, net, sgd, train_step, untouched
+from stepping import one_step
 from torch.optim import Optimizer, lr_scheduler
 
 import dynarank as dr
@@ -70,7 +71,7 @@ def test_a_model_that_is_at_the_plan_already_does_not_change() -> None:
     schedule = Phases([0, 2], [LOW, LowRank(0.6)])  # .6 of the cost of 8 x 8 is rank 2
     with untouched(model, optimizer):
         ranks = RankScheduler(model, optimizer, schedule, 9, layers="0", callbacks=[seen.append])
-        assert [ranks.step() for _ in range(5)] == [[]] * 5
+        assert [one_step(ranks) for _ in range(5)] == [[]] * 5
     assert seen == []
 
 
@@ -79,7 +80,7 @@ def test_stepping_beyond_the_run_keeps_the_last_plan() -> None:
     ranks = RankScheduler(model, sgd(model), Phases([0, 3, 7], [LOW, FULL, LAST]), 5)
     clocks: list[Clock] = []
     ranks.schedule = as_schedule(lambda clock, readings: clocks.append(clock) or {"0": FULL})
-    changes = [ranks.step() for _ in range(9)]
+    changes = [one_step(ranks) for _ in range(9)]
     assert [bool(some) for some in changes] == [True] + [False] * 8
     assert [clock.step for clock in clocks] == [1, 2, 3, 4, 4, 4, 4, 4, 4]
     assert {clock.total_steps for clock in clocks} == {5}
@@ -95,7 +96,7 @@ def test_a_schedule_may_give_the_same_dict_again_and_again() -> None:
 
     model = net()
     ranks = RankScheduler(model, sgd(model), schedule, STEPS, layers="0")
-    assert [bool(ranks.step()) for _ in range(6)] == [False] * 3 + [True] + [False] * 2
+    assert [bool(one_step(ranks)) for _ in range(6)] == [False] * 3 + [True] + [False] * 2
 
 
 def test_optimizer_groups_fit_through_a_whole_run() -> None:
@@ -147,7 +148,7 @@ def test_the_schedule_sees_shapes_and_learning_rate() -> None:
     optimizer = sgd(model)
     ranks = RankScheduler(model, optimizer, schedule, STEPS, layers="*")
     optimizer.param_groups[0]["lr"] = 0.025
-    ranks.step()
+    one_step(ranks)
     shapes = {"0": (8, 6), "2": (6, 8), "4": (3, 6)}
     assert seen.pop() == Readings(shapes, 0.025)
     assert seen and all(readings == Readings(shapes, 0.1) for readings in seen)
@@ -166,7 +167,7 @@ def test_with_several_optimizers_there_is_no_one_learning_rate() -> None:
         torch.optim.Adam(model[2:].parameters()),
     ]
     ranks = RankScheduler(model, both, schedule, STEPS, layers=["0", "2"])
-    assert len(ranks.step()) == 2 and set(seen) == {None}
+    assert len(one_step(ranks)) == 2 and set(seen) == {None}
     held = [[id(p) for group in one.param_groups for p in group["params"]] for one in both]
     assert held == [[id(p) for p in part.parameters()] for part in (model[:2], model[2:])]
 

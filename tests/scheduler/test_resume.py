@@ -20,6 +20,7 @@ from small_run import (
     sgd,
     snapshot,
 )
+from stepping import one_step
 from torch import nn
 from torch.optim import Optimizer
 
@@ -144,7 +145,7 @@ def diverged(schedule: RankSchedule, steps: int) -> tuple[Running, list[dict[str
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2, steps):
-            run.ranks.step()
+            one_step(run.ranks)
     return run, saved
 
 
@@ -173,7 +174,7 @@ def test_a_state_saved_while_a_change_is_put_off_can_be_loaded() -> None:
     assert resumed.ranks.state_dict() == run.ranks.state_dict()
     for one in (run, resumed):
         poison(one.model, 0.5)
-    assert [bool(one.ranks.step()) for one in (run, resumed)] == [True, True]  # at step 7
+    assert [bool(one_step(one.ranks)) for one in (run, resumed)] == [True, True]  # at step 7
 
 
 def test_layers_that_only_a_plan_names_resume_too() -> None:

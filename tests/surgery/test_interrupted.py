@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from stepping import one_step
 from torch import Tensor, nn
 
 import dynarank as dr
@@ -63,7 +64,7 @@ CHANGES: dict[str, Callable[[Mixed, torch.optim.Optimizer], object]] = {
     "inflate": lambda m, o: dr.inflate(m, optimizer=o),
     "deflate": lambda m, o: dr.deflate(m, 1, optimizer=o),
     "merge": lambda m, o: dr.merge(m, optimizer=o),
-    "step": lambda m, o: scheduler(m, o).step(),
+    "step": lambda m, o: one_step(scheduler(m, o)),
     "load": lambda m, o: scheduler(m, o).load_state_dict(saved()),
 }
 
@@ -78,7 +79,7 @@ def scheduler(model: nn.Module, optimizer: torch.optim.Optimizer) -> dr.RankSche
 def saved() -> dict[str, Any]:
     """The state of a scheduler after that step."""
     ranks = scheduler(*trained(ranked=True))
-    ranks.step()
+    one_step(ranks)
     return ranks.state_dict()
 
 

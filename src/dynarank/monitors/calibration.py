@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dynarank.decompositions import UnfitWeightError, all_finite
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.layers import own_parameters
 from dynarank.layers.running import call_model, preserve_state
 from dynarank.surgery.selection import LayerFilter, select
@@ -80,6 +81,7 @@ def calibrate(
         >>> calibration.get("2").second.shape
         torch.Size([1, 2, 2])
     """
+    model = unwrapped(model)
     every = survey(model)
     sites = [s for s in every if s.form] if layers is None else select(every, layers)
     missed = {site.path: reason for site in sites if (reason := _beyond_reach(site))}

@@ -16,6 +16,7 @@ from dynarank.cost.flops import Flops, ModelUse, count_flops, trace
 from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.cost.stand_in import on_meta, stand_in
 from dynarank.cost.step_memory import StepMemory, step_memory
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.forms import Plan
 from dynarank.planning.estimate_phase import PhaseEstimate
 from dynarank.planning.estimate_result import Estimate
@@ -89,7 +90,7 @@ def estimate(
         >>> [(one.start, round(one.cost.relative_training, 3)) for one in found.phases]
         [(0, 0.725), (40, 1.0), (80, 0.925)]
     """
-    optimizers, model = as_list(optimizer), _unwrapped(model)
+    optimizers, model = as_list(optimizer), unwrapped(model)
     _check(model, schedule, total_steps, lr_scheduler, measure=measure)
     if optimizers:
         check_lr_scheduler(lr_scheduler, optimizers)
@@ -222,12 +223,6 @@ def _check(
             "measure=True trains copies of the model, and its parameters are on the meta device; "
             "give a model with values, or measure=False"
         )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that ``torch.compile`` has wrapped, or the model itself."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
 
 
 def _default(model: nn.Module) -> list[Optimizer]:

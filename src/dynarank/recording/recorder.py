@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from dynarank.cost.memory import SavedTensors
 from dynarank.cost.stand_in import without_graphs
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.files.ownership import owned
 from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
@@ -624,7 +625,7 @@ def _subject(
             "a recorder counts the steps of a rank scheduler or of an optimizer; give ranks, or "
             "model= and optimizer="
         )
-    return model, as_list(optimizer)
+    return unwrapped(model), as_list(optimizer)
 
 
 def _started_at(start: int, ranks: RankScheduler | None) -> int:

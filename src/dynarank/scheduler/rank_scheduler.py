@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dynarank.decompositions import LinAlgError, UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import Processes, is_independent, processes_of
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.form_data import form_to_data, request_to_data
 from dynarank.forms import Change, Form, LowRank, Plan, Request, Within
 from dynarank.monitors.gradient_window import GradientWindow
@@ -32,6 +33,7 @@ from dynarank.scheduler.copies import check_picklable
 from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler, unknown_rates
 from dynarank.scheduler.lr_interval import WAYS
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
+from dynarank.scheduler.real_steps import RealSteps
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
 from dynarank.schedules.base import (
     Answer,
@@ -47,6 +49,7 @@ from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.edit import restore_on_exit
+from dynarank.surgery.guard import Guard
 from dynarank.surgery.loading import follow_loads, forms_loaded
 from dynarank.surgery.optimizer_signature import sign_states, unsign_states
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
@@ -55,10 +58,11 @@ from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
+from dynarank.surgery.sharded import check_moments, check_order
 from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import differences, truncates
-from dynarank.surgery.wrapper_fit import unwrapped
+from dynarank.surgery.wrappers import check_unwrapped
 
 __all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
 
@@ -67,22 +71,25 @@ class RankScheduler:
     """Changes the forms of layers during training, as an LR scheduler changes the learning rate.
 
     The constructor applies the schedule's first plan, or goes on from a saved ``state``. Call
-    :meth:`step` once after each ``optimizer.step()``. A layer that cannot be changed now (its
+    :meth:`step` once a batch, after ``optimizer.step()``: steps that an optimizer took are counted,
+    so gradients may be accumulated, and steps skipped. A layer that cannot be changed now (its
     weight or optimizer state is not finite, or its decomposition does not converge) does not end
     the run or hold back the others: its change is postponed with a warning and retried after 1, 2,
     4, ... steps, at most 1% of the run (within 8 and 64 steps), and once more at the last step.
 
     Args:
-        model: the model; it may be ranked already.
-        optimizer: its optimizer, or several.
+        model: the model, wrapped (``torch.compile``, ``DataParallel``, Lightning Fabric's) or not;
+            it may be ranked already. :attr:`model` is the one inside, and paths are those in it.
+        optimizer: its optimizer, or several; wrapped by Accelerate or Lightning or not.
         schedule: one of :mod:`dynarank.schedules`, or any function ``(clock, readings) -> plan``.
         total_steps: how many optimizer steps the run has.
         layers: the scheduled layers, as a filter ``(module, path) -> bool`` or glob patterns. None:
             the layers that are ranked already; if there are none, all that get cheaper in every
             low-rank phase of the schedule, except embeddings, output layers and small weights
             (``print(dr.survey(model, rank))`` shows which).
-        lr_scheduler: the LR scheduler; a copy of it is run ahead to forecast the learning rate. Or
-            the learning rates of the run, evenly spaced. None: there is no forecast.
+        lr_scheduler: the LR scheduler, wrapped by a trainer or not; a copy of it is run ahead to
+            forecast the learning rate. Or the learning rates of the run, evenly spaced. None: there
+            is no forecast.
         lr_every: how many optimizer steps pass from one ``lr_scheduler.step()`` to the next: 1, or
             ``len(loader)`` if it is stepped once an epoch. None: found out when it is first
             stepped, unless the length of the LR scheduler tells before.
@@ -141,8 +148,8 @@ class RankScheduler:
         callbacks: Sequence[CallbackLike] = (),
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        model = unwrapped(model)
-        self.model, self.optimizer = model, as_list(optimizer)
+        check_unwrapped(model)
+        self.model, self.optimizer = (model := unwrapped(model)), as_list(optimizer)
         self._independent = is_independent()
         self._processes: Processes | None = None
         check_movable(self.optimizer, moments)
@@ -159,6 +166,8 @@ class RankScheduler:
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
         self._postponed = Postponed(total_steps)
+        self._guard = Guard()
+        self._steps = RealSteps(self.optimizer, self._guard)
         self._budgets = Budgets(model, batches)
         self._request: Request | None = None  # the schedule's last answer
         self._plan: Plan | None = None  # its forms, as last applied, but for what is postponed
@@ -168,6 +177,7 @@ class RankScheduler:
         self._states_checked = False
         self._told_of_rates = False
         sites = survey(model)
+        check_moments(sites, moments)
         choose = lambda: self._choose_layers(sites, layers, state)  # noqa: E731
         self.processes.attempt("a RankScheduler", choose)
         self._agree()
@@ -244,17 +254,41 @@ class RankScheduler:
         return timeline(self.schedule, self._readings(), self.total_steps)
 
     def step(self) -> list[Change]:
-        """Count one optimizer step, bring the model to the next step's plan, return the changes."""
-        self.last_step += 1
+        """Count the step that an optimizer took, and bring the model to the next step's plan.
+
+        A call that follows no optimizer step (a micro-batch of an accumulation, a step that the
+        gradient scaler skipped) counts nothing and changes nothing; of several optimizers that have
+        stepped since the last call, one step counts. Optimizers without torch's step hooks cannot
+        be seen: each call counts.
+
+        Returns:
+            The changes that were made.
+
+        Raises:
+            RuntimeError: after a change, an optimizer does not step the new parameters, or a
+                container still holds old ones. Nothing has been counted then.
+
+        Warns:
+            RuntimeWarning: another optimizer takes the steps, it seems.
+        """
+        if not (steps := self._steps.take()):
+            self._steps.idle()
+            return []
         forget_replaced(*self.model.modules())
-        self._check_states()
-        self._budgets.after_first_step(self._phases)
-        self._budgets.agree(self._layers, self.processes)
-        for one in self.callbacks.values():
-            one.after_step(self)
-        if (wrong := self.forecast.watch(self.last_step)) and self._told_of_rates:
-            warnings.warn(f"{wrong}; {WAYS}", RuntimeWarning, stacklevel=2)
-        return self._advance()
+        self._guard.check(self.model, self.optimizer)
+        self._steps.count()
+        changes: list[Change] = []
+        for _ in range(steps):
+            self.last_step += 1
+            self._check_states()
+            self._budgets.after_first_step(self._phases)
+            self._budgets.agree(self._layers, self.processes)
+            for one in self.callbacks.values():
+                one.after_step(self)
+            if (wrong := self.forecast.watch(self.last_step)) and self._told_of_rates:
+                warnings.warn(f"{wrong}; {WAYS}", RuntimeWarning, stacklevel=2)
+            changes += self._advance()
+        return changes
 
     def close(self) -> None:
         """Take every hook off the optimizers, the last callback first; the model stays as it is."""
@@ -262,6 +296,7 @@ class RankScheduler:
             all_of_them.callback(forget_replaced, *self.model.modules())
             all_of_them.callback(unsign_states, self.model, self.optimizer)
             all_of_them.callback(self._budgets.close)
+            all_of_them.callback(self._steps.close)
             if self.gradients is not None:
                 all_of_them.callback(self.gradients.watch, ())
             for one in self.callbacks.values():
@@ -279,6 +314,7 @@ class RankScheduler:
         callbacks = stateful_callbacks(self.callbacks).items()
         return {
             "last_step": self.last_step,
+            "uncounted": self._steps.uncounted,
             "total_steps": self.total_steps,
             "seed": self._seed,
             "layers": {path: list(shape) for path, shape in self._layers.items()},
@@ -326,11 +362,12 @@ class RankScheduler:
             undo = own_undo if undo is None else undo
             if self.gradients is not None:
                 undo.callback(_reload, self.gradients, self.gradients.state_dict())
-            for part in (self, self.forecast, self._postponed):
+            for part in (self, self.forecast, self._postponed, self._steps):
                 restore_on_exit(vars(part), undo)
             restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo)
             self.last_step, self._plan, self._seed = saved.last_step, saved.plan, saved.seed
             self._request = saved.request
+            self._steps.load(saved.uncounted)
             self._forms_loaded = forms_loaded()
             self._layers = {path: tuple(shape) for path, shape in saved.layers.items()}
             self.schedule, self._state = saved.schedule, saved.schedule_state
@@ -338,6 +375,7 @@ class RankScheduler:
             self.forecast.load_state_dict(state["forecast"])
             for name, one in saved.callbacks.items():
                 load_callback(name, self.callbacks[name], one, undo)
+            self._guard.expect()
             self._load_gradients(saved.gradients)
             self._budgets.load_state_dict(saved.batches, undo)
             own_undo.pop_all()
@@ -348,6 +386,7 @@ class RankScheduler:
         self._forms_loaded = forms_loaded()
         follow_loads(self.model)
         sign_states(self.model, self.optimizer)
+        self._steps.watch(self.optimizer)
         for one in self.callbacks.values():
             one.on_copy(self)
 
@@ -407,6 +446,8 @@ class RankScheduler:
     def _check_states(self) -> None:
         """Once optimizers have states: raise ValueError if a later change could not move them."""
         inner = [one for optimizer in self.optimizer for one in wrapped(optimizer)]
+        if not self._states_checked:
+            check_order(self.model, self.optimizer)
         if self._states_checked or not any(one.state for one in inner):
             return
         self._states_checked = True
@@ -439,6 +480,8 @@ class RankScheduler:
         unmeasured = find_sites(self.model, sites, found.unmeasured)
         tried = [*due, *((site, found.unmeasured[path]) for path, site in unmeasured.items())]
         postponed.record(tried, unfit := unfit | found.unfit, step)
+        if changes:
+            self._guard.expect([site for site, _ in due], changes)
         for one in self.callbacks.values() if changes else ():
             one.after_change(self, changes)
         if unfit and (step or not found.unmeasured):  # before the first batch a budget waits for it

@@ -30,6 +30,7 @@ _T = TypeVar("_T")
 
 KEYS = (
     "last_step",
+    "uncounted",
     "total_steps",
     "seed",
     "layers",
@@ -54,6 +55,7 @@ class SavedState:
 
     Args:
         last_step: the number of optimizer steps that were done.
+        uncounted: the number of those that were done, and not counted yet.
         seed: that of new adapters.
         layers: the scheduled layers, with their shapes.
         schedule: the schedule that goes on: the scheduler's own, or a fitted one that was saved.
@@ -70,6 +72,7 @@ class SavedState:
     """
 
     last_step: int
+    uncounted: int
     seed: int
     layers: Mapping[str, Sequence[int]]
     schedule: RankSchedule
@@ -102,7 +105,7 @@ class SavedState:
             ValueError: a key is missing or unknown, a value is not what ``state_dict`` returns, or
                 it is the state of another run: other steps, layers, callbacks, another schedule.
         """
-        state = _before_budgets(state)
+        state = _of_older_version(state)
         _check_run(state, total_steps, callbacks)
         goes_on = _schedule(state["scheduled_by"], schedule)
         # Which layers get cheaper may differ from one fitted schedule to another.
@@ -114,6 +117,7 @@ class SavedState:
         forms = _each(state, "forms", _resolved_form)
         saved = cls(
             last_step=_count(state, "last_step"),
+            uncounted=_count(state, "uncounted"),
             seed=_seed(state),
             layers=layers,
             schedule=goes_on,
@@ -155,12 +159,13 @@ def _check_answers(request: Request, plan: Plan) -> None:
             raise ValueError(_wrong("request", path, why))
 
 
-def _before_budgets(state: Any) -> Any:
+def _of_older_version(state: Any) -> Any:
     """A state of a version without budgets: what the schedule answered was the plan."""
     known = isinstance(state, Mapping) and "plan" in state
     if not known or "request" in state or "batches" in state:
         return state
-    return {**cast(Mapping[str, Any], state), "request": state["plan"], "batches": None}
+    made = {"request": state["plan"], "batches": None, "uncounted": 0}
+    return {**made, **cast(Mapping[str, Any], state)}
 
 
 def schedule_identity(schedule: RankSchedule) -> Any:

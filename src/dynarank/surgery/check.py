@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.surgery.averages import average_problems
 from dynarank.surgery.left_behind import replaced_problems
 from dynarank.surgery.lr_groups import lr_problems
@@ -15,7 +16,7 @@ from dynarank.surgery.optimizer_state import Optimizers, as_list
 from dynarank.surgery.problem import Problem
 from dynarank.surgery.structure import structure_problems, tie_problems
 from dynarank.surgery.transaction import differences
-from dynarank.surgery.wrapper_fit import key_problems, unwrapped, wrapper_problems
+from dynarank.surgery.wrapper_fit import key_problems, wrapper_problems
 
 __all__ = ["InvariantError", "check"]
 

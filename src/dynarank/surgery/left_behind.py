@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from types import FrameType, GeneratorType
 from typing import Any
@@ -24,13 +25,14 @@ from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
 from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
-from dynarank.surgery.problem import Problem, shape
+from dynarank.surgery.problem import Problem, listed, shape
 from dynarank.surgery.replaced import kept_parameters
 
-__all__ = ["live", "replaced_problems", "watch_replaced"]
+__all__ = ["check_let_go", "live", "replaced_problems", "watch_replaced"]
 
 # Of each replaced parameter: its layer's path, its module, and its weight's name in the module.
 _REPLACED = WeakTensorKeyDictionary()
+_CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
 
 
 def watch_replaced(edits: Iterable[Edit]) -> None:
@@ -77,6 +79,60 @@ def replaced_problems(model: nn.Module, optimizers: Sequence[Any]) -> list[Probl
                 )
             )
     return problems
+
+
+def check_let_go(model: nn.Module) -> None:
+    """Raise RuntimeError if a container holds a parameter of this model that a change replaced.
+
+    One who clips or averages the parameters in a list, say, goes on with those of before. Who holds
+    one otherwise (in a variable, an attribute or an autograd graph) is left alone.
+    """
+    modules, current = set(model.modules()), {id(p) for p in model.parameters()}
+
+    def replaced() -> list[tuple[ref[Parameter], str]]:
+        alive = ((p, path) for p, (path, layer, _) in _REPLACED.items() if layer() in modules)
+        spared = current | kept_parameters()
+        return [(ref(p), path) for p, path in alive if id(p) not in spared]
+
+    if not replaced():
+        return
+    gc.collect()
+    found: dict[str, list[str]] = {}
+    for one, path in replaced():
+        if (p := one()) is not None:
+            for holder in _containers([p]):
+                found.setdefault(holder, []).append(path)
+        del p
+    if found:
+        holder, paths = next(iter(found.items()))
+        more = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+        raise RuntimeError(
+            f"{holder}{more} still holds parameters of {listed({*paths})} that a change of form "
+            "replaced: what is done with it would miss the new ones; make it anew after each "
+            "change, or ask model.parameters() each time; if nothing needs it, delete it"
+        )
+
+
+def _containers(parameters: list[Parameter]) -> list[str]:
+    """The containers that hold the parameter in a list of one, apart from that list."""
+    found: list[str] = []
+    for holder in gc.get_referrers(*parameters):
+        if holder is parameters or not isinstance(holder, _CONTAINERS) or _is_namespace(holder):
+            continue
+        groups = (g for o in live(Optimizer) if is_optimizer(o) for g in groups_of([o]))
+        if any(holder is group["params"] for group in groups):
+            found.append("a group of another optimizer")
+        else:
+            found.append(f"a {type(holder).__name__} of {len(holder)}")
+    return found
+
+
+def _is_namespace(holder: object) -> bool:
+    """Whether a dict has the variables of a module, or the attributes of an object."""
+    if not isinstance(holder, dict):
+        return False
+    owners = gc.get_referrers(holder)
+    return "__builtins__" in holder or any(getattr(o, "__dict__", None) is holder for o in owners)
 
 
 def _holders(parameters: list[Parameter], known: Sequence[object]) -> list[str]:

@@ -21,6 +21,7 @@ from torch import nn
 
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import processes_of
+from dynarank.distributed.unwrap import unwrapped
 from dynarank.forms import (
     Adapted,
     AdaptedExecution,
@@ -47,7 +48,6 @@ from dynarank.surgery.selection import (
 )
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import change_forms, differences
-from dynarank.surgery.wrapper_fit import unwrapped
 from dynarank.surgery.wrappers import check_unwrapped
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
@@ -69,7 +69,8 @@ def apply_plan(
     Law: applying a plan twice equals applying it once; what does not change keeps its object.
 
     Args:
-        model: any module; its modules keep their identity, hooks and names.
+        model: any module, wrapped (DDP, ``torch.compile``) or not; its modules keep their identity,
+            hooks and names, and paths are those without wrappers.
         plan: a form for each path.
         optimizer: the optimizer (or optimizers) of the model: new parameters take the places of
             the old ones, and their state moves with them. An optimizer that is not passed but

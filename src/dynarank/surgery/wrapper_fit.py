@@ -8,29 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from dynarank.distributed.fsdp2 import sharded_parameters
+from dynarank.distributed.unwrap import inside, unwrapped
 from dynarank.surgery.problem import Problem, listed
 
-__all__ = ["key_problems", "unwrapped", "wrapper_problems"]
-
-# Wrappers by name, so that importing them is left to who uses them, and where they have the model.
-_INSIDE = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-    "OptimizedModule": "_orig_mod",
-}
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without the wrappers around it.
-
-    Example:
-        >>> unwrapped(nn.DataParallel(nn.Linear(2, 1)))
-        Linear(in_features=2, out_features=1, bias=True)
-    """
-    while (name := _inside(model)) is not None:
-        model = getattr(model, name)
-    return model
+__all__ = ["key_problems", "wrapper_problems"]
 
 
 def wrapper_problems(model: nn.Module) -> Iterator[Problem]:
@@ -60,7 +42,7 @@ def wrapper_problems(model: nn.Module) -> Iterator[Problem]:
 def key_problems(model: nn.Module) -> Iterator[Problem]:
     """I11: wrappers inside the model that put their names into the keys of its ``state_dict``."""
     for path, module in unwrapped(model).named_modules():
-        if path and (name := _inside(module)) is not None:
+        if path and (name := inside(module)) is not None:
             way = "compile in place, module.compile()" if name == "_orig_mod" else "wrap the model"
             yield Problem(
                 "I11",
@@ -90,17 +72,12 @@ def _ddp(path: str, wrapper: Any) -> Iterator[Problem]:
 def _sharded(module: Any) -> Iterator[nn.Parameter]:
     """The parameters that an FSDP unit shards itself."""
     if "FSDPModule" in _class_names(module):
-        group = module._get_fsdp_state()._fsdp_param_group
-        yield from (one.sharded_param for one in (group.fsdp_params if group else ()))
+        yield from sharded_parameters(module)
         return
     yield from module._ignored_params
     if (handle := module._handle) is not None:
         flat = handle.flat_param
         yield from chain([flat], flat._params or (), flat._shared_params or ())
-
-
-def _inside(module: nn.Module) -> str | None:
-    return next((_INSIDE[name] for name in _class_names(module) if name in _INSIDE), None)
 
 
 def _class_names(module: nn.Module) -> list[str]:
