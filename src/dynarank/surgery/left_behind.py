@@ -108,7 +108,7 @@ def check_let_go(model: nn.Module) -> None:
         more = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
         raise RuntimeError(
             f"{holder}{more} still holds parameters of {listed({*paths})} that a change of form "
-            "replaced: what is done with it would miss the new ones; make it anew after each "
+            "replaced: what is done with it would miss the new ones; make it again after each "
             "change, or ask model.parameters() each time; if nothing needs it, delete it"
         )
 
