@@ -99,7 +99,7 @@ class PhaseRecord(_Line):
     in the phase's first step (None if not counted). ``memory_bytes`` is the phase's peak: on CUDA
     the allocator's, on a CPU the tensors alive at the end of a forward pass (parameters, gradients,
     optimizer state, saved activations); of several ``processes``, the largest.
-    ``all_reduced_bytes`` is what each of them gives in a step to be averaged: the gradients of the
+    ``all_reduced_bytes_per_step`` is what each of them gives to be averaged: the gradients of the
     trainable parameters.
     """
 
@@ -114,7 +114,7 @@ class PhaseRecord(_Line):
     relative_flops: float
     memory_bytes: int | None = None
     processes: int = 1
-    all_reduced_bytes: int = 0
+    all_reduced_bytes_per_step: int = 0
 
 
 class ChangeRecord(_Line):

@@ -120,6 +120,6 @@ def test_of_several_recorders_the_first_writes(
     run = read_run(tmp_path / "run")
     assert not run.damage and run.header.processes == 2 and run.header.backend == "gloo"
     assert run.summary is not None
-    found = [p.all_reduced_bytes for p in run.all(PhaseRecord)]
+    found = [p.all_reduced_bytes_per_step for p in run.all(PhaseRecord)]
     assert found == [4 * p.trainable_parameters for p in run.all(PhaseRecord)]
     assert run.summary.all_reduced_bytes == 3 * found[0] + 3 * found[1] + 2 * found[2]

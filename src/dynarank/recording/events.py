@@ -83,7 +83,7 @@ def phase_record(
         relative_flops=relative_flops,
         memory_bytes=memory_bytes,
         processes=processes,
-        all_reduced_bytes=gradient_bytes(model) if processes > 1 else 0,
+        all_reduced_bytes_per_step=gradient_bytes(model) if processes > 1 else 0,
     )
 
 

@@ -154,7 +154,7 @@ def summary_of(
         training_flops=float(sum(p.predicted_flops * n for p, n in spans)),
         relative_flops=sum(p.relative_flops * n for p, n in spans) / steps,
         memory_bytes=max(p.memory_bytes or 0 for p in phases),
-        all_reduced_bytes=sum(p.all_reduced_bytes * n for p, n in spans),
+        all_reduced_bytes=sum(p.all_reduced_bytes_per_step * n for p, n in spans),
         train_seconds=train_seconds,
         wall_seconds=wall_seconds,
         model_sha256=model_sha256,

@@ -94,7 +94,7 @@ class Recorder:
 
     Of several processes that train one model, each makes its recorder; the first writes, and the
     others are silent. Losses and scores are those of the first: where they differ, average them.
-    ``all_reduced_bytes`` is what a process gives to DDP for one averaging of gradients a step.
+    The bytes all-reduced are what each gives to DDP to average its gradients once a step.
 
     Args:
         folder: the folder of the run; it is made.

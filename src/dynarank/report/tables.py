@@ -180,7 +180,7 @@ def all_reduced_bytes(run: Run) -> Iterator[tuple[PhaseRecord, float, int]]:
     ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
     for phase, end in zip(phases, ends, strict=False):
         steps = round((end - phase.epoch) * run.header.steps_per_epoch)
-        yield phase, end, steps * phase.all_reduced_bytes
+        yield phase, end, steps * phase.all_reduced_bytes_per_step
 
 
 def changes_table(runs: Sequence[Run]) -> Html:

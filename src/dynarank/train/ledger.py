@@ -27,7 +27,7 @@ class Ledger:
     Args:
         use: the trace of one batch.
         plan: the initial forms of the layers.
-        all_reduced_bytes: what a process gives in a step to be averaged with other processes.
+        all_reduced_bytes_per_step: what a process gives in a step to be averaged with other processes.
 
     Example:
         >>> import torch
@@ -40,7 +40,7 @@ class Ledger:
         0.625
     """
 
-    def __init__(self, use: ModelUse, plan: Plan, all_reduced_bytes: int = 0) -> None:
+    def __init__(self, use: ModelUse, plan: Plan, all_reduced_bytes_per_step: int = 0) -> None:
         self._use = use
         self._full_rank = use.flops(dict.fromkeys(use.layers, FullRank()))
         self._trainable_steps = 0
@@ -50,11 +50,11 @@ class Ledger:
         self.trainable_peak = 0
         self.flops, self.trainable = Flops(), 0
         self.last_trainable, self.last_relative_step = 0, 0.0
-        self.turn(plan, all_reduced_bytes)
+        self.turn(plan, all_reduced_bytes_per_step)
 
-    def turn(self, plan: Plan, all_reduced_bytes: int = 0) -> None:
+    def turn(self, plan: Plan, all_reduced_bytes_per_step: int = 0) -> None:
         """Use the forms of this plan for the following steps."""
-        self._reduced = all_reduced_bytes
+        self._reduced = all_reduced_bytes_per_step
         self.flops = self._use.flops(plan)
         self.trainable, _ = self._use.parameters(plan)
 

@@ -206,7 +206,7 @@ class Trainer:
             callbacks=self._callbacks(schedule, recalibrate=not budgets),
         )
         self.plan = current_plan(self.model)
-        self.ledger = Ledger(self.use, self.plan, self.all_reduced_bytes)
+        self.ledger = Ledger(self.use, self.plan, self.all_reduced_bytes_per_step)
 
     def _has_budgets(self, schedule: RankSchedule, layers: list[str]) -> bool:
         """Whether ranks are found for budgets in the run; then every cut is made on batches."""
@@ -362,7 +362,7 @@ class Trainer:
         return self._replica
 
     @property
-    def all_reduced_bytes(self) -> int:
+    def all_reduced_bytes_per_step(self) -> int:
         """What a process gives to each averaging of gradients: a step has one."""
         return 0 if self.processes.size == 1 else gradient_bytes(self.model)
 
@@ -382,7 +382,7 @@ class Trainer:
         if changes:
             self._new_phase = True
             self.plan = current_plan(self.model)
-            self.ledger.turn(self.plan, self.all_reduced_bytes)
+            self.ledger.turn(self.plan, self.all_reduced_bytes_per_step)
         return changes
 
     def gather_states(self) -> None:
@@ -420,7 +420,7 @@ class Trainer:
         self._new_phase |= len(states) != self.processes.size  # it costs other communication
         self._go_on_apart(states)
         self.plan = current_plan(self.model)
-        self.ledger.turn(self.plan, self.all_reduced_bytes)
+        self.ledger.turn(self.plan, self.all_reduced_bytes_per_step)
         self.ledger.load_state_dict(own["ledger"])
         return extra
 
