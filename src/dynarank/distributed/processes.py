@@ -23,7 +23,14 @@ from torch import Tensor, nn
 
 from dynarank.distributed.wrappers import data_parallel_groups
 
-__all__ = ["DisagreementError", "PeerError", "Processes", "independent", "processes_of"]
+__all__ = [
+    "DisagreementError",
+    "PeerError",
+    "Processes",
+    "independent",
+    "is_independent",
+    "processes_of",
+]
 
 _T = TypeVar("_T")
 _INDEPENDENT: ContextVar[bool] = ContextVar("independent", default=False)
@@ -135,6 +142,13 @@ class Processes:
             if owner != self.rank:
                 tensor.detach().copy_(sent)
 
+    def sum(self, tensor: Tensor) -> None:
+        """Give a tensor, in place, the sum of its values in all processes."""
+        if self.group is not None:
+            sent = self._sent(tensor)
+            dist.all_reduce(sent, group=self.group)
+            tensor.copy_(sent)
+
     def _sent(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy, that the group's backend can send."""
         nccl = tensor.device.type == "cpu" and dist.get_backend(self.group) == "nccl"
@@ -185,6 +199,11 @@ def independent() -> Generator[None]:
         _INDEPENDENT.reset(token)
 
 
+def is_independent() -> bool:
+    """Whether this is within :func:`independent`."""
+    return _INDEPENDENT.get()
+
+
 def _group(members: Iterable[int], backend: str | None) -> Any:
     """A process group of these members, made once."""
     world, ranks = dist.group.WORLD, tuple(sorted(members))
@@ -216,7 +235,8 @@ def _check_alike(what: str, values: Sequence[Any]) -> None:
             raise DisagreementError(
                 f"the processes differ in {what}{place}: {first!r} in process 0, {other!r} in "
                 f"process {rank}. Nothing has changed; give every process the same model, "
-                "schedule, options and seed of decisions"
+                "schedule and options; processes that train "
+                "different models do so within dynarank.distributed.independent()"
             )
 
 

@@ -12,11 +12,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from dynarank.decompositions import UnfitWeightError
+from dynarank.distributed.processes import Processes
 from dynarank.forms import Change, LowRank, same_weight
 from dynarank.layers.running import call_model, preserve_state
 from dynarank.scheduler.callbacks import Callback, Ranks
+from dynarank.scheduler.pooled import pool_batch_norms
 
 __all__ = ["BatchNormRecalibration", "check_batches", "recalibrate_batch_norms"]
+
+_ALONE = Processes()
 
 
 class BatchNormRecalibration(Callback):
@@ -43,7 +47,7 @@ class BatchNormRecalibration(Callback):
         )
         if ranks.last_step and any(truncated):
             try:
-                recalibrate_batch_norms(ranks.model, self.batches())
+                recalibrate_batch_norms(ranks.model, self.batches(), together=ranks.processes)
             except UnfitWeightError as error:
                 said = f"step {ranks.last_step}: {error}"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)
@@ -55,6 +59,7 @@ def recalibrate_batch_norms(
     batches: Iterable[Any],
     *,
     forward: Callable[[nn.Module, Any], object] | None = None,
+    together: Processes = _ALONE,
 ) -> None:
     """Set every BatchNorm's running mean and variance to those of ``batches``.
 
@@ -69,6 +74,7 @@ def recalibrate_batch_norms(
         model: run in training mode, without gradients.
         batches: as :func:`dynarank.calibrate` takes them; a few hundred examples suffice.
         forward: as for :func:`dynarank.calibrate`.
+        together: processes that have a replica each: the statistics are those of all batches.
 
     Raises:
         ValueError: no batch, such as from an iterator that is exhausted.
@@ -92,8 +98,10 @@ def recalibrate_batch_norms(
             momenta.callback(setattr, norm, "momentum", norm.momentum)
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
-        _run(model, batches, forward or call_model)
+        run = lambda: _run(model, batches, forward or call_model)  # noqa: E731
+        together.attempt("BatchNorm recalibration", run)
         found = {path: dict(norm.named_buffers(recurse=False)) for path, norm in norms.items()}
+        pool_batch_norms(found, together)
     for path, statistics in found.items():
         if not all(value.isfinite().all() for value in statistics.values()):
             raise UnfitWeightError(

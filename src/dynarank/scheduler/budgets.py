@@ -18,10 +18,13 @@ from dynarank.allocation.within_budget import plan_within
 from dynarank.cost.budget import Room, shared_budgets, uniform_plan
 from dynarank.cost.flops import ModelUse, trace, weights_only
 from dynarank.decompositions import LinAlgError, UnfitWeightError
+from dynarank.distributed.processes import Processes
 from dynarank.forms import BudgetKind, Form, LowRank, Plan, Request, Within
-from dynarank.monitors.calibration import Calibration, calibrate
+from dynarank.monitors.calibration import Calibration
 from dynarank.scheduler.last_batches import LastBatches
+from dynarank.scheduler.pooled import calibrate_together
 from dynarank.schedules.timelines import Phase
+from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import truncates
 
@@ -70,6 +73,7 @@ class Budgets:
         self._use: dict[BudgetKind, ModelUse] = {}
         self._shares: tuple[float, float] | None = None
         self._unchecked = False  # until the first batch has been seen
+        self._agreed = False
 
     def shares(self, paths: Collection[str]) -> tuple[float, float] | None:
         """The FLOPs of the scheduled layers and of all else, see ``Readings.flops``."""
@@ -124,7 +128,15 @@ class Budgets:
             )
         self.expect(phases)
 
-    def statistics(self, made: Resolved, due: Sequence[tuple[Site, Form]]) -> Calibration:
+    def agree(self, paths: Collection[str], together: Processes) -> None:
+        """Take the FLOPs that process 0 has counted: batches may differ in length."""
+        if not self._agreed and self.shares(paths) is not None:
+            self._agreed = True
+            self._shares = together.from_first("the FLOPs of the layers", self._shares)
+
+    def statistics(
+        self, made: Resolved, due: Sequence[tuple[Site, Form]], together: Processes
+    ) -> Calibration:
         """The activation statistics of what is cut to budgets, and of all cuts on given batches.
 
         Raises:
@@ -133,7 +145,8 @@ class Budgets:
         fixed = {s.path for s, form in due if s.path not in made.found and truncates([(s, form)])}
         if fixed and self._given is not None:
             made.batches = made.batches or list(self._given())
-            made.calibration.update(calibrate(self._model, made.batches, layers=_at(fixed)))
+            how = made.batches, _at(fixed), together
+            made.calibration.update(calibrate_together(self._model, *how))
         return made.calibration
 
     def close(self) -> None:
@@ -157,6 +170,7 @@ class Budgets:
         plan: Plan | None,
         waiting: Mapping[str, bool],
         sites: Sequence[Site],
+        together: Processes,
     ) -> Resolved:
         """The forms of an answer: budgets that were asked before keep what was found for them.
 
@@ -166,6 +180,7 @@ class Budgets:
             plan: the forms that were found for the last answer.
             waiting: layers whose budget could not be measured, and whether that is tried again now.
             sites: a survey of the model.
+            together: the processes that ask for this together.
         """
         made = Resolved({p: one for p, one in request.items() if not isinstance(one, Within)})
         before = shared_budgets(last or {})
@@ -183,16 +198,22 @@ class Budgets:
         if new and self._given is None:  # counted on a batch that a resumed run has too
             self._use.clear()
         for budget, paths in sorted(new, key=lambda one: one[0].of):  # of="layers" first
-            self._measure(made, budget, paths, {**now, **made.plan})
+            self._measure(made, budget, paths, {**now, **made.plan}, together)
         return made
 
     def _measure(
-        self, made: Resolved, budget: Within, paths: tuple[str, ...], planned: Plan
+        self,
+        made: Resolved,
+        budget: Within,
+        paths: tuple[str, ...],
+        planned: Plan,
+        together: Processes,
     ) -> None:
-        """Add what is found for one budget."""
+        """Add what is found for one budget: in several processes, what process 0 finds."""
+        how = made, budget, paths, planned, together
+        find = lambda: self._find(*how)  # noqa: E731
         try:
-            made.batches = made.batches or self._batches(budget)
-            forms = self._find(made, budget, paths, planned)
+            forms = together.from_first("the ranks", fit_everywhere("a budget", find, together))
         except (UnfitWeightError, LinAlgError) as error:
             made.unmeasured |= dict.fromkeys(paths, budget)
             made.unfit |= {path: f"layer {path!r}, {budget}: {error}" for path in paths}
@@ -201,10 +222,19 @@ class Budgets:
             made.plan |= forms
             made.found |= dict.fromkeys(paths, budget)
 
-    def _find(self, made: Resolved, budget: Within, paths: tuple[str, ...], planned: Plan) -> Plan:
+    def _find(
+        self,
+        made: Resolved,
+        budget: Within,
+        paths: tuple[str, ...],
+        planned: Plan,
+        together: Processes,
+    ) -> Plan:
+        made.batches = made.batches or self._batches(budget)
         use, layers = self._cost(budget.kind), _at(paths)
         if made.batches:
-            made.calibration.update(calibrate(self._model, made.batches, layers=layers))
+            found = calibrate_together(self._model, made.batches, layers, together)
+            made.calibration.update(found)
         if budget.ranks == "uniform":
             return uniform_plan(Room.of(use, budget, paths, planned))
         return plan_within(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.processes import Processes
 from dynarank.forms import Change, Form
 from dynarank.surgery.edit import restore_on_exit
 from dynarank.surgery.sites import Site
@@ -33,6 +34,11 @@ class Ranks(Protocol):
     optimizer: list[Optimizer]
     last_step: int
     """How many optimizer steps are done; 0 while the first plan is applied."""
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that train the model together: a callback is called in all of them."""
+        ...
 
 
 class Callback:

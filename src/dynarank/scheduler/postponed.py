@@ -9,6 +9,7 @@ from typing import Any
 
 from dynarank.decompositions import UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.processes import Processes
 from dynarank.form_data import request_from_data, request_to_data
 from dynarank.forms import Change, Form, Request, Within
 from dynarank.surgery.optimizer_state import Moments, Optimizers
@@ -122,6 +123,7 @@ def change_fit_layers(
     seed: int | None = None,
     keep: bool = False,
     undo: ExitStack | None = None,
+    together: Processes,
 ) -> tuple[list[Change], dict[str, str]]:
     """Change the layers that can be changed; also the reasons why the others cannot, by path.
 
@@ -130,7 +132,7 @@ def change_fit_layers(
     unfit: dict[str, str] = {}
     while left := [(site, form) for site, form in wanted if site.path not in unfit]:
         try:
-            how: dict[str, Any] = {"seed": seed, "keep": keep, "undo": undo}
+            how: dict[str, Any] = {"seed": seed, "keep": keep, "undo": undo, "together": together}
             return change_forms(left, optimizer, moments, calibration, **how), unfit
         except UnfitWeightError as error:
             paths = [site.path for site, _ in left]

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.decompositions import LinAlgError, UnfitWeightError
-from dynarank.distributed.unwrap import unwrapped
+from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.processes import Processes, is_independent, processes_of
+from dynarank.distributed.unwrap import check_wrappers, unwrapped
 from dynarank.form_data import form_to_data, request_to_data
 from dynarank.forms import Change, Form, LowRank, Plan, Request, Within
 from dynarank.monitors.gradient_window import GradientWindow
@@ -33,7 +35,16 @@ from dynarank.scheduler.lr_interval import WAYS
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.real_steps import RealSteps
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
-from dynarank.schedules.base import Clock, Decision, Readings, Schedule, as_schedule, ask, step_of
+from dynarank.schedules.base import (
+    Answer,
+    Clock,
+    Decision,
+    Readings,
+    Schedule,
+    as_schedule,
+    ask,
+    step_of,
+)
 from dynarank.schedules.options import check_count
 from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.timelines import Phase, timeline
@@ -47,9 +58,9 @@ from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
+from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import differences, truncates
-from dynarank.surgery.wrappers import check_unwrapped
 
 __all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
 
@@ -65,8 +76,8 @@ class RankScheduler:
     4, ... steps, at most 1% of the run (within 8 and 64 steps), and once more at the last step.
 
     Args:
-        model: the model, wrapped (``torch.compile``, ``DataParallel``, Lightning Fabric's) or not;
-            it may be ranked already. :attr:`model` is the one inside, and paths are those in it.
+        model: the model, wrapped (DDP, ``torch.compile``, Lightning Fabric's) or not; it may be
+            ranked already. :attr:`model` is the one inside, and paths are those in it.
         optimizer: its optimizer, or several; wrapped by Accelerate or Lightning or not.
         schedule: one of :mod:`dynarank.schedules`, or any function ``(clock, readings) -> plan``.
         total_steps: how many optimizer steps the run has.
@@ -135,8 +146,11 @@ class RankScheduler:
         callbacks: Sequence[CallbackLike] = (),
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        check_unwrapped(model)
-        self.model, self.optimizer = (model := unwrapped(model)), as_list(optimizer)
+        check_wrappers(model)
+        model = unwrapped(model)
+        self.model, self.optimizer = model, as_list(optimizer)
+        self._independent = is_independent()
+        self._processes: Processes | None = None
         check_movable(self.optimizer, moments)
         self.schedule = as_schedule(schedule)
         self.total_steps = total_steps = check_count("total_steps", total_steps)
@@ -151,18 +165,20 @@ class RankScheduler:
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
         self._postponed = Postponed(total_steps)
-        self._guard = Guard()
-        self._steps = RealSteps(self.optimizer, self._guard)
         self._budgets = Budgets(model, batches)
         self._request: Request | None = None  # the schedule's last answer
         self._plan: Plan | None = None  # its forms, as last applied, but for what is postponed
         self._state = self.schedule.start()
-        self._seed = torch.initial_seed()
+        self._seed = self.processes.from_first("the seed", torch.initial_seed())
         self._forms_loaded = forms_loaded()
         self._states_checked = False
         self._told_of_rates = False
         sites = survey(model)
-        self._choose_layers(sites, layers, state)
+        choose = lambda: self._choose_layers(sites, layers, state)  # noqa: E731
+        self.processes.attempt("a RankScheduler", choose)
+        self._agree()
+        self._guard = Guard()
+        self._steps = RealSteps(self.optimizer, self._guard)
         try:
             self._budgets.expect(self._phases)
             for one in self.callbacks.values():
@@ -190,6 +206,28 @@ class RankScheduler:
         check_phases(self.model, phases := self._phases(), sites)
         if named is None and not has_factors(sites):
             warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=3)
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that train the model together, as of the last change."""
+        if self._processes is None:
+            own = Processes() if self._independent else processes_of(*self.model.modules())
+            self._processes = own
+        return self._processes
+
+    def _agree(self) -> None:
+        """Raise ValueError in all processes if they differ in what the schedule depends on."""
+        if self.processes.size > 1:
+            phases = [[one.start, request_to_data(one.plan)] for one in self._phases()]
+            own = {
+                "schedule": schedule_identity(self.schedule),
+                "total_steps": self.total_steps,
+                "layers": {path: list(shape) for path, shape in self._layers.items()},
+                "callbacks": list(self.callbacks),
+                "moments": self.moments if isinstance(self.moments, str) else "calibrated",
+                "phases": phases,
+            }
+            self.processes.agree("the rank scheduler", own)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -242,6 +280,7 @@ class RankScheduler:
             self.last_step += 1
             self._check_states()
             self._budgets.after_first_step(self._phases)
+            self._budgets.agree(self._layers, self.processes)
             for one in self.callbacks.values():
                 one.after_step(self)
             if (wrong := self.forecast.watch(self.last_step)) and self._told_of_rates:
@@ -313,6 +352,8 @@ class RankScheduler:
         own = self.schedule, self.total_steps, layers, self.callbacks
         shapes = {site.path: site.spec.unit_shape for site in sites if site.form is not None}
         saved = SavedState.of(state, *own, shapes)
+        told = {key: state[key] for key in ("last_step", "seed", "layers", "forms", "plan")}
+        self.processes.agree("the rank scheduler's state", told)
         for plan in saved.plans():
             differences(self.model, plan, sites)  # each is possible
         with ExitStack() as own_undo:
@@ -339,6 +380,7 @@ class RankScheduler:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        self._processes = None
         self._forms_loaded = forms_loaded()
         follow_loads(self.model)
         sign_states(self.model, self.optimizer)
@@ -348,7 +390,7 @@ class RankScheduler:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
         made = memo[id(self)] = object.__new__(type(self))
-        made.__setstate__(copy.deepcopy(vars(self), memo))
+        made.__setstate__(copy.deepcopy({**vars(self), "_processes": None}, memo))
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -375,15 +417,29 @@ class RankScheduler:
         """Ask the schedule for a plan, and apply it."""
         clock = Clock(min(self.last_step, self.total_steps - 1), self.total_steps)
         readings, every = self._readings(), self.schedule.spectra_every
-        if every is not None and self.last_step % max(1, step_of(every, self.total_steps)) == 0:
+        reads = every is not None and self.last_step % max(1, step_of(every, self.total_steps)) == 0
+        if reads:
             sites = survey(self.model) if sites is None else sites
             readings = self._with_spectra(readings, sites)
         self.spectra = readings.spectra
-        plan, self._state, decisions = ask(self.schedule, self._state, clock, readings)
+        answer = ask(self.schedule, self._state, clock, readings)
+        plan, self._state, decisions = self._agreed(answer, reads=reads)
         self.decisions += decisions
         changes = self._apply(plan, sites)
         self._watch_gradients(changed=bool(changes))
         return changes
+
+    def _agreed(self, answer: Answer, *, reads: bool) -> Answer:
+        """The answer, if it may differ between processes: of process 0, or the same in all.
+
+        Spectra are alike up to rounding. What a user's function looks at is not known, so its
+        answers are compared, at each step.
+        """
+        if self.processes.size == 1:
+            return answer
+        if isinstance(schedule_identity(self.schedule), str):
+            self.processes.agree(f"the plan of step {self.last_step}", request_to_data(answer.plan))
+        return self.processes.from_first("the schedule's answer", answer) if reads else answer
 
     def _check_states(self) -> None:
         """Once optimizers have states: raise ValueError if a later change could not move them."""
@@ -406,9 +462,13 @@ class RankScheduler:
         if as_it_was and not postponed.due_at(step):  # the usual step: no traversal
             return []
         self._forms_loaded = forms_loaded()
+        self._processes = None  # the model may have been wrapped since
+        now = {"step": step, "plan": request_to_data(request), "postponed": [*postponed.layers]}
+        self.processes.agree("the rank scheduler's step", now)
         sites = survey(self.model) if sites is None else sites
         waiting = postponed.budgets(step)
-        found = self._budgets.resolve(request, self._request, self._plan, waiting, sites)
+        last = self._request, self._plan
+        found = self._budgets.resolve(request, *last, waiting, sites, self.processes)
         due = postponed.due(differences(self.model, found.plan, sites), request, step)
         changes, unfit = self._change(due, found)
         self._decide(found, request)
@@ -442,31 +502,39 @@ class RankScheduler:
         """Make the changes that can be made; also the reasons why the others cannot, by path."""
         if not due:
             return [], {}
-        callbacks = self.callbacks.values()
+        calibrated = lambda: self._calibrations(due, found)  # noqa: E731
         try:
-            given = [c for one in callbacks if (c := one.before_change(self, due)) is not None]
-            own = self._budgets.statistics(found, due)
+            known = fit_everywhere("the calibration", calibrated, self.processes)
         except (UnfitWeightError, LinAlgError) as error:  # of a calibration: for truncations only
             held = [pair for pair in due if truncates([pair])] or due
             left = [pair for pair in due if pair not in held]
             changes, unfit = self._change(left, found)
             return changes, unfit | {s.path: f"layer {s.path!r}: {error}" for s, _ in held}
-        if len(given) > 1:
-            raise ValueError(f"{len(given)} callbacks calibrate one change; leave one of them")
-        known = {**(given[0] if given else {}), **own}
         first = self._plan is None  # of a model that may have been loaded already
         with ExitStack() as undo:
             how: dict[str, Any] = {"seed": self._seed, "keep": first, "undo": undo}
+            how["together"] = self.processes
             made = change_fit_layers(due, self.optimizer, self.moments, known, **how)
             self._recalibrate(made[0], found)
             undo.pop_all()
         return made
 
+    def _calibrations(
+        self, due: Sequence[tuple[Site, Form]], found: Resolved
+    ) -> dict[str, ActivationStats]:
+        """The activation statistics of what is truncated."""
+        callbacks = self.callbacks.values()
+        given = [c for one in callbacks if (c := one.before_change(self, due)) is not None]
+        own = self._budgets.statistics(found, due, self.processes)
+        if len(given) > 1:
+            raise ValueError(f"{len(given)} callbacks calibrate one change; leave one of them")
+        return {**(given[0] if given else {}), **own}
+
     def _recalibrate(self, changes: Sequence[Change], found: Resolved) -> None:
         """Recalibrate BatchNorm behind layers that were cut on batches."""
         if self.last_step and any(change.path in found.calibration for change in changes):
             try:
-                recalibrate_batch_norms(self.model, found.batches)
+                recalibrate_batch_norms(self.model, found.batches, together=self.processes)
             except UnfitWeightError as error:
                 warnings.warn(f"step {self.last_step}: {error}", RuntimeWarning, stacklevel=6)
 

@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from dynarank.forms import Form
-from dynarank.monitors.calibration import Calibration, calibrate
+from dynarank.monitors.calibration import Calibration
 from dynarank.scheduler.batch_norm import check_batches
 from dynarank.scheduler.callbacks import Callback, Ranks
+from dynarank.scheduler.pooled import calibrate_together
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import truncates
 
@@ -43,5 +44,6 @@ class ActivationAwareTruncation(Callback):
     ) -> Calibration | None:
         """Run the batches if a weight is going to be truncated."""
         if truncates(wanted):
-            return calibrate(ranks.model, self.batches(), forward=self.forward)
+            how = self.batches(), None, ranks.processes
+            return calibrate_together(ranks.model, *how, forward=self.forward)
         return None

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.decompositions import UnfitWeightError
+from dynarank.distributed.processes import processes_of
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan
 from dynarank.layers import RankedLayer
 from dynarank.surgery.edit import Edit, restore_on_exit
@@ -46,20 +48,22 @@ def restore_forms(
     Raises:
         ValueError: as :func:`dynarank.apply_plan`. Nothing has changed then.
     """
+    together = processes_of(*model.modules(), training=bool(optimizers))
     exact, others, alike = list[Edit](), list[tuple[Site, Form]](), list[tuple[Site, Form]]()
     for site, after in differences(model, forms):
         if (edit := given_back(site, after, undo)) is not None:
             exact.append(edit)
         else:
             (alike if _same_parameters(site, after) else others).append((site, after))
+    how: dict[str, Any] = {"prepared": exact, "undo": undo, "together": together}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what is lost is loaded again
         try:
-            change_forms(others, optimizers, "reset", prepared=exact, undo=undo)
+            change_forms(others, optimizers, "reset", **how)
         except UnfitWeightError as error:
             for site in (site for site, _ in others if site.path in error.layers):
                 _zero(site, undo)
-            change_forms(others, optimizers, "reset", prepared=exact, undo=undo)
+            change_forms(others, optimizers, "reset", **how)
     write(returning_states(exact), undo)
     recall(exact, undo)
     for site, after in alike:

@@ -8,24 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.ddp import check_renewable, renew
+from dynarank.distributed.processes import Processes
+from dynarank.distributed.wrappers import ddp_wrappers
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, same_weight
 from dynarank.surgery.committed import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit
 from dynarank.surgery.gradients import move_gradients
 from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_contents, write
+from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.replaced import keep_replaced
 from dynarank.surgery.selection import find_sites
+from dynarank.surgery.shared_edits import (
+    agree_on,
+    fit_everywhere,
+    prepare_together,
+    send_states,
+)
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.unfit import UnfitLayers
 from dynarank.surgery.wrappers import check_unwrapped
 
 __all__ = ["change_forms", "differences", "truncates"]
+
+_ALONE = Processes()
 
 
 def differences(
@@ -73,6 +88,7 @@ def change_forms(
     seed: int | None = None,
     keep: bool = False,
     undo: ExitStack | None = None,
+    together: Processes = _ALONE,
 ) -> list[Change]:
     """Give weights the forms that :func:`differences` found; raises as ``apply_plan``.
 
@@ -85,27 +101,82 @@ def change_forms(
         seed: of new adapters; None: ``torch.initial_seed()``.
         keep: whether what is replaced is kept until the next optimizer step, to return exactly.
         undo: the caller's stack, which takes the change back unless it is emptied.
+        together: the processes that make the change together, all of which must call this.
     """
-    optimizers, unfit, edits = as_list(optimizer), UnfitLayers(), list(prepared)
+    optimizers = as_list(optimizer)
+    how = {"moments": moments if isinstance(moments, str) else type(moments).__name__}
+    agree_on(wanted, how, together)
+    sites = [*(edit.site for edit in prepared), *(site for site, _ in wanted)]
+    wrappers = together.attempt("a change of forms", lambda: _wrappers(sites))
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        for site, form in wanted:
-            with unfit.layer(site.path):
-                edits.append(prepare_edit(site, form, (calibration or {}).get(site.path), seed))
-        unfit.check()
-        contents = new_contents(edits, optimizers, moments)
-        for edit in edits:
-            with unfit.layer(edit.site.path):
-                move_gradients(edit)
-        unfit.check()
+        edits, owners = _prepared(wanted, calibration or {}, seed, together)
+        edits = [*prepared, *edits]
+        contents = fit_everywhere(
+            "the optimizer's states", lambda: new_contents(edits, optimizers, moments), together
+        )
+        send_states(edits[len(prepared) :], owners, contents, together)
+        fit_everywhere("the gradients", lambda: _move_gradients(edits), together)
     warn_of_losses(edits)
+    wrappers = wrappers if any(edit.old for edit in edits) else []
     with ExitStack() as own:
         stack = own if undo is None else undo
+        stack.callback(_renew, wrappers, None)  # called last
         if keep:
             keep_replaced(edits, optimizers, stack)
-        for edit in edits:
-            edit.commit(stack)
-        write(contents, stack)
-        check_committed(edits, optimizers)
+        together.attempt("a change of forms", lambda: _commit(edits, contents, optimizers, stack))
+        together.attempt("renewing the wrapper", lambda: _renew(wrappers, stack))
         own.pop_all()  # all is well: nothing to undo
     watch_replaced(edits)
     return [edit.change for edit in edits]
+
+
+def _prepared(
+    wanted: Sequence[tuple[Site, Form]],
+    calibration: Mapping[str, ActivationStats],
+    seed: int | None,
+    together: Processes,
+) -> tuple[list[Edit], list[int]]:
+    """The edits, and the number of the process that owns each."""
+    if together.size > 1:
+        return prepare_together(wanted, calibration, seed, together)
+    unfit, edits = UnfitLayers(), list[Edit]()
+    for site, form in wanted:
+        with unfit.layer(site.path):
+            edits.append(prepare_edit(site, form, calibration.get(site.path), seed))
+    unfit.check()
+    return edits, [0] * len(edits)
+
+
+def _move_gradients(edits: Sequence[Edit]) -> None:
+    unfit = UnfitLayers()
+    for edit in edits:
+        with unfit.layer(edit.site.path):
+            move_gradients(edit)
+    unfit.check()
+
+
+def _commit(
+    edits: Sequence[Edit], contents: Contents, optimizers: Sequence[Any], undo: ExitStack
+) -> None:
+    for edit in edits:
+        edit.commit(undo)
+    write(contents, undo)
+    check_committed(edits, optimizers)
+
+
+def _wrappers(sites: Sequence[Site]) -> list[DistributedDataParallel]:
+    """The DDP wrappers around these weights; raises ValueError if one cannot follow a change."""
+    if not sites or not (dist.is_available() and dist.is_initialized()):
+        return []
+    places = [place for site in sites for place in site.places]
+    found = ddp_wrappers(place.module for place in places)
+    for one in found:
+        check_renewable(one, [p for site in sites for p in site.parameters().values()])
+    return found
+
+
+def _renew(wrappers: Sequence[DistributedDataParallel], undo: ExitStack | None) -> None:
+    for one in wrappers:
+        restore = renew(one)
+        if undo is not None:
+            undo.callback(restore)

@@ -4,19 +4,23 @@ Each surveys the model once, finds which weights get another form, and changes t
 transaction (:mod:`dynarank.surgery.transaction`). An exception anywhere leaves model and optimizer
 exactly as they were.
 
+A model may be wrapped (DDP, ``torch.compile``, FSDP2). Where several processes train it, all of
+them call the same function, see :mod:`dynarank.distributed.processes`.
+
 Call them between ``optimizer.step()`` and the next forward pass. Gradients move with their weights,
 so an unfinished accumulation goes on, see :mod:`dynarank.surgery.gradients`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import nn
 
 from dynarank.decompositions.truncation import ActivationStats
+from dynarank.distributed.processes import processes_of
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.forms import (
     Adapted,
@@ -42,12 +46,14 @@ from dynarank.surgery.selection import (
     rank_for,
     select,
 )
-from dynarank.surgery.sites import survey
+from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import change_forms, differences
+from dynarank.surgery.wrappers import check_unwrapped
 
 __all__ = ["apply_plan", "deflate", "factorize", "inflate", "merge"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
+Wanted: TypeAlias = list[tuple[Site, Form]]
 
 
 def apply_plan(
@@ -95,9 +101,7 @@ def apply_plan(
         >>> [str(change.after.rank) for change in apply_plan(model, {"0": LowRank(2)})]
         ['2']
     """
-    changes = change_forms(differences(model, plan), optimizer, moments, calibration)
-    _follow(model, optimizer)
-    return changes
+    return _bring(model, lambda core: differences(core, plan), optimizer, moments, calibration)
 
 
 def factorize(
@@ -136,14 +140,17 @@ def factorize(
         >>> factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)[0].up.shape
         torch.Size([8, 2])
     """
-    every = survey(model)
-    sites = select(every, layers, rank, decomposition)
-    plan = {s.path: LowRank(rank_for(rank, s), decomposition) for s in sites}
-    wanted = differences(model, plan, sites)
-    if layers is None and not isinstance(rank, Mapping) and not has_factors(every):
-        warn_of_little(every, [plan], stacklevel=2)
-    change_forms(wanted, optimizer, moments, calibration)
-    _follow(model, optimizer)
+
+    def wanted(core: nn.Module) -> Wanted:
+        every = survey(core)
+        sites = select(every, layers, rank, decomposition)
+        plan = {s.path: LowRank(rank_for(rank, s), decomposition) for s in sites}
+        found = differences(core, plan, sites)
+        if layers is None and not isinstance(rank, Mapping) and not has_factors(every):
+            warn_of_little(every, [plan], stacklevel=6)
+        return found
+
+    _bring(model, wanted, optimizer, moments, calibration)
     return model
 
 
@@ -162,10 +169,12 @@ def inflate(
         >>> inflate(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0].weight.shape
         torch.Size([8, 8])
     """
-    sites = select(survey(model), layers)
-    plan = {site.path: FullRank() for site in sites}
-    change_forms(differences(model, plan, sites), optimizer, moments)
-    _follow(model, optimizer)
+
+    def wanted(core: nn.Module) -> Wanted:
+        sites = select(survey(core), layers)
+        return differences(core, {site.path: FullRank() for site in sites}, sites)
+
+    _bring(model, wanted, optimizer, moments)
     return model
 
 
@@ -210,19 +219,32 @@ def deflate(
     """
     if to not in ("adapted", "low-rank"):
         raise ValueError(f'a model deflates to "adapted" or "low-rank", got {to!r}')
-    sites = select(survey(model), layers, rank, decomposition or "svd")
-    plan: dict[str, Form] = {}
-    for site in sites:
-        last = site.last_factored_form
-        asked = last.rank if last and rank is None else rank
-        if asked is None:
-            raise ValueError(f"layer {site.path!r} never had factors to return to; give rank=")
-        name = decomposition or (last.decomposition if last else "svd")
-        how = rank_for(asked, site), name
-        plan[site.path] = LowRank(*how) if to == "low-rank" else Adapted(*how, alpha, execution)
-    change_forms(differences(model, plan, sites), optimizer, moments, calibration)
-    _follow(model, optimizer)
+
+    def wanted(core: nn.Module) -> Wanted:
+        sites = select(survey(core), layers, rank, decomposition or "svd")
+        plan = {s.path: _deflated(s, rank, to, decomposition, alpha, execution) for s in sites}
+        return differences(core, plan, sites)
+
+    _bring(model, wanted, optimizer, moments, calibration)
     return model
+
+
+def _deflated(
+    site: Site,
+    rank: RankLike | RankMap | None,
+    to: str,
+    decomposition: str | None,
+    alpha: float,
+    execution: AdaptedExecution,
+) -> Form:
+    """The form that a layer deflates to."""
+    last = site.last_factored_form
+    asked = last.rank if last and rank is None else rank
+    if asked is None:
+        raise ValueError(f"layer {site.path!r} never had factors to return to; give rank=")
+    name = decomposition or (last.decomposition if last else "svd")
+    how = rank_for(asked, site), name
+    return LowRank(*how) if to == "low-rank" else Adapted(*how, alpha, execution)
 
 
 def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "project") -> _Model:
@@ -234,18 +256,9 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
         >>> type(merge(factorize(nn.Sequential(nn.Linear(8, 8)), rank=2))[0])
         <class 'torch.nn.modules.linear.Linear'>
     """
-    core = unwrapped(model)
-    for path, module in core.named_modules():
-        if isinstance(module, RankedLayer) and (reason := forward_obstacle(module)):
-            raise ValueError(f"layer {path!r} cannot become a plain layer: {reason}")
-    sites = survey(model)
-    plan = {
-        site.path: FullRank()
-        for site in sites
-        if isinstance(site.module, RankedLayer) and site.module.has_factors(site.spec.name)
-    }
     with ExitStack() as undo:
-        change_forms(differences(model, plan, sites), optimizer, moments, undo=undo)
+        _bring(model, _factored_to_full, optimizer, moments, undo=undo)
+        core = unwrapped(model)
         for module in core.modules():
             if isinstance(module, RankedLayer):
                 restore_module_on_exit(module, undo)
@@ -256,8 +269,37 @@ def merge(model: _Model, *, optimizer: Optimizers = None, moments: Moments = "pr
     return model
 
 
-def _follow(model: nn.Module, optimizer: Optimizers) -> None:
-    """From now on, states that are saved tell the forms, and those that are loaded bring them."""
+def _factored_to_full(core: nn.Module) -> Wanted:
+    """Full rank for every weight with factors, of layers that can become plain ones."""
+    for path, module in core.named_modules():
+        if isinstance(module, RankedLayer) and (reason := forward_obstacle(module)):
+            raise ValueError(f"layer {path!r} cannot become a plain layer: {reason}")
+    sites = survey(core)
+    plan = {
+        site.path: FullRank()
+        for site in sites
+        if isinstance(site.module, RankedLayer) and site.module.has_factors(site.spec.name)
+    }
+    return differences(core, plan, sites)
+
+
+def _bring(
+    model: nn.Module,
+    wanted: Callable[[nn.Module], Wanted],
+    optimizer: Optimizers,
+    moments: Moments,
+    calibration: Mapping[str, ActivationStats] | None = None,
+    undo: ExitStack | None = None,
+) -> list[Change]:
+    """Make the wanted changes of the model inside its wrappers, in all processes that train it."""
+    check_unwrapped(model)
     core = unwrapped(model)
+    optimizers = as_list(optimizer)
+    together = processes_of(*core.modules(), training=bool(optimizers))
+    found = together.attempt("a change of forms", lambda: wanted(core))
+    how: dict[str, Any] = {"together": together, "undo": undo}
+    changes = change_forms(found, optimizers or None, moments, calibration, **how)
+    # From now on, states that are saved tell the forms, and those that are loaded bring them.
     follow_loads(core)
-    sign_states(core, as_list(optimizer))
+    sign_states(core, optimizers)
+    return changes

@@ -8,7 +8,7 @@ from dynarank.distributed.unwrap import check_wrappers
 
 __all__ = ["check_unwrapped", "is_wrapper"]
 
-_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+_WRAPPERS = ("FullyShardedDataParallel", "FSDPModule")
 
 
 def is_wrapper(kind: type) -> bool:
