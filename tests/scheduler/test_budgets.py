@@ -22,7 +22,7 @@ import dynarank as dr
 from dynarank.cost.flops import trace
 from dynarank.cost.schedule import cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, LowRank, Within
-from dynarank.scheduler import budgets
+from dynarank.scheduler import pooled
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.schedules import Clock, Phases, RankSchedule, Readings, Schedule, replay
 
@@ -92,13 +92,13 @@ class Run:
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
-    original = budgets.calibrate
+    original = pooled.calibrate
 
     def counting(*args: Any, **named: Any) -> Any:
         calls.append(1)
         return original(*args, **named)
 
-    monkeypatch.setattr(budgets, "calibrate", counting)
+    monkeypatch.setattr(pooled, "calibrate", counting)
     return calls
 
 
@@ -283,7 +283,7 @@ def test_an_error_while_batch_norm_is_recalibrated_takes_the_cut_back(
     run.optimizer.step()
     before = snapshot(run.model, run.optimizer)
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **named: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dynarank.scheduler.rank_scheduler.recalibrate_batch_norms", interrupted)

@@ -519,15 +519,15 @@ def test_a_layer_that_is_spread_over_optimizers_is_refused() -> None:
 
 
 def test_a_wrapped_model_is_refused() -> None:
-    class DistributedDataParallel(nn.Module):
+    class FullyShardedDataParallel(nn.Module):
         def __init__(self, module: nn.Module) -> None:
             super().__init__()
             self.module = module
 
     saved, model = dr.factorize(net(), 2), dr.factorize(net(), 1)
-    wrapper = DistributedDataParallel(model)
-    with nothing_changed(model), pytest.raises(ValueError, match="wrapped by DistributedDataPar"):
-        wrapper.load_state_dict(DistributedDataParallel(saved).state_dict())
+    wrapper = FullyShardedDataParallel(model)
+    with nothing_changed(model), pytest.raises(ValueError, match="wrapped by FullyShardedDataPar"):
+        wrapper.load_state_dict(FullyShardedDataParallel(saved).state_dict())
     wrapper.load_state_dict(copy.deepcopy(wrapper.state_dict()))
 
 

@@ -308,7 +308,7 @@ def test_lazy_layers_and_other_forward_passes_are_left_alone() -> None:
     assert dr.current_plan(model) == {"1": LowRank(2)}
 
 
-@pytest.mark.parametrize("wrapper", ["FullyShardedDataParallel", "FSDPModule"])
+@pytest.mark.parametrize("wrapper", ["FullyShardedDataParallel"])
 def test_a_wrapped_model_is_refused(wrapper: str) -> None:
     class Base(nn.Module):
         def __init__(self, module: nn.Module) -> None:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dynarank.distributed.fsdp2 import sharing_ranks
 from dynarank.distributed.wrappers import data_parallel_groups
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "Processes",
     "independent",
     "is_independent",
+    "processes_among",
     "processes_of",
 ]
 
@@ -67,6 +69,17 @@ class Processes:
     def rank(self) -> int:
         """The number of this process among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def members(self) -> frozenset[int]:
+        """Their global ranks."""
+        return frozenset(map(self.global_rank, range(self.size)))
+
+    def global_rank(self, number: int) -> int:
+        """The global rank of one of them."""
+        if self.group is not None:
+            return dist.get_global_rank(self.group, number)
+        return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
     def gather(self, what: str, value: _T) -> list[_T]:
         """The value of every process, by number; all must call it for the same ``what``.
@@ -171,15 +184,22 @@ def processes_of(*modules: nn.Module, training: bool = True) -> Processes:
         return Processes()
     if dist.get_world_size() == 1:
         return Processes()
-    groups = data_parallel_groups(modules)
-    if not groups and not training:
+    groups, sharing = data_parallel_groups(modules), sharing_ranks(modules)
+    if not groups and not sharing and not training:
         return Processes()
-    ranks = [frozenset(dist.get_process_group_ranks(group)) for group in groups]
+    ranks = [*(frozenset(dist.get_process_group_ranks(group)) for group in groups), *sharing]
     members = reduce(operator.or_, ranks) if ranks else frozenset(range(dist.get_world_size()))
     if len(members) == 1:
         return Processes()
-    group = next((g for g, r in zip(groups, ranks, strict=True) if r == members), None)
+    group = next((g for g, r in zip(groups, ranks, strict=False) if r == members), None)
     return Processes(group or _group(members, None), _group(members, "gloo"))
+
+
+def processes_among(ranks: frozenset[int]) -> Processes:
+    """The processes of these global ranks."""
+    if len(ranks) == 1:
+        return Processes()
+    return Processes(_group(ranks, None), _group(ranks, "gloo"))
 
 
 @contextmanager

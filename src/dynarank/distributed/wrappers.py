@@ -19,7 +19,8 @@ __all__ = ["data_parallel_groups", "ddp_wrappers"]
 def ddp_wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
     """Every DDP wrapper that is alive and has one of these modules inside."""
     wanted = {id(module) for module in modules}
-    alive = [one for one in gc.get_objects() if isinstance(one, DistributedDataParallel)]
+    found = gc.get_objects()  # by type: a dead weak proxy cannot be asked for its class
+    alive = [one for one in found if issubclass(type(one), DistributedDataParallel)]
     return [one for one in alive if any(id(m) in wanted for m in one.modules())]
 
 

@@ -36,6 +36,10 @@ def balance(model: nn.Module, *, layers: LayerFilter = None) -> list[str]:
     done: list[str] = []
     for site in sites:
         if isinstance(site.form, LowRank | Adapted):
+            if site.sharding is not None:
+                raise ValueError(
+                    f"layer {site.path!r} is sharded by fully_shard: balance factors before it"
+                )
             exact = tuple(precise(f) for f in site.factors())
             balanced = site.spec.decomposition(site.form).balanced(exact)
             for old, new in zip(site.factors(), balanced, strict=True):

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from dynarank.distributed.dtensors import is_dtensor
+from dynarank.distributed.fsdp2 import Sharding
 from dynarank.forms import Form
 from dynarank.layers.own_forward import forward_obstacle
 from dynarank.layers.ranked import RankedLayer, own_parameters
@@ -19,7 +21,11 @@ _NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def weight_obstacle(
-    module: nn.Module, spec: WeightSpec, form: Form, reader: nn.Module | None = None
+    module: nn.Module,
+    spec: WeightSpec,
+    form: Form,
+    reader: nn.Module | None = None,
+    sharding: Sharding | None = None,
 ) -> str:
     """Why changing the form of this weight would go wrong; empty if it would not.
 
@@ -28,6 +34,7 @@ def weight_obstacle(
         spec: the weight.
         form: the form it has.
         reader: the parent that uses the weight instead of calling the module, if any.
+        sharding: how ``fully_shard`` shards the weight, if it does.
 
     Example:
         >>> layer = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
@@ -46,8 +53,13 @@ def weight_obstacle(
         if p is None:
             listed = ", ".join(name for name, p in own.items() if p is not None)
             return f"its weight is computed from {listed} (weight_norm, spectral_norm or prune)"
-        if _sharded(p):
-            return f"its {name} is a DTensor, sharded by FSDP or tensor parallelism"
+        if sharding is not None and (reason := sharding.obstacle(name)):
+            return f"its {name} is {reason}"
+        if sharding is None and is_dtensor(p):
+            return (
+                f"its {name} is a DTensor, sharded by tensor parallelism, or by a fully_shard "
+                "around this model: then give the model that it was called on"
+            )
     return ""
 
 
@@ -81,7 +93,7 @@ def number_obstacle(module: nn.Module, spec: WeightSpec, form: Form) -> str:
             return f"its {name} is {_short(p.dtype)}, not one of {handled}"
         if p.layout is not torch.strided:
             return f"its {name} is {_short(p.layout)}, not dense"
-        if type(p.data) is not Tensor and not _sharded(p):
+        if type(p.data) is not Tensor and not is_dtensor(p):
             return f"its {name} is a {type(p.data).__name__} (quantized or the like)"
     return ""
 
@@ -91,10 +103,6 @@ def _methods(kind: type[nn.Module]) -> set[str]:
     below = (c for c in kind.__mro__ if c not in nn.Module.__mro__)
     found = {name for c in below for name, value in vars(c).items() if callable(value)}
     return found - {"forward", "extra_repr", "reset_parameters", "_reset_parameters"}
-
-
-def _sharded(p: Tensor) -> bool:
-    return type(p.data).__name__ == "DTensor"  # by name: torch.distributed is slow to import
 
 
 def _short(name: torch.dtype | torch.layout) -> str:

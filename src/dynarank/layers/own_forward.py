@@ -16,6 +16,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from dynarank.distributed.unit_class import above
+
 __all__ = ["forward_obstacle", "set_class"]
 
 
@@ -45,7 +47,11 @@ def forward_obstacle(module: nn.Module) -> str:
 
 
 def set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """Give a module another class, and the methods it has captured too; undone by its inverse."""
+    """Give a module another class, and the methods it has captured too; undone by its inverse.
+
+    A module that ``fully_shard`` was called on stays a unit: the class beneath changes.
+    """
+    kind = above(type(module), kind)
     walk, own = _Rebinding(module, type(module), kind), vars(module)
     object.__setattr__(module, "__class__", kind)  # whatever the class does when it is set
     walk.visit_all(own, [name for name, value in own.items() if callable(value)])

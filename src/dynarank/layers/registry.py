@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynarank.distributed.unit_class import beneath
 from dynarank.layers.ranked import RankedLayer
 from dynarank.layers.subclasses import derived_class, overridden
 
@@ -92,6 +93,7 @@ def _unfit(plain: Any, ranked: Any) -> str:
 
 def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
     """The ranked class of modules of this class; None if they cannot change form."""
+    kind = beneath(kind)
     if issubclass(kind, RankedLayer):
         return kind
     known = _nearest(kind)
@@ -102,6 +104,7 @@ def ranked_class(kind: type[nn.Module]) -> type[RankedLayer] | None:
 
 def class_obstacle(kind: type[nn.Module]) -> str:
     """Why modules of this class cannot change form; empty if they can."""
+    kind = beneath(kind)
     if ranked_class(kind) is not None:
         return ""
     if issubclass(kind, torch.jit.ScriptModule):

@@ -29,9 +29,9 @@ class LayerWeight:
 
     @staticmethod
     def of(site: Site) -> LayerWeight:
-        """The weight at a site, sharing its memory."""
+        """The weight at a site, sharing its memory unless it is sharded."""
         assert site.form is not None
-        return LayerWeight(site.spec, site.form, site.parameters())
+        return LayerWeight(site.spec, site.form, site.values())
 
     def kept(self) -> LayerWeight:
         """A copy on the CPU; factors are kept as factors."""

@@ -58,6 +58,7 @@ from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
 from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
+from dynarank.surgery.sharded import check_moments, check_order
 from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import differences, truncates
@@ -147,8 +148,7 @@ class RankScheduler:
         state: Mapping[str, Any] | None = None,
     ) -> None:
         check_wrappers(model)
-        model = unwrapped(model)
-        self.model, self.optimizer = model, as_list(optimizer)
+        self.model, self.optimizer = (model := unwrapped(model)), as_list(optimizer)
         self._independent = is_independent()
         self._processes: Processes | None = None
         check_movable(self.optimizer, moments)
@@ -174,6 +174,7 @@ class RankScheduler:
         self._states_checked = False
         self._told_of_rates = False
         sites = survey(model)
+        check_moments(sites, moments)
         choose = lambda: self._choose_layers(sites, layers, state)  # noqa: E731
         self.processes.attempt("a RankScheduler", choose)
         self._agree()
@@ -444,6 +445,8 @@ class RankScheduler:
     def _check_states(self) -> None:
         """Once optimizers have states: raise ValueError if a later change could not move them."""
         inner = [one for optimizer in self.optimizer for one in wrapped(optimizer)]
+        if not self._states_checked:
+            check_order(self.model, self.optimizer)
         if self._states_checked or not any(one.state for one in inner):
             return
         self._states_checked = True

@@ -9,7 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import Parameter
 from dynarank.decompositions import Factors, UnfitWeightError, all_finite, precise
 from dynarank.decompositions.truncation import ActivationStats, split_activation_aware
 from dynarank.decompositions.zero_join import zero_join_factors
+from dynarank.distributed.fsdp2 import Resharding
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters, ranked_class
 from dynarank.layers.own_forward import set_class
@@ -29,6 +30,7 @@ from dynarank.surgery.sites import Site
 __all__ = [
     "LOSSLESS",
     "Edit",
+    "InShards",
     "check_names",
     "check_replaceable",
     "like_old",
@@ -43,6 +45,25 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 @dataclass(frozen=True)
+class InShards:
+    """What a change of a weight that ``fully_shard`` shards has beside its new shards.
+
+    Args:
+        resharding: what puts the shards into the old ones' places.
+        norms: those of the whole factors.
+        states: the optimizers' states of the new parameters: by the id of their table, and by name.
+    """
+
+    resharding: Resharding
+    norms: tuple[float, ...] = ()
+    states: Mapping[int, Mapping[str, dict[str, Any]]] = field(default_factory=dict[Any, Any])
+
+    def reverse(self, norms: tuple[float, ...]) -> InShards:
+        """What puts the old shards back, whose factors had these norms."""
+        return InShards(self.resharding.reverse(), norms)
+
+
+@dataclass(frozen=True)
 class Edit:
     """A prepared change of one weight: its parameters before and after, by name."""
 
@@ -52,6 +73,7 @@ class Edit:
     new: dict[str, Parameter]
     shift: Tensor | None = None  # what is added to the module's bias
     bias_left: str = ""  # why the bias stays, though the activation statistics would move it
+    shards: InShards | None = None  # if fully_shard shards the weight
 
     @property
     def trained(self) -> dict[str, Parameter]:
@@ -60,9 +82,7 @@ class Edit:
 
     def commit(self, undo: ExitStack) -> None:
         """Give each module its class, parameters and form; ``undo`` can take it all back."""
-        frozen, factors = self.site.frozen_factors, self.trained.values()
-        known = [p.detach().double() for p in factors if not p.is_meta]
-        norms = tuple(float(p.norm()) for p in known) or self.site.factor_norms
+        frozen, norms = self.site.frozen_factors, self.norms or self.site.factor_norms
         for site in self.site.places:
             if site.reader is not None:
                 _make_ranked(site.reader, undo)
@@ -73,6 +93,17 @@ class Edit:
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())
             bias.data.add_(self.shift)
+        if self.shards is not None:
+            self.shards.resharding.commit(undo)
+
+    @property
+    def norms(self) -> tuple[float, ...]:
+        """Those of the new parameters that train, as they are noted of the layer."""
+        if self.shards is not None:
+            return self.shards.norms
+        return tuple(
+            float(p.detach().double().norm()) for p in self.trained.values() if not p.is_meta
+        )
 
 
 def prepare_edit(

@@ -26,6 +26,8 @@ def move_gradients(edit: Edit) -> None:
     Gradients that are not finite become NaN: a gradient scaler has to skip its step after as
     before.
     """
+    if edit.shards is not None:  # they were moved when the weight was whole
+        return
     old, new = edit.site.trained(), edit.trained.values()
     if not edit.old or all(p.grad is None for p in old):
         return

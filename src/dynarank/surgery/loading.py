@@ -34,7 +34,12 @@ from dynarank.surgery.replaced import returning_states
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.sites import survey
 from dynarank.surgery.unfit import UnfitLayers
-from dynarank.surgery.wrappers import check_unwrapped, is_wrapper
+from dynarank.surgery.wrappers import (
+    check_unwrapped,
+    is_wrapper,
+    renew_wrappers,
+    renewable_wrappers,
+)
 
 __all__ = ["follow_loads", "forms_loaded", "note_forms_loaded", "unfollow_loads"]
 
@@ -80,6 +85,7 @@ def _before_load(
     load = Load.of(state, prefix, metadata)
     found = [one for site in survey(model) if (one := incoming(site, load)) is not None]
     plain = [one for one in found if one.becomes_full and not load.is_ours]
+    _check_whole(found)
     edits = [_edit(one) for one in found if one.needs_edit and one not in plain]
     refactored = _refactored(plain)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
@@ -93,6 +99,18 @@ def _before_load(
             del state[at + one.site.spec.name]
             state.update({at + name: value for name, value in values.items()})
     state.pop(prefix + KEY, None)  # the model's own; of its class when the load began
+
+
+def _check_whole(found: Iterable[Incoming]) -> None:
+    """Raise ValueError for sharded weights of another form: no process has all of their values."""
+    if other := [one for one in found if one.site.sharding is not None and not one.same]:
+        first = other[0]
+        more = f" (and {len(other) - 1} others)" if len(other) > 1 else ""
+        raise ValueError(
+            f"layer {first.site.path!r}{more} is {first.after} in the state and {first.before} in "
+            "the model, which is sharded by fully_shard: bring it to the state's forms first, in "
+            "all processes, by RankScheduler(..., state=) or apply_plan"
+        )
 
 
 def _edit(one: Incoming) -> Edit:
@@ -159,7 +177,9 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
     replaced = [edit for edit in edits if edit.old]
     held = [(one, _held_by(one, replaced)) for one in _holders(replaced)]
     contents = [new_contents(mine, [one], "reset") for one, mine in held]
+    wrappers = renewable_wrappers([edit.site for edit in replaced])
     with ExitStack() as undo:
+        undo.callback(renew_wrappers, wrappers, None)  # called last
         for edit in edits:
             edit.commit(undo)
         check_committed(edits, ())
@@ -175,6 +195,7 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
                 if isinstance(layer, RankedLayer) and one.saved is not None:
                     restore_on_exit(layer.__dict__, undo)
                     layer.adopt({one.site.spec.name: one.saved})
+        renew_wrappers(wrappers, undo)
         undo.pop_all()
     if edits:
         note_forms_loaded()
@@ -185,7 +206,7 @@ def _holders(edits: Sequence[Edit]) -> list[Any]:
     """The optimizers that hold parameters which are replaced: nobody has named them.
 
     Raises:
-        ValueError: a wrapper such as DDP holds them too.
+        ValueError: a wrapper that cannot follow holds them too.
     """
     if not edits:
         return []

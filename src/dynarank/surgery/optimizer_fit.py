@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.decompositions import all_finite
+from dynarank.distributed.dtensors import local_part
 from dynarank.surgery.own_references import groups_of, wrapped
 from dynarank.surgery.problem import Problem, shape
 
@@ -116,7 +117,11 @@ def value_problems(model: nn.Module) -> Iterator[Problem]:
 
 
 def is_finite(tensor: Tensor, *, infinite: bool = False) -> bool:
-    """Whether no entry is NaN or, unless those are allowed, infinite; what has no values is."""
+    """Whether no entry is NaN or, unless those are allowed, infinite; what has no values is.
+
+    Of a sharded tensor only this process's entries are read.
+    """
+    tensor = local_part(tensor)
     plain = type(tensor.data) is Tensor and tensor.layout == torch.strided and not tensor.is_meta
     if not plain or tensor.dtype not in _NUMBERS:
         return True

@@ -208,6 +208,9 @@ def _states(
     old, new = edit.site.trained(), edit.trained.values()
     if not any(p in optimizer.state for p in old):
         return []
+    if edit.shards is not None:  # they were moved when the weight was whole
+        ready = edit.shards.states.get(id(optimizer.state), {})
+        return [(edit.new[name], state) for name, state in ready.items()]
     found: list[Any] = [optimizer.state.get(p, {}) for p in old]
     states = list(map(_as_dict, found))
     like = {key: v for s in states for key, v in s.items() if isinstance(v, Tensor)}

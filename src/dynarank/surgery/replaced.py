@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, own_parameters
-from dynarank.surgery.edit import Edit, like_old, restore_on_exit
+from dynarank.surgery.edit import Edit, InShards, like_old, restore_on_exit
 from dynarank.surgery.exact_weights import kept
 from dynarank.surgery.optimizer_steps import trains, unwatch_steps, watch_steps
 from dynarank.surgery.own_references import wrapped
@@ -50,6 +50,7 @@ class _Replaced:
     bias: tuple[Parameter, Tensor, int] | None  # its value and version, if the change moved it
     new: list[ref[Parameter]]
     versions: list[int] | None  # of the new parameters; None: do not look
+    shards: InShards | None = None  # what puts sharded parameters back
 
     def stands_for(self, site: Site) -> bool:
         """Whether the weight is as the change left it."""
@@ -78,6 +79,7 @@ def keep_replaced(edits: Iterable[Edit], optimizers: Sequence[Any], undo: ExitSt
                 bias=None if edit.shift is None or bias is None else _moved(bias),
                 new=[*map(ref, new)],
                 versions=[p._version for p in new],
+                shards=None if edit.shards is None else edit.shards.reverse(site.factor_norms),
             )
             _REPLACED.setdefault(site.module, {})[site.spec.name] = one
             undo.callback(forget_replaced, site.module)
@@ -107,6 +109,8 @@ def given_back(site: Site, after: Form, undo: ExitStack) -> Edit | None:
     if one.bias is not None and one.bias[0]._version == one.bias[2]:
         undo.callback(one.bias[0].data.copy_, one.bias[0].detach().clone())
         one.bias[0].data.copy_(one.bias[1])
+    if one.shards is not None:
+        return Edit(site, change, old, one.parameters, shards=one.shards)
     values = {n: like_old(p, n, site, after) for n, p in one.parameters.items()}
     made = new_parameters(site, values)  # as the layer is now: moved, converted, frozen
     for name, p in one.parameters.items():

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from dynarank.surgery.site import Site
 
-__all__ = ["new_parameters"]
+__all__ = ["attributes", "new_parameters", "predecessors"]
 
 
 def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parameter]:
@@ -27,11 +27,10 @@ def new_parameters(site: Site, values: Mapping[str, Tensor]) -> dict[str, Parame
     old, trains = site.parameters(), _trains(site, values)
     new: dict[str, Parameter] = {}
     for name, value in values.items():
-        first = [old[name]] if name in old else []
-        sources = [*first, *(p for n, p in old.items() if n != name)]
+        sources = predecessors(old, name)
         new[name] = Parameter(value, requires_grad=trains[name])
         new[name].__class__ = type(sources[0])
-        vars(new[name]).update(_attributes(site.path, sources, new[name]))
+        vars(new[name]).update(attributes(site.path, sources, new[name]))
         if any(p.device.type == "cpu" and p.is_shared() for p in sources):
             new[name].share_memory_()
     return new
@@ -47,7 +46,12 @@ def _trains(site: Site, names: Mapping[str, Any]) -> dict[str, bool]:
     return {name: trains.get(name, False) for name in names}
 
 
-def _attributes(path: str, sources: list[Parameter], new: Tensor) -> dict[str, Any]:
+def predecessors(old: Mapping[str, Parameter], name: str) -> list[Parameter]:
+    """What a new parameter of this name takes over from: the old one of its name, then others."""
+    return [*(p for n, p in old.items() if n == name), *(p for n, p in old.items() if n != name)]
+
+
+def attributes(path: str, sources: list[Parameter], new: Tensor) -> dict[str, Any]:
     """What the old parameters have been given as attributes; of two, the first one's counts.
 
     A tensor with a value for each entry of the old parameter has none for the new one's.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor
 
 from dynarank.decompositions import LinAlgError, UnfitWeightError, precise
-from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import DisagreementError, PeerError, Processes
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, same_weight
 from dynarank.layers import own_parameters
-from dynarank.surgery.edit import Edit, like_old, prepare_edit
+from dynarank.surgery.edit import Edit, like_old
 from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.settings import new_parameters
+from dynarank.surgery.sharded import WholeEdit, gathered, is_resharded
 from dynarank.surgery.site import Site
 from dynarank.surgery.unfit import UnfitLayers
 
@@ -66,11 +67,17 @@ def agree_on(wanted: Sequence[_Wanted], how: Mapping[str, Any], together: Proces
 
 def prepare_together(
     wanted: Sequence[_Wanted],
-    calibration: Mapping[str, ActivationStats],
-    seed: int | None,
+    prepare: Callable[[Site, Form], Edit | WholeEdit],
+    optimizers: Sequence[Any],
     together: Processes,
 ) -> tuple[list[Edit], list[int]]:
     """The edits of these weights, the same in all processes, and who owns each.
+
+    Args:
+        wanted: the weights and their new forms.
+        prepare: prepares one; a weight that is sharded is whole then.
+        optimizers: those that train them.
+        together: the processes.
 
     Raises:
         UnfitWeightError: weights are unfit, in all processes for the same ones.
@@ -79,15 +86,23 @@ def prepare_together(
     unfit, made = UnfitLayers(), dict[str, tuple[Edit, int]]()
     for dealt in rounds(wanted, together.size):
         own = next((pair for rank, pair in enumerate(dealt) if rank == together.rank), None)
-        found = _Outcome.of(own, calibration, seed)
+        with ExitStack() as held:
+            for rank, (site, after) in enumerate(dealt):
+                if is_resharded(site, after):
+                    held.enter_context(gathered(site, optimizers, together.global_rank(rank)))
+            found = _Outcome.of(own, prepare)
         for rank, one in enumerate(found.exchanged(together)[: len(dealt)]):
             site, after = dealt[rank]
             if one.unfit:
                 unfit.reasons[site.path] = one.unfit
                 continue
-            edit = found.edit if rank == together.rank else one.received(site, after)
-            assert edit is not None
-            together.send(_sent(edit), rank)
+            edit = found.made if rank == together.rank else one.received(site, after)
+            found.made = None if rank == together.rank else found.made  # whole no longer
+            if isinstance(edit, WholeEdit):
+                edit = edit.in_shards(optimizers, together.global_rank(rank))
+            else:
+                assert edit is not None
+                together.send(_sent(edit), rank)
             made[site.path] = edit, rank
     unfit.check()
     edits = [made[site.path] for site, _ in wanted]
@@ -106,6 +121,8 @@ def send_states(
     """Give all processes the owners' optimizer states of the new parameters."""
     tables = [new for _, new in contents if isinstance(new, dict)]
     for edit, owner in zip(edits, owners, strict=True):
+        if edit.shards is not None:  # they came with the edit
+            continue
         states = [new[p] for new in tables for p in edit.new.values() if p in new]
         found = [s[key] for s in states if isinstance(s, dict) for key in sorted(s, key=str)]
         together.send([value for value in found if isinstance(value, Tensor)], owner)
@@ -147,29 +164,30 @@ class _Outcome:
     errors: tuple[float, float | None] = (0.0, None)
     shifted: bool = False
     bias_left: str = ""
-    edit: Edit | None = None
+    whole: Any = None  # what a WholeEdit tells
+    made: Edit | WholeEdit | None = None
     raised: Exception | None = None
 
     @classmethod
-    def of(
-        cls, own: _Wanted | None, calibration: Mapping[str, ActivationStats], seed: int | None
-    ) -> _Outcome:
+    def of(cls, own: _Wanted | None, prepare: Callable[[Site, Form], Edit | WholeEdit]) -> _Outcome:
         if own is None:
             return cls()
         (site, after), unfit = own, UnfitLayers()
         try:
             with unfit.layer(site.path):
-                edit = prepare_edit(site, after, calibration.get(site.path), seed)
-                change = edit.change
-                errors = change.error, change.update_error
-                return cls("", "", errors, edit.shift is not None, edit.bias_left, edit)
+                made = prepare(site, after)
+                edit, whole = (
+                    (made.edit, made.told()) if isinstance(made, WholeEdit) else (made, None)
+                )
+                errors = edit.change.error, edit.change.update_error
+                return cls("", "", errors, edit.shift is not None, edit.bias_left, whole, made)
         except Exception as error:
             return cls(error=f"{type(error).__name__}: {error}", raised=error)
         return cls(unfit=unfit.reasons[site.path])
 
     def exchanged(self, together: Processes) -> list[_Outcome]:
         """The outcomes of all processes; raises if one could not."""
-        told = (self.error, self.unfit, self.errors, self.shifted, self.bias_left)
+        told = (self.error, self.unfit, self.errors, self.shifted, self.bias_left, self.whole)
         found = [_Outcome(*one) for one in together.gather("the prepared layers", told)]
         if self.raised is not None:
             raise self.raised
@@ -177,13 +195,16 @@ class _Outcome:
             raise PeerError(f"process {failed[0][0]} could not prepare a change: {failed[0][1]}")
         return found
 
-    def received(self, site: Site, after: Form) -> Edit:
+    def received(self, site: Site, after: Form) -> Edit | WholeEdit:
         """The edit of another process, whose values are not here yet."""
         before, old = site.form, site.parameters()
         assert before is not None
         change = Change(site.path, before, after, *self.errors)
         if same_weight(before, after):
             return Edit(site, change, {}, {})
+        if self.whole is not None:
+            edit = Edit(site, change, old, {}, bias_left=self.bias_left)
+            return WholeEdit.received(edit, self.whole)
         shapes, like = site.spec.parameter_shapes(after), next(iter(old.values()))
         values = {name: like.new_empty(shape) for name, shape in shapes.items()}
         if _keeps_base(before, after):
@@ -218,6 +239,8 @@ def _work(site: Site, after: Form) -> float:
 
 def _fingerprint(site: Site) -> tuple[float, float]:
     """The sum of a weight's parameters, and their norm."""
+    if site.sharding is not None:  # each process has another part
+        return 0.0, 0.0
     values = [precise(p) for p in site.parameters().values()]
     norm = math.hypot(*(float(v.norm()) for v in values))
     total = sum(float(v.sum()) for v in values)

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from dynarank.decompositions import Factors, precise
+from dynarank.distributed.dtensors import is_dtensor, whole
+from dynarank.distributed.fsdp2 import Sharding
+from dynarank.distributed.processes import processes_among
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer, WeightSpec, own_parameters
 
@@ -32,6 +35,7 @@ class Site:
         left_out: why it is left unless ``layers=`` names it, see :mod:`dynarank.surgery.defaults`;
             empty if not.
         bias_shared_with: other parameters and buffers in the memory of the module's bias.
+        sharding: how ``fully_shard`` shards its parameters, if it does.
     """
 
     module: nn.Module
@@ -44,6 +48,7 @@ class Site:
     reader: nn.Module | None = None
     left_out: str = ""
     bias_shared_with: tuple[str, ...] = ()
+    sharding: Sharding | None = None
 
     @property
     def path(self) -> str:
@@ -98,7 +103,24 @@ class Site:
     def parameters(self) -> dict[str, Parameter]:
         """The parameters that make up the weight in its form, by their names in the module."""
         own, names = own_parameters(self.module), self.spec.parameter_names(self._own_form())
+        if self.sharding is not None and self.sharding.is_gathered():
+            own = {**own, **self.sharding.shards()}
         return {name: p for name in names if (p := own[name]) is not None}
+
+    def values(self) -> dict[str, Tensor]:
+        """The values of the parameters, to read: whole ones also of a weight that is sharded.
+
+        All processes that share a sharded weight must ask for them.
+
+        Raises:
+            PeerError: not all processes ask.
+        """
+        own: dict[str, Tensor] = {**self.parameters()}
+        if self.sharding is None or not any(map(is_dtensor, own.values())):
+            return own
+        together = processes_among(self.sharding.ranks)
+        together.gather(f"reading layer {self.path!r}, which is sharded", None)
+        return {name: whole(p) for name, p in own.items()}
 
     def trained(self) -> list[Parameter]:
         """The parameters that train in this form: all but the base of an adapted one."""
@@ -112,12 +134,12 @@ class Site:
 
     def effective(self) -> Tensor:
         """The effective weight, canonical."""
-        weight = self.spec.effective(self._own_form(), self.parameters())
+        weight = self.spec.effective(self._own_form(), self.values())
         return self.spec.to_canonical(weight)
 
     def exact(self) -> Tensor:
         """The effective weight, canonical, in fp64 (see :func:`precise`)."""
-        values = {name: precise(p) for name, p in self.parameters().items()}
+        values = {name: precise(p) for name, p in self.values().items()}
         return self.spec.to_canonical(self.spec.effective(self._own_form(), values))
 
     def _own_form(self) -> Form:

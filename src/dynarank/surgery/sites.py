@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from dynarank.distributed.fsdp2 import Sharding, shardings
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.forms import Form, FullRank, RankLike
 from dynarank.layers import (
@@ -31,7 +33,7 @@ __all__ = ["Site", "current_plan", "survey"]
 
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
 # The extent and path of every parameter and buffer, by the memory that it is in.
-_Owners: TypeAlias = dict[object, list[tuple[int, int, str]]]
+_Owners = dict[object, list[tuple[int, int, str]]]
 
 
 def survey(
@@ -71,17 +73,18 @@ def _traverse(model: nn.Module) -> list[Site]:
     for path, module in model.named_modules(remove_duplicate=False):
         if not isinstance(module, parametrize.ParametrizationList):
             modules.setdefault(module, []).append(path)
-    owners: _Owners = {}
+    owners, shards = _Owners(), shardings(model)
     for module, paths in modules.items():
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for name, tensor in own:
             if not is_lazy(tensor):
-                memory, start, end = _extent(tensor)
-                path = f"{paths[0]}.{name}".lstrip(".")
-                owners.setdefault(memory, []).append((start, end, path))
+                path, shard = f"{paths[0]}.{name}".lstrip("."), shards.get(id(tensor), (tensor,))[0]
+                for one in (tensor,) if shard is tensor else (tensor, shard):
+                    memory, start, end = _extent(one)
+                    owners.setdefault(memory, []).append((start, end, path))
     parents, together = readers(model), dict[object, list[Site]]()
     for module, paths in modules.items():
-        for site in _sites(module, tuple(paths), parents.get(module)):
+        for site in _sites(module, tuple(paths), parents.get(module), shards):
             together.setdefault(_tie_key(site), []).append(site)
     return [one for group in together.values() for one in _tied(group, owners)]
 
@@ -96,7 +99,12 @@ def current_plan(model: nn.Module) -> dict[str, Form]:
     return {site.path: site.form for site in survey(model) if site.form is not None}
 
 
-def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) -> list[Site]:
+def _sites(
+    module: nn.Module,
+    paths: tuple[str, ...],
+    reader: nn.Module | None,
+    shards: Mapping[int, tuple[Parameter, Any]],
+) -> list[Site]:
     """The weights of one module."""
     kind = parametrize.type_before_parametrizations(module)
     ranked, own = ranked_class(kind), list(module.parameters(recurse=False))
@@ -114,10 +122,14 @@ def _sites(module: nn.Module, paths: tuple[str, ...], reader: nn.Module | None) 
     found: list[Site] = []
     for spec in ranked.weights_of(module):
         form = forms.get(spec.name, FullRank())
-        reason = ranked.unsupported_reason(module) or weight_obstacle(module, spec, form, reader)
+        first = own_parameters(module).get(spec.parameter_names(form)[0])
+        sharding = Sharding(module, shards[id(first)][1]) if id(first) in shards else None
+        unsupported = ranked.unsupported_reason(module)
+        reason = unsupported or weight_obstacle(module, spec, form, reader, sharding)
         left = number_obstacle(module, spec, form)
         known, refused = None if left or reason else form, not left and bool(reason)
-        found.append(Site(module, paths, spec, known, left or reason, refused, reader=reader))
+        site = Site(module, paths, spec, known, left or reason, refused, reader=reader)
+        found.append(replace(site, sharding=sharding))
     return found
 
 

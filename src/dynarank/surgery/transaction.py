@@ -6,19 +6,16 @@ references, check. An exception anywhere leaves model and optimizer exactly as t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynarank.decompositions.truncation import ActivationStats
-from dynarank.distributed.ddp import check_renewable, renew
 from dynarank.distributed.processes import Processes
-from dynarank.distributed.wrappers import ddp_wrappers
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, same_weight
 from dynarank.surgery.committed import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit
@@ -28,6 +25,13 @@ from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, new_c
 from dynarank.surgery.param_groups import Contents
 from dynarank.surgery.replaced import keep_replaced
 from dynarank.surgery.selection import find_sites
+from dynarank.surgery.sharded import (
+    WholeEdit,
+    check_gatherable,
+    is_resharded,
+    prepare_whole,
+    states_in_shards,
+)
 from dynarank.surgery.shared_edits import (
     agree_on,
     fit_everywhere,
@@ -36,7 +40,7 @@ from dynarank.surgery.shared_edits import (
 )
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.unfit import UnfitLayers
-from dynarank.surgery.wrappers import check_unwrapped
+from dynarank.surgery.wrappers import check_unwrapped, renew_wrappers, renewable_wrappers
 
 __all__ = ["change_forms", "differences", "truncates"]
 
@@ -104,12 +108,27 @@ def change_forms(
         together: the processes that make the change together, all of which must call this.
     """
     optimizers = as_list(optimizer)
-    how = {"moments": moments if isinstance(moments, str) else type(moments).__name__}
+    how = {
+        "moments": moments if isinstance(moments, str) else type(moments).__name__,
+        "states": states_in_shards(wanted, optimizers),
+    }
     agree_on(wanted, how, together)
-    sites = [*(edit.site for edit in prepared), *(site for site, _ in wanted)]
-    wrappers = together.attempt("a change of forms", lambda: _wrappers(sites))
+    due = [*((edit.site, edit.change.after) for edit in prepared), *wanted]
+
+    def ready() -> list[DistributedDataParallel]:
+        check_gatherable(due, moments, together.members)
+        return renewable_wrappers([site for site, _ in due])
+
+    wrappers = together.attempt("a change of forms", ready)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
-        edits, owners = _prepared(wanted, calibration or {}, seed, together)
+
+        def prepare(site: Site, form: Form) -> Edit | WholeEdit:
+            activity = (calibration or {}).get(site.path)
+            if is_resharded(site, form):
+                return prepare_whole(site, form, optimizers, moments, activity, seed)
+            return prepare_edit(site, form, activity, seed)
+
+        edits, owners = _prepared(wanted, prepare, optimizers, together)
         edits = [*prepared, *edits]
         contents = fit_everywhere(
             "the optimizer's states", lambda: new_contents(edits, optimizers, moments), together
@@ -120,11 +139,11 @@ def change_forms(
     wrappers = wrappers if any(edit.old for edit in edits) else []
     with ExitStack() as own:
         stack = own if undo is None else undo
-        stack.callback(_renew, wrappers, None)  # called last
+        stack.callback(renew_wrappers, wrappers, None)  # called last
         if keep:
             keep_replaced(edits, optimizers, stack)
         together.attempt("a change of forms", lambda: _commit(edits, contents, optimizers, stack))
-        together.attempt("renewing the wrapper", lambda: _renew(wrappers, stack))
+        together.attempt("renewing the wrapper", lambda: renew_wrappers(wrappers, stack))
         own.pop_all()  # all is well: nothing to undo
     watch_replaced(edits)
     return [edit.change for edit in edits]
@@ -132,17 +151,19 @@ def change_forms(
 
 def _prepared(
     wanted: Sequence[tuple[Site, Form]],
-    calibration: Mapping[str, ActivationStats],
-    seed: int | None,
+    prepare: Callable[[Site, Form], Edit | WholeEdit],
+    optimizers: Sequence[Any],
     together: Processes,
 ) -> tuple[list[Edit], list[int]]:
     """The edits, and the number of the process that owns each."""
-    if together.size > 1:
-        return prepare_together(wanted, calibration, seed, together)
+    if together.size > 1 or any(is_resharded(site, form) for site, form in wanted):
+        return prepare_together(wanted, prepare, optimizers, together)
     unfit, edits = UnfitLayers(), list[Edit]()
     for site, form in wanted:
         with unfit.layer(site.path):
-            edits.append(prepare_edit(site, form, calibration.get(site.path), seed))
+            edit = prepare(site, form)
+            assert isinstance(edit, Edit)
+            edits.append(edit)
     unfit.check()
     return edits, [0] * len(edits)
 
@@ -162,21 +183,3 @@ def _commit(
         edit.commit(undo)
     write(contents, undo)
     check_committed(edits, optimizers)
-
-
-def _wrappers(sites: Sequence[Site]) -> list[DistributedDataParallel]:
-    """The DDP wrappers around these weights; raises ValueError if one cannot follow a change."""
-    if not sites or not (dist.is_available() and dist.is_initialized()):
-        return []
-    places = [place for site in sites for place in site.places]
-    found = ddp_wrappers(place.module for place in places)
-    for one in found:
-        check_renewable(one, [p for site in sites for p in site.parameters().values()])
-    return found
-
-
-def _renew(wrappers: Sequence[DistributedDataParallel], undo: ExitStack | None) -> None:
-    for one in wrappers:
-        restore = renew(one)
-        if undo is not None:
-            undo.callback(restore)

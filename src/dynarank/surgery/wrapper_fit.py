@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from dynarank.distributed.fsdp2 import sharded_parameters
 from dynarank.distributed.unwrap import inside, unwrapped
 from dynarank.surgery.problem import Problem, listed
 
@@ -71,8 +72,7 @@ def _ddp(path: str, wrapper: Any) -> Iterator[Problem]:
 def _sharded(module: Any) -> Iterator[nn.Parameter]:
     """The parameters that an FSDP unit shards itself."""
     if "FSDPModule" in _class_names(module):
-        group = module._get_fsdp_state()._fsdp_param_group
-        yield from (one.sharded_param for one in (group.fsdp_params if group else ()))
+        yield from sharded_parameters(module)
         return
     yield from module._ignored_params
     if (handle := module._handle) is not None:

@@ -1,14 +1,22 @@
-"""Wrappers of models that hold its parameters, and would miss a change of form."""
+"""Wrappers that hold a model's parameters: some follow a change of form, others are refused."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
+from dynarank.distributed.ddp import check_renewable, renew
 from dynarank.distributed.unwrap import check_wrappers
+from dynarank.distributed.wrappers import ddp_wrappers
+from dynarank.surgery.site import Site
 
-__all__ = ["check_unwrapped", "is_wrapper"]
+__all__ = ["check_unwrapped", "is_wrapper", "renew_wrappers", "renewable_wrappers"]
 
-_WRAPPERS = ("FullyShardedDataParallel", "FSDPModule")
+_WRAPPERS = ("FullyShardedDataParallel",)
 
 
 def is_wrapper(kind: type) -> bool:
@@ -26,3 +34,26 @@ def check_unwrapped(model: nn.Module) -> None:
                     f"{path or 'the model'!r} is wrapped by {cls.__name__}, which would go on with "
                     "the old parameters, silently out of step; change forms before wrapping"
                 )
+
+
+def renewable_wrappers(sites: Sequence[Site]) -> list[DistributedDataParallel]:
+    """The DDP wrappers around these weights.
+
+    Raises:
+        ValueError: one of them cannot follow a change.
+    """
+    if not sites or not (dist.is_available() and dist.is_initialized()):
+        return []
+    places = [place for site in sites for place in site.places]
+    found = ddp_wrappers(place.module for place in places)
+    for one in found:
+        check_renewable(one, [p for site in sites for p in site.parameters().values()])
+    return found
+
+
+def renew_wrappers(wrappers: Sequence[DistributedDataParallel], undo: ExitStack | None) -> None:
+    """Renew DDP wrappers; ``undo`` can give their communication hooks what they remembered."""
+    for one in wrappers:
+        restore = renew(one)
+        if undo is not None:
+            undo.callback(restore)
