@@ -255,3 +255,12 @@ def scheduled_run(kind: str, folder: Path, start: int, stop: int) -> dict[str, T
         ranks.step()
     dr.save(folder / str(stop), **run, extra=stop)
     return state_of(model, optimizer)
+
+
+def save_unreduced() -> str:
+    """Within an accumulation that FSDP2 does not reduce."""
+    model, optimizer = build("fsdp")
+    unit: Any = model
+    unit.set_requires_gradient_sync(False)
+    accumulate(model, range(1))
+    return said(lambda: dr.save("never", model=model, optimizer=optimizer))

@@ -100,6 +100,11 @@ def test_gradients_that_are_not_averaged_yet_are_each_one_s(
         assert_same(found, mean)
 
 
+def test_gradients_that_fsdp2_has_not_reduced_are_not_lost(processes: Pools) -> None:
+    for text in processes(2)(runs.save_unreduced):
+        assert text.startswith("ValueError: gradients are not reduced over the processes yet")
+
+
 def test_processes_that_save_into_different_folders_are_told(
     processes: Pools, tmp_path: Path
 ) -> None:
