@@ -71,6 +71,14 @@ class Processes:
         """The number of this process among them."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
+    def backend(self, device: torch.device) -> str | None:
+        """What carries the tensors of a device: ``"gloo"``, ``"nccl"``; None: there is one process.
+
+        Example:
+            >>> Processes().backend(torch.device("cpu"))
+        """
+        return None if self.group is None else self.group._get_backend(device).name()
+
     @property
     def members(self) -> frozenset[int]:
         """Their global ranks."""
@@ -166,6 +174,20 @@ class Processes:
         group = dist.new_group(ranks, wait, "gloo", use_local_synchronization=True)
         return Processes(self.group, group)
 
+    def by_first(self, what: str, function: Callable[[], _T]) -> _T:
+        """What a function returns in the first process, which alone calls it.
+
+        Raises:
+            Exception: what the function raised, in the first process; in the others PeerError.
+
+        Example:
+            >>> Processes().by_first("adding", lambda: 1 + 1)
+            2
+        """
+        with independent():
+            made = self.attempt(what, function if self.rank == 0 else lambda: cast(_T, None))
+        return self.from_first(what, made)
+
     def send(self, tensors: Iterable[Tensor], owner: int) -> None:
         """Give these tensors, in place, the values that they have in the owner's process."""
         for tensor in tensors if self.group is not None else ():
@@ -200,19 +222,25 @@ def processes_of(*modules: nn.Module, training: bool = True) -> Processes:
         modules: of the model, whose wrappers are looked for.
         training: whether the model is trained, and not a copy that one process has for itself.
     """
-    if not (dist.is_available() and dist.is_initialized()) or _INDEPENDENT.get():
-        return Processes()
-    if dist.get_world_size() == 1:
-        return Processes()
-    groups, sharing = data_parallel_groups(modules), sharing_ranks(modules)
-    if not groups and not sharing and not training:
-        return Processes()
-    ranks = [*(frozenset(dist.get_process_group_ranks(group)) for group in groups), *sharing]
-    members = reduce(operator.or_, ranks) if ranks else frozenset(range(dist.get_world_size()))
+    members = members_of(*modules, training=training)
     if len(members) == 1:
         return Processes()
-    group = next((g for g, r in zip(groups, ranks, strict=False) if r == members), None)
+    ranks = {g: frozenset(dist.get_process_group_ranks(g)) for g in data_parallel_groups(modules)}
+    group = next((group for group, r in ranks.items() if r == members), None)
     return Processes(group or _group(members, None), _group(members, "gloo"))
+
+
+def members_of(*modules: nn.Module, training: bool = True) -> frozenset[int]:
+    """The global ranks of :func:`processes_of`, found without any communication."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return frozenset([0])
+    if _INDEPENDENT.get():
+        return frozenset([dist.get_rank()])
+    groups, sharing = data_parallel_groups(modules), sharing_ranks(modules)
+    ranks = [*(frozenset(dist.get_process_group_ranks(group)) for group in groups), *sharing]
+    if ranks:
+        return reduce(operator.or_, ranks)
+    return frozenset(range(dist.get_world_size()) if training else [dist.get_rank()])
 
 
 def processes_among(ranks: frozenset[int]) -> Processes:
