@@ -171,11 +171,12 @@ def test_without_step_hooks_each_call_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_step_counts() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_counts(backend: str) -> None:
     model = net()
     optimizer = SGD(model.parameters(), 0.1)
     ranks = scheduler(model, optimizer)
-    step = torch.compile(optimizer.step, backend="eager")
+    step = torch.compile(optimizer.step, backend=backend)
     for count in range(1, 6):
         backward(model)
         step()
