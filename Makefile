@@ -26,9 +26,9 @@ test-laws-full: .venv/.dev  ## each law over its whole product, not only a cover
 	$(PYTEST) --all-laws -m product tests
 
 FAULTS := tests/checkpoint tests/files \
-	tests/train/test_resume_run.py tests/cli/test_resume.py
+	tests/train/test_resume_run.py tests/cli/test_resume.py tests/surgery/test_interrupted.py
 
-test-faults: .venv/.dev  ## kills, flips, full disks and mutated files, all of docs/checkpoints.md
+test-faults: .venv/.dev  ## kills, flips, full disks, mutated files, interrupts: all of docs/checkpoints.md
 	DYNARANK_FAULTS=full $(PYTEST) --timeout=3600 $(FAULTS)
 
 check: .venv/.dev  ## style and types

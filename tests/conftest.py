@@ -22,6 +22,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish() -> None:
+    _freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """Of what earlier modules have left, compiled graphs above all, a collection takes a second."""
+    _freeze()
+
+
+def _freeze() -> None:
     """Leave what is loaded by now out of garbage collections, which many tests ask for."""
     gc.collect()
     gc.freeze()

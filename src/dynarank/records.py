@@ -71,7 +71,8 @@ class Metric(_Line):
 class RunRecord(_Line):
     """The first record of a run: what was trained, on which device, with which versions.
 
-    A run recorded in a loop of one's own may not say its seed.
+    A run recorded in a loop of one's own may not say its seed. ``processes`` trained together when
+    it began, and averaged their gradients by ``backend``.
     """
 
     kind: Literal["run"] = "run"
@@ -87,6 +88,8 @@ class RunRecord(_Line):
     versions: dict[str, str]
     commit: str | None = None
     started: str
+    processes: int = 1
+    backend: str | None = None
 
 
 class PhaseRecord(_Line):
@@ -95,7 +98,9 @@ class PhaseRecord(_Line):
     ``predicted_flops`` comes from the cost model; ``counted_flops`` is what FlopCounterMode counted
     in the phase's first step (None if not counted). ``memory_bytes`` is the phase's peak: on CUDA
     the allocator's, on a CPU the tensors alive at the end of a forward pass (parameters, gradients,
-    optimizer state, saved activations).
+    optimizer state, saved activations); of several ``processes``, the largest.
+    ``all_reduced_bytes_per_step`` is what each of them gives to be averaged: the gradients of the
+    trainable parameters.
     """
 
     kind: Literal["phase"] = "phase"
@@ -108,6 +113,8 @@ class PhaseRecord(_Line):
     counted_flops: int | None = None
     relative_flops: float
     memory_bytes: int | None = None
+    processes: int = 1
+    all_reduced_bytes_per_step: int = 0
 
 
 class ChangeRecord(_Line):
@@ -220,7 +227,8 @@ class SummaryRecord(_Line):
     """The last record of a run: final scores and total cost.
 
     Means are over steps; ``relative_flops`` is the training FLOPs of the whole run over those of
-    the same run at full rank. ``model_sha256`` is the digest of ``model.safetensors``.
+    the same run at full rank. ``all_reduced_bytes`` is the sum over the steps for each process.
+    ``model_sha256`` is the digest of ``model.safetensors``.
     """
 
     kind: Literal["summary"] = "summary"
@@ -232,6 +240,7 @@ class SummaryRecord(_Line):
     training_flops: float
     relative_flops: float
     memory_bytes: int
+    all_reduced_bytes: int = 0
     train_seconds: float
     wall_seconds: float
     model_sha256: str | None = None

@@ -131,6 +131,7 @@ def test_plan_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     memory = plan["phases"][0]["memory"]
     assert memory["parameters"] == 4 * plan["phases"][0]["total_parameters"]
     assert memory["optimizer"] == memory["gradients"] and memory["activations"] > 0
+    assert plan["phases"][0]["all_reduced_bytes_per_step"] == memory["gradients"]
 
 
 def test_spectrum_as_json_of_any_model(
@@ -373,7 +374,7 @@ OPTIONS = {
               "out", "device", "precision", "compile", "json", "help", "rank", "decomposition",
               "measure", "log", "budget", "noise", "resume", "checkpoint-every", *CHANGES, "quiet"},
     "plan": {"budget", "schedule", "as-published", "json", "help", "rank", "decomposition",
-             "measure", "device", "precision", *CHANGES},
+             "measure", "processes", "device", "precision", *CHANGES},
     "probe": {"rank", "share", "seeds", "data", "decomposition", "train-limit", "device",
               "precision", "json", "help", *CHANGES, "quiet"},
     "compare": {"schedules", "seeds", "data", "rank", "decomposition", "epochs", "train-limit",
@@ -462,6 +463,12 @@ def test_the_phases_of_a_plan_fit_80_columns_with_whole_numbers(
     assert call(monkeypatch, "plan", "text-gpt") == 0
     phases = capsys.readouterr().out.split("Per phase, whole model")[1]
     assert "1,902,720" in phases and "2,492,544" in phases and "trainable" in phases
+    assert max(map(len, phases.splitlines())) <= 80 and "all-reduced" not in phases.lower()
+
+    assert call(monkeypatch, "plan", "text-gpt", "--processes", "4") == 0
+    phases = capsys.readouterr().out.split("Per phase, whole model")[1]
+    told = " ".join(phases.split()).split("All-reduced a step with DDP: ")[1]
+    assert told.startswith("2.8 MiB (epochs 0 to ") and "each of 4 processes sends 1.5" in told
     assert max(map(len, phases.splitlines())) <= 80
 
 

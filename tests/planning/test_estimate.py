@@ -61,6 +61,31 @@ def test_it_is_exact_in_each_phase_of_each_architecture(one: Architecture) -> No
         assert phase.memory.total == pytest.approx(ran.peak_bytes, rel=TOLERANCE)
 
 
+def test_it_tells_what_processes_all_reduce() -> None:
+    model = net()
+    options = {"schedule": SCHEDULE, "total_steps": STEPS}
+    found = dr.estimate(model, torch.ones(8, 64), **options, processes=4)
+    for phase, data in zip(found.phases, found.to_dict()["phases"], strict=True):
+        trained = 4 * phase.cost.trainable_parameters
+        assert data["all_reduced_bytes_per_step"] == trained
+        assert data["all_reduced_bytes"] == phase.all_reduced_bytes
+        assert phase.all_reduced_bytes == trained * (phase.stop - phase.start)
+    text, whole = str(found), sum(phase.all_reduced_bytes for phase in found.phases)
+    assert max(map(len, text.splitlines())) <= 100
+    for phase in found.phases:
+        size = 4 * phase.cost.trainable_parameters / 1024
+        assert f", all-reduced {size:.3g}K a step" in text
+    assert f"each sends {whole * 1.5 / 2**20:.3g}M in the run" in text
+
+    quiet = dr.estimate(model, torch.ones(8, 64), **options)
+    assert "educed" not in str(quiet) and quiet.to_dict()["processes"] is None
+    assert quiet.to_dict()["phases"] == found.to_dict()["phases"]
+    now = dr.estimate(model, torch.ones(8, 64), processes=1)
+    assert "each sends 0B a step" in str(now)
+    with pytest.raises(ValueError, match="processes"):
+        dr.estimate(model, torch.ones(8, 64), processes=0)
+
+
 @pytest.mark.parametrize("one", ARCHITECTURES, ids=str)
 def test_it_prints_in_a_hundred_columns_and_is_json(one: Architecture) -> None:
     model = one.build().to("meta")

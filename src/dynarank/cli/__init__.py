@@ -6,6 +6,7 @@ Exit codes: 0 done (or finished before), 1 a run failed (diverged, disk full), 2
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from dynarank.train.interruption import Interrupted
 
 __all__ = ["COMMANDS", "app", "main"]
 
+_OF_ANOTHER = "another process has ended: what it said is the reason; the same command goes on"
 _LONGEST = 2_000  # characters of an error message
 
 COMMANDS = {
@@ -59,17 +61,48 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def _(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
             "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
         ),
     ] = False,
-) -> None: ...
+) -> None:
+    command = context.invoked_subcommand
+    if _launched() and command not in (None, "train"):
+        raise ValueError(
+            f"{command} works in one process, and {os.environ['WORLD_SIZE']} were started; run "
+            f"`dynarank {command}` without torchrun (only train is made for several)"
+        )
 
 
 def main() -> None:
     """Run the command line; user errors become one line on stderr and an exit code."""
+    if not _launched():
+        _run()
+        return
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings, once a process
+    from dynarank.cli.processes import run_together  # torch, which --help does without
+
+    sys.exit(run_together(_exit_code))
+
+
+def _launched() -> bool:
+    """Whether this is one of several processes that were started together."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(os.environ.get(name) for name in names) and os.environ["WORLD_SIZE"] != "1"
+
+
+def _exit_code() -> int:
+    try:
+        _run()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def _run() -> None:
     with any_encoding():
         try:
             with raising_on_signals():
@@ -83,8 +116,11 @@ def main() -> None:
         except (ValueError, ImportError) as error:
             sys.exit(_complain(error, 2))
         except RuntimeError as error:
+            from dynarank.cli.processes import said_by_another
             from dynarank.train.loop import DivergedError  # a run that fails has imported torch
 
+            if _launched() and said_by_another(error):
+                sys.exit(_complain(_OF_ANOTHER, 1))
             if not isinstance(error, DivergedError):
                 raise
             sys.exit(_complain(error, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.util import find_spec
@@ -14,7 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from dynarank.cli.interruption import GoOn
+from dynarank.cli.processes import Order, leader
 from dynarank.cli.progress import ProgressListener
+from dynarank.distributed.processes import Processes, independent
 from dynarank.files.json_data import DamagedFileError
 from dynarank.files.ownership import move_aside, owned
 from dynarank.files.volume import FULL_DISK
@@ -167,9 +169,16 @@ class JobRunner:
         task = self._task(jobs[0])
         chosen = {(id(j.recipe), j.schedule): (j.recipe, j.schedule) for j in jobs}
         new = [value for key, value in chosen.items() if key not in self._checked]
-        check_schedules(
-            new, task, self.epochs, measure=self.machine.measure, autocast=self.machine.autocast
-        )
+        lead = leader()
+        with independent():
+            check_schedules(
+                new,
+                task,
+                self.epochs,
+                measure=self.machine.measure,
+                autocast=self.machine.autocast,
+                processes=Processes() if lead is None else lead.processes,
+            )
         self._checked |= chosen.keys()
         return data_digest(task)
 
@@ -212,6 +221,7 @@ class JobRunner:
                     self.terminal, name, self.epochs, task.metric, changes=one
                 ) as listener,
                 stop,
+                self._together(job, task) as processes,
             ):
                 run_schedule(
                     job.recipe,
@@ -226,11 +236,19 @@ class JobRunner:
                     checkpoints=self.checkpoints,
                     stop=stop.requested,
                     say=_say,
+                    processes=processes,
                 )
         except DivergedError as error:
             self.diverged[job.folder] = error
             self.terminal.print(f"{name} diverged: {error}", markup=False)
         stop.check()  # a signal after the last step
+
+    def _together(self, job: Job, task: Task) -> AbstractContextManager[Processes]:
+        """The processes that train a job: this one, or all that were started."""
+        if (lead := leader()) is None:
+            return nullcontext(Processes())
+        limits = self.train_limit, self.test_limit
+        return lead.training(Order(job, self.machine, self.epochs, self.data, *limits), task)
 
     def _task(self, job: Job) -> Task:
         """The task of a seed, cached while consecutive jobs have that seed."""

@@ -55,6 +55,10 @@ def plan(
     lr: LearningRateOption = None,
     batch_size: BatchSizeOption = None,
     overrides: SetOption = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Show what so many processes all-reduce a step, with DDP."),
+    ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time every form of every layer on this machine.")
     ] = False,
@@ -95,6 +99,8 @@ def plan(
         return
     _show_layers(terminal, chosen, schedule, use, cost)
     _show_phases(terminal, chosen, cost, phases)
+    if processes is not None:
+        terminal.print(_reduced_text(chosen, cost, phases, processes))
     if _waits_for_spectra(chosen, schedule):
         terminal.print(
             f"[bold yellow]{schedule} decides by the layers' spectra during training:[/] the "
@@ -174,6 +180,7 @@ def _phase_data(use: ModelUse, one: PhaseEstimate, scale: float) -> dict[str, An
         "state_bytes": cost.state_bytes,
         "costs_more_than_full_rank": cost.relative_training > 1,
         "memory": one.memory.to_dict(),
+        "all_reduced_bytes_per_step": one.memory.gradients,
         "layers": [layer_data(use.layers[path], path, form) for path, form in cost.plan.items()],
     }
 
@@ -233,6 +240,20 @@ def _show_phases(
         "Trainable and all: parameters. Forward and training: FLOPs relative to full-rank. State: "
         "parameters, gradients and optimizer state in fp32. Activations: what a batch saves for "
         "the backward pass, attention scores in full.\n"
+    )
+
+
+def _reduced_text(
+    recipe: Recipe, cost: ScheduleCost, phases: Sequence[PhaseEstimate], processes: int
+) -> str:
+    """The gradients that processes all-reduce in a step of each phase."""
+    told = [
+        f"{bytes_text(one.memory.gradients)} (epochs {_span(recipe, cost, one.cost.phase)})"
+        for one in phases
+    ]
+    return (
+        f"All-reduced a step with DDP: {', '.join(told)}; by rings each of {count(processes)} "
+        f"processes sends {2 * (processes - 1) / processes:.3g} times as much.\n"
     )
 
 

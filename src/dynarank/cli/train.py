@@ -28,6 +28,7 @@ from dynarank.cli.options import (
     TestLimitOption,
     TrainLimitOption,
 )
+from dynarank.cli.processes import leader
 from dynarank.cli.recipe_options import (
     RECIPE_HELP,
     BatchSizeOption,
@@ -40,7 +41,16 @@ from dynarank.cli.show import console, print_json, print_whole_words, progress, 
 from dynarank.cli.train_settings import TrainSettings, find_train
 from dynarank.files.ownership import new_folder
 from dynarank.records import Metric, PhaseRecord, Run, SummaryRecord
-from dynarank.report.formats import bytes_text, count, plural, ratio, score_text, seconds_text
+from dynarank.report.formats import (
+    bytes_text,
+    count,
+    number,
+    plural,
+    ratio,
+    score_text,
+    seconds_text,
+)
+from dynarank.report.tables import all_reduced_bytes
 from dynarank.report.verdict import verdict
 from dynarank.sinks import BACKENDS, open_sinks
 from dynarank.train.checkpoint_plan import CheckpointPlan
@@ -106,6 +116,9 @@ def train(
     Ctrl-C (or SIGTERM) finishes the step and saves; the same command goes on, and so does
     `dynarank train --resume RUN`. A second Ctrl-C exits at once. Nothing is ever overwritten: a
     folder with other settings is refused.
+
+    On several GPUs or machines: `torchrun --nproc-per-node 4 -m dynarank train RECIPE`. The
+    processes share each batch, and the run is that of one process.
     """
     if resume is not None and out is not None:
         raise RecipeError(f"either --out or --resume, got --out {out} and --resume {resume}")
@@ -126,7 +139,9 @@ def train(
     runner = _runner(settings, progress(terminal, quiet), device, checkpoint_every)
     folder = home if home is not None else _place(settings, runner)
     jobs = settings.jobs(folder)
-    go_on = GoOn(folder, ("dynarank", "train", "--resume", str(folder)), as_json)
+    lead = leader()
+    words = "dynarank" if lead is None else lead.words
+    go_on = GoOn(folder, (*words.split(), "train", "--resume", str(folder)), as_json)
     with runner.working_in(folder, jobs, _common(settings, runner), go_on):
         runs = {job.schedule: run for job, run in runner.runs(jobs, folder)}
         if runs:
@@ -137,6 +152,8 @@ def train(
 def _runner(
     settings: TrainSettings, terminal: Console, device: str, checkpoints: CheckpointPlan
 ) -> JobRunner:
+    if (lead := leader()) is not None:
+        device = lead.device(device)
     machine = choose_machine(
         device, settings.precision, settings.compile, settings.measure, settings.noise
     )
@@ -180,11 +197,14 @@ def _print_result(
     summaries = {name: run.summary for name, run in runs.items() if run.summary is not None}
     report = runner.write_page(folder)
     if as_json:
-        told = {name: summary.model_dump() for name, summary in summaries.items()}
+        told = {n: {**one.model_dump(), "phases": _phases(runs[n])} for n, one in summaries.items()}
         print_json({**runner.status(folder), "report": report, "runs": told})
         return
     title = f"{settings.recipe.name}, seed {settings.seed}, {plural(settings.epochs, 'epoch')}"
     _show(terminal, title, next(iter(runs.values())).header.metric, summaries)
+    for name, run in runs.items():
+        if run.header.processes > 1:
+            terminal.print(_all_reduced(name, run), markup=False)
     if any("low-rank" in phase.forms for run in runs.values() for phase in run.all(PhaseRecord)):
         terminal.print(
             f"Every schedule ran at the recipe's learning rate, {settings.recipe.learning_rate:g}. "
@@ -194,6 +214,23 @@ def _print_result(
     terminal.print(
         f"Run folder: {folder}" + (f"; report: {report}" if report else ""), markup=False
     )
+
+
+def _phases(run: Run) -> list[dict[str, Any]]:
+    """What the phases of a run cost; ``all_reduced_bytes`` of a process in the whole phase."""
+    return [
+        {**phase.model_dump(exclude={"kind"}), "end": end, "all_reduced_bytes": given}
+        for phase, end, given in all_reduced_bytes(run)
+    ]
+
+
+def _all_reduced(name: str, run: Run) -> str:
+    """What each process gave to be averaged, phase by phase."""
+    told = [
+        f"{bytes_text(given)} in epochs {number(phase.epoch)} to {number(end)}"
+        for phase, end, given in all_reduced_bytes(run)
+    ]
+    return f"All-reduced by each of {run.header.processes} processes, {name}: {', '.join(told)}."
 
 
 def _show(

@@ -1,4 +1,4 @@
-"""DDP renewed in place: a reducer for the parameters that its module has now.
+"""DDP rebuilt in place: a reducer for the parameters that its module has now.
 
 DDP makes its reducer once, of the parameters of that time, and would average their gradients only.
 The wrapper itself stays, with everything that is set or registered on it: the user's reference,
@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["check_renewable", "renew"]
+__all__ = ["check_rebuildable", "rebuild"]
 
 
-def check_renewable(wrapper: DistributedDataParallel, replaced: Iterable[Parameter]) -> None:
-    """Raise ValueError if the wrapper cannot be renewed, or not rightly.
+def check_rebuildable(wrapper: DistributedDataParallel, replaced: Iterable[Parameter]) -> None:
+    """Raise ValueError if the wrapper cannot be rebuilt, or not rightly.
 
     Args:
         wrapper: the wrapper.
@@ -51,7 +51,7 @@ def check_renewable(wrapper: DistributedDataParallel, replaced: Iterable[Paramet
         )
 
 
-def renew(wrapper: DistributedDataParallel) -> Callable[[], None]:
+def rebuild(wrapper: DistributedDataParallel) -> Callable[[], None]:
     """Give the wrapper a reducer of its module's parameters; returns how to restore hook states.
 
     What a communication hook remembers of each bucket (PowerSGD: errors and factors) is cleared,

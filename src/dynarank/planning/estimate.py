@@ -47,6 +47,7 @@ def estimate(
     layers: LayerFilter = None,
     loss: Callable[[Any], Tensor] | None = None,
     measure: bool = False,
+    processes: int | None = None,
 ) -> Estimate:
     """What a run costs in each phase of a schedule, before its first step; print it as a table.
 
@@ -74,10 +75,14 @@ def estimate(
             floating-point tensors.
         measure: whether to train copies for a few steps of each phase, and to measure the time and
             the peak memory of a step on this machine.
+        processes: how many processes train together with DDP: the table then shows the bytes that
+            they all-reduce, which :meth:`Estimate.to_dict` has always. Everything else is of one
+            process, and ``batch`` is its own.
 
     Raises:
         ValueError: a schedule without ``total_steps``, or an LR scheduler without a schedule; to
-            measure a model without values; what :class:`dynarank.RankScheduler` refuses.
+            measure a model without values; fewer than one process; what
+            :class:`dynarank.RankScheduler` refuses.
 
     Warns:
         UserWarning: the schedule follows the learning rate, and how often the LR scheduler is
@@ -91,6 +96,7 @@ def estimate(
         [(0, 0.725), (40, 1.0), (80, 0.925)]
     """
     optimizers, model = as_list(optimizer), unwrapped(model)
+    processes = None if processes is None else check_count("processes", processes)
     _check(model, schedule, total_steps, lr_scheduler, measure=measure)
     if optimizers:
         check_lr_scheduler(lr_scheduler, optimizers)
@@ -103,7 +109,7 @@ def estimate(
     phases = estimate_phases(model, optimizers, cost, batch, loss, measure=measure)
     name = None if schedule is None else schedule_name(as_schedule(schedule))
     kind = type(model).__name__
-    return Estimate(kind, name, use, paths, cost, phases, named, total_steps, notes)
+    return Estimate(kind, name, use, paths, cost, phases, named, total_steps, notes, processes)
 
 
 def estimate_phases(

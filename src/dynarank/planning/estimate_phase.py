@@ -45,6 +45,11 @@ class PhaseEstimate:
         return self.flops.training - self.cost.flops.training
 
     @property
+    def all_reduced_bytes(self) -> int:
+        """The gradients that DDP all-reduces in the phase, of one process; of a step if no run."""
+        return self.memory.gradients * self.cost.phase.steps
+
+    @property
     def start(self) -> int:
         """The first step."""
         return self.cost.phase.start
@@ -117,6 +122,8 @@ def phase_data(use: ModelUse, full: Flops, one: PhaseEstimate) -> dict[str, Any]
         "relative_training_flops": share_of(one.flops.training, full.training),
         "estimated_ranks": cost.estimated,
         "memory": one.memory.to_dict(),
+        "all_reduced_bytes_per_step": one.memory.gradients,
+        "all_reduced_bytes": one.all_reduced_bytes,
         "measured": measured and {"seconds": measured.seconds, "peak_bytes": measured.peak_bytes},
         "layers": [layer_data(use.layers[path], path, form) for path, form in cost.plan.items()],
     }

@@ -10,6 +10,7 @@ from dynarank.cost.schedule import ScheduleCost
 from dynarank.planning.estimate_phase import PhaseEstimate, phase_data, weight_data
 from dynarank.planning.estimate_table import (
     break_even_table,
+    bytes_text,
     flops_text,
     joined,
     layer_table,
@@ -33,6 +34,7 @@ class Estimate:
         optimizer: the optimizer whose state is counted.
         total_steps: the optimizer steps of the run; None: not given.
         notes: what else a reader should know.
+        processes: the processes of DDP whose all-reduced bytes are shown; None: not shown.
     """
 
     model: str
@@ -44,6 +46,7 @@ class Estimate:
     optimizer: str
     total_steps: int | None
     notes: tuple[str, ...] = ()
+    processes: int | None = None
 
     @property
     def training_flops(self) -> int:
@@ -79,6 +82,7 @@ class Estimate:
             "trainable_parameters_peak": self.cost.peak_trainable,
             "seconds": self.seconds,
             "layers": [weight_data(path, self.use.layers[path]) for path in self.layers],
+            "processes": self.processes,
             "phases": [phase_data(self.use, self.cost.full_rank, one) for one in self.phases],
             "notes": list(self.notes),
         }
@@ -91,7 +95,12 @@ class Estimate:
         return joined(
             f"{self.model}, {self.schedule or 'as it is'}",
             layers,
-            phase_table(self.phases, self.cost.full_rank, spans=self.total_steps is not None),
+            phase_table(
+                self.phases,
+                self.cost.full_rank,
+                spans=self.total_steps is not None,
+                reduced=self.processes is not None,
+            ),
             [*self._totals(), *self.notes],
         )
 
@@ -112,6 +121,8 @@ class Estimate:
             f"(what autograd saves, {how}), without workspaces. FLOPs: of a step, "
             "1 multiply-add = 2."
         )
+        if self.processes is not None:
+            told.append(self._reduced(self.processes))
         if extra := max(one.extra_flops for one in self.phases):
             told.append(
                 f"The model reads weights of layers itself, which are then computed from their "
@@ -124,5 +135,13 @@ class Estimate:
         if any(one.cost.estimated for one in self.phases):
             told.append("Ranks with ~ are measured when their phase begins; its FLOPs are known.")
         return told
+
+    def _reduced(self, processes: int) -> str:
+        whole = sum(one.all_reduced_bytes for one in self.phases)
+        sent = bytes_text(whole * 2 * (processes - 1) / processes)
+        return (
+            f"All-reduced: the gradients of {processes:,} processes with DDP; by rings each sends "
+            f"{sent} {'a step' if self.total_steps is None else 'in the run'}."
+        )
 
     __repr__ = __str__

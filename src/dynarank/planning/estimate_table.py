@@ -11,7 +11,15 @@ from dynarank.forms import Form, FullRank, Within, form_name
 from dynarank.planning.estimate_phase import PhaseEstimate, break_even
 from dynarank.surgery.survey_table import grouped
 
-__all__ = ["WIDTH", "break_even_table", "flops_text", "joined", "layer_table", "phase_table"]
+__all__ = [
+    "WIDTH",
+    "break_even_table",
+    "bytes_text",
+    "flops_text",
+    "joined",
+    "layer_table",
+    "phase_table",
+]
 
 WIDTH = 100
 _PATH, _SHAPE = 28, 12  # columns
@@ -51,8 +59,10 @@ def break_even_table(use: ModelUse, paths: Iterable[str]) -> list[str]:
     return lines
 
 
-def phase_table(phases: Sequence[PhaseEstimate], full: Flops, *, spans: bool) -> list[str]:
-    """The parameters, FLOPs and memory of the whole model in each phase."""
+def phase_table(
+    phases: Sequence[PhaseEstimate], full: Flops, *, spans: bool, reduced: bool = False
+) -> list[str]:
+    """The parameters, FLOPs and memory of the model in each phase, and all-reduced bytes."""
     seconds = f"{'s/step':>9}" if any(one.measured for one in phases) else ""
     lines = [
         f"{'phase':5} {'steps':>13}{'trainable':>12}{'FLOPs':>10}{'of full':>8}"
@@ -68,11 +78,14 @@ def phase_table(phases: Sequence[PhaseEstimate], full: Flops, *, spans: bool) ->
             f"{number:5} {span:>13}{cost.trainable_parameters:12,}"
             f"{flops_text(one.flops.training):>10}"
             f"{share_of(one.flops.training, full.training):7.3f}x"
-            + "".join(f"{_size(size):>8}" for size in sizes)
+            + "".join(f"{bytes_text(size):>8}" for size in sizes)
             + time
         )
-        if one.forms:
-            lines.append("      " + ", ".join(f"{n} {name}" for name, n in one.forms.items()))
+        more = [f"{n} {name}" for name, n in one.forms.items()]
+        if reduced:
+            more.append(f"all-reduced {bytes_text(memory.gradients)} a step")
+        if more:
+            lines.append("      " + ", ".join(more))
     return lines
 
 
@@ -123,7 +136,7 @@ def flops_text(count: float) -> str:
     return _scaled(count, 1000, " KMGTPE").strip()
 
 
-def _size(count: int | None) -> str:
+def bytes_text(count: float | None) -> str:
     """A number of bytes in at most seven characters: ``12.3M``."""
     return "?" if count is None else _scaled(count, 1024, "BKMGTP")
 

@@ -68,6 +68,7 @@ def phase_record(
     counted_flops: int | None,
     relative_flops: float,
     memory_bytes: int | None,
+    processes: int = 1,
 ) -> PhaseRecord:
     """The record of a phase that begins at this step: the forms and parameters of the model."""
     parameters = list(model.parameters())
@@ -81,4 +82,11 @@ def phase_record(
         counted_flops=counted_flops,
         relative_flops=relative_flops,
         memory_bytes=memory_bytes,
+        processes=processes,
+        all_reduced_bytes_per_step=gradient_bytes(model) if processes > 1 else 0,
     )
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """The size of the gradients that a step gives: those of the trainable parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)

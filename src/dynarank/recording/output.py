@@ -9,7 +9,7 @@ from pathlib import Path
 from dynarank.records import Record, RecordWriter, RunRecord, read_run
 from dynarank.sinks import Sink
 
-__all__ = ["Output"]
+__all__ = ["Output", "Silence"]
 
 
 class Output:
@@ -91,3 +91,24 @@ class Output:
                     stacklevel=2,
                 )
         return not self._unwritten
+
+
+class Silence(Output):
+    """The output of all processes but the first: nothing is written."""
+
+    def __init__(self) -> None: ...
+
+    def begin(self, records: Sequence[Record], *, final: bool) -> None:
+        """Write nothing."""
+
+    def write(self, record: Record) -> None:
+        """Write nothing."""
+
+    def relabel(self, change: Callable[[Record], Record]) -> None:
+        """Write nothing."""
+
+    def sync(self) -> None:
+        """Write nothing."""
+
+    def close(self) -> None:
+        """Write nothing."""

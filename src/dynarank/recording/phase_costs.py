@@ -28,10 +28,17 @@ class PhaseCosts:
         model: the model.
         optimizers: its optimizers.
         batch: a batch; None: the last that :meth:`see` got before the first phase is asked for.
+        processes: how many train the model together.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], batch: Any) -> None:
-        self.model, self.optimizers = model, optimizers
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        batch: Any,
+        processes: int = 1,
+    ) -> None:
+        self.model, self.optimizers, self.processes = model, optimizers, processes
         self._batch, self._given = batch, batch is not None
         self._use: ModelUse | None = None
         self._traced_for: dict[str, bool] = {}
@@ -64,6 +71,7 @@ class PhaseCosts:
             counted_flops=self._counted(),
             relative_flops=share_of(predicted, full),
             memory_bytes=self._memory(),
+            processes=self.processes,
         )
 
     def _traced(self) -> ModelUse:
@@ -146,6 +154,7 @@ def summary_of(
         training_flops=float(sum(p.predicted_flops * n for p, n in spans)),
         relative_flops=sum(p.relative_flops * n for p, n in spans) / steps,
         memory_bytes=max(p.memory_bytes or 0 for p in phases),
+        all_reduced_bytes=sum(p.all_reduced_bytes_per_step * n for p, n in spans),
         train_seconds=train_seconds,
         wall_seconds=wall_seconds,
         model_sha256=model_sha256,

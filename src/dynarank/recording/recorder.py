@@ -14,11 +14,14 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.cost.memory import SavedTensors
 from dynarank.cost.stand_in import without_graphs
+from dynarank.distributed.dtensors import is_dtensor
+from dynarank.distributed.processes import Processes, independent, members_of
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.files.ownership import owned
 from dynarank.files.reading import sha256
@@ -27,7 +30,7 @@ from dynarank.forms import Change, Plan, form_name
 from dynarank.monitors.spectral import SpectralMonitor
 from dynarank.recording.events import RankEvents
 from dynarank.recording.host import commit, hardware, started, versions
-from dynarank.recording.output import Output
+from dynarank.recording.output import Output, Silence
 from dynarank.recording.phase_costs import PhaseCosts, alike, summary_of
 from dynarank.recording.rank_metrics import VALUES, RankMetricsRecorder
 from dynarank.recording.run_folder import check_folder, kept_records, write_settings
@@ -87,7 +90,11 @@ class Recorder:
     Memory is, on a GPU, the allocator's peak so far; else parameters, buffers, gradients, optimizer
     state and what the first forward pass of a phase saves for the backward pass, without the loss.
     Training seconds are those between the steps: evaluation right before :meth:`epoch` does not
-    count. In a data-parallel run, record on one process.
+    count.
+
+    Of several processes that train one model, each makes its recorder; the first writes, and the
+    others are silent. Losses and scores are those of the first: where they differ, average them.
+    The bytes all-reduced are what each gives to DDP to average its gradients once a step.
 
     Args:
         folder: the folder of the run; it is made.
@@ -154,11 +161,18 @@ class Recorder:
         self.folder = Path(folder)
         self.model, self._optimizers = _subject(ranks, model, optimizer)
         self.ranks, self.seed = ranks, seed
-        self._costs = PhaseCosts(self.model, self._optimizers, batch)
+        members = members_of(self.model)
+        self._writes = Processes().global_rank(0) == min(members)
+        self._costs = PhaseCosts(self.model, self._optimizers, batch, len(members))
         self.metric = _metric(metric)
         self.name = name or self.folder.resolve().name
         self._settings = self._make_settings()
         self._save_model, self._report, self._say = save_model, report, say
+        if save_model and any(map(is_dtensor, self.model.parameters())):
+            raise ValueError(
+                "save_model=True writes the weights from one process, but they are sharded over "
+                "several (fully_shard); leave it out, and save the model after training"
+            )
         self._epochs = None if epochs is None else check_count("epochs", epochs)
         self._per_epoch = self._length_of_epoch(steps_per_epoch)
         self._count = _started_at(start, ranks)  # optimizer steps, without a rank scheduler
@@ -185,17 +199,25 @@ class Recorder:
 
     def _open(self, sinks: Sequence[str | Sink], spectra: float) -> None:
         """Own the folder, and watch the loop."""
+        self._metrics = None
+        if self._writes:
+            self._open_folder(sinks, spectra)
+        else:
+            self._output = Silence()
+        optimizer = self._optimizers[0]
+        self._stack.push(watch(self.model, self.ranks, optimizer, self))
+
+    def _open_folder(self, sinks: Sequence[str | Sink], spectra: float) -> None:
         check_folder(self.folder, self._settings)
         opened = open_sinks([one for one in sinks if isinstance(one, str)], self.folder)
         given = [one for one in sinks if not isinstance(one, str)]
         opened += [FailSafeSink(one, type(one).__name__) for one in given]
-        self._metrics = self._make_metrics(spectra) if spectra else None
+        if spectra and not any(map(is_dtensor, self.model.parameters())):
+            self._metrics = self._make_metrics(spectra)
         self._stack.enter_context(owned(self.folder))
         check_folder(self.folder, self._settings)  # now that nobody else writes there
         self._output = Output(self.folder, opened)
         self._stack.callback(self._output.close)
-        optimizer = self._optimizers[0]
-        self._stack.push(watch(self.model, self.ranks, optimizer, self))
 
     def _make_metrics(self, share: float) -> RankMetricsRecorder | None:
         layers = None if self.ranks is None else list(self.ranks.layers)
@@ -293,7 +315,7 @@ class Recorder:
             if self._reached > self._last_epoch:
                 self._end_epoch(None, {}, {})
             self._read()
-            digest = self._write_model() if self._save_model else None
+            digest = self._write_model() if self._save_model and self._writes else None
             took = {"train_seconds": self._seconds,
                     "wall_seconds": time.perf_counter() - self._start}  # fmt: skip
             spans = self._phases, self._reached, self._results
@@ -301,7 +323,7 @@ class Recorder:
             if self.ranks is None:
                 self._relabel(self._epochs or len(self._results))
             self._output.sync()
-        if self._report:
+        if self._report and self._writes:
             self._write_report()
 
     def __enter__(self) -> Self:
@@ -374,8 +396,9 @@ class Recorder:
         """Begin the records, or go on after this step."""
         if self._begun:
             return
-        records = kept_records(self.folder, step)
-        write_settings(self.folder, self._settings)
+        records = kept_records(self.folder, step) if self._writes else []
+        if self._writes:
+            write_settings(self.folder, self._settings)
         if records:
             self._go_on(records, step)
         else:
@@ -429,6 +452,8 @@ class Recorder:
             versions=versions(),
             commit=commit(),
             started=started(),
+            processes=self._costs.processes,
+            backend=dist.get_backend() if self._costs.processes > 1 else None,
         )
 
     def _phase(self) -> None:
@@ -499,7 +524,8 @@ class Recorder:
 
     def _write_model(self) -> str:
         path = self.folder / "model.safetensors"
-        state = merge(deepcopy(self.model, without_graphs(self.model))).state_dict()
+        with independent():
+            state = merge(deepcopy(self.model, without_graphs(self.model))).state_dict()
         save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})
         return sha256(path)
 

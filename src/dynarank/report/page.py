@@ -11,7 +11,7 @@ from string import Template
 
 from dynarank.files.atomic import write_text
 from dynarank.files.printable import printable
-from dynarank.records import EpochRecord, Run, read_runs
+from dynarank.records import EpochRecord, Run, RunRecord, read_runs
 from dynarank.report.embed import packaged, policy, script, style
 from dynarank.report.formats import joined, number, plural
 from dynarank.report.grouping import by_schedule, comparable, run_name
@@ -131,7 +131,7 @@ def _sentence(runs: Sequence[Run]) -> str:
     numbers = joined(_some([str(seed) for seed in seeds]))
     seeded = f"seed{'s' if len(seeds) > 1 else ''} {numbers}, " if seeds else ""
     epochs = _distinct([plural(header.epochs, "epoch") for header in headers])
-    devices = _distinct([f"{header.device} ({header.hardware})" for header in headers])
+    devices = _distinct([_device(header) for header in headers])
     precisions = _distinct([header.precision for header in headers])
     recipes = _distinct([header.recipe for header in headers])
     return (
@@ -140,6 +140,11 @@ def _sentence(runs: Sequence[Run]) -> str:
         f"on {joined(devices)} "
         f"in {joined(precisions)}: {plural(len(runs), 'run')}."
     )
+
+
+def _device(header: RunRecord) -> str:
+    together = f"{header.processes} processes on " if header.processes > 1 else ""
+    return f"{together}{header.device} ({header.hardware})"
 
 
 def _incomplete(run: Run) -> list[str]:

@@ -41,7 +41,7 @@ from dynarank.report.transition_points import (
     transition_points,
 )
 
-__all__ = ["changes_table", "cost_table", "layers_table", "phases_table"]
+__all__ = ["all_reduced_bytes", "changes_table", "cost_table", "layers_table", "phases_table"]
 
 MOST_ROWS = 60
 _NONE = "–"
@@ -151,14 +151,14 @@ def phases_table(runs: Sequence[Run]) -> Html:
         "relative",
         "memory",
     )
-    rows = [row for run in runs for row in _phase_rows(run)]
+    together = any(phase.processes > 1 for run in runs for phase in run.all(PhaseRecord))
+    columns = (*columns, "all-reduced") if together else columns
+    rows = [row[: len(columns)] for run in runs for row in _phase_rows(run)]
     return Html(table(columns, rows[:MOST_ROWS], text=(0, 1, 2)) + _cut(len(rows), "phase"))
 
 
 def _phase_rows(run: Run) -> Iterator[Sequence[str]]:
-    phases = run.all(PhaseRecord)
-    ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
-    for phase, end in zip(phases, ends, strict=False):
+    for phase, end, all_reduced in all_reduced_bytes(run):
         forms = ", ".join(f"{amount:,} {form}" for form, amount in phase.forms.items())
         yield (
             run.header.schedule,
@@ -170,7 +170,17 @@ def _phase_rows(run: Run) -> Iterator[Sequence[str]]:
             _NONE if phase.counted_flops is None else flops_text(phase.counted_flops),
             ratio(phase.relative_flops),
             _NONE if phase.memory_bytes is None else bytes_text(phase.memory_bytes),
+            bytes_text(all_reduced) if phase.processes > 1 else _NONE,
         )
+
+
+def all_reduced_bytes(run: Run) -> Iterator[tuple[PhaseRecord, float, int]]:
+    """Each phase, the epoch at which it ends, and what a process gave in it to be averaged."""
+    phases = run.all(PhaseRecord)
+    ends = [*(phase.epoch for phase in phases[1:]), last_epoch(run)]
+    for phase, end in zip(phases, ends, strict=False):
+        steps = round((end - phase.epoch) * run.header.steps_per_epoch)
+        yield phase, end, steps * phase.all_reduced_bytes_per_step
 
 
 def changes_table(runs: Sequence[Run]) -> Html:

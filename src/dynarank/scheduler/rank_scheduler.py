@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -172,16 +172,13 @@ class RankScheduler:
         self._state = self.schedule.start()
         self._seed = self.processes.from_first("the seed", torch.initial_seed())
         self._forms_loaded = forms_loaded()
-        self._states_checked = False
-        self._told_of_rates = False
+        self._states_checked = self._told_of_rates = False
         sites = survey(model)
         check_moments(sites, moments)
-        choose = lambda: self._choose_layers(sites, layers, state)  # noqa: E731
-        self.processes.attempt("a RankScheduler", choose)
-        self._agree()
         self._guard = Guard()
         self._steps = RealSteps(self.optimizer, self._guard)
         try:
+            self._agree(lambda: self._choose_layers(sites, layers, state))
             self._budgets.expect(self._phases)
             for one in self.callbacks.values():
                 one.on_start(self)
@@ -207,7 +204,7 @@ class RankScheduler:
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
         check_phases(self.model, phases := self._phases(), sites)
         if named is None and not has_factors(sites):
-            warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=3)
+            warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=6)
 
     @property
     def processes(self) -> Processes:
@@ -217,8 +214,9 @@ class RankScheduler:
             self._processes = own
         return self._processes
 
-    def _agree(self) -> None:
-        """Raise ValueError in all processes if they differ in what the schedule depends on."""
+    def _agree(self, choose_layers: Callable[[], None]) -> None:
+        """Choose the layers; raise ValueError in all processes if they differ in anything asked."""
+        self.processes.attempt("a RankScheduler", choose_layers)
         if self.processes.size > 1:
             phases = [[one.start, request_to_data(one.plan)] for one in self._phases()]
             own = {
@@ -276,7 +274,9 @@ class RankScheduler:
             return []
         forget_replaced(*self.model.modules())
         check = partial(self._guard.check, self.model, self.optimizer)
-        self.processes.attempt("the check after a change", check) if self._guard.changed else check()
+        self.processes.attempt(
+            "the check after a change", check
+        ) if self._guard.changed else check()
         self._steps.count()
         changes: list[Change] = []
         for _ in range(steps):

@@ -1,7 +1,7 @@
 """Which calls of ``RankScheduler.step`` follow a step that an optimizer really took.
 
 A loop that accumulates gradients may call it after each micro-batch, and a gradient scaler skips
-steps. Hooks of torch on the optimizers see the steps, so a loop need not tell them apart.
+steps. Hooks of torch on the optimizers see the steps, whatever the loop does.
 """
 
 from __future__ import annotations

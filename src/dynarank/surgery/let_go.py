@@ -48,11 +48,11 @@ def check_let_go(model: nn.Module, optimizers: Sequence[Any]) -> None:
             found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
     if used:
         raise RuntimeError(
-            f"{_said(used)}: what is done with it would miss the new ones; make it anew after "
+            f"{_said(used)}: what is done with it would miss the new ones; make it again after "
             "each change, or ask model.parameters() each time; if nothing needs it, delete it"
         )
     if spare:
-        said = f"{_said(spare)}, as a group of the optimizer did; make it anew if it is used again"
+        said = f"{_said(spare)}, as a group of the optimizer did; make it again if it is used"
         warnings.warn(said, RuntimeWarning, stacklevel=4)
 
 

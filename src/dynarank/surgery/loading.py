@@ -37,8 +37,8 @@ from dynarank.surgery.unfit import UnfitLayers
 from dynarank.surgery.wrappers import (
     check_unwrapped,
     is_wrapper,
-    renew_wrappers,
-    renewable_wrappers,
+    rebuild_wrappers,
+    wrappers_that_follow,
 )
 
 __all__ = ["follow_loads", "forms_loaded", "note_forms_loaded", "unfollow_loads"]
@@ -177,9 +177,9 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
     replaced = [edit for edit in edits if edit.old]
     held = [(one, _held_by(one, replaced)) for one in _holders(replaced)]
     contents = [new_contents(mine, [one], "reset") for one, mine in held]
-    wrappers = renewable_wrappers([edit.site for edit in replaced])
+    wrappers = wrappers_that_follow([edit.site for edit in replaced])
     with ExitStack() as undo:
-        undo.callback(renew_wrappers, wrappers, None)  # called last
+        undo.callback(rebuild_wrappers, wrappers, None)  # called last
         for edit in edits:
             edit.commit(undo)
         check_committed(edits, ())
@@ -195,7 +195,7 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
                 if isinstance(layer, RankedLayer) and one.saved is not None:
                     restore_on_exit(layer.__dict__, undo)
                     layer.adopt({one.site.spec.name: one.saved})
-        renew_wrappers(wrappers, undo)
+        rebuild_wrappers(wrappers, undo)
         undo.pop_all()
     if edits:
         note_forms_loaded()

@@ -164,6 +164,7 @@ class _Outcome:
     errors: tuple[float, float | None] = (0.0, None)
     shifted: bool = False
     bias_left: str = ""
+    strides: tuple[tuple[int, ...], ...] = ()
     whole: Any = None  # what a WholeEdit tells
     made: Edit | WholeEdit | None = None
     raised: Exception | None = None
@@ -180,14 +181,19 @@ class _Outcome:
                     (made.edit, made.told()) if isinstance(made, WholeEdit) else (made, None)
                 )
                 errors = edit.change.error, edit.change.update_error
-                return cls("", "", errors, edit.shift is not None, edit.bias_left, whole, made)
+                strides = tuple(p.stride() for p in edit.new.values())
+                shifted = edit.shift is not None
+                return cls("", "", errors, shifted, edit.bias_left, strides, whole, made)
         except Exception as error:
             return cls(error=f"{type(error).__name__}: {error}", raised=error)
         return cls(unfit=unfit.reasons[site.path])
 
     def exchanged(self, together: Processes) -> list[_Outcome]:
         """The outcomes of all processes; raises if one could not."""
-        told = (self.error, self.unfit, self.errors, self.shifted, self.bias_left, self.whole)
+        told = (
+            self.error, self.unfit, self.errors, self.shifted, self.bias_left, self.strides,
+            self.whole,
+        )  # fmt: skip
         found = [_Outcome(*one) for one in together.gather("the prepared layers", told)]
         if self.raised is not None:
             raise self.raised
@@ -212,7 +218,12 @@ class _Outcome:
         values = {name: like_old(value, name, site, after) for name, value in values.items()}
         shift = own_parameters(site.module).get("bias") if self.shifted else None
         empty = None if shift is None else torch.empty_like(shift)
-        return Edit(site, change, old, new_parameters(site, values), empty, self.bias_left)
+        new = new_parameters(site, values)
+        for one, stride in zip(new.values(), self.strides, strict=True):
+            if one.stride() != stride:  # which a shape may not tell: that of a 1 x 1 kernel
+                like = one.data
+                one.data = like.new_empty_strided(one.shape, stride).copy_(like)
+        return Edit(site, change, old, new, empty, self.bias_left)
 
 
 def _keeps_base(before: Form, after: Form) -> bool:

@@ -40,7 +40,7 @@ from dynarank.surgery.shared_edits import (
 )
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.unfit import UnfitLayers
-from dynarank.surgery.wrappers import check_unwrapped, renew_wrappers, renewable_wrappers
+from dynarank.surgery.wrappers import check_unwrapped, rebuild_wrappers, wrappers_that_follow
 
 __all__ = ["change_forms", "differences", "truncates"]
 
@@ -117,7 +117,7 @@ def change_forms(
 
     def ready() -> list[DistributedDataParallel]:
         check_gatherable(due, moments, together.members)
-        return renewable_wrappers([site for site, _ in due])
+        return wrappers_that_follow([site for site, _ in due])
 
     wrappers = together.attempt("a change of forms", ready)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
@@ -139,11 +139,11 @@ def change_forms(
     wrappers = wrappers if any(edit.old for edit in edits) else []
     with ExitStack() as own:
         stack = own if undo is None else undo
-        stack.callback(renew_wrappers, wrappers, None)  # called last
+        stack.callback(rebuild_wrappers, wrappers, None)  # called last
         if keep:
             keep_replaced(edits, optimizers, stack)
         together.attempt("a change of forms", lambda: _commit(edits, contents, optimizers, stack))
-        together.attempt("renewing the wrapper", lambda: renew_wrappers(wrappers, stack))
+        together.attempt("rebuilding the wrapper", lambda: rebuild_wrappers(wrappers, stack))
         own.pop_all()  # all is well: nothing to undo
     watch_replaced(edits)
     return [edit.change for edit in edits]

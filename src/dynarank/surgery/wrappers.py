@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dynarank.distributed.ddp import check_renewable, renew
+from dynarank.distributed.ddp import check_rebuildable, rebuild
 from dynarank.distributed.unwrap import check_wrappers
 from dynarank.distributed.wrappers import ddp_wrappers
 from dynarank.surgery.site import Site
 
-__all__ = ["check_unwrapped", "is_wrapper", "renew_wrappers", "renewable_wrappers"]
+__all__ = ["check_unwrapped", "is_wrapper", "rebuild_wrappers", "wrappers_that_follow"]
 
 _WRAPPERS = ("FullyShardedDataParallel",)
 
@@ -36,7 +36,7 @@ def check_unwrapped(model: nn.Module) -> None:
                 )
 
 
-def renewable_wrappers(sites: Sequence[Site]) -> list[DistributedDataParallel]:
+def wrappers_that_follow(sites: Sequence[Site]) -> list[DistributedDataParallel]:
     """The DDP wrappers around these weights.
 
     Raises:
@@ -47,13 +47,13 @@ def renewable_wrappers(sites: Sequence[Site]) -> list[DistributedDataParallel]:
     places = [place for site in sites for place in site.places]
     found = ddp_wrappers(place.module for place in places)
     for one in found:
-        check_renewable(one, [p for site in sites for p in site.parameters().values()])
+        check_rebuildable(one, [p for site in sites for p in site.parameters().values()])
     return found
 
 
-def renew_wrappers(wrappers: Sequence[DistributedDataParallel], undo: ExitStack | None) -> None:
-    """Renew DDP wrappers; ``undo`` can give their communication hooks what they remembered."""
+def rebuild_wrappers(wrappers: Sequence[DistributedDataParallel], undo: ExitStack | None) -> None:
+    """Rebuild DDP wrappers; ``undo`` can give their communication hooks what they remembered."""
     for one in wrappers:
-        restore = renew(one)
+        restore = rebuild(one)
         if undo is not None:
             undo.callback(restore)

@@ -130,6 +130,10 @@ class ImageTask:
         loss = F.cross_entropy(output, labels, label_smoothing=self.recipe.label_smoothing)
         return loss, (output.detach().argmax(1) == labels).float().mean()
 
+    def loss_terms(self, batch: tuple[Tensor, Tensor]) -> tuple[int]:
+        """The number of images."""
+        return (len(batch[1]),)
+
     def evaluate(
         self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Evaluation:

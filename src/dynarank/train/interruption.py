@@ -45,6 +45,9 @@ class Interrupted(BaseException):
 class StopSignals:
     """Within its context, the first signal to stop is noted; a second one ends the process at once.
 
+    Args:
+        silent: print nothing.
+
     The signals are SIGINT, SIGTERM and SIGHUP. One that is ignored stays ignored (``nohup``). The
     former handlers are restored at the end. Outside the main thread, where Python allows no
     handlers, nothing is changed.
@@ -56,7 +59,8 @@ class StopSignals:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, silent: bool = False) -> None:
+        self._silent = silent
         self._requested: int | None = None
         self._former: dict[int, Any] = {}
 
@@ -86,14 +90,14 @@ class StopSignals:
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._requested is None:
             self._requested = signum
-            _tell("Stopping after this step; a second signal stops at once.")
+            self._tell("Stopping after this step; a second signal stops at once.")
             return
-        _tell("Stopped at once.")
+        self._tell("Stopped at once.")
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)  # the parent sees a process that was ended by this signal
 
-
-def _tell(text: str) -> None:
-    """Write a line to stderr; unlike ``print``, in a signal handler too."""
-    with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+    def _tell(self, text: str) -> None:
+        """Write a line to stderr; unlike ``print``, in a signal handler too."""
+        with suppress(OSError):
+            if not self._silent:
+                os.write(2, f"\n{text}\n".encode())

@@ -136,6 +136,10 @@ class LanguageModelTask:
         loss = _cross_entropy(output, batch, label_smoothing=self.recipe.label_smoothing)
         return loss, loss.detach() / math.log(2)
 
+    def loss_terms(self, batch: Tensor) -> tuple[int]:
+        """The number of windows, which all have T bytes to predict."""
+        return (len(batch),)
+
     def evaluate(
         self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Evaluation:

@@ -13,6 +13,7 @@ __all__ = ["Ledger"]
 _COUNTS = (
     "steps",
     "training_flops",
+    "all_reduced_bytes",
     "_trainable_steps",
     "trainable_peak",
     "last_trainable",
@@ -26,6 +27,7 @@ class Ledger:
     Args:
         use: the trace of one batch.
         plan: the initial forms of the layers.
+        all_reduced_bytes_per_step: what a process gives in a step to be averaged with other processes.
 
     Example:
         >>> import torch
@@ -38,19 +40,21 @@ class Ledger:
         0.625
     """
 
-    def __init__(self, use: ModelUse, plan: Plan) -> None:
+    def __init__(self, use: ModelUse, plan: Plan, all_reduced_bytes_per_step: int = 0) -> None:
         self._use = use
         self._full_rank = use.flops(dict.fromkeys(use.layers, FullRank()))
         self._trainable_steps = 0
         self.steps = 0
         self.training_flops = 0
+        self.all_reduced_bytes = 0
         self.trainable_peak = 0
         self.flops, self.trainable = Flops(), 0
         self.last_trainable, self.last_relative_step = 0, 0.0
-        self.turn(plan)
+        self.turn(plan, all_reduced_bytes_per_step)
 
-    def turn(self, plan: Plan) -> None:
+    def turn(self, plan: Plan, all_reduced_bytes_per_step: int = 0) -> None:
         """Use the forms of this plan for the following steps."""
+        self._reduced = all_reduced_bytes_per_step
         self.flops = self._use.flops(plan)
         self.trainable, _ = self._use.parameters(plan)
 
@@ -58,6 +62,7 @@ class Ledger:
         """Count one training step."""
         self.steps += 1
         self.training_flops += self.flops.training
+        self.all_reduced_bytes += self._reduced
         self._trainable_steps += self.trainable
         self.trainable_peak = max(self.trainable_peak, self.trainable)
         self.last_trainable, self.last_relative_step = self.trainable, self.relative_step

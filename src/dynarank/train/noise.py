@@ -7,11 +7,11 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from dynarank.contrib.noise_scale import NoiseMonitor
 from dynarank.records import NoiseRecord, Record
 from dynarank.train.loop import Trainer
+from dynarank.train.shares import rows_of
 
 __all__ = ["NoiseRecorder", "halves"]
 
@@ -54,7 +54,7 @@ class NoiseRecorder:
 
 
 def halves(batch: Any, samples: int) -> Iterator[Any]:
-    """The first and second half of a batch; every tensor is split along its first dimension.
+    """The first and second half of a batch.
 
     Example:
         >>> import torch
@@ -62,5 +62,4 @@ def halves(batch: Any, samples: int) -> Iterator[Any]:
         [[0, 1], [2, 3]]
     """
     for begin in (0, samples):
-        rows = slice(begin, begin + samples)
-        yield tree_map_only(Tensor, lambda tensor, rows=rows: tensor[rows], batch)
+        yield rows_of(batch, slice(begin, begin + samples))

@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dynarank.layers.running import call_model, preserve_state
@@ -184,6 +185,20 @@ class OwnTask:
         score = function(_logits(output).detach().float(), split_batch(batch)[1])
         return loss, score.detach()
 
+    def loss_terms(self, batch: Any) -> tuple[float, ...]:
+        """The number of examples; of classes, that of the targets that are not ignored (-100).
+
+        A language model's own loss may leave out the first token, which follows no other.
+        """
+        target = split_batch(batch)[1]
+        if not isinstance(target, Tensor) or target.is_floating_point() or not target.ndim:
+            return (_count(batch),)
+        counted = target != -100
+        whole = float(counted.sum())
+        if self._loss is None and target.ndim > 1:
+            return whole, float(counted[:, 1:].sum())
+        return (whole,)
+
     def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         with told(self._said, self.recipe.root):
             inputs, target = split_batch(batch)
@@ -200,7 +215,7 @@ class OwnTask:
     def _model_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
         """The loss that a model returns with the targets among its arguments."""
         key = _target_key(batch)
-        takes = inspect.signature(model.forward).parameters
+        takes = inspect.signature(_inner(model).forward).parameters
         if key is None or (key not in takes and not _takes_any(takes)):
             inputs, target = split_batch(batch)
             output = call_model(model, inputs)
@@ -211,7 +226,9 @@ class OwnTask:
         found = getattr(output, "loss", None) if found is None else found
         found = output[0] if found is None and isinstance(output, tuple) else found
         if not isinstance(found, Tensor):
-            raise RecipeError(f"{type(model).__name__} takes {key!r} but returns no loss; name one")
+            raise RecipeError(
+                f"{type(_inner(model)).__name__} takes {key!r} but returns no loss; name one"
+            )
         return self._checked(found), output
 
     def _checked(self, loss: Any) -> Tensor:
@@ -341,6 +358,11 @@ class OwnTask:
 
 def _target_key(batch: Mapping[str, Any]) -> str | None:
     return next((name for name in TARGETS if name in batch), None)
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """The network inside DDP, whose signature says what it takes."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from dynarank.cost.flops import count_flops
+from dynarank.distributed.processes import Processes
 from dynarank.forms import Change
 from dynarank.monitors.spectral import SpectralMonitor
 from dynarank.recording.events import RankEvents, phase_record
@@ -29,9 +30,18 @@ from dynarank.train.task import Task
 
 __all__ = ["Recorder", "header"]
 
+_ALONE = Processes()
+
 
 def header(
-    recipe: Recipe, schedule: str, task: Task, machine: Machine, *, seed: int, epochs: int
+    recipe: Recipe,
+    schedule: str,
+    task: Task,
+    machine: Machine,
+    *,
+    seed: int,
+    epochs: int,
+    processes: Processes = _ALONE,
 ) -> RunRecord:
     """The first record of a run: its settings and its machine."""
     return RunRecord(
@@ -47,6 +57,8 @@ def header(
         versions=versions(),
         commit=commit(),
         started=started(),
+        processes=processes.size,
+        backend=processes.backend(machine.device),
     )
 
 
@@ -145,6 +157,7 @@ class Recorder:
             training_flops=float(ledger.training_flops),
             relative_flops=ledger.relative_flops,
             memory_bytes=self.memory_bytes,
+            all_reduced_bytes=ledger.all_reduced_bytes,
             train_seconds=self.trainer.train_seconds,
             wall_seconds=wall_seconds,
             model_sha256=model_sha256,
@@ -189,6 +202,7 @@ class Recorder:
                 counted_flops=_count(trainer),
                 relative_flops=trainer.ledger.relative_step,
                 memory_bytes=peak_bytes,
+                processes=trainer.processes.size,
             )
         )
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from dynarank.checkpoint.folder import Contents
 from dynarank.cost.stand_in import without_graphs
+from dynarank.distributed.processes import Processes, independent
 from dynarank.files.printable import printable
 from dynarank.files.reading import sha256
 from dynarank.files.tensors import save_tensors
@@ -24,14 +25,16 @@ from dynarank.train.checkpoint_plan import CheckpointPlan
 from dynarank.train.interruption import Interrupted
 from dynarank.train.listener import Listener
 from dynarank.train.loop import Machine, Trainer
+from dynarank.train.pace import Pace
 from dynarank.train.recipe import Recipe
 from dynarank.train.recorder import Recorder, header
 from dynarank.train.run_checkpoints import RunCheckpoints
 from dynarank.train.run_config import check_config, run_config, write_config
 from dynarank.train.task import Task
 
-__all__ = ["CheckpointPlan", "run_schedule"]
+__all__ = ["CheckpointPlan", "follow_schedule", "run_schedule"]
 
+_ALONE = Processes()
 _DEFAULT = CheckpointPlan()
 
 
@@ -49,6 +52,7 @@ def run_schedule(
     checkpoints: CheckpointPlan = _DEFAULT,
     stop: Callable[[], int | None] = lambda: None,
     say: Callable[[str], None] = print,
+    processes: Processes = _ALONE,
 ) -> SummaryRecord:
     """Train a recipe under a schedule; write config, records and the merged weights to ``folder``.
 
@@ -71,6 +75,8 @@ def run_schedule(
         stop: called after each step; a signal's number ends the run with a checkpoint.
         say: called with what the user should know: where the run goes on, a checkpoint that could
             not be written or read.
+        processes: those that train together. This is the first, which writes; the others call
+            :func:`follow_schedule` at the same time.
 
     Raises:
         ValueError: the schedule is refused, or the folder holds a run with other settings or one
@@ -87,14 +93,55 @@ def run_schedule(
         if there and (summary := _finished(folder)) is not None:
             say(f"{folder} is finished already; nothing is trained")
             return summary
-        trainer = Trainer(recipe, schedule, task, seed=seed, epochs=epochs, machine=machine)
+        trainer = Trainer(
+            recipe, schedule, task, seed=seed, epochs=epochs, machine=machine, processes=processes
+        )
         run = _Run(trainer, folder, listener, sinks, checkpoints, stop, say)
         closing.callback(run.close)
         if not there:  # a run that is refused leaves nothing behind
             write_config(folder, config)
-        run.begin(header(recipe, schedule, task, machine, seed=seed, epochs=epochs))
+        first = header(
+            recipe, schedule, task, machine, seed=seed, epochs=epochs, processes=processes
+        )
+        run.begin(first)
         run.train()
         return run.end()
+
+
+def follow_schedule(
+    recipe: Recipe,
+    schedule: str,
+    task: Task,
+    *,
+    seed: int,
+    epochs: int,
+    machine: Machine,
+    stop: Callable[[], int | None],
+    processes: Processes,
+) -> None:
+    """Train with the process that calls :func:`run_schedule`, which writes everything.
+
+    Raises:
+        Interrupted: a signal asked one of the processes to stop.
+        DivergedError: the training loss is not finite.
+    """
+    trainer = Trainer(
+        recipe, schedule, task, seed=seed, epochs=epochs, machine=machine, processes=processes
+    )
+    pace = Pace(trainer, stop)
+
+    def after_step(changes: list[Change]) -> None:
+        if (signum := pace.after_step()) is not None:
+            raise Interrupted(signum)
+
+    trainer.on_step = after_step
+    contents, begun = pace.told(None), 0
+    if contents is not None:
+        trainer.restore(contents)
+        begun = pace.told(0)
+    for epoch in range(begun, epochs):
+        trainer.train_epoch(epoch)
+        pace.after_epoch()
 
 
 class _Run:
@@ -111,7 +158,7 @@ class _Run:
         say: Callable[[str], None],
     ) -> None:
         self.trainer, self.folder, self.sinks = trainer, folder, sinks
-        self.stop, self.say = stop, say
+        self.pace, self.say = Pace(trainer, stop), say
         self.recorder = Recorder(trainer, self._write, listener)
         trainer.on_step = self._after_step
         self.checkpoints = RunCheckpoints(folder, plan, say, self._take)
@@ -121,7 +168,7 @@ class _Run:
 
     def begin(self, first: RunRecord) -> None:
         """Go on from the newest checkpoint, or begin with the first record."""
-        if (found := self.checkpoints.newest()) is not None:
+        if (found := self.pace.told(self.checkpoints.newest())) is not None:
             try:
                 self._go_on(found)
             except (LookupError, TypeError, AttributeError) as error:
@@ -131,13 +178,19 @@ class _Run:
                 ) from error
             return
         self._write(first)
-        self.recorder.begin()
+        with independent():
+            self.recorder.begin()
 
     def train(self) -> None:
         """Train the epochs that are left."""
         for epoch in range(self.recorder.epochs, self.trainer.epochs):
-            self.recorder.epoch(self.trainer.train_epoch(epoch))
-            self.checkpoints.after_step(self.trainer.done, event=True)
+            result = self.trainer.train_epoch(epoch)
+            with independent():
+                self.recorder.epoch(result)
+            due = self.checkpoints.due(event=True)
+            self.pace.after_epoch(due)
+            if due:
+                self.checkpoints.save(self.trainer.done)
 
     def end(self) -> SummaryRecord:
         """Write the weights, then the summary that says that the run is finished.
@@ -186,11 +239,14 @@ class _Run:
             del self._unwritten[0]
 
     def _after_step(self, changes: list[Change]) -> None:
-        self.recorder.step(changes)
-        if (signum := self.stop()) is not None:
+        with independent():
+            self.recorder.step(changes)
+        due = self.checkpoints.due(event=bool(changes))
+        if (signum := self.pace.after_step(due)) is not None:
             self.checkpoints.save(self.trainer.done, wait=True)
             raise Interrupted(signum, self.folder, self.checkpoints.saved)
-        self.checkpoints.after_step(self.trainer.done, event=bool(changes))
+        if due:
+            self.checkpoints.save(self.trainer.done)
 
     def _take(self) -> Contents:
         self._catch_up()
@@ -205,10 +261,16 @@ class _Run:
     def _go_on(self, contents: Contents) -> None:
         saved: dict[str, Any] = self.trainer.restore(contents)
         self.recorder.load_state_dict(saved["recorder"])
+        self.pace.told(self.recorder.epochs)
         self.records = RecordWriter(self.folder, saved["records"])
         self._begun -= saved["wall_seconds"]
         done, steps = self.trainer.done, self.trainer.total_steps
-        self.say(f"{self.folder} goes on from its checkpoint of step {done:,} of {steps:,}")
+        before, now = self.trainer.processes_before, self.trainer.processes.size
+        others = f", with {now} processes instead of {before}: same batches, other dropout draws"
+        self.say(
+            f"{self.folder} goes on from its checkpoint of step {done:,} of {steps:,}"
+            + (others if before != now else "")
+        )
 
     def _seconds(self) -> float:
         return time.perf_counter() - self._begun
@@ -230,6 +292,6 @@ def _finished(folder: Path) -> SummaryRecord | None:
 
 
 def _write_model(model: nn.Module, path: Path) -> None:
-    # A copy: the model is still that of the optimizer.
-    state = merge(deepcopy(model, without_graphs(model))).state_dict()
+    with independent():  # a copy: the model is still that of the optimizer
+        state = merge(deepcopy(model, without_graphs(model))).state_dict()
     save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})

@@ -59,13 +59,17 @@ class RunCheckpoints:
         return found[1]
 
     def after_step(self, step: int, *, event: bool = False) -> None:
-        """Write a checkpoint if one is due; an event is the end of an epoch, or a change."""
+        """Write a checkpoint if one is due."""
+        if self.due(event=event):
+            self.save(step)
+
+    def due(self, *, event: bool = False) -> bool:
+        """Whether a checkpoint is due; an event is the end of an epoch, or a change."""
         self._look()
         minutes, elapsed = self._plan.minutes, self._clock() - self._begun
-        if minutes is not None and (
-            elapsed >= 60 * minutes or (event and elapsed * self._plan.share >= self._cost)
-        ):
-            self.save(step)
+        if minutes is None:
+            return False
+        return elapsed >= 60 * minutes or (event and elapsed * self._plan.share >= self._cost)
 
     def save(self, step: int, *, wait: bool = False) -> None:
         """Write a checkpoint of this step now, unless it is saved already."""

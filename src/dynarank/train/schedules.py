@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.decompositions.registry import get_decomposition
+from dynarank.distributed.processes import Processes
 from dynarank.layers.running import preserve_state
 from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.scheduler.budgets import Budgets
@@ -31,9 +32,12 @@ from dynarank.train.own_task import OwnTask
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
 from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
+from dynarank.train.shares import Shares, count_examples
 from dynarank.train.task import Task
 
 __all__ = ["check_schedules", "make_schedule", "passing_forward", "with_default_layers"]
+
+_ALONE = Processes()
 
 
 def make_schedule(
@@ -111,6 +115,7 @@ def check_schedules(
     *,
     measure: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    processes: Processes = _ALONE,
 ) -> None:
     """Check all that several runs ask for, before the first one.
 
@@ -125,6 +130,7 @@ def check_schedules(
         epochs: the length of the runs.
         measure: as for :func:`make_schedule`.
         autocast: the context of a forward pass.
+        processes: those that will train together, among which batches are split.
 
     Raises:
         ValueError: the first request that is refused, with the recipe and the schedule.
@@ -140,6 +146,8 @@ def check_schedules(
                 elif recipe.model not in fitting:
                     _check_network(recipe, task, model, autocast)
                     fitting.add(recipe.model)
+                if processes.size > 1:
+                    _check_shares(task, model, processes)
                 _check(recipe, name, task, epochs, model, optimizer, measure)
             except ValueError as error:
                 raise RecipeError(f"{recipe.name}, {name}: {error}") from error
@@ -154,6 +162,12 @@ def _check_network(
     """Raise RecipeError if the network, which may be another than the data was made for, fails."""
     with passing_forward(recipe), preserve_state(model), torch.no_grad(), autocast():
         task.loss(model, next(task.epoch(0)))
+
+
+def _check_shares(task: Task, model: nn.Module, processes: Processes) -> None:
+    """Raise RecipeError if a batch cannot be split."""
+    batch = next(task.epoch(0))
+    Shares(task, processes, count_examples(batch)).of(model, batch)
 
 
 def passing_forward(recipe: Recipe) -> AbstractContextManager[None]:

@@ -143,6 +143,10 @@ class _SentenceTask:
         """The tokens, and what else the network takes."""
         return batch.inputs
 
+    def loss_terms(self, batch: Batch) -> tuple[int]:
+        """The number of examples."""
+        return (len(batch.labels),)
+
     def tensors(self) -> Iterator[Tensor]:
         """The inputs and labels."""
         for part in (self.train, self.test):

@@ -64,6 +64,10 @@ class Task(Protocol):
         """The loss of a batch, and its mean training score (0-d, on the device) if there is one."""
         ...
 
+    def loss_terms(self, batch: Any) -> tuple[float, ...]:
+        """Of how many terms the loss of a batch is the mean; where that is in doubt, each way."""
+        ...
+
     def evaluate(
         self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> Evaluation:
