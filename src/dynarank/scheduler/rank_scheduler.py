@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -272,7 +273,10 @@ class RankScheduler:
             self._steps.idle()
             return []
         forget_replaced(*self.model.modules())
-        self._guard.check(self.model, self.optimizer)
+        check = partial(self._guard.check, self.model, self.optimizer)
+        self.processes.attempt(
+            "the check after a change", check
+        ) if self._guard.changed else check()
         self._steps.count()
         changes: list[Change] = []
         for _ in range(steps):
