@@ -175,10 +175,10 @@ class RankScheduler:
         self._states_checked = self._told_of_rates = False
         sites = survey(model)
         check_moments(sites, moments)
+        self._agree(lambda: self._choose_layers(sites, layers, state))
         self._guard = Guard()
         self._steps = RealSteps(self.optimizer, self._guard)
         try:
-            self._agree(lambda: self._choose_layers(sites, layers, state))
             self._budgets.expect(self._phases)
             for one in self.callbacks.values():
                 one.on_start(self)
