@@ -15,9 +15,17 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dynarank as dr
-from dynarank.distributed.processes import independent, processes_of
+from dynarank.distributed.processes import (
+    DisagreementError,
+    Processes,
+    independent,
+    processes_of,
+)
 from dynarank.records import PhaseRecord, read_run
 from dynarank.train.global_batch_norm import GlobalBatchNorm
+from dynarank.train.loop import Machine, Trainer
+from dynarank.train.recipes import load_recipe
+from dynarank.train.tasks import make_task
 
 
 class Norms(nn.Module):
@@ -123,3 +131,88 @@ def test_of_several_recorders_the_first_writes(
     found = [p.all_reduced_bytes_per_step for p in run.all(PhaseRecord)]
     assert found == [4 * p.trainable_parameters for p in run.all(PhaseRecord)]
     assert run.summary.all_reduced_bytes == 3 * found[0] + 3 * found[1] + 2 * found[2]
+
+
+OWN = '''
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+class Rows(Dataset):
+    def __len__(self): return 40
+    def __getitem__(self, i):
+        x = torch.sin(torch.arange(6.0) * (i + 1)) + 0.1 * torch.rand(6)
+        return {"x": x, "labels": i % 3 if i % 7 else -100, "name": f"row {i}"}
+
+def data(): return Rows(), Rows()
+
+def sharded():
+    sampler = DistributedSampler(Rows())
+    return DataLoader(Rows(), batch_size=7, sampler=sampler), Rows()
+
+class Net(nn.Module):
+    """It uses one of its heads."""
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(6, 32)
+        self.heads = nn.ModuleList(nn.Linear(32, 3) for _ in range(2))
+    def forward(self, x, name=None):
+        assert name is None or len(name) == len(x)
+        return self.heads[1](torch.relu(self.body(x)))
+'''
+TOML = """
+data = "own.py:data"
+model = "own.py:Net"
+layers = ["body"]
+schedules = ["dynamic-rank"]
+epochs = 3
+batch_size = 7
+learning_rate = 0.1
+decay_at = [2]
+inflate = 1
+deflate = 2.2
+rank = 2
+"""
+
+
+def own_losses(path: str, *, alone: bool) -> list[float]:
+    recipe = load_recipe(path)
+    task = make_task(recipe, seed=0, device=torch.device("cpu"))
+    machine = Machine(torch.device("cpu"))
+    together = Processes() if alone else processes_of()
+    trainer = Trainer(
+        recipe, "dynamic-rank", task, seed=0, epochs=3, machine=machine, processes=together
+    )
+    results = map(trainer.train_epoch, range(3))
+    return [loss for one in results for loss in (one.train_loss, one.test_loss)]
+
+
+def own_run(path: str) -> tuple[list[float], list[float]]:
+    found = own_losses(path, alone=False)
+    with independent():
+        return found, own_losses(path, alone=True)
+
+
+def written(folder: Path, text: str) -> str:
+    (folder / "own.py").write_text(OWN, encoding="utf-8")
+    (folder / "own.toml").write_text(text, encoding="utf-8")
+    return str(folder / "own.toml")
+
+
+def test_own_data_and_network_train_as_in_one_process(processes: Pools, tmp_path: Path) -> None:
+    for found, wanted in processes(2)(own_run, written(tmp_path, TOML)):
+        assert found == pytest.approx(wanted, abs=1e-5)
+
+
+def refused(path: str) -> str:
+    with pytest.raises(DisagreementError) as error:
+        own_losses(path, alone=False)
+    return str(error.value)
+
+
+def test_data_that_processes_share_out_themselves_is_refused(
+    processes: Pools, tmp_path: Path
+) -> None:
+    recipe = TOML.replace("own.py:data", "own.py:sharded").replace("batch_size = 7", "")
+    for text in processes(2)(refused, written(tmp_path, recipe)):
+        assert "differ in the first batch of an epoch" in text

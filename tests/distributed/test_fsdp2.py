@@ -194,10 +194,32 @@ def compare(found: Any, expected: Any, cases: dict[str, Case]) -> None:
                 assert apart <= 1e-5 * (1 + float(value.abs().max())), (name, to, key, apart)
 
 
-def test_two_processes_equal_one(processes: Pools) -> None:
-    found = processes(2)(all_cases, [*CASES])
-    compare(found[0], all_cases([*CASES], share=False), CASES)
+@pytest.mark.parametrize("part", range(3))
+def test_two_processes_equal_one(processes: Pools, part: int) -> None:
+    names = [*CASES][part::3]
+    found = processes(2)(all_cases, names)
+    compare(found[0], all_cases(names, share=False), CASES)
     assert all(one[key][0] == found[0][key][0] for one in found for key in one)
+
+
+def budgets(share: bool) -> tuple[list[float], dict[str, str]]:
+    """A run that is cut to budgets on its own last batches: losses, and the last forms."""
+    model = made(CASES["leaves"], shard=share)
+    optimizer, losses = sgd(model), list[float]()
+    ranks = dr.RankScheduler(model, optimizer, dr.schedules.decay(0.5), STEPS, layers=["0", "2.*"])
+    for batch in data():
+        losses.append(step(model, batch, share=share))
+        optimizer.step()
+        ranks.step()
+        optimizer.zero_grad()
+    return losses, {path: str(form) for path, form in dr.current_plan(model).items()}
+
+
+def test_budgets_are_met_on_the_batches_of_all_processes(processes: Pools) -> None:
+    losses, forms = budgets(False)
+    for found, given in processes(2)(budgets, True):
+        assert given == forms
+        assert max(abs(a - b) for a, b in zip(found, losses, strict=True)) <= 1e-5
 
 
 def test_four_processes_equal_one(processes: Pools) -> None:
