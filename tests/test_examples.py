@@ -24,7 +24,11 @@ ARGUMENTS = {
     "08_own_loop_recorded": ["--epochs", "2"],
     "09_compress_an_encoder": "--encoder encoder --data pairs --shares 0.5 --rounds 1".split(),
     "10_your_own_recipe": ["--epochs", "1", "--train-limit", "64"],
+    "11_several_processes": ["--steps", "120", "--kill-at", "70"],
 }
+TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1"
+TORCHRUN += " --rdzv-backend c10d --rdzv-endpoint localhost:0"
+STARTED_BY = {"11_several_processes": TORCHRUN.split()}  # the others by Python alone
 SAYS = {
     "01_functions": 'deflate(to="adapted")     23,306 trainable, output change 0.0e+00',
     "02_plain_loop": "layer 3: FullRank() -> LowRank(rank=13, decomposition='svd')",
@@ -36,6 +40,7 @@ SAYS = {
     "08_own_loop_recorded": "report: runs/digits-loop/report.html",
     "09_compress_an_encoder": "0.5 calibrated, in a budget",
     "10_your_own_recipe": "test worst_class",
+    "11_several_processes": "process 1 of 2 goes on at step 50",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150
 
@@ -45,7 +50,14 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     if path.stem == "09_compress_an_encoder":
         write_tiny_encoder(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-W", "error", path, *ARGUMENTS[path.stem]],
+        [
+            sys.executable,
+            "-W",
+            "error",
+            *STARTED_BY.get(path.stem, []),
+            path,
+            *ARGUMENTS[path.stem],
+        ],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -175,7 +175,9 @@ def main() -> None:
     out: Path = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     data = {name: list(rows(config)) for name, config in MODELS.items()}
-    (out / "llama.json").write_text(json.dumps(data, indent=1) + "\n")
+    lines = {name: ",\n".join(map(json.dumps, one)) for name, one in data.items()}
+    text = ",\n".join(f'"{name}": [\n{one}\n]' for name, one in lines.items())
+    (out / "llama.json").write_text(f"{{\n{text}\n}}\n")
     for name, one in data.items():
         tables = [*phase_tables(one), transition_table(one)]
         text = "\n\n".join("\n".join(lines) for lines in tables) + "\n"

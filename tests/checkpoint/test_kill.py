@@ -126,8 +126,8 @@ import sys, time
 from pathlib import Path
 import dynarank.checkpoint.steps as steps
 from dynarank.checkpoint.folder import Contents
-write = steps.write_folder
-steps.write_folder = lambda *a, **k: (time.sleep(0.5), write(*a, **k))
+write = steps.write_together
+steps.write_together = lambda *a, **k: (time.sleep(0.5), write(*a, **k))
 steps.Checkpoints(Path({str(tmp_path)!r})).save(7, Contents(data={{"state": 7}}))
 {dict(exit="sys.exit(3)", exception="raise KeyError", **{"return": ""})[ending]}
 """

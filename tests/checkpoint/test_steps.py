@@ -13,6 +13,7 @@ from faults import contents, equal, litter
 from dynarank.checkpoint import steps
 from dynarank.checkpoint.folder import Contents, write_folder
 from dynarank.checkpoint.steps import Checkpoints
+from dynarank.checkpoint.together import write_together
 from dynarank.files.reading import DamagedFileError
 
 
@@ -67,10 +68,10 @@ def test_what_was_damaged_while_it_was_written_is_not_acknowledged(
     checkpoints.save(1, contents(1))
 
     def write(folder: Path, *args: object, **kwargs: object) -> None:
-        write_folder(folder, *args, **kwargs)  # type: ignore[arg-type]
+        write_together(folder, *args, **kwargs)  # type: ignore[arg-type]
         (folder / "model.safetensors").write_bytes(b"")
 
-    monkeypatch.setattr(steps, "write_folder", write)
+    monkeypatch.setattr(steps, "write_together", write)
     checkpoints.save(2, contents(2))
     checkpoints.save(3, contents(3))
     assert checkpoints.last_acknowledged == 1
@@ -114,11 +115,11 @@ def test_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         most = max(most, running)
         gate.wait(10)
         time.sleep(0.01)
-        write_folder(folder, *args, step=step)  # type: ignore[arg-type]
+        write_together(folder, *args, step=step)  # type: ignore[arg-type]
         written.append(step)
         running -= 1
 
-    monkeypatch.setattr(steps, "write_folder", write)
+    monkeypatch.setattr(steps, "write_together", write)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, contents(1))
     assert checkpoints.last_acknowledged is None, "it does not wait for the device"

@@ -422,7 +422,7 @@ def test_an_interruption_on_a_full_disk_does_not_claim_to_have_saved(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dynarank.checkpoint.steps.write_folder", full)
+    monkeypatch.setattr("dynarank.checkpoint.steps.write_together", full)
     with signal_at(3, signal.SIGTERM):
         code, _, err = run(*ONE, "--out", "one")
     assert code == 143 and "is done and saved" not in err

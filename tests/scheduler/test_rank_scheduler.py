@@ -281,6 +281,7 @@ def test_learning_rates_are_the_same_with_and_without_changes(name: str) -> None
         split = [p for p in model.parameters() if p.ndim > 1], [*model.parameters()][1::2]
         groups = [{"params": some, "lr": lr} for some, lr in zip(split, (0.1, 0.02), strict=True)]
         optimizer = torch.optim.SGD(groups, momentum=0.9)
+        del split, groups  # a change would replace what these lists hold
         ranks = RankScheduler(model, optimizer, schedule, STEPS)
         rates = LR_SCHEDULERS[name](optimizer)
         traces.append([])

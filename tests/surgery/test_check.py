@@ -249,14 +249,14 @@ def test_ddp_knows_what_trains(damage: str) -> None:
         wrapped = DistributedDataParallel(model)
         dr.check(wrapped, torch.optim.SGD(model.parameters()))
         if damage == "replaced":
-            dr.factorize(model, 2, layers="0")
+            model[0].weight = nn.Parameter(torch.zeros(8, 8))
         elif damage == "unfrozen":
             model[0].bias.requires_grad_()
         if damage != "none":
             with pytest.raises(InvariantError, match=r"I8 .*wrap the model again") as caught:
                 dr.check(wrapped)
             invariants = [one.invariant for one in caught.value.problems]
-            assert invariants == (["I8", "I9"] if damage == "replaced" else ["I8"])
+            assert invariants == ["I8"]
             del wrapped, caught
             dr.check(DistributedDataParallel(model))
 

@@ -65,7 +65,7 @@ CHANGES: dict[str, Callable[[Mixed, torch.optim.Optimizer], object]] = {
     "inflate": lambda m, o: dr.inflate(m, optimizer=o),
     "deflate": lambda m, o: dr.deflate(m, 1, optimizer=o),
     "merge": lambda m, o: dr.merge(m, optimizer=o),
-    "step": lambda m, o: one_step(scheduler(m, o)),
+    "step": lambda m, o: next_step(m, o),
     "load": lambda m, o: scheduler(m, o).load_state_dict(saved()),
 }
 
@@ -74,6 +74,15 @@ def scheduler(model: nn.Module, optimizer: torch.optim.Optimizer) -> dr.RankSche
     """One whose next step inflates."""
     schedule = dr.schedules.dynamic_rank(2, inflate=1, deflate=3)
     return dr.RankScheduler(model, optimizer, schedule, 4)
+
+
+def next_step(model: Mixed, optimizer: torch.optim.Optimizer) -> None:
+    """A step of the scheduler, after one of the optimizer that moves nothing."""
+    ranks, gradient = scheduler(model, optimizer), model.norm.weight.grad
+    model.norm.weight.grad = None
+    optimizer.step()
+    model.norm.weight.grad = gradient
+    ranks.step()
 
 
 @cache

@@ -10,13 +10,14 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from dynarank.checkpoint.findings import ALONE, in_all
 from dynarank.checkpoint.manifest import (
     MANIFEST,
     Entry,
@@ -25,6 +26,8 @@ from dynarank.checkpoint.manifest import (
     is_name,
     read_manifest,
 )
+from dynarank.checkpoint.shards import Shard, Stored, is_shard_file, piece_like
+from dynarank.distributed.processes import Processes
 from dynarank.files.atomic import remove, remove_orphans, temporary_beside, write_chunks
 from dynarank.files.json_data import dump_json, read_json
 from dynarank.files.ownership import rename_free
@@ -33,12 +36,24 @@ from dynarank.files.reading import DamagedFileError, sha256
 from dynarank.files.tensors import load_tensors, tensor_chunks
 from dynarank.files.volume import MISSING, missing, sync_folder
 
-__all__ = ["Contents", "discard", "read_folder", "settle", "verify_folder", "write_folder"]
+__all__ = [
+    "Contents",
+    "discard",
+    "prepare",
+    "put",
+    "read_data",
+    "read_folder",
+    "settle",
+    "verify_folder",
+    "write_files",
+    "write_folder",
+]
 
 _SPARE = 1.2  # free space asked for, relative to the size: other processes write too
 _MAX_JSON = 64 << 20
 _OF_THE_SYSTEM = frozenset({".DS_Store", "Thumbs.db", "desktop.ini"})
 _WAY_OUT = "use another checkpoint"
+_PIECE = 16 << 20  # bytes
 _TRIES = 20  # a writer may replace a checkpoint while it is read
 
 
@@ -49,10 +64,38 @@ class Contents:
     Args:
         tensors: tensors by name, for each file ``<name>.safetensors``.
         data: plain data, for each file ``<name>.json``.
+        shards: pieces of tensors, by ``<name of the file>/<name of the tensor>``.
+        stored: in place of ``tensors``, for several processes: each reads what it needs.
     """
 
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    shards: dict[str, Shard] = field(default_factory=dict, repr=False)
+    stored: Stored | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> int:
+        """The bytes of the tensors that this process writes."""
+        tensors = [t for file in self.tensors.values() for t in file.values()]
+        tensors += [shard.local for shard in self.shards.values()]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def outline(self, part: str) -> Mapping[str, Tensor]:
+        """The tensors of a part; those that are read later without values."""
+        return self.tensors.get(part, {}) if self.stored is None else self.stored.outline(part)
+
+    def read(self, part: str, likes: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """The tensors of a part; of those like a sharded one, this process's pieces.
+
+        Args:
+            part: its name.
+            likes: sharded tensors, by ``<name of the part>/<name of the tensor>``.
+        """
+        likes = likes or {}
+        if self.stored is not None:
+            return self.stored.read(part, likes)
+        found = self.tensors.get(part, {})
+        return {name: piece_like(t, likes.get(f"{part}/{name}")) for name, t in found.items()}
 
 
 def write_folder(
@@ -80,21 +123,60 @@ def write_folder(
         {'state': [1]}
     """
     folder = Path(os.path.realpath(folder))
+    prepare(folder, contents.size)
+    with temporary_beside(folder) as beside:
+        beside.mkdir()
+        put(beside, folder, write_files(beside, contents, sync=sync), sync=sync, step=step)
+
+
+def prepare(folder: Path, size: int) -> None:
+    """Make sure that a checkpoint of so many bytes can be written; raises as ``write_folder``."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     remove_orphans(folder.parent, f"{folder.name}.")
     settle(folder)
     _check_replaceable(folder)
+    _check_space(folder.parent, size)
+
+
+def write_files(folder: Path, contents: Contents, *, sync: bool = True) -> dict[str, Entry]:
+    """Write tensors and data into a folder, which becomes a checkpoint when it is put in place.
+
+    Raises:
+        ValueError: something cannot be written; nothing has been then.
+        OSError: the volume is full, read-only or fails.
+    """
     files = _files(contents)
-    _check_space(folder.parent, contents)
-    with temporary_beside(folder) as beside:
-        beside.mkdir()
-        _fill(beside, files, step, sync)
-        if not _put(beside, folder, sync):
-            _fill_in_place(folder, contents, step, sync)
+    return {
+        name: Entry(*write_chunks(folder / name, chunks, sync=sync))
+        for name, chunks in files.items()
+    }
+
+
+def put(
+    beside: Path,
+    folder: Path,
+    files: dict[str, Entry],
+    *,
+    sync: bool = True,
+    step: int | None = None,
+) -> None:
+    """Write the manifest of these files and put the folder in its place.
+
+    What was there is kept until then. Where folders cannot be renamed the files are copied.
+    """
+    write_chunks(beside / MANIFEST, [Manifest(files, step).dump()], sync=sync)
+    if sync:
+        sync_folder(beside)
+    if not _rename(beside, folder, sync):
+        _copy(beside, folder, [*files, MANIFEST], sync)
 
 
 def read_folder(
-    folder: Path, verify: Literal["full", "size"] = "full", *, step: int | None = None
+    folder: Path,
+    verify: Literal["full", "size"] = "full",
+    *,
+    step: int | None = None,
+    processes: Processes = ALONE,
 ) -> Contents:
     """Read a checkpoint, and refuse it if a file is not as it was written.
 
@@ -103,12 +185,17 @@ def read_folder(
         verify: "full" compares sizes and SHA-256, "size" only sizes: faster, and does not see a
             flipped bit in a tensor.
         step: the step that it must be of.
+        processes: all that read it: each verifies a share of the files, and reads tensors later.
 
     Raises:
         FileNotFoundError: there is no such folder.
         DamagedFileError: a file has changed, is missing, was added or is not a regular file: which.
         NewerFormatError: a newer version wrote it.
     """
+    if processes.size > 1:
+        return in_all(
+            processes, f"reading {folder}", lambda: _read(folder, verify, step, processes)
+        )
     for left in reversed(range(_TRIES)):
         place = _whole(folder)
         read = _identity(place)
@@ -123,22 +210,48 @@ def read_folder(
     raise DamagedFileError(folder, f"it was replaced {_TRIES} times while it was read", "try again")
 
 
-def _read(folder: Path, verify: Literal["full", "size"], step: int | None) -> Contents:
-    manifest = verify_folder(folder, verify, step=step)
-    contents = Contents()
-    for name in manifest.files:
-        stem, _, kind = name.partition(".")
-        if kind == "safetensors":
-            contents.tensors[stem] = load_tensors(folder / name)
-        else:
-            contents.data[stem] = read_json(folder / name, max_bytes=_MAX_JSON)
-    return contents
+def _read(
+    folder: Path, verify: Literal["full", "size"], step: int | None, processes: Processes = ALONE
+) -> Contents:
+    folder = _whole(folder)
+    names = verify_folder(folder, verify, step=step, processes=processes).files
+    data = {
+        name.removesuffix(".json"): read_json(folder / name, max_bytes=_MAX_JSON)
+        for name in names
+        if name.endswith(".json")
+    }
+    tables = [name for name in names if name.endswith(".safetensors")]
+    if processes.size > 1:
+        return Contents(data=data, stored=Stored(folder, tables))
+    if any(map(is_shard_file, tables)):
+        stored = Stored(folder, tables)
+        return Contents({part: stored.read(part) for part in stored.parts()}, data)
+    return Contents({Path(name).stem: load_tensors(folder / name) for name in tables}, data)
+
+
+def read_data(folder: Path, name: str) -> Any:
+    """Read one part of the data of a checkpoint; raises as :func:`read_folder`.
+
+    Of the other files only the sizes are compared.
+    """
+    folder = _whole(folder)
+    entry = verify_folder(folder, "size").files.get(f"{name}.json")
+    if entry is None:
+        raise DamagedFileError(folder, f"it has no {name}.json", "use a folder that dr.save wrote")
+    _compare(folder / f"{name}.json", entry, "full")
+    return read_json(folder / f"{name}.json", max_bytes=_MAX_JSON)
 
 
 def verify_folder(
-    folder: Path, verify: Literal["full", "size"] = "full", *, step: int | None = None
+    folder: Path,
+    verify: Literal["full", "size"] = "full",
+    *,
+    step: int | None = None,
+    processes: Processes = ALONE,
 ) -> Manifest:
     """Compare a checkpoint's files with its manifest, and the step with that of its name.
+
+    Each of several processes computes the SHA-256 of a share of the files, and raises by itself.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -161,8 +274,9 @@ def verify_folder(
     for name in sorted({MANIFEST, *manifest.files} ^ (_names(folder))):
         problem = "it is missing" if name in manifest.files else f"it is not in {MANIFEST}"
         raise DamagedFileError(folder / printable(name), problem, _WAY_OUT)
-    for name, entry in manifest.files.items():
-        _compare(folder / name, entry, verify)
+    for number, (name, entry) in enumerate(manifest.files.items()):
+        mine = number % processes.size == processes.rank
+        _compare(folder / name, entry, verify if mine else "size")
     return manifest
 
 
@@ -243,19 +357,7 @@ def _files(contents: Contents) -> dict[str, Iterable[bytes | memoryview]]:
     return files
 
 
-def _fill(
-    folder: Path, files: Mapping[str, Iterable[bytes | memoryview]], step: int | None, sync: bool
-) -> None:
-    entries = {
-        name: Entry(*write_chunks(folder / name, chunks, sync=sync))
-        for name, chunks in files.items()
-    }
-    write_chunks(folder / MANIFEST, [Manifest(entries, step).dump()], sync=sync)
-    if sync:
-        sync_folder(folder)
-
-
-def _put(beside: Path, folder: Path, sync: bool) -> bool:
+def _rename(beside: Path, folder: Path, sync: bool) -> bool:
     """Rename into place, keeping what was there until then; False if the volume cannot."""
     previous = _previous(folder)
     replaces = folder.exists()
@@ -276,13 +378,16 @@ def _put(beside: Path, folder: Path, sync: bool) -> bool:
     return True
 
 
-def _fill_in_place(folder: Path, contents: Contents, step: int | None, sync: bool) -> None:
-    """Write a new checkpoint where folders cannot be renamed: it counts once it has a manifest."""
+def _copy(beside: Path, folder: Path, names: Sequence[str], sync: bool) -> None:
+    """Copy a new checkpoint where folders cannot be renamed: it counts once it has a manifest."""
     missing(folder, "rename", f"a folder without {MANIFEST} is a checkpoint that was not finished")
     folder.mkdir()
     try:
-        _fill(folder, _files(contents), step, sync)
+        for name in names:
+            with open(beside / name, "rb") as file:
+                write_chunks(folder / name, iter(lambda: file.read(_PIECE), b""), sync=sync)
         if sync:
+            sync_folder(folder)
             sync_folder(folder.parent)
     except BaseException:
         remove(folder)
@@ -310,8 +415,7 @@ def _check_replaceable(folder: Path) -> None:
         )
 
 
-def _check_space(parent: Path, contents: Contents) -> None:
-    size = sum(t.nbytes for file in contents.tensors.values() for t in file.values())
+def _check_space(parent: Path, size: int) -> None:
     total, _, free = shutil.disk_usage(parent)
     if total and free < _SPARE * size:  # object stores report no size at all
         text = f"{os.strerror(errno.ENOSPC)}: a checkpoint of {size:,} bytes, {free:,} are free"

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any, Literal
 
 from torch import nn
 
-from dynarank.checkpoint.folder import read_folder, write_folder
+from dynarank.checkpoint.folder import read_folder
 from dynarank.checkpoint.snapshot import restore, take
+from dynarank.checkpoint.together import write_together
+from dynarank.distributed.dtensors import is_dtensor
+from dynarank.distributed.processes import processes_of
 from dynarank.files.printable import printable
 
 __all__ = ["load", "save"]
+
+_PATIENCE = 30.0  # seconds until it is said that other processes have not come
 
 
 def save(
@@ -31,9 +41,14 @@ def save(
     Tensors are stored as safetensors, everything else as JSON; nothing is pickled. A manifest with
     sizes and SHA-256 is written last, and the folder is renamed into place when all is on disk.
 
+    Of several processes that train the model, all call it, with one folder on a file system that
+    they share. The first writes what is alike in all, each its own random states and its pieces of
+    what FSDP2 shards; if one fails, all raise. Any number of processes can load it.
+
     Args:
         folder: where; its parent is created.
-        model: any model, ranked or not, with the gradients of an unfinished accumulation.
+        model: any model, ranked or not, also inside ``torch.compile``, DDP or FSDP2, with the
+            gradients of an unfinished accumulation.
         optimizer: its optimizer, or several in a list.
         ranks: the :class:`RankScheduler`, or several.
         lr_scheduler: the LR scheduler, or several.
@@ -41,7 +56,7 @@ def save(
             ``state_dict`` and ``load_state_dict``.
         scaler: the ``GradScaler``.
         extra: what else the run needs: nested data with tensors, such as the epoch, or the
-            ``get_state()`` of a generator.
+            ``get_state()`` of a generator. Of several processes, the first one's.
         random_states: whether to save the states of Python's, NumPy's and torch's generators.
 
     Returns:
@@ -50,6 +65,8 @@ def save(
     Raises:
         TypeError: something in a state is neither plain data nor a tensor; the message names it.
         OSError: it cannot be written; what was in the folder before is still there.
+        DisagreementError: processes differ in the folder, or in the model's structure.
+        PeerError: it failed in another process; the message says how.
 
     Example:
         >>> import tempfile
@@ -64,10 +81,12 @@ def save(
         >>> fresh[0].form
         LowRank(rank=2, decomposition='svd')
     """
-    folder = Path(folder)
-    write_folder(
-        folder,
-        take(
+    folder, processes = Path(folder), processes_of(*model.modules())
+    with said_if_alone("dr.save"):
+        processes.agree("the checkpoint to save", os.path.realpath(folder))
+    contents = processes.attempt(
+        "copying the training state",
+        lambda: take(
             model=model,
             optimizer=optimizer,
             ranks=ranks,
@@ -76,8 +95,10 @@ def save(
             scaler=scaler,
             extra=extra,
             random_states=random_states,
+            processes=processes,
         ),
     )
+    write_together(folder, contents, processes)
     return folder
 
 
@@ -99,9 +120,14 @@ def load(
     ones' places in the optimizer. Parameters and states are matched by name, so the optimizer may
     have been made before or after, of the plain or of the ranked model.
 
+    Of several processes that train the model, all call it: each reads what it needs, however many
+    processes wrote it, and if one fails, nothing has changed in any. Each gets the random states
+    of the process of its number; a warning says so if there were more or fewer.
+
     Args:
         folder: a folder written by :func:`save`, or one checkpoint of a run (``step-…``).
-        model: a model built as the saved one was, plain or ranked; on any device.
+        model: a model built as the saved one was, plain or ranked; on any device, also inside
+            ``torch.compile``, DDP or FSDP2.
         optimizer: the optimizer or optimizers; None: their states are not loaded. So for each of
             the others.
         ranks: see :func:`save`.
@@ -119,7 +145,11 @@ def load(
         ValueError: it is the state of another model, optimizer, average or LR scheduler; nothing
             has changed. So whatever else one of the objects raises.
     """
-    contents = read_folder(Path(folder), verify=verify)
+    trained = optimizer is not None or any(map(is_dtensor, model.parameters()))
+    processes = processes_of(*model.modules(), training=trained)
+    with said_if_alone("dr.load"):
+        processes.agree("the checkpoint to load", os.path.realpath(folder))
+    contents = read_folder(Path(folder), verify=verify, processes=processes)
     try:
         return restore(
             contents,
@@ -130,6 +160,7 @@ def load(
             ema=ema,
             scaler=scaler,
             random_states=random_states,
+            processes=processes,
         )
     except (LookupError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {error}"
@@ -137,3 +168,19 @@ def load(
             f"the state in {printable(str(folder), 500)} does not fit what it is loaded into "
             f"({printable(why)}): use a folder that dr.save wrote, with what was given to it"
         ) from error
+
+
+@contextmanager
+def said_if_alone(name: str) -> Generator[None]:
+    """Say, after a while, that other processes have not made the same call yet."""
+    text = (
+        f"{name} waits for the other processes that train this model: every process calls it; what "
+        "one does by itself belongs into dynarank.distributed.independent()"
+    )
+    timer = Timer(_PATIENCE, warnings.warn, [text, RuntimeWarning])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dynarank.checkpoint.folder import read_data
 from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, Form, FullRank, LowRank
 from dynarank.layers import RankedLayer
@@ -23,7 +25,7 @@ from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.selection import find_sites
 from dynarank.surgery.sites import survey
 
-__all__ = ["restore_structure", "structure_of"]
+__all__ = ["restore_structure", "saved_plan", "structure_of"]
 
 
 def structure_of(model: nn.Module) -> dict[str, Any]:
@@ -51,6 +53,28 @@ def structure_of(model: nn.Module) -> dict[str, Any]:
             for name, p in model.named_parameters()
         },
     }
+
+
+def saved_plan(folder: str | Path) -> dict[str, Form]:
+    """The forms of the model in a folder that :func:`dynarank.save` wrote, for ``apply_plan``.
+
+    For what is to have them before it is loaded, such as a model before ``fully_shard``.
+
+    Args:
+        folder: the folder. Its structure is read, no tensor.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        DamagedFileError: its files are not as they were written; tensors are compared by size.
+
+    Example:
+        >>> folder = getfixture("tmp_path") / "last"
+        >>> model = dr.factorize(nn.Sequential(nn.Linear(8, 8)), rank=2)
+        >>> saved_plan(dr.save(folder, model=model))
+        {'0': LowRank(rank=2, decomposition='svd')}
+    """
+    layers = read_data(Path(folder), "structure")["model"]["layers"]
+    return {path: form_from_data(one["form"]) for path, one in layers.items()}
 
 
 def restore_structure(

@@ -182,7 +182,7 @@ def _read(data: Any, tensors: Mapping[str, Tensor]) -> Any:
         ((tag, value),) = found.items()
         if tag in ("$tensor", "$array"):
             tensor = tensors[value]
-            return tensor if tag == "$tensor" else tensor.numpy()
+            return tensor if tag == "$tensor" or tensor.is_meta else tensor.numpy()
         if tag not in _TAGS:
             raise ValueError(f"unknown tag {tag!r}")
         return _TAGS[tag](_read(value, tensors))

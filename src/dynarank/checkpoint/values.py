@@ -28,15 +28,28 @@ def keep_optimizer(optimizer: Any, undo: ExitStack) -> None:
         restore_on_exit(vars(one), undo)
 
 
-def load_modules(pairs: Sequence[tuple[nn.Module, Mapping[str, Any]]], undo: ExitStack) -> None:
-    """Load the states of modules; ``undo`` can take them back if one of them may be refused.
+def fits(one: Any, state: Any) -> bool:
+    """Whether a module or an average certainly takes a state: its keys and shapes are the same."""
+    read = getattr(one, "state_dict", dict[str, Any])
+    own = cast(Mapping[str, Any], one) if isinstance(one, Mapping) else read()
+    return _layout(own) == _layout(state)
+
+
+def load_modules(
+    pairs: Sequence[tuple[nn.Module, Mapping[str, Any]]], undo: ExitStack, *, keep: bool
+) -> None:
+    """Load the states of modules.
+
+    Args:
+        pairs: the modules and their states.
+        undo: takes it back.
+        keep: whether one of them may be refused: all are copied then, for ``undo``.
 
     Raises:
         ValueError: keys are missing or unknown, or sizes differ.
     """
-    if any(_layout(one.state_dict()) != _layout(state) for one, state in pairs):
-        for one, _ in pairs:
-            _keep_values(one, undo)
+    for one, _ in pairs if keep else ():
+        _keep_values(one, undo)
     for one, state in pairs:
         try:
             one.load_state_dict(state)
@@ -47,8 +60,10 @@ def load_modules(pairs: Sequence[tuple[nn.Module, Mapping[str, Any]]], undo: Exi
             ) from error
 
 
-def load_other(name: str, one: Any, state: Any, undo: ExitStack) -> None:
+def load_other(name: str, one: Any, state: Any, undo: ExitStack, *, keep: bool = True) -> None:
     """Load the state of a scheduler, a scaler or an average that is no module.
+
+    ``keep``: whether what it has now is copied, for ``undo``.
 
     Raises:
         ValueError: it is that of a dictionary with other keys, or of another LR scheduler.
@@ -69,7 +84,7 @@ def load_other(name: str, one: Any, state: Any, undo: ExitStack) -> None:
         _check_kind(name, one, before, state)
     if hasattr(one, "__dict__"):
         restore_on_exit(vars(one), undo)
-    if before is not None and (name != "ema" or _layout(before) != _layout(state)):
+    if before is not None and keep:
         undo.callback(one.load_state_dict, copy.deepcopy(before))
     one.load_state_dict(state)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dynarank.files.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from dynarank.distributed.joining import init_process_group
     from dynarank.distributed.processes import (
         DisagreementError,
         PeerError,
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
         processes_of,
     )
 
-__all__ = ["DisagreementError", "PeerError", "Processes", "independent", "processes_of"]
+__all__ = [
+    "DisagreementError",
+    "PeerError",
+    "Processes",
+    "independent",
+    "init_process_group",
+    "processes_of",
+]
 
-_HOMES = dict.fromkeys(__all__, "processes")
+_HOMES = dict.fromkeys(__all__, "processes") | {"init_process_group": "joining"}
 __getattr__, __dir__ = lazy_names(__name__, _HOMES)

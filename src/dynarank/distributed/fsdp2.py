@@ -99,6 +99,9 @@ class Sharding:
         if self.group._all_gather_result is not None:  # of unshard(async_op=True)
             self.group.wait_for_unshard()
         self.group._to_sharded()
+        for q in self.group.fsdp_params:
+            if _shard(q, self.group) is not q.sharded_param:
+                q.reset_sharded_param()
 
     def reshard(
         self,
@@ -215,10 +218,10 @@ def shardings(model: nn.Module) -> dict[int, tuple[Parameter, Any]]:
     units = [module for module in model.modules() if is_unit(type(module))]
     groups = {id(group): group for unit in units for group in _groups(unit)}
     return {
-        id(p): (q.sharded_param, group)
+        id(p): (_shard(q, group), group)
         for group in groups.values()
         for q in group.fsdp_params
-        for p in (q.sharded_param, *_gathered(q))
+        for p in (_shard(q, group), *_gathered(q))
     }
 
 
@@ -287,6 +290,15 @@ def _gathered(q: Any) -> list[Parameter]:
     """What a module has for a parameter in a forward pass, or between it and the backward pass."""
     found = (getattr(q, name, None) for name in ("_unsharded_param", "_sharded_post_forward_param"))
     return [p for p in found if p is not None]
+
+
+def _shard(q: Any, group: Any) -> Parameter:
+    """The shard of a parameter, also if the model was converted (``to_empty``) since it was made.
+
+    FSDP2 itself looks for that in the first forward pass.
+    """
+    module, name = _homes(q)[0]
+    return module.get_parameter(name) if group.is_sharded else q.sharded_param
 
 
 def _waits(q: Any) -> bool:

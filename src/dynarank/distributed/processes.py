@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_TOLD = "told_to_all_processes"
 _INDEPENDENT: ContextVar[bool] = ContextVar("independent", default=False)
 # By the ranks of the members: the default group they were made in, and the group.
 _MADE: dict[tuple[Any, ...], tuple[Any, Any]] = {}
@@ -106,10 +107,11 @@ class Processes:
         try:
             dist.all_gather_object(found, (what, value), group=self.control)
         except RuntimeError as error:
-            raise PeerError(
+            text = (
                 f"{what}: not all of {self.size} processes came ({error}). One has ended, or is "
                 "about something else: every process must make the same calls in the same order"
-            ) from error
+            )
+            raise _told(PeerError(text)) from error
         _check_alike("what processes do next", [one for one, _ in found])
         return [one for _, one in found]
 
@@ -145,14 +147,32 @@ class Processes:
         try:
             made = function()
         except Exception as raised:
+            if _is_told(raised):  # the others do not wait to hear of it
+                raise
             error = raised
-        told = self.gather(what, None if error is None else f"{type(error).__name__}: {error}")
+        try:
+            told = self.gather(what, None if error is None else f"{type(error).__name__}: {error}")
+        except (PeerError, DisagreementError) as lost:
+            raise _told(error or lost) from lost
         if error is not None:
-            raise error
+            raise _told(error)
         if failed := [rank for rank, text in enumerate(told) if text is not None]:
             others = f" (and {len(failed) - 1} others)" if len(failed) > 1 else ""
-            raise PeerError(f"{what} failed in process {failed[0]}{others}: {told[failed[0]]}")
+            text = f"{what} failed in process {failed[0]}{others}: {told[failed[0]]}"
+            raise _told(PeerError(text))
         return cast(_T, made)
+
+    def beside(self) -> Processes:
+        """The same processes for a thread beside this one, whose calls come in an order of theirs.
+
+        All must call it.
+        """
+        if self.group is None:
+            return self
+        ranks = dist.get_process_group_ranks(self.group)
+        wait = _timeout(dist.group.WORLD)
+        group = dist.new_group(ranks, wait, "gloo", use_local_synchronization=True)
+        return Processes(self.group, group)
 
     def by_first(self, what: str, function: Callable[[], _T]) -> _T:
         """What a function returns in the first process, which alone calls it.
@@ -275,17 +295,29 @@ def _timeout(group: Any) -> timedelta | None:
     return None
 
 
+def _told(error: Exception) -> Exception:
+    """Mark an error that is raised in all processes."""
+    setattr(error, _TOLD, True)
+    return error
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether all processes know of the error, or of one that caused it."""
+    return error is not None and (getattr(error, _TOLD, False) or _is_told(error.__cause__))
+
+
 def _check_alike(what: str, values: Sequence[Any]) -> None:
     """Raise DisagreementError, naming the first difference, unless all values are equal."""
     for rank, value in enumerate(values):
         if value != values[0]:
             place, first, other = _difference(values[0], value)
-            raise DisagreementError(
+            text = (
                 f"the processes differ in {what}{place}: {first!r} in process 0, {other!r} in "
                 f"process {rank}. Nothing has changed; give every process the same model, "
                 "schedule and options; processes that train "
                 "different models do so within dynarank.distributed.independent()"
             )
+            raise _told(DisagreementError(text))
 
 
 def _difference(one: Any, other: Any, place: str = "") -> tuple[str, Any, Any]:

@@ -257,6 +257,11 @@ class SoftOrthogonality(Regularizer):
         """The gradients of the first and the last factor."""
         if site.form is None or isinstance(site.form, FullRank):
             return []
+        if site.sharding is not None:
+            raise ValueError(
+                f"layer {site.path!r} is sharded by fully_shard, and {type(self).__name__} needs "
+                "whole factors at each step: use FrobeniusDecay, or leave the layer out (layers=)"
+            )
         rule = partial(through_norms, self.gradient) if self._normalized else self.gradient
         return _end_gradients(site.spec.decomposition(site.form), site.factors(), rule)
 

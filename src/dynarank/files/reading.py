@@ -9,6 +9,7 @@ import stat
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from dynarank.files.printable import printable
 
@@ -32,7 +33,10 @@ class DamagedFileError(ValueError):
     def __init__(self, name: str | Path, problem: str, way_out: str = "") -> None:
         text = f"{printable(str(name), 500)} cannot be read: {problem}"
         super().__init__(f"{text}; {way_out}" if way_out else text)
-        self.name, self.problem = str(name), problem
+        self.name, self.problem, self.way_out = str(name), problem, way_out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.problem, self.way_out)  # to another process
 
 
 @contextmanager

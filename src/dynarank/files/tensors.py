@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,7 @@ from dynarank.files.json_data import dump_json, parse_json
 from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError, reading
 
-__all__ = ["check_header", "load_tensors", "save_tensors", "tensor_chunks"]
+__all__ = ["TensorFile", "check_header", "load_tensors", "save_tensors", "tensor_chunks"]
 
 _NAMES = {
     torch.bool: "BOOL",
@@ -38,6 +39,7 @@ _NAMES = {
     torch.int64: "I64",
     torch.uint64: "U64",
 }
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _MAX_HEADER = 100_000_000  # bytes; the format's own limit
 _METADATA = "__metadata__"
 
@@ -90,8 +92,8 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise DamagedFileError(path, printable(str(error))) from error
 
 
-def check_header(path: Path) -> None:
-    """Refuse what safetensors' reader does not look at: keys that appear twice.
+def check_header(path: Path) -> dict[str, Any]:
+    """The header; what safetensors' reader does not look at is refused: keys that appear twice.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -106,6 +108,44 @@ def check_header(path: Path) -> None:
     found = parse_json(header, f"the header of {path}", max_bytes=_MAX_HEADER)
     if not isinstance(found, dict):
         raise DamagedFileError(path, "its header is not a JSON object")
+    return found
+
+
+class TensorFile:
+    """A safetensors file that is kept open, whose tensors are read whole or in part.
+
+    Args:
+        path: the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        DamagedFileError: see :func:`load_tensors`.
+
+    Example:
+        >>> path = getfixture("tmp_path") / "model.safetensors"
+        >>> save_tensors(path, {"weight": torch.arange(6).view(2, 3)})
+        >>> TensorFile(path).read("weight", (slice(0, 2), slice(1, 2)))
+        tensor([[1],
+                [4]])
+    """
+
+    def __init__(self, path: Path) -> None:
+        header = check_header(path)
+        try:
+            self._file = safe_open(path, "pt", backend="pread")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            self.outlines: dict[str, Tensor] = {
+                name: torch.empty(
+                    header[name]["shape"], dtype=_DTYPES[header[name]["dtype"]], device="meta"
+                )
+                for name in self._file.keys()
+            }
+        except (SafetensorError, ValueError, RuntimeError, TypeError, LookupError) as error:
+            raise DamagedFileError(path, printable(str(error))) from error
+
+    def read(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        """A part of a tensor, on the CPU: a slice of each dimension."""
+        return self._file.get_slice(name)[place] if place else self._file.get_tensor(name)
 
 
 def tensor_chunks(

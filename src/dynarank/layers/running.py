@@ -11,6 +11,7 @@ import random
 import sys
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
-__all__ = ["call_model", "forward_arguments", "preserve_state"]
+__all__ = ["call_model", "forward_arguments", "is_measuring", "preserve_state"]
+
+_MEASURING: ContextVar[bool] = ContextVar("measuring", default=False)
+
+
+def is_measuring() -> bool:
+    """Whether this is within :func:`preserve_state`: a forward pass is no training step then."""
+    return _MEASURING.get()
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
@@ -112,6 +120,7 @@ def preserve_state(
         0
     """
     with ExitStack() as stack:
+        stack.callback(_MEASURING.reset, _MEASURING.set(True))
         for kind, indices in _devices(model).items():
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))
         stack.callback(random.setstate, random.getstate())

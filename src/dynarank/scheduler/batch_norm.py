@@ -16,7 +16,7 @@ from dynarank.distributed.processes import Processes
 from dynarank.forms import Change, LowRank, same_weight
 from dynarank.layers.running import call_model, preserve_state
 from dynarank.scheduler.callbacks import Callback, Ranks
-from dynarank.scheduler.pooled import pool_batch_norms
+from dynarank.scheduler.pooled import as_many_batches, pool_batch_norms
 
 __all__ = ["BatchNormRecalibration", "check_batches", "recalibrate_batch_norms"]
 
@@ -98,7 +98,8 @@ def recalibrate_batch_norms(
             momenta.callback(setattr, norm, "momentum", norm.momentum)
             norm.reset_running_stats()
             norm.momentum = None  # the mean of all batches
-        run = lambda: _run(model, batches, forward or call_model)  # noqa: E731
+        as_many = as_many_batches(model, batches, together)
+        run = lambda: _run(model, as_many, forward or call_model)  # noqa: E731
         together.attempt("BatchNorm recalibration", run)
         found = {path: dict(norm.named_buffers(recurse=False)) for path, norm in norms.items()}
         pool_batch_norms(found, together)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from dynarank.layers.running import forward_arguments
+from dynarank.layers.running import forward_arguments, is_measuring
 
 __all__ = ["LastBatches"]
 
@@ -90,7 +90,8 @@ class _Hook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         batches = self._batches()
-        if batches is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        trains = torch.is_grad_enabled() and not is_measuring()
+        if batches is not None and trains and not torch.compiler.is_compiling():
             batches.add(args, named)
 
     def __deepcopy__(self, memo: Any) -> _Hook:

@@ -22,10 +22,13 @@ from dynarank.scheduler.lr_interval import (
     WAYS,
     check_lr_every,
     follows_learning_rate,
+    inner_lr_scheduler,
+    interval_told,
     likely_interval,
+    steps_per_call,
 )
 from dynarank.schedules.base import Readings, Schedule
-from dynarank.surgery.own_references import inner_optimizer
+from dynarank.surgery.own_references import wrapped
 
 __all__ = ["POINTS", "Forecast", "check_lr_scheduler", "unknown_rates"]
 
@@ -44,7 +47,8 @@ class Forecast:
     epoch, and a wrong expectation is corrected.
 
     Args:
-        source: an LR scheduler; the rates of the run themselves, at equal distances; or None.
+        source: an LR scheduler, wrapped by a trainer or not; the rates of the run themselves, at
+            equal distances; or None.
         total_steps: optimizer steps of the run.
         every: optimizer steps from one step of the LR scheduler to the next; None: not said.
 
@@ -67,7 +71,8 @@ class Forecast:
         self, source: Any | Sequence[float] | None, total_steps: int, every: int | None = None
     ) -> None:
         self.total_steps = total_steps
-        self._told = check_lr_every(every, source)
+        self._told = check_lr_every(every, source) or interval_told(source)
+        self._per_call, source = steps_per_call(source), inner_lr_scheduler(source)
         self.rates: tuple[float, ...] = ()
         if isinstance(source, Sequence) and not isinstance(source, str):
             if wrong := [rate for rate in source if not 0 <= rate < float("inf")]:
@@ -85,8 +90,8 @@ class Forecast:
         self._guess: float | None = None  # what its length told, until it is stepped
         self._past = 0  # steps of the LR scheduler in this run that its copy has behind it
         if self._copy is not None:
-            self._guess = None if self._told else likely_interval(source, total_steps)
-            self._expect(self._told or self._guess)
+            self._guess = None if self._told else self._likely(source)
+            self._expect(self._guess if self._told is None else self._each(self._told))
 
     @property
     def source(self) -> Any:
@@ -102,6 +107,17 @@ class Forecast:
     def told(self) -> bool:
         """Whether the user has said how often the LR scheduler is stepped."""
         return self._told is not None
+
+    def _each(self, calls: int) -> float:
+        """Optimizer steps from one step of torch's LR scheduler to the next, calls so far apart."""
+        return calls if self._per_call == 1 else calls / self._per_call
+
+    def _likely(self, source: Any) -> float | None:
+        """What the length of the LR scheduler tells of that."""
+        calls = likely_interval(source, self.total_steps * self._per_call)
+        if calls is None or calls == self._per_call > 1:
+            return None  # as long as the run, and stepped faster: it may end early, or be epochs
+        return self._each(calls)
 
     def _expect(self, every: float | None) -> None:
         """Foresee the rates for an LR scheduler that is stepped so often."""
@@ -131,13 +147,14 @@ class Forecast:
         since = step - self._seen[0] if self._rises else max(1, step - 1)
         every = since / (count - self._seen[1])
         first, self._seen, self._rises = not self._rises, (step, count), self._rises + 1
-        if first and self._every is not None and step - 1 <= self._every <= step:
+        calls = every * self._per_call
+        if first and self._every is not None and step - 1 <= self._every * self._per_call <= step:
             return ""  # as expected
         guess, told, self._guess = self._guess, self._told, None
-        if told is not None and every != told:
+        if told is not None and calls != told:
             warnings.warn(
-                f"{self._name} is stepped every {every:g} optimizer steps, not every {told} "
-                f"(lr_every={told}): {_AGAIN}; give lr_every={every:g}",
+                f"{self._name} is stepped every {calls:g} optimizer steps, not every {told} "
+                f"(lr_every={told}): {_AGAIN}; give lr_every={calls:g}",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -206,11 +223,12 @@ def unknown_rates(
 
 def check_lr_scheduler(source: Any, optimizers: Sequence[Optimizer]) -> None:
     """Raise ValueError for the LR scheduler of an optimizer that is not one of these."""
-    one = inner_optimizer(source)
-    if isinstance(one, Optimizer) and not any(one is inner_optimizer(o) for o in optimizers):
+    own = getattr(inner_lr_scheduler(source), "optimizer", None)
+    known = {id(one) for optimizer in optimizers for one in wrapped(optimizer)}
+    if isinstance(own, Optimizer) and not any(id(one) in known for one in wrapped(own)):
         raise ValueError(
             f"lr_scheduler is a {type(source).__name__} of another optimizer "
-            f"({type(one).__name__}) than the one given; give that of this optimizer, or the "
+            f"({type(own).__name__}) than the one given; give that of this optimizer, or the "
             "learning rates of the run as a list"
         )
 

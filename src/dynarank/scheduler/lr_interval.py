@@ -7,6 +7,7 @@ epoch. One that is as long as the run tells which.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,7 +27,15 @@ from torch.optim.lr_scheduler import (
 from dynarank.schedules.base import Readings, Schedule
 from dynarank.schedules.timelines import timeline
 
-__all__ = ["WAYS", "check_lr_every", "follows_learning_rate", "likely_interval"]
+__all__ = [
+    "WAYS",
+    "check_lr_every",
+    "follows_learning_rate",
+    "inner_lr_scheduler",
+    "interval_told",
+    "likely_interval",
+    "steps_per_call",
+]
 
 _TRIED = 1000  # steps of the run on which a schedule is tried
 WAYS = (
@@ -60,6 +69,51 @@ def check_lr_every(every: Any, lr_scheduler: object) -> int | None:
             " leave lr_every out"
         )
     return int(every)
+
+
+def inner_lr_scheduler(lr_scheduler: Any) -> Any:
+    """The LR scheduler of torch inside those of trainers (Accelerate's, Lightning's config).
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+        >>> config = SimpleNamespace(scheduler=CosineAnnealingLR(optimizer, 30), interval="step")
+        >>> type(inner_lr_scheduler(config)).__name__
+        'CosineAnnealingLR'
+    """
+    *_, last = _nested(lr_scheduler)
+    return last
+
+
+def interval_told(lr_scheduler: Any) -> int | None:
+    """1 if Lightning's config says that it is stepped after each optimizer step; None: unknown."""
+    for one in _nested(lr_scheduler):
+        if getattr(one, "interval", None) == "step" and getattr(one, "frequency", 1) == 1:
+            return 1
+    return None
+
+
+def steps_per_call(lr_scheduler: Any) -> int:
+    """The steps that torch's LR scheduler makes in one call: Accelerate's makes one a process.
+
+    Unless batches are split over the processes, it takes their number for how much faster an epoch
+    passes.
+    """
+    for one in _nested(lr_scheduler):
+        for cls in type(one).__mro__:
+            if cls.__name__ == "AcceleratedScheduler":
+                if one.split_batches or not one.step_with_optimizer:
+                    return 1
+                return int(vars(sys.modules[cls.__module__])["AcceleratorState"]().num_processes)
+    return 1
+
+
+def _nested(lr_scheduler: Any) -> list[Any]:
+    """An LR scheduler and those that it wraps and that have the optimizer, torch's last."""
+    found = [lr_scheduler]
+    while not hasattr(found[-1], "optimizer") and hasattr(found[-1], "scheduler"):
+        found.append(found[-1].scheduler)
+    return found
 
 
 def likely_interval(lr_scheduler: object, total_steps: int) -> int | None:

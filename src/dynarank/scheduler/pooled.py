@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import Processes
+from dynarank.distributed.unit_class import is_unit
 from dynarank.monitors.calibration import Calibration, calibrate
 from dynarank.surgery.selection import LayerFilter
 from dynarank.surgery.shared_edits import fit_everywhere
 
-__all__ = ["calibrate_together", "pool_batch_norms"]
+__all__ = ["as_many_batches", "calibrate_together", "pool_batch_norms"]
 
 
 def calibrate_together(
@@ -29,9 +30,10 @@ def calibrate_together(
 
     E[v v'] = sum_i n_i E_i[v v'] / sum_i n_i, over the processes i and their n_i vectors v.
     """
+    as_many = as_many_batches(model, batches, together)
     own = fit_everywhere(
         "the activation statistics",
-        lambda: calibrate(model, batches, layers=layers, forward=forward),
+        lambda: calibrate(model, as_many, layers=layers, forward=forward),
         together,
     )
     if together.size == 1:
@@ -43,6 +45,18 @@ def calibrate_together(
     pooled = {path: _pooled(own.get(path), known[path], together) for path in sorted(known)}
     missed = {path: why for path, why in own.missed.items() if path not in pooled}
     return Calibration(pooled, missed)
+
+
+def as_many_batches(model: nn.Module, batches: Iterable[Any], together: Processes) -> Iterable[Any]:
+    """The batches to run in this process: as many as in each other, if processes run them together.
+
+    That is so under FSDP2, which gathers parameters in each forward pass, and with SyncBatchNorm.
+    """
+    kinds = {type(module) for module in model.modules()}
+    if together.size == 1 or not any(is_unit(k) or issubclass(k, nn.SyncBatchNorm) for k in kinds):
+        return batches
+    own = together.attempt("the batches", lambda: list(batches))
+    return own[: min(together.gather("the number of batches", len(own)))]
 
 
 def _layout(stats: ActivationStats) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dynarank.decompositions import LinAlgError, UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import Processes, is_independent, processes_of
-from dynarank.distributed.unwrap import unwrapped
+from dynarank.distributed.unwrap import check_wrappers, unwrapped
 from dynarank.form_data import form_to_data, request_to_data
 from dynarank.forms import Change, Form, LowRank, Plan, Request, Within
 from dynarank.monitors.gradient_window import GradientWindow
@@ -62,7 +62,6 @@ from dynarank.surgery.sharded import check_moments, check_order
 from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import differences, truncates
-from dynarank.surgery.wrappers import check_unwrapped
 
 __all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
 
@@ -78,8 +77,8 @@ class RankScheduler:
     4, ... steps, at most 1% of the run (within 8 and 64 steps), and once more at the last step.
 
     Args:
-        model: the model, wrapped (``torch.compile``, ``DataParallel``, Lightning Fabric's) or not;
-            it may be ranked already. :attr:`model` is the one inside, and paths are those in it.
+        model: the model, wrapped (DDP, ``torch.compile``, Lightning Fabric's) or not; it may be
+            ranked already. :attr:`model` is the one inside, and paths are those in it.
         optimizer: its optimizer, or several; wrapped by Accelerate or Lightning or not.
         schedule: one of :mod:`dynarank.schedules`, or any function ``(clock, readings) -> plan``.
         total_steps: how many optimizer steps the run has.
@@ -148,7 +147,7 @@ class RankScheduler:
         callbacks: Sequence[CallbackLike] = (),
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        check_unwrapped(model)
+        check_wrappers(model)
         self.model, self.optimizer = (model := unwrapped(model)), as_list(optimizer)
         self._independent = is_independent()
         self._processes: Processes | None = None
@@ -166,8 +165,6 @@ class RankScheduler:
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
         self._postponed = Postponed(total_steps)
-        self._guard = Guard()
-        self._steps = RealSteps(self.optimizer, self._guard)
         self._budgets = Budgets(model, batches)
         self._request: Request | None = None  # the schedule's last answer
         self._plan: Plan | None = None  # its forms, as last applied, but for what is postponed
@@ -177,6 +174,8 @@ class RankScheduler:
         self._states_checked = self._told_of_rates = False
         sites = survey(model)
         check_moments(sites, moments)
+        self._guard = Guard()
+        self._steps = RealSteps(self.optimizer, self._guard)
         try:
             self._agree(lambda: self._choose_layers(sites, layers, state))
             self._budgets.expect(self._phases)

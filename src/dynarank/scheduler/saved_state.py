@@ -117,7 +117,7 @@ class SavedState:
         forms = _each(state, "forms", _resolved_form)
         saved = cls(
             last_step=_count(state, "last_step"),
-            uncounted=_count(state, "uncounted"),
+            uncounted=_uncounted(state),
             seed=_seed(state),
             layers=layers,
             schedule=goes_on,
@@ -244,6 +244,12 @@ def _count(data: Mapping[str, Any], key: str, least: int = 0) -> int:
     if type(value) is not int or value < least:
         raise ValueError(_wrong(key, value, f"it is a whole number of at least {least}"))
     return value
+
+
+def _uncounted(data: Mapping[str, Any]) -> int:
+    if (count := _count(data, "uncounted")) > data["total_steps"]:
+        raise ValueError(_wrong("uncounted", count, f"the run has {data['total_steps']} steps"))
+    return count
 
 
 def _seed(data: Mapping[str, Any]) -> int:

@@ -33,6 +33,7 @@ __all__ = [
     "InShards",
     "check_names",
     "check_replaceable",
+    "check_values_known",
     "like_old",
     "prepare_edit",
     "restore_module_on_exit",
@@ -214,11 +215,17 @@ def check_names(site: Site, after: Form) -> None:
 
 def _check_values(path: str, parameters: dict[str, Parameter]) -> None:
     """Raise ValueError for parameters that have no values, UnfitWeightError for NaN."""
+    check_values_known(path, parameters)
+    for name, p in parameters.items():
+        if not all_finite(p):
+            raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
+
+
+def check_values_known(path: str, parameters: dict[str, Parameter]) -> None:
+    """Raise ValueError for parameters that have no values."""
     for name, p in parameters.items():
         if p.is_meta:
             raise ValueError(f"layer {path!r}: its {name} is on the meta device and has no values")
-        if not all_finite(p):
-            raise UnfitWeightError(f"layer {path!r}: its {name} holds NaN or infinite values")
 
 
 def check_replaceable(path: str, parameters: dict[str, Parameter]) -> None:

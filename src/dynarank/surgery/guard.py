@@ -18,7 +18,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from dynarank.forms import Change
-from dynarank.surgery.left_behind import check_let_go, live
+from dynarank.surgery.left_behind import live
+from dynarank.surgery.let_go import check_let_go
 from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
 from dynarank.surgery.problem import listed
 from dynarank.surgery.site import Site
@@ -68,7 +69,7 @@ class Guard:
         if self._new or self._left_out:
             self._check_stepped(optimizers)
         if self._changed:
-            check_let_go(model)
+            check_let_go(model, optimizers)
             self._changed = False
 
     def __getstate__(self) -> dict[str, Any]:

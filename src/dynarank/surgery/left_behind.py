@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType, GeneratorType
 from typing import Any
 from weakref import ref
@@ -25,14 +25,13 @@ from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
 from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
-from dynarank.surgery.problem import Problem, listed, shape
+from dynarank.surgery.problem import Problem, shape
 from dynarank.surgery.replaced import kept_parameters
 
-__all__ = ["check_let_go", "live", "replaced_problems", "watch_replaced"]
+__all__ = ["Replaced", "live", "replaced_of", "replaced_problems", "watch_replaced"]
 
 # Of each replaced parameter: its layer's path, its module, and its weight's name in the module.
 _REPLACED = WeakTensorKeyDictionary()
-_CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
 
 
 def watch_replaced(edits: Iterable[Edit]) -> None:
@@ -46,6 +45,25 @@ def watch_replaced(edits: Iterable[Edit]) -> None:
             _REPLACED[old] = edit.site.path, ref(edit.site.module), edit.site.spec.name
     if _REPLACED:
         watch_steps(_check)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A parameter that a change replaced and that is still alive, and its layer's path."""
+
+    old: ref[Parameter]
+    path: str
+    new: tuple[int, ...]  # the ids of the parameters that the weight has now
+
+
+def replaced_of(model: nn.Module) -> list[Replaced]:
+    """The replaced parameters of this model, but for those that are kept to return."""
+    modules, spared = set(model.modules()), {id(p) for p in model.parameters()} | kept_parameters()
+    return [
+        Replaced(ref(old), path, tuple(map(id, _present(layer, name))))
+        for old, (path, layer, name) in _REPLACED.items()
+        if layer() in modules and id(old) not in spared
+    ]
 
 
 def replaced_problems(model: nn.Module, optimizers: Sequence[Any]) -> list[Problem]:
@@ -81,60 +99,6 @@ def replaced_problems(model: nn.Module, optimizers: Sequence[Any]) -> list[Probl
     return problems
 
 
-def check_let_go(model: nn.Module) -> None:
-    """Raise RuntimeError if a container holds a parameter of this model that a change replaced.
-
-    One who clips or averages the parameters in a list, say, goes on with those of before. Who holds
-    one otherwise (in a variable, an attribute or an autograd graph) is left alone.
-    """
-    modules, current = set(model.modules()), {id(p) for p in model.parameters()}
-
-    def replaced() -> list[tuple[ref[Parameter], str]]:
-        alive = ((p, path) for p, (path, layer, _) in _REPLACED.items() if layer() in modules)
-        spared = current | kept_parameters()
-        return [(ref(p), path) for p, path in alive if id(p) not in spared]
-
-    if not replaced():
-        return
-    gc.collect()
-    found: dict[str, list[str]] = {}
-    for one, path in replaced():
-        if (p := one()) is not None:
-            for holder in _containers([p]):
-                found.setdefault(holder, []).append(path)
-        del p
-    if found:
-        holder, paths = next(iter(found.items()))
-        more = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
-        raise RuntimeError(
-            f"{holder}{more} still holds parameters of {listed({*paths})} that a change of form "
-            "replaced: what is done with it would miss the new ones; make it again after each "
-            "change, or ask model.parameters() each time; if nothing needs it, delete it"
-        )
-
-
-def _containers(parameters: list[Parameter]) -> list[str]:
-    """The containers that hold the parameter in a list of one, apart from that list."""
-    found: list[str] = []
-    for holder in gc.get_referrers(*parameters):
-        if holder is parameters or not isinstance(holder, _CONTAINERS) or _is_namespace(holder):
-            continue
-        groups = (g for o in live(Optimizer) if is_optimizer(o) for g in groups_of([o]))
-        if any(holder is group["params"] for group in groups):
-            found.append("a group of another optimizer")
-        else:
-            found.append(f"a {type(holder).__name__} of {len(holder)}")
-    return found
-
-
-def _is_namespace(holder: object) -> bool:
-    """Whether a dict has the variables of a module, or the attributes of an object."""
-    if not isinstance(holder, dict):
-        return False
-    owners = gc.get_referrers(holder)
-    return "__builtins__" in holder or any(getattr(o, "__dict__", None) is holder for o in owners)
-
-
 def _holders(parameters: list[Parameter], known: Sequence[object]) -> list[str]:
     """What holds the parameter in a list of one, apart from that list, frames and what is known."""
     found: list[str] = []
@@ -168,7 +132,8 @@ def _check(optimizer: Optimizer) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     lost: dict[str, list[Parameter]] = {}
     for path, layer, name in (replaced[id(p)] for p in held if id(p) in replaced):
-        if new := _missing(_current(layer, name), held):
+        new = [p for p in _present(layer, name) if p.grad is not None]
+        if new := _missing(new, held):
             lost.setdefault(path, []).extend(new)
     if not lost:
         return
@@ -187,13 +152,13 @@ def _check(optimizer: Optimizer) -> None:
         _REPLACED.pop(p, None)
 
 
-def _current(layer: ref[nn.Module], name: str) -> list[Parameter]:
-    """The parameters that a weight has now, those that have gradients."""
+def _present(layer: ref[nn.Module], name: str) -> list[Parameter]:
+    """The parameters that a weight has now."""
     if (module := layer()) is None:
         return []
     names = module.resolved(name).names if isinstance(module, RankedLayer) else (name,)
     found = [own_parameters(module).get(one) for one in names]
-    return [p for p in found if p is not None and p.grad is not None]
+    return [p for p in found if p is not None]
 
 
 def _missing(parameters: Sequence[Parameter], held: Iterable[Parameter]) -> list[Parameter]:

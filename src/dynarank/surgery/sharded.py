@@ -21,7 +21,14 @@ from dynarank.distributed.dtensors import gather, is_dtensor, local_part, scatte
 from dynarank.distributed.fsdp2 import Sharding, shardings
 from dynarank.forms import Form, same_weight
 from dynarank.layers import own_parameters
-from dynarank.surgery.edit import Edit, InShards, check_replaceable, prepare_edit, restore_on_exit
+from dynarank.surgery.edit import (
+    Edit,
+    InShards,
+    check_replaceable,
+    check_values_known,
+    prepare_edit,
+    restore_on_exit,
+)
 from dynarank.surgery.gradients import move_gradients
 from dynarank.surgery.optimizer_state import Moments, new_contents
 from dynarank.surgery.own_references import groups_of, wrapped
@@ -71,6 +78,7 @@ def check_gatherable(
             check_moments([site], "calibrated")
         site.sharding.settle(site.path)
         check_replaceable(site.path, site.parameters())
+        check_values_known(site.path, site.parameters())
 
 
 def check_moments(sites: Iterable[Site], moments: Moments) -> None:

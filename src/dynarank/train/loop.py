@@ -425,7 +425,7 @@ class Trainer:
         return extra
 
     def _go_on_apart(self, states: list[Any]) -> None:
-        """Take up what differs between the processes; of another number, draw anew."""
+        """Take up what differs between the processes; of another number, draw again."""
         rank, size = self.processes.rank, self.processes.size
         sums = [_Sums(**one["sums"]).on(self.machine.device) for one in states]
         if len(states) == size:

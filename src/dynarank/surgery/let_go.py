@@ -1,0 +1,93 @@
+"""Containers that still hold parameters which a change replaced, one step later.
+
+Who clips or averages the parameters in a list that was made before goes on with the old ones, and
+nothing tells. A variable, an attribute or an autograd graph that holds one is left alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dynarank.surgery.left_behind import Replaced, live, replaced_of
+from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
+from dynarank.surgery.problem import listed
+
+__all__ = ["check_let_go"]
+
+_CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
+
+
+def check_let_go(model: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Raise RuntimeError if a container holds a parameter of this model that a change replaced.
+
+    A list of what one of several groups of an optimizer was made of is warned of only: such lists
+    are seldom used again.
+    """
+    if not replaced_of(model):
+        return
+    gc.collect()
+    replaced = replaced_of(model)
+    alive = [p for one in replaced if (p := one.old()) is not None]
+    paths = {id(one.old()): one.path for one in replaced}
+    holders = gc.get_referrers(*alive) if alive else []
+    used: dict[str, set[str]] = {}
+    spare: dict[str, set[str]] = {}
+    groups = _groups(optimizers, replaced)
+    for holder in holders:
+        if holder is not alive and isinstance(holder, _CONTAINERS) and not _is_namespace(holder):
+            ids = _ids(holder)
+            found = spare if len(groups) > 1 and _layers(ids, replaced) in groups else used
+            found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
+    if used:
+        raise RuntimeError(
+            f"{_said(used)}: what is done with it would miss the new ones; make it again after "
+            "each change, or ask model.parameters() each time; if nothing needs it, delete it"
+        )
+    if spare:
+        said = f"{_said(spare)}, as a group of the optimizer did; make it again if it is used again"
+        warnings.warn(said, RuntimeWarning, stacklevel=4)
+
+
+def _said(found: Mapping[str, set[str]]) -> str:
+    holder, paths = next(iter(found.items()))
+    more = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
+    return f"{holder}{more} still holds parameters of {listed(paths)} that a change replaced"
+
+
+def _name(holder: Any) -> str:
+    groups = (g for one in live(Optimizer) if is_optimizer(one) for g in groups_of([one]))
+    if any(holder is group["params"] for group in groups):
+        return "a group of another optimizer"
+    return f"a {type(holder).__name__} of {len(holder)}"
+
+
+def _ids(holder: Any) -> set[int]:
+    values = holder.values() if isinstance(holder, Mapping) else ()
+    return {*map(id, holder), *map(id, values)}
+
+
+def _groups(optimizers: Sequence[Any], replaced: Sequence[Replaced]) -> list[set[object]]:
+    """What each group of the optimizers trains, see :func:`_layers`."""
+    groups = groups_of([one for given in optimizers for one in wrapped(given)])
+    return [_layers(map(id, group["params"]), replaced) for group in groups]
+
+
+def _layers(ids: Iterable[int], replaced: Sequence[Replaced]) -> set[object]:
+    """These parameters, those of a layer that changed as its path: the same before and after."""
+    paths = {key: one.path for one in replaced for key in (id(one.old()), *one.new)}
+    return {paths.get(key, key) for key in ids}
+
+
+def _is_namespace(holder: object) -> bool:
+    """Whether a dict has the variables of a module, or the attributes of an object."""
+    if not isinstance(holder, dict):
+        return False
+    owners = gc.get_referrers(holder)
+    return "__builtins__" in holder or any(getattr(o, "__dict__", None) is holder for o in owners)
