@@ -60,7 +60,9 @@ def build(kind: str, seed: int = 0, plan: Any = None) -> tuple[nn.Module, torch.
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     size = dist.get_world_size() if dist.is_initialized() else 1
     for step in steps:
-        x = torch.randn(16, 7, generator=torch.Generator().manual_seed(step))
+        inputs = next(module for module in model.modules() if isinstance(module, nn.Linear))
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(16, inputs.in_features, generator=generator)
         model(x.chunk(size)[rank()]).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -229,3 +231,36 @@ def steps_on_a_full_disk(folder: Path) -> tuple[list[str], list[int], int | None
         with at_calls(fails) if (rank(), step) == (1, 1) else nullcontext():
             checkpoints.save(step, take(model=model, optimizer=optimizer))
     return told, steps_in(folder), checkpoints.last_acknowledged
+
+
+def scheduled_run(kind: str, folder: Path, start: int, stop: int) -> dict[str, Tensor]:
+    """Steps of a schedule's run of twelve, through its phases; saved at the end."""
+    torch.manual_seed(start)
+    model: nn.Module = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16))
+    if kind == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(model[0])
+        fully_shard(model)
+    model = DistributedDataParallel(model) if kind == "ddp" else model
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    schedule = dr.schedules.dynamic_rank(rank=4, inflate=4 / 12, deflate=8 / 12)
+    ranks = dr.RankScheduler(model, optimizer, schedule, total_steps=12, layers=["0", "2"])
+    run: dict[str, Any] = {"model": model, "optimizer": optimizer, "ranks": ranks}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert start == (dr.load(folder / str(start), **run) if start else 0)
+    for step in range(start, stop):
+        train(model, optimizer, range(step, step + 1))
+        ranks.step()
+    dr.save(folder / str(stop), **run, extra=stop)
+    return state_of(model, optimizer)
+
+
+def save_unreduced() -> str:
+    """Within an accumulation that FSDP2 does not reduce."""
+    model, optimizer = build("fsdp")
+    unit: Any = model
+    unit.set_requires_gradient_sync(False)
+    accumulate(model, range(1))
+    return said(lambda: dr.save("never", model=model, optimizer=optimizer))

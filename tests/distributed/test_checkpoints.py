@@ -52,6 +52,25 @@ def test_a_loaded_run_goes_on_bit_by_bit(
         assert_same(one, other)
 
 
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_a_schedule_goes_on_from_every_phase_in_any_number_of_processes(
+    kind: str, processes: Pools, tmp_path: Path
+) -> None:
+    whole = processes(2)(runs.scheduled_run, kind, tmp_path, 0, 12)
+    processes(2)(runs.scheduled_run, kind, tmp_path, 0, 3)
+    processes(2)(runs.scheduled_run, kind, tmp_path, 3, 5)  # through the first change
+    processes(2)(runs.scheduled_run, kind, tmp_path, 5, 10)
+    for one, other in zip(
+        whole, processes(2)(runs.scheduled_run, kind, tmp_path, 10, 12), strict=True
+    ):
+        assert_same(one, other)
+    processes(4)(runs.scheduled_run, "fsdp", tmp_path, 3, 6)
+    found = runs.scheduled_run("plain", tmp_path, 6, 12)
+    assert found.keys() == whole[0].keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, whole[0][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_another_number_of_processes_is_told_who_gets_which_random_states(
     processes: Pools, tmp_path: Path
 ) -> None:
@@ -79,6 +98,11 @@ def test_gradients_that_are_not_averaged_yet_are_each_one_s(
     assert_same(runs.gradients_loaded("plain", folder), mean)
     for found in processes(2)(runs.gradients_loaded, "fsdp", folder):
         assert_same(found, mean)
+
+
+def test_gradients_that_fsdp2_has_not_reduced_are_not_lost(processes: Pools) -> None:
+    for text in processes(2)(runs.save_unreduced):
+        assert text.startswith("ValueError: gradients are not reduced over the processes yet")
 
 
 def test_processes_that_save_into_different_folders_are_told(

@@ -1,5 +1,6 @@
 """Which calls of ``ranks.step()`` count, and what the guard finds one step after a change."""
 
+# pyright: reportPrivateUsage=false
 from __future__ import annotations
 
 import copy
@@ -136,7 +137,7 @@ class Sharpness(torch.optim.Optimizer):
         self.base_optimizer, self.param_groups = optimizer, optimizer.param_groups
 
     def first_step(self) -> None: ...
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         self.base_optimizer.step()
 
 
@@ -171,11 +172,12 @@ def test_without_step_hooks_each_call_counts() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_compiled_step_counts() -> None:
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_step_counts(backend: str) -> None:
     model = net()
     optimizer = SGD(model.parameters(), 0.1)
     ranks = scheduler(model, optimizer)
-    step = torch.compile(optimizer.step, backend="eager")
+    step = torch.compile(optimizer.step, backend=backend)
     for count in range(1, 6):
         backward(model)
         step()
@@ -238,7 +240,11 @@ def test_an_impossible_count_in_a_state_is_refused(wrong: Any) -> None:
     assert ranks.state_dict()["uncounted"] == 0
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def pickled(parts: Any) -> Any:
+    return pickle.loads(pickle.dumps(parts))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
 def test_copies_count_their_own_steps(copied: Callable[[Any], Any]) -> None:
     model = net()
     optimizer = SGD(model.parameters(), 0.1)
@@ -371,12 +377,11 @@ class Hidden(SGD):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model.parameters(), 0.1)
-        mine = {id(p) for p in model.parameters()}
-        self.only = lambda p: id(p) in mine
+        self.mine = frozenset(str(id(p)) for p in model.parameters())
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for p in self.param_groups[0]["params"]:
-            if self.only(p) and p.grad is not None:
+            if str(id(p)) in self.mine and p.grad is not None:
                 with torch.no_grad():
                     p -= 0.1 * p.grad
 

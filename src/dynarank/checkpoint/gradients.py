@@ -13,13 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.distributed.dtensors import is_dtensor
+from dynarank.distributed.fsdp2 import has_unreduced_gradients
 from dynarank.distributed.processes import Processes
 
 __all__ = ["differing", "gradients_of", "mean", "set_gradients"]
 
 
 def gradients_of(model: nn.Module, processes: Processes) -> dict[str, Tensor]:
-    """The gradients by name: none if all of them are zero, in all processes."""
+    """The gradients by name: none if all of them are zero, in all processes.
+
+    Raises:
+        ValueError: FSDP2 has gradients that are not reduced over the processes yet.
+    """
+    if has_unreduced_gradients(model.modules()):
+        raise ValueError(
+            "gradients are not reduced over the processes yet (set_requires_gradient_sync(False) "
+            "or set_requires_all_reduce(False)), and a checkpoint would lose them: save after "
+            "optimizer.step()"
+        )
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     some = any(bool(_local(grad).any()) for grad in found.values())
     return found if any(processes.gather("whether there are gradients", some)) else {}

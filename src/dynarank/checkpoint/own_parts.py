@@ -47,12 +47,15 @@ class OwnParts:
 
     def random(self) -> dict[str, Any] | None:
         """The random states for this process, if there are any."""
+        rank = self._processes.rank
+        known = self._parts["random"] is not None and rank < self._size
+        return self._of(rank)["random"] if known else None
+
+    def warn_of_others(self) -> None:
+        """Warn, in the first process, if there were more or fewer of them."""
         rank, size = self._processes.rank, self._processes.size
-        if self._parts["random"] is None:
-            return None
-        if size != self._size and rank == 0:
-            warnings.warn(_said(self._size, size), UserWarning, stacklevel=2)
-        return self._of(rank)["random"] if rank < self._size else None
+        if self._parts["random"] is not None and size != self._size and rank == 0:
+            warnings.warn(_said(self._size, size), UserWarning, stacklevel=4)
 
     def gradients(self, model: nn.Module) -> Mapping[str, Tensor]:
         """The gradients for this process: its own, or the mean where pieces or numbers differ."""

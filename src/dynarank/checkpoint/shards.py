@@ -107,7 +107,7 @@ class Stored:
             self._open(folder / name)
         for name, pieces in self._pieces.items():
             held, whole = sum(piece.sizes.numel() for piece in pieces), self._shape(name).numel()
-            if held != whole or any(offset < 0 for piece in pieces for offset in piece.offsets):
+            if held != whole:
                 problem = f"its pieces of {printable(name)} have {held:,} of {whole:,} entries"
                 raise DamagedFileError(folder, problem, "use another checkpoint")
 
@@ -143,8 +143,12 @@ class Stored:
             for key, outline in file.outlines.items():
                 name = key if places else f"{path.stem}/{key}"
                 offsets = torch.Size(places[key][_OFFSETS] if places else [0] * outline.ndim)
-                piece = _Piece(file, key, offsets, outline.shape)
-                self._pieces.setdefault(name, []).append(piece)
+                if len(offsets) != outline.ndim or min(offsets, default=0) < 0:
+                    raise ValueError(f"its piece of {name} begins at {tuple(offsets)}")
+                before = self._pieces.setdefault(name, [])
+                if before and len(before[0].offsets) != outline.ndim:
+                    raise ValueError(f"its piece of {name} has {outline.ndim} dimensions")
+                before.append(_Piece(file, key, offsets, outline.shape))
                 self._dtypes[name] = outline.dtype
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise DamagedFileError(path, printable(str(error))) from error

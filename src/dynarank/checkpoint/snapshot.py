@@ -9,6 +9,7 @@ if they are its own.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from dynarank.checkpoint.values import fits, keep_optimizer, load_modules, load_
 from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.processes import Processes, processes_of
 from dynarank.distributed.unwrap import check_wrappers, unwrapped
+from dynarank.files.json_data import dump_json
 from dynarank.layers import RankedLayer
 from dynarank.surgery.loading import follow_loads
 from dynarank.surgery.optimizer_signature import sign_states
@@ -72,8 +74,9 @@ def take(
         "random": read_random_states() if random_states else None,
         "extra": extra,
     }
-    structure = {"model": structure_of(model), "ema": [_structure_of(one) for one in _all(ema)]}
-    processes.agree("the structure of the model", structure["model"])
+    structure: dict[str, Any] = {"model": structure_of(model)}
+    structure["ema"] = [_structure_of(one) for one in _all(ema)]
+    _agree(structure["model"], processes)
     contents = Contents(data={"structure": structure | _count(processes)})
     for name, part in parts.items():
         _put(contents, name, part, processes)
@@ -87,6 +90,13 @@ def take(
     own = Contents(shards=contents.shards)
     _put(own, own_part(processes.rank), ours, processes)
     return own
+
+
+def _agree(structure: Mapping[str, Any], processes: Processes) -> None:
+    """Raise DisagreementError if processes have different models: all of it is compared then."""
+    digest = hashlib.sha256(dump_json(structure).encode()).hexdigest()
+    if len({*processes.gather("a hash of the model's structure", digest)}) > 1:
+        processes.agree("the structure of the model", structure)
 
 
 def _buffers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -143,6 +153,8 @@ def restore(
         processes.attempt("loading the values", lambda: loaded.write(states, all(fit), undo))
         undo.pop_all()
     _follow([model, *(one for one in _all(ema) if isinstance(one, nn.Module))], optimizer)
+    if random_states and optimizer is not None:
+        loaded.own.warn_of_others()
     return loaded.extra
 
 

@@ -26,7 +26,14 @@ from torch.nn import Parameter
 from dynarank.distributed.dtensors import scatter
 from dynarank.distributed.unit_class import is_unit
 
-__all__ = ["Resharding", "Sharding", "sharded_parameters", "shardings", "sharing_ranks"]
+__all__ = [
+    "Resharding",
+    "Sharding",
+    "has_unreduced_gradients",
+    "sharded_parameters",
+    "shardings",
+    "sharing_ranks",
+]
 
 TRIED = ("2.13",)  # versions of torch that the tests have run with
 # What is used of a group of parameters, of one parameter, and of its constructor.
@@ -236,6 +243,15 @@ def sharded_parameters(unit: nn.Module) -> Iterator[Parameter]:
     for group in _groups(unit):
         for q in group.fsdp_params:
             yield from (q.sharded_param, *_gathered(q))
+
+
+def has_unreduced_gradients(modules: Iterable[nn.Module]) -> bool:
+    """Whether gradients of these modules' units are not reduced over the processes yet."""
+    groups = [g for module in modules if is_unit(type(module)) for g in _groups(module)]
+    waiting = (
+        g._partial_reduce_output is not None or any(map(_waits, g.fsdp_params)) for g in groups
+    )
+    return any(waiting)
 
 
 def _groups(unit: Any) -> list[Any]:

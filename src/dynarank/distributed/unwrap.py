@@ -29,8 +29,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model without the wrappers around it, whatever their order.
 
     Example:
-        >>> unwrapped(nn.DataParallel(nn.Linear(2, 1)))
-        Linear(in_features=2, out_features=1, bias=True)
+            >>> unwrapped(nn.DataParallel(nn.Linear(2, 1)))
+            Linear(in_features=2, out_features=1, bias=True)
     """
     while (name := inside(model)) is not None:
         model = getattr(model, name)

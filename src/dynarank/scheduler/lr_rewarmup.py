@@ -35,6 +35,7 @@ class LRRewarmup(Callback):
         >>> schedule = dr.schedules.dynamic_rank(2, inflate=1, deflate=8)
         >>> rewarmup = LRRewarmup(steps=4)
         >>> ranks = dr.RankScheduler(model, optimizer, schedule, 10, callbacks=[rewarmup])
+        >>> optimizer.step()
         >>> len(ranks.step()), rewarmup.factor
         (1, 0.25)
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,10 +175,10 @@ class RankScheduler:
         self._states_checked = self._told_of_rates = False
         sites = survey(model)
         check_moments(sites, moments)
+        self._agree(lambda: self._choose_layers(sites, layers, state))
         self._guard = Guard()
         self._steps = RealSteps(self.optimizer, self._guard)
         try:
-            self._agree(lambda: self._choose_layers(sites, layers, state))
             self._budgets.expect(self._phases)
             for one in self.callbacks.values():
                 one.on_start(self)
@@ -272,7 +273,10 @@ class RankScheduler:
             self._steps.idle()
             return []
         forget_replaced(*self.model.modules())
-        self._guard.check(self.model, self.optimizer)
+        check = partial(self._guard.check, self.model, self.optimizer)
+        self.processes.attempt(
+            "the check after a change", check
+        ) if self._guard.changed else check()
         self._steps.count()
         changes: list[Change] = []
         for _ in range(steps):

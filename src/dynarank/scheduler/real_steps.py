@@ -121,7 +121,7 @@ class RealSteps:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return  # a gradient scaler has made a fused optimizer skip the step
-        if self._first and not trains(optimizer) and not _has_gradients(optimizer):
+        if self._first and not trains(optimizer) and _has_zero_gradients(optimizer):
             return  # torch's DCP makes states by a step of rate 0 with gradients of zero
         self._stepped = True
         self._guard.after_step(optimizer)
@@ -134,8 +134,8 @@ def _note(optimizer: Optimizer) -> None:
         unwatch_steps(_note)
 
 
-def _has_gradients(optimizer: Optimizer) -> bool:
-    """Whether a parameter has a gradient that is not zero everywhere."""
+def _has_zero_gradients(optimizer: Optimizer) -> bool:
+    """Whether there are gradients, and all are zero everywhere."""
     grads = (p.grad for group in optimizer.param_groups for p in group["params"])
-    own = (getattr(g, "_local_tensor", g) for g in grads if g is not None)
-    return any(g.is_sparse or bool(g.any()) for g in own)
+    own = [getattr(g, "_local_tensor", g) for g in grads if g is not None]
+    return bool(own) and not any(g.is_sparse or bool(g.any()) for g in own)

@@ -31,14 +31,14 @@ class Guard:
     """Watches the parameters that changes have made until their optimizer has stepped."""
 
     def __init__(self) -> None:
-        self._changed = False
+        self.changed = False
         self._new: dict[str, ref[Parameter]] = {}  # by name
         self._versions: dict[int, int] = {}  # of an optimizer's parameters, before its step
         self._left_out: dict[str, str] = {}  # by name, the optimizer that did not step it
 
     def expect(self, sites: Iterable[Site] = (), changes: Iterable[Change] = ()) -> None:
         """Check one step later that these changes, of some of the weights, have reached all."""
-        self._changed = True
+        self.changed = True
         after = {change.path: change.after for change in changes}
         for site in (replace(site, form=after[site.path]) for site in sites if site.path in after):
             own = {name: p for name, p in site.parameters().items() if p.requires_grad}
@@ -68,9 +68,9 @@ class Guard:
         """Raise RuntimeError if an optimizer or a container goes on with old parameters."""
         if self._new or self._left_out:
             self._check_stepped(optimizers)
-        if self._changed:
+        if self.changed:
             check_let_go(model, optimizers)
-            self._changed = False
+            self.changed = False
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(type(self)())

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.fx import GraphModule
 from torch.optim import Optimizer
 
 from dynarank.surgery.left_behind import Replaced, live, replaced_of
@@ -41,7 +42,7 @@ def check_let_go(model: nn.Module, optimizers: Sequence[Any]) -> None:
     spare: dict[str, set[str]] = {}
     groups = _groups(optimizers, replaced)
     for holder in holders:
-        if holder is not alive and isinstance(holder, _CONTAINERS) and not _is_namespace(holder):
+        if holder is not alive and isinstance(holder, _CONTAINERS) and not _is_spared(holder):
             ids = _ids(holder)
             found = spare if len(groups) > 1 and _layers(ids, replaced) in groups else used
             found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
@@ -51,7 +52,7 @@ def check_let_go(model: nn.Module, optimizers: Sequence[Any]) -> None:
             "each change, or ask model.parameters() each time; if nothing needs it, delete it"
         )
     if spare:
-        said = f"{_said(spare)}, as a group of the optimizer did; make it again if it is used again"
+        said = f"{_said(spare)}, as a group of the optimizer did; make it again if it is used"
         warnings.warn(said, RuntimeWarning, stacklevel=4)
 
 
@@ -85,9 +86,24 @@ def _layers(ids: Iterable[int], replaced: Sequence[Replaced]) -> set[object]:
     return {paths.get(key, key) for key in ids}
 
 
-def _is_namespace(holder: object) -> bool:
-    """Whether a dict has the variables of a module, or the attributes of an object."""
-    if not isinstance(holder, dict):
-        return False
+def _is_spared(holder: Any) -> bool:
+    """Whether it is no container of the user's, but one of variables or of torch's compiler."""
     owners = gc.get_referrers(holder)
-    return "__builtins__" in holder or any(getattr(o, "__dict__", None) is holder for o in owners)
+    if isinstance(holder, dict) and ("__builtins__" in holder or _attributes_of(holder, owners)):
+        return True  # the variables of a module, or the attributes of an object
+    dicts = [one for one in owners if isinstance(one, dict)]
+    objects = [*owners, *(o for one in dicts for o in _attributes_of(one, gc.get_referrers(one)))]
+    return any(_is_compilers(one) for one in objects)
+
+
+def _attributes_of(table: object, owners: Iterable[Any]) -> list[Any]:
+    """Those of the owners of a dict that have their attributes in it."""
+    return [one for one in owners if getattr(one, "__dict__", None) is table]
+
+
+def _is_compilers(owner: Any) -> bool:
+    """Whether torch.compile has made it, of an optimizer's step: it goes on with a new one."""
+    kind = type(owner)
+    if issubclass(kind, nn.Module):
+        return issubclass(kind, GraphModule)
+    return kind.__module__.startswith(("torch._guards", "torch._dynamo", "torch._functorch"))

@@ -27,8 +27,7 @@ class Ledger:
     Args:
         use: the trace of one batch.
         plan: the initial forms of the layers.
-        all_reduced_bytes_per_step: what a process gives in a step to be averaged with those of
-            other processes.
+        all_reduced_bytes_per_step: what a process gives to be averaged with other processes.
 
     Example:
         >>> import torch
