@@ -28,6 +28,7 @@ from dynarank.checkpoint.structure import restore_structure, structure_of
 from dynarank.checkpoint.tree import flatten, unflatten
 from dynarank.checkpoint.values import fits, keep_optimizer, load_modules, load_other
 from dynarank.distributed.dtensors import is_dtensor
+from dynarank.distributed.fsdp2 import reshard
 from dynarank.distributed.processes import Processes, processes_of
 from dynarank.distributed.unwrap import check_wrappers, unwrapped
 from dynarank.files.json_data import dump_json
@@ -141,6 +142,7 @@ def restore(
     processes = processes_of(*model.modules()) if processes is None else processes
     check_wrappers(model)
     model = unwrapped(model)
+    reshard(model.modules())
     given = {"optimizer": optimizer, "ranks": ranks, "lr_scheduler": lr_scheduler}
     given |= {"ema": ema, "scaler": scaler}
     with ExitStack() as undo:

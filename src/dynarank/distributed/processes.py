@@ -109,7 +109,8 @@ class Processes:
         except RuntimeError as error:
             text = (
                 f"{what}: not all of {self.size} processes came ({error}). One has ended, or is "
-                "about something else: every process must make the same calls in the same order"
+                "about something else: every process must make the same calls in the same order; "
+                "what one does by itself belongs into dynarank.distributed.independent()"
             )
             raise _told(PeerError(text)) from error
         _check_alike("what processes do next", [one for one, _ in found])
