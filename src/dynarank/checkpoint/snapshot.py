@@ -77,10 +77,11 @@ def take(
     }
     structure: dict[str, Any] = {"model": structure_of(model)}
     structure["ema"] = [_structure_of(one) for one in _all(ema)]
-    _agree(structure["model"], processes)
+    _agree("the structure of the model", structure["model"], processes)
     contents = Contents(data={"structure": structure | _count(processes)})
     for name, part in parts.items():
         _put(contents, name, part, processes)
+    _agree("the sharded tensors to save", [*contents.shards], processes)
     ours = {
         "random": parts["random"],
         "gradients": gradients if differing(gradients, processes) else None,
@@ -93,11 +94,11 @@ def take(
     return own
 
 
-def _agree(structure: Mapping[str, Any], processes: Processes) -> None:
-    """Raise DisagreementError if processes have different models: all of it is compared then."""
-    digest = hashlib.sha256(dump_json(structure).encode()).hexdigest()
-    if len({*processes.gather("a hash of the model's structure", digest)}) > 1:
-        processes.agree("the structure of the model", structure)
+def _agree(what: str, value: Any, processes: Processes) -> None:
+    """Raise DisagreementError if plain data differs between processes: all is compared then."""
+    digest = hashlib.sha256(dump_json(value).encode()).hexdigest()
+    if len({*processes.gather(f"a hash of {what}", digest)}) > 1:
+        processes.agree(what, value)
 
 
 def _buffers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
