@@ -131,6 +131,12 @@ def save_elsewhere(folder: Path) -> str:
     return said(lambda: dr.save(folder / str(rank()), model=model, optimizer=optimizer))
 
 
+def save_optimizer_in_one(folder: Path) -> str:
+    model, optimizer = build("fsdp")
+    train(model, optimizer, range(1))
+    return said(lambda: dr.save(folder, model=model, optimizer=None if rank() else optimizer))
+
+
 def save_on_a_full_disk(
     kind: str, folder: Path, failing_rank: int
 ) -> tuple[str, dict[str, Tensor]]:

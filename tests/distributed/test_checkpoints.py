@@ -114,6 +114,15 @@ def test_processes_that_save_into_different_folders_are_told(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_processes_that_save_other_shards_are_told(processes: Pools, tmp_path: Path) -> None:
+    for text in processes(2)(runs.save_optimizer_in_one, tmp_path / "last"):
+        assert text.startswith(
+            "DisagreementError: the processes differ in the sharded tensors to save"
+        )
+        assert "optimizer/" in text
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_save_that_fails_in_one_process_fails_in_all_and_loses_nothing(

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import pytest
@@ -616,3 +617,51 @@ def gpt2_blocks() -> list[float]:
 def test_gpt2_by_blocks(processes: Pools) -> None:
     for apart in processes(2)(gpt2_blocks):
         assert max(apart) <= 1e-5
+
+
+def after_an_evaluation(folder: Path) -> list[str]:
+    """A forward pass without a backward one leaves the root's parameters whole."""
+    model, said, x = made(CASES["nested"], shard=True), list[str](), torch.ones(2, 16)
+    optimizer = adamw(model)
+    step(model, data()[0], share=True)
+    optimizer.step()
+    load = lambda: dr.load(folder, model=model, optimizer=optimizer)  # noqa: E731
+    dr.save(folder, model=model, optimizer=optimizer)
+    for what in (lambda: dr.check(model, optimizer), load):
+        with torch.no_grad():
+            model(x)
+        assert not hasattr(model.get_parameter("0.weight"), "placements")
+        said.append(refused(what))
+    return said
+
+
+def test_an_evaluation_before_a_check_or_a_load_changes_nothing(
+    processes: Pools, tmp_path: Path
+) -> None:
+    for said in processes(2)(after_an_evaluation, tmp_path / "last"):
+        assert said == ["not refused", "not refused"]
+
+
+def _warns(*_: object) -> None:
+    raise UserWarning("a filter makes an error of it")
+
+
+def warned_in_one() -> str:
+    model = made(CASES["root"], shard=True)
+    optimizer, real = adamw(model), transaction.warn_of_losses
+    before = state_of(model, optimizer)
+    try:
+        if dist.get_rank() == 1:
+            transaction.warn_of_losses = _warns
+        return refused(lambda: dr.factorize(model, RANK, layers=["0"], optimizer=optimizer))
+    except UserWarning as warning:
+        return repr(warning)
+    finally:
+        transaction.warn_of_losses = real
+        assert_same(before, state_of(model, optimizer))
+
+
+def test_a_warning_that_one_process_makes_an_error_is_told_to_all(processes: Pools) -> None:
+    first, second = processes(2)(warned_in_one)
+    assert first.startswith("PeerError: a change of forms failed in process 1: UserWarning")
+    assert second.startswith("UserWarning(")

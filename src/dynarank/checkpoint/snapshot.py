@@ -28,6 +28,7 @@ from dynarank.checkpoint.structure import restore_structure, structure_of
 from dynarank.checkpoint.tree import flatten, unflatten
 from dynarank.checkpoint.values import fits, keep_optimizer, load_modules, load_other
 from dynarank.distributed.dtensors import is_dtensor
+from dynarank.distributed.fsdp2 import reshard
 from dynarank.distributed.processes import Processes, processes_of
 from dynarank.distributed.unwrap import check_wrappers, unwrapped
 from dynarank.files.json_data import dump_json
@@ -76,10 +77,11 @@ def take(
     }
     structure: dict[str, Any] = {"model": structure_of(model)}
     structure["ema"] = [_structure_of(one) for one in _all(ema)]
-    _agree(structure["model"], processes)
+    _agree("the structure of the model", structure["model"], processes)
     contents = Contents(data={"structure": structure | _count(processes)})
     for name, part in parts.items():
         _put(contents, name, part, processes)
+    _agree("the sharded tensors to save", [*contents.shards], processes)
     ours = {
         "random": parts["random"],
         "gradients": gradients if differing(gradients, processes) else None,
@@ -92,11 +94,11 @@ def take(
     return own
 
 
-def _agree(structure: Mapping[str, Any], processes: Processes) -> None:
-    """Raise DisagreementError if processes have different models: all of it is compared then."""
-    digest = hashlib.sha256(dump_json(structure).encode()).hexdigest()
-    if len({*processes.gather("a hash of the model's structure", digest)}) > 1:
-        processes.agree("the structure of the model", structure)
+def _agree(what: str, value: Any, processes: Processes) -> None:
+    """Raise DisagreementError if plain data differs between processes: all is compared then."""
+    digest = hashlib.sha256(dump_json(value).encode()).hexdigest()
+    if len({*processes.gather(f"a hash of {what}", digest)}) > 1:
+        processes.agree(what, value)
 
 
 def _buffers(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -141,6 +143,7 @@ def restore(
     processes = processes_of(*model.modules()) if processes is None else processes
     check_wrappers(model)
     model = unwrapped(model)
+    reshard(model.modules())
     given = {"optimizer": optimizer, "ranks": ranks, "lr_scheduler": lr_scheduler}
     given |= {"ema": ema, "scaler": scaler}
     with ExitStack() as undo:

@@ -30,6 +30,7 @@ __all__ = [
     "Resharding",
     "Sharding",
     "has_unreduced_gradients",
+    "reshard",
     "sharded_parameters",
     "shardings",
     "sharing_ranks",
@@ -243,6 +244,15 @@ def sharded_parameters(unit: nn.Module) -> Iterator[Parameter]:
     for group in _groups(unit):
         for q in group.fsdp_params:
             yield from (q.sharded_param, *_gathered(q))
+
+
+def reshard(modules: Iterable[nn.Module]) -> None:
+    """Have modules have their shards, which optimizers hold, as between steps.
+
+    After a forward pass without a backward one, an evaluation, the root has whole parameters.
+    """
+    for group in (g for module in modules if is_unit(type(module)) for g in _groups(module)):
+        group._to_sharded()
 
 
 def has_unreduced_gradients(modules: Iterable[nn.Module]) -> bool:

@@ -318,8 +318,8 @@ def _absent(what: str, size: int, error: RuntimeError) -> Exception:
     return _told(
         PeerError(
             f"{what}: not all of {size} processes came ({error}). One has ended, or is about "
-            "something else: every process must make the same calls in the same order; those that "
-            "train different models make them within dynarank.distributed.independent()"
+            "something else: every process must make the same calls in the same order; "
+            "what one does by itself belongs into dynarank.distributed.independent()"
         )
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from dynarank.distributed.fsdp2 import reshard
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.surgery.averages import average_problems
 from dynarank.surgery.left_behind import replaced_problems
@@ -90,6 +91,7 @@ def _problems(
     model: nn.Module, optimizers: list[Any], lr_scheduler: Any, ema: Any, ranks: Any
 ) -> Iterator[Problem]:
     core = unwrapped(model)
+    reshard(core.modules())
     if optimizers:
         yield from group_problems(core, optimizers)
         yield from state_problems(core, optimizers)

@@ -64,7 +64,7 @@ def warn_of_losses(edits: Sequence[Edit]) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=6)  # the caller of apply_plan and the like
+    warnings.warn(message, RuntimeWarning, stacklevel=8)  # the caller of apply_plan and the like
 
 
 def _in_modules(edit: Edit) -> Iterator[str]:

@@ -135,7 +135,7 @@ def change_forms(
         )
         send_states(edits[len(prepared) :], owners, contents, together)
         fit_everywhere("the gradients", lambda: _move_gradients(edits), together)
-    warn_of_losses(edits)
+    together.attempt("a change of forms", lambda: warn_of_losses(edits))  # a filter may raise it
     wrappers = wrappers if any(edit.old for edit in edits) else []
     with ExitStack() as own:
         stack = own if undo is None else undo
