@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import multiprocessing
 import os
@@ -118,5 +117,4 @@ def _function(module: str, file: str, name: str) -> Callable[..., Any]:
         assert spec is not None and spec.loader is not None
         sys.modules[module] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[module])
-        gc.freeze()  # what is imported need not be looked through at each change
     return getattr(sys.modules[module], name)
