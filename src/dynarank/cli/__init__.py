@@ -114,16 +114,25 @@ def _run() -> None:
             of_disk = error.errno in FULL_DISK
             sys.exit(_complain(_of_the_disk(error), 1) if of_disk else _complain(error, 2))
         except (ValueError, ImportError) as error:
-            sys.exit(_complain(error, 2))
+            sys.exit(_complain(_OF_ANOTHER, 1) if _by_another(error) else _complain(error, 2))
         except RuntimeError as error:
-            from dynarank.cli.processes import said_by_another
+            from dynarank.distributed.processes import PeerError
             from dynarank.train.loop import DivergedError  # a run that fails has imported torch
 
-            if _launched() and said_by_another(error):
+            if _by_another(error):
                 sys.exit(_complain(_OF_ANOTHER, 1))
-            if not isinstance(error, DivergedError):
+            if not isinstance(error, DivergedError | PeerError):
                 raise
             sys.exit(_complain(error, 1))
+
+
+def _by_another(error: Exception) -> bool:
+    """Whether another process has said what went wrong."""
+    if not _launched():
+        return False
+    from dynarank.cli.processes import said_by_another
+
+    return said_by_another(error)
 
 
 def _of_the_disk(error: OSError) -> str:

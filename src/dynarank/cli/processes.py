@@ -142,7 +142,9 @@ def said_by_another(error: BaseException) -> bool:
     if isinstance(error, PeerError):
         return "failed in process" not in str(error)
     lost = any(words in str(error) for words in _LOST)
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and lost)
+    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and lost):
+        return True
+    return error.__cause__ is not None and said_by_another(error.__cause__)
 
 
 def _join() -> Processes:
