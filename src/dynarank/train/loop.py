@@ -407,11 +407,13 @@ class Trainer:
             "ledger": self.ledger.state_dict(),
             "processes": self._states,
         }
-        return take(**self._parts, extra={**extra, "trainer": own})
+        with independent():  # the first process alone takes what is alike in all
+            return take(**self._parts, extra={**extra, "trainer": own})
 
     def restore(self, contents: Contents) -> Any:
         """Go on from a copied state; returns the rest of what was copied with it."""
-        extra = restore(contents, **self._parts)
+        with independent():  # each by itself, from the same contents
+            extra = restore(contents, **self._parts)
         own = extra.pop("trainer")
         self.done, self.train_seconds = own["done"], own["train_seconds"]
         self._new_phase = own["new_phase"]

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from dynarank.checkpoint.folder import Contents, discard
 from dynarank.checkpoint.steps import Checkpoints, is_step
+from dynarank.distributed.processes import Processes
 from dynarank.train.checkpoint_plan import CheckpointPlan
 
 __all__ = ["RunCheckpoints"]
@@ -102,7 +104,9 @@ class RunCheckpoints:
 
     def _open(self) -> Checkpoints:
         if self._checkpoints is None:
-            self._checkpoints = Checkpoints(self._folder, keep=self._plan.keep, warn=self._say)
+            how: dict[str, Any] = {"keep": self._plan.keep, "warn": self._say}
+            alone = Processes()  # the first of several writes for all
+            self._checkpoints = Checkpoints(self._folder, processes=alone, **how)
         return self._checkpoints
 
     def _look(self) -> None:
