@@ -50,8 +50,10 @@ def torchrun(*words: str, more: tuple[str, ...] = ()) -> subprocess.Popen[str]:
 def said(started: subprocess.Popen[str]) -> tuple[str, str]:
     try:
         return started.communicate(timeout=PATIENCE)
-    finally:
-        started.kill()
+    except subprocess.TimeoutExpired:
+        started.terminate()  # it ends its workers
+        out, err = started.communicate()
+        raise AssertionError(f"it has not ended: {out}{err}") from None
 
 
 def wait_for(there: Callable[[], bool], started: subprocess.Popen[str]) -> None:
