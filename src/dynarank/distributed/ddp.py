@@ -8,6 +8,7 @@ here only; tried with torch 2.13.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any, cast
 
@@ -60,10 +61,11 @@ def rebuild(wrapper: DistributedDataParallel) -> Callable[[], None]:
     own = cast(Any, wrapper)
     built_in = _built_in_hook(own)
     own.reducer._remove_autograd_hooks()
-    own.__dict__.pop("reducer")  # it ends with its last reference
+    for attributes in (vars(own), *_copies_with(own.reducer)):
+        attributes.pop("reducer", None)  # it ends with its last reference
     own.logger = None
     ignored = own.parameters_to_ignore
-    own._module_parameters = [p for n, p in own.module.named_parameters() if n not in ignored]
+    own._module_parameters[:] = [p for n, p in own.module.named_parameters() if n not in ignored]
     parameters, sparse = own._build_params_for_reducer()
     names = own._build_debug_param_to_name_mapping(parameters)
     own._ddp_init_helper(parameters, sparse, names, own.static_graph)
@@ -79,6 +81,12 @@ def rebuild(wrapper: DistributedDataParallel) -> Callable[[], None]:
         dist._register_comm_hook(own.reducer, state, hook)  # pyright: ignore
         logger._set_comm_hook_name(hook.__qualname__)
     return _clear([table for _, state in own._comm_hooks for table in _of_buckets(state)])
+
+
+def _copies_with(reducer: object) -> list[dict[str, Any]]:
+    """Copies of the wrapper's attributes: torch.compile makes some (functools.wraps)."""
+    found = [cast(dict[str, Any], d) for d in gc.get_referrers(reducer) if isinstance(d, dict)]
+    return [one for one in found if one.get("reducer") is reducer]
 
 
 def _built_in_hook(own: Any) -> Any:

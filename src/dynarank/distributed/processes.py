@@ -50,6 +50,14 @@ class DisagreementError(ValueError):
 
 
 @dataclass(frozen=True)
+class _Failure:
+    """What a process tells in place of a value, whatever the others are about to tell."""
+
+    what: str
+    error: str
+
+
+@dataclass(frozen=True)
 class Processes:
     """The processes that train one model together; one process alone agrees with itself.
 
@@ -94,7 +102,8 @@ class Processes:
         """The value of every process, by number; all must call it for the same ``what``.
 
         Raises:
-            PeerError: a process has ended, or does not come within the group's time-out.
+            PeerError: a process has ended, has failed, or does not come within the group's
+                time-out.
             DisagreementError: a process is about something else.
 
         Example:
@@ -107,12 +116,11 @@ class Processes:
         try:
             dist.all_gather_object(found, (what, value), group=self.control)
         except RuntimeError as error:
-            text = (
-                f"{what}: not all of {self.size} processes came ({error}). One has ended, or is "
-                "about something else: every process must make the same calls in the same order; "
-                "what one does by itself belongs into dynarank.distributed.independent()"
-            )
-            raise _told(PeerError(text)) from error
+            raise _absent(what, self.size, error) from error
+        if failed := [(n, one) for n, (_, one) in enumerate(found) if type(one) is _Failure]:
+            others = f" (and {len(failed) - 1} others)" if len(failed) > 1 else ""
+            number, one = failed[0]
+            raise _told(PeerError(f"{one.what} failed in process {number}{others}: {one.error}"))
         _check_alike("what processes do next", [one for one, _ in found])
         return [one for _, one in found]
 
@@ -131,12 +139,20 @@ class Processes:
         """The first process's value."""
         return self.gather(what, value)[0]
 
-    def attempt(self, what: str, function: Callable[[], _T]) -> _T:
+    def attempt(
+        self, what: str, function: Callable[[], _T], alike: Callable[[_T], Any] | None = None
+    ) -> _T:
         """Call a function in every process; if it fails in one, it has failed in all.
+
+        Args:
+            what: what the function does.
+            function: it may exchange things itself.
+            alike: plain data of what it returned, which must be the same in all processes.
 
         Raises:
             Exception: what the function raised here.
             PeerError: it raised in another process only.
+            DisagreementError: the data differ.
 
         Example:
             >>> Processes().attempt("adding", lambda: 1 + 1)
@@ -144,23 +160,22 @@ class Processes:
         """
         if self.group is None:
             return function()
-        made, error = None, None
+        made, told, error = None, None, None
         try:
             made = function()
+            told = None if alike is None else alike(made)
         except Exception as raised:
             if _is_told(raised):  # the others do not wait to hear of it
                 raise
             error = raised
+            told = _Failure(what, f"{type(error).__name__}: {error}")
         try:
-            told = self.gather(what, None if error is None else f"{type(error).__name__}: {error}")
-        except (PeerError, DisagreementError) as lost:
-            raise _told(error or lost) from lost
+            _check_alike(what, self.gather(what, told))
+        except (PeerError, DisagreementError):
+            if error is None:
+                raise
         if error is not None:
             raise _told(error)
-        if failed := [rank for rank, text in enumerate(told) if text is not None]:
-            others = f" (and {len(failed) - 1} others)" if len(failed) > 1 else ""
-            text = f"{what} failed in process {failed[0]}{others}: {told[failed[0]]}"
-            raise _told(PeerError(text))
         return cast(_T, made)
 
     def beside(self) -> Processes:
@@ -280,9 +295,11 @@ def _group(members: Iterable[int], backend: str | None) -> Any:
         return world
     made_in, group = _MADE.get((*ranks, backend), (None, None))
     if made_in is not world:
-        group = dist.new_group(
-            list(ranks), timeout=_timeout(world), backend=backend, use_local_synchronization=True
-        )
+        how: dict[str, Any] = {"backend": backend, "use_local_synchronization": True}
+        try:
+            group = dist.new_group(list(ranks), timeout=_timeout(world), **how)
+        except RuntimeError as error:
+            raise _absent("a process group", len(ranks), error) from error
         _MADE[(*ranks, backend)] = world, group
     return group
 
@@ -294,6 +311,17 @@ def _timeout(group: Any) -> timedelta | None:
         if (found := getattr(options, "_timeout", None)) is not None:
             return found
     return None
+
+
+def _absent(what: str, size: int, error: RuntimeError) -> Exception:
+    """The error of a process that waits in vain."""
+    return _told(
+        PeerError(
+            f"{what}: not all of {size} processes came ({error}). One has ended, or is about "
+            "something else: every process must make the same calls in the same order; those that "
+            "train different models make them within dynarank.distributed.independent()"
+        )
+    )
 
 
 def _told(error: Exception) -> Exception:

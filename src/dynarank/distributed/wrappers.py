@@ -1,7 +1,7 @@
-"""The wrappers around a model, found wherever they are: a trainer may hide them from its callbacks.
+"""What is alive of a class, such as the wrappers around a model, which a trainer may hide.
 
 A module does not know who wraps it, so the objects that are alive are looked through: some tenths
-of a second in a large process, and only in a run of several processes, at a change.
+of a second in a large process, and only at a change.
 """
 
 from __future__ import annotations
@@ -13,14 +13,28 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["data_parallel_groups", "ddp_wrappers"]
+__all__ = ["data_parallel_groups", "ddp_wrappers", "live"]
+
+
+def live(*classes: type) -> list[Any]:
+    """The objects of these classes (and subclasses) that are alive, half-made ones included.
+
+    Those that ``gc.freeze()`` has put away too, as training loops do to save collections.
+    """
+    if frozen := gc.get_freeze_count():
+        gc.collect()  # garbage is not to be frozen
+        gc.unfreeze()
+    found = gc.get_objects()
+    if frozen:
+        gc.freeze()
+    kinds = {kind for kind in set(map(type, found)) if issubclass(kind, classes)}
+    return [one for one in found if type(one) in kinds]
 
 
 def ddp_wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
     """Every DDP wrapper that is alive and has one of these modules inside."""
     wanted = {id(module) for module in modules}
-    found = gc.get_objects()  # by type: a dead weak proxy cannot be asked for its class
-    alive = [one for one in found if issubclass(type(one), DistributedDataParallel)]
+    alive = live(DistributedDataParallel)
     return [one for one in alive if any(id(m) in wanted for m in one.modules())]
 
 

@@ -47,7 +47,8 @@ class BatchNormRecalibration(Callback):
         )
         if ranks.last_step and any(truncated):
             try:
-                recalibrate_batch_norms(ranks.model, self.batches(), together=ranks.processes)
+                batches = ranks.processes.attempt("batches", self.batches)
+                recalibrate_batch_norms(ranks.model, batches, together=ranks.processes)
             except UnfitWeightError as error:
                 said = f"step {ranks.last_step}: {error}"
                 warnings.warn(said, RuntimeWarning, stacklevel=2)

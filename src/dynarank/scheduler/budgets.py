@@ -111,7 +111,7 @@ class Budgets:
                 use = self._cost(budget.kind)
                 Room.of(use, budget, paths, stand_in(request)).check()
 
-    def after_first_step(self, phases: Callable[[], Iterable[Phase]]) -> None:
+    def after_first_step(self, phases: Callable[[], Iterable[Phase]], together: Processes) -> None:
         """Check FLOPs budgets on the first training batch, if no others were given.
 
         Raises:
@@ -120,6 +120,9 @@ class Budgets:
         if not self._unchecked:
             return
         self._unchecked = False
+        together.attempt("a budget", lambda: self._check_first(phases))
+
+    def _check_first(self, phases: Callable[[], Iterable[Phase]]) -> None:
         if not self._seen():
             raise ValueError(
                 "the schedule has budgets, to be measured on training batches, but the forward "

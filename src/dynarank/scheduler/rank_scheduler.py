@@ -51,7 +51,7 @@ from dynarank.schedules.readings import SpectralReading
 from dynarank.schedules.timelines import Phase, timeline
 from dynarank.surgery.edit import restore_on_exit
 from dynarank.surgery.guard import Guard
-from dynarank.surgery.loading import follow_loads, forms_loaded
+from dynarank.surgery.loading import follow_loads, forms_loaded, loaded_since
 from dynarank.surgery.optimizer_signature import sign_states, unsign_states
 from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
 from dynarank.surgery.own_references import wrapped
@@ -152,24 +152,13 @@ class RankScheduler:
         self.model, self.optimizer = (model := unwrapped(model)), as_list(optimizer)
         self._independent = is_independent()
         self._processes: Processes | None = None
-        check_movable(self.optimizer, moments)
-        self.schedule = as_schedule(schedule)
-        self.total_steps = total_steps = check_count("total_steps", total_steps)
-        self.moments: Moments = moments
-        if moments == "calibrated":
-            self.moments = GradientWindow(model, self.optimizer)
-        self.gradients = self.moments if isinstance(self.moments, GradientWindow) else None
-        check_lr_scheduler(lr_scheduler, self.optimizer)
-        self.forecast = Forecast(lr_scheduler, total_steps, lr_every)
-        self.callbacks = named_callbacks(callbacks)
+        given = schedule, total_steps, lr_scheduler, lr_every, moments, batches, callbacks
+        self.processes.attempt("a RankScheduler", lambda: self._take(*given))
         self.last_step = 0
         self.decisions: list[Decision] = []
         self.spectra: Mapping[str, SpectralReading] = {}  # as the schedule has just seen them
-        self._postponed = Postponed(total_steps)
-        self._budgets = Budgets(model, batches)
         self._request: Request | None = None  # the schedule's last answer
         self._plan: Plan | None = None  # its forms, as last applied, but for what is postponed
-        self._state = self.schedule.start()
         self._seed = self.processes.from_first("the seed", torch.initial_seed())
         self._forms_loaded = forms_loaded()
         self._states_checked = self._told_of_rates = False
@@ -179,9 +168,7 @@ class RankScheduler:
         self._guard = Guard()
         self._steps = RealSteps(self.optimizer, self._guard)
         try:
-            self._budgets.expect(self._phases)
-            for one in self.callbacks.values():
-                one.on_start(self)
+            self.processes.attempt("a RankScheduler", self._prepare)
             if state is None:
                 self._advance(sites)
             else:
@@ -191,6 +178,37 @@ class RankScheduler:
         except BaseException:
             self.close()
             raise
+
+    def _take(
+        self,
+        schedule: Schedule,
+        total_steps: int,
+        lr_scheduler: Any | Sequence[float] | None,
+        lr_every: int | None,
+        moments: Moments,
+        batches: Batches | None,
+        callbacks: Sequence[CallbackLike],
+    ) -> None:
+        """Check and keep what the constructor was given."""
+        check_movable(self.optimizer, moments)
+        self.schedule = as_schedule(schedule)
+        self.total_steps = total_steps = check_count("total_steps", total_steps)
+        self.moments: Moments = moments
+        if moments == "calibrated":
+            self.moments = GradientWindow(self.model, self.optimizer)
+        self.gradients = self.moments if isinstance(self.moments, GradientWindow) else None
+        check_lr_scheduler(lr_scheduler, self.optimizer)
+        self.forecast = Forecast(lr_scheduler, total_steps, lr_every)
+        self.callbacks = named_callbacks(callbacks)
+        self._postponed = Postponed(total_steps)
+        self._budgets = Budgets(self.model, batches)
+        self._state = self.schedule.start()
+
+    def _prepare(self) -> None:
+        """What follows the checks and comes before the first plan."""
+        self._budgets.expect(self._phases)
+        for one in self.callbacks.values():
+            one.on_start(self)
 
     def _choose_layers(
         self, sites: Sequence[Site], layers: LayerFilter, state: Mapping[str, Any] | None
@@ -224,6 +242,7 @@ class RankScheduler:
                 "total_steps": self.total_steps,
                 "layers": {path: list(shape) for path, shape in self._layers.items()},
                 "callbacks": list(self.callbacks),
+                "optimizers": [type(one).__name__ for one in self.optimizer],
                 "moments": self.moments if isinstance(self.moments, str) else "calibrated",
                 "phases": phases,
             }
@@ -282,7 +301,7 @@ class RankScheduler:
         for _ in range(steps):
             self.last_step += 1
             self._check_states()
-            self._budgets.after_first_step(self._phases)
+            self._budgets.after_first_step(self._phases, self.processes)
             self._budgets.agree(self._layers, self.processes)
             for one in self.callbacks.values():
                 one.after_step(self)
@@ -350,6 +369,13 @@ class RankScheduler:
             ValueError: it is not the state of such a run: other steps, layers, schedule or
                 callbacks; a key is missing or unknown; a value is not what was saved.
         """
+        with ExitStack() as own:
+            stack = own if undo is None else undo
+            load = lambda: self._load(state, stack)  # noqa: E731
+            self.processes.attempt("loading a rank scheduler", load)
+            own.pop_all()
+
+    def _load(self, state: Mapping[str, Any], undo: ExitStack) -> None:
         sites = survey(self.model)
         layers = None if self._by_form else self._layers
         own = self.schedule, self.total_steps, layers, self.callbacks
@@ -359,27 +385,24 @@ class RankScheduler:
         self.processes.agree("the rank scheduler's state", told)
         for plan in saved.plans():
             differences(self.model, plan, sites)  # each is possible
-        with ExitStack() as own_undo:
-            undo = own_undo if undo is None else undo
-            if self.gradients is not None:
-                undo.callback(_reload, self.gradients, self.gradients.state_dict())
-            for part in (self, self.forecast, self._postponed, self._steps):
-                restore_on_exit(vars(part), undo)
-            restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo)
-            self.last_step, self._plan, self._seed = saved.last_step, saved.plan, saved.seed
-            self._request = saved.request
-            self._steps.load(saved.uncounted)
-            self._forms_loaded = forms_loaded()
-            self._layers = {path: tuple(shape) for path, shape in saved.layers.items()}
-            self.schedule, self._state = saved.schedule, saved.schedule_state
-            self.decisions, self._postponed.layers = saved.decisions, saved.postponed
-            self.forecast.load_state_dict(state["forecast"])
-            for name, one in saved.callbacks.items():
-                load_callback(name, self.callbacks[name], one, undo)
-            self._guard.expect()
-            self._load_gradients(saved.gradients)
-            self._budgets.load_state_dict(saved.batches, undo)
-            own_undo.pop_all()
+        if self.gradients is not None:
+            undo.callback(_reload, self.gradients, self.gradients.state_dict())
+        for part in (self, self.forecast, self._postponed, self._steps):
+            restore_on_exit(vars(part), undo)
+        restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo)
+        self.last_step, self._plan, self._seed = saved.last_step, saved.plan, saved.seed
+        self._request = saved.request
+        self._steps.load(saved.uncounted)
+        self._forms_loaded = forms_loaded()
+        self._layers = {path: tuple(shape) for path, shape in saved.layers.items()}
+        self.schedule, self._state = saved.schedule, saved.schedule_state
+        self.decisions, self._postponed.layers = saved.decisions, saved.postponed
+        self.forecast.load_state_dict(state["forecast"])
+        for name, one in saved.callbacks.items():
+            load_callback(name, self.callbacks[name], one, undo)
+        self._guard.expect()
+        self._load_gradients(saved.gradients)
+        self._budgets.load_state_dict(saved.batches, undo)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -393,8 +416,11 @@ class RankScheduler:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankScheduler:
         made = memo[id(self)] = object.__new__(type(self))
-        made.__setstate__(copy.deepcopy({**vars(self), "_processes": None}, memo))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_processes": None}  # process groups belong to this process
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         check_picklable(self, ("schedule", "callbacks", "forecast"))
@@ -425,23 +451,26 @@ class RankScheduler:
             sites = survey(self.model) if sites is None else sites
             readings = self._with_spectra(readings, sites)
         self.spectra = readings.spectra
-        answer = ask(self.schedule, self._state, clock, readings)
-        plan, self._state, decisions = self._agreed(answer, reads=reads)
+        plan, self._state, decisions = self._ask(clock, readings, reads=reads)
         self.decisions += decisions
         changes = self._apply(plan, sites)
         self._watch_gradients(changed=bool(changes))
         return changes
 
-    def _agreed(self, answer: Answer, *, reads: bool) -> Answer:
+    def _ask(self, clock: Clock, readings: Readings, *, reads: bool) -> Answer:
         """The answer, if it may differ between processes: of process 0, or the same in all.
 
         Spectra are alike up to rounding. What a user's function looks at is not known, so its
         answers are compared, at each step.
         """
+        own = lambda: ask(self.schedule, self._state, clock, readings)  # noqa: E731
         if self.processes.size == 1:
-            return answer
-        if isinstance(schedule_identity(self.schedule), str):
-            self.processes.agree(f"the plan of step {self.last_step}", request_to_data(answer.plan))
+            return own()
+        alike = None
+        if users := isinstance(schedule_identity(self.schedule), str):
+            alike = _plan_data
+        what = f"the plan of step {self.last_step}"
+        answer = self.processes.attempt(what, own, alike) if users or reads else own()
         return self.processes.from_first("the schedule's answer", answer) if reads else answer
 
     def _check_states(self) -> None:
@@ -463,10 +492,11 @@ class RankScheduler:
 
     def _apply(self, request: Request, sites: Sequence[Site] | None) -> list[Change]:
         step, postponed = self.last_step, self._postponed
-        as_it_was = request == self._request and self._forms_loaded == forms_loaded()
+        loaded = loaded_since(self._forms_loaded, self.model)
+        self._forms_loaded = forms_loaded()
+        as_it_was = request == self._request and not loaded
         if as_it_was and not postponed.due_at(step):  # the usual step: no traversal
             return []
-        self._forms_loaded = forms_loaded()
         self._processes = None  # the model may have been wrapped since
         now = {"step": step, "plan": request_to_data(request), "postponed": [*postponed.layers]}
         self.processes.agree("the rank scheduler's step", now)
@@ -483,11 +513,15 @@ class RankScheduler:
         postponed.record(tried, unfit := unfit | found.unfit, step)
         if changes:
             self._guard.expect([site for site, _ in due], changes)
-        for one in self.callbacks.values() if changes else ():
-            one.after_change(self, changes)
+        if changes:
+            self.processes.attempt("what follows a change", lambda: self._tell(changes))
         if unfit and (step or not found.unmeasured):  # before the first batch a budget waits for it
             warnings.warn(postponed.warning(unfit, step), RuntimeWarning, stacklevel=4)
         return changes
+
+    def _tell(self, changes: list[Change]) -> None:
+        for one in self.callbacks.values():
+            one.after_change(self, changes)
 
     def _decide(self, found: Resolved, request: Request) -> None:
         """Record the forms that were found for budgets, and those that replace them."""
@@ -563,6 +597,10 @@ class RankScheduler:
         now = {**readings.forms, **{p: one for p, one in (self._request or {}).items()}}
         paths = [path for path, one in request.items() if one != now.get(path, one)]
         self.gradients.watch(paths, changed=changed)
+
+
+def _plan_data(answer: Answer) -> Any:
+    return request_to_data(answer.plan)
 
 
 def _reload(gradients: GradientWindow, state: Mapping[str, Any]) -> None:

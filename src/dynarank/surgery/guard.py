@@ -17,8 +17,8 @@ from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from dynarank.distributed.wrappers import live
 from dynarank.forms import Change
-from dynarank.surgery.left_behind import live
 from dynarank.surgery.let_go import check_let_go
 from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
 from dynarank.surgery.problem import listed

@@ -21,6 +21,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from dynarank.distributed.wrappers import live
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
@@ -28,7 +29,7 @@ from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
 from dynarank.surgery.problem import Problem, shape
 from dynarank.surgery.replaced import kept_parameters
 
-__all__ = ["Replaced", "live", "replaced_of", "replaced_problems", "watch_replaced"]
+__all__ = ["Replaced", "replaced_of", "replaced_problems", "watch_replaced"]
 
 # Of each replaced parameter: its layer's path, its module, and its weight's name in the module.
 _REPLACED = WeakTensorKeyDictionary()
@@ -114,13 +115,6 @@ def _holders(parameters: list[Parameter], known: Sequence[object]) -> list[str]:
         else:
             found.append(f"a {type(holder).__name__}")
     return found
-
-
-def live(*classes: type) -> list[Any]:
-    """The objects of these classes (and subclasses) that are alive, half-made ones included."""
-    found = gc.get_objects()
-    kinds = {kind for kind in set(map(type, found)) if issubclass(kind, classes)}
-    return [one for one in found if type(one) in kinds]
 
 
 def _check(optimizer: Optimizer) -> None:

@@ -16,7 +16,8 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
-from dynarank.surgery.left_behind import Replaced, live, replaced_of
+from dynarank.distributed.wrappers import live
+from dynarank.surgery.left_behind import Replaced, replaced_of
 from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
 from dynarank.surgery.problem import listed
 

@@ -14,12 +14,14 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
+from dynarank.distributed.wrappers import live
 from dynarank.forms import Change, LowRank
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.layers.form_entry import KEY
@@ -27,7 +29,7 @@ from dynarank.surgery.committed import check_committed
 from dynarank.surgery.edit import Edit, check_names, check_replaceable, like_old, restore_on_exit
 from dynarank.surgery.exact_weights import forget, keep
 from dynarank.surgery.incoming import Incoming, Load, incoming
-from dynarank.surgery.left_behind import live, watch_replaced
+from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import new_contents, write
 from dynarank.surgery.own_references import is_optimizer, wrapped
 from dynarank.surgery.replaced import returning_states
@@ -41,9 +43,10 @@ from dynarank.surgery.wrappers import (
     wrappers_that_follow,
 )
 
-__all__ = ["follow_loads", "forms_loaded", "note_forms_loaded", "unfollow_loads"]
+__all__ = ["follow_loads", "forms_loaded", "loaded_since", "note_forms_loaded", "unfollow_loads"]
 
-_LOADED: list[None] = []  # one for each load that has changed forms
+_LOADED: list[None] = []  # one for each load that has changed forms, of any model
+_LAST_LOADED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the last that changed it
 
 
 def follow_loads(model: nn.Module) -> None:
@@ -64,9 +67,15 @@ def forms_loaded() -> int:
     return len(_LOADED)
 
 
-def note_forms_loaded() -> None:
-    """Count a load that has changed forms."""
+def loaded_since(count: int, model: nn.Module) -> bool:
+    """Whether a load has changed forms of this model since there were so many of any model."""
+    return count < len(_LOADED) and any(_LAST_LOADED.get(m, 0) > count for m in model.modules())
+
+
+def note_forms_loaded(modules: Iterable[nn.Module]) -> None:
+    """Count a load that has changed forms of these modules."""
     _LOADED.append(None)
+    _LAST_LOADED.update(dict.fromkeys(modules, len(_LOADED)))
 
 
 def _hooks(module: nn.Module) -> dict[int, Any]:
@@ -198,7 +207,7 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
         rebuild_wrappers(wrappers, undo)
         undo.pop_all()
     if edits:
-        note_forms_loaded()
+        note_forms_loaded(place.module for edit in edits for place in edit.site.places)
     watch_replaced(edits)
 
 

@@ -163,7 +163,7 @@ def _bring(
         restore_forms(model, wanted, None, given, undo)
     except ValueError as error:
         raise ValueError(f"the optimizer's state is of another model: {error}") from error
-    note_forms_loaded()
+    note_forms_loaded(model.modules())
 
 
 def _read(signed: Any, state: Mapping[str, Any]) -> tuple[dict[str, Form], list[list[str]]]:

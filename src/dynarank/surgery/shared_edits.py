@@ -53,14 +53,23 @@ def agree_on(wanted: Sequence[_Wanted], how: Mapping[str, Any], together: Proces
     together.agree("the change of forms", {"plan": plan, "shapes": shapes, **how})
     prints = together.gather("the weights", [_fingerprint(site) for site, _ in wanted])
     for rank, found in enumerate(prints):
-        for (site, _), (sum_, norm), (other, _) in zip(wanted, prints[0], found, strict=True):
-            if abs(other - sum_) > _APART * norm:
+        for (site, _), here, there in zip(wanted, prints[0], found, strict=True):
+            if (here is None) != (there is None):
+                broken = 0 if here is None else rank
+                raise DisagreementError(
+                    f"layer {site.path!r} has weights that are not finite in process {broken}, but "
+                    f"not in process {rank - broken}. Nothing has changed. Averaged gradients keep "
+                    "replicas alike: look for what only this process does to its weights"
+                )
+            if here is None or there is None:
+                continue
+            if any(abs(a - b) > _APART * here[0] for a, b in zip(here, there, strict=True)):
                 raise DisagreementError(
                     f"layer {site.path!r} has other weights in process {rank} than in process 0 "
-                    f"(their sums are {other:.6g} and {sum_:.6g}, at a norm of {norm:.6g}). Nothing"
-                    " has changed. Wrap the model before this (DistributedDataParallel gives all "
-                    "processes the weights of process 0), or give all processes the same seed; "
-                    "processes that train different models change them within "
+                    f"(their norms and two sums are {_numbers(there)} and {_numbers(here)}). "
+                    "Nothing has changed. Wrap the model before this (DistributedDataParallel "
+                    "gives all processes the weights of process 0), or give all processes the same "
+                    "seed; processes that train different models change them within "
                     "dynarank.distributed.independent()"
                 )
 
@@ -120,12 +129,27 @@ def send_states(
 ) -> None:
     """Give all processes the owners' optimizer states of the new parameters."""
     tables = [new for _, new in contents if isinstance(new, dict)]
-    for edit, owner in zip(edits, owners, strict=True):
-        if edit.shards is not None:  # they came with the edit
-            continue
-        states = [new[p] for new in tables for p in edit.new.values() if p in new]
-        found = [s[key] for s in states if isinstance(s, dict) for key in sorted(s, key=str)]
-        together.send([value for value in found if isinstance(value, Tensor)], owner)
+    own = [(edit, who) for edit, who in zip(edits, owners, strict=True) if edit.shards is None]
+    found = [_states(edit, tables) for edit, _ in own]  # those of shards came with the edit
+    layouts = {
+        edit.change.path: {key: f"{v.dtype} {list(v.shape)}" for key, v in states.items()}
+        for (edit, _), states in zip(own, found, strict=True)
+    }
+    together.agree("the optimizer's states", layouts)  # or values would go astray
+    for (_, owner), states in zip(own, found, strict=True):
+        together.send(states.values(), owner)
+
+
+def _states(edit: Edit, tables: Iterable[Mapping[Any, Any]]) -> dict[str, Tensor]:
+    """The tensors in the states of an edit's new parameters."""
+    found: dict[str, Tensor] = {}
+    for table in tables:
+        for name, p in edit.new.items():
+            state: Any = table.get(p)
+            for key in sorted(state, key=str) if state else ():
+                if isinstance(state[key], Tensor):
+                    found[f"{name}: {key}"] = state[key]
+    return found
 
 
 def fit_everywhere(what: str, function: Callable[[], _T], together: Processes) -> _T:
@@ -248,11 +272,19 @@ def _work(site: Site, after: Form) -> float:
     return entries * (min(rows, entries // max(rows, 1)) if cut else 1)
 
 
-def _fingerprint(site: Site) -> tuple[float, float]:
-    """The sum of a weight's parameters, and their norm."""
+def _fingerprint(site: Site) -> tuple[float, float, float] | None:
+    """The norm of a weight's parameters, their sum and that of each third; None: it is not finite.
+
+    Weights may be centered, so that their sum tells nothing.
+    """
     if site.sharding is not None:  # each process has another part
-        return 0.0, 0.0
-    values = [precise(p) for p in site.parameters().values()]
+        return 0.0, 0.0, 0.0
+    values = [precise(p).flatten() for p in site.parameters().values()]
     norm = math.hypot(*(float(v.norm()) for v in values))
     total = sum(float(v.sum()) for v in values)
-    return (total, norm) if math.isfinite(total) and math.isfinite(norm) else (0.0, 0.0)
+    part = sum(float(v[::3].sum()) for v in values)
+    return (norm, total, part) if math.isfinite(norm + total + part) else None
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.6g}" for value in values)
