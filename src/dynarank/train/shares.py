@@ -101,16 +101,16 @@ class Shares:
         """The ways to count by which the mean of the shares' losses is that of the batch."""
         rules = self._rules or list(range(len(self._task.loss_terms(batch))))
         shares = self._shares(batch)
-        try:
-            with preserve_state(model, training=False, grad=False):
-                whole, again = self._loss(model, batch), self._loss(model, batch)
+        with preserve_state(model, training=False, grad=False):
+            whole, again = self._loss(model, batch), self._loss(model, batch)
+            try:
                 losses = [self._loss(model, share) for share in shares]
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            raise RecipeError(
-                f"a batch cannot be split among {self._processes.size} processes: its tensors of "
-                f"{count_examples(batch)} examples were cut along their first dimension, and "
-                f"the model or the loss failed ({error}); {_ALONE}"
-            ) from error
+            except (ValueError, RuntimeError, IndexError, TypeError) as error:
+                raise RecipeError(
+                    f"a batch cannot be split among {self._processes.size} processes: its tensors "
+                    f"of {count_examples(batch)} examples were cut along their first dimension, "
+                    f"and the model or the loss failed ({error}); {_ALONE}"
+                ) from error
         if whole != again or not math.isfinite(whole):  # it draws numbers: nothing to compare
             return rules[:1]
         found = {rule: self._mean(losses, shares, batch, rule) for rule in rules}
