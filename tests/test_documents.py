@@ -80,9 +80,10 @@ def test_documents_name_tests_that_exist() -> None:
 
 def test_no_document_holds_a_placeholder_or_a_dead_link() -> None:
     assert len(DOCUMENTS) >= 6
-    # Names that a page may speak of, since a module defines them.
+    # Names that a page may speak of, since a module defines or reads them.
     code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
     constants = set(re.findall(r"^([A-Z_]+)(?:: .*)? = ", code, re.M))
+    constants |= set(re.findall(r"\"([A-Z]+(?:_[A-Z]+)+)\"", code))  # variables of torchrun's
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8")
         names = set(re.findall(r"\b[A-Z]{3,}_[A-Z]{3,}\b|^RESULTS$|TODO", text, re.M))

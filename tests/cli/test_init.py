@@ -81,15 +81,16 @@ def test_commands_take_it_and_a_stopped_run_goes_on_from_another_folder(
     assert call(monkeypatch, "sweep", str(path), *words) == 0
     assert call(monkeypatch, "train", str(path), "--out", str(here / "whole")) == 0
 
-    after = RunCheckpoints.after_step
+    due, steps = RunCheckpoints.due, list[int]()
 
-    def stop(self: RunCheckpoints, step: int, *, event: bool = False) -> None:
-        after(self, step, event=event)
-        if step == 7:
+    def stop(self: RunCheckpoints, *, event: bool = False) -> bool:
+        steps.append(1)
+        if len(steps) == 7:
             signal.raise_signal(signal.SIGINT)
+        return due(self, event=event)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunCheckpoints, "after_step", stop)
+        patch.setattr(RunCheckpoints, "due", stop)
         assert call(patch, "train", str(path), "--out", str(here / "stopped")) == 130
     (here / "elsewhere").mkdir()
     monkeypatch.chdir(here / "elsewhere")

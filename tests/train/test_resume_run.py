@@ -392,7 +392,8 @@ class Plan:
 
     def at(self, now: float, *, event: bool = False) -> None:
         self.now, self.step = now, self.step + 1
-        self.made.after_step(self.step, event=event)
+        if self.made.due(event=event):
+            self.made.save(self.step)
         self.made.close()
 
 

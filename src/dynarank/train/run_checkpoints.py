@@ -60,11 +60,6 @@ class RunCheckpoints:
         self.saved = found[0]
         return found[1]
 
-    def after_step(self, step: int, *, event: bool = False) -> None:
-        """Write a checkpoint if one is due."""
-        if self.due(event=event):
-            self.save(step)
-
     def due(self, *, event: bool = False) -> bool:
         """Whether a checkpoint is due; an event is the end of an epoch, or a change."""
         self._look()
