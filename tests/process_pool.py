@@ -88,6 +88,19 @@ class Pool:
 Pools: TypeAlias = Callable[[int], Pool]
 
 
+def spread(model: Any) -> float:
+    """The largest difference of a parameter between the processes."""
+    import torch.distributed as dist
+
+    worst = 0.0
+    for p in model.parameters():
+        low, high = p.detach().clone(), p.detach().clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX)
+        worst = max(worst, float((high - low).abs().max()))
+    return worst
+
+
 def _work(rank: int, size: int, place: str, pipe: Any) -> None:
     import torch
     import torch.distributed as dist

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import pytest
 import torch
 import torch.distributed as dist
-from process_pool import Pools
+from process_pool import Pools, spread
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -98,17 +98,6 @@ class _nothing:
     def __enter__(self) -> None: ...
 
     def __exit__(self, *_: object) -> None: ...
-
-
-def spread(model: nn.Module) -> float:
-    """The largest difference of a parameter between the processes."""
-    worst = 0.0
-    for p in model.parameters():
-        low, high = p.detach().clone(), p.detach().clone()
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        worst = max(worst, float((high - low).abs().max()))
-    return worst
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

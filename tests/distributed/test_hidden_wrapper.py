@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.distributed as dist
-from process_pool import Pools
+from process_pool import Pools, spread
 from torch import nn
 
 import dynarank as dr
@@ -38,17 +38,6 @@ def launched() -> Generator[None]:
         AcceleratorState._reset_state(reset_partial_state=True)  # pyright: ignore
         for key in own:
             del os.environ[key]
-
-
-def spread(model: nn.Module) -> float:
-    """The largest difference of a parameter between the processes."""
-    worst = 0.0
-    for p in model.parameters():
-        low, high = p.detach().clone(), p.detach().clone()
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        dist.all_reduce(high, op=dist.ReduceOp.MAX)
-        worst = max(worst, float((high - low).abs().max()))
-    return worst
 
 
 def tokens() -> list[dict[str, torch.Tensor]]:
