@@ -19,10 +19,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 from dynarank.cli.signals import raising_on_signals
+from dynarank.distributed.joining import init_process_group
 from dynarank.distributed.processes import DisagreementError, PeerError, Processes, processes_of
 from dynarank.train.data_digest import data_digest
 from dynarank.train.grid import Job
@@ -150,16 +149,7 @@ def said_by_another(error: BaseException) -> bool:
 def _join() -> Processes:
     """Meet the other processes: gradients by NCCL on GPUs, all else by gloo."""
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
-    store, rank, size = next(iter(rendezvous("env://", timeout=_PATIENCE)))
-    # Torchrun keeps its store when it starts workers again, with the addresses of the dead ones.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if nccl else "gloo",
-        store=PrefixStore(f"attempt {attempt}", store),
-        rank=rank,
-        world_size=size,
-        timeout=_PATIENCE,
-    )
+    init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=_PATIENCE)
     return processes_of()
 
 
