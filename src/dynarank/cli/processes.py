@@ -123,7 +123,9 @@ def run_together(command: Callable[[], int]) -> int:
     """
     processes = _join()
     if processes.rank:
-        return _follow(processes)
+        code = _follow(processes)
+        _leave()
+        return code
     lead = Leader(processes)
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view")  # no error
     token = _LEADER.set(lead)
@@ -133,6 +135,7 @@ def run_together(command: Callable[[], int]) -> int:
     finally:
         _LEADER.reset(token)
         lead.end(code)
+    _leave()
     return code
 
 
@@ -151,6 +154,12 @@ def _join() -> Processes:
     nccl = torch.cuda.is_available() and dist.is_nccl_available()
     init_process_group("cpu:gloo,cuda:nccl" if nccl else "gloo", timeout=_PATIENCE)
     return processes_of()
+
+
+def _leave() -> None:
+    """End the group's threads before the interpreter does, which may abort the process."""
+    with suppress(RuntimeError, ValueError):
+        dist.destroy_process_group()
 
 
 def _follow(processes: Processes) -> int:
