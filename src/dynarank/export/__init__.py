@@ -1,0 +1,1 @@
+"""A result that runs without dynarank: plain modules, PEFT adapters, ONNX."""
