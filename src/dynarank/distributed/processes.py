@@ -9,6 +9,8 @@ found, and not mistaken for one that averages gradients.
 from __future__ import annotations
 
 import operator
+import pickle
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -39,6 +41,7 @@ _TOLD = "told_to_all_processes"
 _INDEPENDENT: ContextVar[bool] = ContextVar("independent", default=False)
 # By the ranks of the members: the default group they were made in, and the group.
 _MADE: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+_LAST: deque[Any] = deque(maxlen=2)  # collective calls: this thread's, and one of another
 
 
 class PeerError(RuntimeError):
@@ -112,9 +115,8 @@ class Processes:
         """
         if self.group is None:
             return [value]
-        found: list[Any] = [None] * self.size
         try:
-            dist.all_gather_object(found, (what, value), group=self.control)
+            found = self._gathered((what, value))
         except RuntimeError as error:
             raise _absent(what, self.size, error) from error
         if failed := [(n, one) for n, (_, one) in enumerate(found) if type(one) is _Failure]:
@@ -209,7 +211,9 @@ class Processes:
         for tensor in tensors if self.group is not None else ():
             sent = self._sent(tensor.detach())
             if sent.numel():  # as bytes: no backend has every dtype
-                dist.broadcast(sent.view(-1).view(torch.uint8), group=self.group, group_src=owner)
+                flat = sent.view(-1).view(torch.uint8)
+                how: dict[str, Any] = {"group": self.group, "group_src": owner, "async_op": True}
+                _wait(dist.broadcast(flat, **how))
             if owner != self.rank:
                 tensor.detach().copy_(sent)
 
@@ -217,8 +221,21 @@ class Processes:
         """Give a tensor, in place, the sum of its values in all processes."""
         if self.group is not None:
             sent = self._sent(tensor)
-            dist.all_reduce(sent, group=self.group)
+            _wait(dist.all_reduce(sent, group=self.group, async_op=True))
             tensor.copy_(sent)
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """The objects of all, as ``dist.all_gather_object`` finds them."""
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        length = torch.tensor([own.numel()])
+        lengths = [torch.empty_like(length) for _ in range(self.size)]
+        _wait(dist.all_gather(lengths, length, self.control, async_op=True))
+        padded = own.new_zeros(int(max(lengths)))
+        padded[: own.numel()] = own
+        rows = [torch.empty_like(padded) for _ in lengths]
+        _wait(dist.all_gather(rows, padded, self.control, async_op=True))
+        pairs = zip(rows, lengths, strict=True)
+        return [pickle.loads(row[: int(size)].numpy().tobytes()) for row, size in pairs]
 
     def _sent(self, tensor: Tensor) -> Tensor:
         """The tensor, or a copy, that the group's backend can send."""
@@ -302,6 +319,17 @@ def _group(members: Iterable[int], backend: str | None) -> Any:
             raise _absent("a process group", len(ranks), error) from error
         _MADE[(*ranks, backend)] = world, group
     return group
+
+
+def _wait(work: Any) -> None:
+    """Wait for a collective call, and keep it until those that follow.
+
+    gloo's threads drop it a little after it is done. As its last owner they would free its tensors
+    by themselves, for which they need the interpreter's lock: a process that has begun to end by
+    then is aborted (torch 2.13).
+    """
+    work.wait()
+    _LAST.append(work)
 
 
 def _timeout(group: Any) -> timedelta | None:
