@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from covering import selected
+from process_pool import Pool, Pools
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,6 +46,30 @@ def fresh_accelerate() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[dict[int, Pool]]:
+    """Tests in several processes share long-lived ones: starting them costs more than a test."""
+    made: dict[int, Pool] = {}
+    yield made
+    for pool in made.values():
+        pool.close()
+
+
+@pytest.fixture
+def processes(pools: dict[int, Pool]) -> Pools:
+    """``processes(2)(function, *args)``: the function's result in each of two gloo processes.
+
+    The function is one of a module's (not nested), as it is imported in the processes.
+    """
+
+    def of(size: int) -> Pool:
+        if size not in pools or not pools[size].usable:
+            pools[size] = Pool(size)
+        return pools[size]
+
+    return of
 
 
 def _id(value: object) -> str:
