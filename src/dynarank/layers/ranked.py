@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from dynarank.layers.weight import ResolvedWeight, WeightSpec
 
 __all__ = [
     "RankedLayer",
+    "copied_layers",
     "effective",
     "one_call",
     "own_parameters",
@@ -52,6 +54,14 @@ _OWN = (
 )
 # Torch's fused transformer layer only reads weights, and would not run on a subclass of Tensor.
 _ONLY_READS = "torch.nn.modules.transformer"
+
+
+_COPIES: WeakSet[RankedLayer] = WeakSet()
+
+
+def copied_layers() -> list[RankedLayer]:
+    """The ranked layers that are alive and were copied or unpickled, as those of averages are."""
+    return list(_COPIES)
 
 
 class RankedLayer(nn.Module):
@@ -186,6 +196,7 @@ class RankedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.form_changed()
+        _COPIES.add(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not self.has_factors(name):
