@@ -27,6 +27,7 @@ from dynarank.surgery.own_references import groups_of, is_optimizer
 
 __all__ = ["LeftCopies", "check_updates"]
 
+_OURS = "checks_that_it_fits"
 _WAY = (
     "call ranks.follow(ema) once, before the first change, and it goes through all of them; or "
     "make a new average after each change"
@@ -36,7 +37,7 @@ _WAY = (
 def check_updates() -> None:
     """From now on, every AveragedModel checks that it fits its model before it is updated."""
     update: Any = AveragedModel.update_parameters
-    if not hasattr(update, "__wrapped__"):
+    if not hasattr(update, _OURS):
         AveragedModel.update_parameters = _checked(update)
 
 
@@ -46,6 +47,7 @@ def _checked(update: Any) -> Any:
         _check(self, unwrapped(model))
         update(self, model)
 
+    setattr(update_parameters, _OURS, True)
     return update_parameters
 
 
