@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -453,6 +454,19 @@ def test_loading_a_position_brings_the_average_along() -> None:
     assert isinstance(dr.survey(ema.module)[0].form, Adapted)
 
 
+def test_an_average_of_the_plain_model_takes_a_state_of_any_form() -> None:
+    model, average = mlp(), ema_of(mlp())
+    optimizer = adamw(model)
+    ranks = ranks_of(model, optimizer)
+    ranks.follow(average)
+    train(model, optimizer, ranks, [average], INFLATE)
+    fresh, plain = mlp(), ema_of(mlp())
+    ranks_of(fresh, adamw(fresh)).follow(plain)
+    plain.load_state_dict(average.state_dict())
+    same(average.module, plain.module)
+    assert dr.survey(plain)[0].form == FullRank()
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_follow_their_own(way: str) -> None:
     model, optimizer, ranks, _ = started()
@@ -586,6 +600,7 @@ def test_an_average_in_the_models_memory_is_refused() -> None:
 def test_a_list_of_the_averages_old_parameters_is_found() -> None:
     model, optimizer, ranks, ema = started()
     kept = list(ema.module.parameters())
+    gc.freeze()  # as training loops do to save collections
     train(model, optimizer, ranks, [ema], INFLATE)
     with pytest.raises(RuntimeError, match=f"a list of {len(kept)} still holds"):
         train(model, optimizer, ranks, [ema], INFLATE + 1)
