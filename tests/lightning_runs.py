@@ -96,10 +96,9 @@ class Loader:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for number in range(self.given, len(self)):
+        for number in range(self.given % len(self), len(self)):
             self.given = number + 1
             yield self.batches[number]
-        self.given = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"given": self.given}

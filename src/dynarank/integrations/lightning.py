@@ -122,7 +122,8 @@ class DynamicRankCallback(Callback):
             "batches": batches,
             "callbacks": callbacks,
         }
-        self._rates: dict[str, Any] = {"lr_scheduler": lr_scheduler, "lr_every": lr_every}
+        rates = {"lr_scheduler": lr_scheduler, "lr_every": lr_every}
+        self._rates = {name: value for name, value in rates.items() if value is not None}
         self._ranks: RankScheduler | None = None
         self._state: Mapping[str, Any] | None = None  # of a checkpoint that is being restored
         self._max_epochs: int | None = None
@@ -177,8 +178,8 @@ class DynamicRankCallback(Callback):
             total = self._total_steps or state["total_steps"]
         if before is not None:
             before.close()
-        given = {name: value for name, value in self._rates.items() if value is not None}
-        options: dict[str, Any] = {**self._options, **_rates(trainer), **given, "state": state}
+        rates = {} if "lr_scheduler" in self._rates else _rates(trainer)
+        options: dict[str, Any] = {**self._options, **rates, **self._rates, "state": state}
         model = trainer.strategy.model or pl_module
         self._ranks = RankScheduler(model, trainer.optimizers, self._schedule, total, **options)
         self._uncounted = state is not None and state["uncounted"] > 0
@@ -265,9 +266,10 @@ def _length(trainer: Trainer, max_epochs: int | None) -> int:
 
 def _by_max_steps(trainer: Trainer) -> float:
     """In manual optimization the trainer counts the steps of each optimizer."""
+    if trainer.max_steps == -1:
+        return math.inf
     manual = not trainer.lightning_module.automatic_optimization
-    steps = math.inf if trainer.max_steps == -1 else trainer.max_steps
-    return steps // len(trainer.optimizers) if manual else steps
+    return trainer.max_steps // (len(trainer.optimizers) if manual else 1)
 
 
 def _by_epochs(trainer: Trainer, max_epochs: int | None) -> float:
