@@ -11,8 +11,12 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from dynarank.form_data import form_from_data
 from dynarank.layers import RankedLayer
 from dynarank.layers.form_entry import KEY
 from dynarank.scheduler.budgets import Batches
@@ -24,6 +28,7 @@ from dynarank.surgery.loading import follow_loads
 from dynarank.surgery.optimizer_state import Moments
 from dynarank.surgery.own_references import wrapped
 from dynarank.surgery.selection import LayerFilter
+from dynarank.surgery.verbs import apply_plan
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -148,6 +153,37 @@ class DynamicRankCallback(Callback):
             _check_strategy(trainer)
         self._state, self._max_epochs = None, trainer.max_epochs
         follow_loads(pl_module)
+        if trainer.strategy.restore_checkpoint_after_setup:
+            self._bring_before_loads(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the strategy its own way to load back."""
+        vars(trainer.strategy).pop("load_checkpoint", None)
+
+    def _bring_before_loads(self, trainer: Trainer) -> None:
+        """Let a strategy that loads into shards do so after the forms have been brought."""
+        strategy: Any = trainer.strategy
+        vars(strategy).pop("load_checkpoint", None)
+        plain = strategy.load_checkpoint
+
+        def load_checkpoint(checkpoint_path: Any, *args: Any, **more: Any) -> dict[str, Any]:
+            place = Path(strategy.broadcast(checkpoint_path))
+            saved = torch.load(place / "meta.pt" if place.is_dir() else place, mmap=place.is_file())
+            state = saved.get("callbacks", {}).get(self.state_key, {}).get("ranks")
+            if state is not None:
+                self._bring(trainer, state)
+            return plain(checkpoint_path, *args, **more)
+
+        strategy.load_checkpoint = load_checkpoint
+
+    def _bring(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            self.ranks.load_state_dict(state)
+            self._uncounted = state["uncounted"] > 0
+            trainer.fit_loop._combined_loader = None  # to be set up again, with its own state
+        else:
+            forms = {path: form_from_data(data) for path, data in state["forms"].items()}
+            apply_plan(trainer.lightning_module, forms)
 
     def state_dict(self) -> dict[str, Any]:
         """The rank scheduler's state; None before it is made, as when a tuner saves."""
