@@ -8,31 +8,28 @@ find the forms that they are of.
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import ref
-from zipfile import BadZipFile, ZipFile
+from weakref import WeakSet, ref
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynarank.checkpoint.folder import Contents, read_folder, write_folder
 from dynarank.checkpoint.tree import flatten, unflatten
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.files.reading import DamagedFileError
-from dynarank.files.tensors import TensorFile
-from dynarank.layers.form_entry import KEY
+from dynarank.integrations.accelerate_files import check_pickled, check_weights, checksums, numbered
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.sinks.extras import import_extra
 
 __all__ = ["Attachment", "attach"]
 
 _FOLDER = "dynarank"
-_WEIGHTS = "model.safetensors", "pytorch_model.bin"
-_WAY_OUT = "use another checkpoint"
-_NAME = re.compile(_FOLDER + r"(_\d+)?(\.\d+)?")
+_NAME = re.compile(_FOLDER + r"(_\d+){0,2}")
 _REFUSED = {
     "DEEPSPEED": "DeepSpeed",
     "MEGATRON_LM": "Megatron-LM",
@@ -116,13 +113,22 @@ def _keeper_of(accelerator: Any) -> _Keeper | None:
     return next((one for one in owners if isinstance(one, _Keeper)), None)
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """A rank scheduler, the number of its model in the accelerator, and its folder's name."""
+
+    ranks: RankScheduler
+    number: int
+    name: str
+
+
 class _Keeper:
     """Saves and loads the rank schedulers of one accelerator, all or none."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self._attached: list[ref[RankScheduler]] = []
-        self._prepared: set[int] = set()  # the rank schedulers whose models were prepared
+        self._prepared: WeakSet[RankScheduler] = WeakSet()  # those whose models were prepared
         self._handles = [
             accelerator.register_save_state_pre_hook(self.save),
             accelerator.register_load_state_pre_hook(self.load),
@@ -131,135 +137,114 @@ class _Keeper:
     def add(self, ranks: RankScheduler) -> None:
         if all(one() is not ranks for one in self._attached):
             self._attached.append(ref(ranks))
-        self._note_prepared()
+        self._models()
 
     def forget(self, ranks: RankScheduler) -> None:
         self._attached = [one for one in self._attached if one() not in (None, ranks)]
-        self._prepared.discard(id(ranks))
         if not self._attached:
             for handle in self._handles:
                 handle.remove()
 
-    def save(self, models: Sequence[nn.Module], weights: Any, folder: str) -> None:
-        """Write each rank scheduler's state; called before Accelerate writes its own."""
-        for name, ranks in self._named():
-            self._write(Path(folder) / name, ranks)
+    def save(self, models: Sequence[nn.Module], weights: Sequence[Any], folder: str) -> None:
+        """Write each rank scheduler's state; called before Accelerate writes its own files."""
+        for one in self._entries():
+            data, tensors = flatten(one.ranks.state_dict(), "the rank scheduler's state")
+            own = weights[one.number] if one.number < len(weights) else {}  # other hooks take some
+            contents = Contents({"ranks": tensors}, {"ranks": data, "weights": checksums(own)})
+            write = partial(self._write, place := Path(folder) / one.name, contents)
+            one.ranks.processes.attempt(f"writing {place}", write)
+
+    def _write(self, folder: Path, contents: Contents) -> None:
+        """Write it in the process that writes Accelerate's files."""
+        state, config = self.accelerator.state, self.accelerator.project_configuration
+        if state.is_local_main_process if config.save_on_each_node else state.is_main_process:
+            write_folder(folder, contents)
 
     def load(self, models: Sequence[nn.Module], folder: str) -> None:
         """Bring the rank schedulers and models to the saved states, before Accelerate loads."""
-        if not (named := dict(self._named())):
-            return
-        place = Path(folder)
-        processes = next(iter(named.values())).processes
-        states = processes.attempt(f"reading {place}", lambda: _read(place, [*named]))
         with ExitStack() as undo:
-            for name, ranks in named.items():
-                with _named_in_errors(place / name):
-                    ranks.load_state_dict(states[name], undo=undo)
-            fits = lambda: self._check_files(models, place)  # noqa: E731
-            processes.attempt(f"reading {place}", fits)
+            if known := self._load_ranks(Path(folder), undo):
+                processes = self._entries()[0].ranks.processes
+                check = lambda: self._check_files(models, Path(folder), known)  # noqa: E731
+                processes.attempt(f"reading {folder}", check)
             undo.pop_all()
 
-    def _check_files(self, models: Sequence[nn.Module], folder: Path) -> None:
-        """Raise ValueError if Accelerate's own files are damaged, or of other models."""
-        for number, model in enumerate(models):
-            saved, state = _shapes(folder, number), model.state_dict()
-            for name, shape in saved.items():
-                own = state.get(name)
-                if isinstance(own, Tensor) and not name.endswith(KEY) and own.shape != shape:
-                    raise ValueError(
-                        f"{folder}: {name!r} has the shape {tuple(shape)} in the saved model, and "
-                        f"{tuple(own.shape)} in this one: load the state of the same model"
-                    )
-        for number in range(len(self.accelerator._optimizers) if models else 0):
-            _check_whole(folder / _numbered("optimizer.bin", number))
+    def _load_ranks(self, folder: Path, undo: ExitStack) -> dict[int, dict[str, int]]:
+        """Load all states; what is known of the weights of each model."""
+        known: dict[int, dict[str, int]] = {}
+        if not (entries := self._entries()):
+            return known
+        read = lambda: _read(folder, [one.name for one in entries])  # noqa: E731
+        found = entries[0].ranks.processes.attempt(f"reading {folder}", read)
+        for one, (state, weights) in zip(entries, found, strict=True):
+            try:
+                one.ranks.load_state_dict(state, undo=undo)
+            except ValueError as error:
+                raise ValueError(f"{folder / one.name}: {error}") from error
+            known[one.number] = weights
+        return known
 
-    def _write(self, folder: Path, ranks: RankScheduler) -> None:
-        data, tensors = flatten(ranks.state_dict(), "the rank scheduler's state")
-        config, state = self.accelerator.project_configuration, self.accelerator.state
-        writes = state.is_local_main_process if config.save_on_each_node else state.is_main_process
-        contents = Contents({"tensors": tensors} if tensors else {}, {"ranks": data})
-        write = lambda: write_folder(folder, contents) if writes else None  # noqa: E731
-        ranks.processes.attempt(f"writing {folder}", write)
+    def _check_files(
+        self, models: Sequence[nn.Module], folder: Path, known: Mapping[int, Mapping[str, int]]
+    ) -> None:
+        """Raise ValueError if Accelerate's own files are damaged, or of another save or model."""
+        own = self.accelerator
+        names = [numbered("optimizer.bin", i) for i in range(len(own._optimizers))]
+        names += [numbered("scheduler.bin", i) for i in range(len(own._schedulers))]
+        names += ["scaler.pt"] if own.scaler is not None else []
+        random = f"random_states_{own.process_index}.pkl"
+        names += [random] if (folder / random).exists() else []  # not if there were fewer processes
+        check_pickled(folder / name for name in names)
+        *_, last = own._load_model_state_pre_hook.values()
+        for number, model in enumerate(models if last == self.load else ()):  # or others load them
+            check_weights(folder, number, model, known.get(number, {}))
 
-    def _named(self) -> Iterator[tuple[str, RankScheduler]]:
-        """The rank schedulers that are alive, by the number of their model."""
-        models = self._note_prepared()
-        seen: dict[int, int] = {}
-        for ranks in (one for each in self._attached if (one := each()) is not None):
-            place = next((i for i, model in enumerate(models) if model is ranks.model), None)
-            if place is None and id(ranks) in self._prepared:
-                continue  # accelerator.free_memory() has let go of it
-            if place is None:
+    def _entries(self) -> list[_Entry]:
+        """The rank schedulers of the accelerator's models, in the order of the models."""
+        models, entries = self._models(), list[_Entry]()
+        for ranks in self._alive():
+            number = next((i for i, model in enumerate(models) if model is ranks.model), None)
+            if number is not None:
+                others = sum(one.number == number for one in entries)
+                numbers = [number, others] if others else [number] if number else []
+                entries.append(_Entry(ranks, number, "_".join(map(str, [_FOLDER, *numbers]))))
+            elif ranks not in self._prepared:  # else accelerator.free_memory() has let go of it
                 raise ValueError(
-                    "the model of an attached rank scheduler is not one that this accelerator has "
-                    "prepared, so it would not be saved: give it to accelerator.prepare, or "
-                    "remove() what attach returned"
+                    "the model of an attached rank scheduler is none of those that this "
+                    "accelerator has prepared, so it would not be saved: give it to "
+                    "accelerator.prepare first, or remove() what attach returned"
                 )
-            count = seen[place] = seen.get(place, -1) + 1
-            yield _FOLDER + (f"_{place}" if place else "") + (f".{count}" if count else ""), ranks
+        return sorted(entries, key=lambda one: one.number)
 
-    def _note_prepared(self) -> list[nn.Module]:
+    def _models(self) -> list[nn.Module]:
         models = [unwrapped(model) for model in self.accelerator._models]
-        alive = [one for each in self._attached if (one := each()) is not None]
-        self._prepared |= {id(one) for one in alive if any(one.model is m for m in models)}
+        self._prepared.update(r for r in self._alive() if any(r.model is m for m in models))
         return models
 
-
-def _numbered(name: str, number: int) -> str:
-    """The name of a file of Accelerate's for one of several objects."""
-    return name.replace(".", f"_{number}.") if number else name
+    def _alive(self) -> list[RankScheduler]:
+        return [ranks for one in self._attached if (ranks := one()) is not None]
 
 
-def _read(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The state of each rank scheduler that was saved in a folder.
+def _read(folder: Path, names: Sequence[str]) -> list[tuple[Any, dict[str, int]]]:
+    """The state of each rank scheduler in a folder, and the checksums of its model's weights.
 
     Raises:
         ValueError: there are others than these, or a file is damaged.
     """
     found = sorted(path.name for path in folder.glob(f"{_FOLDER}*") if _NAME.fullmatch(path.name))
     if found != sorted(names):
+        none = "" if found else ": it was saved without attach(accelerator, ranks)"
         raise ValueError(
-            f"{folder} has the rank schedulers {found}, this accelerator {sorted(names)}: attach "
-            "the same rank schedulers before save_state and load_state"
-            + ("" if found else "; it was saved without attach(accelerator, ranks)")
+            f"{folder} has the rank schedulers {found}, this accelerator {sorted(names)}{none}; "
+            "attach the same ones as before save_state"
         )
-    return {name: _state(folder / name) for name in names}
+    return [_parts(folder / name) for name in names]
 
 
-def _state(folder: Path) -> Any:
+def _parts(folder: Path) -> tuple[Any, dict[str, int]]:
     contents = read_folder(folder)
-    if "ranks" not in contents.data:
-        raise DamagedFileError(folder, "it has no ranks.json", _WAY_OUT)
-    return unflatten(contents.data["ranks"], contents.tensors.get("tensors", {}), f"{folder}")
-
-
-@contextmanager
-def _named_in_errors(folder: Path) -> Generator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-
-
-def _shapes(folder: Path, number: int) -> Mapping[str, torch.Size]:
-    """The shapes of a model's saved tensors; of their values nothing is read."""
-    safe, path = (folder / _numbered(name, number) for name in _WEIGHTS)
-    if safe.exists():
-        return {name: one.shape for name, one in TensorFile(safe).outlines.items()}
-    _check_whole(path)
-    from accelerate.utils.other import load  # names the classes that are safe
-
-    state = load(path, map_location="cpu", mmap=True)
-    return {name: one.shape for name, one in state.items() if isinstance(one, Tensor)}
-
-
-def _check_whole(path: Path) -> None:
-    """Raise DamagedFileError unless a file is as torch.save wrote it; it reads any bits itself."""
-    try:
-        with ZipFile(path) as file:
-            damaged = file.testzip() if torch.serialization.get_crc32_options() else None
-    except (OSError, BadZipFile) as error:
-        raise DamagedFileError(path, f"{error}", _WAY_OUT) from error
-    if damaged is not None:
-        raise DamagedFileError(path, f"{damaged} has changed since it was written", _WAY_OUT)
+    if contents.data.keys() != {"ranks", "weights"}:
+        why = f"it has {[*contents.data]} and not the state of a rank scheduler"
+        raise DamagedFileError(folder, why, "use another checkpoint")
+    tensors = contents.tensors.get("ranks", {})
+    return unflatten(contents.data["ranks"], tensors, f"{folder}"), contents.data["weights"]
