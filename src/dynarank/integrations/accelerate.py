@@ -23,6 +23,7 @@ from dynarank.checkpoint.tree import flatten, unflatten
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.files.reading import DamagedFileError
 from dynarank.integrations.accelerate_files import check_pickled, check_weights, checksums, numbered
+from dynarank.integrations.accelerate_fsdp2 import blank_states, without_states
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.sinks.extras import import_extra
 
@@ -91,6 +92,11 @@ def attach(accelerator: Any, ranks: RankScheduler) -> Attachment:
             name = type(given).__name__
             raise TypeError(f"attach(accelerator, ranks) takes a {kind.__name__}, got a {name}")
     _check_kind(accelerator)
+    if accelerator.is_fsdp2 and not any(unwrapped(m) is ranks.model for m in accelerator._models):
+        raise ValueError(
+            "with FSDP2 the order is accelerator.prepare(model, optimizer), RankScheduler, attach: "
+            "this accelerator has not prepared the model of the rank scheduler"
+        )
     keeper = _keeper_of(accelerator) or _Keeper(accelerator)
     keeper.add(ranks)
     return Attachment(keeper, ranks)
@@ -103,6 +109,11 @@ def _check_kind(accelerator: Any) -> None:
         raise ValueError(
             f"the accelerator trains by {_REFUSED[kind]}, which keeps parameters in flat buffers "
             "that cannot follow a change of form: use DDP or FSDP2 (fsdp_version=2)"
+        )
+    if accelerator.is_fsdp2 and "FULL" in str(accelerator.state.fsdp_plugin.state_dict_type):
+        raise ValueError(
+            "the FSDP plugin has state_dict_type='FULL_STATE_DICT', and what it saves of a model "
+            "with factors cannot be loaded again: use 'SHARDED_STATE_DICT', or dr.save and dr.load"
         )
 
 
@@ -129,10 +140,11 @@ class _Keeper:
         self.accelerator = accelerator
         self._attached: list[ref[RankScheduler]] = []
         self._prepared: WeakSet[RankScheduler] = WeakSet()  # those whose models were prepared
-        self._handles = [
-            accelerator.register_save_state_pre_hook(self.save),
-            accelerator.register_load_state_pre_hook(self.load),
-        ]
+        self._handles = [accelerator.register_save_state_pre_hook(self.save)]
+        if accelerator.is_fsdp2:  # it loads sharded weights before the hooks
+            accelerator.load_state = self._load_state
+        else:
+            self._handles.append(accelerator.register_load_state_pre_hook(self.load))
 
     def add(self, ranks: RankScheduler) -> None:
         if all(one() is not ranks for one in self._attached):
@@ -144,13 +156,17 @@ class _Keeper:
         if not self._attached:
             for handle in self._handles:
                 handle.remove()
+            vars(self.accelerator).pop("load_state", None)
 
     def save(self, models: Sequence[nn.Module], weights: Sequence[Any], folder: str) -> None:
         """Write each rank scheduler's state; called before Accelerate writes its own files."""
+        _check_kind(self.accelerator)
         for one in self._entries():
             data, tensors = flatten(one.ranks.state_dict(), "the rank scheduler's state")
             own = weights[one.number] if one.number < len(weights) else {}  # other hooks take some
-            contents = Contents({"ranks": tensors}, {"ranks": data, "weights": checksums(own)})
+            parts = {"ranks": data, "weights": checksums(own)}
+            parts["without_states"] = without_states(one.ranks.model, one.ranks.optimizer)
+            contents = Contents({"ranks": tensors}, parts)
             write = partial(self._write, place := Path(folder) / one.name, contents)
             one.ranks.processes.attempt(f"writing {place}", write)
 
@@ -163,26 +179,45 @@ class _Keeper:
     def load(self, models: Sequence[nn.Module], folder: str) -> None:
         """Bring the rank schedulers and models to the saved states, before Accelerate loads."""
         with ExitStack() as undo:
-            if known := self._load_ranks(Path(folder), undo):
-                processes = self._entries()[0].ranks.processes
-                check = lambda: self._check_files(models, Path(folder), known)  # noqa: E731
-                processes.attempt(f"reading {folder}", check)
+            self._bring(models, Path(folder), undo)
             undo.pop_all()
 
-    def _load_ranks(self, folder: Path, undo: ExitStack) -> dict[int, dict[str, int]]:
-        """Load all states; what is known of the weights of each model."""
-        known: dict[int, dict[str, int]] = {}
+    def _load_state(self, input_dir: Any = None, *args: Any, **more: Any) -> None:
+        """``Accelerator.load_state``, after the rank schedulers and the forms; all or nothing."""
+        load = partial(type(self.accelerator).load_state, self.accelerator)
+        naming = self.accelerator.project_configuration.automatic_checkpoint_naming
+        if input_dir is None and naming:
+            made = (Path(self.accelerator.project_dir) / "checkpoints").iterdir()
+            input_dir = max(made, key=lambda path: int(path.name.rpartition("_")[2]))
+        if input_dir is None:
+            return load(input_dir, *args, **more)  # which says what is wrong
+        with ExitStack() as undo:
+            found = self._bring((), Path(input_dir).expanduser(), undo)
+            with ExitStack() as blank:
+                for entry, one in found:
+                    own = entry.ranks.model, entry.ranks.optimizer
+                    blank.enter_context(blank_states(*own, one["without_states"], undo))
+                load(input_dir, *args, **more)
+            undo.pop_all()
+
+    def _bring(
+        self, models: Sequence[nn.Module], folder: Path, undo: ExitStack
+    ) -> list[tuple[_Entry, dict[str, Any]]]:
+        """Load the states of the rank schedulers, and check what Accelerate is going to load."""
         if not (entries := self._entries()):
-            return known
-        read = lambda: _read(folder, [one.name for one in entries])  # noqa: E731
-        found = entries[0].ranks.processes.attempt(f"reading {folder}", read)
-        for one, (state, weights) in zip(entries, found, strict=True):
+            return []
+        _check_kind(self.accelerator)
+        attempt = entries[0].ranks.processes.attempt
+        read = partial(_read, folder, [one.name for one in entries])
+        found = list(zip(entries, attempt(f"reading {folder}", read), strict=True))
+        for one, parts in found:
             try:
-                one.ranks.load_state_dict(state, undo=undo)
+                one.ranks.load_state_dict(parts["ranks"], undo=undo)
             except ValueError as error:
                 raise ValueError(f"{folder / one.name}: {error}") from error
-            known[one.number] = weights
-        return known
+        known = {one.number: parts["weights"] for one, parts in found}
+        attempt(f"reading {folder}", partial(self._check_files, models, folder, known))
+        return found
 
     def _check_files(
         self, models: Sequence[nn.Module], folder: Path, known: Mapping[int, Mapping[str, int]]
@@ -190,13 +225,14 @@ class _Keeper:
         """Raise ValueError if Accelerate's own files are damaged, or of another save or model."""
         own = self.accelerator
         names = [numbered("optimizer.bin", i) for i in range(len(own._optimizers))]
+        names = [] if own.is_fsdp2 else names
         names += [numbered("scheduler.bin", i) for i in range(len(own._schedulers))]
         names += ["scaler.pt"] if own.scaler is not None else []
         random = f"random_states_{own.process_index}.pkl"
         names += [random] if (folder / random).exists() else []  # not if there were fewer processes
         check_pickled(folder / name for name in names)
-        *_, last = own._load_model_state_pre_hook.values()
-        for number, model in enumerate(models if last == self.load else ()):  # or others load them
+        last = [*own._load_model_state_pre_hook.values()][-1:]
+        for number, model in enumerate(models if last == [self.load] else ()):  # or others load it
             check_weights(folder, number, model, known.get(number, {}))
 
     def _entries(self) -> list[_Entry]:
@@ -225,8 +261,8 @@ class _Keeper:
         return [ranks for one in self._attached if (ranks := one()) is not None]
 
 
-def _read(folder: Path, names: Sequence[str]) -> list[tuple[Any, dict[str, int]]]:
-    """The state of each rank scheduler in a folder, and the checksums of its model's weights.
+def _read(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What was saved with each rank scheduler.
 
     Raises:
         ValueError: there are others than these, or a file is damaged.
@@ -241,10 +277,10 @@ def _read(folder: Path, names: Sequence[str]) -> list[tuple[Any, dict[str, int]]
     return [_parts(folder / name) for name in names]
 
 
-def _parts(folder: Path) -> tuple[Any, dict[str, int]]:
+def _parts(folder: Path) -> dict[str, Any]:
     contents = read_folder(folder)
-    if contents.data.keys() != {"ranks", "weights"}:
+    if contents.data.keys() != {"ranks", "weights", "without_states"}:
         why = f"it has {[*contents.data]} and not the state of a rank scheduler"
         raise DamagedFileError(folder, why, "use another checkpoint")
-    tensors = contents.tensors.get("ranks", {})
-    return unflatten(contents.data["ranks"], tensors, f"{folder}"), contents.data["weights"]
+    ranks = unflatten(contents.data["ranks"], contents.tensors.get("ranks", {}), f"{folder}")
+    return {**contents.data, "ranks": ranks}
