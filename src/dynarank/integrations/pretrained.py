@@ -84,12 +84,12 @@ class RankedFolderLoader(HfQuantizer):
         return True
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         """It trains."""
         return True
 
     @property
-    def is_qat_trainable(self) -> bool:
+    def is_qat_trainable(self) -> Any:
         """All of it."""
         return True
 
