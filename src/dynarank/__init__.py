@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dynarank.allocation.within_budget import plan_within
     from dynarank.checkpoint.save import load, save
     from dynarank.decompositions import UnfitWeightError
+    from dynarank.export.peft import from_peft, to_peft
     from dynarank.factors import regularizers
     from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
     from dynarank.monitors.calibration import calibrate
@@ -58,6 +59,7 @@ __all__ = [
     "estimate",
     "factorize",
     "fit_schedule",
+    "from_peft",
     "headroom",
     "inflate",
     "load",
@@ -68,6 +70,7 @@ __all__ = [
     "save",
     "schedules",
     "survey",
+    "to_peft",
 ]
 
 _HOMES = {
@@ -91,6 +94,7 @@ _HOMES = {
     "estimate": "planning.estimate",
     "factorize": "surgery.verbs",
     "fit_schedule": "planning.fit_schedule",
+    "from_peft": "export.peft",
     "headroom": "planning.headroom",
     "inflate": "surgery.verbs",
     "load": "checkpoint.save",
@@ -101,6 +105,7 @@ _HOMES = {
     "save": "checkpoint.save",
     "schedules": "schedules",
     "survey": "surgery.sites",
+    "to_peft": "export.peft",
 }
 """The module of each public name; it is imported when the name is first asked for."""
 

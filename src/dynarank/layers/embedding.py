@@ -64,7 +64,8 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
         rows = _rows(input, weight.factors(parameters), self)
         if isinstance(form, LowRank):
             return rows
-        return F.embedding(input, weight.base(parameters)) + form.scale * rows
+        whole = F.embedding(input, weight.base(parameters))
+        return whole + (form.scale * rows).to(whole.dtype)  # an adapter may be of another dtype
 
 
 def _rows(indices: Tensor, factors: Factors, table: nn.Embedding) -> Tensor:
