@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from dynarank.allocation.within_budget import plan_within
     from dynarank.checkpoint.save import load, save
     from dynarank.decompositions import UnfitWeightError
+    from dynarank.export.plain import to_plain
     from dynarank.factors import regularizers
     from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
     from dynarank.monitors.calibration import calibrate
@@ -68,6 +69,7 @@ __all__ = [
     "save",
     "schedules",
     "survey",
+    "to_plain",
 ]
 
 _HOMES = {
@@ -101,6 +103,7 @@ _HOMES = {
     "save": "checkpoint.save",
     "schedules": "schedules",
     "survey": "surgery.sites",
+    "to_plain": "export.plain",
 }
 """The module of each public name; it is imported when the name is first asked for."""
 
