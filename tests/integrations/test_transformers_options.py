@@ -1,4 +1,4 @@
-"""What else the Trainer does: accumulation, precisions, the best model, a second run, optimizers."""
+"""What else the Trainer does: accumulation, precisions, best model, second run, optimizers."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from typing import Any
 import pytest
 import torch
 from host_runs import INFLATE, forms_at, schedule
+from pretrained_models import bert, gpt2
 from torch import nn
-from trainer_runs import bert, fit, gpt2, losses, plain_losses, rows, trainer
+from trainer_runs import fit, losses, plain_losses, rows, trainer
 from transformers import EarlyStoppingCallback, Trainer
 
 import dynarank as dr
 from dynarank.integrations.transformers import DynamicRankCallback
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
+
+EVALUATED: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "trainer_eval_dataset": rows(bert(), 8),
+}
+
+
+def cross_entropy(outputs: Any, labels: torch.Tensor, **_: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels)
 
 
 def form_of(model: Any) -> type:
@@ -71,12 +82,12 @@ def test_options_change_no_loss(how: dict[str, Any], plain: list[float], tmp_pat
         {"bf16": True},
         {"neftune_noise_alpha": 1.0},
         {"label_smoothing_factor": 0.1},
-        {"trainer_compute_loss_func": lambda out, labels, **_: nn.functional.cross_entropy(out.logits, labels)},
+        {"trainer_compute_loss_func": cross_entropy},
         {"restore_callback_states_from_checkpoint": True},
         {"optim": "rmsprop"},
         {"optim": "adagrad"},
         {"lr_scheduler_type": "cosine", "warmup_steps": 4},
-        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 4, "trainer_eval_dataset": rows(bert(), 4)},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", **EVALUATED},
         {"max_steps": -1, "num_train_epochs": 2, "data": rows(bert(), 48)},
     ],
     ids=lambda how: next(iter(how)) + str(next(iter(how.values())))[:10],
@@ -128,11 +139,9 @@ class Best:
 @pytest.mark.parametrize("to", ["adapted", "low-rank"])
 @pytest.mark.parametrize("at", [4, 12, 20])
 def test_the_best_model_is_loaded_whole(at: int, to: str, tmp_path: Path) -> None:
-    metric = Best(at)
     how: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "good"}
-    evaluate = {"eval_strategy": "steps", "eval_steps": 4, **SAVED}
-    own = {"trainer_compute_metrics": metric, "trainer_eval_dataset": rows(bert(), 8)}
-    made, _ = trainer(bert(), tmp_path, to, **how, **evaluate, **own)
+    how["trainer_compute_metrics"] = Best(at)
+    made, _ = trainer(bert(), tmp_path, to, **how, **EVALUATED, **SAVED)
     made.train()
     best = type(made.model).from_pretrained(f"{tmp_path}/checkpoint-{at}").eval()
     assert form_of(made.model) is forms_at(at, to)
@@ -179,7 +188,7 @@ def test_a_run_that_did_not_fit_the_memory_begins_anew(tmp_path: Path) -> None:
         calls.append(len(labels))
         if len(labels) > 2 and len(calls) == 3:
             raise RuntimeError("CUDA out of memory.")
-        return nn.functional.cross_entropy(outputs.logits, labels)
+        return cross_entropy(outputs, labels)
 
     how = {"auto_find_batch_size": True, "trainer_compute_loss_func": loss}
     made, callback = trainer(bert(), tmp_path, **how)
@@ -190,10 +199,9 @@ def test_a_run_that_did_not_fit_the_memory_begins_anew(tmp_path: Path) -> None:
 
 def test_a_run_may_end_early(tmp_path: Path) -> None:
     stop = EarlyStoppingCallback(early_stopping_patience=2)
-    own = {"trainer_compute_metrics": Best(4), "trainer_eval_dataset": rows(bert(), 8)}
     how: dict[str, Any] = {"load_best_model_at_end": True, "metric_for_best_model": "good"}
-    steps = {"eval_strategy": "steps", "eval_steps": 4, **SAVED}
-    made, callback = trainer(bert(), tmp_path, trainer_callbacks=[stop], **own, **how, **steps)
+    how |= {"trainer_compute_metrics": Best(4), "trainer_callbacks": [stop]}
+    made, callback = trainer(bert(), tmp_path, **how, **EVALUATED, **SAVED)
     made.train()
     assert made.state.global_step == 12 and form_of(made.model) is dr.LowRank
     assert callback.ranks is not None and callback.ranks.last_step == 12
