@@ -163,7 +163,7 @@ def test_the_same_trainer_trains_again(saved: Path, tmp_path: Path) -> None:
     assert losses(made) == first
 
 
-def test_a_model_made_anew_resumes_too(saved: Path, tmp_path: Path) -> None:
+def test_a_model_of_model_init_resumes_too(saved: Path, tmp_path: Path) -> None:
     for make in (lambda: bert(5), lambda trial: bert(5)):
         data = rows(bert())
         made, _ = trainer(None, tmp_path, data=data, trainer_model_init=make)
@@ -181,7 +181,7 @@ def test_each_trial_of_a_search_is_a_run(tmp_path: Path) -> None:
     assert callback.ranks is not None and callback.ranks.model is made.model
 
 
-def test_a_run_that_did_not_fit_the_memory_begins_anew(tmp_path: Path) -> None:
+def test_a_run_that_did_not_fit_the_memory_begins_again(tmp_path: Path) -> None:
     calls: list[int] = []
 
     def loss(outputs: Any, labels: Any, **_: Any) -> Any:
