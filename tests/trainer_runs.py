@@ -84,7 +84,9 @@ def trainer(
     callbacks = [callback, *own.pop("callbacks", ())]
     if data is None:
         data = rows(own["model_init"]() if model is None else model)
-    made = Trainer(model, arguments(folder, **more), train_dataset=data, callbacks=callbacks, **own)
+    made = Trainer(
+        model, arguments(folder, **more), train_dataset=data, callbacks=callbacks, **own
+    )
     made.remove_callback(PrinterCallback)
     return made, callback
 
