@@ -30,6 +30,7 @@ from host_runs import (
     plain_losses,
     ranks_of,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR
 
@@ -421,12 +422,16 @@ def test_attach_before_prepare_and_twice(saved: Any, tmp_path: Path) -> None:
 
 def test_a_detached_rank_scheduler_is_left_alone(tmp_path: Path) -> None:
     run = Several()
-    for handle in (*run.handles, run.handles[0]):
+    for handle in run.handles:
         handle.remove()
     run.accelerator.save_state(str(tmp_path))
     assert not list(tmp_path.glob("dynarank*"))
     assert not run.accelerator._save_model_state_pre_hook
     assert not run.accelerator._load_model_state_pre_hook
+    attach(run.accelerator, run.ranks[0])
+    run.handles[0].remove()  # of before
+    run.accelerator.save_state(str(tmp_path))
+    assert [path.name for path in tmp_path.glob("dynarank*")] == ["dynarank_1"]
 
 
 def test_free_memory_lets_go(tmp_path: Path) -> None:
@@ -448,8 +453,6 @@ def test_free_memory_lets_go(tmp_path: Path) -> None:
 
 
 def test_the_model_is_saved_with_its_forms(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     run = Run()
     run.train(20)
     run.accelerator.save_model(run.model, str(tmp_path))
@@ -558,6 +561,18 @@ def test_a_folder_without_a_rank_scheduler_is_refused(tmp_path: Path) -> None:
     before = run.state()
     with pytest.raises(ValueError, match=r"saved without attach\(accelerator, ranks\)"):
         run.accelerator.load_state(str(tmp_path))
+    assert run.state() == before
+
+
+def test_weights_that_ddp_has_named_are_refused(saved: Any, tmp_path: Path) -> None:
+    _, folder = saved()
+    shutil.copytree(folder / "12", tmp_path / "12")
+    path = tmp_path / "12/model.safetensors"
+    save_file({f"module.{name}": one for name, one in load_file(path).items()}, path)
+    run = Run(seed=9)
+    before = run.state()
+    with pytest.raises(ValueError, match=r"'module\.0\.bias', the model '0\.bias'.*processes"):
+        run.accelerator.load_state(str(tmp_path / "12"))
     assert run.state() == before
 
 

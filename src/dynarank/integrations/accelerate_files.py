@@ -63,6 +63,11 @@ def check_weights(folder: Path, number: int, model: nn.Module, known: Mapping[st
     """
     path, saved, read = _opened(folder, number)
     state = model.state_dict()
+    if saved and saved.keys().isdisjoint(state):
+        raise ValueError(
+            f"{path} has tensors named {min(saved)!r}, the model {min(state)!r}: load it into the "
+            "same model, in as many processes (DDP puts 'module.' before each name)"
+        )
     for name, outline in saved.items():
         own = state.get(name)
         if isinstance(own, Tensor) and not name.endswith(KEY) and own.shape != outline.shape:
