@@ -249,5 +249,5 @@ def test_manual_accumulation_counts_optimizer_steps() -> None:
     trainer(callback, max_epochs=-1, max_steps=STEPS).fit(module, Loader(2 * STEPS))
     assert callback.ranks.last_step == STEPS
     assert module.losses == plain_losses(accumulate=2, model=Module())
-    with pytest.raises(ValueError, match="took 0 optimizer steps in a batch.*total_steps="):
+    with pytest.raises(ValueError, match=r"took 0 optimizer steps in a batch.*total_steps="):
         trainer(DynamicRankCallback(schedule()), max_epochs=1).fit(Accumulating(), Loader(48))
