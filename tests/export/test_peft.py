@@ -12,12 +12,16 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key, match_target_against_key
+from process_pool import Pools
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers.pytorch_utils import Conv1D
 
 import dynarank as dr
@@ -795,3 +799,48 @@ def gpt2_from(folder: Path) -> Any:
     from transformers import GPT2LMHeadModel
 
     return GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+# Several processes
+
+
+def in_ddp(folder: Path) -> tuple[bool, bool, list[str]]:
+    """Export from DDP, then import into DDP: whether outputs and gradients are alike."""
+    torch.manual_seed(0)
+    model, x = adapted(mlp(), Adapted(2)), torch.randn(4, 8) + dist.get_rank()
+    base = dr.to_peft(DDP(model), folder)
+    dist.barrier()
+    outputs = close(in_peft(base, folder)(x), model(x))
+    wrapped: Any = dr.from_peft(DDP(base), folder)
+    wrapped(x).square().sum().backward()
+    told: list[Any] = [None, None]
+    dist.all_gather_object(told, wrapped.module[0].up.grad)
+    files = sorted(path.name for path in folder.parent.iterdir())
+    return outputs, torch.equal(*told) and bool(told[0].any()), files
+
+
+def in_shards(folder: Path, given: Path) -> list[str]:
+    found: list[str] = []
+    model, plain = adapted(mlp(), Adapted(2)), mlp()
+    fully_shard(model)
+    fully_shard(plain)
+    for call in (lambda: dr.to_peft(model, folder), lambda: dr.from_peft(plain, given)):
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.slow
+def test_ddp_models_go_there_and_back(processes: Pools, tmp_path: Path) -> None:
+    assert processes(2)(in_ddp, tmp_path / "a") == [(True, True, ["a"])] * 2
+
+
+@pytest.mark.slow
+def test_sharded_models_are_refused(processes: Pools, tmp_path: Path) -> None:
+    dr.to_peft(adapted(mlp(), Adapted(2)), tmp_path / "given")
+    for there, back in processes(2)(in_shards, tmp_path / "a", tmp_path / "given"):
+        assert re.search(r"layer '0' .*sharded by fully_shard.*dr\.save.*not sharded", there)
+        assert re.search(r"layer '0' .*sharded by fully_shard.*before that", back)
+    assert not (tmp_path / "a").exists()

@@ -369,6 +369,10 @@ def _edit(
     old = site.parameters()
     if not isinstance(site.form, FullRank):
         raise ValueError(f"it is {site.form} already: dr.inflate(model) makes it a base")
+    if site.sharding is not None:
+        raise ValueError(
+            "it is sharded by fully_shard: call dr.from_peft before that"
+        )
     check_values_known(site.path, old)
     check_replaceable(site.path, old)
     for place in site.places:
