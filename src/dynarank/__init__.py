@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dynarank.checkpoint.save import load, save
     from dynarank.decompositions import UnfitWeightError
     from dynarank.export.peft import from_peft, to_peft
+    from dynarank.export.plain import to_plain
     from dynarank.factors import regularizers
     from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
     from dynarank.monitors.calibration import calibrate
@@ -71,6 +72,7 @@ __all__ = [
     "schedules",
     "survey",
     "to_peft",
+    "to_plain",
 ]
 
 _HOMES = {
@@ -106,6 +108,7 @@ _HOMES = {
     "schedules": "schedules",
     "survey": "surgery.sites",
     "to_peft": "export.peft",
+    "to_plain": "export.plain",
 }
 """The module of each public name; it is imported when the name is first asked for."""
 

@@ -133,6 +133,14 @@ class RankedLayer(nn.Module):
         set_class(self, _plain_class(self))
         return self
 
+    def plain_chain(self) -> nn.Sequential | None:
+        """Plain modules that do in a row what this layer does; None: only the merged layer does.
+
+        For :func:`dynarank.to_plain`, which asks layers whose every weight is low-rank. They take
+        over the layer's parameters, and hold no others.
+        """
+        return None
+
     def plain_like(self) -> nn.Module:
         """A module of the plain class with the same attributes, its parameters' table included."""
         shell = self.plain.__new__(self.plain)
