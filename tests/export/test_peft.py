@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -425,6 +426,22 @@ class Shared(nn.Module):
         return self.b(self.a(x))
 
 
+class Reader(nn.Module):
+    """Reads a weight past its layer; of another only the dtype, as T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.called(x.to(self.called.weight.dtype)), self.fc.weight, self.fc.bias)
+
+
+def test_a_layer_of_which_only_the_dtype_is_read_goes(tmp_path: Path) -> None:
+    model, x = adapted(Reader(), {"called": Adapted(2)}), torch.randn(2, 8)
+    assert close(in_peft(dr.to_peft(model, tmp_path), tmp_path)(x), model(x))
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -460,8 +477,9 @@ ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "fused": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)),
         "0.linear1",
-        "in eval mode nn.TransformerEncoderLayer reads the weight",
+        "in eval mode nn.TransformerEncoderLayer reads its weight",
     ),
+    "read": (Reader, "fc", "Reader reads its weight, and PEFT's adapter acts where"),
     "shared": (Shared, "a", "in 2 places, of which PEFT would adapt 'a' only"),
     "the model": (lambda: nn.Linear(8, 8), "", "it is the whole model"),
 }
@@ -484,7 +502,7 @@ def survey_forms(model: nn.Module) -> list[tuple[str, object]]:
     return [(site.path, site.form) for site in survey(model)]
 
 
-@pytest.mark.parametrize("name", ["dilation", "padding mode", "fused", "shared"])
+@pytest.mark.parametrize("name", ["dilation", "padding mode", "fused", "read", "shared"])
 def test_and_their_adapters_are_not_taken_over(name: str, tmp_path: Path) -> None:
     make, path, message = ELSEWHERE[name]
     model = make()
