@@ -28,6 +28,7 @@ ARGUMENTS = {
     "12_transformers_trainer": ["--steps", "24"],
     "14_accelerate": ["--epochs", "3"],
     "13_lightning": ["--steps", "40"],
+    "17_peft": ["--steps", "20"],
 }
 TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1"
 TORCHRUN += " --rdzv-backend c10d --rdzv-endpoint localhost:0"
@@ -47,6 +48,7 @@ SAYS = {
     "12_transformers_trainer": "24 losses as in the plain loop; resumed from 3 checkpoints",
     "14_accelerate": "the other 14 are the same",
     "13_lightning": "resumed after step 30: the same losses",
+    "17_peft": "brought back, it computes the same: True",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150
 
