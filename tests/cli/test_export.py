@@ -160,10 +160,10 @@ def test_a_folder_runs_where_dynarank_cannot_be_imported(
     torch.testing.assert_close(logits, outputs(trained.model, trained.example)["logits"])
 
 
-def test_the_code_of_the_card_loads_the_weights(export: Any, runs: Path, here: Path) -> None:
+def test_the_code_of_the_model_card_loads_the_weights(export: Any, runs: Path, here: Path) -> None:
     assert export("--to", "net") == 0
-    card = (here / "net" / "README.md").read_text()
-    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0]
+    page = (here / "net" / "README.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here / "net")
@@ -176,7 +176,7 @@ def test_the_code_of_the_card_loads_the_weights(export: Any, runs: Path, here: P
     torch.testing.assert_close(outputs(names["model"], trained.example)["logits"], expected)
     for text in ("| `hidden` | 64x32 | low-rank | svd |", "seed 0, 3 epochs", "Test accuracy: ",
                  "FLOPs in a forward pass", "dynarank export "):  # fmt: skip
-        assert text in card, text
+        assert text in page, text
 
 
 def test_factors_that_a_run_ends_with_are_exact(export: Any, runs: Path, here: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from dynarank.export.batch_axis import Batch
-from dynarank.export.card import model_card
+from dynarank.export.model_card import model_card
 from dynarank.export.plain import Keep, to_plain
 from dynarank.export.program import Exported, to_pt2
 from dynarank.export.weights import chains, write_weights
@@ -73,7 +73,7 @@ def write_files(trained: Trained, to: Path, *, keep: Keep, batch: int | None) ->
         with temporary_beside(to) as beside:
             beside.mkdir()
             files = [job.file(beside / name) for name in IN_FOLDER[1:]]
-            write_text(beside / IN_FOLDER[0], job.card(to))
+            write_text(beside / IN_FOLDER[0], job.model_card(to))
             with temporary_beside(to) as before:
                 if to.exists():
                     to.rename(before)
@@ -138,7 +138,7 @@ class _Job:
             "Commit": header.commit or "",
         }
 
-    def card(self, to: Path) -> str:
+    def model_card(self, to: Path) -> str:
         """The model card of a folder."""
         command = f"dynarank export {self.trained.run.folder} --to {to} --keep {self.keep}"
         about = {key: value for key, value in self.about().items() if value}

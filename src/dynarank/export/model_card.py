@@ -33,7 +33,7 @@ def model_card(
     tags: Sequence[str] = (),
     metrics: Sequence[str] = (),
 ) -> str:
-    """The card of a model that is shipped, as Markdown.
+    """The model card of what is shipped, as Markdown.
 
     Args:
         model: as trained, with its forms.
