@@ -24,6 +24,12 @@ def small(to: str = "low-rank") -> nn.Module:
     return dr.factorize(model, 2, layers="0")
 
 
+def test_a_file_is_as_large_as_its_parameters(tmp_path: Path) -> None:
+    data = torch.randn(100_000, 32)
+    found = to_pt2(small(), data[:2], tmp_path / "model.pt2")
+    assert found.size < 40_000
+
+
 @pytest.mark.parametrize("to", ["low-rank", "adapted"])
 def test_it_computes_what_the_model_does(to: str, tmp_path: Path) -> None:
     model, x = small(to).train(), torch.randn(1, 32)

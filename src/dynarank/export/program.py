@@ -115,7 +115,9 @@ def ready(
     """
     plain = to_plain(model, keep=keep, layers=layers, example=example).cpu().eval()
     plain.register_forward_hook(lambda module, args, output: plain_outputs(output))
-    batch = Batch(tree_map_only(Tensor, lambda x: x.detach().cpu(), example), batch_dim)
+    # Copies: torch writes the example into the file, with all the memory that it is a view of.
+    example = tree_map_only(Tensor, lambda x: x.detach().cpu().clone(), example)
+    batch = Batch(example, batch_dim)
     return plain, batch if batch_dim is None or batch.size > 1 else batch.of_size(2)
 
 
