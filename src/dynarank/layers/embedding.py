@@ -65,7 +65,8 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
         rows = _rows(input, weight.factors(parameters), self)
         if isinstance(form, LowRank):
             return rows
-        return F.embedding(input, weight.base(parameters)) + form.scale * rows
+        whole = F.embedding(input, weight.base(parameters))
+        return whole + (form.scale * rows).to(whole.dtype)  # an adapter may be of another dtype
 
     def plain_chain(self) -> nn.Sequential:
         """``Embedding -> Linear``: the rows of the last factor, then the others."""
