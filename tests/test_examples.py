@@ -29,6 +29,7 @@ ARGUMENTS = {
     "14_accelerate": ["--epochs", "3"],
     "13_lightning": ["--steps", "40"],
     "17_peft": ["--steps", "20"],
+    "16_deploy": ["--steps", "20"],
 }
 TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1"
 TORCHRUN += " --rdzv-backend c10d --rdzv-endpoint localhost:0"
@@ -49,6 +50,7 @@ SAYS = {
     "14_accelerate": "the other 14 are the same",
     "13_lightning": "resumed after step 30: the same losses",
     "17_peft": "brought back, it computes the same: True",
+    "16_deploy": "parameters: trained 57,354, plain 57,354, merged 301,066",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150
 
