@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from dynarank.allocation.within_budget import plan_within
     from dynarank.checkpoint.save import load, save
     from dynarank.decompositions import UnfitWeightError
+    from dynarank.export.peft import from_peft, to_peft
+    from dynarank.export.plain import to_plain
     from dynarank.factors import regularizers
     from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
     from dynarank.monitors.calibration import calibrate
@@ -58,6 +60,7 @@ __all__ = [
     "estimate",
     "factorize",
     "fit_schedule",
+    "from_peft",
     "headroom",
     "inflate",
     "load",
@@ -68,6 +71,8 @@ __all__ = [
     "save",
     "schedules",
     "survey",
+    "to_peft",
+    "to_plain",
 ]
 
 _HOMES = {
@@ -91,6 +96,7 @@ _HOMES = {
     "estimate": "planning.estimate",
     "factorize": "surgery.verbs",
     "fit_schedule": "planning.fit_schedule",
+    "from_peft": "export.peft",
     "headroom": "planning.headroom",
     "inflate": "surgery.verbs",
     "load": "checkpoint.save",
@@ -101,6 +107,8 @@ _HOMES = {
     "save": "checkpoint.save",
     "schedules": "schedules",
     "survey": "surgery.sites",
+    "to_peft": "export.peft",
+    "to_plain": "export.plain",
 }
 """The module of each public name; it is imported when the name is first asked for."""
 

@@ -41,6 +41,7 @@ __all__ = [
     "discard",
     "prepare",
     "put",
+    "put_in_place",
     "read_data",
     "read_folder",
     "settle",
@@ -167,7 +168,7 @@ def put(
     write_chunks(beside / MANIFEST, [Manifest(files, step).dump()], sync=sync)
     if sync:
         sync_folder(beside)
-    if not _rename(beside, folder, sync):
+    if not put_in_place(beside, folder, sync=sync):
         _copy(beside, folder, [*files, MANIFEST], sync)
 
 
@@ -357,8 +358,8 @@ def _files(contents: Contents) -> dict[str, Iterable[bytes | memoryview]]:
     return files
 
 
-def _rename(beside: Path, folder: Path, sync: bool) -> bool:
-    """Rename into place, keeping what was there until then; False if the volume cannot."""
+def put_in_place(beside: Path, folder: Path, *, sync: bool) -> bool:
+    """Rename a folder into place, keeping what was there until then; False if the volume cannot."""
     previous = _previous(folder)
     replaces = folder.exists()
     if replaces:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from dynarank.decompositions import Geometry
 from dynarank.forms import FullRank
+from dynarank.layers.chain import factor_modules
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer, effective, one_call
+from dynarank.layers.ranked import RankedLayer, effective, one_call, read_parameters
 from dynarank.layers.weight import WeightSpec
 
 __all__ = [
@@ -46,9 +47,10 @@ class _RankedConv(RankedLayer):
     def padded(cls, module: nn.Module, inputs: Mapping[str, object]) -> tuple[Tensor, Geometry]:
         """The input, padded unless the kernel pads it with zeros itself, and the geometry."""
         conv, x = cast(Any, module), cast(Tensor, inputs["input"])
-        geometry, sides = _geometry(conv), conv._reversed_padding_repeated_twice
-        if conv.padding_mode != "zeros" or (conv.padding == "same" and sides[::2] != sides[1::2]):
-            x = F.pad(x, sides, "constant" if conv.padding_mode == "zeros" else conv.padding_mode)
+        geometry = _geometry(conv)
+        if _pads_itself(conv):
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode)
             geometry = replace(geometry, padding=(0,) * len(geometry.stride))
         return x, geometry
 
@@ -58,6 +60,20 @@ class _RankedConv(RankedLayer):
             return cast(Tensor, self.plain.forward(self, input))
         x, geometry = type(self).padded(self, {"input": input})
         return self.multiply(self.resolved(), x, cast(Any, self).bias, geometry)
+
+    def plain_chain(self) -> nn.Sequential:
+        """``Conv -> Conv``; a padding mode, or uneven padding, comes first."""
+        conv, weight = cast(Any, self), self.resolved()
+        factors = weight.factors(read_parameters(self))
+        if not _pads_itself(conv):
+            return nn.Sequential(*factor_modules(factors, weight.own_stages, conv.bias))
+        geometry = replace(weight.spec.geometry, padding=(0,) * len(conv.kernel_size))
+        stages, sides = weight.stages(geometry), conv._reversed_padding_repeated_twice
+        if sides[::2] != sides[1::2]:
+            modules = factor_modules(factors, stages, conv.bias)
+            return nn.Sequential(_padding(conv.padding_mode, sides), *modules)
+        stages = (replace(stages[0], padding=tuple(sides[::-2])), *stages[1:])
+        return nn.Sequential(*factor_modules(factors, stages, conv.bias, conv.padding_mode))
 
 
 class _RankedTransposed(_RankedConv):
@@ -116,6 +132,19 @@ class RankedConvTranspose3d(_RankedTransposed, nn.ConvTranspose3d):  # pyright: 
     """A three-dimensional transposed convolution in one of the three forms."""
 
     plain = nn.ConvTranspose3d
+
+
+def _pads_itself(conv: Any) -> bool:
+    """Whether it pads its input before the kernel slides over it: by a mode, or unevenly."""
+    sides = conv._reversed_padding_repeated_twice
+    return conv.padding_mode != "zeros" or (conv.padding == "same" and sides[::2] != sides[1::2])
+
+
+def _padding(mode: str, sides: list[int]) -> nn.Module:
+    """A module that pads; ``sides`` as of ``F.pad``."""
+    names = {"zeros": "Zero", "circular": "Circular", "reflect": "Reflection"}
+    kind = f"{names.get(mode, 'Replication')}Pad{len(sides) // 2}d"
+    return cast(nn.Module, getattr(nn, kind)(tuple(sides)))
 
 
 def _geometry(conv: Any) -> Geometry:

@@ -152,6 +152,17 @@ class EffectiveWeight(Tensor):
         """Whether it is what the layer handed out, not a view of it."""
         return self.plain is self.reading.whole
 
+    def __getattr__(self, name: str) -> Any:
+        """An attribute that a user, or a library, has given to all of the layer's parameters.
+
+        transformers notes there which parameters are not to be initialized again.
+        """
+        found = () if name in EffectiveWeight.__slots__ else self.reading.parameters().values()
+        values = [vars(parameter)[name] for parameter in found if name in vars(parameter)]
+        if not values or len(values) < len(found) or any(one is not values[0] for one in values):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return values[0]
+
     def set_(self, *_: object, **__: object) -> Any:
         """Refuse; torch ignores what ``__torch_function__`` says of this operation."""
         raise RuntimeError(
@@ -252,7 +263,8 @@ def _set_data(weight: EffectiveWeight, value: Tensor) -> None:
     if not weight.is_whole or mine != its:
         raise ValueError(
             f"{weight.reading.name} is {_described(*mine)} in this layer, got {_described(*its)}; "
-            "the layer is as it was"
+            "the layer is as it was. While it has factors nothing of that can change: call "
+            "inflate(model) or merge(model) first, for example to resize embeddings"
         )
     written = value.data_ptr() == weight.plain.data_ptr() and value.stride() == weight.stride()
     if not (written and weight.reading.is_current):  # as it is after `layer.weight.data += ...`

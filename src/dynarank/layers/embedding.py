@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynarank.decompositions import Factors, Geometry
 from dynarank.forms import FullRank, LowRank
+from dynarank.layers.chain import factor_modules, parameter_like
 from dynarank.layers.execution import Call
 from dynarank.layers.ranked import RankedLayer, effective, one_call, read_parameters
 from dynarank.layers.weight import WeightSpec
@@ -64,7 +65,16 @@ class RankedEmbedding(RankedLayer, nn.Embedding):  # pyright: ignore
         rows = _rows(input, weight.factors(parameters), self)
         if isinstance(form, LowRank):
             return rows
-        return F.embedding(input, weight.base(parameters)) + form.scale * rows
+        whole = F.embedding(input, weight.base(parameters))
+        return whole + (form.scale * rows).to(whole.dtype)  # an adapter may be of another dtype
+
+    def plain_chain(self) -> nn.Sequential:
+        """``Embedding -> Linear``: the rows of the last factor, then the others."""
+        *others, up = self.resolved().factors(read_parameters(self))
+        table = nn.Embedding(*up.shape, padding_idx=self.padding_idx, device="meta")
+        table.weight = parameter_like(up)
+        turned = tuple(factor.T for factor in reversed(others))  # a Linear multiplies by W'
+        return nn.Sequential(table, *factor_modules(turned, [Geometry()] * len(turned), None))
 
 
 def _rows(indices: Tensor, factors: Factors, table: nn.Embedding) -> Tensor:

@@ -139,6 +139,7 @@ def _form(data: Mapping[str, Any]) -> Form:
     plain = isinstance(data.get("recompute", False), bool)
     plain &= isinstance(data.get("decomposition", ""), str)
     plain &= type(data.get("rank", 1)) is int
-    if not plain or json.dumps(form_to_data(form)) != json.dumps(data):
+    kept = json.dumps(form_to_data(form), sort_keys=True)
+    if not plain or kept != json.dumps(data, sort_keys=True):
         raise ValueError(f"{dict(data)!r} is not the data of a form")
     return form

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dynarank.forms import FullRank
-from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.chain import factor_modules
+from dynarank.layers.ranked import RankedLayer, effective, read_parameters
 from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedConv1D"]
@@ -35,3 +36,9 @@ class RankedConv1D(RankedLayer, Conv1D):
         if isinstance(self.form, FullRank):
             return super().forward(x)
         return self.multiply(self.resolved(), x, cast(Any, self).bias)
+
+    def plain_chain(self) -> nn.Sequential:
+        """``Linear -> Linear``."""
+        weight, bias = self.resolved(), cast(Any, self).bias
+        factors = weight.factors(read_parameters(self))
+        return nn.Sequential(*factor_modules(factors, weight.own_stages, bias))

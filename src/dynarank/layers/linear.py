@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dynarank.forms import FullRank
-from dynarank.layers.ranked import RankedLayer, effective
+from dynarank.layers.chain import factor_modules
+from dynarank.layers.ranked import RankedLayer, effective, read_parameters
 from dynarank.layers.weight import WeightSpec
 
 __all__ = ["RankedLinear", "RankedOutputProjection"]
@@ -31,6 +32,12 @@ class RankedLinear(RankedLayer, nn.Linear):  # pyright: ignore[reportIncompatibl
         if isinstance(self.form, FullRank):
             return super().forward(input)
         return self.multiply(self.resolved(), input, self.bias)
+
+    def plain_chain(self) -> nn.Sequential:
+        """``Linear -> Linear``."""
+        weight = self.resolved()
+        factors = weight.factors(read_parameters(self))
+        return nn.Sequential(*factor_modules(factors, weight.own_stages, self.bias))
 
 
 class RankedOutputProjection(RankedLinear):

@@ -35,6 +35,7 @@ __all__ = [
     "RankedLayer",
     "copied_layers",
     "effective",
+    "in_base_dtype",
     "one_call",
     "own_parameters",
     "read_parameters",
@@ -150,6 +151,14 @@ class RankedLayer(nn.Module):
             del self.__dict__[name]
         set_class(self, _plain_class(self))
         return self
+
+    def plain_chain(self) -> nn.Sequential | None:
+        """Plain modules that do in a row what this layer does; None: only the merged layer does.
+
+        For :func:`dynarank.to_plain`, which asks layers whose every weight is low-rank. They take
+        over the layer's parameters, and hold no others.
+        """
+        return None
 
     def plain_like(self) -> nn.Module:
         """A module of the plain class with the same attributes, its parameters' table included."""
@@ -307,7 +316,7 @@ class RankedLayer(nn.Module):
         if isinstance(form, FullRank):  # the attribute, which torch.nn.utils may have replaced
             base = weight.base({spec.name: getattr(self, spec.name)})
             return linear_map(x, spec.to_canonical(base), geometry, bias)
-        parameters = read_parameters(self)
+        parameters = in_base_dtype(weight, read_parameters(self))
         execution = self._execution(weight, x, geometry, parameters[weight.names[-1]])
         if execution.name == "joined":
             return linear_map(x, weight.joined(parameters), geometry, bias)
@@ -542,6 +551,19 @@ def one_call(module: nn.Module, x: Tensor, geometry: Geometry) -> Call:
     own = cast(Mapping[str, "Tensor | None"], read_parameters(module)).items()
     trains = any(p is not None and p.requires_grad and name != "bias" for name, p in own)
     return Call(input_shape(x), geometry, x.requires_grad, trains)
+
+
+def in_base_dtype(weight: ResolvedWeight, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The parameters; an adapter of another dtype, as fp32 on a bf16 base, is cast to the base's.
+
+    Autocast casts both itself.
+    """
+    base, dtype = parameters[weight.names[0]], parameters[weight.names[-1]].dtype
+    if dtype == base.dtype or not isinstance(weight.form, Adapted):
+        return parameters
+    if torch.is_autocast_enabled(base.device.type):
+        return parameters
+    return {**parameters, **{n: parameters[n].to(base.dtype) for n in weight.names[1:]}}
 
 
 def _chain(

@@ -208,7 +208,8 @@ class ResolvedWeight:
         joined = self.spec.from_canonical(self.joined(parameters))
         if isinstance(self.form, LowRank):
             return joined
-        return self.base(parameters) + self.form.scale * joined
+        base = self.base(parameters)
+        return (base + self.form.scale * joined).to(base.dtype)  # an adapter may be of another
 
     def write_(self, parameters: Mapping[str, Tensor], value: Tensor, fit: bool = False) -> float:
         """Write a value to the parameters, all of it or nothing.

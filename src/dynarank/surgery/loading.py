@@ -32,6 +32,7 @@ from dynarank.surgery.incoming import Incoming, Load, incoming
 from dynarank.surgery.left_behind import watch_replaced
 from dynarank.surgery.optimizer_state import new_contents, write
 from dynarank.surgery.own_references import is_optimizer, wrapped
+from dynarank.surgery.pretrained import follow_pretrained, unfollow_pretrained
 from dynarank.surgery.replaced import returning_states
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.sites import survey
@@ -52,12 +53,14 @@ _LAST_LOADED: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # the las
 
 def follow_loads(model: nn.Module) -> None:
     """From now on the model takes states of other forms; its copies do too."""
+    follow_pretrained(model)
     if not _ours(_hooks(model)):
         model.register_load_state_dict_pre_hook(_before_load)
 
 
 def unfollow_loads(model: nn.Module) -> None:
     """Take the hooks off the model and its modules."""
+    unfollow_pretrained(model)
     for hooks in map(_hooks, model.modules()):
         for number in _ours(hooks):
             del hooks[number]

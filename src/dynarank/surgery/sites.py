@@ -25,6 +25,7 @@ from dynarank.layers import (
 )
 from dynarank.layers.obstacles import number_obstacle, weight_obstacle
 from dynarank.surgery.defaults import with_defaults
+from dynarank.surgery.foreign_adapters import inside_adapters, without_form
 from dynarank.surgery.selection import LayerFilter, RankMap
 from dynarank.surgery.site import Site
 from dynarank.surgery.survey_table import Survey
@@ -83,8 +84,11 @@ def _traverse(model: nn.Module) -> list[Site]:
                     memory, start, end = _extent(one)
                     owners.setdefault(memory, []).append((start, end, path))
     parents, together = readers(model), dict[object, list[Site]]()
+    foreign = inside_adapters(model)
     for module, paths in modules.items():
         for site in _sites(module, tuple(paths), parents.get(module), shards):
+            if module in foreign:
+                site = without_form(site, foreign[module])
             together.setdefault(_tie_key(site), []).append(site)
     return [one for group in together.values() for one in _tied(group, owners)]
 

@@ -41,7 +41,7 @@ from torch.nn.utils.rnn import PackedSequence
 from dynarank.decompositions import Factors
 from dynarank.forms import FullRank, LowRank
 from dynarank.layers.execution import Call
-from dynarank.layers.ranked import RankedLayer, read_out, read_parameters
+from dynarank.layers.ranked import RankedLayer, in_base_dtype, read_out, read_parameters
 from dynarank.layers.recurrent.loop import (
     GATES,
     Direction,
@@ -246,13 +246,14 @@ class _Recurrent(RankedLayer):
     def _branches(self, name: str, execution: str) -> tuple[Factors, ...]:
         if execution not in _APART:
             return ((self._whole(name),),)
-        form, parameters = self.forms[name], read_parameters(self)
+        form, weight = self.forms[name], self.resolved(name)
         assert not isinstance(form, FullRank)
-        factors = self.resolved(name).factors(parameters)
+        parameters = in_base_dtype(weight, read_parameters(self))
+        factors = weight.factors(parameters)
         if isinstance(form, LowRank):
             return (factors,)
         *first, last = factors
-        return (self.resolved(name).base(parameters),), (*first, last * form.scale)
+        return (weight.base(parameters),), (*first, last * form.scale)
 
     def _whole(self, name: str) -> Tensor:
         """The parameter or effective weight, in the parameters' dtype even under autocast."""

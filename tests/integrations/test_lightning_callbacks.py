@@ -1,0 +1,216 @@
+"""Beside Lightning's other callbacks and tuners; and what is refused before any step."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from host_runs import INFLATE, STEPS, batches, plain_losses, schedule
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EarlyStopping,
+    LearningRateFinder,
+    LearningRateMonitor,
+)
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.tuner import Tuner
+from lightning_runs import QUIET, Loader, Module, every_four, fit, trainer
+
+import dynarank as dr
+from dynarank import FullRank, LowRank
+from dynarank.integrations import lightning as integration
+from dynarank.integrations.lightning import DynamicRankCallback
+
+pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in QUIET]
+
+
+class Tunable(Module):
+    """With an attribute for each tuner."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.lr, self.batch_size = 1e-2, 8
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), lr=self.lr)
+
+    def train_dataloader(self) -> Any:
+        x, y = (torch.cat(part) for part in zip(*batches(), strict=True))
+        data = torch.utils.data.TensorDataset(x, y)
+        return torch.utils.data.DataLoader(data, batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.filterwarnings("ignore:.*tensor to a scalar|.*log_interval|Batch size|.*`fit_loop`")
+@pytest.mark.parametrize("tuner", ["lr callback", "size callback", "lr", "size"])
+def test_a_tuner_before_the_run_leaves_no_trace(
+    tuner: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    callback, module, more = DynamicRankCallback(schedule()), Tunable(), []
+    if tuner == "lr callback":
+        more = [LearningRateFinder(num_training_steps=12, update_attr=False)]
+    elif tuner == "size callback":
+        more = [BatchSizeFinder(steps_per_trial=2, init_val=8, max_trials=1)]
+    run = trainer(callback, *more, max_epochs=1)
+    if tuner == "lr":
+        Tuner(run).lr_find(module, num_training=12, update_attr=False)
+    elif tuner == "size":
+        Tuner(run).scale_batch_size(module, steps_per_trial=2, init_val=8, max_trials=1)
+    module.batch_size = 8
+    run.fit(module)
+    assert more or len(module.losses) > STEPS  # the tuner has trained
+    assert module.losses[-STEPS:] == plain_losses(model=Module())
+    assert callback.ranks.last_step == STEPS
+
+
+def test_early_stopping_and_the_monitor_of_rates(tmp_path: Path) -> None:
+    class Stops(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("worse", float(self.trainer.current_epoch), batch_size=1)
+            return super().training_step(batch, batch_idx)
+
+    from lightning.pytorch.loggers import CSVLogger
+
+    module, callback = Stops(), DynamicRankCallback(schedule())
+    stop = EarlyStopping("worse", patience=1, check_on_train_epoch_end=True)
+    more = {"limit_train_batches": 6, "max_epochs": 4, "logger": CSVLogger(tmp_path)}
+    trainer(callback, stop, LearningRateMonitor(), **more, log_every_n_steps=3).fit(
+        module, Loader()
+    )
+    assert callback.ranks.last_step == 12 and callback.ranks.total_steps == STEPS
+    assert module.losses[:6] == plain_losses(model=Module())[:6]
+
+
+def test_the_sanity_check_sees_the_first_form() -> None:
+    class Looks(Module):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            seen.append((self.global_step, type(dr.current_plan(self)["net.0"])))
+
+    seen: list[Any] = []
+    loader: Any = torch.utils.data.DataLoader(batches(1), batch_size=None)
+    more: dict[str, Any] = {"num_sanity_val_steps": 1, "val_check_interval": INFLATE}
+    run = trainer(DynamicRankCallback(schedule()), max_epochs=1, **more)
+    run.fit(Looks(), Loader(), loader)
+    assert seen[:2] == [(0, LowRank), (INFLATE, FullRank)]
+
+
+# --- fit again
+
+
+def test_fit_is_called_again_with_the_same_trainer(monkeypatch: Any) -> None:
+    module, callback = Module(), DynamicRankCallback(schedule(), total_steps=STEPS)
+    run = trainer(callback, max_epochs=1, limit_train_batches=12)
+    run.fit(module, Loader(12))
+    closed, before = list[int](), id(callback.ranks)
+    monkeypatch.setattr(dr.RankScheduler, "close", lambda ranks: closed.append(id(ranks)))
+    run.fit_loop.max_epochs = 2
+    run.fit(module, Loader(12))
+    ranks = callback.ranks
+    assert (ranks.last_step, ranks.total_steps) == (STEPS, STEPS)
+    assert closed == [before]
+    again = Module()
+    other = DynamicRankCallback(schedule())
+    trainer(other, max_epochs=1).fit(again, Loader())
+    assert dr.current_plan(again) == dr.current_plan(module)
+
+
+def test_another_length_when_fit_is_called_again_is_refused() -> None:
+    module, callback = Module(), DynamicRankCallback(schedule())
+    run = trainer(callback, max_epochs=1)
+    run.fit(module, Loader())
+    run.fit_loop.max_epochs = 2
+    with pytest.raises(ValueError, match=r"has 24 steps, this trainer's has 48.*total_steps=24"):
+        run.fit(module, Loader())
+    assert len(module.losses) == STEPS
+
+
+def test_a_new_trainer_begins_a_new_run() -> None:
+    module, callback = Module(), DynamicRankCallback(schedule())
+    for _ in range(2):
+        trainer(callback, max_epochs=1).fit(module, Loader())
+        assert callback.ranks.last_step == STEPS
+
+
+def test_another_module_in_the_middle_of_a_run_is_refused() -> None:
+    callback = DynamicRankCallback(schedule())
+    run = trainer(callback, max_epochs=1)
+    run.fit(Module(), Loader())
+    run.fit_loop.max_epochs, module = 2, Module(9)
+    with pytest.raises(ValueError, match=r"after 24 steps.*made without it.*new Trainer"):
+        run.fit(module, Loader())
+    assert not module.losses and type(module.net[0]) is torch.nn.Linear
+
+
+def test_a_checkpoint_without_a_position_is_refused(tmp_path: Path) -> None:
+    plain = Module()
+    trainer(every_four(tmp_path), max_epochs=1).fit(plain, Loader())
+    module = Module(9)
+    with pytest.raises(ValueError, match=r"after 12 steps.*no state of it.*load_from_checkpoint"):
+        fit(module, checkpoint=tmp_path / "step=12.ckpt")
+    assert not module.losses and type(module.net[0]) is torch.nn.Linear
+    run = trainer(DynamicRankCallback(schedule()))
+    run.validate(module, Loader(1), ckpt_path=tmp_path / "step=12.ckpt", verbose=False)
+
+
+# --- refused
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_with_flat_parameters_are_refused(kind: type) -> None:
+    class Stand:
+        strategy, max_epochs = object.__new__(kind), 1
+
+    module, run = Module(), Stand()
+    with pytest.raises(ValueError, match=rf"strategy is {kind.__name__}.*flat buffers.*use .*ddp"):
+        DynamicRankCallback(schedule()).setup(run, module, "fit")  # type: ignore[arg-type]
+    assert not module._load_state_dict_pre_hooks
+
+
+@pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])
+def test_two_versions_are_refused_by_name(version: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=rf"lightning {version} .*install another version"):
+        integration._host()
+
+
+def test_without_lightning_the_error_names_the_extra(monkeypatch: Any) -> None:
+    def none(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", none)
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(ImportError, match=r"needs `lightning`.*pip install.*\[lightning\]"):
+        integration._host()
+
+
+def test_the_older_package_serves_where_it_is_the_only_one(monkeypatch: Any) -> None:
+    def only(name: str) -> str:
+        if name != "pytorch-lightning":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "2.6.6"
+
+    stand: Any = type(sys)("pytorch_lightning")
+    monkeypatch.setattr(importlib.metadata, "version", only)
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", stand)
+    assert integration._host() is stand
+
+
+def test_no_rank_scheduler_before_the_run() -> None:
+    with pytest.raises(RuntimeError, match=r"trainer\.fit makes it"):
+        _ = DynamicRankCallback(schedule()).ranks
+
+
+def test_a_run_without_an_optimizer_is_refused() -> None:
+    class Without(Module):
+        def configure_optimizers(self) -> None:
+            return None
+
+    with pytest.raises(ValueError, match="no optimizer"), pytest.warns(UserWarning):
+        fit(Without())
