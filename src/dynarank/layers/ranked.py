@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, ClassVar, cast
 from weakref import WeakSet
 
@@ -60,9 +61,10 @@ _ONLY_READS = "torch.nn.modules.transformer"
 _COPIES: WeakSet[RankedLayer] = WeakSet()
 
 
-def copied_layers() -> list[RankedLayer]:
-    """The ranked layers that are alive and were copied or unpickled, as those of averages are."""
-    return list(_COPIES)
+def copied_layers() -> list[tuple[RankedLayer, Mapping[str, str]]]:
+    """The ranked layers that were copied or unpickled, as those of averages, and what made them."""
+    alive = list(_COPIES)
+    return list(zip(alive, map(attrgetter("_made_by"), alive), strict=True))
 
 
 class RankedLayer(nn.Module):

@@ -76,7 +76,7 @@ class LeftCopies:
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         ranked = [one for one in layers if isinstance(one, RankedLayer)]
         made = {name: one for one in ranked for name in one.made_by.values() if name}
-        pairs = [(c, made[n]) for c in copied_layers() for n in c.made_by.values() if n in made]
+        pairs = [(c, made[n]) for c, by in copied_layers() for n in by.values() if n in made]
         self._pairs = [(ref(c), ref(one), _versions(c)) for c, one in pairs if c not in ranked]
 
     def warn(self) -> None:
