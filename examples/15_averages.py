@@ -51,7 +51,7 @@ class Run:
             loss = F.cross_entropy(self.model(x[batch]), y[batch]) / ACCUMULATE
             self.scaler.scale(loss * float("inf") if overflow else loss).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # asked for anew at each step
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)  # asked for at each step
         self.scaler.step(self.optimizer)
         self.scaler.update()
         changes = self.ranks.step()  # counts nothing if the scaler has skipped the step
