@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from host_runs import INFLATE, batches, forms_at, mlp, schedule
 from pretrained_models import bert, gpt2
 from torch import nn
@@ -246,6 +247,14 @@ def test_an_optimizer_whose_state_cannot_move_is_refused_before_the_first_step(
 def test_sharded_trainers_are_refused(given: dict[str, Any]) -> None:
     args = SimpleNamespace(**{"fsdp": "", "deepspeed": None, **given})
     with pytest.raises(ValueError, match=f"runs under {next(iter(given))}, .*DDP works"):
+        DynamicRankCallback(schedule()).on_init_end(args, None, None, model=bert())
+
+
+def test_an_accelerator_that_shards_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = SimpleNamespace(distributed_type=DistributedType.FSDP)  # by accelerate launch
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: launched)
+    args = SimpleNamespace(fsdp="", deepspeed=None)
+    with pytest.raises(ValueError, match="runs under FSDP, .*DDP works"):
         DynamicRankCallback(schedule()).on_init_end(args, None, None, model=bert())
 
 
