@@ -224,8 +224,8 @@ def _check_loaded(model: nn.Module, layers: Mapping[str, Any]) -> None:
     missing = [name for name, one in named if not (hasattr(one, FILLED) or one.is_meta)]
     if missing:
         raise ValueError(
-            f"the folder has no values for {', '.join(missing)}: its files are of different models, "
-            "or one of them is missing"
+            f"the folder has no values for {', '.join(missing)}: its files are of different "
+            "models, or one of them is missing"
         )
 
 
