@@ -13,7 +13,6 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainingArguments,

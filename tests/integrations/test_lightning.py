@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from covering import over
 from host_runs import (
     ENDINGS,
     POSITIONS,
@@ -29,23 +30,28 @@ from dynarank.integrations.lightning import DynamicRankCallback
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in QUIET]
 
 
-@pytest.fixture(scope="module", params=[(to, n) for to in ENDINGS for n in (1, 2)], ids=str)
-def saved(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], Any]:
-    """The checkpoints of a run, its losses, and what it was."""
-    to, accumulate = request.param
-    folder, module = tmp_path_factory.mktemp("run"), Module()
-    fit(module, to, every_four(folder), accumulate=accumulate)
-    return folder, module.losses, request.param
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Path, Any]]:
+    """The checkpoints and the losses of runs, by ending and accumulation."""
+    found: dict[tuple[str, int], tuple[Path, Any]] = {}
+    for to in ENDINGS:
+        for accumulate in (1, 2):
+            folder, module = tmp_path_factory.mktemp("run"), Module()
+            fit(module, to, every_four(folder), accumulate=accumulate)
+            found[to, accumulate] = folder, module.losses
+    return found
 
 
-def test_losses_are_the_plain_loops(saved: Any) -> None:
-    _, losses, (to, accumulate) = saved
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("to", ENDINGS)
+def test_losses_are_the_plain_loops(runs: Any, to: str, accumulate: int) -> None:
+    _, losses = runs[to, accumulate]
     assert losses == plain_losses(to, accumulate=accumulate, model=Module())
 
 
-@pytest.mark.parametrize("step", POSITIONS)
-def test_a_run_goes_on_from_every_position_bit_by_bit(saved: Any, step: int) -> None:
-    folder, losses, (to, accumulate) = saved
+@over({"to": ENDINGS, "accumulate": [1, 2], "step": POSITIONS})
+def test_a_run_goes_on_bit_by_bit(runs: Any, to: str, accumulate: int, step: int) -> None:
+    folder, losses = runs[to, accumulate]
     module, path = Module(seed=9), folder / f"step={step}.ckpt"
     callback = fit(module, to, accumulate=accumulate, checkpoint=path)
     assert module.losses == losses[step * accumulate :]
@@ -72,8 +78,11 @@ class InBf16(Module):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch.compile
-@pytest.mark.parametrize("to", ENDINGS)
-@pytest.mark.parametrize("how", ["clipped", "bf16", "compiled", "max_steps", "manual"])
+@pytest.mark.parametrize(
+    ("how", "to"),
+    [(how, "low-rank") for how in ("clipped", "bf16", "compiled", "max_steps")]
+    + [("manual", to) for to in ENDINGS],
+)
 def test_whatever_the_trainer_does_losses_are_the_plain_loops(how: str, to: str) -> None:
     module, model, options, optimizers = Module(), Module(), dict[str, Any](), None
     given: Any = module

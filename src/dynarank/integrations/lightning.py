@@ -182,7 +182,8 @@ class DynamicRankCallback(Callback):
         if trainer.state.fn == "fit":
             self.ranks.load_state_dict(state)
             self._uncounted = state["uncounted"] > 0
-            trainer.fit_loop._combined_loader = None  # to be set up again, with its own state
+            # As Lightning's own tuners do: the data are set up again, with the state of the loaders.
+            trainer.fit_loop._combined_loader = None  # pyright: ignore[reportPrivateUsage]
         else:
             forms = {path: form_from_data(data) for path, data in state["forms"].items()}
             apply_plan(trainer.lightning_module, forms)
@@ -251,7 +252,8 @@ class DynamicRankCallback(Callback):
         made, self._steps_before = trainer.global_step - self._steps_before, trainer.global_step
         if not pl_module.automatic_optimization and self._total_steps is None:
             self._check_pace(trainer, made)
-        self.ranks.step()
+        if self._max_epochs in (None, -1) or trainer.current_epoch < self._max_epochs:
+            self.ranks.step()  # in the epoch that StochasticWeightAveraging adds nothing is trained
 
     def _check_pace(self, trainer: Trainer, made: int) -> None:
         """Raise ValueError if manual optimization takes other steps than the length tells."""
