@@ -182,7 +182,7 @@ class DynamicRankCallback(Callback):
         if trainer.state.fn == "fit":
             self.ranks.load_state_dict(state)
             self._uncounted = state["uncounted"] > 0
-            # As Lightning's own tuners do: the data are set up again, with the state of the loaders.
+            # As Lightning's own tuners do: data are set up again, with the states of the loaders.
             trainer.fit_loop._combined_loader = None  # pyright: ignore[reportPrivateUsage]
         else:
             forms = {path: form_from_data(data) for path, data in state["forms"].items()}
