@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ from dynarank.integrations.lightning import DynamicRankCallback
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in QUIET]
 
 
+@cache
+def plain(to: str, accumulate: int = 1) -> list[float]:
+    return plain_losses(to, accumulate=accumulate, model=Module())
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Path, Any]]:
     """The checkpoints and the losses of runs, by ending and accumulation."""
@@ -46,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tupl
 @pytest.mark.parametrize("to", ENDINGS)
 def test_losses_are_the_plain_loops(runs: Any, to: str, accumulate: int) -> None:
     _, losses = runs[to, accumulate]
-    assert losses == plain_losses(to, accumulate=accumulate, model=Module())
+    assert losses == plain(to, accumulate)
 
 
 @over({"to": ENDINGS, "accumulate": [1, 2], "step": POSITIONS})
@@ -84,23 +90,26 @@ class InBf16(Module):
     + [("manual", to) for to in ENDINGS],
 )
 def test_whatever_the_trainer_does_losses_are_the_plain_loops(how: str, to: str) -> None:
-    module, model, options, optimizers = Module(), Module(), dict[str, Any](), None
+    module, options = Module(), dict[str, Any]()
     given: Any = module
     if how == "clipped":
-        options, optimizers = {"gradient_clip_val": 0.1}, clipped
+        options = {"gradient_clip_val": 0.1}
+        expected = plain_losses(to, model=Module(), optimizers=clipped)
     elif how == "bf16":
-        options, model = {"precision": "bf16-mixed"}, InBf16()
-    elif how == "compiled":
-        given = torch.compile(module, backend="eager")
-    elif how == "max_steps":
-        options = {"max_epochs": -1, "max_steps": STEPS}
-    else:
+        options = {"precision": "bf16-mixed"}
+        expected = plain_losses(to, model=InBf16())
+    elif how == "manual":
         module = given = Manual()
         options = {"max_epochs": -1, "max_steps": 2 * STEPS}  # it counts those of both
-        optimizers = lambda model: two_optimizers(model.net)  # noqa: E731
+        both = lambda model: two_optimizers(model.net)  # noqa: E731
+        expected = plain_losses(to, model=Module(), optimizers=both)
+    else:
+        expected = plain(to)
+        options = {"max_epochs": -1, "max_steps": STEPS} if how == "max_steps" else {}
+        given = torch.compile(module, backend="eager") if how == "compiled" else module
     callback = fit(given, to, **options)
     assert callback.ranks.total_steps == STEPS
-    assert module.losses == plain_losses(to, model=model, optimizers=optimizers)
+    assert module.losses == expected
 
 
 class InEpochs(Module):
@@ -198,9 +207,11 @@ def test_the_users_rates_and_other_options_come_first() -> None:
 
 
 OPTIONS = {
-    "rewarm": lambda: {"callbacks": [dr.LRRewarmup(3)]},
+    "rewarm": lambda: {
+        "callbacks": [dr.LRRewarmup(3)],
+        "batches": lambda: [x for x, _ in batches(2)],
+    },
     "calibrated": lambda: {"moments": "calibrated"},  # by gradients that Lightning's closure makes
-    "batches": lambda: {"batches": lambda: [x for x, _ in batches(2)]},
 }
 
 
@@ -289,6 +300,6 @@ def test_manual_accumulation_counts_optimizer_steps() -> None:
     callback = DynamicRankCallback(schedule())
     trainer(callback, max_epochs=-1, max_steps=STEPS).fit(module, Loader(2 * STEPS))
     assert callback.ranks.last_step == STEPS
-    assert module.losses == plain_losses(accumulate=2, model=Module())
+    assert module.losses == plain("adapted", 2)
     with pytest.raises(ValueError, match=r"took 0 optimizer steps in a batch.*total_steps="):
         trainer(DynamicRankCallback(schedule()), max_epochs=1).fit(Accumulating(), Loader(48))

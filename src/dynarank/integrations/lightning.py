@@ -170,7 +170,8 @@ class DynamicRankCallback(Callback):
 
         def load_checkpoint(checkpoint_path: Any, *args: Any, **more: Any) -> dict[str, Any]:
             place = Path(strategy.broadcast(checkpoint_path))
-            saved = torch.load(place / "meta.pt" if place.is_dir() else place, mmap=place.is_file())
+            own, safe = place.is_file(), more.get("weights_only")
+            saved = torch.load(place if own else place / "meta.pt", mmap=own, weights_only=safe)
             state = saved.get("callbacks", {}).get(self.state_key, {}).get("ranks")
             if state is not None:
                 self._bring(trainer, state)
