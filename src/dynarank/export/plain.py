@@ -25,12 +25,13 @@ from dynarank.surgery.selection import LayerFilter, why_left
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.verbs import apply_plan
 
-__all__ = ["Keep", "to_plain"]
+__all__ = ["Keep", "check_copyable", "copied", "to_plain"]
 
 Keep: TypeAlias = Literal["cheaper", "factors", "merged"]
 _Chains: TypeAlias = dict[nn.Module, nn.Module]
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")  # what a module keeps of its calls
+_TIED = "_tied_weights_keys"  # of transformers, given back with the plain layers
 _LEFT_OUT = object()  # in a copy, in place of what is dynarank's
 _PLAIN = (int, float, str, tuple, type(None))  # attributes that others read, such as in_features
 
@@ -46,8 +47,9 @@ def to_plain(
 
     A low-rank layer becomes its factors in a row, ``Sequential(Linear, Linear)`` or
     ``Sequential(Conv2d, Conv2d)``, the last with the bias; keys of its state are ``fc.0.weight``,
-    ``fc.1.weight``, ``fc.1.bias``. An adapted layer is merged, and one that is full-rank is a plain
-    layer again. So the result runs, copies, pickles and exports without dynarank.
+    ``fc.1.weight``, ``fc.1.bias``, and it tells its ``rank`` and ``decomposition``. An adapted
+    layer is merged, and one that is full-rank is a plain layer again. So the result runs, copies,
+    pickles and exports without dynarank.
 
     It is a copy that shares nothing with the model, which can go on training: its optimizer, hooks
     and :class:`RankScheduler` stay as they are. (:func:`merge` works in place.) Attributes that are
@@ -80,10 +82,10 @@ def to_plain(
     if keep not in get_args(Keep):
         raise ValueError(f"keep is one of {', '.join(map(repr, get_args(Keep)))}, got {keep!r}")
     core = unwrapped(model)
-    _check(core)
+    check_copyable(core)
     told: list[str] = []
     with independent(), torch.inference_mode(False):
-        plain = _copy(core)
+        plain = copied(core)
         sites = survey(plain)
         chains = _chains(plain, sites, keep, layers, told)
         _merge(plain, sites, chains)
@@ -97,7 +99,7 @@ def to_plain(
     return plain
 
 
-def _check(core: nn.Module) -> None:
+def check_copyable(core: nn.Module) -> None:
     """Raise ValueError for what a copy of the model would not follow."""
     for path, module in core.named_modules():
         own = vars(module).get("forward")
@@ -223,8 +225,10 @@ def _merge(plain: nn.Module, sites: Sequence[Site], chains: _Chains) -> None:
 
 def _become(layer: nn.Module, chain: nn.Module) -> None:
     """Make a layer the chain, in place: whoever holds the layer holds the chain."""
+    assert isinstance(layer, RankedLayer)
     chain.train(layer.training)
-    own = vars(layer)
+    own, form = vars(layer), next(iter(layer.forms.values()))
+    assert isinstance(form, LowRank)
     kept = {
         name: value
         for name, value in own.items()
@@ -232,10 +236,10 @@ def _become(layer: nn.Module, chain: nn.Module) -> None:
     }
     object.__setattr__(layer, "__class__", type(chain))
     own.clear()
-    own.update({**vars(chain), **kept})
+    own.update(vars(chain) | kept | {"rank": form.rank, "decomposition": form.decomposition})
 
 
-def _copy(core: nn.Module) -> nn.Module:
+def copied(core: nn.Module) -> nn.Module:
     """A copy without what dynarank has put on the modules: its hooks, and objects of its own."""
     memo = without_graphs(core)
     for module in core.modules():
@@ -255,7 +259,8 @@ def _own_objects(module: nn.Module) -> Iterator[Any]:
     for table in _hook_tables(module):
         yield from (one for one in table.values() if _is_ours(getattr(one, "hook", one)))
     if not _is_ours(type(module)) and not isinstance(module, RankedLayer):
-        yield from (value for value in vars(module).values() if _is_ours(type(value)))
+        own = (value for name, value in vars(module).items() if name != _TIED)
+        yield from (value for value in own if _is_ours(type(value)))
 
 
 def _hook_tables(module: nn.Module) -> list[dict[Any, Any]]:
