@@ -12,12 +12,17 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import get_pattern_key, match_target_against_key
+from process_pool import Pools
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
 from transformers.pytorch_utils import Conv1D
 
 import dynarank as dr
@@ -421,6 +426,22 @@ class Shared(nn.Module):
         return self.b(self.a(x))
 
 
+class Reader(nn.Module):
+    """Reads a weight past its layer; of another only the dtype, as T5 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.called(x.to(self.called.weight.dtype)), self.fc.weight, self.fc.bias)
+
+
+def test_a_layer_of_which_only_the_dtype_is_read_goes(tmp_path: Path) -> None:
+    model, x = adapted(Reader(), {"called": Adapted(2)}), torch.randn(2, 8)
+    assert close(in_peft(dr.to_peft(model, tmp_path), tmp_path)(x), model(x))
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -456,8 +477,9 @@ ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "fused": (
         lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)),
         "0.linear1",
-        "in eval mode nn.TransformerEncoderLayer reads the weight",
+        "in eval mode nn.TransformerEncoderLayer reads its weight",
     ),
+    "read": (Reader, "fc", "Reader reads its weight, and PEFT's adapter acts where"),
     "shared": (Shared, "a", "in 2 places, of which PEFT would adapt 'a' only"),
     "the model": (lambda: nn.Linear(8, 8), "", "it is the whole model"),
 }
@@ -480,7 +502,7 @@ def survey_forms(model: nn.Module) -> list[tuple[str, object]]:
     return [(site.path, site.form) for site in survey(model)]
 
 
-@pytest.mark.parametrize("name", ["dilation", "padding mode", "fused", "shared"])
+@pytest.mark.parametrize("name", ["dilation", "padding mode", "fused", "read", "shared"])
 def test_and_their_adapters_are_not_taken_over(name: str, tmp_path: Path) -> None:
     make, path, message = ELSEWHERE[name]
     model = make()
@@ -795,3 +817,48 @@ def gpt2_from(folder: Path) -> Any:
     from transformers import GPT2LMHeadModel
 
     return GPT2LMHeadModel.from_pretrained(folder).eval()
+
+
+# Several processes
+
+
+def in_ddp(folder: Path) -> tuple[bool, bool, list[str]]:
+    """Export from DDP, then import into DDP: whether outputs and gradients are alike."""
+    torch.manual_seed(0)
+    model, x = adapted(mlp(), Adapted(2)), torch.randn(4, 8) + dist.get_rank()
+    base = dr.to_peft(DDP(model), folder)
+    dist.barrier()
+    outputs = close(in_peft(base, folder)(x), model(x))
+    wrapped: Any = dr.from_peft(DDP(base), folder)
+    wrapped(x).square().sum().backward()
+    told: list[Any] = [None, None]
+    dist.all_gather_object(told, wrapped.module[0].up.grad)
+    files = sorted(path.name for path in folder.parent.iterdir())
+    return outputs, torch.equal(*told) and bool(told[0].any()), files
+
+
+def in_shards(folder: Path, given: Path) -> list[str]:
+    found: list[str] = []
+    model, plain = adapted(mlp(), Adapted(2)), mlp()
+    fully_shard(model)
+    fully_shard(plain)
+    for call in (lambda: dr.to_peft(model, folder), lambda: dr.from_peft(plain, given)):
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.slow
+def test_ddp_models_go_there_and_back(processes: Pools, tmp_path: Path) -> None:
+    assert processes(2)(in_ddp, tmp_path / "a") == [(True, True, ["a"])] * 2
+
+
+@pytest.mark.slow
+def test_sharded_models_are_refused(processes: Pools, tmp_path: Path) -> None:
+    dr.to_peft(adapted(mlp(), Adapted(2)), tmp_path / "given")
+    for there, back in processes(2)(in_shards, tmp_path / "a", tmp_path / "given"):
+        assert re.search(r"layer '0' .*sharded by fully_shard.*dr\.save.*not sharded", there)
+        assert re.search(r"layer '0' .*sharded by fully_shard.*before that", back)
+    assert not (tmp_path / "a").exists()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dynarank.checkpoint.folder import put_in_place, settle
 from dynarank.checkpoint.save import said_if_alone
-from dynarank.distributed.processes import processes_of
+from dynarank.distributed.processes import independent, processes_of
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.export.peft_config import MERGE, check_config, config_of, dropout_of, scaling_of
 from dynarank.export.peft_layers import (
@@ -31,6 +31,7 @@ from dynarank.export.peft_layers import (
     layer_obstacle,
     tensors_of,
 )
+from dynarank.export.plain import check_copyable, copied
 from dynarank.files.atomic import temporary_beside, write_text
 from dynarank.files.json_data import read_json
 from dynarank.files.printable import printable
@@ -210,11 +211,13 @@ def _has_factors(site: Site) -> bool:
 
 def _without_adapters(core: nn.Module) -> Any:
     """A plain copy of the model, whose adapted weights are their bases."""
-    base = copy.deepcopy(core)
-    for site in survey(base):
-        for factor in site.factors():
-            factor.data.zero_()
-    return merge(base)
+    check_copyable(core)
+    with independent(), torch.inference_mode(False):
+        base = copied(core)
+        for site in survey(base):
+            for factor in site.factors():
+                factor.data.zero_()
+        return merge(base)
 
 
 def _write(
@@ -369,6 +372,8 @@ def _edit(
     old = site.parameters()
     if not isinstance(site.form, FullRank):
         raise ValueError(f"it is {site.form} already: dr.inflate(model) makes it a base")
+    if site.sharding is not None:
+        raise ValueError("it is sharded by fully_shard: call dr.from_peft before that")
     check_values_known(site.path, old)
     check_replaceable(site.path, old)
     for place in site.places:

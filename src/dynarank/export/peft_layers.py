@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynarank.export.peft_config import Scaling
+from dynarank.export.readers import weights_read
 from dynarank.forms import Adapted
 from dynarank.layers import WeightSpec
 from dynarank.surgery.sites import Site
@@ -46,7 +47,9 @@ def layer_obstacle(site: Site, place: Site, model: nn.Module) -> str:
         return f"PEFT has no adapter of this form for the weights of {kind.__name__}"
     ((parent, name),) = spots
     if isinstance(parent, nn.TransformerEncoderLayer) and name in _FUSED:
-        return "in eval mode nn.TransformerEncoderLayer reads the weight, and PEFT's is without it"
+        return "in eval mode nn.TransformerEncoderLayer reads its weight past the adapter"
+    if module in (read := weights_read(model, [module], values=True)):
+        return f"{read[module]}, and PEFT's adapter acts where the layer is called"
     return _conv_obstacle(module)
 
 

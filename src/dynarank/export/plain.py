@@ -25,12 +25,13 @@ from dynarank.surgery.selection import LayerFilter, why_left
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.verbs import apply_plan
 
-__all__ = ["Keep", "to_plain"]
+__all__ = ["Keep", "check_copyable", "copied", "to_plain"]
 
 Keep: TypeAlias = Literal["cheaper", "factors", "merged"]
 _Chains: TypeAlias = dict[nn.Module, nn.Module]
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")  # what a module keeps of its calls
+_TIED = "_tied_weights_keys"  # of transformers, given back with the plain layers
 _LEFT_OUT = object()  # in a copy, in place of what is dynarank's
 _PLAIN = (int, float, str, tuple, type(None))  # attributes that others read, such as in_features
 
@@ -81,10 +82,10 @@ def to_plain(
     if keep not in get_args(Keep):
         raise ValueError(f"keep is one of {', '.join(map(repr, get_args(Keep)))}, got {keep!r}")
     core = unwrapped(model)
-    _check(core)
+    check_copyable(core)
     told: list[str] = []
     with independent(), torch.inference_mode(False):
-        plain = _copy(core)
+        plain = copied(core)
         sites = survey(plain)
         chains = _chains(plain, sites, keep, layers, told)
         _merge(plain, sites, chains)
@@ -98,7 +99,7 @@ def to_plain(
     return plain
 
 
-def _check(core: nn.Module) -> None:
+def check_copyable(core: nn.Module) -> None:
     """Raise ValueError for what a copy of the model would not follow."""
     for path, module in core.named_modules():
         own = vars(module).get("forward")
@@ -238,7 +239,7 @@ def _become(layer: nn.Module, chain: nn.Module) -> None:
     own.update(vars(chain) | kept | {"rank": form.rank, "decomposition": form.decomposition})
 
 
-def _copy(core: nn.Module) -> nn.Module:
+def copied(core: nn.Module) -> nn.Module:
     """A copy without what dynarank has put on the modules: its hooks, and objects of its own."""
     memo = without_graphs(core)
     for module in core.modules():
@@ -258,7 +259,8 @@ def _own_objects(module: nn.Module) -> Iterator[Any]:
     for table in _hook_tables(module):
         yield from (one for one in table.values() if _is_ours(getattr(one, "hook", one)))
     if not _is_ours(type(module)) and not isinstance(module, RankedLayer):
-        yield from (value for value in vars(module).values() if _is_ours(type(value)))
+        own = (value for name, value in vars(module).items() if name != _TIED)
+        yield from (value for value in own if _is_ours(type(value)))
 
 
 def _hook_tables(module: nn.Module) -> list[dict[Any, Any]]:

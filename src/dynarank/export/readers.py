@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from functools import cache
 from textwrap import dedent
 from typing import Any
@@ -20,20 +20,27 @@ from dynarank.layers import RankedLayer
 
 __all__ = ["close_fast_paths", "weights_read"]
 
+_OUTLINES = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad"})
 
-def weights_read(model: nn.Module, layers: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
+
+def weights_read(
+    model: nn.Module, layers: Collection[nn.Module], *, values: bool = False
+) -> dict[nn.Module, str]:
     """The layers whose weight or bias a module of the model reads, and which module that is.
 
     Args:
         model: with these layers.
-        layers: ranked layers.
+        layers: ranked layers, or plain ones with a ``weight``.
+        values: whether only the weight's values count, not its dtype, device or shape, nor a bias.
     """
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
-        for names in _reads(type(parent)):
+        chains = [c for c in _reads(type(parent)) if not (values and c[-1] in _OUTLINES)]
+        for names in dict.fromkeys(c[:n] for c in chains for n in range(2, len(c) + 1)):
             for layer, name in _owners(parent, names):
-                if layer in layers and isinstance(layer, RankedLayer):
-                    if name in layer.forms or name == "bias":
+                if layer in layers:
+                    weights = layer.forms if isinstance(layer, RankedLayer) else ("weight",)
+                    if name in weights or (name == "bias" and not values):
                         found[layer] = f"{type(parent).__name__} reads its {name}"
     return found
 
@@ -80,7 +87,7 @@ def _reads(kind: type[nn.Module]) -> tuple[tuple[str, ...], ...]:
             continue
         for chain in _chains(method):
             found[chain] = None
-            if len(chain) == 1 and chain[0] not in seen:
+            if chain[0] not in seen:
                 seen.add(chain[0])
                 due.append(chain[0])
     return tuple(chain for chain in found if len(chain) > 1)
@@ -92,7 +99,11 @@ def _chains(method: Any) -> Iterator[tuple[str, ...]]:
         tree = ast.parse(dedent(inspect.getsource(inspect.unwrap(method))))
     except (OSError, TypeError, SyntaxError, ValueError):  # no source, or no function
         return
-    for node in ast.walk(tree):
+    nodes = [*ast.walk(tree)]
+    inner = {id(n.value) for n in nodes if isinstance(n, ast.Attribute | ast.Subscript)}
+    for node in nodes:
+        if id(node) in inner:
+            continue
         names: list[str] = []
         at: ast.AST = node
         while isinstance(at, ast.Attribute | ast.Subscript):
