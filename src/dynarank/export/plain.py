@@ -85,7 +85,7 @@ def to_plain(
     core = unwrapped(model)
     check_copyable(core)
     told: list[str] = []
-    with independent(), torch.inference_mode(False), torch.enable_grad():  # views keep who trains
+    with independent(), torch.inference_mode(False):  # gradients on: views of factors train
         plain = copied(core)
         sites = survey(plain)
         chains = _chains(plain, sites, keep, layers, told)
