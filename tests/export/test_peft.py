@@ -535,6 +535,16 @@ def test_low_rank_layers_have_no_base(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_that_cannot_be_read_as_a_layer_s_own_are_refused(tmp_path: Path) -> None:
+    model = adapted(mlp(), {"0": Adapted(2), "1": Adapted(2)})
+    model[2].register_parameter("again", model[0].down)
+    with pytest.raises(ValueError, match=r"layer '0' cannot be exported: its down is tied to 2"):
+        dr.to_peft(model, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"layer '0'.*on the meta device"):
+        dr.to_peft(adapted(mlp(), {"0": Adapted(2)}).to("meta"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_layer_that_has_factors_already_is_refused(tmp_path: Path) -> None:
     model = mlp()
     written(tmp_path, model, r=2, target_modules=["0", "1"])
