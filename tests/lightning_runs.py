@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +136,18 @@ def fit(
     loader: Any = Loader(STEPS * accumulate)
     trainer(callback, *callbacks, **more).fit(module, loader, ckpt_path=checkpoint)
     return callback
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """The variables of torchrun: Lightning takes the processes that are there."""
+    rank = str(torch.distributed.get_rank())
+    given = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "run"}
+    given |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name in given:
+            del os.environ[name]

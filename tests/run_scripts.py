@@ -32,6 +32,8 @@ def main(scripts: list[str]) -> int | str:
     """Run the scripts; what to exit with."""
     # Python 3.12 warns of forking where there are threads; those of numpy and torch are idle here.
     warnings.filterwarnings("ignore", message=".*fork", category=DeprecationWarning)
+    # Lightning 2.6 uses an old name of torch's, and wants workers for the smallest data.
+    warnings.filterwarnings("ignore", message=".*LeafSpec|.*does not have many workers")
     for module in ("torch", "torch._dynamo", "dynarank.scheduler.rank_scheduler"):  # what is slow
         import_module(module)
     failed = [script for script in scripts if run(script)]

@@ -25,6 +25,10 @@ ARGUMENTS = {
     "09_compress_an_encoder": "--encoder encoder --data pairs --shares 0.5 --rounds 1".split(),
     "10_your_own_recipe": ["--epochs", "1", "--train-limit", "64"],
     "11_several_processes": ["--steps", "120", "--kill-at", "70"],
+    "12_transformers_trainer": ["--steps", "24"],
+    "13_lightning": ["--steps", "40"],
+    "14_accelerate": ["--epochs", "3"],
+    "16_deploy": ["--steps", "20"],
     "17_peft": ["--steps", "20"],
 }
 TORCHRUN = "-m torch.distributed.run --nproc-per-node 2 --max-restarts 1"
@@ -42,6 +46,10 @@ SAYS = {
     "09_compress_an_encoder": "0.5 calibrated, in a budget",
     "10_your_own_recipe": "test worst_class",
     "11_several_processes": "process 1 of 2 goes on at step 50",
+    "12_transformers_trainer": "24 losses as in the plain loop; resumed from 3 checkpoints",
+    "13_lightning": "resumed after step 30: the same losses",
+    "14_accelerate": "the other 14 are the same",
+    "16_deploy": "parameters: trained 57,354, plain 57,354, merged 301,066",
     "17_peft": "brought back, it computes the same: True",
 }
 LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the others 150

@@ -16,7 +16,7 @@ RECORDED = re.compile(r"^benchmarks/.*/results/.*(?<!README\.md)$")
 OLD_WORDS = {
     r"adaptors?": "adapter",
     r"neighbou?r(s|ing)?": "related method, or adjacent",
-    r"(method'?s )?cards?": "method page",
+    r"(method'?s )?(?<!model[\s_])cards?": "method page",  # Hugging Face has model cards
     r"(tell|tells|told|telling)( \w+){0,3} apart": "statistically indistinguishable, or separate",
     r"told from (each|one|the|an)\s?other(s)?": "statistically indistinguishable",
     r"in small(?=\s?[,:;(*]|\.(\s|$))": "scaled-down",

@@ -7,42 +7,14 @@ from typing import Any
 
 import torch
 from host_runs import STEPS, schedule
+from pretrained_models import WORDS
 from torch import Tensor, nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import dynarank as dr
 from dynarank.integrations.transformers import DynamicRankCallback
 
-BATCH, LENGTH, WORDS = 4, 8, 64
-
-
-def bert(seed: int = 0) -> Any:
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
-    rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=WORDS, num_hidden_layers=1, num_labels=4, **sizes, **rates)
-    )
-
-
-def gpt2(seed: int = 0, **more: Any) -> Any:
-    torch.manual_seed(seed)
-    rates = {"resid_pdrop": 0.1, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    ids = {"bos_token_id": 0, "eos_token_id": 1}
-    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, **ids}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=WORDS, **sizes, **rates, **more))
-
-
-MODELS = {"bert": bert, "gpt2": gpt2}
+BATCH, LENGTH = 4, 8
 
 
 def rows(model: nn.Module, count: int = STEPS * BATCH) -> list[dict[str, Any]]:
@@ -84,9 +56,7 @@ def trainer(
     callbacks = [callback, *own.pop("callbacks", ())]
     if data is None:
         data = rows(own["model_init"]() if model is None else model)
-    made = Trainer(
-        model, arguments(folder, **more), train_dataset=data, callbacks=callbacks, **own
-    )
+    made = Trainer(model, arguments(folder, **more), train_dataset=data, callbacks=callbacks, **own)
     made.remove_callback(PrinterCallback)
     return made, callback
 

@@ -1,9 +1,9 @@
 """Run records: typed JSON lines, appended to ``records.jsonl`` while a run trains.
 
 A run folder holds ``config.json`` (the recipe as it ran), ``records.jsonl`` (this module),
-``model.safetensors`` (the final weights, merged) and ``report.html``. A folder of runs, one per
-schedule, is a comparison. Times are fractional epochs, so that runs of different batch sizes and
-lengths share an axis.
+``model.safetensors`` (the final weights, merged), ``factors.safetensors`` if layers end low-rank,
+and ``report.html``. A folder of runs, one per schedule, is a comparison. Times are fractional
+epochs, so that runs of different batch sizes and lengths share an axis.
 
 Each line ends with a checksum. What is damaged, or of a newer version, is left out and said so;
 the rest of the run is read.

@@ -76,7 +76,7 @@ class Run:
         ranks = ranks_of(model, optimizer, to) if before else None
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         self.ranks = ranks or ranks_of(self.model, self.optimizer, to)
-        attach(self.accelerator, self.ranks)
+        self.handle = attach(self.accelerator, self.ranks)
 
     def train(self, save: Path | None = None, end: int = STEPS) -> list[float]:
         """Each process has half of a batch; the losses of the whole ones."""
@@ -185,6 +185,8 @@ def refusals(folder: Path) -> tuple[list[str], bool]:
         found.append(said(lambda: attach(run.accelerator, run.ranks)))
         found.append(said(lambda: run.accelerator.save_state(str(folder / "full"))))
         found.append(said(lambda: run.accelerator.load_state(folder / "4")))
+        run.handle.remove()
+        assert "load_state" not in vars(run.accelerator)
     with launched():
         accelerator, model = accelerator_of("fsdp2"), mlp()
         found.append(said(lambda: attach(accelerator, ranks_of(model, adamw(model)))))

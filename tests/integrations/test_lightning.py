@@ -188,6 +188,38 @@ def test_the_users_rates_and_other_options_come_first() -> None:
     assert ranks.forecast.rates == (0.5, 0.25)
 
 
+OPTIONS = {
+    "rewarm": lambda: {"callbacks": [dr.LRRewarmup(3)]},
+    "calibrated": lambda: {"moments": "calibrated"},  # by gradients that Lightning's closure makes
+    "batches": lambda: {"batches": lambda: [x for x, _ in batches(2)]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_the_rank_scheduler_do_what_they_do_in_a_plain_loop(
+    name: str, tmp_path: Path
+) -> None:
+    model, losses = Module(), list[float]()
+    optimizer = adamw(model)
+    ranks = ranks_of(model, optimizer, "low-rank", **OPTIONS[name]())
+    for batch in batches():
+        loss = loss_of(model, batch)
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        ranks.step()
+        optimizer.zero_grad()
+
+    def again() -> DynamicRankCallback:
+        return DynamicRankCallback(schedule("low-rank"), **OPTIONS[name]())
+
+    module, resumed = Module(), Module(9)
+    trainer(again(), every_four(tmp_path), max_epochs=1).fit(module, Loader())
+    assert module.losses == losses
+    trainer(again(), max_epochs=1).fit(resumed, Loader(), ckpt_path=tmp_path / "step=12.ckpt")
+    assert resumed.losses == losses[12:]
+
+
 # --- manual optimization
 
 
@@ -249,5 +281,5 @@ def test_manual_accumulation_counts_optimizer_steps() -> None:
     trainer(callback, max_epochs=-1, max_steps=STEPS).fit(module, Loader(2 * STEPS))
     assert callback.ranks.last_step == STEPS
     assert module.losses == plain_losses(accumulate=2, model=Module())
-    with pytest.raises(ValueError, match="took 0 optimizer steps in a batch.*total_steps="):
+    with pytest.raises(ValueError, match=r"took 0 optimizer steps in a batch.*total_steps="):
         trainer(DynamicRankCallback(schedule()), max_epochs=1).fit(Accumulating(), Loader(48))

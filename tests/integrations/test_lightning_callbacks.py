@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from host_runs import INFLATE, STEPS, adamw, batches, plain_losses, schedule
+from host_runs import INFLATE, STEPS, batches, plain_losses, schedule
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,

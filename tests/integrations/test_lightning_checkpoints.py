@@ -1,4 +1,4 @@
-"""Lightning's checkpoints in each form: tested, predicted with, loaded without a trainer, resumed."""
+"""Lightning's checkpoints in each form: tested, predicted with, loaded, resumed."""
 
 from __future__ import annotations
 

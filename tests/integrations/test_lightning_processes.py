@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from host_runs import ENDINGS, STEPS, batches, plain_losses, schedule
-from lightning_runs import QUIET, Loader, Module, every_four, trainer
+from lightning_runs import QUIET, Loader, Module, every_four, launched, trainer
 from process_pool import Pools
 
 import dynarank as dr
@@ -32,21 +27,6 @@ class Half(Loader):
         super().__init__()
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self.batches = [(x[rank::2], y[rank::2]) for x, y in self.batches]
-
-
-@contextmanager
-def launched() -> Iterator[None]:
-    """The variables of torchrun: Lightning takes the processes that are there."""
-    rank = str(torch.distributed.get_rank())
-    given = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "run"}
-    given |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    given |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-    os.environ.update(given)
-    try:
-        yield
-    finally:
-        for name in given:
-            del os.environ[name]
 
 
 def ddp(to: str, folder: str, checkpoint: str | None = None) -> list[float]:

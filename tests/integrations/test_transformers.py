@@ -1,4 +1,4 @@
-"""The Trainer with the callback trains as the plain loop does, and resumes as if it had not ended."""
+"""The Trainer trains as the plain loop does, and resumes as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from host_runs import ENDINGS, POSITIONS
-from trainer_runs import MODELS, fit, plain_losses
+from pretrained_models import MODELS
+from trainer_runs import fit, plain_losses
 
 Run = tuple[Path, list[float]]
 

@@ -45,6 +45,26 @@ def test_the_last_gradients_are_kept_as_the_optimizer_uses_them() -> None:
     assert gradients.nbytes == 0 and not optimizer._optimizer_step_pre_hooks
 
 
+def test_the_gradients_that_a_closure_computes_are_kept() -> None:
+    """It runs within the step, as in Lightning's trainer: before the step they are older ones."""
+    model = net()
+    optimizer = adamw(model)
+    gradients, seen = GradientWindow(model, optimizer, ["0"]), list[torch.Tensor]()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 6, dtype=torch.float64)).square().mean()
+        loss.backward()
+        seen.append(model[0].weight.grad.bfloat16())
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step(closure=closure)
+    kept = gradients.of([model[0].weight])
+    assert len(kept) == 2
+    assert all(torch.equal(a[0], b) for a, b in zip(kept, seen, strict=True))
+
+
 def test_what_says_nothing_is_left_out() -> None:
     """No gradient, one not finite, a step that is to be skipped; a scaled one is unscaled."""
     model = net()

@@ -18,7 +18,7 @@ from dynarank import FullRank, LowRank
 from dynarank.allocation.rules import candidates
 from dynarank.cost.flops import trace
 from dynarank.layers import RankedLayer
-from dynarank.scheduler.rank_scheduler import scheduled_layers
+from dynarank.scheduler.scheduled_layers import scheduled_layers
 
 EMBEDDING, OUTPUT, LAST = "embedding: rows", "output layer", "last linear"
 LAST_CONV = "last convolution"

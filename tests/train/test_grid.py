@@ -90,7 +90,7 @@ DAMAGE = {  # a finished run that cannot be read, or is not what was written
     "config, gone": lambda run: (run / "config.json").unlink(),
     "weights, gone": lambda run: (run / "model.safetensors").unlink(),
     "weights, cut": lambda run: cut(run / "model.safetensors", 0.9),
-    "weights, a flipped bit": lambda run: flip(run / "model.safetensors", b"}" + b" " * 4),
+    "weights, a flipped bit": lambda run: flip(run / "model.safetensors", b"]}}"),
 }
 TWO = ("--schedules", "full-rank,low-rank", "--seeds", "2")
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "sweep": "Train RECIPE over a grid of inflation and deflation epochs, and draw a heat-map.",
     "spectrum": "Rank metrics of every weight in FILE and which to cut: a table and a figure.",
     "report": "Write one self-contained HTML page about RUN, or about several runs side by side.",
+    "export": "Write the trained network of RUN to a file that runs without dynarank.",
     "recipes": "List the recipes.",
     "schedules": "List the rank schedules.",
 }

@@ -22,10 +22,20 @@ from torch.utils._python_dispatch import (
 )
 
 from dynarank.decompositions.geometry import Factors, Geometry
-from dynarank.decompositions.numerics.multilinear import equal_norms, lift, lift_squares
+from dynarank.decompositions.numerics.linalg import precise
+from dynarank.decompositions.numerics.multilinear import (
+    equal_norms,
+    lift,
+    lift_squares,
+    nearest_changes,
+)
 from dynarank.forms import Rank, RankLike, plain_rank
 
 __all__ = ["Decomposition"]
+
+# The factors of a direction are balanced, so it is 1e-6 of the weight's largest: near the rounding
+# of fp32, where a quotient is noise.
+FAINT = 1e-3
 
 
 class Decomposition(ABC):
@@ -160,6 +170,20 @@ class Decomposition(ABC):
     def lift_squares(self, factors: Factors, squares: Factors) -> Tensor:
         """An estimate of E[M * M] from the factors' ``E[pull(M) * pull(M)]``."""
         return lift_squares(self.join, self.energies(factors), squares)
+
+    def fit_up(self, factors: Factors, change: Tensor) -> Tensor:
+        """The change of ``up`` alone that changes W by this, as nearly as it can; in fp64.
+
+        ``D R^+``, where ``W = up R``: R is the join of the other factors with a unit ``up``. What
+        is below ``FAINT`` times the largest direction of R is left out.
+        """
+        *others, up = map(precise, factors)
+        change, size = precise(change), up[0].numel()
+        units = torch.eye(size, dtype=up.dtype, device=up.device).reshape(size, *up.shape[1:])
+        rows = self.join((*others, units)).flatten(1)
+        if not torch.allclose(up.flatten(1) @ rows, self.join((*others, up)).flatten(1)):
+            return nearest_changes(lambda f: self.join((*others, *f)), (up,), change)[0]
+        return (change.flatten(1) @ torch.linalg.pinv(rows, rtol=FAINT)).reshape(up.shape)
 
 
 def _counted(decomposition: Decomposition, method: str, shape: tuple[int, ...], rank: int) -> int:

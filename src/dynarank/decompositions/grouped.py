@@ -92,6 +92,11 @@ class Grouped(Decomposition):
         pairs = zip(self._groups_of(factors), self._groups_of(squares), strict=True)
         return torch.cat([self.inner.lift_squares(f, s) for f, s in pairs])
 
+    def fit_up(self, factors: Factors, change: Tensor) -> Tensor:
+        """Computed for each group and stacked."""
+        pairs = zip(self._groups_of(factors), change.chunk(self.groups), strict=True)
+        return torch.cat([self.inner.fit_up(f, c) for f, c in pairs])
+
     def _unit(self, shape: Sequence[int]) -> tuple[int, ...]:
         return (shape[0] // self.groups, *shape[1:])
 

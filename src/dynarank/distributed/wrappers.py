@@ -7,26 +7,37 @@ of a second in a large process, and only at a change.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-__all__ = ["data_parallel_groups", "ddp_wrappers", "live"]
+__all__ = ["data_parallel_groups", "ddp_wrappers", "live", "thawed"]
+
+
+@contextmanager
+def thawed() -> Generator[None]:
+    """The collector sees what ``gc.freeze()`` has put away, as training loops do to save time."""
+    if not gc.get_freeze_count():
+        yield
+        return
+    gc.collect()  # garbage is not to be frozen
+    gc.unfreeze()
+    try:
+        yield
+    finally:
+        gc.freeze()
 
 
 def live(*classes: type) -> list[Any]:
     """The objects of these classes (and subclasses) that are alive, half-made ones included.
 
-    Those that ``gc.freeze()`` has put away too, as training loops do to save collections.
+    Those that ``gc.freeze()`` has put away too.
     """
-    if frozen := gc.get_freeze_count():
-        gc.collect()  # garbage is not to be frozen
-        gc.unfreeze()
-    found = gc.get_objects()
-    if frozen:
-        gc.freeze()
+    with thawed():
+        found = gc.get_objects()
     kinds = {kind for kind in set(map(type, found)) if issubclass(kind, classes)}
     return [one for one in found if type(one) in kinds]
 

@@ -47,8 +47,9 @@ def to_plain(
 
     A low-rank layer becomes its factors in a row, ``Sequential(Linear, Linear)`` or
     ``Sequential(Conv2d, Conv2d)``, the last with the bias; keys of its state are ``fc.0.weight``,
-    ``fc.1.weight``, ``fc.1.bias``. An adapted layer is merged, and one that is full-rank is a plain
-    layer again. So the result runs, copies, pickles and exports without dynarank.
+    ``fc.1.weight``, ``fc.1.bias``, and it tells its ``rank`` and ``decomposition``. An adapted
+    layer is merged, and one that is full-rank is a plain layer again. So the result runs, copies,
+    pickles and exports without dynarank.
 
     It is a copy that shares nothing with the model, which can go on training: its optimizer, hooks
     and :class:`RankScheduler` stay as they are. (:func:`merge` works in place.) Attributes that are
@@ -224,8 +225,10 @@ def _merge(plain: nn.Module, sites: Sequence[Site], chains: _Chains) -> None:
 
 def _become(layer: nn.Module, chain: nn.Module) -> None:
     """Make a layer the chain, in place: whoever holds the layer holds the chain."""
+    assert isinstance(layer, RankedLayer)
     chain.train(layer.training)
-    own = vars(layer)
+    own, form = vars(layer), next(iter(layer.forms.values()))
+    assert isinstance(form, LowRank)
     kept = {
         name: value
         for name, value in own.items()
@@ -233,7 +236,7 @@ def _become(layer: nn.Module, chain: nn.Module) -> None:
     }
     object.__setattr__(layer, "__class__", type(chain))
     own.clear()
-    own.update({**vars(chain), **kept})
+    own.update(vars(chain) | kept | {"rank": form.rank, "decomposition": form.decomposition})
 
 
 def copied(core: nn.Module) -> nn.Module:

@@ -153,9 +153,10 @@ class _Keeper:
 
     def forget(self, ranks: RankScheduler) -> None:
         self._attached = [one for one in self._attached if one() not in (None, ranks)]
-        if not self._attached:
+        if self._handles and not self._attached:
             for handle in self._handles:
                 handle.remove()
+            self._handles = []
             vars(self.accelerator).pop("load_state", None)
 
     def save(self, models: Sequence[nn.Module], weights: Sequence[Any], folder: str) -> None:

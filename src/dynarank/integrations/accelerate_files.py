@@ -7,7 +7,9 @@ weights have no checksum. So one of each tensor is kept beside the rank schedule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
 
@@ -61,6 +63,11 @@ def check_weights(folder: Path, number: int, model: nn.Module, known: Mapping[st
     """
     path, saved, read = _opened(folder, number)
     state = model.state_dict()
+    if saved and saved.keys().isdisjoint(state):
+        raise ValueError(
+            f"{path} has tensors named {min(saved)!r}, the model {min(state)!r}: load it into the "
+            "same model, in as many processes (DDP puts 'module.' before each name)"
+        )
     for name, outline in saved.items():
         own = state.get(name)
         if isinstance(own, Tensor) and not name.endswith(KEY) and own.shape != outline.shape:
@@ -74,17 +81,25 @@ def check_weights(folder: Path, number: int, model: nn.Module, known: Mapping[st
 
 
 def check_pickled(paths: Iterable[Path]) -> None:
-    """Raise DamagedFileError unless files are as torch.save wrote them: it reads what it gets."""
+    """Raise DamagedFileError unless files are as torch.save wrote them."""
     for path in paths:
-        try:
-            with ZipFile(path) as file:
-                damaged = file.testzip() if torch.serialization.get_crc32_options() else None
-        except FileNotFoundError as error:
-            raise DamagedFileError(path, "it is missing", _WAY_OUT) from error
-        except (OSError, BadZipFile) as error:
-            raise DamagedFileError(path, f"{error}", _WAY_OUT) from error
-        if damaged is not None:
-            raise DamagedFileError(path, f"{damaged} has changed since it was written", _WAY_OUT)
+        with suppress(UnpicklingError):  # classes that only the user's load_kwargs allow
+            _read(path)
+
+
+def _read(path: Path) -> Any:
+    """What torch.save wrote; tensors are mapped, and all checksums compared, as torch does not."""
+    from accelerate.utils.other import load  # names the classes that are safe
+
+    try:
+        with ZipFile(path) as file:
+            if torch.serialization.get_crc32_options() and (damaged := file.testzip()):
+                raise DamagedFileError(path, f"{damaged} has changed since it was saved", _WAY_OUT)
+        return load(path, map_location="cpu", mmap=True)
+    except FileNotFoundError as error:
+        raise DamagedFileError(path, "it is missing", _WAY_OUT) from error
+    except (OSError, RuntimeError, BadZipFile) as error:
+        raise DamagedFileError(path, str(error), _WAY_OUT) from error
 
 
 def _opened(
@@ -95,11 +110,8 @@ def _opened(
     if path.exists():
         file = TensorFile(path)
         return path, file.outlines, lambda name: file.read(name, ())
-    from accelerate.utils.other import load  # names the classes that are safe
-
     path = folder / numbered(_PICKLED, number)
-    check_pickled([path])
-    state = load(path, map_location="cpu", mmap=True)
+    state = _read(path)
     tensors = {name: one for name, one in state.items() if isinstance(one, Tensor)}
     return path, tensors, lambda name: tensors[name]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from dynarank.form_data import form_from_data
 from dynarank.layers import RankedLayer
@@ -152,7 +153,8 @@ class DynamicRankCallback(Callback):
         if stage == "fit":
             _check_strategy(trainer)
         self._state, self._max_epochs = None, trainer.max_epochs
-        follow_loads(pl_module)
+        for one in (pl_module, *_averages(trainer)):
+            follow_loads(one)
         if trainer.strategy.restore_checkpoint_after_setup:
             self._bring_before_loads(trainer)
 
@@ -218,6 +220,8 @@ class DynamicRankCallback(Callback):
         options: dict[str, Any] = {**self._options, **rates, **self._rates, "state": state}
         model = trainer.strategy.model or pl_module
         self._ranks = RankScheduler(model, trainer.optimizers, self._schedule, total, **options)
+        for one in _averages(trainer):
+            self._ranks.follow(one)
         self._uncounted = state is not None and state["uncounted"] > 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,6 +277,13 @@ def _check_strategy(trainer: Trainer) -> None:
                 f"the trainer's strategy is {name}, which keeps parameters in flat buffers that "
                 f"cannot follow a change of form: use {_REFUSED[name]}"
             )
+
+
+def _averages(trainer: Trainer) -> list[nn.Module]:
+    """The averaged copies of Lightning's callbacks: WeightAveraging, StochasticWeightAveraging."""
+    callbacks: Sequence[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    found = [getattr(one, "_average_model", None) for one in callbacks]
+    return [one for one in found if isinstance(one, nn.Module)]
 
 
 def _no_position(steps: int, why: str) -> ValueError:

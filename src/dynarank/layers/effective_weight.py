@@ -263,7 +263,8 @@ def _set_data(weight: EffectiveWeight, value: Tensor) -> None:
     if not weight.is_whole or mine != its:
         raise ValueError(
             f"{weight.reading.name} is {_described(*mine)} in this layer, got {_described(*its)}; "
-            "the layer is as it was"
+            "the layer is as it was. While it has factors nothing of that can change: call "
+            "inflate(model) or merge(model) first, for example to resize embeddings"
         )
     written = value.data_ptr() == weight.plain.data_ptr() and value.stride() == weight.stride()
     if not (written and weight.reading.is_current):  # as it is after `layer.weight.data += ...`

@@ -42,7 +42,15 @@ __all__ = [
 _REMEMBERED = 256  # shapes of inputs
 _RESOLVED = ("_weights", "_executions")  # what follows from the forms
 _FULL = FullRank()
-_OWN = ("_forms", "_last_factored_forms", "_frozen_factors", "_factor_norms", "_specs", *_RESOLVED)
+_OWN = (
+    "_forms",
+    "_last_factored_forms",
+    "_frozen_factors",
+    "_factor_norms",
+    "_made_by",
+    "_specs",
+    *_RESOLVED,
+)
 # Torch's fused transformer layer only reads weights, and would not run on a subclass of Tensor.
 _ONLY_READS = "torch.nn.modules.transformer"
 
@@ -65,6 +73,7 @@ class RankedLayer(nn.Module):
     _last_factored_forms: dict[str, LowRank | Adapted]
     _frozen_factors: dict[str, frozenset[str]]  # those that were frozen while others trained
     _factor_norms: dict[str, tuple[float, ...]]  # when a change made them
+    _made_by: dict[str, str]  # the change that made the factors; "": unknown
     _specs: dict[str, WeightSpec]  # those of the plain layer
     _weights: dict[str, ResolvedWeight]
     _executions: dict[object, Execution]  # chosen so far
@@ -116,7 +125,7 @@ class RankedLayer(nn.Module):
             assert isinstance(module, RankedLayer)
             module._forms = dict.fromkeys(specs, FullRank())
             module._last_factored_forms, module._frozen_factors = {}, {}
-            module._factor_norms = {}
+            module._factor_norms, module._made_by = {}, {}
             module._specs = specs
             module.form_changed()
         return module
@@ -153,10 +162,12 @@ class RankedLayer(nn.Module):
         form: Form,
         frozen: frozenset[str] = frozenset(),
         norms: tuple[float, ...] = (),
+        made_by: str = "",
     ) -> None:
         """Record that a weight has this form; its parameters have been replaced already.
 
-        ``frozen``: the factors that stay frozen when they come back; ``norms``: of new factors.
+        ``frozen``: the factors that stay frozen when they come back; ``norms``: of new factors;
+        ``made_by``: the name of the change that made them.
         """
         for factored in (self._forms[name], form):
             if not isinstance(factored, FullRank):
@@ -164,6 +175,7 @@ class RankedLayer(nn.Module):
         self._forms = {**self._forms, name: form}
         self._frozen_factors = {**self._frozen_factors, name: frozen}
         self._factor_norms = {**self._factor_norms, name: norms}
+        self._made_by = {**self._made_by, name: made_by}
         self.form_changed()
 
     def remember(self, name: str, form: LowRank | Adapted | None) -> None:
@@ -226,6 +238,11 @@ class RankedLayer(nn.Module):
     def factor_norms(self) -> Mapping[str, tuple[float, ...]]:
         """The norms that the factors of each weight had when a change made them."""
         return self._factor_norms
+
+    @property
+    def made_by(self) -> Mapping[str, str]:
+        """The change that made the factors of each weight: the same in a copy; empty if loaded."""
+        return self._made_by
 
     @property
     def saved_forms(self) -> Tensor | None:

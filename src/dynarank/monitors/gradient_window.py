@@ -105,7 +105,14 @@ class GradientWindow:
             for path, ring in rings.items()
         }
         if wanted and not self._hooks:
-            self._hooks = [o.register_step_pre_hook(self._read) for o in self._optimizers]
+            self._hooks = [
+                hook
+                for one in self._optimizers
+                for hook in (
+                    one.register_step_pre_hook(self._before_step),
+                    one.register_step_post_hook(self._after_step),
+                )
+            ]
         if not wanted:
             for hook in self._hooks:
                 hook.remove()
@@ -152,13 +159,26 @@ class GradientWindow:
         samples = next((list(ring.samples) for ring in found), [])
         return [s for s in samples if all(bool(torch.isfinite(g).all()) for g in s)]
 
-    def _read(self, optimizer: Optimizer, *_: Any) -> None:
+    def _before_step(self, optimizer: Optimizer, args: Any, named: Any) -> None:
+        if not _has_closure(args, named):
+            self._read(optimizer)
+
+    def _after_step(self, optimizer: Optimizer, args: Any, named: Any) -> None:
+        if _has_closure(args, named):  # it has computed the gradients within the step
+            self._read(optimizer)
+
+    def _read(self, optimizer: Optimizer) -> None:
         if getattr(optimizer, "found_inf", None):  # the fused optimizers unscale in their step
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         scale: Tensor | None = getattr(optimizer, "grad_scale", None)
         for ring in self._rings.values():
             ring.read(held, scale)
+
+
+def _has_closure(args: tuple[Any, ...], named: Mapping[str, Any]) -> bool:
+    """Whether a step is given one; the first argument is the optimizer."""
+    return any(one is not None for one in (*args[1:], *named.values()))
 
 
 class _Ring:

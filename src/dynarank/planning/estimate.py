@@ -21,7 +21,7 @@ from dynarank.forms import Plan
 from dynarank.planning.estimate_phase import PhaseEstimate
 from dynarank.planning.estimate_result import Estimate
 from dynarank.scheduler.lr_forecast import Forecast, check_lr_scheduler, unknown_rates
-from dynarank.scheduler.rank_scheduler import check_phases, scheduled_layers
+from dynarank.scheduler.scheduled_layers import check_phases, scheduled_layers
 from dynarank.schedules.base import Readings, Schedule, as_schedule
 from dynarank.schedules.catalog import schedule_name
 from dynarank.schedules.options import check_count

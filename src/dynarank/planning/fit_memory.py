@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from dynarank.cost.dry_run import dry_run
 from dynarank.forms import Form, FullRank, Plan, Within
-from dynarank.scheduler.rank_scheduler import scheduled_layers
+from dynarank.scheduler.scheduled_layers import scheduled_layers
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.fitted import FittedMemory
 from dynarank.schedules.library.rotating import Rotating

@@ -14,7 +14,7 @@ from dynarank.form_data import request_from_data, request_to_data
 from dynarank.forms import Change, Form, Request, Within
 from dynarank.surgery.optimizer_state import Moments, Optimizers
 from dynarank.surgery.sites import Site
-from dynarank.surgery.transaction import change_forms
+from dynarank.surgery.transaction import Averages, change_forms
 
 __all__ = ["Postponed", "Waiting", "change_fit_layers"]
 
@@ -124,6 +124,7 @@ def change_fit_layers(
     keep: bool = False,
     undo: ExitStack | None = None,
     together: Processes,
+    averages: Averages = None,
 ) -> tuple[list[Change], dict[str, str]]:
     """Change the layers that can be changed; also the reasons why the others cannot, by path.
 
@@ -133,6 +134,7 @@ def change_fit_layers(
     while left := [(site, form) for site, form in wanted if site.path not in unfit]:
         try:
             how: dict[str, Any] = {"seed": seed, "keep": keep, "undo": undo, "together": together}
+            how["averages"] = averages
             return change_forms(left, optimizer, moments, calibration, **how), unfit
         except UnfitWeightError as error:
             paths = [site.path for site, _ in left]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -19,9 +19,10 @@ from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import Processes, is_independent, processes_of
 from dynarank.distributed.unwrap import check_wrappers, unwrapped
 from dynarank.form_data import form_to_data, request_to_data
-from dynarank.forms import Change, Form, LowRank, Plan, Request, Within
+from dynarank.forms import Change, Form, Plan, Request, Within
 from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
+from dynarank.scheduler.averages import Averages, running_statistics
 from dynarank.scheduler.batch_norm import recalibrate_batch_norms
 from dynarank.scheduler.budgets import Batches, Budgets, Resolved, stand_in
 from dynarank.scheduler.callbacks import (
@@ -36,6 +37,7 @@ from dynarank.scheduler.lr_interval import WAYS
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.real_steps import RealSteps
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
+from dynarank.scheduler.scheduled_layers import check_phases, named_in, scheduled_layers
 from dynarank.schedules.base import (
     Answer,
     Clock,
@@ -58,13 +60,14 @@ from dynarank.surgery.own_references import wrapped
 from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.saving import warn_of_little
-from dynarank.surgery.selection import LayerFilter, candidates, find_sites, has_factors, select
+from dynarank.surgery.selection import LayerFilter, find_sites, has_factors
 from dynarank.surgery.sharded import check_moments, check_order
 from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import differences, truncates
+from dynarank.surgery.unfollowed import LeftCopies
 
-__all__ = ["RankScheduler", "check_phases", "scheduled_layers"]
+__all__ = ["RankScheduler"]
 
 
 class RankScheduler:
@@ -162,9 +165,11 @@ class RankScheduler:
         self._seed = self.processes.from_first("the seed", torch.initial_seed())
         self._forms_loaded = forms_loaded()
         self._states_checked = self._told_of_rates = False
+        self._left: LeftCopies | None = None
         sites = survey(model)
         check_moments(sites, moments)
         self._agree(lambda: self._choose_layers(sites, layers, state))
+        self.averages = Averages()
         self._guard = Guard()
         self._steps = RealSteps(self.optimizer, self._guard)
         try:
@@ -292,10 +297,7 @@ class RankScheduler:
             self._steps.idle()
             return []
         forget_replaced(*self.model.modules())
-        check = partial(self._guard.check, self.model, self.optimizer)
-        self.processes.attempt(
-            "the check after a change", check
-        ) if self._guard.changed else check()
+        self._check_last_change()
         self._steps.count()
         changes: list[Change] = []
         for _ in range(steps):
@@ -309,6 +311,61 @@ class RankScheduler:
                 warnings.warn(f"{wrong}; {WAYS}", RuntimeWarning, stacklevel=2)
             changes += self._advance()
         return changes
+
+    def _check_last_change(self) -> None:
+        """One step after a change: raise RuntimeError if something goes on with old parameters."""
+        if not self._guard.changed:
+            return self._guard.check(self.model, self.optimizer)
+        every = nn.ModuleList([self.model, *self.averages.copies(self.model)])
+        check = partial(self._guard.check, every, self.optimizer)
+        self.processes.attempt("the check after a change", check)
+        if self._left is not None:
+            left, self._left = self._left, None
+            left.warn(self.model)
+
+    def follow(self, ema: Any) -> None:
+        """Have an averaged copy of the model (EMA, SWA) go through every change of form with it.
+
+        The average is kept in the model's own basis, so that its parameters and the model's mean
+        the same, and averaging them goes on. With W and A the model's and the average's weight::
+
+            full-rank   A
+            low-rank    the model's factors but the last:  up + (A - W) R^+  (for an SVD A down^+)
+            adapted     A as the base, the model's adapter
+
+        where ``join(factors) = up R``. Averages of every parameter, frozen ones included, as
+        torch's are, go on to the model's weight. A bias that a truncation on batches moves is moved
+        by ``(A - A') E[x]``; where BatchNorm is recalibrated, the average gets the model's
+        statistics (``torch.optim.swa_utils.update_bn`` finds its own). Model and average change
+        all or nothing: a layer whose average is not finite is postponed in both.
+
+        Call it once, before or after the first steps, and again if a state was loaded into the
+        model alone. The average's own state is not in :meth:`state_dict`: save it beside
+        (``dr.save(ema=)``), load it, and call this again.
+
+        Args:
+            ema: ``AveragedModel``, a ``copy.deepcopy`` of the model, or any object that holds one
+                (or several); in any forms, on any device, in any precision.
+
+        Raises:
+            TypeError: no copy of the model is found in it, as in lists of tensors.
+            ValueError: it is the model itself, shares its memory, or is sharded.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(8, 8))
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            >>> schedule = dr.schedules.dynamic_rank(rank=2)
+            >>> ranks = RankScheduler(model, optimizer, schedule, total_steps=10)
+            >>> ema = torch.optim.swa_utils.AveragedModel(model)
+            >>> ranks.follow(ema)
+            >>> for _ in range(5):
+            ...     optimizer.step()
+            ...     changes = ranks.step()
+            ...     ema.update_parameters(model)
+            >>> ema.module[0].form
+            FullRank()
+        """
+        self.averages.add(self.model, ema)
 
     def close(self) -> None:
         """Take every hook off the optimizers, the last callback first; the model stays as it is."""
@@ -390,6 +447,7 @@ class RankScheduler:
         for part in (self, self.forecast, self._postponed, self._steps):
             restore_on_exit(vars(part), undo)
         restore_forms(self.model, saved.forms, saved.last, self.optimizer, undo)
+        self.averages.align(self.model, undo)
         self.last_step, self._plan, self._seed = saved.last_step, saved.plan, saved.seed
         self._request = saved.request
         self._steps.load(saved.uncounted)
@@ -420,10 +478,11 @@ class RankScheduler:
         return made
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_processes": None}  # process groups belong to this process
+        # Process groups belong to this process; what is left behind is not copied.
+        return {**vars(self), "_processes": None, "_left": None}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        check_picklable(self, ("schedule", "callbacks", "forecast"))
+        check_picklable(self, ("schedule", "callbacks", "forecast", "averages"))
         return super().__reduce_ex__(protocol)
 
     def _readings(self) -> Readings:
@@ -505,6 +564,7 @@ class RankScheduler:
         last = self._request, self._plan
         found = self._budgets.resolve(request, *last, waiting, sites, self.processes)
         due = postponed.due(differences(self.model, found.plan, sites), request, step)
+        statistics = running_statistics(self.model) if self.averages.holders else {}
         changes, unfit = self._change(due, found)
         self._decide(found, request)
         self._request, self._plan = dict(request), dict(found.plan)
@@ -513,8 +573,10 @@ class RankScheduler:
         postponed.record(tried, unfit := unfit | found.unfit, step)
         if changes:
             self._guard.expect([site for site, _ in due], changes)
+            self._left = LeftCopies(self.model, self.averages.copies(self.model))
         if changes:
             self.processes.attempt("what follows a change", lambda: self._tell(changes))
+            self.averages.take_statistics(self.model, statistics)
         if unfit and (step or not found.unmeasured):  # before the first batch a budget waits for it
             warnings.warn(postponed.warning(unfit, step), RuntimeWarning, stacklevel=4)
         return changes
@@ -553,7 +615,9 @@ class RankScheduler:
         with ExitStack() as undo:
             how: dict[str, Any] = {"seed": self._seed, "keep": first, "undo": undo}
             how["together"] = self.processes
-            made = change_fit_layers(due, self.optimizer, self.moments, known, **how)
+            how["averages"] = partial(self.averages.copies, self.model)
+            with self.averages.renamed(self.model, undo):
+                made = change_fit_layers(due, self.optimizer, self.moments, known, **how)
             self._recalibrate(made[0], found)
             undo.pop_all()
         return made
@@ -607,42 +671,3 @@ def _reload(gradients: GradientWindow, state: Mapping[str, Any]) -> None:
     """Go on with these gradients, of weights that have their old parameters again."""
     with suppress(ValueError):
         gradients.load_state_dict(state)
-
-
-def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site]) -> None:
-    """Raise ValueError for a phase whose plan the model, with these sites, cannot follow."""
-    for phase in phases:
-        try:
-            differences(model, stand_in(phase.plan), sites)
-        except ValueError as error:
-            raise ValueError(f"from step {phase.start}, {error}") from None
-
-
-def named_in(state: object) -> LayerFilter:
-    """The layers of a rank scheduler's state; None if it is none, which its checks will tell."""
-    found = state.get("layers") if isinstance(state, Mapping) else None
-    if not isinstance(found, Mapping):
-        return None
-    return lambda module, path: path in found
-
-
-def scheduled_layers(
-    sites: Sequence[Site], schedule: Schedule, total_steps: int, layers: LayerFilter = None
-) -> list[Site]:
-    """The sites that a schedule applies to: see ``layers`` of :class:`RankScheduler`."""
-    if layers is not None or has_factors(sites):
-        return select(sites, layers)
-    able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
-    given: dict[str, set[LowRank]] = {path: set() for path in able}
-    for phase in timeline(schedule, Readings(able), total_steps):
-        for path, form in phase.plan.items():
-            if path in given and isinstance(form, LowRank):  # others are refused with their phase
-                given[path].add(form)
-    low = set[LowRank]().union(*given.values())
-    if not low:
-        named = {site.path for site in candidates(sites)}
-        return select(sites, lambda module, path: path in named)
-    # A layer that is never low-rank itself (an adapter, say) is measured by all low-rank forms.
-    cheaper = {f: {s.path for s in select(sites, None, f.rank, f.decomposition)} for f in low}
-    paths = {path for path, own in given.items() if all(path in cheaper[f] for f in own or low)}
-    return select(sites, lambda module, path: path in paths)

@@ -75,6 +75,7 @@ class Edit:
     shift: Tensor | None = None  # what is added to the module's bias
     bias_left: str = ""  # why the bias stays, though the activation statistics would move it
     shards: InShards | None = None  # if fully_shard shards the weight
+    made_by: str = ""  # the name of the change, if its values are not loaded afterwards
 
     @property
     def trained(self) -> dict[str, Parameter]:
@@ -89,7 +90,8 @@ class Edit:
                 _make_ranked(site.reader, undo)
             layer = _make_ranked(site.module, undo)
             _replace(own_parameters(layer), self.old, self.new)
-            layer.set_form(site.spec.name, self.change.after, frozen, norms)
+            made_by = self.made_by if self.new else layer.made_by.get(site.spec.name, "")
+            layer.set_form(site.spec.name, self.change.after, frozen, norms, made_by)
         bias = own_parameters(self.site.module).get("bias")
         if bias is not None and self.shift is not None:
             undo.callback(bias.data.copy_, bias.detach().clone())

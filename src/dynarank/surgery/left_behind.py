@@ -21,7 +21,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from dynarank.distributed.wrappers import live
+from dynarank.distributed.wrappers import live, thawed
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
@@ -103,7 +103,9 @@ def replaced_problems(model: nn.Module, optimizers: Sequence[Any]) -> list[Probl
 def _holders(parameters: list[Parameter], known: Sequence[object]) -> list[str]:
     """What holds the parameter in a list of one, apart from that list, frames and what is known."""
     found: list[str] = []
-    for holder in gc.get_referrers(*parameters):
+    with thawed():
+        holders = gc.get_referrers(*parameters)
+    for holder in holders:
         passing = isinstance(holder, FrameType | GeneratorType) or holder is parameters
         if passing or any(holder is one for one in known):
             continue

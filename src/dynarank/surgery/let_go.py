@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.optim import Optimizer
 
-from dynarank.distributed.wrappers import live
+from dynarank.distributed.wrappers import live, thawed
 from dynarank.surgery.left_behind import Replaced, replaced_of
 from dynarank.surgery.own_references import groups_of, is_optimizer, wrapped
 from dynarank.surgery.problem import listed
@@ -34,19 +34,9 @@ def check_let_go(model: nn.Module, optimizers: Sequence[Any]) -> None:
     """
     if not replaced_of(model):
         return
-    gc.collect()
-    replaced = replaced_of(model)
-    alive = [p for one in replaced if (p := one.old()) is not None]
-    paths = {id(one.old()): one.path for one in replaced}
-    holders = gc.get_referrers(*alive) if alive else []
-    used: dict[str, set[str]] = {}
-    spare: dict[str, set[str]] = {}
-    groups = _groups(optimizers, replaced)
-    for holder in holders:
-        if holder is not alive and isinstance(holder, _CONTAINERS) and not _is_spared(holder):
-            ids = _ids(holder)
-            found = spare if len(groups) > 1 and _layers(ids, replaced) in groups else used
-            found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
+    with thawed():
+        gc.collect()
+        used, spare = _found(replaced_of(model), optimizers)
     if used:
         raise RuntimeError(
             f"{_said(used)}: what is done with it would miss the new ones; make it again after "
@@ -55,6 +45,23 @@ def check_let_go(model: nn.Module, optimizers: Sequence[Any]) -> None:
     if spare:
         said = f"{_said(spare)}, as a group of the optimizer did; make it again if it is used"
         warnings.warn(said, RuntimeWarning, stacklevel=4)
+
+
+def _found(
+    replaced: Sequence[Replaced], optimizers: Sequence[Any]
+) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """The containers by name, with the layers whose parameters they hold; then those of groups."""
+    alive = [p for one in replaced if (p := one.old()) is not None]
+    paths = {id(one.old()): one.path for one in replaced}
+    used: dict[str, set[str]] = {}
+    spare: dict[str, set[str]] = {}
+    groups = _groups(optimizers, replaced)
+    for holder in gc.get_referrers(*alive) if alive else ():
+        if holder is not alive and isinstance(holder, _CONTAINERS) and not _is_spared(holder):
+            ids = _ids(holder)
+            found = spare if len(groups) > 1 and _layers(ids, replaced) in groups else used
+            found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
+    return used, spare
 
 
 def _said(found: Mapping[str, set[str]]) -> str:

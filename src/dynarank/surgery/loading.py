@@ -37,6 +37,7 @@ from dynarank.surgery.replaced import returning_states
 from dynarank.surgery.settings import new_parameters
 from dynarank.surgery.sites import survey
 from dynarank.surgery.unfit import UnfitLayers
+from dynarank.surgery.unfollowed import check_updates
 from dynarank.surgery.wrappers import (
     check_unwrapped,
     is_wrapper,
@@ -209,6 +210,8 @@ def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
                     layer.adopt({one.site.spec.name: one.saved})
         rebuild_wrappers(wrappers, undo)
         undo.pop_all()
+    if replaced:
+        check_updates()
     if edits:
         note_forms_loaded(place.module for edit in edits for place in edit.site.places)
     watch_replaced(edits)

@@ -64,6 +64,11 @@ def restore_forms(
             for site in (site for site, _ in others if site.path in error.layers):
                 _zero(site, undo)
             change_forms(others, optimizers, "reset", **how)
+    for place in (place for site, _ in others for place in site.places):
+        layer, name = place.module, place.spec.name
+        if isinstance(layer, RankedLayer):  # made by no change: its values are loaded afterwards
+            frozen, norms = layer.frozen_factors[name], layer.factor_norms.get(name, ())
+            layer.set_form(name, layer.forms[name], frozen, norms)
     write(returning_states(exact), undo)
     recall(exact, undo)
     for site, after in alike:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
+from uuid import uuid4
 
 import torch
 from torch import nn
@@ -17,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import Processes
 from dynarank.forms import Adapted, Change, Form, FullRank, LowRank, Plan, same_weight
+from dynarank.surgery.average_edits import average_edits
 from dynarank.surgery.committed import check_committed, warn_of_losses
 from dynarank.surgery.edit import Edit, prepare_edit
 from dynarank.surgery.gradients import move_gradients
@@ -40,10 +43,12 @@ from dynarank.surgery.shared_edits import (
 )
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.unfit import UnfitLayers
+from dynarank.surgery.unfollowed import check_updates
 from dynarank.surgery.wrappers import check_unwrapped, rebuild_wrappers, wrappers_that_follow
 
-__all__ = ["change_forms", "differences", "truncates"]
+__all__ = ["Averages", "change_forms", "differences", "truncates"]
 
+Averages: TypeAlias = Callable[[], Sequence[nn.Module]] | None
 _ALONE = Processes()
 
 
@@ -93,6 +98,7 @@ def change_forms(
     keep: bool = False,
     undo: ExitStack | None = None,
     together: Processes = _ALONE,
+    averages: Averages = None,
 ) -> list[Change]:
     """Give weights the forms that :func:`differences` found; raises as ``apply_plan``.
 
@@ -106,6 +112,7 @@ def change_forms(
         keep: whether what is replaced is kept until the next optimizer step, to return exactly.
         undo: the caller's stack, which takes the change back unless it is emptied.
         together: the processes that make the change together, all of which must call this.
+        averages: returns the copies of the model that follow it; None in all processes or in none.
     """
     optimizers = as_list(optimizer)
     how = {
@@ -129,12 +136,13 @@ def change_forms(
             return prepare_edit(site, form, activity, seed)
 
         edits, owners = _prepared(wanted, prepare, optimizers, together)
-        edits = [*prepared, *edits]
+        edits = [*prepared, *(replace(edit, made_by=uuid4().hex) for edit in edits)]
         contents = fit_everywhere(
             "the optimizer's states", lambda: new_contents(edits, optimizers, moments), together
         )
         send_states(edits[len(prepared) :], owners, contents, together)
         fit_everywhere("the gradients", lambda: _move_gradients(edits), together)
+        followers = _followers(edits, averages, calibration, together)
     together.attempt("a change of forms", lambda: warn_of_losses(edits))  # a filter may raise it
     wrappers = wrappers if any(edit.old for edit in edits) else []
     with ExitStack() as own:
@@ -142,10 +150,12 @@ def change_forms(
         stack.callback(rebuild_wrappers, wrappers, None)  # called last
         if keep:
             keep_replaced(edits, optimizers, stack)
-        together.attempt("a change of forms", lambda: _commit(edits, contents, optimizers, stack))
+        commit = lambda: _commit(edits, followers, contents, optimizers, stack)  # noqa: E731
+        together.attempt("a change of forms", commit)
         together.attempt("rebuilding the wrapper", lambda: rebuild_wrappers(wrappers, stack))
         own.pop_all()  # all is well: nothing to undo
-    watch_replaced(edits)
+    watch_replaced([*edits, *followers])
+    check_updates()
     return [edit.change for edit in edits]
 
 
@@ -168,6 +178,19 @@ def _prepared(
     return edits, [0] * len(edits)
 
 
+def _followers(
+    edits: Sequence[Edit],
+    averages: Averages,
+    calibration: Mapping[str, ActivationStats] | None,
+    together: Processes,
+) -> list[Edit]:
+    """The edits of the averages, which each process has of its own, or none."""
+    if averages is None:
+        return []
+    own = lambda: average_edits(edits, averages(), calibration)  # noqa: E731
+    return fit_everywhere("the averages", own, together)
+
+
 def _move_gradients(edits: Sequence[Edit]) -> None:
     unfit = UnfitLayers()
     for edit in edits:
@@ -177,9 +200,13 @@ def _move_gradients(edits: Sequence[Edit]) -> None:
 
 
 def _commit(
-    edits: Sequence[Edit], contents: Contents, optimizers: Sequence[Any], undo: ExitStack
+    edits: Sequence[Edit],
+    followers: Sequence[Edit],
+    contents: Contents,
+    optimizers: Sequence[Any],
+    undo: ExitStack,
 ) -> None:
-    for edit in edits:
+    for edit in (*edits, *followers):
         edit.commit(undo)
     write(contents, undo)
     check_committed(edits, optimizers)

@@ -46,7 +46,7 @@ _DEFAULTS: dict[str, Any] = {
     for name, field in Recipe.model_fields.items()
     if not field.is_required()
 }
-_FILES = ("config.json", "records.jsonl", "model.safetensors")
+_FILES = ("config.json", "records.jsonl", "model.safetensors", "factors.safetensors")
 _NOTES = ("data", "log")  # where data was and what was logged: they make no other experiment
 _MARKS = {"config.json": (b'"recipe"', b'"schedule"'), "records.jsonl": (b'"kind"', b'"run"')}
 _MARK_BYTES = 1 << 20  # a marker is looked for in so much of a file

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
@@ -15,10 +15,13 @@ from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.registry import MODELS, build_model
 
-__all__ = ["build_network", "sketch_network"]
+__all__ = ["build_network", "network_facts", "sketch_network"]
 
 _ALSO = {"classes": "num_classes", "channels": "in_channels", "inputs": "in_features"}
 _MADE: WeakSet[nn.Module] = WeakSet()  # a network that is returned twice is trained already
+
+# What each network was told of the data.
+_FACTS: WeakKeyDictionary[nn.Module, dict[str, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def build_network(recipe: Recipe, known: Mapping[str, Any], **offered: Any) -> nn.Module:
@@ -42,9 +45,16 @@ def build_network(recipe: Recipe, known: Mapping[str, Any], **offered: Any) -> n
     if recipe.model in MODELS:
         builder = import_module(MODELS[recipe.model]).MODELS[recipe.model]
         options = {**known, **accepted(builder, offered), **recipe.model_options}
-        return build_model(recipe.model, **options)
-    facts = {**known, **offered}
-    return _build_own(recipe, facts)
+        made = build_model(recipe.model, **options)
+    else:
+        made = _build_own(recipe, {**known, **offered})
+    _FACTS[made] = {"known": dict(known), "offered": dict(offered)}
+    return made
+
+
+def network_facts(model: nn.Module) -> dict[str, dict[str, Any]] | None:
+    """The arguments by which :func:`build_network` makes the network again; None: it did not."""
+    return _FACTS.get(model)
 
 
 def _build_own(recipe: Recipe, facts: Mapping[str, Any]) -> nn.Module:

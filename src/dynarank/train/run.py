@@ -5,22 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dynarank.checkpoint.folder import Contents
-from dynarank.cost.stand_in import without_graphs
 from dynarank.distributed.processes import Processes, independent
 from dynarank.files.printable import printable
-from dynarank.files.reading import sha256
-from dynarank.files.tensors import save_tensors
 from dynarank.forms import Change
 from dynarank.records import Record, RecordWriter, RunRecord, SummaryRecord, read_run
 from dynarank.sinks import Sink
-from dynarank.surgery.verbs import merge
 from dynarank.train.checkpoint_plan import CheckpointPlan
 from dynarank.train.interruption import Interrupted
 from dynarank.train.listener import Listener
@@ -31,6 +24,7 @@ from dynarank.train.recorder import Recorder, header
 from dynarank.train.run_checkpoints import RunCheckpoints
 from dynarank.train.run_config import check_config, run_config, write_config
 from dynarank.train.task import Task
+from dynarank.train.trained import WEIGHTS, write_trained
 
 __all__ = ["CheckpointPlan", "follow_schedule", "run_schedule"]
 
@@ -199,8 +193,8 @@ class _Run:
             OSError: one of them could not be written; the state is in a checkpoint if possible.
         """
         try:
-            _write_model(self.trainer.model, self.folder / "model.safetensors")
-            digest = sha256(self.folder / "model.safetensors")
+            sample = self.trainer.task.sample()
+            digest = write_trained(self.trainer.model, sample, self.folder)
             self._catch_up()
             summary = self.recorder.end(self._seconds(), model_sha256=digest)
             self._catch_up()
@@ -286,12 +280,6 @@ class _Run:
 
 def _finished(folder: Path) -> SummaryRecord | None:
     """The summary of a run that is finished: its last record is written after its weights."""
-    if not ((folder / "records.jsonl").exists() and (folder / "model.safetensors").exists()):
+    if not ((folder / "records.jsonl").exists() and (folder / WEIGHTS).exists()):
         return None
     return read_run(folder).summary
-
-
-def _write_model(model: nn.Module, path: Path) -> None:
-    with independent():  # a copy: the model is still that of the optimizer
-        state = merge(deepcopy(model, without_graphs(model))).state_dict()
-    save_tensors(path, {k: v.detach().cpu().contiguous() for k, v in state.items()})

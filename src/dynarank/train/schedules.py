@@ -16,7 +16,7 @@ from dynarank.distributed.processes import Processes
 from dynarank.layers.running import preserve_state
 from dynarank.planning.fit_schedule import fit_schedule
 from dynarank.scheduler.budgets import Budgets
-from dynarank.scheduler.rank_scheduler import check_phases
+from dynarank.scheduler.scheduled_layers import check_phases
 from dynarank.schedules.base import RankSchedule, Readings
 from dynarank.schedules.dynamic import Budgeted
 from dynarank.schedules.lr_aligned import DynamicRank
