@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -67,8 +67,8 @@ def spread(seconds: list[float]) -> dict[str, float]:
     return {"median": middle * 1e3, "low": low * 1e3, "high": high * 1e3, "n": len(seconds)}
 
 
-def conditions() -> dict[str, Any]:
-    """Hardware, versions, commit and load of this run."""
+def conditions(packages: Sequence[str] = ("peft", "tensorly-torch")) -> dict[str, Any]:
+    """Hardware, versions (those of other packages, too), commit and load of this run."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -80,18 +80,18 @@ def conditions() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
-    packages = ("dynarank", "torch", "peft", "tensorly-torch")
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         "hardware": f"{cpu}, {torch.get_num_threads()} thread(s)",
         "load": Path("/proc/loadavg").read_text().split()[:2],
         "commit": commit.stdout.strip(),
-        "versions": {name: version(name) for name in packages}
+        "versions": {name: version(name) for name in ("dynarank", "torch", *packages)}
         | {"python": platform.python_version()},
     }
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The rows with their conditions, as JSON."""
+def write(path: Path, rows: list[dict[str, Any]], **about: Any) -> None:
+    """The rows with their conditions, see :func:`conditions`, as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"conditions": conditions(), "rows": rows}, indent=1) + "\n")
+    found = {"conditions": conditions(**about), "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n")

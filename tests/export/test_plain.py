@@ -189,6 +189,20 @@ def test_a_tied_embedding_still_shares_its_large_factor() -> None:
     assert torch.equal(plain(words), model(words))
 
 
+def test_ties_of_weights_that_modules_store_in_another_way_stay() -> None:
+    """Transposed convolutions store (in, out), and a Linear after an embedding the transpose."""
+    pairs = [nn.ConvTranspose1d(16, 16, 5, padding=2) for _ in range(2)]
+    pairs[1].weight = pairs[0].weight
+    model = dr.factorize(nn.Sequential(*pairs), 2, layers="0")
+    plain = dr.to_plain(model)
+    assert size(plain) == size(model) and plain[0][0].weight is plain[1][0].weight
+    check_plain(model, torch.randn(2, 16, 7))
+    tables = nn.ModuleList([nn.Embedding(100, 16) for _ in range(2)])
+    tables[1].weight = tables[0].weight
+    plain = dr.to_plain(dr.factorize(tables, 2, layers="0"))
+    assert size(plain) == 2 * 116 and plain[0][1].weight is plain[1][1].weight
+
+
 def test_layers_that_are_one_weight_stay_one() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32, bias=False))
     model[1].weight = model[0].weight
@@ -232,11 +246,21 @@ def test_it_keeps_mode_and_what_is_frozen() -> None:
     assert plain[0][1].training and not plain[2][0].training
 
 
+def test_it_trains_what_the_model_trains_also_without_gradients() -> None:
+    model = dr.factorize(nn.Sequential(nn.Embedding(200, 16)), 4, layers="0")
+    with torch.no_grad():
+        plain = dr.to_plain(model)
+    assert [p.requires_grad for p in plain.parameters()] == [True, True]
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_root_and_wrappers() -> None:
     layer = dr.factorize(nn.Linear(64, 64), 8, layers="*")
     assert type(dr.to_plain(layer)) is nn.Sequential
     assert type(dr.to_plain(torch.compile(dr.factorize(net(), 8)))) is nn.Sequential
+    model = nn.Sequential(torch.compile(dr.factorize(net(), 8)), nn.Linear(4, 4))
+    plain = dr.to_plain(model)
+    assert type(plain[0]) is nn.Sequential and type(plain[0][0]) is nn.Sequential
 
 
 def test_an_own_forward_that_a_copy_would_share_is_refused() -> None:
@@ -314,6 +338,32 @@ def test_a_weight_that_its_parent_reads_is_merged() -> None:
         plain = dr.to_plain(model)
     assert type(plain.fc[0]) is nn.Linear
     check_plain(model, torch.randn(2, 32))
+
+
+class Penalized(nn.Linear):
+    def penalty(self) -> Tensor:
+        return torch.zeros(())
+
+
+class Calls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.other = Penalized(32, 32), Penalized(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.fc(x)) + self.fc.penalty() + self.other.in_features
+
+
+def test_a_layer_whose_method_is_called_is_merged() -> None:
+    plain = plain_of(dr.factorize(Calls(), 2, layers="*"))
+    assert type(plain.fc) is Penalized and type(plain.other) is nn.Sequential
+
+
+def test_a_layer_with_hooks_on_its_state_is_merged() -> None:
+    model = dr.factorize(net(), 8)
+    model[0].register_state_dict_post_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="0 .hooks on its state"):
+        assert type(dr.to_plain(model)[0]) is nn.Linear
 
 
 def test_a_read_that_no_source_tells_is_named_by_the_example() -> None:

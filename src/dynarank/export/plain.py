@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from types import FunctionType
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -15,8 +15,8 @@ from torch import nn
 from dynarank.cost.stand_in import without_graphs
 from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.processes import independent
-from dynarank.distributed.unwrap import unwrapped
-from dynarank.export.readers import close_fast_paths, weights_read
+from dynarank.distributed.unwrap import inside, unwrapped
+from dynarank.export.readers import attributes, close_fast_paths, weights_read
 from dynarank.export.same_outputs import check_same
 from dynarank.forms import FullRank, LowRank
 from dynarank.layers import RankedLayer, readers
@@ -31,9 +31,10 @@ Keep: TypeAlias = Literal["cheaper", "factors", "merged"]
 _Chains: TypeAlias = dict[nn.Module, nn.Module]
 
 _HOOKS = ("_forward_", "_backward_", "_is_full_backward_hook")  # what a module keeps of its calls
+_STATE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
+                "_load_state_dict_post_hooks")  # fmt: skip
 _TIED = "_tied_weights_keys"  # of transformers, given back with the plain layers
 _LEFT_OUT = object()  # in a copy, in place of what is dynarank's
-_PLAIN = (int, float, str, tuple, type(None))  # attributes that others read, such as in_features
 
 
 def to_plain(
@@ -84,7 +85,7 @@ def to_plain(
     core = unwrapped(model)
     check_copyable(core)
     told: list[str] = []
-    with independent(), torch.inference_mode(False):
+    with independent(), torch.inference_mode(False):  # gradients on: views of factors train
         plain = copied(core)
         sites = survey(plain)
         chains = _chains(plain, sites, keep, layers, told)
@@ -103,7 +104,8 @@ def check_copyable(core: nn.Module) -> None:
     """Raise ValueError for what a copy of the model would not follow."""
     for path, module in core.named_modules():
         own = vars(module).get("forward")
-        if isinstance(own, FunctionType) and own.__closure__:
+        compiled = inside(module) is not None  # made again in a copy, and taken off there
+        if isinstance(own, FunctionType) and own.__closure__ and not compiled:
             raise ValueError(
                 f"{path or 'the model'!r} has its own forward ({own.__name__}, set on the module "
                 "itself), a function that a copy would share with this model: remove it first "
@@ -126,32 +128,45 @@ def _chains(
     if layers is not None:
         left = dict(zip(map(id, sites), why_left(sites, layers), strict=True))
         wanted = [site for site in wanted if not left[id(site)]]
-    places = {place.module: place.module_paths[0] for one in wanted for place in one.places}
-    reasons = _obstacles(plain, places)
-    chains: _Chains = {}
-    for module in places:
+    modules = list(dict.fromkeys(place.module for one in wanted for place in one.places))
+    reasons, chains = _obstacles(plain, modules), _Chains()
+    for module in modules:
         assert isinstance(module, RankedLayer)
-        if not reasons.get(module):
-            chain = module.plain_chain()
-            if chain is not None and _entries(chain) == _entries(module):
-                chains[module] = chain
-            else:
-                reasons[module] = f"{_name(module)} has no plain form with factors"
+        chain = None if reasons.get(module) else module.plain_chain()
+        if chain is not None and _entries(chain) == _entries(module):
+            chains[module] = chain
+        else:
+            reasons.setdefault(module, f"{_name(module)} has no plain form with factors")
+    for site in wanted:
+        _share(site, chains)
     lost: dict[str, list[str]] = {}
     for site in wanted:
-        modules, whole = [place.module for place in site.places], math.prod(site.shape)
-        if why := next((reasons[m] for m in modules if reasons.get(m)), ""):
+        whole, places = math.prod(site.shape), [place.module for place in site.places]
+        if why := next((reasons[m] for m in places if reasons.get(m)), ""):
             if keep == "factors" or site.entries() < whole:
                 lost.setdefault(why, []).append(site.path)
         elif keep == "factors" or _factor_entries(site, chains) < whole:
-            told += _tie_told(site, chains)
             continue
-        for module in modules:
+        for module in places:
+            reasons.setdefault(module, "another of its weights is merged")
             chains.pop(module, None)
     if lost:
         listed = "; ".join(f"{', '.join(paths)} ({why})" for why, paths in lost.items())
-        told.insert(0, f"these low-rank weights are merged, at their full size: {listed}")
+        told.append(f"these low-rank weights are merged, at their full size: {listed}")
+    told += [line for site in wanted if site.module in chains for line in _tie_told(site, chains)]
     return chains
+
+
+def _share(site: Site, chains: _Chains) -> None:
+    """Tie what the chains at several places of a weight have made of one factor in the same way."""
+    trained = {id(p) for place in site.places for p in place.module.parameters()}
+    first: dict[tuple[type, str], nn.Parameter] = {}
+    for place in site.places:
+        chain = chains.get(place.module, nn.Identity())
+        for name, p in list(chain.named_parameters()):
+            same = p if id(p) in trained else first.setdefault((type(place.module), name), p)
+            path, _, leaf = name.rpartition(".")
+            setattr(chain.get_submodule(path), leaf, same)
 
 
 def _check_able(sites: Sequence[Site]) -> None:
@@ -163,16 +178,18 @@ def _check_able(sites: Sequence[Site]) -> None:
                 raise ValueError(f"layer {site.path!r} cannot become plain: {site.obstacle}")
 
 
-def _obstacles(plain: nn.Module, places: Mapping[nn.Module, str]) -> dict[nn.Module, str]:
+def _obstacles(plain: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, str]:
     """Why low-rank layers have to be merged: who else uses their weights."""
     found = {m: f"{_name(r)} reads its weight" for m, r in readers(plain).items()}
-    found |= weights_read(plain, places)
-    for module in places:
+    found |= weights_read(plain, modules)
+    for module in modules:
         assert isinstance(module, RankedLayer)
         if any(not isinstance(form, LowRank) for form in module.forms.values()):
             found[module] = "its weights are in several forms"
         elif "forward" in vars(module):
             found[module] = "it has its own forward"
+        elif any(vars(module)[name] for name in _STATE_HOOKS):
+            found[module] = "hooks on its state know the names of its parameters"
         elif reason := type(module).unsupported_reason(module):
             found[module] = reason
     return found
@@ -229,18 +246,14 @@ def _become(layer: nn.Module, chain: nn.Module) -> None:
     chain.train(layer.training)
     own, form = vars(layer), next(iter(layer.forms.values()))
     assert isinstance(form, LowRank)
-    kept = {
-        name: value
-        for name, value in own.items()
-        if name.startswith(_HOOKS) or (not name.startswith("_") and isinstance(value, _PLAIN))
-    }
+    kept = attributes(layer) | {n: value for n, value in own.items() if n.startswith(_HOOKS)}
     object.__setattr__(layer, "__class__", type(chain))
     own.clear()
     own.update(vars(chain) | kept | {"rank": form.rank, "decomposition": form.decomposition})
 
 
 def copied(core: nn.Module) -> nn.Module:
-    """A copy without what dynarank has put on the modules: its hooks, and objects of its own."""
+    """A copy without wrappers, and without the hooks and objects of dynarank on its modules."""
     memo = without_graphs(core)
     for module in core.modules():
         memo |= {id(value): _LEFT_OUT for value in _own_objects(module)}
@@ -251,6 +264,10 @@ def copied(core: nn.Module) -> nn.Module:
         for table in _hook_tables(module):
             for key in [key for key, hook in table.items() if hook is _LEFT_OUT]:
                 del table[key]
+    for module in list(plain.modules()):
+        for name, child in module.named_children():
+            if inside(child) is not None:
+                setattr(module, name, unwrapped(child))
     return plain
 
 

@@ -47,7 +47,7 @@ class Exported:
 
     def __str__(self) -> str:
         sizes = ", ".join(map(str, self.batch_sizes))
-        with_sizes = f" with batches of {sizes}" if sizes else ""
+        with_sizes = f", with batches of {sizes}" if sizes else ""
         return (
             f"{self.path}: {self.size:,} bytes; its outputs differ by at most "
             f"{self.difference:.1e} from the model's{with_sizes}"

@@ -18,7 +18,9 @@ from torch import nn
 
 from dynarank.layers import RankedLayer
 
-__all__ = ["close_fast_paths", "weights_read"]
+__all__ = ["attributes", "close_fast_paths", "weights_read"]
+
+_PLAIN = (int, float, str, tuple, type(None))
 
 _OUTLINES = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad"})
 
@@ -26,23 +28,34 @@ _OUTLINES = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel
 def weights_read(
     model: nn.Module, layers: Collection[nn.Module], *, values: bool = False
 ) -> dict[nn.Module, str]:
-    """The layers whose weight or bias a module of the model reads, and which module that is.
+    """The layers of which a module reads what factors in a row do not have, and the module.
 
     Args:
         model: with these layers.
         layers: ranked layers, or plain ones with a ``weight``.
-        values: whether only the weight's values count, not its dtype, device or shape, nor a bias.
+        values: whether only the weight's values count, not its dtype, device or shape, nor a bias
+            or a method.
     """
     found: dict[nn.Module, str] = {}
     for parent in model.modules():
         chains = [c for c in _reads(type(parent)) if not (values and c[-1] in _OUTLINES)]
         for names in dict.fromkeys(c[:n] for c in chains for n in range(2, len(c) + 1)):
             for layer, name in _owners(parent, names):
-                if layer in layers:
-                    weights = layer.forms if isinstance(layer, RankedLayer) else ("weight",)
-                    if name in weights or (name == "bias" and not values):
-                        found[layer] = f"{type(parent).__name__} reads its {name}"
+                weights = layer.forms if isinstance(layer, RankedLayer) else ("weight",)
+                if layer in layers and (name in weights if values else _lost(layer, name)):
+                    found[layer] = f"{type(parent).__name__} reads its {name}"
     return found
+
+
+def attributes(layer: nn.Module) -> dict[str, Any]:
+    """The attributes of a layer that its plain form has too, such as ``in_features``."""
+    own = vars(layer).items()
+    return {n: value for n, value in own if not n.startswith("_") and isinstance(value, _PLAIN)}
+
+
+def _lost(layer: nn.Module, name: str) -> bool:
+    """Whether factors in a row do not have an attribute of the layer: a weight, a method."""
+    return name not in attributes(layer) and not hasattr(nn.Sequential, name)
 
 
 def close_fast_paths(model: nn.Module, layers: Collection[nn.Module]) -> list[str]:
