@@ -564,6 +564,16 @@ def test_a_folder_without_a_rank_scheduler_is_refused(tmp_path: Path) -> None:
     assert run.state() == before
 
 
+def test_another_number_of_groups_is_refused(saved: Any) -> None:
+    _, folder = saved()
+    run = Run(seed=9)
+    run.optimizer.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    before = run.state()
+    with pytest.raises(ValueError, match=r"optimizer\.bin has 1 parameter groups, .* 2"):
+        run.accelerator.load_state(f"{folder}/12")
+    assert run.state() == before
+
+
 def test_weights_that_ddp_has_named_are_refused(saved: Any, tmp_path: Path) -> None:
     _, folder = saved()
     shutil.copytree(folder / "12", tmp_path / "12")

@@ -22,7 +22,13 @@ from dynarank.checkpoint.folder import Contents, read_folder, write_folder
 from dynarank.checkpoint.tree import flatten, unflatten
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.files.reading import DamagedFileError
-from dynarank.integrations.accelerate_files import check_pickled, check_weights, checksums, numbered
+from dynarank.integrations.accelerate_files import (
+    check_optimizer,
+    check_pickled,
+    check_weights,
+    checksums,
+    numbered,
+)
 from dynarank.integrations.accelerate_fsdp2 import blank_states, without_states
 from dynarank.scheduler.rank_scheduler import RankScheduler
 from dynarank.sinks.extras import import_extra
@@ -225,9 +231,9 @@ class _Keeper:
     ) -> None:
         """Raise ValueError if Accelerate's own files are damaged, or of another save or model."""
         own = self.accelerator
-        names = [numbered("optimizer.bin", i) for i in range(len(own._optimizers))]
-        names = [] if own.is_fsdp2 else names
-        names += [numbered("scheduler.bin", i) for i in range(len(own._schedulers))]
+        for number, one in enumerate(() if own.is_fsdp2 else own._optimizers):
+            check_optimizer(folder / numbered("optimizer.bin", number), one)
+        names = [numbered("scheduler.bin", i) for i in range(len(own._schedulers))]
         names += ["scaler.pt"] if own.scaler is not None else []
         random = f"random_states_{own.process_index}.pkl"
         names += [random] if (folder / random).exists() else []  # not if there were fewer processes

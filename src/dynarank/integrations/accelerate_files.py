@@ -20,7 +20,7 @@ from dynarank.files.reading import DamagedFileError
 from dynarank.files.tensors import TensorFile
 from dynarank.layers.form_entry import KEY
 
-__all__ = ["check_pickled", "check_weights", "checksums", "numbered"]
+__all__ = ["check_optimizer", "check_pickled", "check_weights", "checksums", "numbered"]
 
 _SAFE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -78,6 +78,17 @@ def check_weights(folder: Path, number: int, model: nn.Module, known: Mapping[st
         if name in known and _checksum(read(name)) != known[name]:
             why = f"its {name!r} is not the one that was saved with the rank scheduler"
             raise DamagedFileError(path, why, _WAY_OUT)
+
+
+def check_optimizer(path: Path, optimizer: Any) -> None:
+    """Check a saved state of an optimizer; raises as :func:`check_weights`."""
+    with suppress(UnpicklingError):
+        saved, own = len(_read(path)["param_groups"]), len(optimizer.param_groups)
+        if saved != own:
+            raise ValueError(
+                f"{path} has {saved} parameter groups, the optimizer {own}: make the optimizer of "
+                "the same groups as in the saved run"
+            )
 
 
 def check_pickled(paths: Iterable[Path]) -> None:
