@@ -28,6 +28,7 @@ ARGUMENTS = {
     "12_transformers_trainer": ["--steps", "24"],
     "13_lightning": ["--steps", "40"],
     "14_accelerate": ["--epochs", "3"],
+    "15_averages": ["--steps", "60"],
     "16_deploy": ["--steps", "20"],
     "17_peft": ["--steps", "20"],
 }
@@ -49,6 +50,7 @@ SAYS = {
     "12_transformers_trainer": "24 losses as in the plain loop; resumed from 3 checkpoints",
     "13_lightning": "resumed after step 30: the same losses",
     "14_accelerate": "the other 14 are the same",
+    "15_averages": "the resumed average is bit by bit the same: True",
     "16_deploy": "parameters: trained 57,354, plain 57,354, merged 301,066",
     "17_peft": "brought back, it computes the same: True",
 }

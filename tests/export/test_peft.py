@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 import dynarank as dr
 from dynarank import Adapted, FullRank, LowRank
 from dynarank.export import peft as exchange
+from dynarank.export import peft_folder
 from dynarank.export.peft_config import config_of
 from dynarank.schedules.phases import Phases
 from dynarank.surgery.sites import survey
@@ -389,8 +390,9 @@ def test_a_failure_in_the_middle_changes_nothing(
 def test_dropout_is_said_not_to_be_taken_over(tmp_path: Path) -> None:
     model, x = mlp(), torch.randn(2, 8)
     peft_model = written(tmp_path, model, r=2, target_modules=["0"], lora_dropout=0.25)
-    with pytest.warns(UserWarning, match="lora_dropout=0.25"):
+    with pytest.warns(UserWarning, match="lora_dropout=0.25") as told:
         ours = dr.from_peft(model, tmp_path)
+    assert told[0].filename == __file__
     assert close(ours(x), peft_model(x))
 
 
@@ -533,6 +535,16 @@ def test_low_rank_layers_have_no_base(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no layer of the model is adapted.*dr.deflate"):
         dr.to_peft(dr.merge(model), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_cannot_be_read_as_a_layer_s_own_are_refused(tmp_path: Path) -> None:
+    model = adapted(mlp(), {"0": Adapted(2), "1": Adapted(2)})
+    model[2].register_parameter("again", model[0].down)
+    with pytest.raises(ValueError, match=r"layer '0' cannot be exported: its down is tied to 2"):
+        dr.to_peft(model, tmp_path / "a")
+    with pytest.raises(ValueError, match=r"layer '0'.*on the meta device"):
+        dr.to_peft(adapted(mlp(), {"0": Adapted(2)}).to("meta"), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_layer_that_has_factors_already_is_refused(tmp_path: Path) -> None:
@@ -699,11 +711,13 @@ def test_live_models_that_are_refused(tmp_path: Path) -> None:
     live.base_model.model[0].set_scale("default", 3.0)
     with pytest.raises(ValueError, match=r"scaled by .* set_scale"):
         dr.from_peft(live)
-    with pytest.raises(TypeError, match="takes a PeftModel, got Sequential: give a folder"):
+    with pytest.raises(
+        TypeError, match=r"takes a PeftModel, got Sequential: save .* and the folder"
+    ):
         dr.from_peft(mlp())
 
 
-def test_layers_beneath_peft_adapters_do_not_change_form() -> None:
+def test_layers_beneath_peft_adapters_do_not_change_form(tmp_path: Path) -> None:
     model: Any = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32), nn.Linear(32, 32))
     live = get_peft_model(model, LoraConfig(r=2, target_modules=["0"]))  # type: ignore[arg-type]
     kinds = [type(m) for m in live.modules()]
@@ -723,6 +737,9 @@ def test_layers_beneath_peft_adapters_do_not_change_form() -> None:
     assert [type(m) for m in live.modules()] == kinds
     dr.factorize(live, 4, layers="*.2")
     assert isinstance(model[2].form, LowRank)
+    dr.deflate(dr.inflate(live), 4)
+    with pytest.raises(ValueError, match=r"PEFT's own adapters: its save_pretrained writes them"):
+        dr.to_peft(live, tmp_path / "a")
 
 
 class Linear4bit(nn.Linear):
@@ -772,7 +789,7 @@ def test_a_failure_while_it_is_written_leaves_the_old_one(
     def fails(*_: Any) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(exchange, "save_tensors", fails)
+    monkeypatch.setattr(peft_folder, "save_tensors", fails)
     with pytest.raises(OSError, match="no space"):
         dr.to_peft(filled(model, 5), folder)
     assert equal(load_file(folder / TENSORS), before)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +28,7 @@ import dynarank as dr
 from dynarank.integrations.accelerate import attach
 
 pytestmark = pytest.mark.slow
-AT = (4, 8, 16, 20)  # before, and right at a change
+AT = (8, 16, 20)  # the first two right at a change
 
 
 @contextmanager
@@ -198,3 +200,17 @@ def test_what_cannot_be_saved_or_loaded_changes_nothing(processes: Pools, tmp_pa
         assert same and "Exception" in lost
         assert all("ValueError" in one and "FULL_STATE_DICT" in one for one in full)
         assert "the order is accelerator.prepare" in early
+
+
+def test_two_processes_of_accelerate_launch() -> None:
+    """The example compares its losses with a plain loop's, and with those after a resume."""
+    example = Path(__file__).parents[2] / "examples/14_accelerate.py"
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    options += " --dynamo_backend no --main_process_port 0"  # torch chooses the port
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(example)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--epochs", "3"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the other 14 are the same" in done.stdout

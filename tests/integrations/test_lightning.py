@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from covering import over
 from host_runs import (
     ENDINGS,
     POSITIONS,
@@ -29,23 +31,33 @@ from dynarank.integrations.lightning import DynamicRankCallback
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in QUIET]
 
 
-@pytest.fixture(scope="module", params=[(to, n) for to in ENDINGS for n in (1, 2)], ids=str)
-def saved(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float], Any]:
-    """The checkpoints of a run, its losses, and what it was."""
-    to, accumulate = request.param
-    folder, module = tmp_path_factory.mktemp("run"), Module()
-    fit(module, to, every_four(folder), accumulate=accumulate)
-    return folder, module.losses, request.param
+@cache
+def plain(to: str, accumulate: int = 1) -> list[float]:
+    return plain_losses(to, accumulate=accumulate, model=Module())
 
 
-def test_losses_are_the_plain_loops(saved: Any) -> None:
-    _, losses, (to, accumulate) = saved
-    assert losses == plain_losses(to, accumulate=accumulate, model=Module())
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], tuple[Path, Any]]:
+    """The checkpoints and the losses of runs, by ending and accumulation."""
+    found: dict[tuple[str, int], tuple[Path, Any]] = {}
+    for to in ENDINGS:
+        for accumulate in (1, 2):
+            folder, module = tmp_path_factory.mktemp("run"), Module()
+            fit(module, to, every_four(folder), accumulate=accumulate)
+            found[to, accumulate] = folder, module.losses
+    return found
 
 
-@pytest.mark.parametrize("step", POSITIONS)
-def test_a_run_goes_on_from_every_position_bit_by_bit(saved: Any, step: int) -> None:
-    folder, losses, (to, accumulate) = saved
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("to", ENDINGS)
+def test_losses_are_the_plain_loops(runs: Any, to: str, accumulate: int) -> None:
+    _, losses = runs[to, accumulate]
+    assert losses == plain(to, accumulate)
+
+
+@over({"to": ENDINGS, "accumulate": [1, 2], "step": POSITIONS})
+def test_a_run_goes_on_bit_by_bit(runs: Any, to: str, accumulate: int, step: int) -> None:
+    folder, losses = runs[to, accumulate]
     module, path = Module(seed=9), folder / f"step={step}.ckpt"
     callback = fit(module, to, accumulate=accumulate, checkpoint=path)
     assert module.losses == losses[step * accumulate :]
@@ -72,26 +84,32 @@ class InBf16(Module):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of torch.compile
-@pytest.mark.parametrize("to", ENDINGS)
-@pytest.mark.parametrize("how", ["clipped", "bf16", "compiled", "max_steps", "manual"])
+@pytest.mark.parametrize(
+    ("how", "to"),
+    [(how, "low-rank") for how in ("clipped", "bf16", "compiled", "max_steps")]
+    + [("manual", to) for to in ENDINGS],
+)
 def test_whatever_the_trainer_does_losses_are_the_plain_loops(how: str, to: str) -> None:
-    module, model, options, optimizers = Module(), Module(), dict[str, Any](), None
+    module, options = Module(), dict[str, Any]()
     given: Any = module
     if how == "clipped":
-        options, optimizers = {"gradient_clip_val": 0.1}, clipped
+        options = {"gradient_clip_val": 0.1}
+        expected = plain_losses(to, model=Module(), optimizers=clipped)
     elif how == "bf16":
-        options, model = {"precision": "bf16-mixed"}, InBf16()
-    elif how == "compiled":
-        given = torch.compile(module, backend="eager")
-    elif how == "max_steps":
-        options = {"max_epochs": -1, "max_steps": STEPS}
-    else:
+        options = {"precision": "bf16-mixed"}
+        expected = plain_losses(to, model=InBf16())
+    elif how == "manual":
         module = given = Manual()
         options = {"max_epochs": -1, "max_steps": 2 * STEPS}  # it counts those of both
-        optimizers = lambda model: two_optimizers(model.net)  # noqa: E731
+        both = lambda model: two_optimizers(model.net)  # noqa: E731
+        expected = plain_losses(to, model=Module(), optimizers=both)
+    else:
+        expected = plain(to)
+        options = {"max_epochs": -1, "max_steps": STEPS} if how == "max_steps" else {}
+        given = torch.compile(module, backend="eager") if how == "compiled" else module
     callback = fit(given, to, **options)
     assert callback.ranks.total_steps == STEPS
-    assert module.losses == plain_losses(to, model=model, optimizers=optimizers)
+    assert module.losses == expected
 
 
 class InEpochs(Module):
@@ -189,9 +207,11 @@ def test_the_users_rates_and_other_options_come_first() -> None:
 
 
 OPTIONS = {
-    "rewarm": lambda: {"callbacks": [dr.LRRewarmup(3)]},
+    "rewarm": lambda: {
+        "callbacks": [dr.LRRewarmup(3)],
+        "batches": lambda: [x for x, _ in batches(2)],
+    },
     "calibrated": lambda: {"moments": "calibrated"},  # by gradients that Lightning's closure makes
-    "batches": lambda: {"batches": lambda: [x for x, _ in batches(2)]},
 }
 
 
@@ -280,6 +300,6 @@ def test_manual_accumulation_counts_optimizer_steps() -> None:
     callback = DynamicRankCallback(schedule())
     trainer(callback, max_epochs=-1, max_steps=STEPS).fit(module, Loader(2 * STEPS))
     assert callback.ranks.last_step == STEPS
-    assert module.losses == plain_losses(accumulate=2, model=Module())
+    assert module.losses == plain("adapted", 2)
     with pytest.raises(ValueError, match=r"took 0 optimizer steps in a batch.*total_steps="):
         trainer(DynamicRankCallback(schedule()), max_epochs=1).fit(Accumulating(), Loader(48))

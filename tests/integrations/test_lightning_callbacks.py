@@ -10,16 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from host_runs import INFLATE, STEPS, batches, plain_losses, schedule
+from host_runs import (
+    INFLATE,
+    STEPS,
+    adamw,
+    batches,
+    loss_of,
+    plain_losses,
+    ranks_of,
+    schedule,
+)
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
+    EMAWeightAveraging,
     LearningRateFinder,
     LearningRateMonitor,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.tuner import Tuner
 from lightning_runs import QUIET, Loader, Module, every_four, fit, trainer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import dynarank as dr
 from dynarank import FullRank, LowRank
@@ -214,3 +226,86 @@ def test_a_run_without_an_optimizer_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no optimizer"), pytest.warns(UserWarning):
         fit(Without())
+
+
+# --- averages
+
+
+class Validated(Module):
+    """Says what it is validated as."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.outputs: list[torch.Tensor] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.outputs.append(self(batch[0]).detach())
+
+
+def plain_average(to: str, module: Module) -> list[torch.Tensor]:
+    """The outputs of an EMA in a plain loop after every six steps, of its own and at the end."""
+    optimizer = adamw(module)
+    ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    ranks = ranks_of(module, optimizer, to)
+    ranks.follow(ema)
+    found: list[torch.Tensor] = []
+    for number, batch in enumerate(batches()):
+        loss_of(module, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ranks.step()
+        ema.update_parameters(module)
+        if number % 6 == 5:
+            found.append(ema(batches(1)[0][0]).detach())
+    return found
+
+
+@pytest.mark.parametrize(("to", "first"), [("low-rank", True), ("adapted", False)])
+def test_lightnings_ema_follows(to: str, first: bool, tmp_path: Path) -> None:
+    module, callback = Validated(), DynamicRankCallback(schedule(to))
+    ema = EMAWeightAveraging(decay=0.5, update_starting_at_step=0)
+    loader: Any = torch.utils.data.DataLoader(batches(1), batch_size=None)
+    more = {"max_epochs": 1, "val_check_interval": 6, "num_sanity_val_steps": 0}
+    own = [callback, ema] if first else [ema, callback]
+    trainer(*own, every_four(tmp_path), **more).fit(module, Loader(), loader)
+    if first:
+        for own_output, plain in zip(module.outputs, plain_average(to, Module()), strict=True):
+            torch.testing.assert_close(own_output, plain)
+    for step in (12, 20):
+        again, ema = Validated(9), EMAWeightAveraging(decay=0.5, update_starting_at_step=0)
+        callback = DynamicRankCallback(schedule(to))
+        own = [callback, ema] if first else [ema, callback]
+        path = tmp_path / f"step={step}.ckpt"
+        trainer(*own, **more).fit(again, Loader(), loader, ckpt_path=path)
+        assert again.losses == module.losses[step:], step
+        assert torch.equal(again.outputs[-1], module.outputs[-1]), step
+
+
+def test_lightnings_swa_follows(tmp_path: Path) -> None:
+    module, callback = Module(), DynamicRankCallback(schedule("low-rank"))
+    swa = StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=2)
+    more: dict[str, Any] = {"max_epochs": 4, "limit_train_batches": 6}
+    run = trainer(swa, callback, every_four(tmp_path), **more)
+    run.fit(module, Loader())
+    assert callback.ranks.last_step == callback.ranks.total_steps == STEPS
+    assert dr.current_plan(module) == dr.current_plan(swa._average_model)
+    inside: Any = swa._average_model
+    x = batches(1)[0][0]
+    assert torch.equal(module(x), inside(x))  # the average has been copied to the module
+
+
+class Normed(Module):
+    """SWA adds an epoch in which BatchNorm is estimated, and no step is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.insert(1, torch.nn.BatchNorm1d(32))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_epoch_that_swa_adds_is_none_of_the_schedules(first: bool) -> None:
+    callback = DynamicRankCallback(schedule())
+    swa = StochasticWeightAveraging(1e-2, swa_epoch_start=1, annealing_epochs=2)
+    own = [callback, swa] if first else [swa, callback]
+    trainer(*own, max_epochs=4, limit_train_batches=6).fit(Normed(), Loader())
+    assert callback.ranks.last_step == callback.ranks.total_steps == STEPS

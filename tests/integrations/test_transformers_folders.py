@@ -137,6 +137,15 @@ def test_folders_in_parts_and_in_other_precisions(make: Any, tmp_path: Path) -> 
     assert same(type(model).from_pretrained(tmp_path / "half"), half)
 
 
+@pytest.mark.filterwarnings("ignore:.*meta device because they were offloaded")
+def test_a_loaded_model_may_lie_on_the_disk(tmp_path: Path) -> None:
+    model = trained(dr.deflate(bert(), 2))
+    model.save_pretrained(tmp_path)
+    places = {"bert.embeddings": "cpu", "bert.encoder": "disk", "bert.pooler": "disk"}
+    how = {"device_map": {**places, "classifier": "cpu"}, "offload_folder": tmp_path / "disk"}
+    torch.testing.assert_close(output(type(model).from_pretrained(tmp_path, **how)), output(model))
+
+
 def test_factors_may_have_a_precision_of_their_own(tmp_path: Path) -> None:
     model = dr.deflate(bert().bfloat16(), 2)
     for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 
 import torch
@@ -180,10 +181,11 @@ class Decomposition(ABC):
         *others, up = map(precise, factors)
         change, size = precise(change), up[0].numel()
         units = torch.eye(size, dtype=up.dtype, device=up.device).reshape(size, *up.shape[1:])
-        rows = self.join((*others, units)).flatten(1)
-        if not torch.allclose(up.flatten(1) @ rows, self.join((*others, up)).flatten(1)):
-            return nearest_changes(lambda f: self.join((*others, *f)), (up,), change)[0]
-        return (change.flatten(1) @ torch.linalg.pinv(rows, rtol=FAINT)).reshape(up.shape)
+        with suppress(RuntimeError):  # of a user's decomposition, whose rows of up are no outputs
+            rows = self.join((*others, units)).flatten(1)
+            if torch.allclose(up.flatten(1) @ rows, self.join((*others, up)).flatten(1)):
+                return (change.flatten(1) @ torch.linalg.pinv(rows, rtol=FAINT)).reshape(up.shape)
+        return nearest_changes(lambda f: self.join((*others, *f)), (up,), change)[0]
 
 
 def _counted(decomposition: Decomposition, method: str, shape: tuple[int, ...], rank: int) -> int:

@@ -76,20 +76,21 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Raise ValueError if an adapter is not, in all its layers, ``alpha / r * lora_B @ lora_A``."""
     kind = str(config.get("peft_type", "none")).removeprefix("PeftType.")
     if kind != "LORA":
-        raise ValueError(f"its peft_type is {kind}, only LORA can be taken over: {MERGE}")
+        raise ValueError(f"the adapter's peft_type is {kind}, only LORA can be taken over: {MERGE}")
     initial = config.get("init_lora_weights", True)
     if initial not in _INITIAL:
         raise ValueError(
-            f"init_lora_weights={initial!r} may change the base, which the folder does not hold: "
-            f"{_CONVERT}"
+            f"the adapter's init_lora_weights={initial!r} may change the base, which the folder "
+            f"does not hold: {_CONVERT}"
         )
     if config.get("use_rslora") and (config.get("rank_pattern") or config.get("alpha_pattern")):
         raise ValueError(
-            f"use_rslora=True beside rank_pattern or alpha_pattern cannot be taken over: {MERGE}"
+            "the adapter's use_rslora=True beside rank_pattern or alpha_pattern cannot be taken "
+            f"over: {MERGE}"
         )
     for key, value in config.items():
         if key not in _NO_MATTER and value and value != _DEFAULTS.get(key):
-            raise ValueError(f"{key}={_short(value)} cannot be taken over: {MERGE}")
+            raise ValueError(f"the adapter's {key}={_short(value)} cannot be taken over: {MERGE}")
 
 
 def dropout_of(config: Mapping[str, Any]) -> float:

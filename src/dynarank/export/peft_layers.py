@@ -18,8 +18,16 @@ from dynarank.forms import Adapted
 from dynarank.layers import WeightSpec
 from dynarank.surgery.sites import Site
 
-__all__ = ["adapter_keys", "form_and_factors", "is_transposed", "layer_obstacle", "tensors_of"]
+__all__ = [
+    "PREFIX",
+    "adapter_keys",
+    "form_and_factors",
+    "is_transposed",
+    "layer_obstacle",
+    "tensors_of",
+]
 
+PREFIX = "base_model.model."  # of a layer's path, in the names of PEFT's tensors
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 _FUSED = ("linear1", "linear2")  # of nn.TransformerEncoderLayer
 

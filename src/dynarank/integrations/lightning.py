@@ -170,7 +170,8 @@ class DynamicRankCallback(Callback):
 
         def load_checkpoint(checkpoint_path: Any, *args: Any, **more: Any) -> dict[str, Any]:
             place = Path(strategy.broadcast(checkpoint_path))
-            saved = torch.load(place / "meta.pt" if place.is_dir() else place, mmap=place.is_file())
+            own, safe = place.is_file(), more.get("weights_only")
+            saved = torch.load(place if own else place / "meta.pt", mmap=own, weights_only=safe)
             state = saved.get("callbacks", {}).get(self.state_key, {}).get("ranks")
             if state is not None:
                 self._bring(trainer, state)
@@ -182,7 +183,8 @@ class DynamicRankCallback(Callback):
         if trainer.state.fn == "fit":
             self.ranks.load_state_dict(state)
             self._uncounted = state["uncounted"] > 0
-            trainer.fit_loop._combined_loader = None  # to be set up again, with its own state
+            # As Lightning's own tuners do: data are set up again, with the states of the loaders.
+            trainer.fit_loop._combined_loader = None  # pyright: ignore[reportPrivateUsage]
         else:
             forms = {path: form_from_data(data) for path, data in state["forms"].items()}
             apply_plan(trainer.lightning_module, forms)
@@ -251,7 +253,8 @@ class DynamicRankCallback(Callback):
         made, self._steps_before = trainer.global_step - self._steps_before, trainer.global_step
         if not pl_module.automatic_optimization and self._total_steps is None:
             self._check_pace(trainer, made)
-        self.ranks.step()
+        if self._max_epochs in (None, -1) or trainer.current_epoch < self._max_epochs:
+            self.ranks.step()  # in the epoch that StochasticWeightAveraging adds nothing is trained
 
     def _check_pace(self, trainer: Trainer, made: int) -> None:
         """Raise ValueError if manual optimization takes other steps than the length tells."""

@@ -34,6 +34,7 @@ from dynarank.surgery.sites import survey
 __all__ = ["RankedFolder", "RankedFolderLoader", "save_forms_with_models"]
 
 METHOD = "dynarank"
+FILLED = "_is_hf_initialized"  # what transformers notes on a parameter that it has loaded
 NEEDED = "dynarank (before from_pretrained, `import dynarank.integrations.transformers`)"
 
 
@@ -220,10 +221,11 @@ def _check_loaded(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raise ValueError for parameters of ranked layers that the folder had no values for."""
     parts = [(path, model.get_submodule(path).named_parameters(recurse=False)) for path in layers]
     named = [(f"{path}.{name}", parameter) for path, own in parts for name, parameter in own]
-    if names := [name for name, one in named if not hasattr(one, "_is_hf_initialized")]:
+    missing = [name for name, one in named if not (hasattr(one, FILLED) or one.is_meta)]
+    if missing:
         raise ValueError(
-            f"the folder has no values for {', '.join(names)}: its files are of different models, "
-            "or one of them is missing"
+            f"the folder has no values for {', '.join(missing)}: its files are of different "
+            "models, or one of them is missing"
         )
 
 

@@ -26,10 +26,10 @@ def check_trainer(args: Any, model: nn.Module) -> None:
 
     sharded = {"fsdp": args.fsdp, "deepspeed": args.deepspeed}
     how = [name for name, value in sharded.items() if value]
-    kind = str(getattr(AcceleratorState().distributed_type, "value", ""))
-    if how or kind in _SHARDS:
+    how += [kind for kind in _SHARDS if not how and AcceleratorState().distributed_type == kind]
+    if how:
         raise ValueError(
-            f"the Trainer runs under {how[0] if how else kind}, which keeps parameters and their "
+            f"the Trainer runs under {how[0]}, which keeps parameters and their "
             "states where a change of form cannot follow; leave it out (DDP works), or write the "
             "loop yourself, with fully_shard and dynarank.RankScheduler"
         )

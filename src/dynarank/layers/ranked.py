@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any, ClassVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,7 @@ from dynarank.layers.weight import ResolvedWeight, WeightSpec
 
 __all__ = [
     "RankedLayer",
+    "copied_layers",
     "effective",
     "in_base_dtype",
     "one_call",
@@ -53,6 +56,15 @@ _OWN = (
 )
 # Torch's fused transformer layer only reads weights, and would not run on a subclass of Tensor.
 _ONLY_READS = "torch.nn.modules.transformer"
+
+
+_COPIES: WeakSet[RankedLayer] = WeakSet()
+
+
+def copied_layers() -> list[tuple[RankedLayer, Mapping[str, str]]]:
+    """The ranked layers that were copied or unpickled, as those of averages, and what made them."""
+    alive = list(_COPIES)
+    return list(zip(alive, map(attrgetter("_made_by"), alive), strict=True))
 
 
 class RankedLayer(nn.Module):
@@ -195,6 +207,7 @@ class RankedLayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.form_changed()
+        _COPIES.add(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not self.has_factors(name):

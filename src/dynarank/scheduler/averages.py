@@ -6,10 +6,12 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm  # pyright: ignore[reportPrivateUsage]
 
 from dynarank.distributed.dtensors import is_dtensor
+from dynarank.distributed.wrappers import ddp_wrappers
 from dynarank.forms import Change
 from dynarank.layers import RankedLayer
 from dynarank.surgery.average_edits import average_edits
@@ -72,6 +74,11 @@ def _check_apart(model: nn.Module, average: nn.Module) -> None:
         raise ValueError(
             "fully_shard shards the model or its average, which cannot follow changes of form "
             "then: make a new average after each change"
+        )
+    if dist.is_available() and dist.is_initialized() and ddp_wrappers(average.modules()):
+        raise ValueError(
+            "the average is a copy of a DistributedDataParallel wrapper, which would go on with "
+            "old parameters: make it of the model inside, AveragedModel(model.module)"
         )
     own = {p.data_ptr() for p in model.parameters() if p.numel() and not p.is_meta}
     if any(p.numel() and not p.is_meta and p.data_ptr() in own for p in average.parameters()):

@@ -321,7 +321,7 @@ class RankScheduler:
         self.processes.attempt("the check after a change", check)
         if self._left is not None:
             left, self._left = self._left, None
-            left.warn(self.model)
+            left.warn()
 
     def follow(self, ema: Any) -> None:
         """Have an averaged copy of the model (EMA, SWA) go through every change of form with it.
@@ -565,6 +565,7 @@ class RankScheduler:
         found = self._budgets.resolve(request, *last, waiting, sites, self.processes)
         due = postponed.due(differences(self.model, found.plan, sites), request, step)
         statistics = running_statistics(self.model) if self.averages.holders else {}
+        left = LeftCopies([place.module for site, _ in due for place in site.places])
         changes, unfit = self._change(due, found)
         self._decide(found, request)
         self._request, self._plan = dict(request), dict(found.plan)
@@ -573,7 +574,7 @@ class RankScheduler:
         postponed.record(tried, unfit := unfit | found.unfit, step)
         if changes:
             self._guard.expect([site for site, _ in due], changes)
-            self._left = LeftCopies(self.model, self.averages.copies(self.model))
+            self._left = left
         if changes:
             self.processes.attempt("what follows a change", lambda: self._tell(changes))
             self.averages.take_statistics(self.model, statistics)

@@ -54,7 +54,9 @@ def is_copy(model: nn.Module, other: nn.Module) -> bool:
     return shapes == others
 
 
-def apart(module: nn.Module, other: nn.Module, weight: str | None = None) -> str:
+def apart(
+    module: nn.Module, other: nn.Module, weight: str | None = None, *, basis: bool = True
+) -> str:
     """Why parameters of a model's module mean something else in a copy of it; empty if they do not.
 
     The forms differ, or the factors were made by different changes, so that they have other bases.
@@ -63,12 +65,13 @@ def apart(module: nn.Module, other: nn.Module, weight: str | None = None) -> str
         module: of the model.
         other: that of the copy.
         weight: the name of the weight to look at; None: all.
+        basis: whether to look at the bases too.
     """
     own, theirs = _forms(module, weight), _forms(other, weight)
     names = own.keys() | theirs.keys()
     if not all(n in own and n in theirs and same_weight(own[n], theirs[n]) for n in names):
         return f"{_said(theirs)} there and {_said(own)} in the model"
-    for name in own:
+    for name in own if basis else ():
         assert isinstance(module, RankedLayer) and isinstance(other, RankedLayer)
         made, there = module.made_by.get(name), other.made_by.get(name)
         if made and there and made != there:

@@ -78,6 +78,9 @@ class _TiedNames(dict[str, str]):
         """Both."""
         return self.copy().items()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.copy())
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _TiedNames:
         model = None if self._model is None else memo.get(id(self._model()))
         return _TiedNames(model, self.plain)

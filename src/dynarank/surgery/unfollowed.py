@@ -1,15 +1,17 @@
 """Averages (EMA, SWA) that were left behind by a change of form.
 
 torch's ``AveragedModel`` pairs parameters by position: after a change it would average what does
-not belong together wherever shapes happen to broadcast, or factors of another basis. Who averages a
-model cannot be asked, so those that are alive at a change have their next updates checked. Of
-copies that are averaged by hand it is only seen afterwards that somebody writes to them.
+not belong together wherever shapes happen to broadcast, or factors of another basis. torch has no
+hook there, so once a weight has changed form, ``update_parameters`` itself looks first. Of copies
+that are averaged by hand it is only seen afterwards that somebody writes to them.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 from weakref import ref
 
 from torch import nn
@@ -18,12 +20,14 @@ from torch.optim.swa_utils import AveragedModel
 
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.distributed.wrappers import live
-from dynarank.surgery.copies import apart, is_copy
+from dynarank.layers import RankedLayer
+from dynarank.layers.ranked import copied_layers
+from dynarank.surgery.copies import apart
 from dynarank.surgery.own_references import groups_of, is_optimizer
 
 __all__ = ["LeftCopies", "check_updates"]
 
-_UPDATE = "update_parameters"
+_OURS = "checks_that_it_fits"
 _WAY = (
     "call ranks.follow(ema) once, before the first change, and it goes through all of them; or "
     "make a new average after each change"
@@ -31,88 +35,76 @@ _WAY = (
 
 
 def check_updates() -> None:
-    """From now on, averages that are alive check that they fit before they are updated."""
-    for one in live(AveragedModel):
-        if not isinstance(vars(one).get(_UPDATE), CheckedUpdate) and "module" in one._modules:
-            setattr(one, _UPDATE, CheckedUpdate(one))
+    """From now on, every AveragedModel checks that it fits its model before it is updated."""
+    update: Any = AveragedModel.update_parameters
+    if not hasattr(update, _OURS):
+        AveragedModel.update_parameters = _checked(update)
 
 
-class CheckedUpdate:
-    """``update_parameters`` of an AveragedModel: refused while its forms are not the model's.
+def _checked(update: Any) -> Any:
+    @functools.wraps(update)
+    def update_parameters(self: AveragedModel, model: nn.Module) -> None:
+        _check(self, unwrapped(model))
+        update(self, model)
 
-    Args:
-        average: the AveragedModel.
+    setattr(update_parameters, _OURS, True)
+    return update_parameters
+
+
+def _check(average: AveragedModel, model: nn.Module) -> None:
+    """Raise RuntimeError if an average and a model mean other things by their parameters.
+
+    An average that is still to take the model's first values may have another basis.
     """
-
-    def __init__(self, average: AveragedModel) -> None:
-        self._average = average
-        self._own = vars(average).get(_UPDATE)  # a user's, instead of the class's
-
-    def __call__(self, model: nn.Module) -> None:
-        """Update, if the average and the model mean the same by their parameters.
-
-        Raises:
-            RuntimeError: they do not. Nothing is averaged then.
-        """
-        average, model_inside = unwrapped(self._average.module), unwrapped(model)
-        for path, why in _apart(model_inside, average):
-            if not int(self._average.n_averaged) and "basis" in why:
-                continue
-            kind = type(self._average).__name__
+    fresh = not int(average.n_averaged)
+    others = dict(unwrapped(average.module).named_modules())
+    for path, module in model.named_modules():
+        if path in others and (why := apart(module, others[path], basis=not fresh)):
             raise RuntimeError(
-                f"this {kind} has not followed a change of form: layer {path!r} is {why}; {_WAY}"
+                f"this {type(average).__name__} has not followed a change of form: layer {path!r} "
+                f"is {why}. Nothing is averaged; {_WAY}"
             )
-        if self._own is None:
-            type(self._average).update_parameters(self._average, model)
-        else:
-            self._own(model)
 
 
 class LeftCopies:
-    """Copies of a model that are averaged by hand, it seems, and were left behind by a change.
-
-    Those are copies of other forms, which no optimizer trains, and which somebody writes to.
+    """Copies of layers that a change leaves behind, made before it.
 
     Args:
-        model: without its wrappers, after the change.
-        followed: the copies that have changed with it.
+        layers: those that are about to change.
     """
 
-    def __init__(self, model: nn.Module, followed: Sequence[nn.Module] = ()) -> None:
-        spared = {id(one) for one in followed} | {id(module) for module in model.modules()}
-        kinds = {type(model), getattr(model, "plain", type(model))}
-        found = [o for o in live(*kinds) if id(o) not in spared and "_modules" in vars(o)]
-        found = [one for one in found if is_copy(model, one)]
-        self._copies = [(ref(one), _versions(one)) for one in found if any(_apart(model, one))]
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        ranked = [one for one in layers if isinstance(one, RankedLayer)]
+        made = {name: one for one in ranked for name in one.made_by.values() if name}
+        pairs = [(c, made[n]) for c, by in copied_layers() for n in by.values() if n in made]
+        self._pairs = [(ref(c), ref(one), _versions(c)) for c, one in pairs if c not in ranked]
 
-    def warn(self, model: nn.Module) -> None:
-        """Say which have been written to since."""
-        for copy, before in self._copies:
-            one = copy()
-            if one is None or _versions(one) == before or not any(_apart(model, one)):
+    def warn(self) -> None:
+        """Say if somebody who trains none of them has written to one since."""
+        for copy, layer, before in self._pairs:
+            one, original = copy(), layer()
+            if one is None or original is None or not apart(original, one):
                 continue
-            if not _trains(one):
+            if _is_written(one, before) and not _trains(one):
                 warnings.warn(
-                    f"a copy of the model ({type(one).__name__}) was written to after a change of "
-                    "form that it has not followed: if it is an average of the model, it averages "
-                    f"what does not belong together; {_WAY}",
+                    f"a copy of a layer ({type(one).__name__}) was written to after a change of "
+                    "form that it has not followed: if it is in an average of the model, that "
+                    f"averages what does not belong together; {_WAY}",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
                 return
 
 
-def _apart(model: nn.Module, average: nn.Module) -> Iterator[tuple[str, str]]:
-    """The modules whose parameters mean something else in the average, by path, and why."""
-    others = dict(average.named_modules())
-    for path, module in model.named_modules():
-        if path in others and (why := apart(module, others[path])):
-            yield path, why
+def _versions(module: nn.Module) -> list[tuple[ref[nn.Parameter], int]]:
+    return [(ref(p), p._version) for p in module.parameters() if not p.is_inference()]
 
 
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    found = (p for p in module.parameters() if not p.is_inference())
-    return [(id(p), p._version) for p in found]
+def _is_written(module: nn.Module, before: Sequence[tuple[ref[nn.Parameter], int]]) -> bool:
+    """Whether its parameters are those of before, with other values."""
+    now = _versions(module)
+    same = [id(p()) for p, _ in now] == [id(p()) for p, _ in before]
+    return same and [n for _, n in now] != [n for _, n in before]
 
 
 def _trains(module: nn.Module) -> bool:
