@@ -24,7 +24,6 @@ from training import Silent
 from dynarank.checkpoint.folder import Contents, read_folder
 from dynarank.files.reading import DamagedFileError
 from dynarank.records import ChangeRecord, RecordWriter, SummaryRecord, read_run
-from dynarank.train import run as run_module
 from dynarank.train.bert import BERT
 from dynarank.train.bilstm import BiLSTM
 from dynarank.train.data import limit, limit_test, load_digits_data
@@ -314,7 +313,7 @@ def test_a_full_disk_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_module, "save_tensors", full)
+    monkeypatch.setattr("dynarank.train.trained.save_tensors", full)
     with pytest.raises(OSError, match=f"state of step {case.steps} is saved; make room"):
         case.run(checkpoints=STOPPED)
     monkeypatch.undo()
