@@ -678,6 +678,15 @@ def test_wrapped_models(tmp_path: Path) -> None:
     assert equal(values(base), values(model))
 
 
+def test_a_part_that_is_compiled_has_its_plain_path(tmp_path: Path) -> None:
+    model = adapted(nn.Sequential(mlp(), nn.Linear(8, 8)), {"0.1": Adapted(2), "1": Adapted(3)})
+    x = torch.randn(2, 8)
+    expected = model(x)
+    model[0] = torch.compile(model[0], backend="eager")
+    base = dr.to_peft(model, tmp_path)
+    assert close(in_peft(base, tmp_path)(x), expected)
+
+
 # Live models of PEFT
 
 
