@@ -62,7 +62,7 @@ _COPIES: WeakSet[RankedLayer] = WeakSet()
 
 def copied_layers() -> list[RankedLayer]:
     """The ranked layers that are alive and were copied or unpickled, as those of averages are."""
-    return list(_COPIES)
+    return [layer for layer in _COPIES if isinstance(layer, RankedLayer)]  # not made plain since
 
 
 class RankedLayer(nn.Module):
