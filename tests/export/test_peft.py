@@ -654,6 +654,19 @@ def test_an_imported_model_trains_inflates_and_merges(tmp_path: Path) -> None:
     assert close(dr.merge(model)(x), y)
 
 
+def test_a_run_goes_on_after_an_export(tmp_path: Path) -> None:
+    model = adapted(mlp(), Adapted(2))
+    base, copied = dr.to_peft(model, tmp_path), dr.merge(copy.deepcopy(model))  # plain again
+    schedule = Phases([0, 1], [Adapted(2), FullRank()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ranks = dr.RankScheduler(model, optimizer, schedule, 2, layers="*")
+    model(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    ranks.step()
+    assert [type(layer) for layer in (*base, *copied)] == [nn.Linear] * 6
+    assert model[0].form == FullRank()
+
+
 def test_frozen_factors_are_exported(tmp_path: Path) -> None:
     model, x = adapted(mlp(), Adapted(2)), torch.randn(2, 8)
     model[0].down.requires_grad_(False)
