@@ -654,6 +654,19 @@ def test_an_imported_model_trains_inflates_and_merges(tmp_path: Path) -> None:
     assert close(dr.merge(model)(x), y)
 
 
+def test_a_run_goes_on_after_an_export(tmp_path: Path) -> None:
+    model = adapted(mlp(), Adapted(2))
+    base, copied = dr.to_peft(model, tmp_path), dr.merge(copy.deepcopy(model))  # plain again
+    schedule = Phases([0, 1], [Adapted(2), FullRank()])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ranks = dr.RankScheduler(model, optimizer, schedule, 2, layers="*")
+    model(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    ranks.step()
+    assert [type(layer) for layer in (*base, *copied)] == [nn.Linear] * 6
+    assert model[0].form == FullRank()
+
+
 def test_frozen_factors_are_exported(tmp_path: Path) -> None:
     model, x = adapted(mlp(), Adapted(2)), torch.randn(2, 8)
     model[0].down.requires_grad_(False)
@@ -676,6 +689,15 @@ def test_wrapped_models(tmp_path: Path) -> None:
     wrapped: Any = torch.compile(base)
     assert dr.from_peft(wrapped, tmp_path) is wrapped
     assert equal(values(base), values(model))
+
+
+def test_a_part_that_is_compiled_has_its_plain_path(tmp_path: Path) -> None:
+    model = adapted(nn.Sequential(mlp(), nn.Linear(8, 8)), {"0.1": Adapted(2), "1": Adapted(3)})
+    x = torch.randn(2, 8)
+    expected = model(x)
+    model[0] = torch.compile(model[0], backend="eager")
+    base = dr.to_peft(model, tmp_path)
+    assert close(in_peft(base, tmp_path)(x), expected)
 
 
 # Live models of PEFT

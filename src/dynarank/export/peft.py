@@ -85,10 +85,9 @@ def to_peft(model: _Model, folder: str | Path, *, base: str | None = None) -> _M
     processes = processes_of(*core.modules())
     with said_if_alone("dr.to_peft"):
         processes.agree("the folder to write", str(target))
-    places = processes.attempt("an export to PEFT", lambda: _to_export(core))
-    plain = processes.attempt("an export to PEFT", lambda: _without_adapters(core))
+    plain, tensors, layers = processes.attempt("an export to PEFT", lambda: _exported(core))
     name = base or (str(target / BASE) if is_pretrained(plain) else None)
-    tensors, config = _adapter(places, plain, name)
+    config = _config(layers, plain, name)
     written = plain if base is None else None
     processes.by_first(f"writing {target}", lambda: write_adapter(target, config, tensors, written))
     return plain
@@ -200,30 +199,33 @@ def _has_factors(site: Site) -> bool:
     return isinstance(site.module, RankedLayer) and site.module.has_factors(site.spec.name)
 
 
-def _without_adapters(core: nn.Module) -> Any:
-    """A plain copy of the model, whose adapted weights are their bases."""
+def _exported(core: nn.Module) -> tuple[Any, dict[str, Tensor], dict[str, Scaling]]:
+    """A plain copy of the model, whose adapted weights are their bases, and what it had more.
+
+    The paths are the copy's, which has no wrappers inside.
+    """
+    _to_export(core)  # refused before it is copied
     check_copyable(core)
-    with independent(), torch.inference_mode(False):
-        base = copied(core)
-        for site in survey(base):
-            for factor in site.factors():
-                factor.data.zero_()
-        return merge(base)
-
-
-def _adapter(
-    places: list[tuple[Site, Adapted]], plain: nn.Module, base: str | None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """PEFT's tensors and configuration; ``base``: its name or path."""
     tensors, layers = dict[str, Tensor](), dict[str, Scaling]()
-    for place, form in places:
-        own, layers[place.path] = tensors_of(place, form)
-        tensors |= {f"{PREFIX}{place.path}{key}": value for key, value in own.items()}
-    more: dict[str, Any] = {"fan_in_fan_out": any(is_transposed(place) for place, _ in places)}
+    with independent(), torch.inference_mode(False):
+        plain = copied(core)
+        for place, form in _to_export(plain):
+            own, layers[place.path] = tensors_of(place, form)
+            tensors |= {f"{PREFIX}{place.path}{key}": value for key, value in own.items()}
+        for site in survey(plain):
+            for factor in site.factors():
+                factor.data = torch.zeros_like(factor)  # the exported one keeps its values
+        return merge(plain), tensors, layers
+
+
+def _config(layers: Mapping[str, Scaling], plain: nn.Module, base: str | None) -> dict[str, Any]:
+    """PEFT's configuration; ``base``: the name or path of the base."""
+    more: dict[str, Any] = {"base_model_name_or_path": base}
+    more["fan_in_fan_out"] = any(map(is_transposed, map(plain.get_submodule, layers)))
     if is_pretrained(plain):  # for AutoPeftModel
         kind = {"base_model_class": type(plain).__name__, "parent_library": type(plain).__module__}
         more["auto_mapping"] = kind
-    return tensors, config_of(layers, base_model_name_or_path=base, **more)
+    return config_of(layers, **more)
 
 
 @torch.no_grad()

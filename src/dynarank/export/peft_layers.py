@@ -49,7 +49,7 @@ def layer_obstacle(site: Site, place: Site, model: nn.Module) -> str:
     spots = {(model.get_submodule(parent), name) for parent, _, name in splits}
     if len(spots) > 1:  # of a parent in several places there is one
         return f"its module is in {len(paths)} places, of which PEFT would adapt {paths[0]!r} only"
-    if place.reader is not None or not (isinstance(module, _KINDS) or is_transposed(place)):
+    if place.reader is not None or not (isinstance(module, _KINDS) or is_transposed(module)):
         owner = module if place.reader is None else place.reader
         kind = getattr(owner, "plain", type(owner))
         return f"PEFT has no adapter of this form for the weights of {kind.__name__}"
@@ -72,10 +72,10 @@ def _conv_obstacle(module: Any) -> str:
     return ""
 
 
-def is_transposed(site: Site) -> bool:
-    """Whether it is a layer of transformers' ``Conv1D``, which stores its weight (in, out)."""
-    kinds = (kind.__name__ for kind in type(site.module).__mro__)
-    return site.spec.swapped and "Conv1D" in kinds
+def is_transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' ``Conv1D``, which stores its weight (in, out)."""
+    kinds = (kind for kind in type(module).__mro__ if kind.__name__ == "Conv1D")
+    return any(kind.__module__.startswith("transformers") for kind in kinds)
 
 
 def adapter_keys(lookup: bool) -> tuple[str, str]:
