@@ -63,7 +63,7 @@ _COPIES: WeakSet[RankedLayer] = WeakSet()
 
 def copied_layers() -> list[tuple[RankedLayer, Mapping[str, str]]]:
     """The ranked layers that were copied or unpickled, as those of averages, and what made them."""
-    alive = [one for one in _COPIES if isinstance(one, RankedLayer)]  # not made plain since
+    alive = list(filter(RankedLayer.__instancecheck__, _COPIES))  # the others were made plain
     return list(zip(alive, map(attrgetter("_made_by"), alive), strict=True))
 
 
