@@ -9,7 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import dynarank as dr
 from dynarank.surgery import left_behind, optimizer_steps
@@ -182,3 +184,68 @@ def test_an_optimizer_whose_constructor_raised_is_none() -> None:
     with pytest.raises(RuntimeError, match="old parameters"):
         optimizer.step()
     assert kept.tb  # whose frames hold it
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the collector's functions that look through every object, as they are called."""
+    calls: list[str] = []
+
+    def count(name: str) -> None:
+        own = getattr(gc, name)
+        monkeypatch.setattr(gc, name, lambda *given: [calls.append(name), own(*given)][1])
+
+    for name in ("get_objects", "get_referrers"):
+        count(name)
+    return calls
+
+
+def test_the_check_after_a_change_looks_through_all_objects_few_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = dr.schedules.dynamic_rank(rank=2)
+    ranks = dr.RankScheduler(model, optimizer, schedule, total_steps=3, layers="*")
+    held = [[p] for p in model.parameters()]
+    optimizer.step()
+    assert ranks.step()
+    calls = counted(monkeypatch)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="still holds parameters"):
+        ranks.step()
+    assert held and len(calls) <= 4
+
+
+def test_another_model_in_training_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dr.factorize(nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), 2, layers="*")
+    other = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (model, other)]
+    schedule = dr.schedules.dynamic_rank(rank=2)
+    ranks = dr.RankScheduler(model, optimizers[0], schedule, total_steps=3)
+    calls = counted(monkeypatch)
+    for _ in range(2):
+        for one, optimizer in zip((model, other), optimizers, strict=True):
+            one(torch.ones(2, 8)).sum().backward()
+            optimizer.step()
+        ranks.step()
+    assert calls.count("get_objects") == 1
+
+
+def test_a_change_looks_through_all_objects_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = DistributedDataParallel(mlp())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        schedule = dr.schedules.dynamic_rank(rank=2, inflate=1, deflate=2)
+        ranks = dr.RankScheduler(model, optimizer, schedule, total_steps=3)
+        calls = counted(monkeypatch)
+        for step in (1, 2):
+            backward(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert ranks.step()
+            assert calls.count("get_objects") == step
+        dr.merge(model, optimizer=optimizer)
+        assert calls.count("get_objects") == 3
+    finally:
+        dist.destroy_process_group()

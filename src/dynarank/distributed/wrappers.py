@@ -1,7 +1,7 @@
 """What is alive of a class, such as the wrappers around a model, which a trainer may hide.
 
 A module does not know who wraps it, so the objects that are alive are looked through: some tenths
-of a second in a large process, and only at a change.
+of a second in a large process, only at a change, and once for all who ask within it.
 """
 
 from __future__ import annotations
@@ -9,12 +9,18 @@ from __future__ import annotations
 import gc
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
-__all__ = ["data_parallel_groups", "ddp_wrappers", "live", "thawed"]
+__all__ = ["data_parallel_groups", "ddp_wrappers", "live", "one_scan", "thawed"]
+
+_SHARED = (nn.Module, Optimizer)
+_SCAN: ContextVar[list[ref[Any]] | None] = ContextVar("scan", default=None)  # empty: not made yet
 
 
 @contextmanager
@@ -31,15 +37,37 @@ def thawed() -> Generator[None]:
         gc.freeze()
 
 
+@contextmanager
+def one_scan() -> Generator[None]:
+    """Within it, modules and optimizers are looked for once; what is made later is not seen."""
+    token = _SCAN.set([])
+    try:
+        yield
+    finally:
+        _SCAN.reset(token)
+
+
 def live(*classes: type) -> list[Any]:
     """The objects of these classes (and subclasses) that are alive, half-made ones included.
 
     Those that ``gc.freeze()`` has put away too.
     """
+    shared = _SCAN.get()
+    if shared is None or not all(issubclass(kind, _SHARED) for kind in classes):
+        return _of(classes, _objects())
+    if not shared:
+        shared += map(ref, _of(_SHARED, _objects()))
+    return _of(classes, [one for weak in shared if (one := weak()) is not None])
+
+
+def _objects() -> list[Any]:
     with thawed():
-        found = gc.get_objects()
-    kinds = {kind for kind in set(map(type, found)) if issubclass(kind, classes)}
-    return [one for one in found if type(one) in kinds]
+        return gc.get_objects()
+
+
+def _of(classes: tuple[type, ...], objects: list[Any]) -> list[Any]:
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, classes)}
+    return [one for one in objects if type(one) in kinds]
 
 
 def ddp_wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:

@@ -18,6 +18,7 @@ from dynarank.decompositions import LinAlgError, UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import Processes, is_independent, processes_of
 from dynarank.distributed.unwrap import check_wrappers, unwrapped
+from dynarank.distributed.wrappers import one_scan
 from dynarank.form_data import form_to_data, request_to_data
 from dynarank.forms import Change, Form, Plan, Request, Within
 from dynarank.monitors.gradient_window import GradientWindow
@@ -318,10 +319,11 @@ class RankScheduler:
             return self._guard.check(self.model, self.optimizer)
         every = nn.ModuleList([self.model, *self.averages.copies(self.model)])
         check = partial(self._guard.check, every, self.optimizer)
-        self.processes.attempt("the check after a change", check)
-        if self._left is not None:
-            left, self._left = self._left, None
-            left.warn()
+        with one_scan():
+            self.processes.attempt("the check after a change", check)
+            if self._left is not None:
+                left, self._left = self._left, None
+                left.warn()
 
     def follow(self, ema: Any) -> None:
         """Have an averaged copy of the model (EMA, SWA) go through every change of form with it.
@@ -365,7 +367,8 @@ class RankScheduler:
             >>> ema.module[0].form
             FullRank()
         """
-        self.averages.add(self.model, ema)
+        with one_scan():
+            self.averages.add(self.model, ema)
 
     def close(self) -> None:
         """Take every hook off the optimizers, the last callback first; the model stays as it is."""
@@ -426,7 +429,7 @@ class RankScheduler:
             ValueError: it is not the state of such a run: other steps, layers, schedule or
                 callbacks; a key is missing or unknown; a value is not what was saved.
         """
-        with ExitStack() as own:
+        with ExitStack() as own, one_scan():
             stack = own if undo is None else undo
             load = lambda: self._load(state, stack)  # noqa: E731
             self.processes.attempt("loading a rank scheduler", load)
@@ -557,16 +560,17 @@ class RankScheduler:
         if as_it_was and not postponed.due_at(step):  # the usual step: no traversal
             return []
         self._processes = None  # the model may have been wrapped since
-        now = {"step": step, "plan": request_to_data(request), "postponed": [*postponed.layers]}
-        self.processes.agree("the rank scheduler's step", now)
-        sites = survey(self.model) if sites is None else sites
-        waiting = postponed.budgets(step)
-        last = self._request, self._plan
-        found = self._budgets.resolve(request, *last, waiting, sites, self.processes)
-        due = postponed.due(differences(self.model, found.plan, sites), request, step)
-        statistics = running_statistics(self.model) if self.averages.holders else {}
-        left = LeftCopies([place.module for site, _ in due for place in site.places])
-        changes, unfit = self._change(due, found)
+        with one_scan():
+            now = {"step": step, "plan": request_to_data(request), "postponed": [*postponed.layers]}
+            self.processes.agree("the rank scheduler's step", now)
+            sites = survey(self.model) if sites is None else sites
+            waiting = postponed.budgets(step)
+            last = self._request, self._plan
+            found = self._budgets.resolve(request, *last, waiting, sites, self.processes)
+            due = postponed.due(differences(self.model, found.plan, sites), request, step)
+            statistics = running_statistics(self.model) if self.averages.holders else {}
+            left = LeftCopies([place.module for site, _ in due for place in site.places])
+            changes, unfit = self._change(due, found)
         self._decide(found, request)
         self._request, self._plan = dict(request), dict(found.plan)
         unmeasured = find_sites(self.model, sites, found.unmeasured)

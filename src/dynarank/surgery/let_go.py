@@ -56,11 +56,11 @@ def _found(
     used: dict[str, set[str]] = {}
     spare: dict[str, set[str]] = {}
     groups = _groups(optimizers, replaced)
-    for holder in gc.get_referrers(*alive) if alive else ():
-        if holder is not alive and isinstance(holder, _CONTAINERS) and not _is_spared(holder):
-            ids = _ids(holder)
-            found = spare if len(groups) > 1 and _layers(ids, replaced) in groups else used
-            found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
+    holders = gc.get_referrers(*alive) if alive else ()
+    for holder in _of_users([h for h in holders if h is not alive and isinstance(h, _CONTAINERS)]):
+        ids = _ids(holder)
+        found = spare if len(groups) > 1 and _layers(ids, replaced) in groups else used
+        found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
     return used, spare
 
 
@@ -94,13 +94,29 @@ def _layers(ids: Iterable[int], replaced: Sequence[Replaced]) -> set[object]:
     return {paths.get(key, key) for key in ids}
 
 
-def _is_spared(holder: Any) -> bool:
+def _of_users(holders: list[Any]) -> list[Any]:
+    """Without the containers of variables or of torch's compiler."""
+    owners = _owners(holders)
+    owners |= _owners([o for every in owners.values() for o in every if isinstance(o, dict)])
+    return [one for one in holders if not _is_spared(one, owners)]
+
+
+def _owners(things: list[Any]) -> dict[int, list[Any]]:
+    """What refers to each of these, by its id, all found at once."""
+    found: dict[int, list[Any]] = {id(one): [] for one in things}
+    for owner in gc.get_referrers(*things) if things else ():
+        for key in {id(one) for one in gc.get_referents(owner)} & found.keys():
+            found[key].append(owner)
+    return found
+
+
+def _is_spared(holder: Any, owners: Mapping[int, list[Any]]) -> bool:
     """Whether it is no container of the user's, but one of variables or of torch's compiler."""
-    owners = gc.get_referrers(holder)
-    if isinstance(holder, dict) and ("__builtins__" in holder or _attributes_of(holder, owners)):
+    own = owners[id(holder)]
+    if isinstance(holder, dict) and ("__builtins__" in holder or _attributes_of(holder, own)):
         return True  # the variables of a module, or the attributes of an object
-    dicts = [one for one in owners if isinstance(one, dict)]
-    objects = [*owners, *(o for one in dicts for o in _attributes_of(one, gc.get_referrers(one)))]
+    dicts = [one for one in own if isinstance(one, dict)]
+    objects = [*own, *(o for one in dicts for o in _attributes_of(one, owners[id(one)]))]
     return any(_is_compilers(one) for one in objects)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
-from dynarank.distributed.wrappers import live
+from dynarank.distributed.wrappers import live, one_scan
 from dynarank.forms import Change, LowRank
 from dynarank.layers import RankedLayer, own_parameters
 from dynarank.layers.form_entry import KEY
@@ -188,9 +188,10 @@ def _warn_of_refactored(errors: Mapping[str, float], truncated: bool) -> None:
 def _commit(edits: Sequence[Edit], saved: Iterable[Incoming]) -> None:
     """Change modules and the optimizers that hold their parameters, all or nothing."""
     replaced = [edit for edit in edits if edit.old]
-    held = [(one, _held_by(one, replaced)) for one in _holders(replaced)]
+    with one_scan():
+        held = [(one, _held_by(one, replaced)) for one in _holders(replaced)]
+        wrappers = wrappers_that_follow([edit.site for edit in replaced])
     contents = [new_contents(mine, [one], "reset") for one, mine in held]
-    wrappers = wrappers_that_follow([edit.site for edit in replaced])
     with ExitStack() as undo:
         undo.callback(rebuild_wrappers, wrappers, None)  # called last
         for edit in edits:

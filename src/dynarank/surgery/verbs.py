@@ -22,6 +22,7 @@ from torch import nn
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import processes_of
 from dynarank.distributed.unwrap import unwrapped
+from dynarank.distributed.wrappers import one_scan
 from dynarank.forms import (
     Adapted,
     AdaptedExecution,
@@ -295,10 +296,11 @@ def _bring(
     check_unwrapped(model)
     core = unwrapped(model)
     optimizers = as_list(optimizer)
-    together = processes_of(*core.modules(), training=bool(optimizers))
-    found = together.attempt("a change of forms", lambda: wanted(core))
-    how: dict[str, Any] = {"together": together, "undo": undo}
-    changes = change_forms(found, optimizers or None, moments, calibration, **how)
+    with one_scan():
+        together = processes_of(*core.modules(), training=bool(optimizers))
+        found = together.attempt("a change of forms", lambda: wanted(core))
+        how: dict[str, Any] = {"together": together, "undo": undo}
+        changes = change_forms(found, optimizers or None, moments, calibration, **how)
     # From now on, states that are saved tell the forms, and those that are loaded bring them.
     follow_loads(core)
     sign_states(core, optimizers)
