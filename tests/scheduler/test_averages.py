@@ -8,7 +8,9 @@ import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ from dynarank import Adapted, FullRank, LowRank, RankScheduler
 from dynarank.decompositions import Decomposition, Geometry, get_decomposition
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.forms import Form
+from dynarank.scheduler.averages import Averages
 from dynarank.scheduler.batch_norm import BatchNormRecalibration
 from dynarank.surgery import average_edits as average_edits_module
 from dynarank.surgery.edit import Edit
@@ -471,7 +474,7 @@ def test_an_average_of_the_plain_model_takes_a_state_of_any_form() -> None:
 def test_copies_follow_their_own(way: str) -> None:
     model, optimizer, ranks, _ = started()
     average = copy.deepcopy(model)
-    ranks.averages.holders.clear()
+    ranks.averages = Averages()
     ranks.follow(average)
     parts = (model, optimizer, ranks, average)
     copied = copy.deepcopy(parts) if way == "deepcopy" else pickle.loads(pickle.dumps(parts))
@@ -479,6 +482,21 @@ def test_copies_follow_their_own(way: str) -> None:
     train(*copied[:3], [])
     assert isinstance(dr.survey(copied[3])[0].form, Adapted)
     assert isinstance(dr.survey(average)[0].form, LowRank)
+
+
+def test_an_average_that_nobody_has_is_not_kept() -> None:
+    model, optimizer, ranks, _ = started()
+    average, held = ref(copy.deepcopy(model)), copy.deepcopy(model)
+    ranks.follow(copy.deepcopy(model))
+    ranks.follow(held)
+    ranks.follow(SimpleNamespace(inside=held))
+    ranks.follow(callback := SimpleNamespace(ema=copy.deepcopy(model)))
+    callback.ema = None
+    gc.collect()
+    assert average() is None
+    train(model, optimizer, ranks, [], INFLATE)
+    assert dr.survey(held)[0].form == FullRank()
+    assert held in ranks.averages.copies(model) and len(ranks.averages.copies(model)) == 2
 
 
 def test_an_average_that_cannot_be_pickled_is_named() -> None:
@@ -678,14 +696,16 @@ def test_an_average_loaded_with_its_model_is_accepted() -> None:
     assert int(ema.n_averaged) == 2
 
 
-def test_a_copy_that_is_averaged_by_hand_is_told() -> None:
+@pytest.mark.parametrize("way", ["parameter", "data"])
+def test_a_copy_that_is_averaged_by_hand_is_told(way: str) -> None:
     model = mlp()
     optimizer = adamw(model)
     ranks = ranks_of(model, optimizer)
     average, teacher = ByHand(model), copy.deepcopy(model)
     train(model, optimizer, ranks, [], INFLATE)
+    bias = average.shadow[0].bias
     with torch.no_grad():
-        average.shadow[0].bias.lerp_(model[0].bias, 0.1)
+        (bias.data if way == "data" else bias).lerp_(model[0].bias, 0.1)
     with pytest.warns(RuntimeWarning, match=r"was written to after a change.*ranks\.follow"):
         train(model, optimizer, ranks, [], INFLATE + 1)
     train(model, optimizer, ranks, [])

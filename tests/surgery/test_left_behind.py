@@ -190,12 +190,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the collector's functions that look through every object, as they are called."""
     calls: list[str] = []
 
-    def count(name: str) -> None:
-        own = getattr(gc, name)
-        monkeypatch.setattr(gc, name, lambda *given: [calls.append(name), own(*given)][1])
+    def counts(own: Callable[..., list[object]]) -> Callable[..., list[object]]:
+        def count(*given: object) -> list[object]:
+            calls.append(own.__name__)
+            return own(*given)
 
-    for name in ("get_objects", "get_referrers"):
-        count(name)
+        return count
+
+    for own in (gc.get_objects, gc.get_referrers):
+        monkeypatch.setattr(gc, own.__name__, counts(own))
     return calls
 
 
@@ -232,7 +235,7 @@ def test_another_model_in_training_is_looked_for_once(monkeypatch: pytest.Monkey
 
 
 def test_a_change_looks_through_all_objects_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
     try:
         model = DistributedDataParallel(mlp())
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

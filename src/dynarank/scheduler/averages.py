@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, cast
+from weakref import ref
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -26,10 +27,13 @@ Statistics = Mapping[str, tuple[_BatchNorm, int]]  # by path, with the version o
 
 
 class Averages:
-    """Objects that hold averaged copies of one model, which is given without its wrappers."""
+    """Objects that hold averaged copies of one model, which is given without its wrappers.
+
+    They are not kept alive: an average that nobody else has is not followed any more.
+    """
 
     def __init__(self) -> None:
-        self.holders: list[Any] = []
+        self._followed: list[tuple[_Weak, list[_Weak]]] = []  # holders, and their copies then
 
     def add(self, model: nn.Module, ema: Any) -> None:
         """Have an average follow from now on, and bring it to the model's forms."""
@@ -43,11 +47,21 @@ class Averages:
         for one in copies:
             follow_loads(one)
         if not any(one is ema for one in self.holders):
-            self.holders.append(ema)
+            self._followed.append((_Weak(ema), list(map(_Weak, copies))))
+
+    @property
+    def holders(self) -> list[Any]:
+        """Those that are alive; of one that is not, its copies."""
+        found: list[Any] = []
+        for holder, copies in self._followed:
+            every = [holder()] if holder() is not None else [weak() for weak in copies]
+            found += [one for one in every if one is not None]
+        return found
 
     def copies(self, model: nn.Module) -> list[nn.Module]:
-        """The averaged copies, which their holders may have replaced meanwhile."""
-        return [one for ema in self.holders for one in _copies(model, ema)]
+        """The averaged copies, each once, which their holders may have replaced meanwhile."""
+        found = [one for ema in self.holders for one in copies_in(model, ema)]
+        return list({id(one): one for one in found}.values())
 
     def align(self, model: nn.Module, undo: ExitStack) -> None:
         """Bring them to the forms that the model has."""
@@ -66,6 +80,25 @@ class Averages:
                 buffers = dict(norm.named_buffers(recurse=False))
                 for name, buffer in one.get_submodule(path).named_buffers(recurse=False):
                     buffer.copy_(buffers[name])
+
+
+class _Weak:
+    """A weak reference that is pickled and copied with what it refers to; strong if need be."""
+
+    def __init__(self, value: Any) -> None:
+        try:
+            self._get = ref(value)
+        except TypeError:  # it has slots
+            self._get = lambda: value
+
+    def __call__(self) -> Any:
+        return self._get()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"value": self()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["value"])
 
 
 def _check_apart(model: nn.Module, average: nn.Module) -> None:
@@ -94,10 +127,10 @@ def _renamed(holders: Sequence[Any], model: nn.Module, undo: ExitStack) -> Gener
 
     Some average by name, and would leave out what has another name from now on.
     """
-    before = [[_names(one) for one in _copies(model, ema)] for ema in holders]
+    before = [[_names(one) for one in copies_in(model, ema)] for ema in holders]
     yield
     for ema, every in zip(holders, before, strict=True):
-        for old, one in zip(every, _copies(model, ema), strict=True):
+        for old, one in zip(every, copies_in(model, ema), strict=True):
             new = _names(one)
             own: dict[str, Any] = getattr(ema, "__dict__", {})
             for name, value in list(own.items()) if old != new else ():

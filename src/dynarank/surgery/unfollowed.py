@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeAlias
 from weakref import ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from dynarank.distributed.dtensors import is_dtensor
 from dynarank.distributed.unwrap import unwrapped
 from dynarank.distributed.wrappers import live
 from dynarank.layers import RankedLayer
@@ -27,10 +28,12 @@ from dynarank.surgery.own_references import groups_of, is_optimizer
 
 __all__ = ["LeftCopies", "check_updates"]
 
+Versions: TypeAlias = list[tuple[ref[nn.Parameter], int, Tensor]]
+
 _OURS = "checks_that_it_fits"
 _WAY = (
-    "call ranks.follow(ema) once, before the first change, and it goes through all of them; or "
-    "make a new average after each change"
+    "call ranks.follow(ema): it is brought to the model's forms, and goes through all later "
+    "changes of the rank scheduler; or make a new average after each change"
 )
 
 
@@ -96,15 +99,19 @@ class LeftCopies:
                 return
 
 
-def _versions(module: nn.Module) -> list[tuple[ref[nn.Parameter], int]]:
-    return [(ref(p), p._version) for p in module.parameters() if not p.is_inference()]
+def _versions(module: nn.Module) -> Versions:
+    """Its parameters; sums tell what is written to ``p.data``, which raises no version."""
+    known = [p for p in module.parameters() if not (p.is_inference() or p.is_meta or is_dtensor(p))]
+    return [(ref(p), p._version, p.detach().sum()) for p in known]
 
 
-def _is_written(module: nn.Module, before: Sequence[tuple[ref[nn.Parameter], int]]) -> bool:
+def _is_written(module: nn.Module, before: Versions) -> bool:
     """Whether its parameters are those of before, with other values."""
     now = _versions(module)
-    same = [id(p()) for p, _ in now] == [id(p()) for p, _ in before]
-    return same and [n for _, n in now] != [n for _, n in before]
+    if [id(p()) for p, *_ in now] != [id(p()) for p, *_ in before]:
+        return False
+    pairs = [(a, b) for (_, *a), (_, *b) in zip(now, before, strict=True)]
+    return any(n != m or not x.allclose(y, 0, 0, equal_nan=True) for (n, x), (m, y) in pairs)
 
 
 def _trains(module: nn.Module) -> bool:
