@@ -6,6 +6,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -710,6 +711,30 @@ def test_a_copy_that_is_averaged_by_hand_is_told(way: str) -> None:
         train(model, optimizer, ranks, [], INFLATE + 1)
     train(model, optimizer, ranks, [])
     assert teacher[0].form == LowRank(4)
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_momentum_encoder_inside_the_model_is_told(follows: bool) -> None:
+    whole = nn.ModuleDict({"q": mlp(), "k": mlp().requires_grad_(False)})
+    optimizer = adamw(whole["q"])
+    ranks = RankScheduler(
+        whole["q"] if follows else whole, optimizer, schedule("low-rank"), STEPS, layers="*"
+    )
+    if follows:
+        ranks.follow(whole["k"])
+    told = list[int]()
+    for step, batch in enumerate(batches()):
+        loss_of(whole["q"], batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ranks.step()
+        told += [step for one in caught if "RankScheduler(model.part" in str(one.message)]
+        for own, its in zip(whole["k"].parameters(), whole["q"].parameters(), strict=True):
+            own.data.mul_(DECAY).add_(its.data, alpha=1 - DECAY)
+    assert told == ([] if follows else [DEFLATE])
+    assert not any(p.requires_grad for p in whole["k"].parameters())
 
 
 def test_another_model_in_training_is_not() -> None:

@@ -579,6 +579,8 @@ class RankScheduler:
         if changes:
             self._guard.expect([site for site, _ in due], changes)
             self._left = left
+            if step:  # states may be loaded after the first plan
+                left.expect()
         if changes:
             self.processes.attempt("what follows a change", lambda: self._tell(changes))
             self.averages.take_statistics(self.model, statistics)

@@ -12,7 +12,7 @@ from dynarank.forms import Form, FullRank, same_weight
 from dynarank.layers import RankedLayer
 from dynarank.surgery.sites import survey
 
-__all__ = ["apart", "copies_in", "is_copy"]
+__all__ = ["apart", "copies_in", "factored_forms", "is_copy"]
 
 _DEEP = 3  # attributes of attributes: a trainer's callback has an AveragedModel, which has the copy
 _PLAIN = (str, bytes, int, float, complex, type, type(None))
@@ -67,7 +67,7 @@ def apart(
         weight: the name of the weight to look at; None: all.
         basis: whether to look at the bases too.
     """
-    own, theirs = _forms(module, weight), _forms(other, weight)
+    own, theirs = factored_forms(module, weight), factored_forms(other, weight)
     names = own.keys() | theirs.keys()
     if not all(n in own and n in theirs and same_weight(own[n], theirs[n]) for n in names):
         return f"{_said(theirs)} there and {_said(own)} in the model"
@@ -79,7 +79,7 @@ def apart(
     return ""
 
 
-def _forms(module: nn.Module, weight: str | None) -> dict[str, Form]:
+def factored_forms(module: nn.Module, weight: str | None = None) -> dict[str, Form]:
     """The forms of the weights that have factors."""
     forms = module.forms.items() if isinstance(module, RankedLayer) else ()
     asked = ((name, form) for name, form in forms if weight in (None, name))

@@ -23,7 +23,7 @@ from dynarank.distributed.unwrap import unwrapped
 from dynarank.distributed.wrappers import live
 from dynarank.layers import RankedLayer
 from dynarank.layers.ranked import copied_layers
-from dynarank.surgery.copies import apart
+from dynarank.surgery.copies import apart, factored_forms
 from dynarank.surgery.own_references import groups_of, is_optimizer
 
 __all__ = ["LeftCopies", "check_updates"]
@@ -77,13 +77,24 @@ class LeftCopies:
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
+        layers = list(layers)
+        self._layers, self._frozen = list(map(ref, layers)), list[tuple[ref[nn.Module], Versions]]()
         ranked = [one for one in layers if isinstance(one, RankedLayer)]
         made = {name: one for one in ranked for name in one.made_by.values() if name}
         pairs = [(c, made[n]) for c, by in copied_layers() for n in by.values() if n in made]
         self._pairs = [(ref(c), ref(one), _versions(c)) for c, one in pairs if c not in ranked]
 
+    def expect(self) -> None:
+        """After the change: look at layers that have changed and do not train, too."""
+        changed = [
+            one for weak in self._layers if (one := weak()) is not None and factored_forms(one)
+        ]
+        frozen = [one for one in changed if not any(p.requires_grad for p in one.parameters())]
+        self._frozen = [(ref(one), _versions(one)) for one in frozen]
+
     def warn(self) -> None:
         """Say if somebody who trains none of them has written to one since."""
+        self._warn_of_frozen()
         for copy, layer, before in self._pairs:
             one, original = copy(), layer()
             if one is None or original is None or not apart(original, one):
@@ -95,6 +106,20 @@ class LeftCopies:
                     f"averages what does not belong together; {_WAY}",
                     RuntimeWarning,
                     stacklevel=5,
+                )
+                return
+
+    def _warn_of_frozen(self) -> None:
+        for weak, before in self._frozen:
+            if (one := weak()) is not None and _is_written(one, before) and not _trains(one):
+                warnings.warn(
+                    f"a frozen layer of the model ({type(one).__name__}) was written to after a "
+                    "change of form: if it is in an average of another part of the model (a "
+                    "momentum encoder), its factors do not mix with those of the other; "
+                    "give the rank scheduler the part that trains alone, RankScheduler(model.part, "
+                    "...), and call ranks.follow(model.average)",
+                    RuntimeWarning,
+                    stacklevel=6,
                 )
                 return
 
