@@ -135,8 +135,8 @@ def _is_written(module: nn.Module, before: Versions) -> bool:
     now = _versions(module)
     if [id(p()) for p, *_ in now] != [id(p()) for p, *_ in before]:
         return False
-    pairs = [(a, b) for (_, *a), (_, *b) in zip(now, before, strict=True)]
-    return any(n != m or not x.allclose(y, 0, 0, equal_nan=True) for (n, x), (m, y) in pairs)
+    pairs = zip(now, before, strict=True)
+    return any(n != m or not x.allclose(y, 0, 0, True) for (_, n, x), (_, m, y) in pairs)
 
 
 def _trains(module: nn.Module) -> bool:
