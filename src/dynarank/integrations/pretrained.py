@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from dynarank.surgery.sites import survey
 __all__ = ["RankedFolder", "RankedFolderLoader", "save_forms_with_models"]
 
 METHOD = "dynarank"
+_FORMAT = "save_original_format"  # an argument of save_pretrained
 FILLED = "_is_hf_initialized"  # what transformers notes on a parameter that it has loaded
 NEEDED = "dynarank (before from_pretrained, `import dynarank.integrations.transformers`)"
 
@@ -145,31 +146,45 @@ def save_forms_with_models() -> None:
 
     @wraps(plain)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        state = arguments.bind(self, *args, **kwargs).arguments.get("state_dict")
-        folder = RankedFolder.of(self, self.state_dict() if state is None else state)
-        with nullcontext() if folder is None else _in_config(self.config, folder):
+        given = arguments.bind(self, *args, **kwargs).arguments
+        state = given.get("state_dict")
+        state = self.state_dict() if state is None else state
+        folder = RankedFolder.of(self, state)
+        # Files of older versions have other names and layouts, which transformers knows of whole
+        # weights only; and the Trainer loads its checkpoints by the model's own names.
+        if folder is not None or KEY in state:
+            kwargs |= {} if _FORMAT in given else {_FORMAT: False}
+        with _in_config(self.config, folder):
             return plain(self, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained
 
 
 @contextmanager
-def _in_config(config: Any, folder: RankedFolder) -> Generator[None]:
-    """Write the forms into the config, and take them back."""
-    if getattr(config, "quantization_config", None) is not None:
+def _in_config(config: Any, folder: RankedFolder | None) -> Generator[None]:
+    """Write the forms into the config, in place of those of a folder that it was read from."""
+    own = getattr(config, "quantization_config", None)
+    stale = isinstance(own, Mapping) and own.get("quant_method") == METHOD
+    if folder is None and not stale:
+        yield
+        return
+    if own is not None and not stale:
         raise ValueError(
-            f"the model is quantized ({config.quantization_config}) and has layers with factors: "
+            f"the model is quantized ({own}) and has layers with factors: "
             "config.json can say one of both; dr.merge(model) first"
         )
-    before = {
-        n: vars(config)[n] for n in ("fusion_config", "quantization_config") if n in vars(config)
-    }
+    names = "fusion_config", "quantization_config"
+    before = {name: vars(config).pop(name) for name in names if name in vars(config)}
+    fusions = {n: how for n, how in (before.get(names[0]) or {}).items() if n != NEEDED}
     try:
-        config.quantization_config = folder
-        config.fusion_config = {**(before.get("fusion_config") or {}), NEEDED: True}
+        if folder is not None:
+            config.quantization_config, fusions[NEEDED] = folder, True
+        if fusions:
+            config.fusion_config = fusions
         yield
     finally:
-        del config.quantization_config, config.fusion_config
+        for name in names:
+            vars(config).pop(name, None)
         for name, value in before.items():
             setattr(config, name, value)
 
