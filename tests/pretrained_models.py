@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -17,13 +18,16 @@ from transformers import (
 WORDS = 64
 
 
-def bert(seed: int = 0) -> Any:
+def bert(seed: int = 0, head: type[Any] = BertForSequenceClassification) -> Any:
     torch.manual_seed(seed)
     sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     rates = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.0}
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=WORDS, num_hidden_layers=1, num_labels=4, **sizes, **rates)
-    )
+    return head(BertConfig(vocab_size=WORDS, num_hidden_layers=1, num_labels=4, **sizes, **rates))
+
+
+def masked(seed: int = 0) -> Any:
+    """A model whose output layer is tied to the embeddings, but for its bias."""
+    return bert(seed, BertForMaskedLM)
 
 
 def gpt2(seed: int = 0, **more: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from pretrained_models import bert, gpt2, vit
+from pretrained_models import bert, gpt2, masked, vit
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -99,7 +99,9 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("make", [bert, gpt2, convolutional], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [bert, masked, gpt2, convolutional], ids=lambda make: make.__name__
+)
 @pytest.mark.parametrize("forms", FORMS)
 def test_a_loaded_folder_is_the_model_that_was_saved(forms: str, make: Any, tmp_path: Path) -> None:
     model = trained(FORMS[forms](make()))

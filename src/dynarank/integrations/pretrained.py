@@ -111,6 +111,8 @@ class RankedFolderLoader(HfQuantizer):
         follow_loads(model)
         model.load_state_dict(_without_values(model, self._layers, dtypes), strict=False)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        # Tying factor by factor, transformers would look at a weight of which some have no values.
+        model._adjust_bias = lambda *_: None
         # The entries are no parameters: transformers is to look for none, and to ignore those.
         self._hook = model.register_state_dict_post_hook(_without_entries)
         ignored = model._keys_to_ignore_on_load_unexpected or set()
@@ -119,6 +121,7 @@ class RankedFolderLoader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Leave an ordinary model with ranked layers, whose bases are frozen."""
         self._hook.remove()
+        del model._adjust_bias
         del model._keys_to_ignore_on_load_unexpected, model.hf_quantizer
         del model.is_quantized, model.quantization_method, model.config.quantization_config
         for module in model.modules():
