@@ -21,6 +21,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -170,6 +171,11 @@ def test_the_base_of_a_model_and_another_head_take_its_forms(tmp_path: Path) -> 
     base.save_pretrained(tmp_path / "base")
     headed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     assert same(headed.bert, model.bert)
+    trained(dr.deflate(base, 2, layers="*")).save_pretrained(tmp_path / "tied")
+    other = BertForMaskedLM.from_pretrained(tmp_path / "tied")
+    assert other.cls.predictions.decoder.base is other.bert.embeddings.word_embeddings.base
+    inner = base.state_dict()
+    assert all(torch.equal(v, inner[n]) for n, v in other.bert.state_dict().items())
     with pytest.raises(ValueError, match="the folder of another model"):
         Convolutional.from_pretrained(tmp_path, config=_config(tmp_path))
 

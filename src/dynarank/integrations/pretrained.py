@@ -109,10 +109,11 @@ class RankedFolderLoader(HfQuantizer):
         self._layers = _located(model, folder.layers)
         dtypes = folder.dtypes if _name(model.dtype) == folder.dtype else {}
         follow_loads(model)
-        model.load_state_dict(_without_values(model, self._layers, dtypes), strict=False)
+        layers = _with_tied(model, self._layers)
+        model.load_state_dict(_without_values(model, layers, dtypes), strict=False)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         # Tying factor by factor, transformers would look at a weight of which some have no values.
-        model._adjust_bias = lambda *_: None
+        model._adjust_bias = _leave_bias
         # The entries are no parameters: transformers is to look for none, and to ignore those.
         self._hook = model.register_state_dict_post_hook(_without_entries)
         ignored = model._keys_to_ignore_on_load_unexpected or set()
@@ -213,6 +214,16 @@ def _located(model: Any, layers: Mapping[str, Any]) -> dict[str, dict[str, Saved
     return found
 
 
+def _with_tied(model: Any, layers: Mapping[str, Any]) -> dict[str, dict[str, SavedForm]]:
+    """The layers and those that have a weight of them, also if the saved model had them not."""
+    found = {path: dict(saved) for path, saved in layers.items()}
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        (to, _, own), (at, _, name) = target.rpartition("."), source.rpartition(".")
+        if name in found.get(at, {}):
+            found.setdefault(to, {}).setdefault(own, found[at][name])
+    return found
+
+
 def _without_values(
     model: nn.Module, layers: Mapping[str, Mapping[str, SavedForm]], dtypes: Mapping[str, str]
 ) -> dict[str, Tensor]:
@@ -230,6 +241,9 @@ def _without_values(
     return state
 
 
+def _leave_bias(*_: object) -> None: ...
+
+
 def _without_entries(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
     for key in [key for key in state if key.rpartition(".")[2] == KEY]:
         del state[key]
@@ -243,7 +257,8 @@ def _check_loaded(model: nn.Module, layers: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(
             f"the folder has no values for {', '.join(missing)}: its files are of different "
-            "models, or one of them is missing"
+            "models, or one of them is missing, or the config asks for other sizes (num_labels): "
+            "load the model as it was saved, and replace the layer then"
         )
 
 

@@ -191,9 +191,9 @@ def _resumed(entry: OptimizerEntry | None, model: nn.Module, step: int) -> Optim
     if entry is None:
         raise ValueError(
             f"the checkpoint of step {step} has no state of a rank schedule in its optimizer.pt: "
-            "it was saved without DynamicRankCallback or with save_only_model=True; begin a new "
-            "run with its weights, Trainer(model=...from_pretrained(folder)), without "
-            "resume_from_checkpoint"
+            "it was saved without DynamicRankCallback or with save_only_model=True, or optimizer.pt"
+            " or scheduler.pt is missing; use another checkpoint, or begin a new run with its "
+            "weights, Trainer(model=...from_pretrained(folder)), without resume_from_checkpoint"
         )
     if entry.step != step:
         raise ValueError(
