@@ -13,11 +13,15 @@ from typing import Any
 
 import pytest
 import torch
-from pretrained_models import bert, gpt2
+from pretrained_models import bert, gpt2, masked, vit
+from safetensors.torch import load_file
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -96,7 +100,9 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("make", [bert, gpt2, convolutional], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make", [bert, masked, gpt2, convolutional], ids=lambda make: make.__name__
+)
 @pytest.mark.parametrize("forms", FORMS)
 def test_a_loaded_folder_is_the_model_that_was_saved(forms: str, make: Any, tmp_path: Path) -> None:
     model = trained(FORMS[forms](make()))
@@ -165,6 +171,11 @@ def test_the_base_of_a_model_and_another_head_take_its_forms(tmp_path: Path) -> 
     base.save_pretrained(tmp_path / "base")
     headed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     assert same(headed.bert, model.bert)
+    trained(dr.deflate(base, 2, layers="*")).save_pretrained(tmp_path / "tied")
+    other = BertForMaskedLM.from_pretrained(tmp_path / "tied")
+    assert other.cls.predictions.decoder.base is other.bert.embeddings.word_embeddings.base
+    inner = base.state_dict()
+    assert all(torch.equal(v, inner[n]) for n, v in other.bert.state_dict().items())
     with pytest.raises(ValueError, match="the folder of another model"):
         Convolutional.from_pretrained(tmp_path, config=_config(tmp_path))
 
@@ -195,6 +206,27 @@ def test_a_given_state_is_what_is_saved(tmp_path: Path) -> None:
     assert same(type(model).from_pretrained(tmp_path), plain)
     model.save_pretrained(tmp_path, True, other.state_dict())
     assert same(type(model).from_pretrained(tmp_path), other)
+
+
+def test_a_config_read_from_a_ranked_folder_says_nothing_of_another_model(tmp_path: Path) -> None:
+    dr.factorize(gpt2(), 2).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+    model.save_pretrained(tmp_path / "plain")
+    assert "dynarank" not in (tmp_path / "plain" / "config.json").read_text()
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "plain"), model)
+    dr.factorize(model, 3).save_pretrained(tmp_path / "other")
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "other"), model)
+    assert "transformer.h.0.mlp.c_fc" in model.config.quantization_config["layers"]  # as it was
+
+
+@pytest.mark.parametrize("forms", FORMS)
+def test_files_have_the_names_that_the_model_has(forms: str, tmp_path: Path) -> None:
+    model = trained(FORMS[forms](vit()))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert same(loaded, model)
+    own = {*load_file(tmp_path / "model.safetensors")} == {*model.state_dict()}
+    assert own == (forms != "inflated")  # a plain folder is transformers' own
 
 
 def test_a_quantized_model_keeps_its_own_entry(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from host_runs import INFLATE, batches, forms_at, mlp, schedule
-from pretrained_models import bert, gpt2
+from pretrained_models import bert, gpt2, vit
 from torch import nn
 from trainer_runs import fit, losses, plain_losses, rows, trainer
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 import dynarank as dr
 from dynarank.integrations.transformers import DynamicRankCallback
+from dynarank.layers import RankedLayer
 
 SAVED: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4}
 
@@ -118,6 +119,44 @@ def test_any_module_resumes(step: int, tmp_path: Path) -> None:
     whole = fit(Net(), tmp_path, data=data, **SAVED)
     again = tmp_path / "again"
     assert fit(Net(5), again, data=data, resume=f"{tmp_path}/checkpoint-{step}") == whole
+
+
+def test_a_model_that_is_saved_under_other_names_resumes(tmp_path: Path) -> None:
+    pixels = torch.randn(24 * 4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    data = [{"pixel_values": one, "labels": i % 4} for i, one in enumerate(pixels)]
+    whole = fit(vit(), tmp_path, data=data, **SAVED)
+    resume = f"{tmp_path}/checkpoint-12"  # all full-rank: transformers would tell in its log only
+    assert fit(vit(5), tmp_path / "again", data=data, resume=resume) == whole
+
+
+class SavesEarly(TrainerCallback):
+    """Saves when a step has ended, before the rank scheduler counts it."""
+
+    made: Trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        if state.global_step == INFLATE:
+            self.made._save_checkpoint(given["model"], None)
+
+
+def test_another_callback_may_save_before_the_change_of_its_step(tmp_path: Path) -> None:
+    made, callback = trainer(bert(), tmp_path)
+    made.remove_callback(callback)
+    made.add_callback(SavesEarly)
+    made.add_callback(callback)
+    early = next(one for one in made.callback_handler.callbacks if isinstance(one, SavesEarly))
+    early.made = made
+    made.train()
+    resume = f"{tmp_path}/checkpoint-{INFLATE}"
+    assert fit(bert(5), tmp_path / "again", resume=resume)[-16:] == losses(made)[-16:]
+
+
+def test_two_schedules_of_one_model_are_refused(tmp_path: Path) -> None:
+    made, _ = trainer(bert(), tmp_path)
+    made.add_callback(DynamicRankCallback(schedule("low-rank"), layers="*output*"))
+    with pytest.raises(ValueError, match="the Trainer has 2 DynamicRankCallbacks"):
+        made.train()
+    assert not any(isinstance(one, RankedLayer) for one in made.model.modules())
 
 
 def test_a_schedule_that_follows_the_learning_rate_has_its_forecast(tmp_path: Path) -> None:

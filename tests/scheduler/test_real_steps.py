@@ -361,6 +361,17 @@ def test_another_optimizer_that_holds_old_parameters_is_found() -> None:
     train(model, optimizer, ranks, 2, TOTAL)
 
 
+def test_the_state_of_an_optimizer_of_an_earlier_run_is_named() -> None:
+    model = net()
+    earlier = AdamW(model.parameters())
+    model(torch.randn(2, 8)).sum().backward()
+    earlier.step()
+    optimizer = SGD(model.parameters(), 0.1)
+    ranks = scheduler(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"^(a group|the state) of another optimizer"):
+        train(model, optimizer, ranks, 0, 2)
+
+
 def test_lists_that_groups_were_made_of_are_warned_of_only() -> None:
     model = net()
     decay = [p for p in model.parameters() if p.ndim > 1]

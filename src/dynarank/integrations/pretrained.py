@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from dynarank.surgery.sites import survey
 __all__ = ["RankedFolder", "RankedFolderLoader", "save_forms_with_models"]
 
 METHOD = "dynarank"
+_FORMAT = "save_original_format"  # an argument of save_pretrained
 FILLED = "_is_hf_initialized"  # what transformers notes on a parameter that it has loaded
 NEEDED = "dynarank (before from_pretrained, `import dynarank.integrations.transformers`)"
 
@@ -108,8 +109,11 @@ class RankedFolderLoader(HfQuantizer):
         self._layers = _located(model, folder.layers)
         dtypes = folder.dtypes if _name(model.dtype) == folder.dtype else {}
         follow_loads(model)
-        model.load_state_dict(_without_values(model, self._layers, dtypes), strict=False)
+        layers = _with_tied(model, self._layers)
+        model.load_state_dict(_without_values(model, layers, dtypes), strict=False)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        # Tying factor by factor, transformers would look at a weight of which some have no values.
+        model._adjust_bias = _leave_bias
         # The entries are no parameters: transformers is to look for none, and to ignore those.
         self._hook = model.register_state_dict_post_hook(_without_entries)
         ignored = model._keys_to_ignore_on_load_unexpected or set()
@@ -118,6 +122,7 @@ class RankedFolderLoader(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         """Leave an ordinary model with ranked layers, whose bases are frozen."""
         self._hook.remove()
+        del model._adjust_bias
         del model._keys_to_ignore_on_load_unexpected, model.hf_quantizer
         del model.is_quantized, model.quantization_method, model.config.quantization_config
         for module in model.modules():
@@ -145,31 +150,45 @@ def save_forms_with_models() -> None:
 
     @wraps(plain)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        state = arguments.bind(self, *args, **kwargs).arguments.get("state_dict")
-        folder = RankedFolder.of(self, self.state_dict() if state is None else state)
-        with nullcontext() if folder is None else _in_config(self.config, folder):
+        given = arguments.bind(self, *args, **kwargs).arguments
+        state = given.get("state_dict")
+        state = self.state_dict() if state is None else state
+        folder = RankedFolder.of(self, state)
+        # Files of older versions have other names and layouts, which transformers knows of whole
+        # weights only; and the Trainer loads its checkpoints by the model's own names.
+        if folder is not None or KEY in state:
+            kwargs |= {} if _FORMAT in given else {_FORMAT: False}
+        with _in_config(self.config, folder):
             return plain(self, *args, **kwargs)
 
     PreTrainedModel.save_pretrained = save_pretrained
 
 
 @contextmanager
-def _in_config(config: Any, folder: RankedFolder) -> Generator[None]:
-    """Write the forms into the config, and take them back."""
-    if getattr(config, "quantization_config", None) is not None:
+def _in_config(config: Any, folder: RankedFolder | None) -> Generator[None]:
+    """Write the forms into the config, in place of those of a folder that it was read from."""
+    own = getattr(config, "quantization_config", None)
+    stale = isinstance(own, Mapping) and own.get("quant_method") == METHOD
+    if folder is None and not stale:
+        yield
+        return
+    if own is not None and not stale:
         raise ValueError(
-            f"the model is quantized ({config.quantization_config}) and has layers with factors: "
+            f"the model is quantized ({own}) and has layers with factors: "
             "config.json can say one of both; dr.merge(model) first"
         )
-    before = {
-        n: vars(config)[n] for n in ("fusion_config", "quantization_config") if n in vars(config)
-    }
+    names = "fusion_config", "quantization_config"
+    before = {name: vars(config).pop(name) for name in names if name in vars(config)}
+    fusions = {n: how for n, how in (before.get(names[0]) or {}).items() if n != NEEDED}
     try:
-        config.quantization_config = folder
-        config.fusion_config = {**(before.get("fusion_config") or {}), NEEDED: True}
+        if folder is not None:
+            config.quantization_config, fusions[NEEDED] = folder, True
+        if fusions:
+            config.fusion_config = fusions
         yield
     finally:
-        del config.quantization_config, config.fusion_config
+        for name in names:
+            vars(config).pop(name, None)
         for name, value in before.items():
             setattr(config, name, value)
 
@@ -195,6 +214,16 @@ def _located(model: Any, layers: Mapping[str, Any]) -> dict[str, dict[str, Saved
     return found
 
 
+def _with_tied(model: Any, layers: Mapping[str, Any]) -> dict[str, dict[str, SavedForm]]:
+    """The layers and those that have a weight of them, also if the saved model had them not."""
+    found = {path: dict(saved) for path, saved in layers.items()}
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        (to, _, own), (at, _, name) = target.rpartition("."), source.rpartition(".")
+        if name in found.get(at, {}):
+            found.setdefault(to, {}).setdefault(own, found[at][name])
+    return found
+
+
 def _without_values(
     model: nn.Module, layers: Mapping[str, Mapping[str, SavedForm]], dtypes: Mapping[str, str]
 ) -> dict[str, Tensor]:
@@ -212,6 +241,9 @@ def _without_values(
     return state
 
 
+def _leave_bias(*_: object) -> None: ...
+
+
 def _without_entries(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
     for key in [key for key in state if key.rpartition(".")[2] == KEY]:
         del state[key]
@@ -225,7 +257,8 @@ def _check_loaded(model: nn.Module, layers: Mapping[str, Any]) -> None:
     if missing:
         raise ValueError(
             f"the folder has no values for {', '.join(missing)}: its files are of different "
-            "models, or one of them is missing"
+            "models, or one of them is missing, or the config asks for other sizes (num_labels): "
+            "load the model as it was saved, and replace the layer then"
         )
 
 

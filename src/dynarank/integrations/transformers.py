@@ -91,15 +91,15 @@ class DynamicRankCallback(TrainerCallback):
         """Let the model take checkpoints of other forms: they are loaded before training begins."""
         check_trainer(args, given["model"])
         follow_loads(given["model"])
-        for trainer in live(Trainer):
-            if self in getattr(getattr(trainer, "callback_handler", None), "callbacks", ()):
-                _follow_made_models(trainer)
+        for trainer in _trainers_of(self):
+            _follow_made_models(trainer)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Begin a run, or go on with the one of the checkpoint."""
         self._close()
         model, optimizer = given["model"], given["optimizer"]
         check_trainer(args, model)
+        _check_alone(self)
         check_movable_states(optimizer, self._options["moments"])
         entry = OptimizerEntry.taken_from(optimizer)
         resumed = _resumed(entry, model, state.global_step) if state.global_step else None
@@ -114,6 +114,8 @@ class DynamicRankCallback(TrainerCallback):
         )
         if resumed is not None:
             load_by_name(optimizer, resumed.names)
+            if resumed.ranks["uncounted"]:  # saved by a callback that is called before this one
+                ranks.step()
         self._hooks = [
             write_with(optimizer, ranks, lambda: state.global_step),
             ranks.model.register_state_dict_post_hook(_sign),
@@ -140,6 +142,25 @@ class DynamicRankCallback(TrainerCallback):
 def _sign(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Say that a model of ours wrote the state, so that what is full-rank in it is so there."""
     state.setdefault(prefix + KEY, to_tensor({}))
+
+
+def _trainers_of(callback: DynamicRankCallback) -> list[Any]:
+    handlers = [(one, getattr(one, "callback_handler", None)) for one in live(Trainer)]
+    return [one for one, handler in handlers if callback in getattr(handler, "callbacks", ())]
+
+
+def _check_alone(callback: DynamicRankCallback) -> None:
+    """Raise ValueError if a Trainer has two of these callbacks: each would undo the other's."""
+    for trainer in _trainers_of(callback):
+        of_ours = [
+            isinstance(one, DynamicRankCallback) for one in trainer.callback_handler.callbacks
+        ]
+        if sum(of_ours) > 1:
+            raise ValueError(
+                f"the Trainer has {sum(of_ours)} DynamicRankCallbacks, and a model follows one "
+                "schedule: leave one of them, with a function (clock, readings) -> plan that asks "
+                "both schedules, or trainer.remove_callback the one of an earlier run"
+            )
 
 
 def _follow_made_models(trainer: Any) -> None:
@@ -170,9 +191,9 @@ def _resumed(entry: OptimizerEntry | None, model: nn.Module, step: int) -> Optim
     if entry is None:
         raise ValueError(
             f"the checkpoint of step {step} has no state of a rank schedule in its optimizer.pt: "
-            "it was saved without DynamicRankCallback or with save_only_model=True; begin a new "
-            "run with its weights, Trainer(model=...from_pretrained(folder)), without "
-            "resume_from_checkpoint"
+            "it was saved without DynamicRankCallback or with save_only_model=True, or optimizer.pt"
+            " or scheduler.pt is missing; use another checkpoint, or begin a new run with its "
+            "weights, Trainer(model=...from_pretrained(folder)), without resume_from_checkpoint"
         )
     if entry.step != step:
         raise ValueError(

@@ -71,9 +71,11 @@ def _said(found: Mapping[str, set[str]]) -> str:
 
 
 def _name(holder: Any) -> str:
-    groups = (g for one in live(Optimizer) if is_optimizer(one) for g in groups_of([one]))
-    if any(holder is group["params"] for group in groups):
+    others = [one for one in live(Optimizer) if is_optimizer(one)]
+    if any(holder is group["params"] for group in groups_of(others)):
         return "a group of another optimizer"
+    if any(holder is one.state for one in others):
+        return "the state of another optimizer"
     return f"a {type(holder).__name__} of {len(holder)}"
 
 
