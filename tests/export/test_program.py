@@ -118,6 +118,38 @@ class _Off:
         return lambda x: self.program.module()(x) + 0.1
 
 
+class Mixed(nn.Module):
+    """Inputs of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, y: Tensor, *, twice: bool = False, n: int = 1) -> Tensor:
+        return self.fc(x) - y * (n + twice)
+
+
+def test_arguments_that_are_no_tensors_and_in_any_order(tmp_path: Path) -> None:
+    model = dr.factorize(Mixed(), 2, layers="*")
+    example = {"n": 3, "twice": True, "y": torch.randn(2, 32), "x": torch.randn(2, 32)}
+    assert to_pt2(model, example, tmp_path / "model.pt2").difference < 1e-5
+
+
+def test_what_has_no_outputs_or_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gives no tensors, but a NoneType"):
+        to_pt2(Silent(), torch.randn(2, 32), tmp_path / "model.pt2")
+    with pytest.raises(ValueError, match="the example has no rows"):
+        to_pt2(small(), torch.randn(0, 32), tmp_path / "model.pt2")
+
+
+class Silent(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+
+    def forward(self, input: Tensor) -> None:  # type: ignore[override]
+        super().forward(input)
+
+
 def test_only_the_batch_grows() -> None:
     example = {"x": torch.randn(2, 3), "other": torch.randn(4), "n": 2}
     grown = Batch(example, 0).of_size(5).example
