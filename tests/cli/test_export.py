@@ -237,14 +237,16 @@ def test_one_of_several_runs_is_chosen(export: Any, runs: Path, here: Path, caps
 def test_damaged_and_unfinished_runs(
     export: Any, runs: Path, here: Path, capsys: Any, tmp_path: Path
 ) -> None:
-    weights = runs / "low-rank" / "factors.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    try:
-        assert export("--to", "a.pt") == 2
-        assert "factors.safetensors" in (told := capsys.readouterr().err) and "has changed" in told
-    finally:
-        weights.write_bytes(whole)
+    for of, name in (("low-rank", "factors"), ("low-rank", "model"), ("dynamic-rank", "model")):
+        weights = runs / of / f"{name}.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        try:
+            assert export("--to", "a.pt", of=of) == 2
+            told = capsys.readouterr().err
+            assert f"{name}.safetensors" in told and "has changed" in told
+        finally:
+            weights.write_bytes(whole)
     records = runs / "low-rank" / "records.jsonl"
     lines = records.read_bytes()
     records.write_bytes(b"".join(lines.splitlines(keepends=True)[:-1]))

@@ -110,12 +110,23 @@ def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: Any) ->
     assert path.read_text() == "the one before" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_file_that_differs_for_some_batch_size(
+    size: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    real = torch.export.load
+    monkeypatch.setattr(torch.export, "load", lambda *a: _Off(real(*a), size))
+    with pytest.raises(ValueError, match=r"output is off by .* nothing is written"):
+        to_pt2(small(), torch.randn(2, 32), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 class _Off:
-    def __init__(self, program: Any) -> None:
-        self.program = program
+    def __init__(self, program: Any, size: int | None = None) -> None:
+        self.program, self.size = program, size
 
     def module(self) -> Any:
-        return lambda x: self.program.module()(x) + 0.1
+        return lambda x: self.program.module()(x) + 0.1 * (self.size in (None, len(x)))
 
 
 class Mixed(nn.Module):
