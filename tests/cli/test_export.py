@@ -218,6 +218,12 @@ def test_what_is_refused(export: Any, runs: Path, here: Path, capsys: Any) -> No
     assert "choose one by --schedule" in refused("--to", "a.pt", of="")
     assert "one of the suffixes .safetensors, .onnx" in refused("--to", "a.bin")
     assert "the folder b does not exist" in refused("--to", "b/a.pt")
+    own = runs / "low-rank" / "model.safetensors"
+    before = own.read_bytes()
+    (here / "link.safetensors").symlink_to(own)
+    for place in (str(own), "link.safetensors"):
+        assert "is a run's own file" in refused("--to", place, "--force")
+    assert own.read_bytes() == before
     (here / "a.pt").write_text("mine")
     assert "a.pt exists already and is not overwritten; --force" in refused("--to", "a.pt")
     assert (here / "a.pt").read_text() == "mine"
