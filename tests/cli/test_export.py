@@ -218,6 +218,12 @@ def test_what_is_refused(export: Any, runs: Path, here: Path, capsys: Any) -> No
     assert "choose one by --schedule" in refused("--to", "a.pt", of="")
     assert "one of the suffixes .safetensors, .onnx" in refused("--to", "a.bin")
     assert "the folder b does not exist" in refused("--to", "b/a.pt")
+    own = runs / "low-rank" / "model.safetensors"
+    before = own.read_bytes()
+    (here / "link.safetensors").symlink_to(own)
+    for place in (str(own), "link.safetensors"):
+        assert "is a run's own file" in refused("--to", place, "--force")
+    assert own.read_bytes() == before
     (here / "a.pt").write_text("mine")
     assert "a.pt exists already and is not overwritten; --force" in refused("--to", "a.pt")
     assert (here / "a.pt").read_text() == "mine"
@@ -237,14 +243,16 @@ def test_one_of_several_runs_is_chosen(export: Any, runs: Path, here: Path, caps
 def test_damaged_and_unfinished_runs(
     export: Any, runs: Path, here: Path, capsys: Any, tmp_path: Path
 ) -> None:
-    weights = runs / "low-rank" / "factors.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    try:
-        assert export("--to", "a.pt") == 2
-        assert "factors.safetensors" in (told := capsys.readouterr().err) and "has changed" in told
-    finally:
-        weights.write_bytes(whole)
+    for of, name in (("low-rank", "factors"), ("low-rank", "model"), ("dynamic-rank", "model")):
+        weights = runs / of / f"{name}.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        try:
+            assert export("--to", "a.pt", of=of) == 2
+            told = capsys.readouterr().err
+            assert f"{name}.safetensors" in told and "has changed" in told
+        finally:
+            weights.write_bytes(whole)
     records = runs / "low-rank" / "records.jsonl"
     lines = records.read_bytes()
     records.write_bytes(b"".join(lines.splitlines(keepends=True)[:-1]))

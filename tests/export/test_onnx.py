@@ -88,6 +88,47 @@ def test_a_file_that_differs_is_not_written(tmp_path: Path) -> None:
     assert path.read_text() == "the one before" and list(tmp_path.iterdir()) == [path]
 
 
+class Difference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"mine": self.fc(x) - y}
+
+
+class Echo(Difference):
+    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {"x": x, **super().forward(x, y)}
+
+
+def test_inputs_have_their_names_in_any_order(tmp_path: Path) -> None:
+    model, path = dr.factorize(Difference(), 2, layers="*").eval(), tmp_path / "a.onnx"
+    x, y = torch.randn(2, 32), torch.randn(2, 32)
+    to_onnx(model, {"y": y, "x": x}, path)
+    (found,) = run(path, x=x, y=y)
+    torch.testing.assert_close(found, model(x, y)["mine"].detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_and_what_onnx_does_not_run(tmp_path: Path) -> None:
+    half = dr.factorize(nn.Sequential(nn.Linear(32, 32)), 2, layers="*")
+    path, x = tmp_path / "a.onnx", torch.randn(2, 32)
+    assert to_onnx(half.half(), x.half(), path).size == path.stat().st_size
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=r"onnxruntime does not run this model.* Duplicate"):
+        to_onnx(dr.factorize(Echo(), 2, layers="*"), (x, x), path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_torch_does_not_convert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **named: Any) -> None:
+        raise RuntimeError("\x1b[96mstep 2/3") from ValueError("Cannot view\na tensor")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(ValueError, match=r"torch\.onnx cannot .*Cannot view\); a \.pt2"):
+        to_onnx(two(), (torch.randn(2, 8, 6, 6),), tmp_path / "a.onnx")
+
+
 @pytest.mark.parametrize("name", ["onnx", "onnxscript", "onnxruntime"])
 def test_without_the_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)

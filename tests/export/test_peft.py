@@ -439,6 +439,19 @@ class Reader(nn.Module):
         return F.linear(self.called(x.to(self.called.weight.dtype)), self.fc.weight, self.fc.bias)
 
 
+class Asks(nn.Module):
+    """Does what it does by the class of its layer, which PEFT's is not of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(8, 8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu() if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
 def test_a_layer_of_which_only_the_dtype_is_read_goes(tmp_path: Path) -> None:
     model, x = adapted(Reader(), {"called": Adapted(2)}), torch.randn(2, 8)
     assert close(in_peft(dr.to_peft(model, tmp_path), tmp_path)(x), model(x))
@@ -482,6 +495,7 @@ ELSEWHERE: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
         "in eval mode nn.TransformerEncoderLayer reads its weight",
     ),
     "read": (Reader, "fc", "Reader reads its weight, and PEFT's adapter acts where"),
+    "asked": (Asks, "layers.0", "Asks asks for its class, and PEFT's adapter acts where"),
     "shared": (Shared, "a", "in 2 places, of which PEFT would adapt 'a' only"),
     "the model": (lambda: nn.Linear(8, 8), "", "it is the whole model"),
 }
@@ -504,7 +518,7 @@ def survey_forms(model: nn.Module) -> list[tuple[str, object]]:
     return [(site.path, site.form) for site in survey(model)]
 
 
-@pytest.mark.parametrize("name", ["dilation", "padding mode", "fused", "read", "shared"])
+@pytest.mark.parametrize("name", ["dilation", "padding mode", "fused", "read", "asked", "shared"])
 def test_and_their_adapters_are_not_taken_over(name: str, tmp_path: Path) -> None:
     make, path, message = ELSEWHERE[name]
     model = make()
@@ -713,6 +727,28 @@ def test_a_live_peft_model_stays_as_it_is(tmp_path: Path) -> None:
     assert equal(values(ours), values(dr.from_peft(mlp_like(live), tmp_path)))
     trained = [name for name, p in ours.named_parameters() if p.requires_grad]
     assert trained == ["0.down", "0.up", "2.down", "2.up"]
+
+
+class Scaled(nn.Module):
+    """Has names of its own that PEFT's layers have too, as attention of transformers does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.scaling, self.merged = nn.Linear(8, 8), 0.5, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.scaling
+
+
+def test_a_live_model_with_a_scaling_of_its_own(tmp_path: Path) -> None:
+    live, x = written(tmp_path, Scaled(), r=2, target_modules=["fc"]), torch.randn(3, 8)
+    assert close(dr.from_peft(live)(x), live(x))
+
+
+def test_a_base_that_peft_has_changed_is_named(tmp_path: Path) -> None:
+    base = written(tmp_path, mlp(), r=2, target_modules=["0"]).base_model.model
+    with pytest.raises(ValueError, match=r"changes its base in place.*dr\.from_peft\(peft_model\)"):
+        dr.from_peft(base, tmp_path)
 
 
 def mlp_like(live: Any) -> Any:

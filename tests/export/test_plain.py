@@ -17,10 +17,12 @@ from architectures import ARCHITECTURES, Architecture
 from every_layer import FORMS, KINDS, Kind, Model, in_form
 from hypothesis import given, settings
 from laws import LAYER_AND_DECOMPOSITION, LayerCase, fitting, randomize
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import dynarank as dr
 from dynarank import LowRank
+from dynarank.export.same_outputs import allowance, difference
 from dynarank.layers import RankedLayer, WeightSpec, effective, register_layer
 from dynarank.layers.registry import _RANKED
 
@@ -143,6 +145,14 @@ def test_the_result_is_never_larger_than_the_merged_model() -> None:
     assert type(dr.to_plain(model)[2]) is nn.Sequential
     assert size(dr.to_plain(model, keep="factors")) == size(model)
     assert size(dr.to_plain(model, keep="merged")) == size(net())
+
+
+def test_its_state_is_laid_out_as_safetensors_takes_it(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 32))
+    dr.factorize(model, 2, layers="*")
+    upsample = dr.factorize(nn.Sequential(nn.ConvTranspose2d(16, 16, 3)), 2, layers="*")
+    for plain in map(dr.to_plain, (model, upsample)):
+        save_file(plain.state_dict(), tmp_path / "plain.safetensors")
 
 
 def test_layers_says_which_keep_their_factors() -> None:
@@ -340,6 +350,33 @@ def test_a_weight_that_its_parent_reads_is_merged() -> None:
     check_plain(model, torch.randn(2, 32))
 
 
+class Asks(nn.Module):
+    """Does what it does by the class of its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 64)])
+        self.inner = nn.ModuleDict({"a": nn.Linear(64, 64)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu() if isinstance(layer, (nn.Conv2d, nn.Linear)) else layer(x)
+        return self.last(x)
+
+    def last(self, x: Tensor) -> Tensor:
+        deep = isinstance(self.inner["a"], nn.Sequential)
+        return self.inner["a"](x).relu() if deep else self.inner["a"](x)
+
+
+def test_a_layer_whose_class_its_parent_asks_for_is_merged() -> None:
+    model = dr.factorize(nn.Sequential(Asks(), nn.Linear(64, 64)), 3, layers="*").eval()
+    x = torch.randn(2, 64)
+    with pytest.warns(UserWarning, match=r"0\.layers\.0.* \(Asks asks for its class\)"):
+        plain = dr.to_plain(model, example=x)
+    assert isinstance(plain[0].layers[0], nn.Linear) and isinstance(plain[1], nn.Sequential)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-5, atol=1e-6)
+
+
 class Penalized(nn.Linear):
     def penalty(self) -> Tensor:
         return torch.zeros(())
@@ -371,6 +408,16 @@ def test_a_read_that_no_source_tells_is_named_by_the_example() -> None:
     with pytest.raises(ValueError, match=r"reads weight of layer 'fc\.0'.*layers="):
         dr.to_plain(model, example=torch.randn(2, 32))
     dr.to_plain(model, layers=lambda module, path: False, example=torch.randn(2, 32))
+
+
+def test_outputs_are_compared_in_their_dtypes() -> None:
+    """Complex parts, infinities of a mask, and numbers beside integers, which allow nothing."""
+    one, masked = torch.tensor([1.0, 2.0]), torch.tensor([1.0, float("-inf")])
+    assert difference(torch.complex(one, one), torch.complex(one, 2 * one))[0] > 0.1
+    assert difference(masked, masked + torch.tensor([1e-6, 0]))[0] < 1e-5
+    assert difference(masked, one)[0] == difference(one, masked)[0] == float("inf")
+    assert allowance((one, one.long(), one > 1)) == allowance(one) == 1e-4
+    assert allowance(one.to(torch.complex128)) == 1e-10 and allowance(one.half()) == 5e-2
 
 
 def test_the_example_finds_the_layer_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,12 +110,55 @@ def test_a_file_that_differs_is_not_written(tmp_path: Path, monkeypatch: Any) ->
     assert path.read_text() == "the one before" and list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_file_that_differs_for_some_batch_size(
+    size: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    real = torch.export.load
+    monkeypatch.setattr(torch.export, "load", lambda *a: _Off(real(*a), size))
+    with pytest.raises(ValueError, match=r"output is off by .* nothing is written"):
+        to_pt2(small(), torch.randn(2, 32), tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 class _Off:
-    def __init__(self, program: Any) -> None:
-        self.program = program
+    def __init__(self, program: Any, size: int | None = None) -> None:
+        self.program, self.size = program, size
 
     def module(self) -> Any:
-        return lambda x: self.program.module()(x) + 0.1
+        return lambda x: self.program.module()(x) + 0.1 * (self.size in (None, len(x)))
+
+
+class Mixed(nn.Module):
+    """Inputs of several kinds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, y: Tensor, *, twice: bool = False, n: int = 1) -> Tensor:
+        return self.fc(x) - y * (n + twice)
+
+
+def test_arguments_that_are_no_tensors_and_in_any_order(tmp_path: Path) -> None:
+    model = dr.factorize(Mixed(), 2, layers="*")
+    example = {"n": 3, "twice": True, "y": torch.randn(2, 32), "x": torch.randn(2, 32)}
+    assert to_pt2(model, example, tmp_path / "model.pt2").difference < 1e-5
+
+
+def test_what_has_no_outputs_or_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="gives no tensors, but a NoneType"):
+        to_pt2(Silent(), torch.randn(2, 32), tmp_path / "model.pt2")
+    with pytest.raises(ValueError, match="the example has no rows"):
+        to_pt2(small(), torch.randn(0, 32), tmp_path / "model.pt2")
+
+
+class Silent(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(32, 32)
+
+    def forward(self, input: Tensor) -> None:  # type: ignore[override]
+        super().forward(input)
 
 
 def test_only_the_batch_grows() -> None:

@@ -17,7 +17,7 @@ from dynarank.files.reading import DamagedFileError
 from dynarank.records import Run, find_runs, read_run
 from dynarank.report.formats import bytes_text, count, ratio
 from dynarank.train.recipe_error import RecipeError
-from dynarank.train.trained import read_trained
+from dynarank.train.trained import OWN_FILES, read_trained
 
 __all__ = ["export"]
 
@@ -87,6 +87,11 @@ def _check_place(to: Path, force: bool) -> None:
         )
     if not to.absolute().parent.is_dir():
         raise RecipeError(f"the folder {to.parent} does not exist; make it first")
+    real = to.resolve()
+    if real.name in OWN_FILES and (real.parent / "records.jsonl").exists():
+        raise RecipeError(
+            f"{to} is a run's own file, from which the run is read; give another name"
+        )
     if not to.exists():
         return
     if not force:

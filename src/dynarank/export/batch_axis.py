@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 
 from dynarank.export.same_outputs import tensors_in
 from dynarank.layers.running import forward_arguments
@@ -38,6 +38,8 @@ class Batch:
                 f"batch_dim={self.dim} is a dimension of the example's tensors, whose shapes are "
                 f"{shapes}; batch_dim=None fixes the batch size"
             )
+        if self.dim is not None and self.size == 0:
+            raise ValueError("the example has no rows: give a batch of at least one")
 
     def _sizes(self) -> list[int]:
         assert self.dim is not None
@@ -74,6 +76,8 @@ class Batch:
             return None
         batch = torch.export.Dim("batch", min=1)
         how = {self.dim: batch}
-        return tree_map_only(
-            Tensor, lambda x: how if self._is_batch(x) else None, self.arguments(model)
-        )
+
+        def shape(x: object) -> object:
+            return how if isinstance(x, Tensor) and self._is_batch(x) else None
+
+        return tree_map(shape, self.arguments(model))

@@ -12,7 +12,7 @@ from torch import nn
 
 from dynarank.export.batch_axis import Batch
 from dynarank.export.plain import Keep
-from dynarank.export.program import Exported, Run, export_program, quiet, ready, written
+from dynarank.export.program import Exported, Run, export_program, first_line, quiet, ready, written
 from dynarank.export.same_outputs import tensors_in
 from dynarank.files.atomic import write_bytes
 from dynarank.layers.running import call_model, preserve_state
@@ -32,7 +32,7 @@ def to_onnx(
     keep: Keep = "cheaper",
     layers: LayerFilter = None,
     batch_dim: int | None = 0,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Exported:
     """Write the plain model as an ONNX file, and compare what onnxruntime computes with it.
 
@@ -48,6 +48,7 @@ def to_onnx(
         layers: see :func:`dynarank.to_plain`.
         batch_dim: the dimension of the inputs that may have any size; None: none may.
         tolerance: the largest difference allowed, relative to the largest entry of an output.
+            None: 1e-4, or 5e-2 if an output is in half precision.
 
     Raises:
         ImportError: the packages of ``dynarank[onnx]`` are not installed.
@@ -96,7 +97,13 @@ def _serialized(
     program = export_program(plain, batch)
     names: dict[str, Any] = {"input_names": inputs, "output_names": outputs}
     with quiet():
-        made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        try:
+            made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+        except Exception as error:
+            raise ValueError(
+                f"torch.onnx cannot convert this model ({first_line(error.__cause__ or error)}); "
+                "a .pt2 file needs no conversion"
+            ) from error
     assert made is not None
     return made.model_proto.SerializeToString()
 
@@ -106,7 +113,13 @@ def _loaded(path: Path, plain: nn.Module) -> Run:
     runtime: Any = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise ValueError(
+            f"onnxruntime does not run this model on the CPU ({first_line(error)}); nothing is "
+            "written"
+        ) from error
     inputs = {one.name for one in session.get_inputs()}
     names = [one.name for one in session.get_outputs()]
 

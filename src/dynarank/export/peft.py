@@ -27,7 +27,7 @@ from dynarank.export.plain import check_copyable, copied
 from dynarank.forms import Adapted, LowRank
 from dynarank.layers import RankedLayer
 from dynarank.surgery.edit import Edit, check_values_known
-from dynarank.surgery.foreign_adapters import inside_adapters
+from dynarank.surgery.foreign_adapters import inside_adapters, is_adapter
 from dynarank.surgery.loading import follow_loads
 from dynarank.surgery.sites import Site, survey
 from dynarank.surgery.transaction import change_forms
@@ -131,6 +131,11 @@ def from_peft(model: _Model, folder: str | Path | None = None) -> _Model:
         adapter = None
     check_unwrapped(model)
     core = unwrapped(model)
+    if inside_adapters(core):
+        raise ValueError(
+            "the model holds PEFT's own adapters (PeftModel changes its base in place): give a "
+            "base without any, or take the live model over, dr.from_peft(peft_model)"
+        )
     together = processes_of(*core.modules(), training=False)
 
     def prepare() -> tuple[list[Edit], dict[str, Tensor]]:
@@ -262,6 +267,8 @@ def _unloaded(model: Any) -> tuple[Any, _Adapter]:
 
 def _check_live(path: str, layer: Any, config: Mapping[str, Any], name: str) -> None:
     """Raise ValueError if a layer of PEFT's computes something else than its configuration says."""
+    if not is_adapter(layer):  # attention has a scaling of its own
+        return
     if getattr(layer, "merged", False):
         raise ValueError(f"the adapter is merged into {path!r}: call unmerge_adapter() first")
     scale = getattr(layer, "scaling", {}).get(name)

@@ -17,14 +17,25 @@ from torch.utils._pytree import tree_map_only
 
 from dynarank.export.batch_axis import Batch
 from dynarank.export.plain import Keep, to_plain
-from dynarank.export.same_outputs import difference, tensors_in
+from dynarank.export.same_outputs import allowance, difference, tensors_in
 from dynarank.files.atomic import replacing, write_bytes
+from dynarank.files.printable import printable
 from dynarank.layers.running import call_model, forward_arguments, preserve_state
 from dynarank.surgery.selection import LayerFilter
 
-__all__ = ["Exported", "export_program", "plain_outputs", "ready", "to_pt2", "written"]
+__all__ = [
+    "Exported",
+    "export_program",
+    "first_line",
+    "plain_outputs",
+    "ready",
+    "to_pt2",
+    "written",
+]
 
 Run = Callable[[Batch], Any]
+
+_TOLERANCE = 1e-4  # fp32
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ def to_pt2(
     keep: Keep = "cheaper",
     layers: LayerFilter = None,
     batch_dim: int | None = 0,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Exported:
     """Write the plain model by ``torch.export``: it runs with torch alone, no class is needed.
 
@@ -78,6 +89,7 @@ def to_pt2(
         layers: see :func:`dynarank.to_plain`.
         batch_dim: the dimension of the inputs that may have any size; None: none may.
         tolerance: the largest difference allowed, relative to the largest entry of an output.
+            None: 1e-4, or 5e-2 if an output is in half precision.
 
     Raises:
         ValueError: torch cannot export the model, or the file computes something else. The file
@@ -127,7 +139,9 @@ def plain_outputs(value: Any) -> Any:
         type(value) in (tuple, list) and all(isinstance(one, Tensor) for one in value)
     ):
         return value
-    return dict(tensors_in(value))
+    if not (found := dict(tensors_in(value))):
+        raise ValueError(f"the model gives no tensors, but a {type(value).__name__}")
+    return found
 
 
 def export_program(plain: nn.Module, batch: Batch) -> Any:
@@ -137,16 +151,21 @@ def export_program(plain: nn.Module, batch: Batch) -> Any:
         ValueError: torch cannot make one, or fixes the batch size.
     """
     args, named = forward_arguments(plain, batch.example)
+    order = [name for name in batch.arguments(plain) if name in named]  # that of the inputs
+    named = {name: named[name] for name in dict.fromkeys((*order, *named))}
     shapes = batch.shapes(plain)
     with quiet(), preserve_state(plain, training=False, grad=False):
         try:
             return torch.export.export(plain, args, named, dynamic_shapes=shapes, strict=False)
         except Exception as error:
-            first = str(error).strip().partition("\n")[0]
             way = "" if batch.dim is None else "; batch_dim=None fixes the batch size"
-            raise ValueError(
-                f"torch.export cannot export this model ({type(error).__name__}: {first}){way}"
-            ) from error
+            told = f"torch.export cannot export this model ({first_line(error)}){way}"
+            raise ValueError(told) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of others is, on one line."""
+    return printable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}", 300)
 
 
 @contextmanager
@@ -178,7 +197,7 @@ def written(
     load: Callable[[Path], Run],
     plain: nn.Module,
     batch: Batch | None,
-    tolerance: float,
+    tolerance: float | None,
 ) -> Exported:
     """Write a file, load it, compare it with the model, and only then put it in its place.
 
@@ -188,7 +207,7 @@ def written(
         load: reads it, and returns what computes its outputs.
         plain: the model.
         batch: what they are compared on; None: nothing is.
-        tolerance: the largest difference allowed.
+        tolerance: the largest difference allowed; None: by the dtypes of the outputs.
 
     Raises:
         ValueError: it computes something else.
@@ -202,10 +221,11 @@ def written(
                 expected = call_model(plain, one.example)
             off, name = difference(run(one), expected)
             found = max(found, off)
-            if off > tolerance:
+            allowed = max(_TOLERANCE, allowance(expected)) if tolerance is None else tolerance
+            if off > allowed:
                 raise ValueError(
                     f"{path.name} computes something else than the model: {name} is off by "
-                    f"{off:.1e}, more than {tolerance:g}; nothing is written"
+                    f"{off:.1e}, more than {allowed:g} (tolerance=); nothing is written"
                 )
             names |= {name: None for name, _ in tensors_in(expected)}
             sizes += [one.size] if one.dim is not None else []

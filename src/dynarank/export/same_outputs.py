@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dynarank.layers.running import call_model, preserve_state
 
-__all__ = ["check_same", "difference", "tensors_in"]
+__all__ = ["allowance", "check_same", "difference", "tensors_in"]
 
 # Of the largest entry: a hundred times what a chain of products of ordinary size is off by.
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -53,10 +53,13 @@ def difference(one: Any, other: Any) -> tuple[float, str]:
 def _difference(one: Tensor, other: Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
-    a, b = one.detach().double().cpu(), other.detach().double().cpu()
-    if bool(torch.isclose(a, b, 0, 0, equal_nan=True).all()):
+    exact = torch.complex128 if one.is_complex() or other.is_complex() else torch.float64
+    a, b = (x.detach().cpu().to(exact) for x in (one, other))
+    same = torch.isclose(a, b, 0, 0, equal_nan=True)  # infinities too: of a mask, say
+    if bool(same.all()):
         return 0.0
-    error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+    size = b[b.isfinite()].abs().max() if bool(b.isfinite().any()) else torch.zeros(())
+    error = float((a - b)[~same].abs().max()) / max(float(size), 1e-30)
     return error if error == error else float("inf")
 
 
@@ -68,7 +71,7 @@ def check_same(model: nn.Module, plain: nn.Module, batch: Any) -> None:
     except Exception as error:
         raise ValueError(_told(error, plain)) from error
     off, name = difference(got, expected)
-    allowed = _allowed(expected)
+    allowed = allowance(expected)
     if off > allowed:
         raise ValueError(
             f"the plain model computes something else: {name} is off by {off:.1e}, more than "
@@ -76,9 +79,10 @@ def check_same(model: nn.Module, plain: nn.Module, batch: Any) -> None:
         )
 
 
-def _allowed(output: Any) -> float:
+def allowance(output: Any) -> float:
     """The difference that rounding may make of an output."""
-    return max((_TOLERANCES.get(x.dtype, _LESS) for _, x in tensors_in(output)), default=0.0)
+    real = (x.dtype.to_real() for _, x in tensors_in(output))
+    return max((_TOLERANCES.get(one, _LESS) for one in real if one.is_floating_point), default=0.0)
 
 
 def _run(model: nn.Module, batch: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
@@ -80,4 +81,5 @@ def parameter_like(value: Tensor) -> Parameter:
     """The value as a parameter that trains if it does; a Parameter is returned itself."""
     if isinstance(value, Parameter):
         return value
-    return Parameter(value.detach().clone(), value.requires_grad)
+    whole = value.detach().clone(memory_format=torch.contiguous_format)  # for safetensors
+    return Parameter(whole, value.requires_grad)

@@ -13,7 +13,7 @@ from torch import nn
 from dynarank.layers import RankedLayer
 from dynarank.surgery.site import Site
 
-__all__ = ["inside_adapters", "without_form"]
+__all__ = ["inside_adapters", "is_adapter", "without_form"]
 
 _LAYER = "BaseTunerLayer"  # by name: PEFT is not imported
 _BASE = "it is frozen beneath a PEFT adapter: take it over by dr.from_peft(model)"
@@ -29,12 +29,17 @@ def inside_adapters(model: nn.Module) -> dict[nn.Module, str]:
     """
     found: dict[nn.Module, str] = {}
     for adapter in model.modules():
-        if any(kind.__name__ == _LAYER for kind in type(adapter).__mro__):
+        if is_adapter(adapter):
             found.update(dict.fromkeys(adapter.modules(), _PART))
             base = getattr(adapter, "base_layer", None)
             if isinstance(base, nn.Module):
                 found.update(dict.fromkeys(base.modules(), _BASE))
     return {m: why for m, why in found.items() if not isinstance(m, RankedLayer)}
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is PEFT's adapter of a layer."""
+    return any(kind.__name__ == _LAYER for kind in type(module).__mro__)
 
 
 def without_form(site: Site, reason: str) -> Site:

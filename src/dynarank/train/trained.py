@@ -32,9 +32,9 @@ from dynarank.train.networks import build_network, network_facts
 from dynarank.train.recipe import Recipe
 from dynarank.train.recipe_error import RecipeError
 
-__all__ = ["WEIGHTS", "Trained", "read_trained", "write_trained"]
+__all__ = ["OWN_FILES", "WEIGHTS", "Trained", "read_trained", "write_trained"]
 
-WEIGHTS, _FACTORS = "model.safetensors", "factors.safetensors"
+OWN_FILES = WEIGHTS, _FACTORS = "model.safetensors", "factors.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
