@@ -63,11 +63,8 @@ _COPIES: WeakSet[RankedLayer] = WeakSet()
 
 def copied_layers() -> list[tuple[RankedLayer, Mapping[str, str]]]:
     """The ranked layers that were copied or unpickled, as those of averages, and what made them."""
-    alive = list(_COPIES)
+    alive = list(filter(RankedLayer.__instancecheck__, _COPIES))  # the others were made plain
     return list(zip(alive, map(attrgetter("_made_by"), alive), strict=True))
-def copied_layers() -> list[RankedLayer]:
-    """The ranked layers that are alive and were copied or unpickled, as those of averages are."""
-    return [layer for layer in _COPIES if isinstance(layer, RankedLayer)]  # not made plain since
 
 
 class RankedLayer(nn.Module):
