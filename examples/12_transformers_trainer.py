@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.utils.logging import disable_progress_bar
 
 import dynarank as dr
 from dynarank.integrations.transformers import DynamicRankCallback
@@ -54,6 +61,7 @@ def with_the_trainer(data: Any, steps: int, folder: str, resume: str | None = No
     callback = DynamicRankCallback(schedule(steps))
     model = network(seed=0 if resume is None else 1)  # whose weights are those of the checkpoint
     trainer = Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+    trainer.remove_callback(PrinterCallback)  # a line for each step
     trainer.train(resume_from_checkpoint=resume)
     return model, [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -86,8 +94,9 @@ def with_a_plain_loop(data: Any, steps: int) -> list[float]:
 def main() -> None:
     """Train on the handwritten digits of scikit-learn."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=96, help="the length of the run")
     steps = parser.parse_args().steps
+    disable_progress_bar()
 
     digits = load_digits()
     pixels = torch.tensor(digits.data, dtype=torch.long)

@@ -1,4 +1,4 @@
-"""Lightning's trainer: one callback, and each loss is that of a plain loop, after a resume too.
+"""Lightning's Trainer: one callback, and each loss is that of a plain loop, after a resume too.
 
 A multilayer perceptron on real digits: low-rank, full-rank, adapters. Needs scikit-learn and
 Lightning (``pip install 'dynarank[demo,lightning]'``).
@@ -135,5 +135,5 @@ def main(steps: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400, help="the length of the run")
     main(parser.parse_args().steps)

@@ -1,8 +1,8 @@
-"""Hugging Face Accelerate: ``attach`` is the one line more, and ``save_state`` keeps the forms.
+"""Hugging Face Accelerate: one line more, ``attach``, and ``save_state`` keeps the forms.
 
 A loop as Accelerate's documentation shows it, with accumulated gradients, is compared with a plain
-one, step by step, through both changes of form. Then it is resumed in the midst of an epoch, by new
-objects. Needs Accelerate and scikit-learn (``pip install 'dynarank[accelerate,demo]'``).
+one, step by step, through both changes of form. Then new objects resume it in the middle of an
+epoch. Needs Accelerate and scikit-learn (``pip install 'dynarank[accelerate,demo]'``).
 
     python examples/14_accelerate.py
     accelerate launch --multi_gpu --num_processes 2 examples/14_accelerate.py  # on CPUs too
@@ -130,6 +130,6 @@ def main(epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=6, help="the length of the run")
     main(parser.parse_args().epochs)

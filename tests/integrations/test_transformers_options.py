@@ -163,7 +163,6 @@ def test_a_schedule_that_follows_the_learning_rate_has_its_forecast(tmp_path: Pa
     callback = DynamicRankCallback(dr.schedules.dynamic_rank(4))
     made, _ = trainer(bert(), tmp_path, callback, lr_scheduler_type="cosine")
     made.train()
-    assert callback.ranks is not None
     rates = callback.ranks.forecast.rates
     assert rates[0] == 1e-2 and rates[500] == pytest.approx(5e-3, rel=0.1) and rates[-1] < 1e-4
 
@@ -217,12 +216,18 @@ def test_the_best_model_is_loaded_whole(at: int, to: str, tmp_path: Path) -> Non
     assert made.evaluate()["eval_good"] == 0.0
 
 
+def test_there_is_no_rank_scheduler_before_training() -> None:
+    callback = DynamicRankCallback(dr.schedules.dynamic_rank(rank=0.25))
+    with pytest.raises(RuntimeError, match="no rank scheduler yet: "):
+        _ = callback.ranks
+
+
 def test_the_same_trainer_trains_again(saved: Path, tmp_path: Path) -> None:
     made, callback = trainer(bert(), tmp_path)
     made.train()
     first, ranks = losses(made), callback.ranks
     made.train()  # a new run, of the model as it is
-    assert callback.ranks is not ranks and callback.ranks is not None
+    assert callback.ranks is not ranks
     assert callback.ranks.last_step == 24 and losses(made) != first
     made.train(resume_from_checkpoint=f"{saved}/checkpoint-12")
     assert losses(made) == first
@@ -243,7 +248,7 @@ def test_each_trial_of_a_search_is_a_run(tmp_path: Path) -> None:
         made.train(trial=None)
         found.append(losses(made))
     assert found[0] == found[1]
-    assert callback.ranks is not None and callback.ranks.model is made.model
+    assert callback.ranks.model is made.model
 
 
 def test_a_run_that_did_not_fit_the_memory_begins_again(tmp_path: Path) -> None:
@@ -258,7 +263,7 @@ def test_a_run_that_did_not_fit_the_memory_begins_again(tmp_path: Path) -> None:
     how = {"auto_find_batch_size": True, "trainer_compute_loss_func": loss}
     made, callback = trainer(bert(), tmp_path, **how)
     made.train()
-    assert callback.ranks is not None and callback.ranks.last_step == 24
+    assert callback.ranks.last_step == 24
     assert form_of(made.model) is dr.Adapted
     assert "saved_forms" not in made.model.state_dict()  # the hooks of both attempts are gone
 
@@ -270,7 +275,7 @@ def test_a_run_may_end_early(tmp_path: Path) -> None:
     made, callback = trainer(bert(), tmp_path, **how, **EVALUATED, **SAVED)
     made.train()
     assert made.state.global_step == 12 and form_of(made.model) is dr.LowRank
-    assert callback.ranks is not None and callback.ranks.last_step == 12
+    assert callback.ranks.last_step == 12
 
 
 def test_an_optimizer_whose_state_cannot_move_is_refused_before_the_first_step(

@@ -36,9 +36,9 @@ def to_onnx(
 ) -> Exported:
     """Write the plain model as an ONNX file, and compare what onnxruntime computes with it.
 
-    The file is compared on the example and on a batch of another size, before it takes its place.
-    Inputs have the names of the forward pass's parameters, outputs those that the model gives them
-    (``logits``), or ``output``. The model is as it was.
+    The file is compared on batches of three sizes, the example's among them, before it takes its
+    place. Inputs have the names of the forward pass's parameters, outputs those that the model
+    gives them (``logits``), or ``output``. The model is as it was.
 
     Args:
         model: any model, ranked or not, see :func:`dynarank.to_plain`.
@@ -55,10 +55,11 @@ def to_onnx(
         ValueError: torch cannot export the model, or the file computes something else. The file
             that was there stays.
 
-    Example::
-
-        model = dr.factorize(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), 8)
-        print(to_onnx(model, torch.randn(2, 64), "model.onnx"))
+    Example:
+        >>> model = dr.factorize(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), 8)
+        >>> path = getfixture("tmp_path") / "model.onnx"
+        >>> to_onnx(model, torch.randn(2, 64), path).difference < 1e-4
+        True
     """
     _check_installed()
     plain, batch = ready(model, example, keep, layers, batch_dim)

@@ -78,8 +78,8 @@ def to_pt2(
     """Write the plain model by ``torch.export``: it runs with torch alone, no class is needed.
 
     ``torch.export.load(path).module()`` is the model, in evaluation mode, on the CPU. The file is
-    loaded and compared with the model, on the example and on a batch of another size, before it
-    takes its place. The model is as it was.
+    loaded and compared with the model on batches of three sizes, the example's among them, before
+    it takes its place. The model is as it was.
 
     Args:
         model: any model, ranked or not, see :func:`dynarank.to_plain`.

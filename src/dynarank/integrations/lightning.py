@@ -86,7 +86,7 @@ class DynamicRankCallback(Callback):
     optimizers that step in one batch count as one step.
 
     Args:
-        schedule: as of :class:`~dynarank.scheduler.rank_scheduler.RankScheduler`, like all others.
+        schedule: as of :class:`dynarank.RankScheduler`, like all others.
         total_steps: how many steps the run has. None: by the trainer's ``max_steps``,
             ``max_epochs``, accumulation and number of batches.
         layers: the scheduled layers, by their paths in the LightningModule.
@@ -104,9 +104,10 @@ class DynamicRankCallback(Callback):
             without this callback; whatever a rank scheduler refuses.
 
     Example:
+        >>> import lightning as L
         >>> schedule = dr.schedules.dynamic_rank(rank=0.25)
         >>> callback = DynamicRankCallback(schedule, layers=["net.*"])
-        >>> trainer = _lightning.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
+        >>> trainer = L.Trainer(callbacks=[callback], logger=False, accelerator="cpu")
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class DynamicRankCallback(Callback):
 
     @property
     def ranks(self) -> RankScheduler:
-        """The rank scheduler.
+        """The rank scheduler of the last ``fit``.
 
         Raises:
             RuntimeError: ``fit``, which makes it, has not started yet.

@@ -50,11 +50,11 @@ class DynamicRankCallback(TrainerCallback):
     interrupted.
 
     Args:
-        schedule: one of :mod:`dynarank.schedules`, or a function ``(clock, readings) -> plan``.
-        layers: the scheduled layers, see :class:`dynarank.RankScheduler`; so for the others.
+        schedule: as of :class:`dynarank.RankScheduler`, like all others.
+        layers: the scheduled layers, by their paths in the model.
         moments: how the optimizer's moments are converted.
         batches: a function that returns a few training batches.
-        callbacks: called around each change of form.
+        callbacks: called around each change; those of dynarank, not of transformers.
 
     Raises:
         ValueError: the Trainer shards the model (FSDP, DeepSpeed), or it is a PEFT model; as the
@@ -62,9 +62,8 @@ class DynamicRankCallback(TrainerCallback):
             a checkpoint to resume from has no state of such a run, or that of another.
 
     Example:
-        >>> callback = DynamicRankCallback(dr.schedules.dynamic_rank(rank=0.25))
-        >>> callback.ranks is None  # until train() is called
-        True
+        >>> schedule = dr.schedules.dynamic_rank(rank=0.25)
+        >>> callback = DynamicRankCallback(schedule, layers=["bert.encoder.*"])
     """
 
     def __init__(
@@ -77,8 +76,7 @@ class DynamicRankCallback(TrainerCallback):
         callbacks: Sequence[CallbackLike] = (),
     ) -> None:
         self.schedule = as_schedule(schedule)
-        self.ranks: RankScheduler | None = None
-        """The rank scheduler of the last ``train()``."""
+        self._ranks: RankScheduler | None = None
         self._options: dict[str, Any] = {
             "layers": layers,
             "moments": moments,
@@ -86,6 +84,17 @@ class DynamicRankCallback(TrainerCallback):
             "callbacks": callbacks,
         }
         self._hooks: list[Any] = []
+
+    @property
+    def ranks(self) -> RankScheduler:
+        """The rank scheduler of the last ``train()``.
+
+        Raises:
+            RuntimeError: ``train``, which makes it, has not been called yet.
+        """
+        if self._ranks is None:
+            raise RuntimeError("there is no rank scheduler yet: trainer.train makes it")
+        return self._ranks
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Let the model take checkpoints of other forms: they are loaded before training begins."""
@@ -103,7 +112,7 @@ class DynamicRankCallback(TrainerCallback):
         check_movable_states(optimizer, self._options["moments"])
         entry = OptimizerEntry.taken_from(optimizer)
         resumed = _resumed(entry, model, state.global_step) if state.global_step else None
-        self.ranks = ranks = RankScheduler(
+        self._ranks = ranks = RankScheduler(
             model,
             optimizer,
             self.schedule,
@@ -123,7 +132,6 @@ class DynamicRankCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Bring the model to the plan of the next step."""
-        assert self.ranks is not None
         self.ranks.step()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -135,8 +143,8 @@ class DynamicRankCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        if self.ranks is not None:
-            self.ranks.close()
+        if self._ranks is not None:
+            self._ranks.close()
 
 
 def _sign(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -343,7 +343,7 @@ class RankScheduler:
 
         Call it once, before or after the first steps, and again if a state was loaded into the
         model alone. The average's own state is not in :meth:`state_dict`: save it beside
-        (``dr.save(ema=)``), load it, and call this again.
+        (``dr.save(ema=)``); in the run that goes on, call this first, then load it.
 
         Args:
             ema: ``AveragedModel``, a ``copy.deepcopy`` of the model, or any object that holds one
