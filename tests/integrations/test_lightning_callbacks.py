@@ -21,6 +21,7 @@ from host_runs import (
     schedule,
 )
 from lightning.pytorch.callbacks import (
+    BaseFinetuning,
     BatchSizeFinder,
     EarlyStopping,
     EMAWeightAveraging,
@@ -133,6 +134,18 @@ def test_fit_is_called_again_with_the_same_trainer(monkeypatch: Any) -> None:
     assert dr.current_plan(again) == dr.current_plan(module)
 
 
+def test_a_checkpoint_of_another_form_is_tested_before_fit_is_called_again(tmp_path: Path) -> None:
+    module, callback = Module(), DynamicRankCallback(schedule(), total_steps=STEPS)
+    run = trainer(callback, every_four(tmp_path), max_epochs=1)
+    run.fit(module, Loader(10))
+    run.test(module, Loader(1), ckpt_path=tmp_path / "step=4.ckpt", verbose=False)
+    run.callbacks.pop()  # type: ignore[attr-defined]
+    run.fit_loop.max_epochs = 2
+    run.fit(module, Loader(2))
+    assert callback.ranks.last_step == 12
+    assert dr.current_plan(module)["net.0"] == FullRank()
+
+
 def test_another_length_when_fit_is_called_again_is_refused() -> None:
     module, callback = Module(), DynamicRankCallback(schedule())
     run = trainer(callback, max_epochs=1)
@@ -226,6 +239,38 @@ def test_a_run_without_an_optimizer_is_refused() -> None:
 
     with pytest.raises(ValueError, match="no optimizer"), pytest.warns(UserWarning):
         fit(Without())
+
+
+class Unfreezing(BaseFinetuning):
+    """Trains the first layer from the second epoch on, in a group of its own."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+class Backbone(Module):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_backbone_is_unfrozen_in_a_run_that_goes_on(first: bool, tmp_path: Path) -> None:
+    def run(module: Module, *callbacks: Any, checkpoint: Path | None = None) -> None:
+        own = [DynamicRankCallback(schedule(), layers=["net.0", "net.2"]), Unfreezing()]
+        own = own if first else own[::-1]
+        one = trainer(*own, *callbacks, max_epochs=2)
+        one.fit(module, Loader(12), ckpt_path=checkpoint)  # type: ignore[arg-type]
+        assert [len(group["params"]) for group in one.optimizers[0].param_groups] == [5, 3]
+
+    module = Backbone()
+    run(module, every_four(tmp_path))
+    again = Backbone(9)
+    run(again, checkpoint=tmp_path / "step=8.ckpt")  # the names in the group have just changed
+    assert again.losses == module.losses[8:]
 
 
 # --- averages

@@ -208,7 +208,7 @@ class DynamicRankCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the rank scheduler, which applies the first plan or goes on from a checkpoint."""
         state, before = self._state, self._ranks
-        if state is None and trainer.global_step:  # fit is called again
+        if again := state is None and trainer.global_step > 0:  # fit is called again
             if before is None or before.model is not pl_module:
                 raise _no_position(trainer.global_step, "they were made without it")
             state = before.state_dict()
@@ -223,6 +223,9 @@ class DynamicRankCallback(Callback):
         options: dict[str, Any] = {**self._options, **rates, **self._rates, "state": state}
         model = trainer.strategy.model or pl_module
         self._ranks = RankScheduler(model, trainer.optimizers, self._schedule, total, **options)
+        if before is not None and again:  # a checkpoint of another form may have been tested since
+            last = before._forms_loaded  # pyright: ignore[reportPrivateUsage]
+            self._ranks._forms_loaded = last  # pyright: ignore[reportPrivateUsage]
         for one in _averages(trainer):
             self._ranks.follow(one)
         self._uncounted = state is not None and state["uncounted"] > 0
@@ -240,7 +243,7 @@ class DynamicRankCallback(Callback):
                     f"schedule as it was by DynamicRankCallback(..., total_steps={saved})"
                 )
         if self._uncounted:  # the checkpoint was saved before this callback had seen its last step
-            self.ranks.step()
+            self._step(trainer, pl_module)
 
     def on_train_batch_end(
         self,
@@ -255,7 +258,12 @@ class DynamicRankCallback(Callback):
         if not pl_module.automatic_optimization and self._total_steps is None:
             self._check_pace(trainer, made)
         if self._max_epochs in (None, -1) or trainer.current_epoch < self._max_epochs:
-            self.ranks.step()  # in the epoch that StochasticWeightAveraging adds nothing is trained
+            # In the epoch that StochasticWeightAveraging adds nothing is trained.
+            self._step(trainer, pl_module)
+
+    def _step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.ranks.step():
+            _name_groups(trainer, pl_module)
 
     def _check_pace(self, trainer: Trainer, made: int) -> None:
         """Raise ValueError if manual optimization takes other steps than the length tells."""
@@ -288,6 +296,16 @@ def _averages(trainer: Trainer) -> list[nn.Module]:
     callbacks: Sequence[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     found = [getattr(one, "_average_model", None) for one in callbacks]
     return [one for one in found if isinstance(one, nn.Module)]
+
+
+def _name_groups(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Tell BaseFinetuning, which saves the names of each group's parameters, the new ones."""
+    names = {one: name for name, one in pl_module.named_parameters()}
+    for one in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        for number, groups in getattr(one, "_internal_optimizer_metadata", {}).items():
+            now = trainer.optimizers[number].param_groups
+            for group, own in zip(groups, now, strict=False):
+                group["params"] = [names[p] for p in own["params"]]
 
 
 def _no_position(steps: int, why: str) -> ValueError:
