@@ -29,9 +29,9 @@ def check_trainer(args: Any, model: nn.Module) -> None:
     how += [kind for kind in _SHARDS if not how and AcceleratorState().distributed_type == kind]
     if how:
         raise ValueError(
-            f"the Trainer runs under {how[0]}, which keeps parameters and their "
-            "states where a change of form cannot follow; leave it out (DDP works), or write the "
-            "loop yourself, with fully_shard and dynarank.RankScheduler"
+            f"the Trainer runs under {how[0]}, which keeps parameters and their states where a "
+            "change of form cannot follow: leave it out (DDP works), or write the loop yourself, "
+            "with FSDP2 (fully_shard) and dynarank.RankScheduler"
         )
     names = {cls.__name__ for cls in type(model).__mro__}
     if "PeftModel" in names or getattr(model, "_hf_peft_config_loaded", False):
