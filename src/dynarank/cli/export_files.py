@@ -125,7 +125,7 @@ class _Job:
             "Recipe": header.recipe,
             "Data": recipe.data,
             "Network": recipe.model,
-            "Schedule": f"{header.schedule}, seed {header.seed}, {header.epochs} epochs",
+            "Schedule": f"{header.schedule}, seed {header.seed}, epochs: {header.epochs}",
             "Rank": f"{rank.value}:{rank.of}" if isinstance(rank, Rank) else str(rank),
             "Transition points": ", ".join(points) or "none",
             "Optimizer": f"{recipe.optimizer}, learning rate {recipe.learning_rate:g}{size}",

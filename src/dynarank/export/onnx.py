@@ -43,7 +43,7 @@ def to_onnx(
     Args:
         model: any model, ranked or not, see :func:`dynarank.to_plain`.
         example: a batch: a tensor, a tuple of positional or a dict of keyword arguments.
-        path: the file; one that is there is replaced.
+        path: the file; one that is there is replaced, and its folder is created.
         keep: which factors are kept, see :func:`dynarank.to_plain`.
         layers: see :func:`dynarank.to_plain`.
         batch_dim: the dimension of the inputs that may have any size; None: none may.

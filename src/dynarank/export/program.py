@@ -84,7 +84,7 @@ def to_pt2(
     Args:
         model: any model, ranked or not, see :func:`dynarank.to_plain`.
         example: a batch: a tensor, a tuple of positional or a dict of keyword arguments.
-        path: the file; one that is there is replaced.
+        path: the file; one that is there is replaced, and its folder is created.
         keep: which factors are kept, see :func:`dynarank.to_plain`.
         layers: see :func:`dynarank.to_plain`.
         batch_dim: the dimension of the inputs that may have any size; None: none may.
@@ -97,7 +97,7 @@ def to_pt2(
 
     Example:
         >>> model = dr.factorize(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), 8)
-        >>> path = getfixture("tmp_path") / "model.pt2"
+        >>> path = getfixture("tmp_path") / "new" / "model.pt2"
         >>> to_pt2(model, torch.randn(2, 64), path).difference < 1e-5
         True
         >>> torch.export.load(path).module()(torch.randn(5, 64)).shape
@@ -213,6 +213,7 @@ def written(
         ValueError: it computes something else.
     """
     names, sizes, found = dict[str, None](), list[int](), 0.0
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         write(beside)
         run = load(beside)
