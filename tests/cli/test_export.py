@@ -174,7 +174,7 @@ def test_the_code_of_the_model_card_loads_the_weights(export: Any, runs: Path, h
     expected = outputs(trained.model, trained.example)["logits"]
     torch.testing.assert_close(outputs(network, trained.example)["logits"], expected)
     torch.testing.assert_close(outputs(names["model"], trained.example)["logits"], expected)
-    for text in ("| `hidden` | 64x32 | low-rank | svd |", "seed 0, 3 epochs", "Test accuracy: ",
+    for text in ("| `hidden` | 64x32 | low-rank | svd |", "seed 0, epochs: 3", "Test accuracy: ",
                  "FLOPs in a forward pass", "dynarank export "):  # fmt: skip
         assert text in page, text
 
