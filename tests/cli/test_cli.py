@@ -38,7 +38,8 @@ def test_train_digits(
     for schedule in ("full-rank", "low-rank", "dynamic-rank"):
         assert schedule in out
         names = {path.name for path in (folder / schedule).iterdir()}
-        assert names == {"config.json", "records.jsonl", "model.safetensors"}
+        factors = {"factors.safetensors"} if schedule == "low-rank" else set()
+        assert names == {"config.json", "records.jsonl", "model.safetensors"} | factors
     assert "0.294x" in out and "1.000x" in out
     page = (folder / "report.html").read_text()
     assert page.startswith("<!") and "dynamic-rank" in page
@@ -63,7 +64,8 @@ def test_train_json_and_report_and_spectrum(
     assert set(result["runs"]) == {"dynamic-rank-low"}
     assert 0 < result["runs"]["dynamic-rank-low"]["relative_flops"] < 1
     assert {p.name for p in (here / "one").iterdir()} == {
-        "common.json", "config.json", "records.jsonl", "model.safetensors", "report.html",
+        "common.json", "config.json", "records.jsonl", "model.safetensors", "factors.safetensors",
+        "report.html",
     }  # fmt: skip
 
     assert call(monkeypatch, "report", "one", "--out", "page.html", "--json") == 0
