@@ -10,6 +10,9 @@ CORE := tests/test_forms.py tests/test_covering.py tests/test_laws.py tests/test
         tests/surgery tests/scheduler \
         $(addprefix src/dynarank/,forms.py decompositions layers surgery scheduler)
 
+# In processes of their own: what other packages leave in memory slows down every change of form.
+HOSTS := $(foreach folder,integrations export,tests/$(folder) src/dynarank/$(folder))
+
 .PHONY: demo test test-core test-laws-full test-faults check docs clean
 
 demo: .venv/.demo  ## full rank, fixed low rank and decay on three seeds, in a new folder
@@ -17,7 +20,8 @@ demo: .venv/.demo  ## full rank, fixed low rank and decay on three seeds, in a n
 	    --out runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: .venv/.dev  ## all tests, one thread per process
-	$(PYTEST)
+	$(PYTEST) $(addprefix --ignore=,$(HOSTS))
+	$(PYTEST) $(HOSTS)
 
 test-core: .venv/.dev  ## the core without its slow tests, in under a minute
 	$(PYTEST) -m "not slow" $(CORE)
