@@ -28,7 +28,7 @@ __all__ = ["WINDOW", "GradientWindow"]
 
 # Right after a change, 8 gradients are as good as 32 at a quarter of the memory (median error in
 # decades when deflating to low-rank: 0.64 and 0.70; when inflating: 0.34 and 0.30; sd about 0.1,
-# n = 8 seeds of benchmarks/training/experiments/moments).
+# n = 8 seeds of benchmarks/training/studies/moments).
 WINDOW = 8
 
 

@@ -28,7 +28,7 @@ Note [Weight decay]
 L2 weight decay adds ``decay * f`` to the gradient of f in SGD and Adam. J+ divides by the factors,
 so where they are small (an adapter's ``up`` starts at zero) lifting this part as if it were a
 gradient amplifies it without bound: the momentum of a small convolutional network came back 20 to
-9,000 times too large (benchmarks/training/experiments/moments). The part is ``c f`` with c at most
+9,000 times too large (benchmarks/training/studies/moments). The part is ``c f`` with c at most
 ``decay`` times the average's gain; we take the regression of J+(m) on J+(f) within these limits,
 sharp where it matters and without a count of steps. The new parameters get ``c f'``.
 """

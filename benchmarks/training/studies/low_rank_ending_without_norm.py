@@ -4,7 +4,7 @@ Two small networks on the digits, trained for 12 epochs at full rank; their inne
 truncated to a rank at once. An MLP of 64-64-64-10 and a convolutional network of 8, 16 and 32
 channels, with biases and ReLU. Calibrated on 512 training images, without training afterwards.
 
-python benchmarks/training/experiments/low_rank_ending_without_norm.py --seeds 0 1 2 --out FILE
+python benchmarks/training/studies/low_rank_ending_without_norm.py --seeds 0 1 2 --out FILE
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ An MLP 784-W-W-W-10 with AdamW takes steps of 128 images, and then copies of it 
 cuts are interleaved, on one thread, in CPU seconds; the medians of --rounds are printed in seconds
 and in training steps.
 
-OMP_NUM_THREADS=1 python benchmarks/training/schedules/cut_cost.py --width 1024 --flops 0.22
+OMP_NUM_THREADS=1 python benchmarks/training/studies/cut_cost.py --width 1024 --flops 0.22
 """
 
 from __future__ import annotations

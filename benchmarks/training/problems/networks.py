@@ -48,9 +48,9 @@ class _ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """Three stages of ``blocks`` residual blocks with w, 2 w and 4 w channels (He et al., 2016)."""
 
-    def __init__(self, width: int, blocks: int, classes: int = 10) -> None:
+    def __init__(self, width: int, blocks: int, classes: int = 10, inputs: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.stem = nn.Conv2d(inputs, width, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         sides, stages = [width, width, 2 * width, 4 * width], []
         for stage in range(3):
@@ -70,12 +70,12 @@ class ResNet(nn.Module):
 
 
 class ViT(nn.Module):
-    """A vision transformer on patches of 2 x 2 pixels; the tokens' mean is classified."""
+    """A vision transformer on patches of 4 x 4 pixels; the tokens' mean is classified."""
 
     def __init__(self, size: int, width: int, depth: int, heads: int, classes: int = 10) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 2, 2)
-        self.position = nn.Parameter(0.02 * torch.randn(1, (size // 2) ** 2, width))
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(0.02 * torch.randn(1, (size // 4) ** 2, width))
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, classes)

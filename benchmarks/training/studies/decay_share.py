@@ -1,6 +1,6 @@
 """The momentum after inflating an adapter under SGD, with and without separating weight decay.
 
-    python benchmarks/training/experiments/decay_share.py
+    python benchmarks/training/studies/decay_share.py
 
 The true momentum is computed from the merged model's gradients on the same batches (kept for 60
 steps alongside the run). See Note [Weight decay] in ``dynarank.surgery.moments``.

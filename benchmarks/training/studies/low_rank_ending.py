@@ -9,8 +9,8 @@ and is tested again. Arms with the same share have the same FLOP budget, that of
 - budgeted: the same, with the ranks of ``plan_within(flops=...)``;
 - budgeted-plain: ranks of ``plan_within`` without a calibration, plain truncation.
 
-python benchmarks/training/experiments/low_rank_ending.py digits --seeds 0 1 2 --out FILE
-python benchmarks/training/experiments/low_rank_ending.py cifar10-resnet20 --data DIR --out FILE
+python benchmarks/training/studies/low_rank_ending.py digits --seeds 0 1 2 --out FILE
+python benchmarks/training/studies/low_rank_ending.py cifar10-resnet20 --data DIR --out FILE
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Arms of one budget have the same FLOPs, within 1%. They differ in the start, dec
 decay, schedule and learning rate. Arms of a seed have the same initial network and batches.
 One JSON line a run.
 
-python benchmarks/training/schedules/convolutions.py vis2 --data DIR --seeds 0 1 --out runs.jsonl
+python -m benchmarks.training.studies.convolutions vis2 --data DIR --seeds 0 1 --out runs.jsonl
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from problems import PROBLEMS, Problem
 from torch import nn
 from torch.optim import Optimizer
 
 import dynarank as dr
+from benchmarks.training.problems.problem import Problem
+from benchmarks.training.studies.problems import PROBLEMS
 from dynarank.cost import trace
 from dynarank.forms import FullRank, LowRank, Within
 from dynarank.recording.host import commit, hardware
@@ -106,7 +107,7 @@ def train(problem: Problem, arm: Arm, seed: int) -> dict[str, Any]:
     for step in range(problem.steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * problem.factor(step)
-        problem.loss(model, problem.batch(seed, step)).backward()
+        problem.training_loss(model, problem.batch(seed, step)).backward()
         optimizer.step()
         optimizer.zero_grad()
         ledger.step()
@@ -116,7 +117,7 @@ def train(problem: Problem, arm: Arm, seed: int) -> dict[str, Any]:
     ranks.close()
     return {
         "flops": ledger.relative_flops, "end_flops": ledger.last_relative_step,
-        "cpu_seconds": seconds, **problem.test(model), "plan": plan_of(model),
+        "cpu_seconds": seconds, **problem.test(model, "test"), "plan": plan_of(model),
     }  # fmt: skip
 
 

@@ -8,9 +8,9 @@ end.
 - ``re-warm-up N``: the learning rate rises from 1/N to 1 over the N steps after each change;
 - ``recalibration``: after the truncation, running statistics are recomputed on 512 training images.
 
-python benchmarks/training/experiments/after_a_change.py digits --epochs 15 \
+python benchmarks/training/studies/after_a_change.py digits --epochs 15 \
     --seeds 0 1 2 3 4 --out FILE
-python benchmarks/training/experiments/after_a_change.py fashion-mnist-resnet8 --data DIR \
+python benchmarks/training/studies/after_a_change.py fashion-mnist-resnet8 --data DIR \
     --epochs 4 --train-limit 2000 --test-limit 1000 --seeds 0 1 --out FILE
 """
 

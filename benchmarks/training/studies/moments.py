@@ -1,8 +1,8 @@
 """Policies for the optimizer's moments compared: paired runs on scikit-learn's digits.
 
-    python benchmarks/training/experiments/moments.py run --task mlp --seeds 8
-    python benchmarks/training/experiments/moments.py errors --seeds 8
-    python benchmarks/training/experiments/moments.py table
+    python benchmarks/training/studies/moments.py run --task mlp --seeds 8
+    python benchmarks/training/studies/moments.py errors --seeds 8
+    python benchmarks/training/studies/moments.py table
 
 A run's initial weights and batches depend on the seed alone, so runs of one seed are pairs. ``run``
 records the loss on the whole training set at the change and 5, 20 and all but one of the phase's

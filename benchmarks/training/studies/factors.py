@@ -3,7 +3,7 @@
 Each arm changes one thing. Arms of a seed have the same initial network and batches. ``--length``
 shortens the runs. One JSON line a run; summarize.py prints the tables.
 
-python benchmarks/training/schedules/factors.py fash lm2 --data DIR --seeds 0 1 2 --out runs.jsonl
+python -m benchmarks.training.studies.factors fash lm2 --data DIR --seeds 0 1 2 --out runs.jsonl
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from problems import PROBLEMS, Problem
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import dynarank as dr
+from benchmarks.training.problems.problem import Problem
+from benchmarks.training.studies.problems import PROBLEMS
 from dynarank.cost import trace
 from dynarank.factors.initialization import initialize_factors
 from dynarank.factors.learning_rates import FactorLearningRates
@@ -101,7 +102,7 @@ def train(problem: Problem, name: str, arm: Arm, seed: int) -> dict[str, Any]:
         for group in optimizer.param_groups:
             group["lr"] = arm.rate * problem.rate * problem.factor(step)
         batch = problem.batch(seed, step)
-        loss = problem.loss(model, batch)
+        loss = problem.training_loss(model, batch)
         (loss if teacher is None else taught(loss, model, teacher, batch, arm.teacher)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -111,7 +112,7 @@ def train(problem: Problem, name: str, arm: Arm, seed: int) -> dict[str, Any]:
         ledger.step()
     rates.remove()
     extra = teaching * (problem.steps - cut_at) / problem.steps
-    return {"flops": ledger.relative_flops + extra, **problem.test(model)}
+    return {"flops": ledger.relative_flops + extra, **problem.test(model, "test")}
 
 
 @torch.no_grad()

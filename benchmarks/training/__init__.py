@@ -1,0 +1,1 @@
+"""Quality against cost of rank schedules: problems, arms, runs, tables."""

@@ -1,0 +1,1 @@
+"""The problems: a network, its data, loss, optimizer, learning rate and test."""

@@ -1,0 +1,218 @@
+"""Image classification: an MLP and a ResNet on Fashion-MNIST, a ResNet and a ViT on CIFAR-10."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+
+from benchmarks.training.problems.networks import MLP, ResNet, ViT
+from benchmarks.training.problems.problem import Batch, Part, Problem
+from dynarank.train.idx_files import read_idx
+
+
+class Images(Problem):
+    """Images in memory, in a new order each epoch.
+
+    Args:
+        parts: images and labels of "train", "valid" and "test".
+        epochs: the length of the training.
+    """
+
+    metric, higher, batch_size = "accuracy", True, 128
+
+    def __init__(self, parts: dict[str, tuple[Tensor, Tensor]], epochs: int) -> None:
+        self.parts, self.epochs = parts, epochs
+        self.epoch_steps = len(parts["train"][0]) // self.batch_size
+        self.steps = epochs * self.epoch_steps
+
+    def indices(self, seed: int, step: int) -> Tensor:
+        """The images of a step's batch."""
+        epoch, place = divmod(step, self.epoch_steps)
+        order = _order(len(self.parts["train"][0]), seed * 100_003 + epoch)
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
+
+    def batch(self, seed: int, step: int) -> Batch:
+        """The batch of a step."""
+        chosen = self.indices(seed, step)
+        return tuple(part[chosen] for part in self.parts["train"])  # pyright: ignore
+
+    def held_out(self, part: Part) -> Iterator[Batch]:
+        """Batches of 500."""
+        return zip(*(data.split(500) for data in self.parts[part]), strict=True)
+
+
+class StepDecay(Images):
+    """SGD with Nesterov momentum, half an epoch of warm-up, a tenth of the rate at 60% and 85%."""
+
+    rate, bf16, weight_decay = 0.2, True, 5e-4
+
+    def optimizer(self, model: nn.Module, rate: float) -> Optimizer:
+        """SGD."""
+        settings = {"momentum": 0.9, "nesterov": True, "weight_decay": self.weight_decay}
+        return SGD(model.parameters(), lr=rate, **settings)
+
+    def factor(self, step: int) -> float:
+        """The learning rate of a step, relative to the peak."""
+        warmup, done = self.epoch_steps // 2, step / self.steps
+        if step < warmup:
+            return (step + 1) / warmup
+        return 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01
+
+
+class FashionMLP(Images):
+    """784-w-w-w-10 on 20,000 images of Fashion-MNIST."""
+
+    layers = "body.*"
+
+    def __init__(self, data: Path, width: int = 256, rate: float = 0.002, epochs: int = 8) -> None:
+        self.width, self.rate = width, rate
+        super().__init__(fashion(data, 20_000), epochs)
+
+    def network(self, width: float = 1.0) -> nn.Module:
+        """784-w-w-w-10."""
+        return MLP(784, round(self.width * width), 10)
+
+
+class FashionResNet(StepDecay):
+    """A ResNet-8 (16-32-64 channels) on 10,000 images of Fashion-MNIST at 14 x 14."""
+
+    layers = "stages.*conv*"
+
+    def __init__(self, data: Path, epochs: int = 8) -> None:
+        parts = fashion(data, 10_000)
+        super().__init__({k: (F.avg_pool2d(x, 2), y) for k, (x, y) in parts.items()}, epochs)
+
+    def network(self, width: float = 1.0) -> nn.Module:
+        """Stages of 16, 32, 64 channels, in channels_last."""
+        network = ResNet(round(16 * width), 1, inputs=1)
+        return network.to(memory_format=torch.channels_last)  # pyright: ignore
+
+
+class Cifar(Images):
+    """CIFAR, flipped and shifted.
+
+    Args:
+        data: the folder of the data sets.
+        images: how many training images.
+        size: pixels of a side; images are averaged down to it.
+        epochs: the length of the training.
+    """
+
+    bf16 = True
+
+    def __init__(self, data: Path, images: int, size: int, epochs: int) -> None:
+        self.shift = size // 8
+        super().__init__(cifar10(data, images, size), epochs)
+
+    def batch(self, seed: int, step: int) -> Batch:
+        """The batch of a step, augmented."""
+        images, labels = self.parts["train"]
+        chosen, s = self.indices(seed, step), self.shift
+        x, n, size = images[chosen], len(chosen), images.shape[-1]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        flipped = torch.rand(n, generator=generator) < 0.5
+        x = F.pad(torch.where(flipped[:, None, None, None], x.flip(-1), x), (s, s, s, s))
+        offsets = torch.randint(0, 2 * s + 1, (2, n, 1), generator=generator)
+        rows, columns = offsets + torch.arange(size)
+        every, channels = torch.arange(n)[:, None, None, None], torch.arange(3)[:, None, None]
+        x = x[every, channels, rows[:, None, :, None], columns[:, None, None, :]]
+        return x.contiguous(memory_format=torch.channels_last), labels[chosen]
+
+
+class CifarResNet(Cifar, StepDecay):
+    """A ResNet of three stages on CIFAR-10.
+
+    Args:
+        data: the folder of the data sets.
+        blocks: residual blocks a stage; the depth is 6 blocks + 2.
+        images: how many training images.
+        size: pixels of a side.
+        epochs: the length of the training.
+    """
+
+    layers = "stages.*conv*"
+
+    def __init__(
+        self, data: Path, blocks: int = 2, images: int = 10_000, size: int = 16, epochs: int = 12
+    ) -> None:
+        self.blocks = blocks
+        super().__init__(data, images, size, epochs)
+
+    def network(self, width: float = 1.0) -> nn.Module:
+        """Stages of 16, 32, 64 channels, in channels_last."""
+        network = ResNet(round(16 * width), self.blocks)
+        return network.to(memory_format=torch.channels_last)  # pyright: ignore
+
+
+class CifarViT(Cifar):
+    """A ViT on 10,000 images of CIFAR-10 at 16 x 16: patches of 4 x 4, width 96, 4 blocks."""
+
+    layers, rate, bf16 = "blocks.*", 0.002, False  # attention of so few tokens is slow in bf16
+
+    def __init__(self, data: Path, epochs: int = 12) -> None:
+        super().__init__(data, 10_000, 16, epochs)
+
+    def network(self, width: float = 1.0) -> nn.Module:
+        """16 tokens of width 96, 4 heads."""
+        return ViT(16, 4 * round(24 * width), 4, 4)
+
+
+@lru_cache(maxsize=2)
+def _order(images: int, seed: int) -> Tensor:
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+
+
+def fashion(data: Path, images: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Fashion-MNIST, normalized: the first images to train on, the last 5,000 to validate."""
+
+    def read(part: str) -> tuple[Tensor, Tensor]:
+        x, y = (_idx(data / "fashion-mnist", f"{part}-{kind}") for kind in _KINDS)
+        return ((x.float() / 255 - 0.286) / 0.353)[:, None], y.long()
+
+    x, y = read("train")
+    return {
+        "train": (x[:images], y[:images]), "valid": (x[-5000:], y[-5000:]), "test": read("t10k"),
+    }  # fmt: skip
+
+
+_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+
+
+def _idx(folder: Path, name: str) -> Tensor:
+    path = next(path for path in (folder / name, folder / f"{name}.gz") if path.exists())
+    return torch.from_numpy(read_idx(path).copy())
+
+
+def cifar10(data: Path, images: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """CIFAR-10: the first images to train on, the last 2,000 to validate.
+
+    With more than 48,000 training images these overlap; rates are then not chosen on this problem.
+    """
+    folder = data / "cifar-10-batches-bin"
+    batches = (images - 1) // 10_000 + 1
+    train = [_cifar(folder / f"data_batch_{i + 1}.bin", size) for i in range(batches)]
+    x, y = (torch.cat(parts)[:images] for parts in zip(*train, strict=True))
+    held_x, held_y = _cifar(folder / "data_batch_5.bin", size)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return {
+        "train": (x, y), "valid": (held_x[-2000:], held_y[-2000:]),
+        "test": _cifar(folder / "test_batch.bin", size),
+    }  # fmt: skip
+
+
+def _cifar(path: Path, size: int) -> tuple[Tensor, Tensor]:
+    """Images of a size, normalized, in channels_last, and labels."""
+    records = np.fromfile(path, np.uint8).reshape(-1, 3073)
+    x = F.avg_pool2d(torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32) / 255, 32 // size)
+    mean, std = (
+        torch.tensor(v)[:, None, None] for v in ((0.4914, 0.4822, 0.4465), (0.23, 0.23, 0.24))
+    )
+    x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+    return x, torch.from_numpy(records[:, 0].astype(np.int64))
