@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from dynarank.records import SummaryRecord, find_runs, read_run
+from dynarank.report.comparison import compare_pairs
 
 BENCHMARKS = Path(__file__).parents[1]
 
@@ -57,3 +58,24 @@ def row(*cells: str) -> str:
         '| a | b |'
     """
     return f"| {' | '.join(cells)} |"
+
+
+def accuracies(runs: Mapping[str, Sequence[SummaryRecord]]) -> dict[str, list[float]]:
+    """Return the test scores of runs in percent, by schedule."""
+    return {name: [100 * run.test_score for run in group] for name, group in runs.items()}
+
+
+def flops(runs: Iterable[SummaryRecord]) -> str:
+    """Write the mean training FLOPs relative to full rank."""
+    return f"{fmean(run.relative_flops for run in runs):.3f}"
+
+
+def distinct(scores: Mapping[str, Sequence[float]]) -> list[tuple[str, str]]:
+    """Return the pairs that differ significantly by Welch's test with Holm's correction."""
+    return [(pair.first, pair.second) for pair in compare_pairs(scores) if pair.significant]
+
+
+def verdict(scores: Mapping[str, Sequence[float]]) -> str:
+    """Say whether any two schedules differ significantly."""
+    pairs = distinct(scores)
+    return f"significantly different: {pairs}" if pairs else "statistically indistinguishable"

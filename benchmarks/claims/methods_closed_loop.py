@@ -1,0 +1,28 @@
+"""The figures of ``docs/methods/closed-loop.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.claims.methods_shared import accuracies, flops, spread, summaries, verdict
+from dynarank.schedules import closed_loop
+
+PAGE = "docs/methods/closed-loop.md"
+
+
+def claims() -> Iterator[str]:
+    """Yield the figures as the page has them."""
+    defaults = closed_loop(0.25)
+    low, high = 1 - defaults.fall, defaults.saturation
+    yield f"effective rank stays between {low:.2f} and {high:.2f} of its rank"
+    runs = summaries("2026-11-24-digits-schedules")
+    scores = accuracies(runs)
+    closed, aligned, full = (
+        spread(scores[name], 2) for name in ("closed-loop", "aligned", "full-rank")
+    )
+    yield f"{closed} % at {flops(runs['closed-loop'])} of full-rank FLOPs"
+    yield f"{aligned} at {flops(runs['aligned'])} for transition points from the learning rate"
+    yield f"{full} for full rank: {verdict(scores)}"
+
+
+SETTINGS = ("arXiv 2305.02538, 2023", "arXiv 2508.08625")
