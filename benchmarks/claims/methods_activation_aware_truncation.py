@@ -1,12 +1,11 @@
-"""The figures of ``docs/methods/activation-aware-truncation.md``."""
+"""docs/methods/activation-aware-truncation.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from statistics import fmean
-from typing import Any
 
-from benchmarks.claims.methods_shared import of, read, row, spread
+from .methods_shared import row, spread
+from .records import Row, mean, read_json, values
 
 PAGE = "docs/methods/activation-aware-truncation.md"
 ENDINGS = "training/results/2026-11-24-low-rank-ending"
@@ -16,9 +15,9 @@ ARMS = ("plain", "whitened", "budgeted")
 
 def claims() -> Iterator[str]:
     """Yield the figures as the page has them."""
-    digits = read(f"{ENDINGS}/digits.json")["runs"]
+    digits = read_json(f"{ENDINGS}/digits.json")["runs"]
     files = [f"{ENDINGS}/cifar10-resnet20-seed{seed}.json" for seed in range(3)]
-    resnet = [run for file in files for run in read(file)["runs"]]
+    resnet = [run for file in files for run in read_json(file)["runs"]]
     yield from _table("digits-net", digits)
     yield from _table("ResNet-20, CIFAR-10 at 16 x 16", resnet)
     avoided = [_avoided(runs, share) for runs in (digits, resnet) for share in SHARES]
@@ -28,23 +27,23 @@ def claims() -> Iterator[str]:
     yield _without_norm()
 
 
-def _table(network: str, runs: list[dict[str, Any]]) -> Iterator[str]:
-    full = fmean(of(runs, "loss_after", arm="full-rank"))
+def _table(network: str, runs: list[Row]) -> Iterator[str]:
+    full = mean(values(runs, "loss_after", arm="full-rank"))
     for share, name in SHARES.items():
-        cells = [spread(of(runs, "loss_after", arm=arm, share=share), 3) for arm in ARMS]
+        cells = [spread(values(runs, "loss_after", arm=arm, share=share), 3) for arm in ARMS]
         yield row(network if name == "1/8" else "", name, f"{full:.3f}", *cells)
 
 
-def _avoided(runs: list[dict[str, Any]], share: float) -> float:
-    full = fmean(of(runs, "loss_after", arm="full-rank"))
-    plain = fmean(of(runs, "loss_after", arm="plain", share=share))
-    budgeted = fmean(of(runs, "loss_after", arm="budgeted", share=share))
+def _avoided(runs: list[Row], share: float) -> float:
+    full = mean(values(runs, "loss_after", arm="full-rank"))
+    plain = mean(values(runs, "loss_after", arm="plain", share=share))
+    budgeted = mean(values(runs, "loss_after", arm="budgeted", share=share))
     return 100 * (plain - budgeted) / (plain - full)
 
 
-def _later(runs: list[dict[str, Any]]) -> Iterator[str]:
+def _later(runs: list[Row]) -> Iterator[str]:
     def loss(share: float, arm: str) -> str:
-        return spread(of(runs, "loss_further", arm=arm, share=share), 3)
+        return spread(values(runs, "loss_further", arm=arm, share=share), 3)
 
     plain = loss(0.25, "plain")
     yield f"ResNet-20 at 1/4 is at {plain} after plain truncation"
@@ -54,7 +53,7 @@ def _later(runs: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _encoder() -> Iterator[str]:
-    rows = read("compression/results/2026-11-28-sentence-encoder/result.json")["rows"]
+    rows = read_json("compression/results/2026-11-28-sentence-encoder/result.json")["rows"]
     yield f"| full rank | {rows[0]['forward_flops']:.2f}x | {rows[0]['spearman']:.3f} | | |"
     for name, first in (("1/2", 1), ("3/8", 4), ("1/4", 7)):
         three = rows[first : first + 3]
@@ -63,10 +62,10 @@ def _encoder() -> Iterator[str]:
 
 
 def _without_norm() -> str:
-    runs = read(f"{ENDINGS}/without-norm.json")["runs"]
+    runs = read_json(f"{ENDINGS}/without-norm.json")["runs"]
 
     def loss(arm: str, **rank: int) -> str:
-        return f"{fmean(of(runs, 'loss', network='mlp', arm=arm, **rank)):.3f}"
+        return f"{mean(values(runs, 'loss', network='mlp', arm=arm, **rank)):.3f}"
 
     twelve, eight = (
         f"rank {rank}{of_all}: {loss('plain', rank=rank)} to {loss('calibrated', rank=rank)}"

@@ -1,4 +1,4 @@
-"""The figures of ``docs/methods/automatic-schedules.md``."""
+"""docs/methods/automatic-schedules.md."""
 
 from __future__ import annotations
 
@@ -9,17 +9,10 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
-from benchmarks.claims.methods_shared import (
-    accuracies,
-    distinct,
-    flops,
-    read,
-    row,
-    spread,
-    summaries,
-    verdict,
-)
 from dynarank.schedules import lr_aligned
+
+from .methods_shared import accuracies, distinct, flops, row, spread, summaries, verdict
+from .records import read_json
 
 PAGE = "docs/methods/automatic-schedules.md"
 STEPS = 10_000
@@ -76,12 +69,12 @@ def _digits() -> str:
     scores = accuracies(runs)
     full, low, aligned = (spread(scores[name], 2) for name in ("full-rank", "low-rank", "aligned"))
     cost = f"{flops(runs['aligned'])} of the full-rank FLOPs"
-    return f"{aligned} % at {cost}, full rank {full}, low rank {low}: {verdict(scores)}"
+    return f"{aligned} % at {cost}, full rank {full}, low rank {low}: {verdict(runs)}"
 
 
 def _fashion() -> Iterator[str]:
     folder = "2026-11-24-recipes/fashion-mnist-mlp"
-    config = read(f"training/results/{folder}/common.json")
+    config = read_json(f"training/results/{folder}/common.json")
     yield f"({config['train_limit']:,} images, {config['epochs']} epochs, n = 3,"
     runs = summaries(folder)
     scores = accuracies(runs)
@@ -90,7 +83,7 @@ def _fashion() -> Iterator[str]:
     yield f"dynamic rank {dynamic} at {flops(runs['dynamic-rank'])}"
     yield f"deflating to low-rank {last} at {flops(runs['dynamic-rank-low'])}"
     names = {"full-rank": "full rank", "dynamic-rank-low": "the last"}
-    differ = [" and ".join(names.get(name, name) for name in pair) for pair in distinct(scores)]
+    differ = [" and ".join(names.get(name, name) for name in pair) for pair in distinct(runs)]
     yield f"only {', '.join(differ)} differ significantly"
 
 

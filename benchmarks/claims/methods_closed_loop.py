@@ -1,11 +1,12 @@
-"""The figures of ``docs/methods/closed-loop.md``."""
+"""docs/methods/closed-loop.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.claims.methods_shared import accuracies, flops, spread, summaries, verdict
 from dynarank.schedules import closed_loop
+
+from .methods_shared import accuracies, flops, spread, summaries, verdict
 
 PAGE = "docs/methods/closed-loop.md"
 
@@ -22,7 +23,7 @@ def claims() -> Iterator[str]:
     )
     yield f"{closed} % at {flops(runs['closed-loop'])} of full-rank FLOPs"
     yield f"{aligned} at {flops(runs['aligned'])} for transition points from the learning rate"
-    yield f"{full} for full rank: {verdict(scores)}"
+    yield f"{full} for full rank: {verdict(runs)}"
 
 
 SETTINGS = ("arXiv 2305.02538, 2023", "arXiv 2508.08625")

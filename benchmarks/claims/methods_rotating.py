@@ -1,10 +1,10 @@
-"""The figures of ``docs/methods/rotating.md``."""
+"""docs/methods/rotating.md."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.claims.methods_shared import accuracies, flops, spread, summaries, verdict
+from .methods_shared import accuracies, flops, spread, summaries, verdict
 
 PAGE = "docs/methods/rotating.md"
 
@@ -17,7 +17,7 @@ def claims() -> Iterator[str]:
     yield f"{scores['rotating']} % at {flops(runs['rotating'])} of full-rank FLOPs"
     yield f"a peak of {peak['rotating']} trainable parameters"
     yield f"{scores['full-rank']} for full rank ({peak['full-rank']})"
-    yield f"{scores['low-rank']} for low rank ({peak['low-rank']}): {verdict(accuracies(runs))}"
+    yield f"{scores['low-rank']} for low rank ({peak['low-rank']}): {verdict(runs)}"
 
 
 SETTINGS = ("arXiv 2404.02827, 2024", "arXiv 2403.17919, 2024")
