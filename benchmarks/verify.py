@@ -27,7 +27,7 @@ from types import ModuleType
 ROOT = Path(__file__).parents[1]
 FIGURE = re.compile(
     r"""
-    (?<![\w.^]) (?:
+    (?<![\w.^]) (?!\d{4}\.\d{5}\b) (?:  # not arXiv's numbers
         (?: \d{1,3}(?:,\d{3})+(?:\.\d+)? | \d*\.\d+ ) (?: [x×](?!\w) | \s?% )?
       | \d+ (?: [x×](?!\w) | -fold | \s?% | (?=\s?±)
           | \s (?: times | points? | percent | standard\s(?:errors?|deviations?)
@@ -148,7 +148,8 @@ def check_module(page: Page, module: ModuleType) -> Iterator[str]:
     try:
         claims = list(getattr(module, "claims", list)())
     except Exception as error:
-        yield f"{page.name}: {path} cannot derive its figures ({error!r}); restore the records"
+        why = f"{type(error).__name__}: {error}"
+        yield f"{page.name}: {path} cannot derive its figures ({why}); restore the records"
         return
     for piece in typed_in(inspect.getsource(module)):
         yield f"{path}: a figure is typed into {piece!r}; derive it, or name it in SETTINGS"
@@ -164,6 +165,15 @@ def check(name: str) -> tuple[int, list[str]]:
     return page.derived, wrong
 
 
+def without_page() -> Iterator[str]:
+    """Yield a fault for each module whose page is not there."""
+    for path in sorted((Path(__file__).parent / "claims").glob("*.py")):
+        module = importlib.import_module(f"benchmarks.claims.{path.stem}")
+        page = getattr(module, "PAGE", None)
+        if page and (page not in pages() or module_name(page) != module.__name__):
+            yield f"benchmarks/claims/{path.name}: its page is not {page}; rename or remove it"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the pages; print the faults, or one line if there are none."""
     parser = argparse.ArgumentParser(
@@ -174,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", choices=pages(), metavar="PAGE", help="check this page alone")
     page = parser.parse_args(arguments).page
     checked = [check(name) for name in ([page] if page else pages())]
-    wrong = [fault for _, found in checked for fault in found]
+    wrong = [*chain.from_iterable(found for _, found in checked), *([] if page else without_page())]
     if wrong:
         print("\n".join(wrong))
         return 1
