@@ -36,7 +36,6 @@ def other_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[P
 def test_every_figure_agrees_with_the_records(capsys: pytest.CaptureFixture[str]) -> None:
     status = verify.main([])
     assert status == 0, capsys.readouterr().out
-    assert "figures on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/scale.md", DEPLOY])
@@ -133,7 +132,7 @@ def test_the_command_prints_faults_and_fails(
     (tmp_path / "README.md").touch()
     monkeypatch.setattr(verify, "ROOT", tmp_path)
     assert verify.main(["--page", DEPLOY]) == 0
-    assert capsys.readouterr().out.endswith("figures on 1 page agree with the records\n")
+    assert "figures on 1 page agree with the records" in capsys.readouterr().out
     copy.write_text(page.replace("40.09 / 10.11 MB", "40.09 / 10.12 MB"), encoding="utf-8")
     assert verify.main(["--page", DEPLOY]) == 1
     lines = capsys.readouterr().out.splitlines()
