@@ -27,19 +27,19 @@ from types import ModuleType
 ROOT = Path(__file__).parents[1]
 FIGURE = re.compile(
     r"""
-    (?<![\w.^]) (?:
+    (?<![\w.^]) (?!\d{4}\.\d{5}\b) (?:  # not arXiv's numbers
         (?: \d{1,3}(?:,\d{3})+(?:\.\d+)? | \d*\.\d+ ) (?: [x×](?!\w) | \s?% )?
       | \d+ (?: [x×](?!\w) | -fold | \s?% | (?=\s?±)
           | \s (?: times | points? | percent | standard\s(?:errors?|deviations?)
                  | [nuµm]?s | (?:micro|milli)?seconds? | minutes? | hours?
-                 | [KMG]i?B | kB | bytes | [KMGTP]?FLOPs? | TFLOP/s )\b )
+                 | [KMG]i?B | kB | bytes | [KMGTP]?FLOPs? )\b )
     )
     | ±\s? \d*\.?\d+
     | (?<=\|)[ ]* [-+]?\d+ [ ]*(?=\|)
     """,
     re.VERBOSE,
 )
-NOT_TEXT = re.compile(r"^ *```.*?^ *```|`[^`]+`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
+NOT_TEXT = re.compile(r"^ *```.*?^ *```|`(?:(?!\n\n)[^`])+`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"\d[\d,]*(?:\\\.\d+)?|\\\.\d+")  # in an escaped text
 
 
@@ -61,10 +61,11 @@ def module_path(page: str) -> str:
 
 
 class Page:
-    """A page: its text, what of it is not explained yet, how many figures are derived."""
+    """A page: its text, and what of it is not explained yet."""
 
     def __init__(self, name: str, text: str) -> None:
-        self.name, self.text, self.rest, self.derived = name, text, text, 0
+        self.name, self.text, self.rest = name, text, text
+        self.derived = self.set = 0  # figures
         for found in NOT_TEXT.finditer(text):
             self.take_out(found.span())
 
@@ -82,13 +83,17 @@ class Page:
         whole = rf"{start}{words}(?!\d|[.,]\d)"
         return [found.span() for found in re.finditer(whole, self.text)]
 
-    def explain(self, pieces: Iterable[str], derived: bool) -> list[str]:
-        """Take the pieces out of what is left; return those that do not stand in the page."""
-        found = {piece: self.places(piece) for piece in pieces}
+    def explain(self, pieces: Iterable[str]) -> tuple[int, list[str]]:
+        """Take the pieces out of what is left.
+
+        Returns:
+            How many figures they explain, and the pieces that do not stand in the page.
+        """
+        count, found = 0, {piece: self.places(piece) for piece in pieces}
         for span in chain.from_iterable(found.values()):
-            self.derived += len(FIGURE.findall(self.rest[slice(*span)])) if derived else 0
+            count += len(FIGURE.findall(self.rest[slice(*span)]))
             self.take_out(span)
-        return [piece for piece, places in found.items() if not places]
+        return count, [piece for piece, places in found.items() if not places]
 
     def differing(self, piece: str) -> str:
         """Say what the page has instead of a claim, and take that out."""
@@ -121,8 +126,9 @@ def flat(text: str) -> str:
 
 def faults(page: Page, claims: Sequence[str], settings: Sequence[str]) -> Iterator[str]:
     """Yield what is wrong with a page, given its claims and settings."""
-    absent = page.explain(claims, derived=True)
-    for piece in page.explain(settings, derived=False):
+    page.derived, absent = page.explain(claims)
+    page.set, lost = page.explain(settings)
+    for piece in lost:
         yield f"{page.name}: the page does not have the setting {piece!r}; correct one of the two"
     for piece in absent:
         yield f"{page.differing(piece)} the records give {piece!r}; correct the page, or its claim"
@@ -146,22 +152,31 @@ def check_module(page: Page, module: ModuleType) -> Iterator[str]:
     """Yield what is wrong with a page that has a module of claims."""
     path = module_path(page.name)
     try:
-        claims = list(module.claims())
-    except (OSError, LookupError, ValueError, TypeError, AttributeError) as error:
-        yield f"{page.name}: {path} cannot read its records ({error!r}); restore them"
+        claims = list(getattr(module, "claims", list)())
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        yield f"{page.name}: {path} cannot derive its figures ({why}); restore the records"
         return
     for piece in typed_in(inspect.getsource(module)):
         yield f"{path}: a figure is typed into {piece!r}; derive it, or name it in SETTINGS"
     yield from faults(page, claims, module.SETTINGS)
 
 
-def check(name: str) -> tuple[int, list[str]]:
-    """Return how many figures of a page the records give, and what is wrong with it."""
+def check(name: str) -> tuple[Page, list[str]]:
+    """Return a page, and what is wrong with it."""
     page = Page(name, (ROOT / name).read_text(encoding="utf-8"))
     if importlib.util.find_spec(module_name(name)) is None:
-        return 0, list(page.left())
-    wrong = list(check_module(page, importlib.import_module(module_name(name))))
-    return page.derived, wrong
+        return page, list(page.left())
+    return page, list(check_module(page, importlib.import_module(module_name(name))))
+
+
+def without_page() -> Iterator[str]:
+    """Yield a fault for each module whose page is not there."""
+    for path in sorted((Path(__file__).parent / "claims").glob("*.py")):
+        module = importlib.import_module(f"benchmarks.claims.{path.stem}")
+        page = getattr(module, "PAGE", None)
+        if page and (page not in pages() or module_name(page) != module.__name__):
+            yield f"benchmarks/claims/{path.name}: its page is not {page}; rename or remove it"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -174,12 +189,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", choices=pages(), metavar="PAGE", help="check this page alone")
     page = parser.parse_args(arguments).page
     checked = [check(name) for name in ([page] if page else pages())]
-    wrong = [fault for _, found in checked for fault in found]
+    wrong = [*chain.from_iterable(found for _, found in checked), *([] if page else without_page())]
     if wrong:
         print("\n".join(wrong))
         return 1
-    counts = [derived for derived, _ in checked if derived]
-    print(f"{sum(counts)} figures on {len(counts)} pages agree with the records")
+    derived = [one.derived for one, _ in checked if one.derived]
+    number = f"{len(derived)} page{'' if len(derived) == 1 else 's'}"
+    settings = sum(one.set for one, _ in checked)
+    print(f"{sum(derived)} figures on {number} agree with the records; {settings} are settings")
     return 0
 
 

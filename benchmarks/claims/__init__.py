@@ -7,8 +7,8 @@
 - `claims()`: yields pieces of the page's text with the figures filled in from the records or, where
   they follow by formula, by the library. Figures are never typed in here;
 - `SETTINGS`: pieces of the page's text whose figures nobody measured here: settings, definitions,
-  arithmetic that the page shows, figures of a cited paper.
+  bounds that a test holds, figures of a cited paper.
 
 Pieces are short, a table row or a part of a sentence; line breaks do not matter. A page without
-figures needs no module.
+figures needs no module, one with settings alone no `claims()`.
 """
