@@ -1,4 +1,4 @@
-"""docs/methods/activation-aware-truncation.md."""
+"""Activation-aware truncation: losses after a cut, and a trained encoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from .methods_shared import row, spread
 from .records import Row, mean, read_json, values
 
 PAGE = "docs/methods/activation-aware-truncation.md"
+SETTINGS: tuple[str, ...] = ()
 ENDINGS = "training/results/2026-11-24-low-rank-ending"
 SHARES = {0.125: "1/8", 0.25: "1/4", 0.5: "1/2"}
 ARMS = ("plain", "whitened", "budgeted")
@@ -72,6 +73,3 @@ def _without_norm() -> str:
         for rank, of_all in ((12, " of 64"), (8, ""))
     )
     return f"({twelve}, full rank {loss('full-rank')}; {eight}, within the spread)"
-
-
-SETTINGS = ("arXiv 2403.07378, 2024",)

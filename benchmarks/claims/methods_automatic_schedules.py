@@ -1,4 +1,4 @@
-"""docs/methods/automatic-schedules.md."""
+"""Automatic schedules: the rule for the transition points, and runs under it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from .methods_shared import accuracies, distinct, flops, row, spread, summaries,
 from .records import read_json
 
 PAGE = "docs/methods/automatic-schedules.md"
+SETTINGS: tuple[str, ...] = ()
 STEPS = 10_000
 PUBLISHED = (
     ("CIFAR-10, 150 epochs, decays at 100 and 130", 150, (100, 130), "55, 120"),
@@ -85,6 +86,3 @@ def _fashion() -> Iterator[str]:
     names = {"full-rank": "full rank", "dynamic-rank-low": "the last"}
     differ = [" and ".join(names.get(name, name) for name in pair) for pair in distinct(runs)]
     yield f"only {', '.join(differ)} differ significantly"
-
-
-SETTINGS = ("arXiv 2508.08625, 2025",)

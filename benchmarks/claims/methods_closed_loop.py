@@ -1,4 +1,4 @@
-"""docs/methods/closed-loop.md."""
+"""Closed-loop schedule: its default thresholds, and runs under it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dynarank.schedules import closed_loop
 from .methods_shared import accuracies, flops, spread, summaries, verdict
 
 PAGE = "docs/methods/closed-loop.md"
+SETTINGS: tuple[str, ...] = ()
 
 
 def claims() -> Iterator[str]:
@@ -24,6 +25,3 @@ def claims() -> Iterator[str]:
     yield f"{closed} % at {flops(runs['closed-loop'])} of full-rank FLOPs"
     yield f"{aligned} at {flops(runs['aligned'])} for transition points from the learning rate"
     yield f"{full} for full rank: {verdict(runs)}"
-
-
-SETTINGS = ("arXiv 2305.02538, 2023", "arXiv 2508.08625")

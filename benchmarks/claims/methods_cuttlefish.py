@@ -1,4 +1,4 @@
-"""docs/methods/cuttlefish.md."""
+"""Cuttlefish: the thresholds that the schedule has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dynarank.schedules import cuttlefish
 
 PAGE = "docs/methods/cuttlefish.md"
-SETTINGS = ("arXiv 2305.02538, 2023",)
+SETTINGS: tuple[str, ...] = ()
 
 
 def claims() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""docs/methods/decay.md."""
+"""Decay: the rule, and the runs on convolutions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/methods/default-layers.md."""
+"""Default layers: what they save in well-known models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/methods/dynamic-rank.md."""
+"""Dynamic rank: what the schedule costs, and runs under it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .methods_shared import accuracies, flops, row, spread, summaries
 from .records import mean, read_runs
 
 PAGE = "docs/methods/dynamic-rank.md"
+SETTINGS = ("10,000 images and 12 epochs", "all 50,000 images")
 RUNS = "2026-11-24-cifar10-resnet20-12-epochs"
-SETTINGS = ("arXiv 2508.08625, 2025", "10,000 images and 12 epochs", "all 50,000 images")
 NAMES = {"dynamic-rank-low": "dynamic-rank, deflating to low-rank"}
 
 

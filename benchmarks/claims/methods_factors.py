@@ -1,14 +1,14 @@
-"""docs/methods/factors.md."""
+"""Factors: initialization and learning rates compared."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from .methods_shared import row, spread
-from .records import Row, mean, only, read_json, read_lines, select, values
+from .records import Row, mean, read_json, read_lines, select, values
 
 PAGE = "docs/methods/factors.md"
-SETTINGS = ("arXiv 2105.01029",)
+SETTINGS: tuple[str, ...] = ()
 PERCEPTRON = "perceptron 784-256-256-256-10, Fashion-MNIST, rank 16, AdamW; test accuracy, %"
 GPT = "character GPT, width 64, rank 16, AdamW, 200 steps; validation loss"
 RATES = {"fash": 0.002, "lm2": 0.012}  # records have factors of these
@@ -40,10 +40,11 @@ def _cells(runs: list[Row], result: str, factor: float, digits: int) -> Iterator
 
 def _rules() -> Iterator[str]:
     """Yield the losses of rules that compute a multiplier."""
-    rows = read_json("training/results/2026-11-24-factor-rates/results.json")["summary"]
-    losses = {}
-    for rule in ("none", "spectral", "rms"):
-        one = only(rows, rule=rule, optimizer="SGD momentum 0.9, lr 0.05")
-        losses[rule] = "{:.3f} ± {:.3f}".format(*one["test_loss@20"])
-    yield f"under SGD, {losses['spectral']} against {losses['none']} after 20 steps"
-    yield f"was worse after 20 steps ({losses['rms']})"
+    runs = read_json("training/results/2026-11-24-factor-rates/results.json")["runs"]
+
+    def loss(rule: str) -> str:
+        some = select(runs, rule=rule, optimizer="SGD momentum 0.9, lr 0.05")
+        return spread([run["readings"]["20"]["test_loss"] for run in some], 3)
+
+    yield f"under SGD, {loss('spectral')} against {loss('none')} after 20 steps"
+    yield f"was worse after 20 steps ({loss('rms')})"

@@ -1,4 +1,4 @@
-"""docs/methods/growing-rank.md."""
+"""Growing rank: the threshold that the schedule has."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dynarank.schedules import growing
 
 PAGE = "docs/methods/growing-rank.md"
-SETTINGS = ("arXiv 2306.11250, 2023",)
+SETTINGS: tuple[str, ...] = ()
 
 
 def claims() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""docs/methods/headroom.md."""
+"""Headroom: the rates and the bound that the probe has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/methods/monitors.md."""
+"""Monitors: how much time their readings take."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from inspect import signature
 from dynarank import SpectralMonitor
 
 PAGE = "docs/methods/monitors.md"
-SETTINGS = ("arXiv 1812.06162, 2018",)
+SETTINGS: tuple[str, ...] = ()
 
 
 def claims() -> Iterator[str]:

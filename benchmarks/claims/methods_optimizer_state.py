@@ -1,4 +1,4 @@
-"""docs/methods/optimizer-state.md."""
+"""Optimizer state: policies for the moments, and the cost of kept gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from .methods_shared import row, spread
 from .records import deviation, mean, read_json, read_lines, select, values
 
 PAGE = "docs/methods/optimizer-state.md"
-MOMENTS = "training/studies/moments"
 SETTINGS = (
-    "arXiv 2410.16103",
     "2 bytes per entry and gradient",
     "| | loss, 5 | 20 | 99 |",
     "| | loss, 5 | 20 | 49 |",
     "| | project | calibrated by 4 | 8 | 16 | 32 |",
     "kept 32 (64 bytes)",
 )
+MOMENTS = "training/studies/moments"
 CHANGES = {
     "low-rank to full": ("low-full-low", 1),
     "full to low-rank": ("low-full-low", 2),
@@ -80,7 +79,7 @@ def _deflated() -> Iterator[str]:
     ]
     yield f"Five steps after deflating to low-rank, AdamW: {', '.join(losses)}"
     for policy in ("calibrated", "reset"):
-        yield f"{policy} {_signed(_ahead('2', **fields, moments=policy)[0], 4)}".replace("+", "")
+        yield f"{policy} {_signed(_ahead('2', **fields, moments=policy)[0], 4)}"
 
 
 def _convolutional() -> Iterator[str]:

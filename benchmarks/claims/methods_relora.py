@@ -1,4 +1,4 @@
-"""docs/methods/relora.md."""
+"""ReLoRA: the size of the first step on a zeroed entry."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from torch.optim import AdamW
 
 PAGE = "docs/methods/relora.md"
 SETTINGS = (
-    "arXiv 2307.05695, 2023",
     "5,000 of 20,000 steps",
     "every 5,000 steps (in other runs 1,000 to 5,320)",
     "below its 90% quantile, or 99.9% of them",
     "random 99.9%",
-    "arXiv 2509.12960, 2025",
 )
 
 

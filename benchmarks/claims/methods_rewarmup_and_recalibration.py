@@ -1,4 +1,4 @@
-"""docs/methods/rewarmup-and-recalibration.md."""
+"""LR re-warm-up and BatchNorm recalibration: losses after a change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .methods_shared import row, spread
 from .records import read_json, select
 
 PAGE = "docs/methods/rewarmup-and-recalibration.md"
-SETTINGS = ("arXiv 2307.05695, 2023", "arXiv 1803.05407, 2018")
+SETTINGS: tuple[str, ...] = ()
 ARMS = {
     "adapted": "adapted",
     "adapted, rewarm 20": "adapted, re-warm-up 20",

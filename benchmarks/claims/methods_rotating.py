@@ -1,4 +1,4 @@
-"""docs/methods/rotating.md."""
+"""Rotating inflation: runs under it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from .methods_shared import accuracies, flops, spread, summaries, verdict
 
 PAGE = "docs/methods/rotating.md"
+SETTINGS: tuple[str, ...] = ()
 
 
 def claims() -> Iterator[str]:
@@ -18,6 +19,3 @@ def claims() -> Iterator[str]:
     yield f"a peak of {peak['rotating']} trainable parameters"
     yield f"{scores['full-rank']} for full rank ({peak['full-rank']})"
     yield f"{scores['low-rank']} for low rank ({peak['low-rank']}): {verdict(runs)}"
-
-
-SETTINGS = ("arXiv 2404.02827, 2024", "arXiv 2403.17919, 2024")
