@@ -1,4 +1,4 @@
-"""Optimizer state: policies for the moments, and the cost of kept gradients."""
+"""Optimizer state: policies compared, and the cost of kept gradients."""
 
 from __future__ import annotations
 
