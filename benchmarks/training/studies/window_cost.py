@@ -1,8 +1,8 @@
 """What keeping gradients before a change costs: seconds of a step, and of the change itself.
 
 Two layers of 768 x 768 under AdamW, batches of 256, with no gradients kept, 8 and 32. Steps of the
-three are interleaved; then the layers of copies are cut to rank 192. CPU seconds on one thread,
-medians.
+three are interleaved; then the layers are cut to rank 192; all of it five times. CPU seconds on one
+thread, medians.
 
     OMP_NUM_THREADS=1 python -m benchmarks.training.studies.window_cost
 """
