@@ -13,7 +13,8 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("sklearn")
 
 from benchmarks.training.problems.problem import Problem
-from benchmarks.training.problems.sentences import MRPC, SST2, fixed_order
+from benchmarks.training.problems.rows import fixed_order
+from benchmarks.training.problems.sentences import MRPC, SST2
 from benchmarks.training.problems.tabular import Table
 
 WORDS = [a + b for a in ("ba", "de", "fi", "go", "lu", "ma") for b in ("k", "n", "r", "s", "t")]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training.problems.rows import Rows
+from benchmarks.training.problems.rows import Rows, fixed_order
 from dynarank.train.bert import BERT
 from dynarank.train.glue_files import read_glue
 from dynarank.train.metrics import f1_score
@@ -115,11 +115,6 @@ def separate(sentences: Sentences, train: int, valid: int) -> tuple[Sentences, S
     others = (row for row in order if not known.intersection(_runs(words[row])))
     chosen = list(islice(others, train))
     return sentences.take(np.array(chosen)), sentences.take(np.array(held))
-
-
-def fixed_order(rows: int) -> Any:
-    """Always the same shuffle."""
-    return np.random.default_rng(0).permutation(rows)
 
 
 def _runs(words: Sequence[str]) -> set[tuple[str, ...]]:

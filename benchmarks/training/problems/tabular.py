@@ -7,12 +7,11 @@ better, and wine has 178 rows.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.training.problems.networks import MLP
-from benchmarks.training.problems.rows import Rows
+from benchmarks.training.problems.rows import Rows, fixed_order
 
 
 class Table(Rows):
@@ -34,7 +33,7 @@ def digits(train: int, valid: int) -> dict[str, tuple[Tensor, Tensor]]:
     from sklearn.datasets import load_digits
 
     found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.target))
+    order = fixed_order(len(found.target))
     x, y = torch.from_numpy(found.data[order]).float(), torch.from_numpy(found.target[order])
     x = (x - x[:train].mean(0)) / (x[:train].std(0) + 0.1)  # some columns are constant
     rows = (train, valid, len(y) - train - valid)
