@@ -25,6 +25,7 @@ import dynarank as dr
 from benchmarks.training.problems.problem import Problem
 from benchmarks.training.studies.problems import PROBLEMS
 from dynarank.cost import trace
+from dynarank.factors.live_sites import LiveSites
 from dynarank.forms import FullRank, LowRank, Within
 from dynarank.recording.host import commit, hardware
 from dynarank.schedules import Phases, schedule_to_data
@@ -133,7 +134,7 @@ def keep_norms(model: nn.Module, norms: dict[str, torch.Tensor]) -> None:
 
 def decay_product(model: nn.Module, optimizer: Optimizer, layers: str) -> None:
     """Take the layers out of the optimizer's weight decay, and decay their products."""
-    own = {id(p) for site in dr.survey(model, layers=layers) for p in site.parameters().values()}
+    own = {id(p) for site in LiveSites(model, layers)() for p in site.parameters().values()}
     (group,) = optimizer.param_groups
     rest = {**group, "params": [p for p in group["params"] if id(p) in own], "weight_decay": 0.0}
     group["params"] = [p for p in group["params"] if id(p) not in own]

@@ -1,0 +1,1 @@
+"""The experiments, a file each: a problem, its arms and seeds."""

@@ -1,0 +1,28 @@
+"""A byte GPT of width 128 on books."""
+
+from pathlib import Path
+
+from benchmarks.training.harness import arms
+from benchmarks.training.harness.experiment import Experiment
+from benchmarks.training.problems.language import Language, books
+
+_PAPER = arms.paper()
+
+
+def _problem(data: Path) -> Language:
+    return Language(*books(data), width=128, depth=3, steps=600, rate=0.008, bf16=True)
+
+
+EXPERIMENT = Experiment(
+    title="Byte GPT, width 128, 3 blocks, books, 600 steps, AdamW",
+    problem=_problem,
+    arms=[
+        *arms.full_rank(),
+        *arms.narrow(0.65),
+        *arms.fixed_ranks(shares=(1 / 4, 1 / 2)),
+        *arms.fixed_budgets(0.5, 0.65),
+        *arms.decays(0.5, 0.65),
+        *_PAPER,
+        *arms.matched(_PAPER),
+    ],
+)

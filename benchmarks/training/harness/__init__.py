@@ -1,0 +1,1 @@
+"""Runs arms of experiments, keeps their records, and writes the tables and pictures of them."""

@@ -1,0 +1,62 @@
+"""What an arm is: a way to train the network of a problem, and what of it is tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dynarank.schedules.base import RankSchedule
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is chosen for an arm before its results count.
+
+    Args:
+        rate: multiplies the problem's learning rate.
+        start: how low rank starts: by the "truncated" draw, or that scaled to its "norm".
+        decay: what weight decay pulls on in low-rank layers: the "factors" or their "product".
+    """
+
+    rate: float = 1.0
+    start: str = "truncated"
+    decay: str = "factors"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A named way to train.
+
+    Args:
+        name: unique in its experiment.
+        schedule: the rank schedule; None: no layer changes form.
+        family: arms of one family share what is tuned, on the first of them in the experiment.
+        rates: the factors of the problem's rate that are tried; if the best is at an end, more.
+        starts: the ways to start low rank that are tried, at the best rate.
+        decays: the ways to decay that are tried, at the best rate.
+        spends: fixed low rank that costs as much as this arm did on average.
+        narrow: a narrower full-rank network that costs this share of the FLOPs.
+        penalty: an orthogonality penalty, "soft" or "srip", with coefficient 1e-3.
+        moments: how the optimizer's moments follow a change.
+        rewarmup: how many steps the learning rate is warmed up after a change.
+        optimizer: ``(problem, model, rate) -> optimizer``, in place of the problem's.
+        prepare: ``(model, problem, seed) -> model``, done before the run.
+    """
+
+    name: str
+    schedule: RankSchedule | None
+    family: str
+    rates: Sequence[float] = (0.5, 1.0, 2.0)
+    starts: Sequence[str] = ("truncated",)
+    decays: Sequence[str] = ("factors",)
+    spends: str | None = None
+    narrow: float | None = None
+    penalty: str | None = None
+    moments: Any = "project"
+    rewarmup: int = 0
+    optimizer: Callable[[Any, nn.Module, float], Optimizer] | None = None
+    prepare: Callable[[nn.Module, Any, int], nn.Module] | None = None

@@ -1,0 +1,110 @@
+"""The arms that experiments are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from benchmarks.training.harness.arm import Arm
+from dynarank.forms import Rank
+from dynarank.schedules import (
+    closed_loop,
+    cuttlefish,
+    decay,
+    dynamic_rank,
+    growing,
+    lora,
+    low_rank,
+    published,
+    pufferfish,
+    relora,
+    rotating,
+)  # fmt: skip
+
+LOW_RATES = (1.0, 2.0, 4.0)
+"""Low rank usually wants a higher rate than full rank."""
+INFLATE, DEFLATE = 55 / 150, 120 / 150
+"""The published code's times on CIFAR-10."""
+
+
+def full_rank() -> list[Arm]:
+    """Full rank."""
+    return [Arm("full rank", None, "full rank")]
+
+
+def narrow(*shares: float) -> list[Arm]:
+    """Smaller full-rank networks of these FLOPs."""
+    rates = (1.0, 2.0)
+    return [Arm(f"narrower, {share:g}", None, "narrower", rates, narrow=share) for share in shares]
+
+
+def fixed(schedules: dict[str, Any], **options: Any) -> list[Arm]:
+    """Fixed low rank with the best rate, start and decay, found on the first of these."""
+    options = {"starts": ("truncated", "norm"), "decays": ("factors", "product"), **options}
+    return [
+        Arm(f"fixed {name}", schedule, "fixed", LOW_RATES, **options)
+        for name, schedule in schedules.items()
+    ]
+
+
+def fixed_ranks(of: Any = "min", *, shares: Sequence[float] = (1 / 4, 1 / 3, 1 / 2)) -> list[Arm]:
+    """Fixed low rank at these shares of the largest rank, or of the outputs."""
+    names = {share: f"1/{round(1 / share)}" for share in shares}
+    return fixed({names[share]: low_rank(Rank(share, of=of)) for share in shares})
+
+
+def fixed_budgets(*budgets: float) -> list[Arm]:
+    """Fixed low rank of these FLOPs."""
+    return fixed({f"{budget:g} FLOPs": low_rank(budget=budget) for budget in budgets})
+
+
+def matched(arms: Sequence[Arm]) -> list[Arm]:
+    """Fixed low rank that spends what each of these arms spends."""
+    like = fixed({f"as {arm.name}": None for arm in arms})
+    return [replace(one, spends=arm.name) for one, arm in zip(like, arms, strict=True)]
+
+
+def decays(*budgets: float) -> list[Arm]:
+    """Decays from full rank that cost these FLOPs in total."""
+    return [Arm(f"decay {b:g}", decay(total=b), "decay") for b in budgets]
+
+
+def full_first(*budgets: float, at: float = 0.1) -> list[Arm]:
+    """Full rank for a tenth of the run, then one cut, to these FLOPs in total."""
+    return [Arm(f"full first {b:g}", decay(total=b, cuts=[at]), "full first") for b in budgets]
+
+
+def paper(of: Any = "min", decompositions: Sequence[str] = ("svd",)) -> list[Arm]:
+    """Low, full, adapted at half of the rank: as published, and with a low-rank ending."""
+    half = Rank(0.5, of=of)
+    published_ = [
+        Arm(f"paper, {name}", published(half, decomposition=name), "paper", moments="reset")
+        for name in decompositions
+    ]
+    low = dynamic_rank(half, inflate=INFLATE, deflate=DEFLATE, to="low-rank")
+    return [*published_, Arm("paper, low-rank ending", low, "paper")]
+
+
+def orthogonal(arms: Sequence[Arm], penalty: str = "soft") -> list[Arm]:
+    """These arms with an orthogonality penalty."""
+    return [replace(arm, name=f"{arm.name}, {penalty}", penalty=penalty) for arm in arms]
+
+
+def related(rank: Rank, every: int) -> list[Arm]:
+    """Related methods; ``every`` is the number of steps of a restart's LR re-warm-up."""
+    return [
+        Arm("rotating", rotating(rank), "rotating"),
+        Arm("closed loop", closed_loop(rank), "closed loop"),
+        Arm("Cuttlefish", cuttlefish(), "Cuttlefish", moments="reset", rewarmup=every),
+        Arm("Pufferfish", pufferfish(), "Pufferfish", moments="reset", rewarmup=every),
+        Arm("growing", growing(), "growing"),
+        Arm("ReLoRA", relora(rank, rewarmup=every), "ReLoRA", moments="prune"),
+        Arm("LoRA from scratch", lora(rank), "LoRA", LOW_RATES),
+    ]
+
+
+def convolutional(every: int) -> list[Arm]:
+    """Related methods that were published for convolutions."""
+    names = ("Cuttlefish", "Pufferfish")
+    return [arm for arm in related(Rank(1 / 4, of="out"), every) if arm.name in names]

@@ -1,0 +1,72 @@
+"""What an experiment is: a problem, its arms and seeds."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+
+import benchmarks.training.experiments as folder
+from benchmarks.training.harness.arm import Arm
+from benchmarks.training.problems.problem import Problem
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms that train the networks of one problem.
+
+    Args:
+        title: what the problem is, for a heading.
+        problem: a function from the folder of the data to the problem.
+        arms: the arms, full rank first.
+        seeds: the seeds that are reported.
+        tuning: the seeds on which arms are tuned; never reported.
+        points: at how many times of a run it is looked at.
+        note: what a reader of the table has to know.
+        values: whether the singular values of the final weights are kept, of the first seed.
+    """
+
+    title: str
+    problem: Callable[[Path], Problem]
+    arms: Sequence[Arm]
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    tuning: Sequence[int] = (100,)
+    points: int = 8
+    note: str = ""
+    values: bool = False
+
+    def __post_init__(self) -> None:
+        if both := set(self.seeds) & set(self.tuning):
+            raise ValueError(f"seeds {sorted(both)} are reported and tuned on; they must differ")
+        if len(self.by_name) != len(self.arms):
+            raise ValueError(f"two arms of {self.title!r} have one name")
+
+    @cached_property
+    def by_name(self) -> dict[str, Arm]:
+        """The arms by name."""
+        return {arm.name: arm for arm in self.arms}
+
+    def tuned(self, arm: Arm) -> Arm:
+        """The arm of its family on which this arm's setting is chosen."""
+        return next(other for other in self.arms if other.family == arm.family)
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The names of all experiments: the files of ``benchmarks/training/experiments``."""
+    return tuple(found.name for found in pkgutil.iter_modules(folder.__path__))
+
+
+@cache
+def get(name: str) -> Experiment:
+    """The experiment of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in names():
+        raise ValueError(f"no experiment is named {name!r}; there are {', '.join(names())}")
+    return importlib.import_module(f"{folder.__name__}.{name}").EXPERIMENT

@@ -1,0 +1,105 @@
+"""Which runs of an experiment are missing, and can be run now.
+
+An arm is tuned before its seeds are run; fixed low rank that spends what another arm spent waits
+for all seeds of that arm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from benchmarks.training.harness.arm import Arm, Setting
+from benchmarks.training.harness.experiment import Experiment
+from benchmarks.training.harness.store import Run
+from benchmarks.training.harness.tuning import chosen, found, next_settings
+from benchmarks.training.problems.problem import Part, Problem
+from dynarank.schedules import low_rank
+from dynarank.schedules.base import RankSchedule
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: an arm with a setting on a seed, and the part of the data that it is tested on."""
+
+    experiment: str
+    arm: str
+    setting: Setting
+    seed: int
+    part: Part
+
+    @property
+    def key(self) -> str:
+        """A name of the job for files."""
+        setting = f"{self.setting.rate:g}-{self.setting.start}-{self.setting.decay}"
+        words = f"{self.experiment} {self.arm} {setting} {self.part} {self.seed}"
+        return "".join(c if c.isalnum() or c in "._-" else "-" for c in words)
+
+
+def ready(name: str, experiment: Experiment, problem: Problem, runs: Sequence[Run]) -> list[Job]:
+    """The missing runs that can be run now: tuning first, then seed by seed."""
+    tuning = dict.fromkeys(_tuning(name, experiment, problem, runs))
+    return [*tuning, *_reported(name, experiment, problem, runs)]
+
+
+def _tuning(
+    name: str, experiment: Experiment, problem: Problem, runs: Sequence[Run]
+) -> Iterator[Job]:
+    for arm in experiment.arms:
+        lead = experiment.tuned(arm)
+        if schedule_of(lead, experiment, runs) is WAITING:
+            continue
+        results = found(lead, runs, problem.metric, problem.higher)
+        for setting in next_settings(lead, results, experiment.tuning):
+            for seed in experiment.tuning:
+                if seed not in results.get(setting, {}):
+                    yield Job(name, lead.name, setting, seed, "valid")
+
+
+def _reported(
+    name: str, experiment: Experiment, problem: Problem, runs: Sequence[Run]
+) -> Iterator[Job]:
+    done = {(run["arm"], run["seed"]) for run in runs if run["part"] == "test"}
+    for seed in experiment.seeds:
+        for arm in experiment.arms:
+            setting = setting_of(arm, experiment, problem, runs)
+            known = schedule_of(arm, experiment, runs) is not WAITING
+            if setting is not None and known and (arm.name, seed) not in done:
+                yield Job(name, arm.name, setting, seed, "test")
+
+
+def setting_of(
+    arm: Arm, experiment: Experiment, problem: Problem, runs: Sequence[Run]
+) -> Setting | None:
+    """What was chosen for the arm's family; None: it is not tuned yet."""
+    lead = experiment.tuned(arm)
+    results = found(lead, runs, problem.metric, problem.higher)
+    if next_settings(lead, results, experiment.tuning):
+        return None
+    setting = chosen(lead, results)
+    return Setting(
+        setting.rate,
+        setting.start if setting.start in arm.starts else arm.starts[0],
+        setting.decay if setting.decay in arm.decays else arm.decays[0],
+    )
+
+
+WAITING = object()
+"""The schedule of an arm that waits for the runs of another."""
+_MOST = 0.97  # of full rank's FLOPs; fixed low rank of more would be full rank
+
+
+def schedule_of(
+    arm: Arm, experiment: Experiment, runs: Sequence[Run]
+) -> RankSchedule | object | None:
+    """The schedule of an arm; of one that spends as much as another, fixed low rank of its mean.
+
+    WAITING if that arm has seeds to run, or costs so much that no low rank does.
+    """
+    if arm.spends is None:
+        return arm.schedule
+    spent = [r["flops"] for r in runs if r["arm"] == arm.spends and r["part"] == "test"]
+    if len(spent) < len(experiment.seeds) or fmean(spent) > _MOST:
+        return WAITING
+    return low_rank(budget=round(fmean(spent), 3))

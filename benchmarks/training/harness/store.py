@@ -1,0 +1,59 @@
+"""The records of an experiment: a JSON line a run, appended whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1] / "results"
+VERSION = 1
+
+Run = dict[str, Any]
+
+
+class Store:
+    """The runs of an experiment, in ``FOLDER/EXPERIMENT.jsonl``.
+
+    Several processes may append at once. A line that a killed process did not finish is left out,
+    and cut off by the next that appends.
+    """
+
+    def __init__(self, experiment: str, folder: Path = ROOT) -> None:
+        self.path = folder / f"{experiment}.jsonl"
+
+    def runs(self) -> list[Run]:
+        """All runs, in the order in which they ended."""
+        if not self.path.exists():
+            return []
+        whole = self.path.read_bytes().rpartition(b"\n")[0]
+        runs = [json.loads(line) for line in whole.splitlines()]
+        for run in runs:
+            if run["version"] != VERSION:
+                raise ValueError(
+                    f"{self.path}: a record of version {run['version']}, this code reads {VERSION}"
+                )
+        return runs
+
+    def append(self, run: Run) -> None:
+        """Add a run."""
+        line = json.dumps({"version": VERSION, **run}, separators=(",", ":")).encode() + b"\n"
+        with self._locked() as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+            file.seek(0, os.SEEK_END)
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+    @contextmanager
+    def _locked(self) -> Iterator[Any]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            yield file

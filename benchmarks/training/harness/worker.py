@@ -1,0 +1,128 @@
+"""A worker: takes missing runs, one after another, until the time is up or none is left.
+
+Any number of workers may work at once, of one command or of several: each holds a lock on the run
+it does, which the system releases if the worker is killed. The run's checkpoint stays, and the
+next worker that takes the run goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.training.harness.experiment import get
+from benchmarks.training.harness.jobs import Job, ready, schedule_of
+from benchmarks.training.harness.spectra import digits
+from benchmarks.training.harness.store import ROOT, Store
+from benchmarks.training.harness.trial import Interrupted, Trial
+from benchmarks.training.harness.tuning import as_data
+from benchmarks.training.problems.problem import Problem
+from dynarank.recording.host import commit, hardware, started, versions
+from dynarank.schedules import schedule_to_data
+
+
+class Worker:
+    """Runs what is missing of some experiments.
+
+    Args:
+        experiments: their names, the first first.
+        data: the folder of the data sets.
+        scratch: where locks and checkpoints of unfinished runs are.
+        results: where the records are.
+        deadline: when to stop, by ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        experiments: Sequence[str],
+        data: Path,
+        scratch: Path,
+        results: Path = ROOT,
+        deadline: float = float("inf"),
+    ) -> None:
+        self.experiments, self.data, self.scratch = experiments, data, scratch
+        self.results, self.deadline = results, deadline
+        self.problem = cache(lambda name: get(name).problem(self.data))
+        self.place = {"commit": commit(), "versions": versions()}
+        scratch.mkdir(parents=True, exist_ok=True)
+
+    def work(self) -> int:
+        """Run until nothing is left that can be run; how many runs were done."""
+        done = 0
+        while time.monotonic() < self.deadline and self._next():
+            done += 1
+        return done
+
+    def _next(self) -> bool:
+        """Take a run that nobody has, and do it; False if there is none or the time is up."""
+        for name in self.experiments:
+            for job in self._missing(name):
+                with self._claimed(job) as mine:
+                    # Another worker may have finished it between the look and the claim.
+                    if mine and job in self._missing(name):
+                        return self._do(job)
+        return False
+
+    def _missing(self, name: str) -> list[Job]:
+        runs = Store(name, self.results).runs()
+        return ready(name, get(name), self.problem(name), runs)
+
+    @contextmanager
+    def _claimed(self, job: Job) -> Iterator[bool]:
+        with (self.scratch / f"{job.key}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def _do(self, job: Job) -> bool:
+        experiment, store = get(job.experiment), Store(job.experiment, self.results)
+        arm, problem = experiment.by_name[job.arm], self.problem(job.experiment)
+        schedule: Any = schedule_of(arm, experiment, store.runs())
+        begun, folder = started(), self.scratch / job.key
+        trial = Trial(experiment, problem, arm, job.setting, job.seed, schedule)
+        try:
+            trial.run(folder, self.deadline)
+            result = trial.result(job.part)
+        except Interrupted:
+            return False
+        finally:
+            trial.close()
+        data = None if schedule is None else schedule_to_data(schedule)
+        store.append({**described(job, problem, data), **result, **self._environment(begun)})
+        shutil.rmtree(folder, ignore_errors=True)
+        show(job, problem, result)
+        return True
+
+    def _environment(self, begun: str) -> dict[str, Any]:
+        load = digits(os.getloadavg()[0], 2)
+        device = hardware(torch.device("cpu"))
+        return {"hardware": device, "load": load, "started": begun, **self.place}
+
+
+def described(job: Job, problem: Problem, schedule: Any) -> dict[str, Any]:
+    """What was run."""
+    return {
+        "experiment": job.experiment, "arm": job.arm, "seed": job.seed, "part": job.part,
+        "setting": as_data(job.setting), "rate": job.setting.rate * problem.rate,
+        "schedule": schedule, "precision": "bf16 autocast" if problem.bf16 else "fp32",
+    }  # fmt: skip
+
+
+def show(job: Job, problem: Problem, result: dict[str, Any]) -> None:
+    """Print a line about a run that has ended."""
+    value = result["result"].get(problem.metric, float("nan"))
+    what = f"{job.experiment}: {job.arm}, seed {job.seed} ({job.part}), rate x{job.setting.rate:g}"
+    cost = f"FLOPs {result['flops']:.3f}, {result['cpu_seconds']:.1f} s"
+    print(f"{what}: {problem.metric} {value:.4g}, {cost}", flush=True)
