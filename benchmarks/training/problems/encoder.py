@@ -40,7 +40,7 @@ class Tuned(Rows):
     """
 
     layers, batch_size, narrowable = "bert*.encoder.layer.*", 16, False
-    rate, weight_decay = 1e-4, 0.01
+    rate, weight_decay, bf16 = 1e-4, 0.01, True
     task: str
 
     def __init__(self, data: Path, rows: int, valid: int, length: int, epochs: int = 1) -> None:
