@@ -61,7 +61,6 @@ class SST2(Classified):
     Training rows are phrases of the same sentences again and again, so that rows drawn at random
     would be known from training. The validation rows are 1,000 of at least 15 words, as the
     sentences of the test are long; training rows with four words in a row of one are left out.
-    More passes over fewer rows only overfit.
     """
 
     def __init__(self, data: Path, rows: int = 24_000, epochs: int = 1) -> None:
@@ -72,10 +71,9 @@ class SST2(Classified):
 
 
 class MRPC(Classified):
-    """Whether two sentences say the same: 3,168 pairs to train on, 500 to validate, 408 to test.
+    """Whether two sentences say the same, as two thirds of the pairs do.
 
-    Two thirds do, and from scratch little more than this is learned; from the third epoch on, a
-    model only overfits.
+    3,168 pairs to train on, 500 to validate, 408 to test. There is little to learn from so few.
     """
 
     def __init__(self, data: Path, valid: int = 500, epochs: int = 2) -> None:
