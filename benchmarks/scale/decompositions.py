@@ -1,6 +1,6 @@
 """FLOPs a second of the SVD of a weight on one CPU core, by the count of ``decomposition_flops``.
 
-    python benchmarks/scale/decompositions.py --out benchmarks/scale/results/2026-11-29
+    python -m benchmarks.scale.decompositions --out benchmarks/scale/results/2026-11-29
 
 Median process time of the cut to half of the weight's parameters, fp32, one thread.
 """

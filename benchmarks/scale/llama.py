@@ -1,6 +1,6 @@
 """Llama-2 7B and 70B on 8 to 1,000 GPUs: memory, communication and transitions, by the cost model.
 
-    python benchmarks/scale/llama.py --out benchmarks/scale/results/2026-11-29
+    python -m benchmarks.scale.llama --out benchmarks/scale/results/2026-11-29
 
 Nothing is trained or measured: models are built on the meta device, and ``dynarank.cost.scale``
 computes from their shapes, whatever the machine. The tables are those of docs/scale.md.
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,9 @@ from dynarank.schedules import low_rank
 from dynarank.schedules.phases import Phases
 from dynarank.surgery.sites import survey
 
+from .tables import FORMS, GPUS, tables
+
 TOKENS = 4096  # of a micro-batch of one process: one sequence
-GPUS = (8, 64, 256, 1000)
 NODE = 8  # GPUs of a machine, and the shards of HSDP
 BF16, FP32 = 2, 4
 MODELS = {
@@ -40,13 +40,9 @@ MODELS = {
     ),
 }  # fmt: skip
 HALF, QUARTER = LowRank(0.5), LowRank(0.25)
-NAMES: dict[Form, str] = {
-    FullRank(): "full-rank",
-    HALF: "low-rank, 1/2",
-    QUARTER: "low-rank, 1/4",
-    Adapted(0.5): "adapted, 1/2",
-    Adapted(64): "adapted, rank 64",
-}
+NAMES: dict[Form, str] = dict(
+    zip((FullRank(), HALF, QUARTER, Adapted(0.5), Adapted(64)), FORMS, strict=True)
+)
 # The paper's order, a decay in two cuts, and a small adapter at the end.
 ORDERS: tuple[tuple[Form, ...], ...] = (
     (HALF, FullRank(), Adapted(0.5)),
@@ -104,70 +100,6 @@ def row(
     return data
 
 
-def gigabytes(size: float) -> str:
-    """Decimal, with one digit."""
-    return f"{size / 1e9:,.1f}"
-
-
-def seconds(time: float) -> str:
-    """With two digits."""
-    return f"{time:.2g}" if time < 10 else f"{time:,.0f}"
-
-
-def table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table in Markdown."""
-    rule = ["---", *["--:"] * (len(head) - 1)]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *body)]
-
-
-def found(data: Sequence[dict[str, Any]], **wanted: Any) -> dict[str, Any]:
-    """The first phase with these properties."""
-    return next(one for one in data if all(one[key] == value for key, value in wanted.items()))
-
-
-def phase_tables(data: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
-    """Memory, then communication and computation of a step."""
-    columns = [("DDP", 8), *(("FSDP2", gpus) for gpus in GPUS)]
-    head = ["GB per GPU", "DDP", *(f"FSDP2, {gpus:,}" for gpus in GPUS)]
-    yield table(head, [
-        [form, *(gigabytes(found(data, layout=kind, gpus=gpus, form=form)["memory"]["total"])
-                 for kind, gpus in columns)]
-        for form in NAMES.values()
-    ])  # fmt: skip
-    kinds = ("DDP", "FSDP2", "HSDP")
-    body: list[list[str]] = []
-    for form in NAMES.values():
-        ones = [found(data, layout=kind, gpus=256, form=form) for kind in kinds]
-        body.append([
-            form, seconds(ones[0]["compute_seconds"]), gigabytes(ones[0]["traffic"]["all_reduced"]),
-            gigabytes(ones[1]["traffic"]["all_gathered"]),
-            gigabytes(ones[1]["traffic"]["reduce_scattered"]),
-            *(seconds(one["communication_seconds"]) for one in ones),
-        ])  # fmt: skip
-    yield table(
-        ["256 GPUs, a step", "compute, s", "DDP: all-reduced, GB", "FSDP2: all-gathered, GB",
-         "FSDP2: reduce-scattered, GB", "DDP, s", "FSDP2, s", "HSDP, s"], body
-    )  # fmt: skip
-
-
-def transition_table(data: Sequence[dict[str, Any]]) -> list[str]:
-    """What each transition takes, under FSDP2."""
-    body: list[list[str]] = []
-    for before, after in (pair for order in ORDERS for pair in pairwise(order)):
-        names = {"before": NAMES[before], "form": NAMES[after]}
-        ones = [found(data, layout="FSDP2", gpus=gpus, **names)["transition"] for gpus in GPUS]
-        body.append([
-            f"{names['before']} to {names['form']}",
-            *(seconds(one["decomposition_seconds"]) for one in ones),
-            gigabytes(ones[2]["gathered"]), gigabytes(ones[2]["broadcast"]),
-            seconds(ones[2]["communication_seconds"]), gigabytes(ones[2]["held"]),
-        ])  # fmt: skip
-    return table(
-        ["transition", *(f"{gpus:,} GPUs, s" for gpus in GPUS), "gathered, GB", "broadcast, GB",
-         "sent in, s", "held, GB"], body
-    )  # fmt: skip
-
-
 def main() -> None:
     """Write the figures and the tables."""
     parser = argparse.ArgumentParser()
@@ -179,8 +111,7 @@ def main() -> None:
     text = ",\n".join(f'"{name}": [\n{one}\n]' for name, one in lines.items())
     (out / "llama.json").write_text(f"{{\n{text}\n}}\n")
     for name, one in data.items():
-        tables = [*phase_tables(one), transition_table(one)]
-        text = "\n\n".join("\n".join(lines) for lines in tables) + "\n"
+        text = "\n\n".join("\n".join(lines) for lines in tables(one)) + "\n"
         (out / f"llama-{name}.md").write_text(text)
         print(name, text, sep="\n\n")
 

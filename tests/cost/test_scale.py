@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 
 import pytest
 import torch
@@ -106,6 +105,7 @@ def test_the_tables_of_the_documentation_are_the_recorded_ones(model: str) -> No
 @pytest.mark.slow
 def test_the_recorded_figures_are_what_the_command_gives() -> None:
     pytest.importorskip("transformers")
-    command = runpy.run_path(str(ROOT / "benchmarks" / "scale" / "llama.py"))
+    from benchmarks.scale.llama import MODELS, rows
+
     recorded = json.loads((RECORDED / "llama.json").read_text("utf-8"))["7B"]
-    assert next(command["rows"](command["MODELS"]["7B"])) == recorded[0]
+    assert next(rows(MODELS["7B"])) == recorded[0]

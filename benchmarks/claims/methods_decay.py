@@ -1,0 +1,45 @@
+"""Decay: the rule, and the runs on convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dynarank.schedules import rank_decay
+
+from .methods_shared import row, spread
+from .records import mean, read_lines, select, values
+
+PAGE = "docs/methods/decay.md"
+SETTINGS = ("A ResNet-14 on 10,000 small CIFAR-10 images",)
+
+
+def claims() -> Iterator[str]:
+    """Yield the figures as the page has them."""
+    yield _rule()
+    yield _initialized()
+    yield from _convolutions()
+
+
+def _rule() -> str:
+    last = f"{rank_decay.LAST_PER_SQUARE:.0f} b² of the run, at most at {rank_decay.LATEST:.0%}"
+    return f"n is {rank_decay.CUTS}, the last cut comes at {last}"
+
+
+def _initialized() -> str:
+    runs = read_lines("training/results/2026-11-28-factors/runs.jsonl")
+    kept = values(runs, "accuracy", problem="fash", arm="norm kept, rate x4")
+    return f"at rank 1/16 of the first MLP to {spread(kept, 2)} (n = {len(kept)})"
+
+
+def _convolutions() -> Iterator[str]:
+    runs = read_lines("training/results/2026-11-28-convolutions/runs.jsonl")
+    for name, arm in {
+        "fixed low rank, uniform": "fixed 0.5",
+        "decay, four cuts from 3 to 60% of the run": "decay 0.5",
+        "fixed low rank, weight decay of the product": "fixed, product decay 0.5",
+    }.items():
+        one = select(runs, arm=arm)
+        costs = (f"{mean(values(one, key)):.3f}" for key in ("flops", "end_flops"))
+        yield row(name, *costs, spread(values(one, "accuracy"), 2))
+    full = values(runs, "accuracy", arm="full rank")
+    yield f"Full rank reached {mean(full):.1f}% (one seed)"

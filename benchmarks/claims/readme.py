@@ -1,0 +1,73 @@
+"""README: the demo's table and what argues against a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dynarank.records import SummaryRecord
+from dynarank.report.comparison import compare_pairs
+
+from .records import deviation, mean, only, read_json, read_runs
+from .versions import python
+
+PAGE = "README.md"
+DEMO = "training/results/2026-11-28-demo"
+CIFAR = "training/results/2026-11-24-cifar10-resnet20-12-epochs"
+SETTINGS = ("Apache-2.0",)
+
+
+def claims() -> Iterator[str]:
+    """Yield the figures in the order of the page."""
+    for schedule in ("full-rank", "low-rank", "decay"):
+        runs = summaries(DEMO, schedule)
+        yield f"test accuracy, % (n = {len(runs)})"
+        yield (
+            f"| {schedule.replace('-', ' ')} | {spread(runs)} | {flops(runs):.3f}x "
+            f"| {runs[0].trainable_parameters_peak:,} |"
+        )
+    yield from demo_tests()
+    yield f"With Python {python()} or newer"
+    low, full = (summaries(CIFAR, schedule) for schedule in ("low-rank", "full-rank"))
+    yield f"reached {spread(low)} % for {flops(low):.3f} of the FLOPs, full rank {spread(full)}"
+    yield f"no schedule did better ([n = {len(low)}]"
+    layers = read_json("layers/results/2026-11-24-cpu/layers.json")["rows"]
+    conv = only(layers, layer="conv 3x3, 16 channels, 32x32, batch 32", share="1/8")
+    times = conv["ms"]
+    yield f"convolution with {conv['flop_ratio']:.1f} times fewer FLOPs"
+    speedup = times["full-rank"]["median"] / times["factored"]["median"]
+    yield f"is {speedup:.2f} times as fast"
+
+
+def summaries(folder: str, schedule: str) -> list[SummaryRecord]:
+    """Return what the finished runs of a schedule came to."""
+    runs = [run for run in read_runs(folder) if run.header.schedule == schedule]
+    return [run.summary for run in runs if run.summary is not None]
+
+
+def percent(runs: list[SummaryRecord]) -> list[float]:
+    """Return the test scores."""
+    return [100 * run.test_score for run in runs]
+
+
+def spread(runs: list[SummaryRecord]) -> str:
+    """Return mean and deviation of the test scores."""
+    return f"{mean(percent(runs)):.2f} ± {deviation(percent(runs)):.2f}"
+
+
+def flops(runs: list[SummaryRecord]) -> float:
+    """Return the mean of the training FLOPs relative to full rank."""
+    return mean(run.relative_flops for run in runs)
+
+
+def demo_tests() -> Iterator[str]:
+    """Yield the comparison of the demo's schedules."""
+    names = ("decay", "low-rank", "full-rank")
+    pairs = compare_pairs({name: percent(summaries(DEMO, name)) for name in names})
+    found = {(pair.first, pair.second): pair for pair in pairs}
+    best = found["decay", "low-rank"]
+    yield (
+        f"Decay is better than low rank by {best.difference:.2f} points "
+        f"(interval {best.low:.2f} to {best.high:.2f}, p = {best.p:.3f}, Welch's t-test"
+    )
+    differ = "different" if found["decay", "full-rank"].significant else "indistinguishable"
+    yield f"full rank and decay are statistically {differ}"

@@ -1,0 +1,204 @@
+"""Derive every figure in README.md and docs/ from the records again; fail where one differs.
+
+    python -m benchmarks.verify
+    python -m benchmarks.verify --page docs/scale.md
+
+`benchmarks/claims/` has a module for each page with figures. What its `claims()` derives from the
+records must stand in the page, and no figure may be left that neither a claim nor `SETTINGS`
+explains. A figure is a decimal number, a number with a thousands comma, ±, %, x, times, points or
+a unit of time, memory or work, or a number alone in a cell of a table. Code and link targets are
+left out. Each fault is one line that ends with the way out; the exit status is then 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).parents[1]
+FIGURE = re.compile(
+    r"""
+    (?<![\w.^]) (?!\d{4}\.\d{5}\b) (?:  # not arXiv's numbers
+        (?: \d{1,3}(?:,\d{3})+(?:\.\d+)? | \d*\.\d+ ) (?: [x×](?!\w) | \s?% )?
+      | \d+ (?: [x×](?!\w) | -fold | \s?% | (?=\s?±)
+          | \s (?: times | points? | percent | standard\s(?:errors?|deviations?)
+                 | [nuµm]?s | (?:micro|milli)?seconds? | minutes? | hours?
+                 | [KMG]i?B | kB | bytes | [KMGTP]?FLOPs? )\b )
+    )
+    | ±\s? \d*\.?\d+
+    | (?<=\|)[ ]* [-+]?\d+ [ ]*(?=\|)
+    """,
+    re.VERBOSE,
+)
+NOT_TEXT = re.compile(r"^ *```.*?^ *```|`(?:(?!\n\n)[^`])+`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
+NUMBER = re.compile(r"\d[\d,]*(?:\\\.\d+)?|\\\.\d+")  # in an escaped text
+
+
+def pages() -> list[str]:
+    """Return the pages, as paths from the root."""
+    found = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+def module_name(page: str) -> str:
+    """Return the name of the module with a page's claims."""
+    words = page.removeprefix("docs/").removesuffix(".md").lower()
+    return "benchmarks.claims." + words.replace("/", "_").replace("-", "_")
+
+
+def module_path(page: str) -> str:
+    """Return the path of the module with a page's claims."""
+    return module_name(page).replace(".", "/") + ".py"
+
+
+class Page:
+    """A page: its text, and what of it is not explained yet."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.name, self.text, self.rest = name, text, text
+        self.derived = self.set = 0  # figures
+        for found in NOT_TEXT.finditer(text):
+            self.take_out(found.span())
+
+    def take_out(self, span: tuple[int, int]) -> None:
+        """Blank a part of what is left."""
+        blank = re.sub(r"[^\n]", " ", self.rest[slice(*span)])
+        self.rest = self.rest[: span[0]] + blank + self.rest[span[1] :]
+
+    def places(self, piece: str, any_number: bool = False) -> list[tuple[int, int]]:
+        """Return where a piece stands, whatever its line breaks and, if so asked, its numbers."""
+        words = r"\s+".join(map(re.escape, piece.split()))
+        if any_number:
+            words = NUMBER.sub(lambda _: r"(?:[\d.,]*\d)", words)
+        start = r"(?<![\d.])" if piece[0] in "0123456789." else ""
+        whole = rf"{start}{words}(?!\d|[.,]\d)"
+        return [found.span() for found in re.finditer(whole, self.text)]
+
+    def explain(self, pieces: Iterable[str]) -> tuple[int, list[str]]:
+        """Take the pieces out of what is left.
+
+        Returns:
+            How many figures they explain, and the pieces that do not stand in the page.
+        """
+        count, found = 0, {piece: self.places(piece) for piece in pieces}
+        for span in chain.from_iterable(found.values()):
+            count += len(FIGURE.findall(self.rest[slice(*span)]))
+            self.take_out(span)
+        return count, [piece for piece, places in found.items() if not places]
+
+    def differing(self, piece: str) -> str:
+        """Say what the page has instead of a claim, and take that out."""
+        for span in self.places(piece, any_number=True):
+            if FIGURE.search(self.rest[slice(*span)]):
+                self.take_out(span)
+                return f"{self.at(span[0])}: the page has {flat(self.text[slice(*span)])!r}, but"
+        return f"{self.name}: the page does not have what"
+
+    def at(self, position: int) -> str:
+        """Return the page and the line of a position."""
+        return f"{self.name}:{self.text.count(chr(10), 0, position) + 1}"
+
+    def left(self) -> Iterator[str]:
+        """Yield a fault for each line with figures that nothing explains."""
+        for place, group in groupby(FIGURE.finditer(self.rest), lambda one: self.at(one.start())):
+            found = list(group)
+            around = flat(self.text[max(0, found[0].start() - 30) : found[-1].end() + 30])
+            figures = ", ".join(flat(one[0]) for one in found)
+            yield (
+                f"{place}: no record is named for {figures} in '...{around}...'; "
+                f"derive it in {module_path(self.name)}, or take it out of the page"
+            )
+
+
+def flat(text: str) -> str:
+    """Return a text on one line."""
+    return " ".join(text.split())
+
+
+def faults(page: Page, claims: Sequence[str], settings: Sequence[str]) -> Iterator[str]:
+    """Yield what is wrong with a page, given its claims and settings."""
+    page.derived, absent = page.explain(claims)
+    page.set, lost = page.explain(settings)
+    for piece in lost:
+        yield f"{page.name}: the page does not have the setting {piece!r}; correct one of the two"
+    for piece in absent:
+        yield f"{page.differing(piece)} the records give {piece!r}; correct the page, or its claim"
+    yield from page.left()
+
+
+def typed_in(source: str) -> Iterator[str]:
+    """Yield the texts of a claims module in which a figure is typed, not derived."""
+    nodes = list(ast.walk(ast.parse(source)))
+    formats = {id(node.format_spec) for node in nodes if isinstance(node, ast.FormattedValue)}
+    parts = chain.from_iterable(
+        node.values if isinstance(node, ast.JoinedStr) else [node.value]
+        for node in nodes
+        if isinstance(node, ast.JoinedStr | ast.Yield) and id(node) not in formats
+    )
+    texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+    yield from (text for text in texts if isinstance(text, str) and FIGURE.search(text))
+
+
+def check_module(page: Page, module: ModuleType) -> Iterator[str]:
+    """Yield what is wrong with a page that has a module of claims."""
+    path = module_path(page.name)
+    try:
+        claims = list(getattr(module, "claims", list)())
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+        yield f"{page.name}: {path} cannot derive its figures ({why}); restore the records"
+        return
+    for piece in typed_in(inspect.getsource(module)):
+        yield f"{path}: a figure is typed into {piece!r}; derive it, or name it in SETTINGS"
+    yield from faults(page, claims, module.SETTINGS)
+
+
+def check(name: str) -> tuple[Page, list[str]]:
+    """Return a page, and what is wrong with it."""
+    page = Page(name, (ROOT / name).read_text(encoding="utf-8"))
+    if importlib.util.find_spec(module_name(name)) is None:
+        return page, list(page.left())
+    return page, list(check_module(page, importlib.import_module(module_name(name))))
+
+
+def without_page() -> Iterator[str]:
+    """Yield a fault for each module whose page is not there."""
+    for path in sorted((Path(__file__).parent / "claims").glob("*.py")):
+        module = importlib.import_module(f"benchmarks.claims.{path.stem}")
+        page = getattr(module, "PAGE", None)
+        if page and (page not in pages() or module_name(page) != module.__name__):
+            yield f"benchmarks/claims/{path.name}: its page is not {page}; rename or remove it"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the pages; print the faults, or one line if there are none."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--page", choices=pages(), metavar="PAGE", help="check this page alone")
+    page = parser.parse_args(arguments).page
+    checked = [check(name) for name in ([page] if page else pages())]
+    wrong = [*chain.from_iterable(found for _, found in checked), *([] if page else without_page())]
+    if wrong:
+        print("\n".join(wrong))
+        return 1
+    derived = [one.derived for one, _ in checked if one.derived]
+    number = f"{len(derived)} page{'' if len(derived) == 1 else 's'}"
+    settings = sum(one.set for one, _ in checked)
+    print(f"{sum(derived)} figures on {number} agree with the records; {settings} are settings")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

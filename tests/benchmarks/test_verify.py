@@ -1,0 +1,141 @@
+"""Every figure in README and docs is that of the records; whatever differs is found."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import verify
+from benchmarks.claims import records
+
+DEPLOY = "docs/how-to/deploy.md"
+RECORD = "deploy/results/2026-11-29-cpu/deploy.json"
+TEXT = "Decay reached\n91.81 % at 0.200x of 604,682 parameters; version 3.11.\n"
+CLAIMS = ["Decay reached 91.81 % at 0.200x", "of 604,682 parameters"]
+SETTINGS = ["version 3.11"]
+
+
+def faults(text: str, claims: list[str] = CLAIMS, settings: list[str] = SETTINGS) -> list[str]:
+    return list(verify.faults(verify.Page("docs/page.md", text), claims, settings))
+
+
+@pytest.fixture
+def other_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of records instead of the repository's."""
+    monkeypatch.setattr(records, "BENCHMARKS", tmp_path)
+    records.read_json.cache_clear()
+    yield tmp_path
+    records.read_json.cache_clear()
+
+
+@pytest.mark.slow
+def test_every_figure_agrees_with_the_records(capsys: pytest.CaptureFixture[str]) -> None:
+    status = verify.main([])
+    assert status == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/scale.md", DEPLOY])
+def test_a_figure_altered_by_one_digit_is_found(name: str) -> None:
+    """Each figure of the page in turn, its last digit one higher or lower."""
+    module = importlib.import_module(verify.module_name(name))
+    claims, text = list(module.claims()), (verify.ROOT / name).read_text(encoding="utf-8")
+    figures = list(verify.FIGURE.finditer(verify.Page(name, text).rest))
+    assert len(figures) > 20
+    for figure in figures:
+        at = max(place for place in range(*figure.span()) if text[place].isdigit())
+        altered = f"{text[:at]}{int(text[at]) ^ 1}{text[at + 1 :]}"
+        line = f"{name}:{text.count(chr(10), 0, at) + 1}:"
+        found = list(verify.faults(verify.Page(name, altered), claims, module.SETTINGS))
+        assert any(fault.startswith((line, f"{name}:")) for fault in found), figure[0]
+
+
+def test_the_fault_says_what_the_page_has_and_what_the_records_give() -> None:
+    assert faults(TEXT) == []
+    (fault,) = faults(TEXT.replace("91.81", "91.91"))
+    assert fault == (
+        "docs/page.md:1: the page has 'Decay reached 91.91 % at 0.200x', but the records give "
+        "'Decay reached 91.81 % at 0.200x'; correct the page, or its claim"
+    )
+
+
+def test_an_altered_record_is_found(other_records: Path) -> None:
+    data = json.loads((verify.ROOT / "benchmarks" / RECORD).read_text(encoding="utf-8"))
+    copy = other_records / RECORD
+    copy.parent.mkdir(parents=True)
+    copy.write_text(json.dumps(data), encoding="utf-8")
+    assert verify.check(DEPLOY)[1] == []
+    data["rows"][0]["ms"]["median"] *= 1.05
+    copy.write_text(json.dumps(data), encoding="utf-8")
+    records.read_json.cache_clear()
+    (fault,) = verify.check(DEPLOY)[1]
+    assert (
+        "the page has '| wide MLP | 1 | 3.2 / " in fault
+        and "records give '| wide MLP | 1 | 3.4" in fault
+    )
+
+
+def test_a_missing_record_is_found(other_records: Path) -> None:
+    (fault,) = verify.check(DEPLOY)[1]
+    assert "how_to_deploy.py cannot derive its figures" in fault and RECORD in fault
+
+
+def test_text_that_is_gone_is_found() -> None:
+    (fault,) = faults(TEXT.replace("of 604,682 parameters", ""))
+    assert fault.startswith(
+        "docs/page.md: the page does not have what the records give 'of 604,682"
+    )
+    (fault,) = faults(TEXT.replace("version 3.11", ""))
+    assert "does not have the setting 'version 3.11'" in fault
+
+
+@pytest.mark.parametrize(
+    "figure",
+    [
+        "0.5", ".65", "-0.5", "12 %", "12%", "3x", "3\u00d7", "7 times", "4 points", "1,024",
+        "91 \u00b1 3", "10-fold", "30 s", "8\nms", "5 minutes", "64 MiB", "2 GB",
+        "6 standard errors", "| a | 12 |",
+    ],
+)  # fmt: skip
+def test_a_figure_that_nothing_explains_is_found(figure: str) -> None:
+    (fault,) = faults(f"{TEXT}\nIt was\n{figure} in all.\n")
+    assert fault.startswith("docs/page.md:5: no record is named for"), fault
+    assert fault.endswith("derive it in benchmarks/claims/page.py, or take it out of the page")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n = 5", "rank 64", "a 3x3 convolution", "16 x 16 images", "2026-11-29", "1/4", "8 GPUs",
+        "k^2 FLOPs", "arXiv 2404.02827", "`rank=0.5`", "[a page](b-0.5.md)", "```\nlr = 0.1\n```",
+    ],
+)  # fmt: skip
+def test_numbers_that_measure_nothing_and_code_are_left_out(text: str) -> None:
+    assert faults(f"{TEXT}\n{text}\n") == []
+
+
+def test_a_figure_typed_into_a_claim_is_found() -> None:
+    source = 'def claims():\n    yield f"{x:.2f} and 0.5 %"\n    yield f"{0.5} s"\n    yield "2x"\n'
+    assert sorted(verify.typed_in(source)) == [" and 0.5 %", "2x"]
+
+
+def test_the_command_prints_faults_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (verify.ROOT / DEPLOY).read_text(encoding="utf-8")
+    copy = tmp_path / DEPLOY
+    copy.parent.mkdir(parents=True)
+    copy.write_text(page, encoding="utf-8")
+    (tmp_path / "README.md").touch()
+    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    assert verify.main(["--page", DEPLOY]) == 0
+    assert "figures on 1 page agree with the records" in capsys.readouterr().out
+    copy.write_text(page.replace("40.09 / 10.11 MB", "40.09 / 10.12 MB"), encoding="utf-8")
+    assert verify.main(["--page", DEPLOY]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all("10.12 MB" in line and "10.11 MB" in line for line in lines)
+    with pytest.raises(SystemExit):
+        verify.main(["--page", "docs/none.md"])
