@@ -22,7 +22,10 @@ from benchmarks.training.problems.encoder import PairsRTE
 from benchmarks.training.problems.problem import Problem
 from dynarank.schedules import lora, low_rank
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+]
 
 PEFT = peft_lora(4)
 ARMS = [
