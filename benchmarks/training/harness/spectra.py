@@ -27,7 +27,9 @@ def spectra(model: nn.Module, layers: Any) -> dict[str, list[float]]:
 
 
 def readings(model: nn.Module, layers: Any, values: int = 0) -> dict[str, SpectralReading]:
-    """The readings of the layers, with at most so many singular values."""
+    """The readings of the layers, with at most so many singular values; none under PEFT."""
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        return {}
     return read_spectra(LiveSites(model, layers)(), rank=LAMBDA, values=values)
 
 

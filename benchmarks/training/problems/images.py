@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -13,43 +11,13 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.training.problems.networks import MLP, ResNet, ViT
-from benchmarks.training.problems.problem import Batch, Part, Problem
+from benchmarks.training.problems.problem import Batch
+from benchmarks.training.problems.rows import Rows
 from dynarank.train.idx_files import read_idx
 from dynarank.train.wide_resnet import WideResNet
 
 
-class Images(Problem):
-    """Images in memory, in a new order each epoch.
-
-    Args:
-        parts: images and labels of "train", "valid" and "test".
-        epochs: the length of the training.
-    """
-
-    metric, higher, batch_size = "accuracy", True, 128
-
-    def __init__(self, parts: dict[str, tuple[Tensor, Tensor]], epochs: int) -> None:
-        self.parts, self.epochs = parts, epochs
-        self.epoch_steps = len(parts["train"][0]) // self.batch_size
-        self.steps = epochs * self.epoch_steps
-
-    def indices(self, seed: int, step: int) -> Tensor:
-        """The images of a step's batch."""
-        epoch, place = divmod(step, self.epoch_steps)
-        order = _order(len(self.parts["train"][0]), seed * 100_003 + epoch)
-        return order[place * self.batch_size : (place + 1) * self.batch_size]
-
-    def batch(self, seed: int, step: int) -> Batch:
-        """The batch of a step."""
-        chosen = self.indices(seed, step)
-        return tuple(part[chosen] for part in self.parts["train"])  # pyright: ignore
-
-    def held_out(self, part: Part) -> Iterator[Batch]:
-        """Batches of 500."""
-        return zip(*(data.split(500) for data in self.parts[part]), strict=True)
-
-
-class StepDecay(Images):
+class StepDecay(Rows):
     """SGD with Nesterov momentum, half an epoch of warm-up, a tenth of the rate at 60% and 85%."""
 
     rate, bf16, weight_decay = 0.2, True, 5e-4
@@ -67,7 +35,7 @@ class StepDecay(Images):
         return 1 if done < 0.6 else 0.1 if done < 0.85 else 0.01
 
 
-class FashionMLP(Images):
+class FashionMLP(Rows):
     """784-w-w-w-10 on 20,000 images of Fashion-MNIST."""
 
     layers = "body.*"
@@ -96,7 +64,7 @@ class FashionResNet(StepDecay):
         return network.to(memory_format=torch.channels_last)  # pyright: ignore
 
 
-class Cifar(Images):
+class Cifar(Rows):
     """CIFAR, flipped and shifted.
 
     Args:
@@ -172,17 +140,12 @@ class Cifar100WRN(Cifar, StepDecay):
 
     def __init__(self, data: Path, epochs: int = 12) -> None:
         self.shift = 4
-        Images.__init__(self, cifar100(data), epochs)
+        Rows.__init__(self, cifar100(data), epochs)
 
     def network(self, width: float = 1.0) -> nn.Module:
         """WRN-16-4 without dropout, in channels_last."""
         network = WideResNet(16, 4, classes=100, dropout=0.0)
         return network.to(memory_format=torch.channels_last)  # pyright: ignore
-
-
-@lru_cache(maxsize=2)
-def _order(images: int, seed: int) -> Tensor:
-    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))
 
 
 def fashion(data: Path, images: int) -> dict[str, tuple[Tensor, Tensor]]:
