@@ -31,18 +31,19 @@ def main(arguments: list[str] | None = None) -> int:
     options = found.parse_args(arguments)
     if (options.out / "results.json").exists():
         found.error(f"{options.out} has results already")
-    end, left = begun + 60 * options.minutes, list(options.parts)
+    end, left, record = begun + 60 * options.minutes, list(options.parts), Record(options.out)
     while left and end - time.time() > _LEAST:
         code = _process(options, left, end)
         record = Record(options.out)
         for name in list(record.running()):
             record.part(name, status="stopped", error=f"its process ended with {code}")
-        if left[0] not in record.data["parts"]:
-            record.part(left[0], status="stopped", error=f"its process ended with {code} before it")
+        if left[0] not in record.data["parts"]:  # nor will another process begin it
+            record.about(error=f"the process that measures ended with {code}")
+            break
         left = [name for name in left if name not in record.data["parts"]]
-    Record(options.out).about(seconds=time.time() - begun)
+    record.about(seconds=time.time() - begun)
     print(tables(options.out))
-    return 0
+    return int("error" in record.data["about"])
 
 
 def _process(options: Namespace, parts: list[str], end: float) -> int | str:

@@ -17,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=9.0, help="the time for everything")
     made.add_argument("--data", type=Path, help="a folder with books/split/; none: sources")
     made.add_argument("--toy", action="store_true", help="the smallest sizes, to try the code")
-    made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     made.add_argument(
         "--parts", type=_parts, default=list(SHARES), help=f"some of {','.join(SHARES)}"
     )

@@ -108,4 +108,3 @@ def spread(seconds: list[float]) -> dict[str, Any]:
     values = (statistics.median(seconds), min(seconds), max(seconds))
     return {**dict(zip(("ms", "ms_min", "ms_max"), (v * 1e3 for v in values), strict=True)),
             "n": len(seconds)}  # fmt: skip
-

@@ -1,4 +1,4 @@
-"""The device that is measured: its timer and its memory reader, all that differs between devices."""
+"""The device that is measured: its timer and its memory reader, which is all that differs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ class CUDA(Device):
             step()
             event.record()
         self.wait()
-        pairs = zip(events, events[1:], strict=False)
+        pairs = pairwise(events)
         return [begun.elapsed_time(ended) / 1e3 for begun, ended in pairs]
 
     def reset_peak(self) -> None:
@@ -171,7 +172,11 @@ class CUDA(Device):
 
 
 def device_of(name: str) -> Device:
-    """The device of a name: ``cpu``, ``cuda``, or ``auto`` for the GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    """The device of a name, ``cpu`` or ``cuda``.
+
+    Raises:
+        RuntimeError: there is no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("torch sees no GPU; --toy --device cpu tries the code without one")
     return {"cpu": CPU, "cuda": CUDA}[name]()

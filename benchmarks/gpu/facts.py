@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def facts(device: Device) -> dict[str, Any]:
     """The conditions of a run."""
     return {
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "device": device.about(),
+        "device": _tried(device.about),
         "cpu": {"model": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "versions": {
             "dynarank": dynarank.__version__,
@@ -34,9 +35,18 @@ def facts(device: Device) -> dict[str, Any]:
         "commit": _commit(),
         "source_sha256": _digest(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        "tf32_convolutions": _tried(lambda: torch.backends.cudnn.allow_tf32),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "default"),
     }
+
+
+def _tried(read: Callable[[], Any]) -> Any:
+    """What is read, or why it cannot be: no fact is worth the run."""
+    try:
+        return read()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def _cpu() -> str:

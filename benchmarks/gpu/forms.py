@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import Tensor, nn
-
 import dynarank as dr
-from dynarank.cost import ModelUse
+from dynarank.cost import ModelUse, PhaseCost, cost_schedule
 from dynarank.forms import LowRank, Plan
-from dynarank.planning.estimate_result import Estimate
 
 __all__ = ["BLOCKS", "LOW", "blocks_of", "decay_like", "phases_of", "plans", "rounded", "share_of"]
 
@@ -37,9 +34,9 @@ def decay_like(use: ModelUse, multiple: int, cuts: int | Sequence[int] = 8) -> d
     return dr.schedules.decay(total=total, cuts=cuts)
 
 
-def phases_of(outline: nn.Module, batch: Tensor, schedule: dr.schedules.Schedule) -> Estimate:
+def phases_of(use: ModelUse, schedule: dr.schedules.Schedule) -> Sequence[PhaseCost]:
     """What each phase of a schedule costs; budgets have uniform ranks."""
-    return dr.estimate(outline, batch, schedule=schedule, total_steps=_STEPS, layers=BLOCKS)
+    return cost_schedule(use, schedule, blocks_of(use), _STEPS).phases
 
 
 def rounded(plan: Plan, multiple: int) -> Plan:
@@ -52,21 +49,21 @@ def rounded(plan: Plan, multiple: int) -> Plan:
     }
 
 
-def plans(outline: nn.Module, use: ModelUse, batch: Tensor, multiple: int) -> dict[str, Plan]:
+def plans(use: ModelUse, multiple: int) -> dict[str, Plan]:
     """Each form and phase by its name."""
     paths = blocks_of(use)
     quarter = LOW.rank
     paper = dr.schedules.dynamic_rank(quarter, inflate=0.37, deflate=0.8, to="adapted")
-    *_, adapted = phases_of(outline, batch, paper).phases
+    *_, adapted = phases_of(use, paper)
     found: dict[str, Plan] = {
         "full rank": dict.fromkeys(paths, dr.FullRank()),
         "low rank 1/4": dict.fromkeys(paths, LOW),
         "low rank 1/8": dict.fromkeys(paths, dr.LowRank(dr.Rank(1 / 8, of="min"))),
-        "adapted 1/4, the paper's last phase": adapted.cost.plan,
+        "adapted 1/4, the paper's last phase": adapted.plan,
     }
-    decay = phases_of(outline, batch, decay_like(use, 1)).phases[1:]
+    decay = phases_of(use, decay_like(use, 1))[1:]
     for number in (len(decay), len(decay) // 2, 1):  # the first phase is full rank
-        plan = decay[number - 1].cost.plan
+        plan = decay[number - 1].plan
         found[f"decay after cut {number}, ranks {multiple} k"] = rounded(plan, multiple)
         found[f"decay after cut {number}"] = plan
     split = {path: dr.Adapted(quarter, execution="two-branch") for path in paths}

@@ -161,9 +161,7 @@ class Run:
             seconds = self.bench.device.now() - begun if cut else None
             self.cuts.append({"step": self.steps + 1, "seconds": seconds})
 
-    def _point(
-        self, spent: float, ledger: Ledger, told: Callable[[dict[str, Any]], None]
-    ) -> None:
+    def _point(self, spent: float, ledger: Ledger, told: Callable[[dict[str, Any]], None]) -> None:
         """Measure the loss, and tell all that is known by now."""
         loss = held_out_loss(self.bench, self.model, self.text)
         cut = sum(one["seconds"] or 0.0 for one in self.cuts)

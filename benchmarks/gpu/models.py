@@ -1,4 +1,7 @@
-"""GPTs in the forms of a plan, and their training steps: fp32 weights, bf16 autocast, fused AdamW."""
+"""GPTs in the forms of a plan, and their training steps.
+
+Weights in fp32, bf16 autocast, fused AdamW.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,20 @@
 """What is run, the most valuable first, and the share of the time that each part may take.
 
-Will it fit? Assumed of an H200: 400 TFLOP/s in dense bf16 at best, 150 in practice, 40 s to compile
-a model. A step of 16,384 tokens at depth 12 is 6 x 16,384 x (150, 340, 604) M parameters = 15, 33
-and 59 TFLOP at widths 1024, 1536 and 2048, or 0.10, 0.22 and 0.40 s in practice; the eleven forms
-of "gpt" cost 0.4 to 1 of that, 0.7 on average. With 4 + 5 x 2 steps each they take
-11 x 14 x 0.7 x 0.72 s = 78 s, and making the models 10 s: it fits into 16% of 540 s (86 s), and if
-not, the widest model gets fewer repeats. "equal_time" divides what it has. "products" needs
-60 x 4 steps of at most 3.3 TFLOP for each candidate, 48 candidates a fifth as large on average:
-about 50 s at 150 TFLOP/s and 19 s at 400, repeats end with its time. "convolutions" needs a few
-seconds; "resnet" 8 ms a step, if kernel launches limit it, thus 3 s an epoch, four arms, three
-epochs: 40 s. "compiled" is last: two to three models at 40 s are all that it can hold. A part
-that needs less leaves its time to those after it.
+Will it fit into 540 s? Assumed of an H200: 400 TFLOP/s in dense bf16 at best, 150 in practice, 40 s
+to compile a model.
+
+- gpt: a step of 16,384 tokens at depth 12 is 17, 36 and 64 TFLOP at full rank for widths 1024, 1536
+  and 2048; the eleven forms cost 7.2 times as much together; 2 + 5 x 2 steps of each: 10,100 TFLOP,
+  67 s in practice, of 86 s. If it takes longer, the widest model is repeated less often.
+- equal_time: it divides what it has, 290 s, into runs of about 40 s: at depth 6 a step is 8 TFLOP
+  at full rank, thus 800 steps of 16,384 bytes in practice.
+- products: 52 steps of 48 candidates, 170 TFLOP in all: 1 to 2 s. convolutions: 52 steps of 21
+  candidates of at most 0.3 TFLOP: 2 s.
+- resnet: kernel launches limit it; at 10 ms a step an epoch is 4 s, four forms and five rounds 80 s,
+  of 45 s: two or three rounds.
+- compiled: the last, since it may need all that is left: at 40 s a form, two forms.
+
+A part that needs less leaves its time to those after it.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ __all__ = ["GRACE", "SHARES", "allowance"]
 
 SHARES = {
     "gpt": 0.16,
-    "equal_time": 0.46,
-    "products": 0.06,
-    "convolutions": 0.06,
-    "resnet": 0.09,
+    "equal_time": 0.54,
+    "products": 0.04,
+    "convolutions": 0.04,
+    "resnet": 0.08,
     "compiled": 0.13,
 }
 """The parts in order, and their shares of the time; a few percent are left to start and end."""

@@ -24,6 +24,7 @@ class Sizes:
         layers: the depth of these.
         window: the context of these.
         windows: sequences in a step of these.
+        longest: seconds of their training, at most.
         held_out: batches of held-out text.
         points: times at which the loss is measured.
         text: bytes of text at most.
@@ -44,9 +45,10 @@ class Sizes:
     repeats: int = 2
     rounds: int = 5
     width: int = 1024
-    layers: int = 8
+    layers: int = 6
     window: int = 512
     windows: int = 32
+    longest: float = 90.0
     held_out: int = 8
     points: int = 8
     text: int = 64_000_000
@@ -61,6 +63,6 @@ class Sizes:
 FULL = Sizes()
 TOY = Sizes(
     widths=(64,), depth=1, context=16, batch=2, head=16, multiple=4, repeats=1, rounds=2,
-    width=64, layers=1, window=16, windows=4, held_out=1, points=3, text=60_000,
-    products=(32,), tokens=(64,), channels=((16, 8),), images=4, epoch=16, backend="eager",
+    width=64, layers=1, window=16, windows=4, longest=0.5, held_out=1, points=3, text=60_000,
+    products=(32,), tokens=(64,), channels=((16, 8),), images=4, epoch=8, backend="eager",
 )  # fmt: skip

@@ -22,17 +22,17 @@ def tables(folder: Path) -> str:
         lines += ["", f"## {name}", "", _status(part), ""]
         good = [row for row in part["rows"].values() if "error" not in row]
         lines += _TABLES[name](good, part)
-        lines += [
-            f"- {key}: {row['error']}" for key, row in part["rows"].items() if "error" in row
-        ]
+        lines += [f"- {key}: {row['error']}" for key, row in part["rows"].items() if "error" in row]
     return "\n".join(lines)
 
 
 def _conditions(data: Mapping[str, Any]) -> list[str]:
     about = data["about"]
-    if not about:
-        return ["Nothing was measured."]
-    device = ", ".join(f"{k} {v}" for k, v in about["device"].items())
+    if "device" not in about:
+        return [f"Nothing was measured. {about.get('error', '')}"]
+    device = about["device"]
+    if isinstance(device, dict):
+        device = ", ".join(f"{k} {v}" for k, v in device.items())
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     code = f"commit {about['commit']}, source {about['source_sha256']}"
     precision = f"fp32 products: {about['float32_matmul_precision']}"
@@ -66,7 +66,7 @@ _TIME: dict[str, _Column] = {
 
 
 def _relative(rows: Iterable[_Row], first: str, *same: str) -> list[_Row]:
-    """The rows with their speed relative to that of the form ``first``, other values being equal."""
+    """The rows with their speed relative to that of ``first``, where the ``same`` are equal."""
     rows = list(rows)
 
     def known(row: _Row) -> float | None:

@@ -43,7 +43,7 @@ def read_text(data: Path | None, most: int) -> Text:
     """Books from a folder, or sources and documentation of this project and of torch.
 
     Args:
-        data: a folder with ``books/split/train*.txt`` and ``books/split/valid.txt``; None: no books.
+        data: a folder with ``books/split/train*.txt`` and ``books/split/valid.txt``, or None.
         most: bytes to train on, at most.
 
     Raises:

@@ -8,7 +8,6 @@ import sys
 import time
 import traceback
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 
@@ -31,7 +30,8 @@ def measure(options: Namespace) -> None:
         SystemExit: after an error that leaves the device of no use to this process.
     """
     record, device = Record(options.out), device_of(options.device)
-    record.about(**facts(device), arguments={k: str(v) for k, v in vars(options).items()})
+    torch.backends.cudnn.benchmark = True
+    record.about(toy=options.toy, **facts(device))
     end = Deadline(options.end - time.time())
     parts: list[str] = options.parts
     for i, name in enumerate(parts):
@@ -43,9 +43,7 @@ def measure(options: Namespace) -> None:
             sys.exit(3)
 
 
-def _part(
-    name: str, seconds: float, record: Record, device: Device, options: Namespace
-) -> None:
+def _part(name: str, seconds: float, record: Record, device: Device, options: Namespace) -> None:
     """Run a part; if it does not end, the whole process does, with a trace of where it was."""
     begun, deadline = time.monotonic(), Deadline(seconds)
     sizes = TOY if options.toy else FULL

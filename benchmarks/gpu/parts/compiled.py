@@ -23,7 +23,7 @@ def run(bench: Bench) -> None:
     width = bench.sizes.widths[0]
     outline, batches = outline_of(bench, width), random_batches(bench)
     sample = next(batches)[0].to("meta")
-    known = plans(outline, trace(outline, sample), sample, bench.sizes.multiple)
+    known = plans(trace(outline, sample), bench.sizes.multiple)
     for name in _FORMS:
         if bench.deadline.passed:
             return
@@ -32,7 +32,7 @@ def run(bench: Bench) -> None:
             for how in ("eager", "compiled"):
                 model = filled(outline, known[name], bench.device)
                 if how == "compiled":
-                    model = torch.compile(model, backend=bench.sizes.backend)
+                    model.compile(backend=bench.sizes.backend)
                 key = f"{name}: {how}"
                 bench.put(key, width=width, form=name, execution=how)
                 steps[key] = gpt_step(model, batches, bench.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 import dynarank as dr
 from benchmarks.gpu.bench import Bench
@@ -34,7 +34,7 @@ _CUTS, _CUT_SHARE = 8, 0.25
 
 @dataclass(frozen=True)
 class Arm:
-    """A run: ``form`` is full, low or decay, the last one with ranks that are multiples of a number."""
+    """A run: ``form`` is full, low or decay, with ranks that are multiples of a number."""
 
     name: str
     form: str
@@ -61,7 +61,6 @@ class Plans:
     seconds: float
     cut: float
     outline: nn.Module
-    sample: Tensor
     phases: dict[int, list[float]] = field(default_factory=dict)
 
 
@@ -76,8 +75,9 @@ def run(bench: Bench) -> None:
     del model
     chosen = arms(bench.sizes.multiple)
     cut = _cut_seconds(bench, text)
-    seconds = bench.deadline.left / (len(chosen) - 0.5)  # the last one only if it fits
-    known = Plans(trace(outline, sample), seconds, cut, outline, sample)
+    # The last one only if it fits.
+    seconds = min(bench.deadline.left / (len(chosen) - 0.5), bench.sizes.longest)
+    known = Plans(trace(outline, sample), seconds, cut, outline)
     bench.record.part(
         bench.part, seconds_a_run=seconds, cut_seconds_expected=cut, batch=[*sample.shape],
         width=bench.sizes.width, depth=bench.sizes.layers,
@@ -94,6 +94,8 @@ def _train(bench: Bench, text: Text, arm: Arm, known: Plans) -> None:
     begun, schedule, steps = bench.device.now(), None, 1
     told: dict[str, Any] = {"rate": arm.rate, "form": arm.form}
     if arm.form == "decay":
+        if known.cut > known.seconds:
+            raise RuntimeError(f"a cut takes {known.cut:.1f} s, a run {known.seconds:.1f} s")
         cuts = max(1, min(_CUTS, int(_CUT_SHARE * known.seconds / known.cut)))
         schedule = decay_like(known.use, arm.multiple, cuts)
         if arm.multiple not in known.phases:
@@ -117,7 +119,7 @@ def _train(bench: Bench, text: Text, arm: Arm, known: Plans) -> None:
 
 
 def _cut_seconds(bench: Bench, text: Text) -> float:
-    """The seconds of a cut of the whole model: the longer of two cuts of one block, times blocks."""
+    """The seconds of a cut of the whole model: the longer of two cuts of a block, times blocks."""
     batches, found = Batches(bench, text.train), list[float]()
     use = trace(byte_gpt(bench, layers=1), next(batches)[0])
     for _ in range(2):  # the first time libraries are loaded
@@ -141,10 +143,10 @@ def _phase_seconds(
 ) -> list[float]:
     """The seconds of a step, for shares of the run that are equally long."""
     batches, found = Batches(bench, text.train), list[float]()
-    for phase in phases_of(known.outline, known.sample, schedule).phases:
-        plan: Plan = rounded(phase.cost.plan, multiple)
+    for phase in phases_of(known.use, schedule):
+        plan: Plan = rounded(phase.plan, multiple)
         step = gpt_step(filled(known.outline, plan, bench.device), batches, bench.device)
         bench.device.seconds(step, 2)
         seconds = statistics.median(bench.device.seconds(step, 4))
-        found += [seconds] * phase.cost.phase.steps
+        found += [seconds] * phase.phase.steps
     return found

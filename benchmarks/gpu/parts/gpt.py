@@ -18,7 +18,6 @@ from benchmarks.gpu.forms import plans
 from benchmarks.gpu.models import filled, gpt_step
 from dynarank.cost import ModelUse, trace
 from dynarank.cost.stand_in import meta_copy
-from dynarank.cost.step_memory import step_memory
 from dynarank.forms import FullRank, Plan
 from dynarank.train.gpt import GPT
 
@@ -47,9 +46,7 @@ def outline_of(bench: Bench, width: int) -> nn.Module:
 def random_batches(bench: Bench) -> Iterator[tuple[Tensor, Tensor]]:
     """A few batches of random tokens, again and again."""
     shape = bench.sizes.batch, bench.sizes.context + 1
-    drawn = [
-        torch.randint(_VOCABULARY, shape, device=bench.device.torch) for _ in range(4)
-    ]
+    drawn = [torch.randint(_VOCABULARY, shape, device=bench.device.torch) for _ in range(4)]
     return itertools.cycle([(tokens[:, :-1], tokens[:, 1:]) for tokens in drawn])
 
 
@@ -59,12 +56,12 @@ def _width(bench: Bench, width: int) -> None:
     use = trace(outline, sample)
     steps: dict[str, Callable[[], None]] = {}
     flops: dict[str, int] = {}
-    for name, plan in plans(outline, use, sample, bench.sizes.multiple).items():
+    for name, plan in plans(use, bench.sizes.multiple).items():
         if bench.deadline.passed:
             break
         key = f"d = {width}: {name}"
         with bench.attempt(key):
-            predicted = _predicted(bench, outline, use, plan, sample)
+            predicted = _predicted(bench, use, plan)
             bench.put(key, width=width, form=name, **predicted)
             flops[key] = predicted["flops"]
             steps[key] = _made(bench, key, filled(outline, plan, bench.device), batches)
@@ -72,25 +69,26 @@ def _width(bench: Bench, width: int) -> None:
 
     def told(key: str, seconds: list[float]) -> None:
         row = spread(seconds)
-        rate = {"tokens_per_second": tokens / row["ms"] * 1e3, "tflops": flops[key] / row["ms"] / 1e9}
+        rate = {
+            "tokens_per_second": tokens / row["ms"] * 1e3,
+            "tflops": flops[key] / row["ms"] / 1e9,
+        }
         bench.put(key, **row, **rate)
 
     bench.alternate(steps, told, warm=False)
 
 
-def _predicted(
-    bench: Bench, outline: nn.Module, use: ModelUse, plan: Plan, sample: Tensor
-) -> dict[str, Any]:
-    """Batch, FLOPs, parameters and ranks of a form, and the memory without activations."""
+def _predicted(bench: Bench, use: ModelUse, plan: Plan) -> dict[str, Any]:
+    """Batch, ranks, FLOPs and parameters of a form, and its memory without activations."""
     trainable, total = use.parameters(plan)
-    ranks = sorted({use.layers[p].spec.resolve(f).resolved_rank for p, f in plan.items()
-                    if not isinstance(f, FullRank)})  # fmt: skip
-    memory = step_memory(outline, [torch.optim.AdamW(outline.parameters())], plan, sample)
+    forms = [use.layers[path].spec.resolve(form) for path, form in plan.items()]
+    ranks = sorted({form.resolved_rank for form in forms if not isinstance(form, FullRank)})
+    flops = use.flops(plan).training
     return {
-        "batch": [*sample.shape], "depth": bench.sizes.depth, "ranks": ranks,
-        "flops": use.flops(plan).training, "flops_relative": use.flops(plan).training
-        / use.flops({}).training, "trainable": trainable, "parameters": total,
-        "predicted_bytes_without_activations": memory.total - memory.activations,
+        "batch": [bench.sizes.batch, bench.sizes.context], "depth": bench.sizes.depth,
+        "ranks": ranks, "flops": flops, "flops_relative": flops / use.flops({}).training,
+        "trainable": trainable, "parameters": total,
+        "predicted_bytes_without_activations": 4 * (total + 3 * trainable),
     }  # fmt: skip
 
 

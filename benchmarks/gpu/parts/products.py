@@ -45,7 +45,9 @@ def _row(bench: Bench, width: int, tokens: int) -> None:
     bench.alternate(steps, told, repeats=min(_REPEATS, 10 * bench.sizes.repeats))
 
 
-def _tensors(bench: Bench, width: int, tokens: int, rank: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _tensors(
+    bench: Bench, width: int, tokens: int, rank: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The input, the gradient of the output, and the weight or its factors."""
     kind = {"device": bench.device.torch, "dtype": torch.bfloat16}
     x, gradient = (torch.randn(tokens, width, **kind) for _ in range(2))

@@ -1,7 +1,7 @@
 """ResNet-20: the seconds of an epoch at full rank, low rank and adapted.
 
-50,000 random images of CIFAR's shape that are on the device, batches of 128, bf16 autocast,
-channels last, SGD with momentum. Arms take turns, an epoch each.
+50,000 random images of CIFAR's shape (but for the rest of a batch) that are on the device, batches
+of 128, bf16 autocast, channels last, SGD with momentum. Arms take turns, an epoch each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from dynarank.train.models import ResNet20
 
 __all__ = ["run"]
 
-_LAYERS = "*conv*"
 _WARM_UP = 10
 
 
@@ -58,9 +57,11 @@ def _forms() -> dict[str, Form]:
 
 
 def _images(bench: Bench) -> tuple[Tensor, Tensor]:
-    number, where = bench.sizes.epoch, {"device": bench.device.torch}
+    number = bench.sizes.epoch // bench.sizes.images * bench.sizes.images  # whole batches
+    where = {"device": bench.device.torch}
     images = torch.randn(number, 3, 32, 32, **where)
-    return images.contiguous(memory_format=torch.channels_last), torch.randint(10, (number,), **where)
+    labels = torch.randint(10, (number,), **where)
+    return images.contiguous(memory_format=torch.channels_last), labels
 
 
 def _made(bench: Bench, form: Form) -> nn.Module:
