@@ -8,10 +8,10 @@ to compile a model.
   67 s in practice, of 86 s. If it takes longer, the widest model is repeated less often.
 - equal_time: it divides what it has, 290 s, into runs of about 40 s: at depth 6 a step is 8 TFLOP
   at full rank, thus 800 steps of 16,384 bytes in practice.
-- products: 52 steps of 48 candidates, 170 TFLOP in all: 1 to 2 s. convolutions: 52 steps of 21
-  candidates of at most 0.3 TFLOP: 2 s.
-- resnet: kernel launches limit it; at 10 ms a step an epoch is 4 s, four forms and five rounds 80 s,
-  of 45 s: two or three rounds.
+- products: 52 steps of 48 candidates, 750 TFLOP in all: 5 s in practice. convolutions: 52 steps of
+  21 candidates, at most 0.22 TFLOP each: 2 s.
+- resnet: kernel launches limit it; at 10 ms a step an epoch is 4 s: two or three rounds of four
+  forms in 45 s.
 - compiled: the last, since it may need all that is left: at 40 s a form, two forms.
 
 A part that needs less leaves its time to those after it.

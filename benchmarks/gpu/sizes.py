@@ -25,6 +25,7 @@ class Sizes:
         window: the context of these.
         windows: sequences in a step of these.
         longest: seconds of their training, at most.
+        patience: seconds of a cut, at most, relative to those of a training.
         held_out: batches of held-out text.
         points: times at which the loss is measured.
         text: bytes of text at most.
@@ -49,6 +50,7 @@ class Sizes:
     window: int = 512
     windows: int = 32
     longest: float = 90.0
+    patience: float = 1.0
     held_out: int = 8
     points: int = 8
     text: int = 64_000_000
@@ -63,6 +65,7 @@ class Sizes:
 FULL = Sizes()
 TOY = Sizes(
     widths=(64,), depth=1, context=16, batch=2, head=16, multiple=4, repeats=1, rounds=2,
-    width=64, layers=1, window=16, windows=4, longest=0.5, held_out=1, points=3, text=60_000,
+    width=64, layers=1, window=16, windows=4, longest=0.5, patience=100.0, held_out=1, points=3,
+    text=60_000,
     products=(32,), tokens=(64,), channels=((16, 8),), images=4, epoch=8, backend="eager",
 )  # fmt: skip

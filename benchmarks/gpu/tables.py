@@ -70,8 +70,8 @@ def _relative(rows: Iterable[_Row], first: str, *same: str) -> list[_Row]:
     rows = list(rows)
 
     def known(row: _Row) -> float | None:
-        wanted = [row[key] for key in same]
-        found = [o for o in rows if o["form"] == first and [o[key] for key in same] == wanted]
+        wanted = [first, *(row.get(key) for key in same)]
+        found = [one for one in rows if [one.get(key) for key in ("form", *same)] == wanted]
         return found[0]["ms"] / row["ms"] if found and "ms" in found[0] and "ms" in row else None
 
     return [{**row, "speed": known(row)} for row in rows]

@@ -32,9 +32,13 @@ class Text:
     held_out: Tensor
     name: str
 
+    def to(self, device: torch.device) -> Text:
+        """The same on a device."""
+        return Text(self.train.to(device), self.held_out.to(device), self.name)
+
     def about(self) -> dict[str, str | int]:
-        """Its name, sizes and a digest."""
-        digest = hashlib.sha256(self.train.cpu().numpy().tobytes()).hexdigest()[:16]
+        """Its name, sizes and a digest; it has to be on the CPU."""
+        digest = hashlib.sha256(self.train.numpy().tobytes()).hexdigest()[:16]
         sizes = {"train_bytes": len(self.train), "held_out_bytes": len(self.held_out)}
         return {"text": self.name, **sizes, "sha256": digest}
 
