@@ -53,6 +53,9 @@ class _Tagged(TorchFunctionMode):
         if name == "__get__" and owner in (Tensor.device, Tensor.is_cuda):
             known = self._tag(args[0]) or _CPU
             return known if owner is Tensor.device else known == _CUDA
+        if name == "__deepcopy__":  # its memo refers to whole models
+            self._put(result := func(*args), self._tag(args[0]) or _CPU)
+            return result
         if func in _device_constructors() and kwargs.get("device") is None:
             kwargs["device"] = torch.utils._device.CURRENT_DEVICE or _CPU
         given = tree_leaves((args, kwargs))

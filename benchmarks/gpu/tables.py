@@ -41,7 +41,9 @@ def _conditions(data: Mapping[str, Any]) -> list[str]:
 
 def _status(part: _Row) -> str:
     spent = f", {part['seconds']:.1f} s" if "seconds" in part else ""
-    return f"Status: {part['status']}{spent}" + (f" ({part['error']})" if "error" in part else "")
+    error = f" ({part['error']})" if "error" in part else ""
+    left_out = f"; no time for {', '.join(part['left_out'])}" if "left_out" in part else ""
+    return f"Status: {part['status']}{spent}{error}{left_out}"
 
 
 def _table(rows: Iterable[_Row], columns: Mapping[str, _Column]) -> list[str]:

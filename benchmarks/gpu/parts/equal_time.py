@@ -67,8 +67,9 @@ def run(bench: Bench) -> None:
     """Train one arm after the other for the same seconds."""
     chosen = _arms(bench.sizes.multiple)
     known = _known(bench, len(chosen))
-    for arm in chosen:
+    for i, arm in enumerate(chosen):
         if bench.deadline.left < known.seconds:
+            bench.record.part(bench.part, left_out=[one.name for one in chosen[i:]])
             return
         with bench.attempt(arm.name):
             _train(bench, arm, known)
