@@ -74,7 +74,7 @@ def finished(one: Trial, folder: Path) -> dict:
     return {k: v for k, v in result.items() if k not in times} | {"points": points}
 
 
-@pytest.mark.parametrize("at", [1, 8, 9, 21, 39])
+@pytest.mark.parametrize("at", [1, 8, 9, 21, 38])
 @pytest.mark.parametrize("arm", [FULL, DECAY, *arms.paper(), *arms.related(dr.Rank(0.25), 2)[-2:]],
                          ids=lambda value: getattr(value, "name", str(value)))  # fmt: skip
 def test_a_run_goes_on_where_it_was_left_and_ends_the_same(
@@ -122,7 +122,7 @@ def test_norms_and_decay_of_products() -> None:
     kept = trial(FIXED, Setting(start="norm"))
     whole = Tiny().model(0)
     for path in ("0", "2"):
-        norm = kept.model.get_submodule(path).weight.norm()
+        norm = kept.model.get_submodule(path).weight.norm().detach()
         assert norm == pytest.approx(whole.get_submodule(path).weight.norm().item(), rel=1e-5)
 
 

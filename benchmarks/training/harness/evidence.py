@@ -86,8 +86,9 @@ def drawings() -> dict[str, tuple[Summaries | list[Summaries], Callable[[Path], 
 
 def write() -> None:
     """Write the blocks of the page and the pictures."""
-    wanted = blocks()
-    text = PAGE.read_text(encoding="utf-8")
+    wanted, text = blocks(), PAGE.read_text(encoding="utf-8")
+    if missing := wanted.keys() - {found[2] for found in _BLOCK.finditer(text)}:
+        print(f"{PAGE.name} has no place yet for: {', '.join(sorted(missing))}")
     PAGE.write_text(_BLOCK.sub(lambda m: _filled(m, wanted), text), encoding="utf-8")
     for name, (_, draw) in drawings().items():
         draw(PICTURES / f"{name}.svg")
