@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from scipy import stats
 
@@ -78,7 +76,7 @@ def test_a_smaller_loss_is_better() -> None:
 
 
 def test_every_recorded_experiment_has_its_place_on_the_page() -> None:
-    text = evidence.PAGE.read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in evidence.PAGES)
     for name in evidence.blocks():
         assert f"<!-- begin {name} -->" in text
 
@@ -87,7 +85,7 @@ def test_the_pictures_are_drawn_from_the_records() -> None:
     assert evidence.stale_pictures() == [], "python -m benchmarks.training write"
 
 
-def test_a_picture_of_other_records_is_noticed(tmp_path: Path, monkeypatch: object) -> None:
+def test_a_picture_of_other_records_is_noticed() -> None:
     name = evidence.recorded()[0]
     found = Summaries(name)
     before = pictures.digest(found)

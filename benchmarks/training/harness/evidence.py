@@ -14,9 +14,15 @@ from benchmarks.training.harness.summary import FULL, Summaries
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "evidence.md"
+PAGES = (PAGE, ROOT / "README.md")
 PICTURES = ROOT / "docs" / "images" / "evidence"
-OVERVIEW = ("mlp_256", "gpt_characters", "resnet_fashion")
-"""The problems of the picture that decides."""
+DECIDING = {
+    "mlp_256": ("MLP, width 256: accuracy, %", 0.5),
+    "mlp_1024": ("MLP, width 1024: accuracy, %", 0.3),
+    "gpt_characters": ("character GPT: loss", 0.5),
+    "resnet_fashion": ("ResNet-8: accuracy, %", 0.5),
+}
+"""The problems of the table and the picture of the README, with the budget of their arms."""
 _SWITCHED = (FULL, "fixed 1/2", "paper, svd", "paper, low-rank ending")
 _BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 
@@ -29,7 +35,9 @@ def recorded() -> list[str]:
 def blocks() -> dict[str, str]:
     """Each block of the page by its name, as it has to be."""
     found = {name: Summaries(name) for name in recorded()}
-    return {name: block(one) for name, one in found.items()} | {
+    deciding = {words: (found[k], b) for k, (words, b) in DECIDING.items() if k in found}
+    tables_ = {name: block(one) for name, one in found.items()}
+    return {"deciding": tables.deciding(deciding), **tables_} | {
         f"{name}/restored": tables.restored(one)
         for name, one in found.items()
         if any(arm.startswith("paper") for arm in one.arms)
@@ -79,25 +87,28 @@ def drawings() -> dict[str, tuple[Summaries | list[Summaries], Callable[[Path], 
             drawn[f"{name}-lambda"] = one, partial(pictures.lambdas, one, arms)
         if one.experiment.values:
             drawn[f"{name}-weights"] = one, partial(pictures.weights, one, arms)
-    chosen = [found[name] for name in OVERVIEW if name in found]
+    chosen = [found[name] for name in DECIDING if name in found]
     drawn["overview"] = chosen, partial(pictures.overview, chosen)
     return drawn
 
 
 def write() -> None:
     """Write the blocks of the page and the pictures."""
-    wanted, text = blocks(), PAGE.read_text(encoding="utf-8")
-    if missing := wanted.keys() - {found[2] for found in _BLOCK.finditer(text)}:
-        print(f"{PAGE.name} has no place yet for: {', '.join(sorted(missing))}")
-    PAGE.write_text(_BLOCK.sub(lambda m: _filled(m, wanted), text), encoding="utf-8")
+    wanted, placed = blocks(), set[str]()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        placed |= {found[2] for found in _BLOCK.finditer(text)}
+        page.write_text(_BLOCK.sub(lambda m: _filled(m, wanted), text), encoding="utf-8")
+    if missing := wanted.keys() - placed:
+        print(f"no page has a place for: {', '.join(sorted(missing))}")
     for name, (_, draw) in drawings().items():
         draw(PICTURES / f"{name}.svg")
-    print(f"wrote {PAGE.relative_to(ROOT)} and {len(drawings())} pictures")
+    print(f"wrote {len(wanted)} blocks and {len(drawings())} pictures")
 
 
 def _filled(found: re.Match[str], wanted: dict[str, str]) -> str:
     if found[2] not in wanted:
-        raise ValueError(f"{PAGE.name} has a block {found[2]!r}; there are {', '.join(wanted)}")
+        raise ValueError(f"a page has a block {found[2]!r}; there are {', '.join(wanted)}")
     return f"{found[1]}{wanted[found[2]]}{found[3]}"
 
 

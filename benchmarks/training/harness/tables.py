@@ -111,6 +111,32 @@ def _sentences(pairs: dict[str, Difference], other: str) -> str:
     return " ".join(f"{words} {other}: {', '.join(arms)}." for arms, words in parts if arms)
 
 
+_COLUMNS = {
+    "full rank": "full rank",
+    "fixed low rank": "fixed {:g} FLOPs",
+    "smaller network": "narrower, {:g}",
+    "decay": "decay {:g}",
+    "the paper's order": "paper, low-rank ending",
+}
+
+
+def deciding(budgets: dict[str, tuple[Summaries, float]]) -> str:
+    """The main arms of some problems, each at one budget; FLOPs in parentheses."""
+    head = ("problem", "n", *_COLUMNS)
+    lines = [head, ("---", *["--:"] * (len(head) - 1))]
+    for what, (found, budget) in budgets.items():
+        chosen = [found.arms.get(name.format(budget)) for name in _COLUMNS.values()]
+        n = min(one.n for one in chosen if one is not None)
+        lines.append((what, str(n), *(_cell(one, digits(found)) for one in chosen)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(one: Summary | None, places: int) -> str:
+    if one is None:
+        return ""
+    return f"{one.result:.{places}f} ± {one.spread:.{places}f} ({one.mean('flops'):.2f}x)"
+
+
 def restored(found: Summaries) -> str:
     """What inflation restored: the mean effective rank of the layers around the full-rank phase."""
     head = ("arm", "n", "start of full rank", "its end", "after", "end of the run", "full rank's")
