@@ -16,6 +16,8 @@ def _problem(data: Path) -> Language:
 EXPERIMENT = Experiment(
     title="Byte GPT, width 128, 3 blocks, books, 600 steps, AdamW",
     problem=_problem,
+    metric="loss",
+    higher=False,
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.65),

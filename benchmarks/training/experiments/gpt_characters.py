@@ -4,6 +4,7 @@ from pathlib import Path
 
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.experiment import Experiment
+from benchmarks.training.harness.peers import peers
 from benchmarks.training.problems.language import Language, shakespeare
 from dynarank.forms import Rank
 
@@ -17,6 +18,9 @@ def _problem(data: Path) -> Language:
 EXPERIMENT = Experiment(
     title="Character GPT, width 64, 2 blocks, tinyshakespeare, 800 steps, AdamW",
     problem=_problem,
+    metric="loss",
+    higher=False,
+    values=True,
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.5, 0.65),
@@ -27,5 +31,6 @@ EXPERIMENT = Experiment(
         *_PAPER,
         *arms.related(Rank(1 / 4, of="min"), every=25),
         *arms.matched(_PAPER),
+        *peers(),
     ],
 )

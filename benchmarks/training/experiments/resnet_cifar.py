@@ -18,4 +18,5 @@ EXPERIMENT = Experiment(
         *_PAPER,
         *arms.matched(_PAPER[-1:]),
     ],
+    values=True,
 )

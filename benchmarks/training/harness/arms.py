@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.training.harness.arm import Arm
-from dynarank.forms import Rank
+from dynarank.forms import Adapted, FullRank, LowRank, Rank
 from dynarank.schedules import (
+    Phases,
     closed_loop,
     cuttlefish,
     decay,
@@ -108,3 +109,33 @@ def convolutional(every: int) -> list[Arm]:
     """Related methods that were published for convolutions."""
     names = ("Cuttlefish", "Pufferfish")
     return [arm for arm in related(Rank(1 / 4, of="out"), every) if arm.name in names]
+
+
+def grid(
+    of: Any = "min",
+    inflate: Sequence[float] = (0.0, 0.2, 0.37, 0.55),
+    deflate: Sequence[float] = (0.4, 0.6, 0.8, 1.0),
+) -> list[Arm]:
+    """The paper's order for each pair of times: adapted after deflation, at half of the rank."""
+    return [
+        Arm(f"{begin:g} to {end:g}", _order(Rank(0.5, of=of), begin, end), "paper")
+        for begin in inflate
+        for end in deflate
+        if begin < end
+    ]
+
+
+def _order(rank: Rank, inflate: float, deflate: float) -> Phases:
+    """Low, full, adapted, without the phases that have no length."""
+    phases = [(0.0, LowRank(rank)), (inflate, FullRank()), (deflate, Adapted(rank))]
+    ends = [*(start for start, _ in phases[1:]), 1.0]
+    kept = [phase for phase, end in zip(phases, ends, strict=True) if phase[0] < end]
+    return Phases([start for start, _ in kept], [form for _, form in kept])
+
+
+def at_one_rate(arms: Sequence[Arm], rates: dict[str, float]) -> list[Arm]:
+    """These arms with one rate for each family, and nothing to tune."""
+    return [
+        replace(arm, rates=(rates[arm.family],), starts=("truncated",), decays=("factors",))
+        for arm in arms
+    ]

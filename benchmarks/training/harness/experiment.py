@@ -26,6 +26,8 @@ class Experiment:
         tuning: the seeds on which arms are tuned; never reported.
         points: at how many times of a run it is looked at.
         note: what a reader of the table has to know.
+        metric: the result, as the problem names it.
+        higher: whether a larger result is better.
         values: whether the singular values of the final weights are kept, of the first seed.
     """
 
@@ -36,6 +38,8 @@ class Experiment:
     tuning: Sequence[int] = (100,)
     points: int = 8
     note: str = ""
+    metric: str = "accuracy"
+    higher: bool = True
     values: bool = False
 
     def __post_init__(self) -> None:
@@ -43,6 +47,20 @@ class Experiment:
             raise ValueError(f"seeds {sorted(both)} are reported and tuned on; they must differ")
         if len(self.by_name) != len(self.arms):
             raise ValueError(f"two arms of {self.title!r} have one name")
+
+    def load(self, data: Path) -> Problem:
+        """The problem, with its data.
+
+        Raises:
+            ValueError: it reports something else than the experiment.
+        """
+        problem = self.problem(data)
+        if (problem.metric, problem.higher) != (self.metric, self.higher):
+            raise ValueError(
+                f"{self.title!r} reports {self.metric!r}, its problem {problem.metric!r}; "
+                f"larger is better: {self.higher}, {problem.higher}"
+            )
+        return problem
 
     @cached_property
     def by_name(self) -> dict[str, Arm]:

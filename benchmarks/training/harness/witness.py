@@ -33,7 +33,8 @@ class Witness(Callback):
         after = self._look(ranks, [change.path for change in changes])
         layers = {
             change.path: {
-                "from": short(change.before), "to": short(change.after), "error": digits(change.error),
+                "from": short(change.before), "to": short(change.after),
+                "error": digits(change.error),
                 "before": self._before.get(change.path), "after": after.get(change.path),
             }
             for change in changes

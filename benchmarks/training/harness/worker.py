@@ -51,7 +51,7 @@ class Worker:
     ) -> None:
         self.experiments, self.data, self.scratch = experiments, data, scratch
         self.results, self.deadline = results, deadline
-        self.problem = cache(lambda name: get(name).problem(self.data))
+        self.problem = cache(lambda name: get(name).load(self.data))
         self.place = {"commit": commit(), "versions": versions()}
         scratch.mkdir(parents=True, exist_ok=True)
 

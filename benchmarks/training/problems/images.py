@@ -14,6 +14,7 @@ from benchmarks.training.problems.networks import MLP, ResNet, ViT
 from benchmarks.training.problems.problem import Batch
 from benchmarks.training.problems.rows import Rows
 from dynarank.train.idx_files import read_idx
+from dynarank.train.wide_resnet import WideResNet
 
 
 class StepDecay(Rows):
@@ -132,6 +133,21 @@ class CifarViT(Cifar):
         return ViT(16, 4 * round(24 * width), 4, 4)
 
 
+class Cifar100WRN(Cifar, StepDecay):
+    """WRN-16-4 on all of CIFAR-100, as in the published code but for its size."""
+
+    layers, rate, narrowable = "*conv*", 0.1, False
+
+    def __init__(self, data: Path, epochs: int = 12) -> None:
+        self.shift = 4
+        Rows.__init__(self, cifar100(data), epochs)
+
+    def network(self, width: float = 1.0) -> nn.Module:
+        """WRN-16-4 without dropout, in channels_last."""
+        network = WideResNet(16, 4, classes=100, dropout=0.0)
+        return network.to(memory_format=torch.channels_last)  # pyright: ignore
+
+
 def fashion(data: Path, images: int) -> dict[str, tuple[Tensor, Tensor]]:
     """Fashion-MNIST, normalized: the first images to train on, the last 5,000 to validate."""
 
@@ -170,12 +186,22 @@ def cifar10(data: Path, images: int, size: int) -> dict[str, tuple[Tensor, Tenso
     }  # fmt: skip
 
 
-def _cifar(path: Path, size: int) -> tuple[Tensor, Tensor]:
-    """Images of a size, normalized, in channels_last, and labels."""
-    records = np.fromfile(path, np.uint8).reshape(-1, 3073)
-    x = F.avg_pool2d(torch.from_numpy(records[:, 1:]).view(-1, 3, 32, 32) / 255, 32 // size)
+def cifar100(data: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """CIFAR-100 with its fine labels: 48,000 images to train on, 2,000 to validate."""
+    x, y = _cifar(data / "cifar-100-binary" / "train.bin", 32, labels=2)
+    return {
+        "train": (x[:48_000], y[:48_000]), "valid": (x[48_000:], y[48_000:]),
+        "test": _cifar(data / "cifar-100-binary" / "test.bin", 32, labels=2),
+    }  # fmt: skip
+
+
+def _cifar(path: Path, size: int, labels: int = 1) -> tuple[Tensor, Tensor]:
+    """Images of a size, normalized, in channels_last, and the last of their labels."""
+    records = np.fromfile(path, np.uint8).reshape(-1, 3072 + labels)
+    pixels = torch.from_numpy(records[:, labels:]).view(-1, 3, 32, 32) / 255
+    x = F.avg_pool2d(pixels, 32 // size)
     mean, std = (
         torch.tensor(v)[:, None, None] for v in ((0.4914, 0.4822, 0.4465), (0.23, 0.23, 0.24))
     )
     x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-    return x, torch.from_numpy(records[:, 0].astype(np.int64))
+    return x, torch.from_numpy(records[:, labels - 1].astype(np.int64))

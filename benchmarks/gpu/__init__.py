@@ -1,0 +1,1 @@
+"""Training on one GPU: seconds, memory and loss at equal time, in less than ten minutes."""

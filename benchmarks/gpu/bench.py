@@ -1,0 +1,110 @@
+"""What a part is given: device, sizes, deadline and rows; and how candidates are timed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.deadline import Deadline
+from benchmarks.gpu.device import Device
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.sizes import Sizes
+
+__all__ = ["Bench", "spread"]
+
+_WARM_UP = 2
+
+
+@dataclass
+class Bench:
+    """What a part is given.
+
+    Args:
+        part: its name.
+        device: the device.
+        sizes: the sizes of everything.
+        deadline: when the part has to end.
+        record: where rows are written.
+        data: a folder with texts; None: none is given.
+    """
+
+    part: str
+    device: Device
+    sizes: Sizes
+    deadline: Deadline
+    record: Record
+    data: Path | None = None
+
+    def put(self, key: str, **values: Any) -> None:
+        """Record values of a row, at once."""
+        self.record.row(self.part, key, values)
+
+    @contextmanager
+    def attempt(self, key: str) -> Generator[None]:
+        """Record what goes wrong in a row, in the row; the next one can go on.
+
+        Raises:
+            Exception: after an error that leaves the device of no use to this process.
+        """
+        failed = False
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            self.put(key, error="out of memory")
+            failed = True
+        except Exception as error:
+            self.put(key, error=f"{type(error).__name__}: {error}"[:2000])
+            if not self.device.usable():
+                raise
+            failed = True
+        if failed:  # not before the error is gone, which holds tensors
+            self.device.free()
+
+    def alternate(
+        self,
+        steps: Mapping[str, Callable[[], object]],
+        told: Callable[[str, list[float]], None],
+        *,
+        repeats: int | None = None,
+        warm: bool = True,
+    ) -> None:
+        """Time candidates that take turns, in another order each round, until the deadline.
+
+        A candidate that fails is out, with its error in its row. One that has not been warmed up
+        does two steps first.
+
+        Args:
+            steps: a step of each candidate, by its row's key.
+            told: called with a key and all times so far, in seconds.
+            repeats: timed steps of a turn.
+            warm: whether to warm up.
+        """
+        left, found = dict(steps), {key: list[float]() for key in steps}
+        for i in range(self.sizes.rounds):
+            order = list(left)
+            turn = i % max(1, len(order))
+            for key in order[turn:] + order[:turn]:
+                if self.deadline.passed:
+                    return
+                done = False
+                with self.attempt(key):
+                    if warm and not i:
+                        self.device.seconds(left[key], _WARM_UP)
+                    found[key] += self.device.seconds(left[key], repeats or self.sizes.repeats)
+                    told(key, found[key])
+                    done = True
+                if not done:
+                    del left[key]
+
+
+def spread(seconds: list[float]) -> dict[str, Any]:
+    """Median, least and largest of some times, in milliseconds, and how many there are."""
+    values = (statistics.median(seconds), min(seconds), max(seconds))
+    return {**dict(zip(("ms", "ms_min", "ms_max"), (v * 1e3 for v in values), strict=True)),
+            "n": len(seconds)}  # fmt: skip

@@ -1,0 +1,1 @@
+"""The parts, each a module with a function ``run(bench)``."""

@@ -1,0 +1,49 @@
+"""A GPT of the smallest width, compiled and not, in the forms that matter most.
+
+The time to compile is that of the first step. The last part: it may take all the time there is.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.gpu.bench import Bench, spread
+from benchmarks.gpu.forms import plans
+from benchmarks.gpu.models import filled, gpt_step
+from benchmarks.gpu.parts.gpt import outline_of, random_batches
+from dynarank.cost import trace
+
+__all__ = ["run"]
+
+_FORMS = "full rank", "low rank 1/4", "adapted 1/4, the paper's last phase", "low rank 1/8"
+
+
+def run(bench: Bench) -> None:
+    """Time each form, compiled and eager in turn."""
+    width = bench.sizes.widths[0]
+    outline, batches = outline_of(bench, width), random_batches(bench)
+    sample = next(batches)[0].to("meta")
+    known = plans(trace(outline, sample), bench.sizes.multiple)
+    for name in _FORMS:
+        if bench.deadline.passed:
+            return
+        with bench.attempt(f"{name}: compiled"):
+            steps = {}
+            for how in ("eager", "compiled"):
+                model = filled(outline, known[name], bench.device)
+                if how == "compiled":
+                    model.compile(backend=bench.sizes.backend)
+                key = f"{name}: {how}"
+                bench.put(key, width=width, form=name, execution=how)
+                steps[key] = gpt_step(model, batches, bench.device)
+                begun = bench.device.now()
+                steps[key]()
+                bench.put(key, first_step_seconds=bench.device.now() - begun)
+
+            def told(key: str, seconds: list[float]) -> None:
+                row = spread(seconds)
+                bench.put(key, **row, tokens_per_second=sample.numel() / row["ms"] * 1e3)
+
+            bench.alternate(steps, told)
+        torch.compiler.reset()
+        bench.device.free()

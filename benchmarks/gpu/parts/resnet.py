@@ -1,0 +1,87 @@
+"""ResNet-20: the seconds of an epoch at full rank, low rank and adapted.
+
+50,000 random images of CIFAR's shape (but for the rest of a batch) that are on the device, batches
+of 128, bf16 autocast, channels last, SGD with momentum. Arms take turns, an epoch each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dynarank as dr
+from benchmarks.gpu.bench import Bench
+from dynarank.cost import trace
+from dynarank.forms import Form
+from dynarank.train.models import ResNet20
+
+__all__ = ["run"]
+
+_WARM_UP = 10
+
+
+def run(bench: Bench) -> None:
+    """Time epochs until the time is over."""
+    images, labels = _images(bench)
+    epochs: dict[str, Callable[[], None]] = {}
+    for name, form in _forms().items():
+        if bench.deadline.passed:
+            return
+        with bench.attempt(name):
+            model = _made(bench, form)
+            use = trace(model, images[: bench.sizes.images])
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            bench.put(name, batch=bench.sizes.images, images=len(images), trainable=trained,
+                      flops_a_step=use.flops({}).training)  # fmt: skip
+            epoch = _epoch(bench, model, images, labels)
+            epoch(_WARM_UP)
+            epochs[name] = epoch
+
+    def told(name: str, seconds: list[float]) -> None:
+        bench.put(name, epoch_seconds=seconds, n=len(seconds))
+
+    bench.alternate(epochs, told, repeats=1, warm=False)
+
+
+def _forms() -> dict[str, Form]:
+    rank = dr.Rank(1 / 2, of="out")  # the published one
+    return {
+        "full rank": dr.FullRank(),
+        "low rank 1/2": dr.LowRank(rank),
+        "adapted 1/2": dr.Adapted(rank),
+        "adapted 1/2, two branches": dr.Adapted(rank, execution="two-branch"),
+    }
+
+
+def _images(bench: Bench) -> tuple[Tensor, Tensor]:
+    number = bench.sizes.epoch // bench.sizes.images * bench.sizes.images  # whole batches
+    where = {"device": bench.device.torch}
+    images = torch.randn(number, 3, 32, 32, **where)
+    labels = torch.randint(10, (number,), **where)
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def _made(bench: Bench, form: Form) -> nn.Module:
+    model = ResNet20().to(bench.device.torch)
+    paths = [site.path for site in dr.survey(model) if "conv" in site.path and site.path != "conv"]
+    dr.apply_plan(model, dict.fromkeys(paths, form))
+    return model.to(memory_format=torch.channels_last).train()
+
+
+def _epoch(bench: Bench, model: nn.Module, images: Tensor, labels: Tensor) -> Callable[..., None]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
+
+    def epoch(steps: int | None = None) -> None:
+        order = torch.randperm(len(images), device=images.device)
+        for chosen in order.split(bench.sizes.images)[:steps]:
+            with bench.device.autocast():
+                outputs = model(images[chosen])
+            F.cross_entropy(outputs.float(), labels[chosen]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return epoch

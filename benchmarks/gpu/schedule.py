@@ -1,0 +1,45 @@
+"""What is run, the most valuable first, and the share of the time that each part may take.
+
+Will it fit into 540 s? Assumed of an H200: 400 TFLOP/s in dense bf16 at best, 150 in practice, 40 s
+to compile a model.
+
+- gpt: a step of 16,384 tokens at depth 12 is 17, 36 and 64 TFLOP at full rank for widths 1024, 1536
+  and 2048; the eleven forms cost 7.2 times as much together; 2 + 5 x 2 steps of each: 10,100 TFLOP,
+  67 s in practice, of 86 s. If it takes longer, the widest model is repeated less often.
+- equal_time: it divides what it has, 290 s, into runs of about 40 s: at depth 6 a step is 8 TFLOP
+  at full rank, thus 800 steps of 16,384 bytes in practice.
+- products: 52 steps of 48 candidates, 750 TFLOP in all: 5 s in practice. convolutions: 52 steps of
+  21 candidates, at most 0.22 TFLOP each: 2 s.
+- resnet: kernel launches limit it; at 10 ms a step an epoch is 4 s: two or three rounds of four
+  forms in 45 s.
+- compiled: the last, since it may need all that is left: at 40 s a form, two forms.
+
+A part that needs less leaves its time to those after it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["GRACE", "SHARES", "allowance"]
+
+SHARES = {
+    "gpt": 0.16,
+    "equal_time": 0.54,
+    "products": 0.04,
+    "convolutions": 0.04,
+    "resnet": 0.08,
+    "compiled": 0.13,
+}
+"""The parts in order, and their shares of the time; a few percent are left to start and end."""
+
+GRACE = 20.0
+"""Seconds after which a part that does not look at its deadline is ended."""
+
+
+def allowance(part: str, ahead: list[str], left: float) -> float:
+    """The seconds that a part may take, of ``left``, with the parts ``ahead`` still to come.
+
+    Example:
+        >>> round(allowance("convolutions", ["resnet", "compiled"], 280.0))
+        60
+    """
+    return left * SHARES[part] / (SHARES[part] + sum(SHARES[one] for one in ahead))

@@ -1,0 +1,123 @@
+"""The reported runs of an experiment, summarized for each arm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean
+
+from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
+from benchmarks.training.harness.store import Run, Store
+
+FULL = "full rank"
+_ALIKE = 0.015
+"""Arms whose shares of the FLOPs differ by no more are compared at equal FLOPs."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one arm.
+
+    Args:
+        arm: its name.
+        runs: its reported runs.
+        metric: what is reported.
+    """
+
+    arm: str
+    runs: Sequence[Run]
+    metric: str
+
+    @cached_property
+    def values(self) -> dict[int, float]:
+        """The results by seed."""
+        return {run["seed"]: run["result"][self.metric] for run in self.runs}
+
+    @property
+    def n(self) -> int:
+        """The number of runs."""
+        return len(self.runs)
+
+    @property
+    def result(self) -> float:
+        """The mean result."""
+        return fmean(self.values.values())
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation of the results over seeds."""
+        return spread(list(self.values.values()))
+
+    def mean(self, key: str) -> float:
+        """The mean of a cost."""
+        return fmean(run[key] for run in self.runs)
+
+
+class Summaries:
+    """All arms of an experiment that have reported runs.
+
+    Args:
+        name: of the experiment.
+        runs: its records; None: those in the repository.
+    """
+
+    def __init__(self, name: str, runs: Sequence[Run] | None = None) -> None:
+        self.name, self.experiment = name, get(name)
+        records = Store(name).runs() if runs is None else runs
+        reported = [run for run in records if run["part"] == "test" and run["result"]]
+        self.metric: str = self.experiment.metric
+        self.sign = 1 if self.experiment.higher else -1
+        self.arms = {
+            arm.name: Summary(arm.name, of_arm, self.metric)
+            for arm in self.experiment.arms
+            if (of_arm := [run for run in reported if run["arm"] == arm.name])
+        }
+        self.diverged = [run for run in records if run["part"] == "test" and not run["result"]]
+
+    def difference(self, arm: str, other: str) -> Difference | None:
+        """The paired difference of two arms; positive: the first is better."""
+        if other not in self.arms:
+            return None
+        one, two = (
+            {k: self.sign * v for k, v in self.arms[name].values.items()} for name in (arm, other)
+        )
+        return paired(one, two)
+
+    def counterpart(self, arm: str) -> str | None:
+        """Fixed low rank of the same FLOPs: that made for the arm, or the nearest one of about."""
+        if arm == FULL or arm.startswith("fixed"):
+            return None
+        if (like := f"fixed as {arm}") in self.arms:
+            return like
+        cost = self.arms[arm].mean("flops")
+        distances = {
+            name: abs(one.mean("flops") - cost)
+            for name, one in self.arms.items()
+            if name.startswith("fixed")
+        }
+        near = min(distances, key=distances.__getitem__, default=None)
+        return near if near is not None and distances[near] <= _ALIKE else None
+
+    def front(self, cost: str = "flops") -> set[str]:
+        """The arms that no other beats at their cost or less, by means."""
+        return on_front(
+            {n: (round(s.mean(cost), 4), self.sign * s.result) for n, s in self.arms.items()}
+        )
+
+    def meets_full(self, arm: str) -> bool | None:
+        """Whether the arm is no worse than full rank by more than a standard error.
+
+        The standard error is that of the paired difference. None: it cannot be said.
+        """
+        found = self.difference(arm, FULL)
+        return None if found is None else found.mean >= -found.error
+
+
+def complete(experiment: Experiment, summaries: Summaries) -> bool:
+    """Whether all seeds of all arms are there."""
+    arms = [a for a in experiment.arms if a.spends is None]
+    return all(
+        a.name in summaries.arms and summaries.arms[a.name].n == len(experiment.seeds) for a in arms
+    )

@@ -1,0 +1,369 @@
+"""The GPU benchmark: every part at toy size, and what goes wrong on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pretend_cuda import MixedDevicesError, pretended_cuda
+
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import worker
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.deadline import Deadline
+from benchmarks.gpu.device import CPU, CUDA, device_of
+from benchmarks.gpu.parts import convolutions, products
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.schedule import SHARES, allowance
+from benchmarks.gpu.sizes import TOY
+from benchmarks.gpu.tables import tables
+from benchmarks.gpu.text import read_text
+
+ROOT = Path(__file__).parents[2]
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
+ENV |= {"PYTHONWARNINGS": "error"}
+
+# What each row of a part has at least.
+COLUMNS = {
+    "gpt": {"width", "form", "flops", "trainable", "peak_bytes", "ms", "n", "tokens_per_second"},
+    "equal_time": {"form", "rate", "points", "cuts", "steps", "flops", "loss", "peak_bytes"},
+    "products": {"width", "tokens", "form", "rank", "flops", "ms", "n"},
+    "convolutions": {"channels", "pixels", "form", "flops", "ms", "n"},
+    "resnet": {"epoch_seconds", "images", "trainable", "flops_a_step"},
+    "compiled": {"form", "execution", "ms", "first_step_seconds", "tokens_per_second"},
+}
+ROWS = {"gpt": 11, "equal_time": 7, "products": 4, "convolutions": 7, "resnet": 4, "compiled": 8}
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def measure(folder: Path, parts: str, seconds: float = 60, device: str = "cpu") -> dict[str, Any]:
+    """Run parts at toy size in this process."""
+    end, chosen = time.time() + seconds, parts.split(",")
+    worker.measure(Namespace(out=folder, device=device, end=end, parts=chosen, toy=True, data=None))
+    return results(folder)
+
+
+def worker_of(folder: Path, parts: str) -> subprocess.Popen[bytes]:
+    end = str(time.time() + 60)
+    options = ["--out", str(folder), "--parts", parts, "--end", end, "--toy", "--device", "cpu"]
+    line = [sys.executable, "-m", "benchmarks.gpu.worker", *options]
+    return subprocess.Popen(line, env=ENV, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the command at toy size."""
+    folder = tmp_path_factory.mktemp("gpu")
+    line = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder)]
+    line += ["--toy", "--device", "cpu", "--minutes", "4"]
+    subprocess.run(line, env=ENV, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", SHARES)
+def test_every_part_has_all_its_rows_whole(everything: Path, part: str) -> None:
+    found = results(everything)["parts"][part]
+    assert found["status"] == "done", found
+    assert len(found["rows"]) == ROWS[part]
+    for key, row in found["rows"].items():
+        assert COLUMNS[part] <= set(row), (key, row)
+        assert "error" not in row
+
+
+@pytest.mark.slow
+def test_each_run_of_equal_time_has_its_points_and_decays_are_cut(everything: Path) -> None:
+    found = results(everything)["parts"]["equal_time"]
+    assert {"text", "train_bytes", "held_out_bytes", "sha256"} <= set(found["text"])
+    for row in found["rows"].values():
+        for key in ("seconds", "steps", "flops"):
+            values = [point[key] for point in row["points"]]
+            assert values == sorted(values)
+            assert values[-1] > values[0] == 0
+        assert row["seconds"] >= found["seconds_a_run"]
+        assert row["warnings"] == []
+        assert bool(row["cuts"]) == (row["form"] == "decay")
+        assert row["cut_seconds"] == pytest.approx(sum(cut["seconds"] for cut in row["cuts"]))
+        assert row["cut_seconds"] <= row["seconds"]
+    full, low = (found["rows"][key] for key in ("full rank", "low rank 1/4"))
+    assert full["flops_relative_per_step"] == 1 > low["flops_relative_per_step"]
+
+
+@pytest.mark.slow
+def test_tables_have_a_line_for_each_row_and_the_conditions(everything: Path) -> None:
+    text = tables(everything)
+    for part, number in ROWS.items():
+        section = text.split(f"## {part}\n")[1].split("\n## ")[0].split("Held-out loss")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| ")]
+        assert len(rows) == number + 1
+    about = results(everything)["about"]
+    assert about["versions"]["torch"] in text
+    assert str(ROOT) not in json.dumps(results(everything))
+
+
+def test_a_part_that_raises_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(bench: Bench) -> None:
+        bench.put("a row", ms=1.0)
+        raise ArithmeticError("no such product")
+
+    monkeypatch.setattr(products, "run", fails)
+    parts = measure(tmp_path, "products,convolutions")["parts"]
+    assert parts["products"]["status"] == "failed"
+    assert parts["products"]["error"] == "ArithmeticError: no such product"
+    assert parts["products"]["rows"] == {"a row": {"ms": 1.0}}
+    assert parts["convolutions"]["status"] == "done"
+    assert "no such product" in tables(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "recorded"),
+    [
+        (torch.OutOfMemoryError("of 1 TiB"), "out of memory"),
+        (ValueError("odd"), "ValueError: odd"),
+    ],
+)
+def test_a_row_that_raises_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, recorded: str
+) -> None:
+    make = convolutions._made
+
+    def fails(channels: int, form: object, device: CPU) -> torch.nn.Module:
+        if "merged" in str(form):
+            raise error
+        return make(channels, form, device)
+
+    monkeypatch.setattr(convolutions, "_made", fails)
+    part = measure(tmp_path, "convolutions")["parts"]["convolutions"]
+    errors = {key: row["error"] for key, row in part["rows"].items() if "error" in row}
+    assert list(errors.values()) == [recorded] * 2
+    assert sum("ms" in row for row in part["rows"].values()) == ROWS["convolutions"] - 2
+    assert recorded in tables(tmp_path)
+
+
+def test_a_device_that_no_longer_works_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(bench: Bench) -> None:
+        with bench.attempt("a row"):
+            monkeypatch.setattr(CPU, "usable", lambda device: False)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(products, "run", fails)
+    with pytest.raises(SystemExit):
+        measure(tmp_path, "products,convolutions")
+    parts = results(tmp_path)["parts"]
+    assert parts["products"]["status"] == "failed"
+    assert "convolutions" not in parts
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_middle_leaves_a_valid_file_with_the_rows_so_far(tmp_path: Path) -> None:
+    process, path = worker_of(tmp_path, "gpt"), tmp_path / "results.json"
+    until = time.monotonic() + 50
+    while not (path.exists() and '"ms"' in path.read_text()):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    part = results(tmp_path)["parts"]["gpt"]
+    assert part["status"] == "running"
+    assert any("ms" in row for row in part["rows"].values())
+    assert "| full rank |" in tables(tmp_path)
+
+
+def test_after_a_process_that_died_another_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[str]] = []
+
+    def process(options: Namespace, parts: list[str], end: float) -> int:
+        asked.append(parts)
+        record = Record(options.out)
+        record.part(parts[0], status="running")
+        record.row(parts[0], "a row", {"form": "plain"})
+        if len(asked) == 1:
+            return -9
+        for name in parts:
+            record.part(name, status="done", seconds=1.0)
+        return 0
+
+    monkeypatch.setattr(command, "_process", process)
+    assert command.main(["--out", str(tmp_path), "--parts", "convolutions,products,gpt"]) == 0
+    assert asked == [["gpt", "products", "convolutions"], ["products", "convolutions"]]
+    parts = results(tmp_path)["parts"]
+    assert parts["gpt"] | {"rows": {}} == {
+        "rows": {}, "status": "stopped", "error": "its process ended with -9"
+    }  # fmt: skip
+    assert [parts[name]["status"] for name in asked[1]] == ["done", "done"]
+    with pytest.raises(SystemExit):  # there are results already
+        command.main(["--out", str(tmp_path)])
+    assert "has results already" in capsys.readouterr().err
+
+
+def test_without_a_gpu_it_says_so_and_stops(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(RuntimeError, match="sees no GPU"):
+        device_of("cuda")
+
+
+def test_the_deadline_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "TOY", replace(TOY, rounds=10**6, longest=60.0))
+    begun = time.monotonic()
+    parts = measure(tmp_path, "products,convolutions", seconds=6)["parts"]
+    assert time.monotonic() - begun < 16
+    assert [part["status"] for part in parts.values()] == ["out of time"] * 2
+    assert sum(part["seconds_allowed"] for part in parts.values()) <= 7
+    assert any("n" in row for part in parts.values() for row in part["rows"].values())
+
+
+def test_a_part_that_does_not_look_at_its_deadline_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, bool]] = []
+    watch = worker.faulthandler
+    monkeypatch.setattr(
+        watch, "dump_traceback_later", lambda s, exit, file: asked.append((s, exit))
+    )
+    part = measure(tmp_path, "products", seconds=30)["parts"]["products"]
+    assert asked == [(pytest.approx(part["seconds_allowed"] + worker.GRACE, rel=1e-4), True)]
+
+
+def test_the_time_that_a_part_leaves_is_for_those_after_it() -> None:
+    parts, left, allowed = list(SHARES), 540.0, []
+    for i, name in enumerate(parts):
+        allowed.append(allowance(name, parts[i + 1 :], left))
+        left -= allowed[-1]
+    assert sum(allowed) == pytest.approx(540)
+    assert allowed == pytest.approx([540 * s / sum(SHARES.values()) for s in SHARES.values()])
+    assert allowance("compiled", [], 100.0) == pytest.approx(100)
+
+
+def test_the_file_is_valid_whatever_is_written(tmp_path: Path) -> None:
+    record = Record(tmp_path)
+    record.part("gpt", status="running")
+    record.row("gpt", "a", {"loss": float("nan"), "path": Path("x"), "list": (1.23456789, None)})
+    row = results(tmp_path)["parts"]["gpt"]["rows"]["a"]
+    assert row == {"loss": None, "path": "x", "list": [1.23457, None]}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert Record(tmp_path).data == results(tmp_path)
+
+
+def test_books_are_read_from_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "books" / "split"
+    folder.mkdir(parents=True)
+    (folder / "train_1mb.txt").write_bytes(b"abc" * 10)
+    (folder / "valid.txt").write_bytes(b"xyz")
+    text = read_text(tmp_path, 20)
+    assert (text.train.tolist(), text.held_out.tolist()) == ([*(b"abc" * 7)[:20]], [*b"xyz"])
+    assert text.about()["text"] == "books"
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "books", 20)
+
+
+def test_only_torch_and_numpy_are_needed() -> None:
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("pydantic", "typer", "rich", "safetensors", "sklearn"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import benchmarks.gpu.worker
+from benchmarks.gpu.parts import compiled, convolutions, equal_time, gpt, products, resnet
+import dynarank as dr
+dr.RankScheduler, dr.schedules.decay
+"""
+    subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, check=True)
+
+
+def test_the_gpu_is_waited_for_before_times_are_read() -> None:
+    with pretended_cuda() as calls:
+        seconds = CUDA().seconds(lambda: calls.names.append("step"), 2)
+    assert len(seconds) == 2
+    assert calls.names == [
+        "synchronize", "record", "step", "record", "step", "record", "synchronize",
+        "elapsed_time", "elapsed_time",
+    ]  # fmt: skip
+
+
+def test_the_memory_is_that_of_the_allocator() -> None:
+    with pretended_cuda() as calls:
+        device = CUDA()
+        device.reset_peak()
+        assert (device.peak(), device.allocated()) == (2_000_000, 1_000_000)
+        device.free()
+    assert calls.names == [
+        "synchronize", "reset_peak_memory_stats", "synchronize", "max_memory_allocated",
+        "memory_allocated", "empty_cache",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [None, "580.1, 1980 MHz, 3201 MHz, 1980 MHz, 99 W, 700 W, 40\n"])
+def test_clocks_are_read_if_they_can_be(
+    monkeypatch: pytest.MonkeyPatch, answer: str | None
+) -> None:
+    def run(*args: Any, **options: Any) -> Any:
+        if answer is None:
+            raise FileNotFoundError("nvidia-smi")
+        return Namespace(stdout=answer)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    found = CUDA().clocks()
+    assert found == {} if answer is None else found["clocks.sm"] == "1980 MHz"
+
+
+def test_a_pretended_gpu_refuses_what_a_gpu_does() -> None:
+    with pretended_cuda():
+        on, off = torch.ones(3, device="cuda"), torch.ones(3)
+        assert (on * 2).device.type == off.to("cuda").device.type == "cuda"
+        assert off.device.type == on.to("cpu").device.type == "cpu"
+        with pytest.raises(MixedDevicesError):
+            on + off
+        with torch.device("cuda"):
+            layer = torch.nn.Linear(3, 3)
+        with pytest.raises(MixedDevicesError):
+            layer(off)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [part for part in SHARES if part != "compiled"])
+def test_nothing_is_on_the_wrong_device(tmp_path: Path, part: str) -> None:
+    with pretended_cuda() as calls:
+        found = measure(tmp_path, part, device="cuda")
+    assert found["about"]["device"]["name"] == "pretended"
+    rows = found["parts"][part]["rows"]
+    assert found["parts"][part]["status"] == "done"
+    assert len(rows) == ROWS[part]
+    assert not [row["error"] for row in rows.values() if "error" in row]
+    assert "synchronize" in calls.names
+
+
+def test_one_that_fails_among_candidates_is_out(tmp_path: Path) -> None:
+    record, told = Record(tmp_path), dict[str, int]()
+    record.part("gpt", status="running")
+    bench = Bench("gpt", CPU(), replace(TOY, rounds=3), Deadline(60), record)
+
+    def fails() -> None:
+        raise torch.OutOfMemoryError
+
+    steps: dict[str, Callable[[], object]] = {"a": lambda: None, "b": fails, "c": lambda: None}
+    bench.alternate(steps, lambda key, seconds: told.update({key: len(seconds)}))
+    assert told == {"a": 3, "c": 3}
+    assert record.data["parts"]["gpt"]["rows"] == {"b": {"error": "out of memory"}}
