@@ -62,7 +62,8 @@ class _Tagged(TorchFunctionMode):
         tensors = [value for value in given if isinstance(value, Tensor)]
         self._check(name, tensors)
         asked = next((device for value in given if (device := _named(value))), None)
-        args, kwargs = tree_map(lambda v: _CPU if _named(v) == _CUDA else v, (args, kwargs))
+        if asked == _CUDA:
+            args, kwargs = tree_map(lambda v: _CPU if _named(v) == _CUDA else v, (args, kwargs))
         result = func(*args, **kwargs)
         known = [tag for one in tensors if (tag := self._tag(one)) not in (None, asked)]
         if asked and known and any(result is one for one in tensors):

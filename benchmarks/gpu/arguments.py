@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks.gpu.schedule import SHARES
+from benchmarks.gpu.timetable import SHARES
 
 __all__ = ["parser"]
 

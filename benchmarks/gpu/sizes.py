@@ -46,7 +46,7 @@ class Sizes:
     repeats: int = 2
     rounds: int = 5
     width: int = 1024
-    layers: int = 6
+    layers: int = 4
     window: int = 512
     windows: int = 32
     longest: float = 90.0

@@ -17,8 +17,8 @@ from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.device import Device, device_of
 from benchmarks.gpu.facts import facts
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.schedule import GRACE, allowance
 from benchmarks.gpu.sizes import FULL, TOY
+from benchmarks.gpu.timetable import GRACE, allowance
 
 __all__ = ["measure"]
 
@@ -30,7 +30,6 @@ def measure(options: Namespace) -> None:
         SystemExit: after an error that leaves the device of no use to this process.
     """
     record, device = Record(options.out), device_of(options.device)
-    torch.backends.cudnn.benchmark = True
     record.about(toy=options.toy, **facts(device))
     end = Deadline(options.end - time.time())
     parts: list[str] = options.parts
@@ -60,7 +59,9 @@ def _part(name: str, seconds: float, record: Record, device: Device, options: Na
         status = {"status": "failed", "error": f"{type(error).__name__}: {error}"[:2000]}
     finally:
         faulthandler.cancel_dump_traceback_later()
-    record.part(name, **status, seconds=time.monotonic() - begun, clocks=device.clocks())
+    spent = time.monotonic() - begun
+    record.part(name, **status, seconds=spent, clocks=device.clocks())
+    print(f"{name}: {status['status']}, {spent:.1f} s", file=sys.stderr, flush=True)
     if device.usable():
         device.free()
 
@@ -68,6 +69,7 @@ def _part(name: str, seconds: float, record: Record, device: Device, options: Na
 def _main() -> None:
     found = parser()
     found.add_argument("--end", type=float, required=True)
+    torch.backends.cudnn.benchmark = True
     measure(found.parse_args())
 
 

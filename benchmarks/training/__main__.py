@@ -37,6 +37,8 @@ def main() -> None:
                      help="stop after this time; unfinished runs go on next time")  # fmt: skip
     run.add_argument("--scratch", type=Path, default=ROOT / "build" / "evidence",
                      help="where unfinished runs are kept")  # fmt: skip
+    run.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "training" / "results",
+                     help="where the records are; default: those of the repository")  # fmt: skip
     commands.add_parser("status", help="how many runs each experiment has, and how many it needs")
     commands.add_parser("write", help="write docs/evidence.md and its pictures from the records")
     given = parser.parse_args()
@@ -44,9 +46,9 @@ def main() -> None:
         if given.data is None:
             parser.error("run needs the data sets: --data DIR or DYNARANK_DATA")
         sys.exit(start(given))
-    from benchmarks.training.harness import report
+    from benchmarks.training.harness import evidence
 
-    report.status() if given.command == "status" else report.write()
+    evidence.status() if given.command == "status" else evidence.write()
 
 
 def start(given: argparse.Namespace) -> int:
@@ -56,7 +58,8 @@ def start(given: argparse.Namespace) -> int:
     for name in (chosen := given.experiments or list(names())):
         get(name)  # a wrong name is an error before any run
     code = "import sys; from benchmarks.training.__main__ import work; work(sys.argv[1:])"
-    arguments = [str(given.data), str(given.scratch), str(60 * given.minutes), *chosen]
+    folders = [str(path.resolve()) for path in (given.data, given.scratch, given.results)]
+    arguments = [*folders, str(60 * given.minutes), *chosen]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *arguments]
     workers = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(given.workers)]
@@ -69,14 +72,15 @@ def start(given: argparse.Namespace) -> int:
 
 def work(arguments: list[str]) -> None:
     """Be one worker."""
-    data, scratch, seconds, *experiments = arguments
+    *folders, seconds = arguments[:4]
+    data, scratch, results = map(Path, folders)
     import torch
 
     from benchmarks.training.harness.worker import Worker
 
     torch.set_num_threads(1)
     deadline = time.monotonic() + float(seconds)
-    Worker(experiments, Path(data), Path(scratch), deadline=deadline).work()
+    Worker(arguments[4:], data, scratch, results, deadline).work()
 
 
 if __name__ == "__main__":

@@ -23,12 +23,17 @@ from benchmarks.gpu import worker
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.device import CPU, CUDA, device_of
+from benchmarks.gpu.forms import plans
+from benchmarks.gpu.models import filled
 from benchmarks.gpu.parts import convolutions, products
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.schedule import SHARES, allowance
 from benchmarks.gpu.sizes import TOY
 from benchmarks.gpu.tables import tables
 from benchmarks.gpu.text import read_text
+from benchmarks.gpu.timetable import SHARES, allowance
+from dynarank.cost import trace
+from dynarank.cost.stand_in import meta_copy
+from dynarank.train.gpt import GPT
 
 ROOT = Path(__file__).parents[2]
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT / "src"), str(ROOT)))}
@@ -291,6 +296,28 @@ import dynarank as dr
 dr.RankScheduler, dr.schedules.decay
 """
     subprocess.run([sys.executable, "-c", code], env=ENV, cwd=ROOT, check=True)
+
+
+def test_models_without_a_decomposition_have_the_parameters_of_their_plan() -> None:
+    outline = meta_copy(GPT(32, 8, width=32, depth=1, heads=2))
+    use = trace(outline, torch.zeros(2, 8, dtype=torch.long, device="meta"))
+    for name, plan in plans(use, 4).items():
+        model = filled(outline, plan, CPU())
+        held = [p.numel() for p in model.parameters()]
+        trained = [p.numel() for p in model.parameters() if p.requires_grad]
+        assert (sum(trained), sum(held)) == use.parameters(plan), name
+        assert all(bool(p.isfinite().all()) for p in model.parameters())
+        assert all(bool(p.any()) for p in model.parameters() if p.ndim > 1)
+
+
+def test_rounded_ranks_are_multiples_and_cost_no_more() -> None:
+    use = trace(GPT(32, 8, width=64, depth=1, heads=2), torch.zeros(2, 8, dtype=torch.long))
+    found = plans(use, 8)
+    for name, plan in found.items():
+        if name.endswith("ranks 8 k"):
+            assert all(form.rank % 8 == 0 for form in plan.values())
+            whole = found[name.partition(",")[0]]
+            assert use.flops(plan).training <= use.flops(whole).training
 
 
 def test_the_gpu_is_waited_for_before_times_are_read() -> None:

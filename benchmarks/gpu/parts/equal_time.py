@@ -3,7 +3,7 @@
 Each run trains for the same seconds, in which cuts count. A schedule needs to know how many steps
 that will be: the steps of each phase and a cut are timed before, the cut on one block of the model,
 and it is multiplied by the number of blocks. The decay costs the FLOPs of the fixed low rank, step
-for step; it makes as many of its eight cuts as take a quarter of the time at most.
+for step; it makes as many of its eight cuts as take a third of the time at most.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dynarank.cost.stand_in import meta_copy
 __all__ = ["run"]
 
 _RATE = 4e-4
-_CUTS, _CUT_SHARE = 8, 0.25
+_CUTS, _CUT_SHARE = 8, 1 / 3
 _BEFORE = 0.06  # of the part's time, to time steps and cuts
 
 

@@ -135,6 +135,8 @@ def dynamic_rank(
         Budgeted(budget=Within(flops=0.5, multiple_of=1), fitted=False)
         >>> type(dynamic_rank(0.5, inflate=0.37, deflate=0.80)).__name__
         'DynamicRank'
+
+    Evidence: ``docs/evidence.md``, beside fixed low rank and the paper's order.
     """
     given: dict[str, Any] = dict(
         rank=rank, inflate=inflate, deflate=deflate, to=to, length=length, alpha=alpha,

@@ -34,10 +34,11 @@ __all__ = ["BUDGET", "Decay"]
 BUDGET = Within(flops=0.5, of="layers", multiple_of=1)
 """The total cost if nothing is said: of the layers, so that any model can meet it."""
 
-# From the exploration of 2026-11-28 (benchmarks/training/schedules; a GPT and MLPs, one CPU core,
-# n = 1 to 4): at equal cost many small cuts did better than one or two on the GPT, and as well on
-# the MLPs. The smaller the budget, the earlier: where the layers had a share b of their cost, the
-# last cut did best at 10% of the run for b = .15, at 40% for .33, at 60 to 80% from .5 on.
+# From the exploration of 2026-11-28 (benchmarks/training/results/2026-11-28-exploration; a GPT and
+# MLPs, one CPU core, n = 1 to 4): at equal cost many small cuts did better than one or two on the
+# GPT, and as well on the MLPs. The smaller the budget, the earlier: where the layers had a share b
+# of their cost, the last cut did best at 10% of the run for b = .15, at 40% for .33, at 60 to 80%
+# from .5 on. What they give on other seeds: docs/evidence.md.
 CUTS = 8
 LATEST, LAST_PER_SQUARE = 0.8, 4.0  # the last cut, at 4 b^2 of the run
 FIRST = 1 / 40  # of the time of the last cut
@@ -81,6 +82,8 @@ class Decay(RankSchedule):
         [(0, FullRank()), (2, Within(flops=0.6, multiple_of=1)), ...]
         >>> round(schedule.cost(100), 4), Decay(total=0.5).budgets(100)[-1]
         (0.56, 0.388531)
+
+    Evidence: ``docs/evidence.md``, against fixed low rank of the same FLOPs.
     """
 
     end: float | Within | None = None

@@ -82,6 +82,8 @@ def low_rank(
         LowRankThroughout(rank=8, decomposition='svd')
         >>> low_rank(budget=0.5)(Clock(0, 10), Readings({"a": (64, 64)}))
         {'a': Within(flops=0.5, ranks='uniform', multiple_of=1)}
+
+    Evidence: ``docs/evidence.md``: with its own learning rate it is often enough.
     """
     if rank is not None and budget is not None:
         raise ValueError(

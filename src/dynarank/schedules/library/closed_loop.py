@@ -181,6 +181,8 @@ class ClosedLoop(RankSchedule):
         >>> schedule.update(schedule.start(), Clock(0, 100), Readings({"a": (64, 64)})).plan
         {'a': LowRank(rank=8, decomposition='svd')}
 
+    Evidence: ``docs/evidence.md``, beside fixed low rank of the same FLOPs.
+
     Reference:
         Roy and Vetterli, "The effective rank", 2007, for the measure. Ending full-rank training at
         a plateau of the stable rank is the rule of Wang et al., "Cuttlefish", arXiv 2305.02538,

@@ -46,6 +46,8 @@ class Cuttlefish(RankSchedule):
         >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (8, 8)})).plan
         {'a': FullRank()}
 
+    Evidence: ``docs/evidence.md``, beside fixed low rank of the same FLOPs.
+
     Reference:
         Wang et al., "Cuttlefish: Low-Rank Model Training without All the Tuning", arXiv 2305.02538,
         2023; the details of the rule are those of its code.

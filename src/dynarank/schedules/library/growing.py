@@ -54,6 +54,8 @@ class Growing(RankSchedule):
         >>> schedule.update(schedule.start(), Clock(0, 9), Readings({"a": (64, 64)})).plan
         {'a': LowRank(rank=6, decomposition='svd')}
 
+    Evidence: ``docs/evidence.md``, beside fixed low rank of the same FLOPs.
+
     Reference:
         Zhao, Zhang, Chen, Schaefer, Anandkumar, "InRank: Incremental Low-Rank Learning", arXiv
         2306.11250, 2023; the rule is that of InRank-Efficient in its code.

@@ -29,6 +29,8 @@ class LoRA(RankSchedule):
         >>> LoRA(4).form
         Adapted(rank=4, decomposition='svd', alpha=8.0)
 
+    Evidence: ``docs/evidence.md``, beside fixed low rank of the same FLOPs.
+
     Reference:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, 2021.
     """

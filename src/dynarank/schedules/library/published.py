@@ -39,6 +39,8 @@ class Published(RankSchedule):
         >>> Published(8, decomposition="tucker").last
         Adapted(rank=8, decomposition='tucker', alpha=1.0, execution='two-branch')
 
+    Evidence: ``docs/evidence.md``, beside fixed low rank of the same FLOPs.
+
     Reference:
         Shin, Jung, Hong, Lee, "Dynamic Rank Adjustment for Accurate and Efficient Neural Network
         Training", arXiv 2508.08625, 2025, and its code.

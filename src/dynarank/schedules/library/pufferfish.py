@@ -37,6 +37,8 @@ class Pufferfish(RankSchedule):
         {'stem': FullRank(), 'conv': LowRank(rank=Rank(value=0.25, of='min', multiple_of=1), \
 decomposition='svd')}
 
+    Evidence: ``docs/evidence.md``, beside fixed low rank of the same FLOPs.
+
     Reference:
         Wang, Agarwal, Papailiopoulos, "Pufferfish: Communication-efficient Models At No Extra
         Cost", arXiv 2103.03936, 2021. The defaults are those of its ResNet-18 on CIFAR-10.

@@ -38,6 +38,8 @@ class ReLoRA(RankSchedule):
         >>> schedule(Clock(15000, 20000), Readings({"a": (8, 8)}))
         {'a': Adapted(rank=4, decomposition='svd', alpha=32.0, restart=2)}
 
+    Evidence: ``docs/evidence.md``, beside fixed low rank of the same FLOPs.
+
     Reference:
         Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", arXiv 2307.05695,
         2023. The defaults are its code's, and those of its 20,000-step runs.

@@ -6,8 +6,9 @@ to compile a model.
 - gpt: a step of 16,384 tokens at depth 12 is 17, 36 and 64 TFLOP at full rank for widths 1024, 1536
   and 2048; the eleven forms cost 7.2 times as much together; 2 + 5 x 2 steps of each: 10,100 TFLOP,
   67 s in practice, of 86 s. If it takes longer, the widest model is repeated less often.
-- equal_time: it divides what it has, 290 s, into runs of about 40 s: at depth 6 a step is 8 TFLOP
-  at full rank, thus 800 steps of 16,384 bytes in practice.
+- equal_time: it divides what it has, 290 s, into runs of about 40 s: at depth 4 a step is 5.4
+  TFLOP at full rank, thus 1,100 steps of 16,384 bytes in practice. For a cut 0.3 s a matrix is
+  assumed, 5 s in all: two cuts.
 - products: 52 steps of 48 candidates, 750 TFLOP in all: 5 s in practice. convolutions: 52 steps of
   21 candidates, at most 0.22 TFLOP each: 2 s.
 - resnet: kernel launches limit it; at 10 ms a step an epoch is 4 s: two or three rounds of four

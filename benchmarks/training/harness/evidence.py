@@ -1,0 +1,121 @@
+"""What of docs/evidence.md is written from the records: its tables, verdicts and pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from benchmarks.training.harness import pictures, tables
+from benchmarks.training.harness.experiment import get, names
+from benchmarks.training.harness.store import Store
+from benchmarks.training.harness.summary import FULL, Summaries
+
+ROOT = Path(__file__).parents[3]
+PAGE = ROOT / "docs" / "evidence.md"
+PICTURES = ROOT / "docs" / "images" / "evidence"
+OVERVIEW = ("mlp_256", "gpt_characters", "resnet_fashion")
+"""The problems of the picture that decides."""
+_SWITCHED = (FULL, "fixed 1/2", "paper, svd", "paper, low-rank ending")
+_BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+
+
+def recorded() -> list[str]:
+    """The experiments that have runs of full rank to compare with."""
+    return [name for name in names() if FULL in Summaries(name).arms]
+
+
+def blocks() -> dict[str, str]:
+    """Each block of the page by its name, as it has to be."""
+    found = {name: Summaries(name) for name in recorded()}
+    return {name: block(one) for name, one in found.items()} | {
+        f"{name}/restored": tables.restored(one)
+        for name, one in found.items()
+        if any(arm.startswith("paper") for arm in one.arms)
+    }
+
+
+def block(found: Summaries) -> str:
+    """The picture, the table and the verdicts of an experiment."""
+    experiment, name = found.experiment, found.name
+    shown = "times" if name.endswith("grid") else "front"
+    parts = [
+        f"### {experiment.title}",
+        f"![{experiment.title}](images/evidence/{name}-{shown}.svg)",
+        tables.table(found),
+        *([experiment.note] if experiment.note else []),
+        *([] if shown == "times" else [tables.verdict(found)]),
+        tables.verdict_to_full(found),
+        *_unfinished(found),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _unfinished(found: Summaries) -> Iterator[str]:
+    """What is missing of the experiment, or diverged."""
+    wanted = len(found.experiment.seeds)
+    short = {arm: one.n for arm, one in found.arms.items() if one.n < wanted}
+    missing = [a.name for a in found.experiment.arms if a.name not in found.arms and not a.spends]
+    if short or missing:
+        words = [*(f"{arm} (n = {n})" for arm, n in short.items()), *missing]
+        yield f"Not run yet on all {wanted} seeds: {', '.join(words)}."
+    if found.diverged:
+        names_ = sorted({f"{run['arm']}, seed {run['seed']}" for run in found.diverged})
+        yield f"Diverged: {'; '.join(names_)}."
+
+
+def drawings() -> dict[str, tuple[Summaries | list[Summaries], Callable[[Path], None]]]:
+    """Each picture by its file's name, with what it is drawn from."""
+    found = {name: Summaries(name) for name in recorded()}
+    drawn: dict[str, tuple[Summaries | list[Summaries], Callable[[Path], None]]] = {}
+    for name, one in found.items():
+        if name.endswith("grid"):
+            drawn[f"{name}-times"] = one, partial(pictures.times, one)
+            continue
+        drawn[f"{name}-front"] = one, partial(pictures.fronts, one)
+        arms = [arm for arm in _SWITCHED if arm in one.arms]
+        if len(arms) == len(_SWITCHED):
+            drawn[f"{name}-lambda"] = one, partial(pictures.lambdas, one, arms)
+        if one.experiment.values:
+            drawn[f"{name}-weights"] = one, partial(pictures.weights, one, arms)
+    chosen = [found[name] for name in OVERVIEW if name in found]
+    drawn["overview"] = chosen, partial(pictures.overview, chosen)
+    return drawn
+
+
+def write() -> None:
+    """Write the blocks of the page and the pictures."""
+    wanted, text = blocks(), PAGE.read_text(encoding="utf-8")
+    if missing := wanted.keys() - {found[2] for found in _BLOCK.finditer(text)}:
+        print(f"{PAGE.name} has no place yet for: {', '.join(sorted(missing))}")
+    PAGE.write_text(_BLOCK.sub(lambda m: _filled(m, wanted), text), encoding="utf-8")
+    for name, (_, draw) in drawings().items():
+        draw(PICTURES / f"{name}.svg")
+    print(f"wrote {PAGE.relative_to(ROOT)} and {len(drawings())} pictures")
+
+
+def _filled(found: re.Match[str], wanted: dict[str, str]) -> str:
+    if found[2] not in wanted:
+        raise ValueError(f"{PAGE.name} has a block {found[2]!r}; there are {', '.join(wanted)}")
+    return f"{found[1]}{wanted[found[2]]}{found[3]}"
+
+
+def stale_pictures() -> list[str]:
+    """The pictures that are missing, or drawn from other records than there are now."""
+    stale: list[str] = []
+    for name, (found, _) in drawings().items():
+        path = PICTURES / f"{name}.svg"
+        if not path.exists() or pictures.digest(found) not in path.read_text(encoding="utf-8"):
+            stale.append(path.name)
+    return stale
+
+
+def status() -> None:
+    """Print how many reported runs each experiment has."""
+    for name in names():
+        experiment, runs = get(name), Store(name).runs()
+        done = sum(run["part"] == "test" for run in runs)
+        wanted = len(experiment.arms) * len(experiment.seeds)
+        hours = sum(run["cpu_seconds"] for run in runs) / 3600
+        print(f"{name:16} {done:4} of {wanted:4} runs, {len(runs) - done:4} to tune, {hours:.2f} h")

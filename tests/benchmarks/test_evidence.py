@@ -1,0 +1,105 @@
+"""The tables, verdicts and pictures of docs/evidence.md are those of the records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scipy import stats
+
+from benchmarks.training.harness import evidence, pictures, tables
+from benchmarks.training.harness.statistics import holm, on_front, paired
+from benchmarks.training.harness.store import Store
+from benchmarks.training.harness.summary import Summaries
+
+ONE = {0: 3.0, 1: 4.0, 2: 5.5, 7: 1.0}
+OTHER = {0: 2.0, 1: 3.5, 2: 4.0, 8: 9.0}
+
+
+def test_paired_differences_are_those_of_scipy() -> None:
+    found = paired(ONE, OTHER)
+    assert found is not None and found.n == 3
+    tested = stats.ttest_rel([3.0, 4.0, 5.5], [2.0, 3.5, 4.0])
+    low, high = tested.confidence_interval()
+    assert (found.p, found.low, found.high) == pytest.approx((tested.pvalue, low, high))
+    assert paired(ONE, {0: 1.0}) is None
+    assert paired({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p == 1.0  # pyright: ignore
+    assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).p == 0.0  # pyright: ignore
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_front_by_hand() -> None:
+    points = {"a": (1.0, 5.0), "b": (0.5, 5.0), "c": (0.2, 3.0), "d": (0.6, 4.9), "e": (0.5, 5.0)}
+    assert on_front(points) == {"b", "c", "e"}
+
+
+def made_up(**results: list[float]) -> Summaries:
+    """Summaries of the first experiment with these results, at these arms' own FLOPs."""
+    flops = {"full rank": 1.0, "decay 0.5": 0.5, "fixed 0.5 FLOPs": 0.49}
+    runs = [
+        {
+            "arm": arm, "seed": seed, "part": "test", "result": {"accuracy": value},
+            "flops": flops[arm], "end_flops": flops[arm] * 0.9, "changes": [], "points": [],
+            "setting": {"rate": 1.0, "start": "norm", "decay": "factors"}, "parameters_mean": 1,
+            "memory_peak": 1, "cpu_seconds": 1.0,
+        }
+        for arm, values in results.items()
+        for seed, value in enumerate(values)
+    ]  # fmt: skip
+    return Summaries("mlp_256", runs)
+
+
+FULL, FIXED = [90.0, 91.0, 90.5, 90.2, 90.9], [80.0, 81.0, 80.4, 80.1, 81.1]
+
+
+def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
+    met = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FIXED, "decay 0.5": [
+        value - 0.001 * (-1) ** i for i, value in enumerate(FULL)]})  # fmt: skip
+    assert met.counterpart("decay 0.5") == "fixed 0.5 FLOPs"
+    assert tables.verdict(met) == "Better than fixed low rank of the same FLOPs: decay 0.5."
+    assert tables.verdict_to_full(met).startswith("Worse than full rank: fixed 0.5 FLOPs. Not")
+    assert tables.verdict_to_full(met).endswith("by: decay 0.5 (0.500, last network 0.450).")
+    worse = made_up(**{"full rank": FULL, "decay 0.5": [value - 1 for value in FULL]})
+    assert worse.counterpart("decay 0.5") is None
+    assert tables.verdict(worse) == ""
+    assert tables.verdict_to_full(worse).endswith("by: no arm.")
+
+
+def test_a_smaller_loss_is_better() -> None:
+    found = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FIXED})
+    found.sign = -1
+    difference = found.difference("fixed 0.5 FLOPs", "full rank")
+    assert difference is not None and difference.low > 9
+
+
+def test_every_recorded_experiment_has_its_place_on_the_page() -> None:
+    text = evidence.PAGE.read_text(encoding="utf-8")
+    for name in evidence.blocks():
+        assert f"<!-- begin {name} -->" in text
+
+
+def test_the_pictures_are_drawn_from_the_records() -> None:
+    assert evidence.stale_pictures() == [], "python -m benchmarks.training write"
+
+
+def test_a_picture_of_other_records_is_noticed(tmp_path: Path, monkeypatch: object) -> None:
+    name = evidence.recorded()[0]
+    found = Summaries(name)
+    before = pictures.digest(found)
+    next(iter(found.arms.values())).runs[0]["result"]["accuracy"] = 1.0
+    assert pictures.digest(found) != before
+
+
+def test_tuning_runs_are_never_reported() -> None:
+    for name in evidence.recorded():
+        tuning = set(Summaries(name).experiment.tuning)
+        assert all(
+            run["seed"] not in tuning or run["part"] == "valid" for run in Store(name).runs()
+        )
+        reported = (run for arm in Summaries(name).arms.values() for run in arm.runs)
+        assert all(run["part"] == "test" and run["seed"] not in tuning for run in reported)

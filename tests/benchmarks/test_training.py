@@ -1,0 +1,278 @@
+"""The harness of the experiments: runs go on after a kill, arms are tuned, records are kept."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dynarank as dr
+from benchmarks.training.harness import arms
+from benchmarks.training.harness.arm import Arm, Setting
+from benchmarks.training.harness.energy import joules
+from benchmarks.training.harness.experiment import Experiment, get, names
+from benchmarks.training.harness.extras import decay_products
+from benchmarks.training.harness.jobs import WAITING, ready, schedule_of, setting_of
+from benchmarks.training.harness.narrow import flops, width_for
+from benchmarks.training.harness.store import Store
+from benchmarks.training.harness.trial import Interrupted, Trial
+from benchmarks.training.harness.tuning import chosen, found, next_settings
+from benchmarks.training.problems.rows import Rows
+from dynarank.schedules import decay, low_rank
+
+ROOT = Path(__file__).parents[2]
+FULL = Arm("full rank", None, "full rank")
+FIXED = Arm("fixed 1/4", low_rank(dr.Rank(0.25, of="min")), "fixed", (1.0, 2.0))
+DECAY = Arm("decay", decay(total=0.7, cuts=[0.2, 0.5]), "decay")
+
+
+class Tiny(Rows):
+    """A three-layer network on random rows, 40 steps."""
+
+    layers, batch_size, rate = ["0", "2"], 8, 0.01
+
+    def __init__(self, _: Path | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(80, 16, generator=generator)
+        parts = {part: (x, (x[:, 0] > 0).long()) for part in ("train", "valid", "test")}
+        super().__init__(parts, epochs=4)
+
+    def network(self, width: float = 1.0) -> nn.Module:
+        w = round(32 * width)
+        return nn.Sequential(
+            nn.Linear(16, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 2)
+        )
+
+
+def experiment(*chosen: Arm, **options: object) -> Experiment:
+    options = {"seeds": (0, 1), "tuning": (100,), "points": 4, **options}
+    return Experiment("tiny", Tiny, list(chosen), **options)  # pyright: ignore
+
+
+def trial(arm: Arm, setting: Setting | None = None, **options: object) -> Trial:
+    setting = setting or Setting()
+    return Trial(experiment(arm, **options), Tiny(), arm, setting, 0, arm.schedule)
+
+
+def finished(one: Trial, folder: Path) -> dict:
+    one.run(folder)
+    result = one.result("test")
+    one.close()
+    times = {"cpu_seconds", "wall_seconds", "joules"}
+    points = [{k: v for k, v in p.items() if k not in times} for p in result["points"]]
+    return {k: v for k, v in result.items() if k not in times} | {"points": points}
+
+
+@pytest.mark.parametrize("at", [1, 8, 9, 21, 38])
+@pytest.mark.parametrize("arm", [FULL, DECAY, *arms.paper(), *arms.related(dr.Rank(0.25), 2)[-2:]],
+                         ids=lambda value: getattr(value, "name", str(value)))  # fmt: skip
+def test_a_run_goes_on_where_it_was_left_and_ends_the_same(
+    tmp_path: Path, arm: Arm, at: int
+) -> None:
+    whole = finished(trial(arm), tmp_path / "none")
+    left = trial(arm)
+    while left.seen["step"] < at:
+        left.step()
+    with pytest.raises(Interrupted):
+        left.run(tmp_path / "state", deadline=-math.inf)
+    left.close()
+    again = trial(arm)
+    assert finished(again, tmp_path / "state") == whole
+
+
+def test_costs_are_those_of_the_steps_that_ran(tmp_path: Path) -> None:
+    one = finished(trial(DECAY), tmp_path / "none")
+    assert one["flops"] == pytest.approx(0.7, abs=0.03)
+    assert one["end_flops"] < 0.7
+    assert one["parameters_peak"] == sum(p.numel() for p in Tiny().network().parameters())
+    assert one["parameters_end"] < one["parameters_mean"] < one["parameters_peak"]
+    assert 0 < one["memory_end"] < one["memory_peak"]
+    assert [c["step"] for c in one["changes"]] == [8, 20]
+    assert len(one["points"]) == 4
+    full = finished(trial(FULL), tmp_path / "none")
+    assert full["flops"] == full["end_flops"] == 1
+
+
+def test_a_narrower_network_costs_no_more_than_its_share() -> None:
+    problem = Tiny()
+    width = width_for(problem, 0.5)
+    assert flops(problem, width) <= 0.5 * flops(problem) < flops(problem, width + 0.05)
+    assert trial(arms.narrow(0.5)[0]).use.flops({}).training == flops(problem, width)
+
+
+def test_a_run_that_diverges_is_recorded_without_a_result(tmp_path: Path) -> None:
+    one = trial(FULL)
+    one.problem.training_loss = lambda *_: one.model[0].weight.sum() * torch.nan  # pyright: ignore
+    one.run(tmp_path / "none")
+    assert one.result("test")["result"] == {}
+
+
+def test_norms_and_decay_of_products() -> None:
+    kept = trial(FIXED, Setting(start="norm"))
+    whole = Tiny().model(0)
+    for path in ("0", "2"):
+        norm = kept.model.get_submodule(path).weight.norm().detach()
+        assert norm == pytest.approx(whole.get_submodule(path).weight.norm().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_the_decay_of_a_product_is_that_of_the_weight(sgd: bool) -> None:
+    """One step with no gradient but zero shrinks U D to first order as decay of W would."""
+    problem, model = Tiny(), Tiny().model(0)
+    dr.factorize(model, dr.Rank(0.25, of="min"), layers=problem.layers)
+    kind = torch.optim.SGD if sgd else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=1e-3, weight_decay=0.5)
+    decay_products(model, optimizer, problem)
+    up, down = model[0].up.detach().clone(), model[0].down.detach().clone()
+    head = model[4].weight.detach().clone()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    if sgd:  # an exact gradient step; Adam's first step after it is not one
+        torch.testing.assert_close(model[0].up, up - 5e-4 * up @ (down @ down.T))
+    assert (model[0].up - up).norm() > 0
+    torch.testing.assert_close(model[4].weight, head * (1 - 5e-4))  # the rest decays as before
+
+
+def run(arm: str, value: float | None, setting: Setting, seed: int = 100, part: str = "valid"):
+    result = {} if value is None else {"accuracy": value}
+    data = {"arm": arm, "part": part, "seed": seed, "setting": asdict(setting), "result": result}
+    return {"version": 1, **data, "flops": 0.4}
+
+
+def test_rates_are_tried_beyond_an_end_and_no_further_than_needed() -> None:
+    arm = Arm("a", None, "a", (1.0, 2.0))
+    best = {1.0: 1.0, 2.0: 2.0, 4.0: 3.0, 8.0: 2.5}
+    runs: list = []
+    for tried in ([1.0, 2.0], [4.0], [8.0], []):
+        wanted = next_settings(arm, found(arm, runs, "accuracy", True), (100,))
+        assert [one.rate for one in wanted] == tried
+        runs += [run("a", best[rate], Setting(rate)) for rate in tried]
+    assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(4.0)
+    assert chosen(arm, found(arm, runs, "accuracy", False)) == Setting(1.0)
+
+
+def test_what_diverged_is_never_chosen() -> None:
+    arm = Arm("a", None, "a", (1.0, 2.0))
+    runs = [run("a", 1.0, Setting(1.0)), run("a", None, Setting(2.0))]
+    runs += [run("a", math.nan, Setting(0.5))]
+    assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(1.0)
+
+
+def test_starts_and_decays_are_tried_at_the_best_rate() -> None:
+    arm = replace(FIXED, starts=("truncated", "norm"), decays=("factors", "product"))
+    runs = [run(arm.name, v, Setting(r)) for r, v in ((0.5, 1.0), (1.0, 3.0), (2.0, 2.0))]
+    norm, product = Setting(1.0, "norm"), Setting(1.0, decay="product")
+    assert next_settings(arm, found(arm, runs, "accuracy", True), (100,)) == [norm, product]
+    runs += [run(arm.name, 3.5, norm), run(arm.name, 2.9, product)]
+    assert chosen(arm, found(arm, runs, "accuracy", True)) == norm
+
+
+def test_all_tuning_seeds_count() -> None:
+    arm = Arm("a", None, "a", (0.5, 1.0, 2.0))
+    runs = [run("a", 2.0, Setting(1.0), seed) for seed in (100, 101)]
+    runs += [run("a", 9.0, Setting(0.5), 100), run("a", -9.0, Setting(0.5), 101)]
+    wanted = next_settings(arm, found(arm, runs, "accuracy", True), (100, 101))
+    assert wanted == [Setting(2.0)]
+    runs += [run("a", 1.0, Setting(2.0), seed) for seed in (100, 101)]
+    assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(1.0)
+
+
+def test_seeds_that_are_reported_are_not_tuned_on() -> None:
+    with pytest.raises(ValueError, match="must differ"):
+        experiment(FULL, seeds=(0, 1), tuning=(1,))
+    for name in names():
+        one = get(name)
+        assert not set(one.seeds) & set(one.tuning)
+        assert len(one.seeds) >= 3
+        assert one.arms[0].name == "full rank"
+
+
+def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:
+    like = arms.matched([DECAY])[0]
+    like = replace(like, starts=("truncated",), decays=("factors",), rates=(1.0,))
+    one = experiment(replace(FIXED, rates=(1.0,)), replace(DECAY, rates=(1.0,)), like)
+    runs = [run("fixed 1/4", 1.0, Setting()), run("decay", 1.0, Setting())]
+    assert schedule_of(like, one, runs) is WAITING
+    jobs = ready("tiny", one, Tiny(), runs)
+    assert Counter(job.arm for job in jobs) == {"fixed 1/4": 2, "decay": 2}
+    runs += [run("decay", 1.0, Setting(), seed, "test") for seed in (0, 1)]
+    assert schedule_of(like, one, runs) == low_rank(budget=0.4)
+    assert Counter(job.arm for job in ready("tiny", one, Tiny(), runs)) == {
+        "fixed 1/4": 2, "fixed as decay": 2,
+    }  # fmt: skip
+    assert setting_of(like, one, Tiny(), runs) == Setting()
+
+
+def _append(path: Path, who: int) -> None:
+    for i in range(20):
+        Store("a", path).append({"who": who, "i": i, "text": "x" * 5000})
+
+
+def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    others = [context.Process(target=_append, args=(tmp_path, who)) for who in (0, 1)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    runs = Store("a", tmp_path).runs()
+    assert Counter((r["who"], r["i"]) for r in runs) == Counter(
+        (who, i) for who in (0, 1) for i in range(20)
+    )
+
+
+def test_a_line_that_was_not_finished_is_left_out_and_cut_off(tmp_path: Path) -> None:
+    store = Store("a", tmp_path)
+    store.append({"i": 0})
+    with store.path.open("ab") as file:
+        file.write(b'{"version":1,"i":')
+    assert [r["i"] for r in store.runs()] == [0]
+    store.append({"i": 1})
+    assert [r["i"] for r in store.runs()] == [0, 1]
+
+
+def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"version":2}\n')
+    with pytest.raises(ValueError, match="version 2, this code reads 1"):
+        Store("a", tmp_path).runs()
+
+
+def test_energy_where_the_system_tells_it(tmp_path: Path) -> None:
+    assert joules(tmp_path) is None
+    for i in range(2):
+        (tmp_path / f"intel-rapl:{i}").mkdir()
+        (tmp_path / f"intel-rapl:{i}" / "energy_uj").write_text("1500000\n")
+    assert joules(tmp_path) == 3.0
+
+
+@pytest.mark.slow
+def test_killed_workers_leave_whole_records_and_the_rest_is_run_once(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "benchmarks.training", "run", "mlp_table", "--data", str(tmp_path),
+        "--results", str(tmp_path), "--scratch", str(tmp_path / "scratch"), "--minutes", "2",
+    ]  # fmt: skip
+    store = Store("mlp_table", tmp_path)
+    for records in (2, 4):
+        workers = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+        until = time.monotonic() + 120
+        while len(store.runs()) < records and time.monotonic() < until:
+            time.sleep(0.05)
+        os.killpg(workers.pid, signal.SIGKILL)
+        workers.wait()
+        assert len(store.runs()) >= records
+    keys = Counter(
+        (r["arm"], r["seed"], r["part"], tuple(r["setting"].values())) for r in store.runs()
+    )
+    assert max(keys.values()) == 1
