@@ -18,7 +18,7 @@ from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.trial import Trial
 from benchmarks.training.peft_arm import peft_lora
-from benchmarks.training.problems.encoder import PairsRTE
+from benchmarks.training.problems.encoder import TunedRTE
 from benchmarks.training.problems.problem import Problem
 from dynarank.schedules import lora, low_rank
 
@@ -41,7 +41,7 @@ def problem(tmp_path_factory) -> Problem:
     folder = tmp_path_factory.mktemp("data")
     write_encoder(folder)
     write_rte(folder)
-    return PairsRTE(folder, rows=36, valid=20, length=24)
+    return TunedRTE(folder, rows=36, valid=20)
 
 
 def trial(problem: Problem, arm: Arm) -> Trial:
@@ -63,7 +63,7 @@ def test_the_flops_of_every_arm_are_those_of_the_counter(problem, arm):
 def test_only_adapters_and_the_head_train(problem):
     model = trial(problem, PEFT).model
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name for name in trained if "lora_" not in name} == {"head.weight", "head.bias"}
+    assert {name for name in trained if "lora_" not in name} == {"scale", "threshold"}
     assert len(trained) == 2 + 2 * 2 * 6  # up and down of six layers in each of two blocks
 
 

@@ -15,11 +15,12 @@ pytest.importorskip("transformers")
 
 from made_up_glue import write_encoder, write_mrpc, write_rte, write_sst2, write_stsb
 
-from benchmarks.training.problems.encoder import NAME, STSB, PairsRTE
+from benchmarks.training.problems.encoder import NAME, STSB, TunedRTE
 from benchmarks.training.problems.problem import Problem
 from benchmarks.training.problems.rows import fixed_order
 from benchmarks.training.problems.sentences import MRPC, SST2
 from benchmarks.training.problems.tabular import Table
+from dynarank.train.glue_files import read_glue
 
 
 def sst2(folder: Path) -> Problem:
@@ -35,13 +36,13 @@ def mrpc(folder: Path) -> Problem:
 def stsb(folder: Path) -> Problem:
     write_encoder(folder)
     write_stsb(folder)
-    return STSB(folder, rows=36, valid=20, length=16)
+    return STSB(folder, rows=36, valid=20)
 
 
 def rte(folder: Path) -> Problem:
     write_encoder(folder)
     write_rte(folder)
-    return PairsRTE(folder, rows=36, valid=20, length=24)
+    return TunedRTE(folder, rows=36, valid=20)
 
 
 def table(folder: Path) -> Problem:
@@ -159,7 +160,9 @@ def test_correlations_of_scores(tmp_path):
 
 def test_padding_does_not_change_a_sentence(tmp_path):
     problem = stsb(tmp_path)
-    longer = STSB(tmp_path, rows=36, valid=20, length=20)
+    longer = STSB(tmp_path, rows=36, valid=20)
+    longer.length = 40
+    longer.parts["test"] = longer.encoded(read_glue("stsb", tmp_path).test)
     model = problem.model(0)
     one, other = (p.outputs(model, next(iter(p.held_out("test")))[0]) for p in (problem, longer))
     assert torch.allclose(one, other, atol=0.02)  # in bf16

@@ -29,36 +29,44 @@ _HIGHEST = 5.0  # the highest score of STS-B
 
 
 class Tuned(Rows):
-    """An encoder tuned on a part of the training rows.
+    """An encoder tuned on a part of the pairs, by the cosine of the vectors of their sentences.
 
     Args:
         data: the folder of the data sets.
-        rows: how many training rows.
+        rows: how many pairs to train on.
         valid: how many further ones to validate.
-        length: tokens of a sentence, or of a pair that is one sequence.
         epochs: the length of the training.
     """
 
     layers, batch_size, narrowable = "bert*.encoder.layer.*", 16, False
     rate, weight_decay, bf16 = 1e-4, 0.01, True
     task: str
+    length: int
 
-    def __init__(self, data: Path, rows: int, valid: int, length: int, epochs: int = 1) -> None:
+    def __init__(self, data: Path, rows: int = 1600, valid: int = 300, epochs: int = 1) -> None:
         self.folder = encoder_folder(data)
         found = read_glue(self.task, data)
         order = fixed_order(len(found.train))
         train = found.train.take(order[valid:][:rows])
         parts = {"train": train, "valid": found.train.take(order[:valid]), "test": found.test}
-        super().__init__({k: self.encoded(part, length) for k, part in parts.items()}, epochs)
+        super().__init__({name: self.encoded(part) for name, part in parts.items()}, epochs)
 
-    def encoded(self, sentences: Sentences, length: int) -> tuple[Tensor, ...]:
-        """The inputs of the network, and the targets."""
-        raise NotImplementedError
+    def encoded(self, sentences: Sentences) -> tuple[Tensor, ...]:
+        """Tokens and mask of both sentences, ``(N, 2, T)`` each, and the labels."""
+        assert sentences.second is not None
+        sides = [tokens(self.folder, self.length, s) for s in (sentences.first, sentences.second)]
+        both = [torch.stack([one[k] for one in sides], 1) for k in ("input_ids", "attention_mask")]
+        return *both, torch.from_numpy(sentences.labels)
 
     def optimizer(self, model: nn.Module, rate: float) -> Optimizer:
-        """AdamW on what is trained."""
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return AdamW(trained, lr=rate, weight_decay=self.weight_decay, fused=True)
+        """AdamW on what is trained, the head at a hundred times the rate."""
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        encoder = {"params": [p for name, p in named if name.startswith("bert.")]}
+        head = {"params": [p for name, p in named if not name.startswith("bert.")]}
+        groups = [encoder]
+        if head["params"]:
+            groups += [{**head, "lr": 100 * rate, "weight_decay": 0.0}]
+        return AdamW(groups, lr=rate, weight_decay=self.weight_decay, fused=True)
 
     def outputs(self, model: nn.Module, inputs: Any) -> Tensor:
         """The outputs of the network."""
@@ -73,21 +81,16 @@ class Tuned(Rows):
 class STSB(Tuned):
     """How similar two sentences are: the cosine of their vectors, which is near before tuning."""
 
-    task, metric = "stsb", "spearman"
-
-    def __init__(self, data: Path, rows: int = 1600, valid: int = 300, length: int = 32) -> None:
-        super().__init__(data, rows, valid, length)
+    task, metric, length = "stsb", "spearman", 32
 
     def network(self, width: float = 1.0) -> nn.Module:
-        """The encoder for both sentences."""
+        """The encoder of both sentences."""
         return Cosine(pretrained(self.folder))
 
-    def encoded(self, sentences: Sentences, length: int) -> tuple[Tensor, ...]:
-        """Tokens and mask of both sentences, and scores from 0 to 1."""
-        assert sentences.second is not None
-        sides = [tokens(self.folder, length, s) for s in (sentences.first, sentences.second)]
-        both = [torch.stack([one[k] for one in sides], 1) for k in ("input_ids", "attention_mask")]
-        return *both, torch.from_numpy(sentences.labels).float() / _HIGHEST
+    def encoded(self, sentences: Sentences) -> tuple[Tensor, ...]:
+        """Tokens, mask, and scores from 0 to 1."""
+        *both, scores = super().encoded(sentences)
+        return *both, scores.float() / _HIGHEST
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The mean squared error."""
@@ -103,17 +106,14 @@ class STSB(Tuned):
 
 
 class Pairs(Tuned):
-    """Pairs of sentences in two classes, each pair one sequence."""
+    """Pairs of sentences in two classes, by the cosine of their vectors."""
+
+    scale: float
+    threshold: float
 
     def network(self, width: float = 1.0) -> nn.Module:
-        """The encoder with a linear layer."""
-        return Classifier(pretrained(self.folder))
-
-    def encoded(self, sentences: Sentences, length: int) -> tuple[Tensor, ...]:
-        """Tokens, segments and mask of the pairs, and classes."""
-        found = tokens(self.folder, length, sentences.first, sentences.second)
-        names = ("input_ids", "token_type_ids", "attention_mask")
-        return *(found[name] for name in names), torch.from_numpy(sentences.labels)
+        """The encoder of both sentences, and where the classes meet."""
+        return Classifier(pretrained(self.folder), self.scale, self.threshold)
 
     def score(self, outputs: Tensor, targets: Tensor) -> dict[str, float]:
         """Loss, accuracy and F1."""
@@ -121,22 +121,16 @@ class Pairs(Tuned):
         return {**super().score(outputs, targets), "f1": f1}
 
 
-class PairsMRPC(Pairs):
+class TunedMRPC(Pairs):
     """Whether two sentences say the same."""
 
-    task = "mrpc"
-
-    def __init__(self, data: Path, rows: int = 1600, valid: int = 300, length: int = 64) -> None:
-        super().__init__(data, rows, valid, length)
+    task, length, scale, threshold = "mrpc", 40, 10.0, 0.75
 
 
-class PairsRTE(Pairs):
-    """Whether a text entails a sentence; a quarter of the texts is cut off at the end."""
+class TunedRTE(Pairs):
+    """Whether a text entails a sentence; long texts are cut off."""
 
-    task = "rte"
-
-    def __init__(self, data: Path, rows: int = 1600, valid: int = 300, length: int = 64) -> None:
-        super().__init__(data, rows, valid, length)
+    task, length, scale, threshold = "rte", 64, -10.0, 0.65
 
 
 class Cosine(nn.Module):
@@ -153,26 +147,31 @@ class Cosine(nn.Module):
         return F.cosine_similarity(first, second)
 
 
-class Classifier(nn.Module):
-    """A linear layer on the mean vector of a sequence."""
+class Classifier(Cosine):
+    """Two classes by ``scale * (cosine - threshold)``, the difference of their logits.
 
-    def __init__(self, bert: nn.Module) -> None:
-        super().__init__()
-        self.bert = bert
-        self.head = nn.Linear(bert.config.hidden_size, 2)
+    Args:
+        bert: the encoder.
+        scale: its initial value; negative if similar pairs are of class 0.
+        threshold: its initial value.
+    """
 
-    def forward(self, tokens: Tensor, segments: Tensor, mask: Tensor) -> Tensor:
-        """Compute the logits ``(B, 2)`` of tokens, segments and mask ``(B, T)``."""
-        return self.head(mean_vectors(self.bert, tokens, mask, segments))
+    def __init__(self, bert: nn.Module, scale: float, threshold: float) -> None:
+        super().__init__(bert)
+        self.scale = nn.Parameter(torch.tensor(scale))
+        self.threshold = nn.Parameter(torch.tensor(threshold))
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Compute the logits ``(B, 2)`` of tokens and mask ``(B, 2, T)``."""
+        half = self.scale * (super().forward(tokens, mask) - self.threshold) / 2
+        return torch.stack([-half, half], -1)
 
 
-def mean_vectors(
-    bert: nn.Module, tokens: Tensor, mask: Tensor, segments: Tensor | None = None
-) -> Tensor:
-    """The mean of a sequence's last hidden states, in fp32."""
-    found = bert(input_ids=tokens, attention_mask=mask, token_type_ids=segments)
+def mean_vectors(bert: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    """The means of the last hidden states of sequences, in fp32."""
+    states = bert(input_ids=tokens, attention_mask=mask).last_hidden_state.float()
     weights = mask[..., None].float()
-    return (found.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
+    return (states * weights).sum(1) / weights.sum(1)
 
 
 def encoder_folder(data: Path) -> Path:
@@ -203,13 +202,10 @@ def pretrained(folder: Path) -> Any:
     return bert
 
 
-def tokens(
-    folder: Path, length: int, first: Sequence[str], second: Sequence[str] | None = None
-) -> Any:
-    """Tokens, segments and mask of sentences or pairs, at one length."""
+def tokens(folder: Path, length: int, sentences: Sequence[str]) -> Any:
+    """Tokens and mask of sentences, at one length."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = {"padding": "max_length", "truncation": True, "max_length": length}
-    pairs = None if second is None else list(second)
-    return tokenizer(list(first), pairs, return_tensors="pt", **options)
+    return tokenizer(list(sentences), return_tensors="pt", **options)
