@@ -111,6 +111,17 @@ def test_a_narrower_network_costs_no_more_than_its_share() -> None:
     assert trial(arms.narrow(0.5)[0]).use.flops({}).training == flops(problem, width)
 
 
+def test_a_shorter_run_costs_its_share_of_the_whole_one(tmp_path: Path) -> None:
+    problem = Tiny()
+    (arm,) = arms.shorter(0.5)
+    one = finished(trial(arm), tmp_path / "none")
+    assert (one["steps"], one["flops"], one["end_flops"]) == (20, 0.5, 1.0)
+    assert one["points"][-1]["step"] == 20 and len(one["points"]) == 4
+    short = trial(arm).problem
+    assert problem.steps == 40
+    assert short.factor(20) == pytest.approx(problem.factor(40))  # the rate has come down
+
+
 def test_a_run_that_diverges_is_recorded_without_a_result(tmp_path: Path) -> None:
     one = trial(FULL)
     one.problem.training_loss = lambda *_: one.model[0].weight.sum() * torch.nan  # pyright: ignore

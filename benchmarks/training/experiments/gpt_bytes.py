@@ -21,6 +21,7 @@ EXPERIMENT = Experiment(
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.65),
+        *arms.shorter(0.65),
         *arms.fixed_ranks(shares=(1 / 4, 1 / 2)),
         *arms.fixed_budgets(0.5, 0.65),
         *arms.decays(0.5, 0.65),

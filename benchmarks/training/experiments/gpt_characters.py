@@ -24,6 +24,7 @@ EXPERIMENT = Experiment(
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.5, 0.65),
+        *arms.shorter(0.5, 0.65),
         *arms.fixed_ranks(),
         *arms.fixed_budgets(0.5, 0.65),
         *arms.decays(0.45, 0.5, 0.65),

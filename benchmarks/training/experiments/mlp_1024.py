@@ -14,6 +14,7 @@ EXPERIMENT = Experiment(
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.2),
+        *arms.shorter(0.2),
         *arms.fixed_ranks(shares=(1 / 16, 1 / 4)),
         *arms.fixed_budgets(0.2, 0.3),
         *arms.decays(0.2, 0.3),

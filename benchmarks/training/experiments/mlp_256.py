@@ -15,6 +15,7 @@ EXPERIMENT = Experiment(
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.3, 0.5, 0.65),
+        *arms.shorter(0.3, 0.5, 0.65),
         *arms.fixed_ranks(shares=(1 / 4, 1 / 16, 1 / 3, 1 / 2)),
         *arms.fixed_budgets(0.3, 0.5, 0.65),
         *_DECAYS,

@@ -12,6 +12,7 @@ EXPERIMENT = Experiment(
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.5),
+        *arms.shorter(0.5),
         *arms.fixed_ranks("out", shares=(1 / 4, 1 / 2)),
         *arms.fixed_budgets(0.5, 0.65),
         *arms.decays(0.5, 0.65),

@@ -40,6 +40,7 @@ class Arm:
         decays: the ways to decay that are tried, at the best rate.
         spends: fixed low rank that costs as much as this arm did on average.
         narrow: a narrower full-rank network that costs this share of the FLOPs.
+        length: trains for this share of the problem's steps; its learning rate ends with them.
         penalty: an orthogonality penalty, "soft" or "srip", with coefficient 1e-3.
         moments: how the optimizer's moments follow a change.
         rewarmup: how many steps the learning rate is warmed up after a change.
@@ -55,6 +56,7 @@ class Arm:
     decays: Sequence[str] = ("factors",)
     spends: str | None = None
     narrow: float | None = None
+    length: float = 1.0
     penalty: str | None = None
     moments: Any = "project"
     rewarmup: int = 0

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.training.harness.arm import Arm
-from dynarank.forms import Adapted, FullRank, LowRank, Rank
+from dynarank.forms import Adapted, FullRank, LowRank, Rank, Within
 from dynarank.schedules import (
     Phases,
     closed_loop,
@@ -38,6 +38,12 @@ def narrow(*shares: float) -> list[Arm]:
     """Smaller full-rank networks of these FLOPs."""
     rates = (1.0, 2.0)
     return [Arm(f"narrower, {share:g}", None, "narrower", rates, narrow=share) for share in shares]
+
+
+def shorter(*shares: float) -> list[Arm]:
+    """Full rank for these shares of the steps."""
+    rates = (1.0, 2.0)
+    return [Arm(f"shorter, {share:g}", None, "shorter", rates, length=share) for share in shares]
 
 
 def fixed(schedules: dict[str, Any], **options: Any) -> list[Arm]:
@@ -74,6 +80,21 @@ def decays(*budgets: float) -> list[Arm]:
 def full_first(*budgets: float, at: float = 0.1) -> list[Arm]:
     """Full rank for a tenth of the run, then one cut, to these FLOPs in total."""
     return [Arm(f"full first {b:g}", decay(total=b, cuts=[at]), "full first") for b in budgets]
+
+
+def cut(*budgets: float) -> list[Arm]:
+    """Cut by data to these FLOPs before the first step: for networks that are trained already."""
+    return [Arm(f"cut to {b:g}", Phases([0.0], [Within(flops=b)]), "cut") for b in budgets]
+
+
+def adapters(*ranks: int, rates: Sequence[float]) -> list[Arm]:
+    """LoRA by this library."""
+    return [Arm(f"LoRA, rank {r}", lora(r, alpha=16.0), "LoRA", rates) for r in ranks]
+
+
+def with_rates(arms: Sequence[Arm], rates: Sequence[float]) -> list[Arm]:
+    """These arms, with other rates to try."""
+    return [replace(arm, rates=rates) for arm in arms]
 
 
 def paper(of: Any = "min", decompositions: Sequence[str] = ("svd",)) -> list[Arm]:

@@ -20,6 +20,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "full rank": ("#111111", "*"),
     "fixed": ("#1f6fb2", "o"),
     "narrower": ("#8a5fbf", "s"),
+    "shorter": ("#c2255c", "v"),
     "decay": ("#d9480f", "D"),
     "full first": ("#f08c00", "D"),
     "paper": ("#2b8a3e", "^"),
@@ -66,7 +67,7 @@ def _front(ax: Any, found: Summaries, cost: str, others: bool = True) -> None:
         points = sorted((a.mean(cost) / scale, a.result, spread(list(a.values.values())), a.arm)
                         for a in chosen)  # fmt: skip
         x, y, error, names = zip(*points, strict=True)
-        joined = "-" if kind in ("fixed", "decay", "narrower") else ""
+        joined = "-" if kind in ("fixed", "decay", "narrower", "shorter") else ""
         ax.errorbar(x, y, error, color=color, marker=mark, ls=joined, lw=1, ms=6, label=kind,
                     capsize=2, elinewidth=0.8)  # fmt: skip
         if kind == "other":

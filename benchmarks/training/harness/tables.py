@@ -115,6 +115,7 @@ _COLUMNS = {
     "full rank": "full rank",
     "fixed low rank": "fixed {:g} FLOPs",
     "smaller network": "narrower, {:g}",
+    "shorter training": "shorter, {:g}",
     "decay": "decay {:g}",
     "the paper's order": "paper, low-rank ending",
 }

@@ -7,6 +7,7 @@ the seconds, not in the FLOPs, nor is what an optimizer computes.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator
@@ -64,7 +65,8 @@ class Trial:
         seed: int,
         schedule: RankSchedule | None,
     ) -> None:
-        self.experiment, self.problem, self.arm = experiment, problem, arm
+        self.experiment, self.whole, self.arm = experiment, problem.steps, arm
+        self.problem = problem = shortened(problem, arm.length)
         self.setting, self.seed, self.schedule = setting, seed, schedule
         self.seen: dict[str, Any] = {
             "step": 0, "cpu": 0.0, "wall": 0.0, "joules": 0.0, "loss": 0.0, "losses": 0,
@@ -176,7 +178,7 @@ class Trial:
     @property
     def relative_flops(self) -> float:
         """The training FLOPs so far, relative to the whole run of the full-rank network."""
-        return self.ledger.training_flops / (flops(self.problem) * self.problem.steps)
+        return self.ledger.training_flops / (flops(self.problem) * self.whole)
 
     def result(self, part: Part) -> dict[str, Any]:
         """What is recorded: the result on this part of the data, costs, and what was seen."""
@@ -236,6 +238,15 @@ class Trial:
         self.witness.changes = self.seen["changes"]
         self.ledger.turn(dr.current_plan(self.model))
         self.ledger.load_state_dict(extra["ledger"])
+
+
+def shortened(problem: Problem, length: float) -> Problem:
+    """The problem with a share of its steps."""
+    if length == 1.0:
+        return problem
+    short = copy.copy(problem)
+    short.steps = round(length * problem.steps)
+    return short
 
 
 @torch.no_grad()
