@@ -53,7 +53,7 @@ def block(found: Summaries) -> str:
         f"![{experiment.title}](images/evidence/{name}-{shown}.svg)",
         tables.table(found),
         *([experiment.note] if experiment.note else []),
-        *([] if shown == "times" else [tables.verdict(found)]),
+        *([] if shown == "times" else [tables.fronts(found), tables.verdict(found)]),
         tables.verdict_to_full(found),
         *_unfinished(found),
     ]
