@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ GROUPS: dict[str, tuple[str, str]] = {
     "other": ("#5c636a", "."),
 }
 """Color and mark of each kind of arm, by how its name begins."""
+
+
+_ACROSS = ((5, "left"), (-5, "right"), (0, "center"))
+_UP = ((2, "bottom"), (-2, "top"), (7, "bottom"), (-7, "top"))
 
 
 def group(arm: str) -> str:
@@ -63,6 +68,7 @@ def _front(
     full = found.arms[FULL]
     scale = full.mean(cost)
     ax.axhline(full.result, color="#111111", lw=0.8, ls=":")
+    labels: list[tuple[str, float, float, str]] = []
     for kind, (color, mark) in GROUPS.items():
         chosen = [a for a in found.arms.values() if group(a.arm) == kind]
         chosen = [a for a in chosen if " as " not in a.arm]
@@ -77,18 +83,33 @@ def _front(
                     capsize=2, elinewidth=0.8)  # fmt: skip
         if kind in named:
             for a, b, name in zip(x, y, names, strict=True):
-                short = name.removeprefix(f"{kind}, ")
-                _name(ax, short, a, b, color, left=a > 0.75 * max(x))
+                labels.append((name.removeprefix(f"{kind}, "), a, b, color))
     if not found.experiment.higher and not ax.yaxis_inverted():
         ax.invert_yaxis()  # better is up, everywhere
     ax.grid(alpha=0.25)
+    _name(ax, labels)
 
 
-def _name(ax: Any, name: str, x: float, y: float, color: str, left: bool) -> None:
-    """Write the name beside a mark, on the side that is within the picture."""
-    offset, side = ((-4, 3), "right") if left else ((4, 3), "left")
-    ax.annotate(name, (x, y), fontsize=7, color=color, xytext=offset,
-                textcoords="offset points", ha=side)  # fmt: skip
+def _name(ax: Any, labels: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write names beside their marks, each where it covers the fewest marks and other names."""
+    drawn = ax.figure
+    drawn.draw_without_rendering()  # from here the axes have their places
+    marks = [xy for bars in ax.containers for xy in ax.transData.transform(bars[0].get_xydata())]
+    taken: list[Any] = []
+    for name, x, y, color in sorted(labels, key=lambda label: label[1:3]):
+        tried: list[tuple[float, int, Any]] = []
+        for i, ((dx, ha), (dy, va)) in enumerate(product(_ACROSS, _UP)):
+            text = ax.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha,
+                               va=va, fontsize=7, color=color)  # fmt: skip
+            box = text.get_window_extent()
+            outside = not (ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1)
+            bad = 9 * outside + box.count_contains(marks) + 2 * box.count_overlaps(taken)
+            tried.append((bad, i, text))
+        *_, best = min(tried)
+        taken.append(best.get_window_extent())
+        for *_, text in tried:
+            if text is not best:
+                text.remove()
 
 
 def _label(found: Summaries) -> str:
