@@ -53,7 +53,7 @@ def fronts(found: Summaries, path: Path) -> None:
 def overview(all_found: list[Summaries], path: Path) -> None:
     """Quality against FLOPs for some problems, with the main arms only."""
     rows = (len(all_found) + 1) // 2
-    with figure(path, all_found, 0.4 + 2.7 * rows, pairs(len(all_found))) as axes:
+    with figure(path, all_found, 0.4 + 2.7 * rows, twos(len(all_found))) as axes:
         for ax, found in zip(axes, all_found, strict=True):
             _front(ax, found, "flops", without=("other",))
             ax.set_title(found.experiment.title.partition(",")[0], fontsize=10)
@@ -134,7 +134,7 @@ def lambdas(found: Summaries, arms: list[str], path: Path) -> None:
     """Lambda of each layer over the run, means over seeds; dashed: inflation and deflation."""
     arms = [name for name in arms if name in found.arms]
     rows = (len(arms) + 1) // 2
-    with figure(path, found, 0.4 + 2.8 * rows, pairs(len(arms)), sharey=True) as axes:
+    with figure(path, found, 0.4 + 2.8 * rows, twos(len(arms)), sharey=True) as axes:
         for ax, name in zip(axes, arms, strict=True):
             _lambdas(ax, found.arms[name])
             ax.set_title(name, fontsize=10)
@@ -213,11 +213,11 @@ def digest(found: Summaries | list[Summaries]) -> str:
     return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def pairs(panels: int) -> str:
+def twos(panels: int) -> str:
     """Panels in rows of two.
 
     Example:
-        >>> pairs(4), pairs(3), pairs(1)
+        >>> twos(4), twos(3), twos(1)
         ('AB;CD', 'AB;C.', 'A')
     """
     letters = [chr(ord("A") + i) for i in range(panels)] + ["."] * (panels % 2 and panels > 1)
