@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 from scipy import stats
 
 from benchmarks.training.harness import evidence, pictures, tables
-from benchmarks.training.harness.arm import Arm
+from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.statistics import holm, on_front, paired
 from benchmarks.training.harness.store import Store
@@ -45,7 +47,7 @@ def made_up(**results: list[float]) -> Summaries:
         {
             "arm": arm, "seed": seed, "part": "test", "result": {"accuracy": value},
             "flops": flops[arm], "end_flops": flops[arm] * 0.9, "changes": [], "points": [],
-            "setting": {"rate": 1.0, "start": "truncated", "decay": "factors"}, "parameters_mean": 1,
+            "setting": asdict(Setting()), "parameters_mean": 1,
             "memory_peak": 1, "cpu_seconds": 1.0,
         }
         for arm, values in results.items()
