@@ -14,6 +14,8 @@ killed at any time: runs of more than a minute go on from their last checkpoint.
 from __future__ import annotations
 
 import argparse
+import fnmatch
+import json
 import os
 import signal
 import subprocess
@@ -34,11 +36,15 @@ def main() -> None:
     """Read the command line."""
     parser = _parser()
     given = parser.parse_args()
-    from benchmarks.training.harness.experiment import names
+    from benchmarks.training.harness.experiment import get, names
 
     if unknown := sorted(set(given.experiments) - set(names())):
         parser.error(f"no such experiment: {', '.join(unknown)}; there are {', '.join(names())}")
     given.experiments = given.experiments or list(names())
+    arms = {arm.name for name in given.experiments for arm in get(name).arms}
+    for pattern in getattr(given, "arms", ()):
+        if not fnmatch.filter(arms, pattern):
+            parser.error(f"no arm of {', '.join(given.experiments)} is like {pattern!r}")
     sys.exit(given.do(given))
 
 
@@ -69,6 +75,8 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     add("--workers", type=int, default=2, metavar="N", help=words)
     words = "stop after this time; unfinished runs go on next time"
     add("--minutes", type=float, default=float("inf"), metavar="M", help=words)
+    words = "only these arms, after the experiments: mlp_256 --arms 'decay*' 'full rank'"
+    add("--arms", nargs="+", default=[], metavar="PATTERN", help=words)
     words = "where checkpoints of unfinished runs are; default: build/evidence"
     add("--scratch", type=Path, default=ROOT / "build" / "evidence", metavar="DIR", help=words)
 
@@ -107,7 +115,7 @@ def start(given: argparse.Namespace) -> int:
     """Run the workers; the exit status is that of the first that failed, or 0."""
     code = "import sys; from benchmarks.training.__main__ import work; work(sys.argv[1:])"
     folders = [str(path.resolve()) for path in (given.data, given.scratch, given.results)]
-    arguments = [*folders, str(60 * given.minutes), *given.experiments]
+    arguments = [*folders, str(60 * given.minutes), json.dumps(given.arms), *given.experiments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *arguments]
     workers = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(given.workers)]
@@ -125,7 +133,7 @@ def start(given: argparse.Namespace) -> int:
 def work(arguments: list[str]) -> None:
     """Be one worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends its workers
-    *folders, seconds = arguments[:4]
+    *folders, seconds, arms = arguments[:5]
     data, scratch, results = map(Path, folders)
     import torch
 
@@ -134,7 +142,7 @@ def work(arguments: list[str]) -> None:
     torch.set_num_threads(1)
     deadline = time.monotonic() + float(seconds)
     try:
-        Worker(arguments[4:], data, scratch, results, deadline).work()
+        Worker(arguments[5:], data, scratch, results, deadline, json.loads(arms)).work()
     except FileNotFoundError as error:
         sys.exit(f"{error}\n{_NO_DATA}")
 

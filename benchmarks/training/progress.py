@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.training.harness import evidence, pictures
 from benchmarks.training.harness.arm import Arm
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import WAITING, schedule_of
+from benchmarks.training.harness.jobs import WAITING, reported, schedule_of
 from benchmarks.training.harness.store import Run, Store
 from benchmarks.training.harness.summary import FULL, Summaries
 
@@ -22,22 +22,19 @@ def status(names: Sequence[str], results: Path) -> None:
 
 
 def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:
-    known = {(run["arm"], run["seed"]) for run in runs if run["part"] == "test"}
-    wanted = {(a.name, s) for a in _possible(experiment, runs) for s in experiment.seeds}
-    left, spent = len(wanted - known), sum(run["cpu_seconds"] for run in runs)
+    known = [run["arm"] for run in reported(experiment, runs)]
+    possible = {arm.name for arm in experiment.arms if not _never(arm, experiment, runs, known)}
+    done, wanted = len(known), len(possible) * len(experiment.seeds)
+    left, spent = wanted - done, sum(run["cpu_seconds"] for run in runs)
     to_do = "done" if not left else _time(left * spent / len(runs)) if runs else "not begun"
-    done = f"{len(wanted & known)} of {len(wanted)}"
     tuning = sum(run["part"] == "valid" for run in runs)
-    return f"{name:16}{done:>16}{tuning:13}{_time(spent):>11}{to_do:>14}"
+    return f"{name:16}{f'{done} of {wanted}':>16}{tuning:13}{_time(spent):>11}{to_do:>14}"
 
 
-def _possible(experiment: Experiment, runs: Sequence[Run]) -> Iterator[Arm]:
-    """The arms that run, without fixed low rank for one that costs more than any low rank."""
-    done = [run["arm"] for run in runs if run["part"] == "test"]
-    for arm in experiment.arms:
-        last = arm.spends is not None and done.count(arm.spends) >= len(experiment.seeds)
-        if not (last and schedule_of(arm, experiment, runs) is WAITING):
-            yield arm
+def _never(arm: Arm, experiment: Experiment, runs: Sequence[Run], known: Sequence[str]) -> bool:
+    """Whether it is fixed low rank for an arm that costs more than any low rank."""
+    all_there = arm.spends is not None and known.count(arm.spends) == len(experiment.seeds)
+    return all_there and schedule_of(arm, experiment, runs) is WAITING
 
 
 def _time(seconds: float) -> str:

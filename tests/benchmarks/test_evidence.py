@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 from scipy import stats
 
 from benchmarks.training.harness import evidence, pictures, tables
+from benchmarks.training.harness.arm import Arm, Setting
+from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.statistics import holm, on_front, paired
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import Summaries
@@ -43,13 +47,15 @@ def made_up(**results: list[float]) -> Summaries:
         {
             "arm": arm, "seed": seed, "part": "test", "result": {"accuracy": value},
             "flops": flops[arm], "end_flops": flops[arm] * 0.9, "changes": [], "points": [],
-            "setting": {"rate": 1.0, "start": "norm", "decay": "factors"}, "parameters_mean": 1,
+            "setting": asdict(Setting()), "parameters_mean": 1,
             "memory_peak": 1, "cpu_seconds": 1.0,
         }
         for arm, values in results.items()
         for seed, value in enumerate(values)
     ]  # fmt: skip
-    return Summaries("mlp_256", runs)
+    chosen = [Arm(name, None, name, rates=(1.0,)) for name in results]
+    problem = get("mlp_256").problem
+    return Summaries("made up", runs, Experiment("made up", problem, chosen, tuning=()))
 
 
 FULL, FIXED = [90.0, 91.0, 90.5, 90.2, 90.9], [80.0, 81.0, 80.4, 80.1, 81.1]

@@ -14,7 +14,7 @@ from benchmarks.training.harness.summary import FULL, Summaries
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "evidence.md"
-PAGES = (PAGE, ROOT / "README.md")
+PAGES = (PAGE, ROOT / "README.md", ROOT / "docs" / "methods" / "decay.md")
 PICTURES = ROOT / "docs" / "images" / "evidence"
 DECIDING = {
     "mlp_256": ("MLP, width 256: accuracy, %", 0.5),

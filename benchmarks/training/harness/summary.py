@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import fmean
 
 from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.jobs import reported
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import Run, Store
 
@@ -61,20 +62,26 @@ class Summaries:
     Args:
         name: of the experiment.
         runs: its records; None: those in the repository.
+        experiment: the experiment; None: that of this name.
     """
 
-    def __init__(self, name: str, runs: Sequence[Run] | None = None) -> None:
-        self.name, self.experiment = name, get(name)
+    def __init__(
+        self,
+        name: str,
+        runs: Sequence[Run] | None = None,
+        experiment: Experiment | None = None,
+    ) -> None:
+        self.name, self.experiment = name, experiment or get(name)
         records = Store(name).runs() if runs is None else runs
-        reported = [run for run in records if run["part"] == "test" and run["result"]]
+        counted = reported(self.experiment, records)
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
             arm.name: Summary(arm.name, of_arm, self.metric)
             for arm in self.experiment.arms
-            if (of_arm := [run for run in reported if run["arm"] == arm.name])
+            if (of_arm := [run for run in counted if run["arm"] == arm.name and run["result"]])
         }
-        self.diverged = [run for run in records if run["part"] == "test" and not run["result"]]
+        self.diverged = [run for run in counted if not run["result"]]
 
     def difference(self, arm: str, other: str) -> Difference | None:
         """The paired difference of two arms; positive: the first is better."""
@@ -113,11 +120,3 @@ class Summaries:
         """
         found = self.difference(arm, FULL)
         return None if found is None else found.mean >= -found.error
-
-
-def complete(experiment: Experiment, summaries: Summaries) -> bool:
-    """Whether all seeds of all arms are there."""
-    arms = [a for a in experiment.arms if a.spends is None]
-    return all(
-        a.name in summaries.arms and summaries.arms[a.name].n == len(experiment.seeds) for a in arms
-    )

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Worker:
         scratch: where locks and checkpoints of unfinished runs are.
         results: where the records are.
         deadline: when to stop, by ``time.monotonic``.
+        arms: patterns of the arms to run; none: all.
     """
 
     def __init__(
@@ -48,9 +50,10 @@ class Worker:
         scratch: Path,
         results: Path = ROOT,
         deadline: float = float("inf"),
+        arms: Sequence[str] = (),
     ) -> None:
         self.experiments, self.data, self.scratch = experiments, data, scratch
-        self.results, self.deadline = results, deadline
+        self.results, self.deadline, self.arms = results, deadline, arms
         self.problem = cache(lambda name: get(name).load(self.data))
         self.place = {"commit": commit(), "versions": versions()}
         scratch.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,8 @@ class Worker:
 
     def _missing(self, name: str) -> list[Job]:
         runs = Store(name, self.results).runs()
-        return ready(name, get(name), self.problem(name), runs)
+        jobs = ready(name, get(name), runs)
+        return [j for j in jobs if not self.arms or any(fnmatch(j.arm, a) for a in self.arms)]
 
     @contextmanager
     def _claimed(self, job: Job) -> Iterator[bool]:
