@@ -44,7 +44,7 @@ def main() -> None:
     arms = {arm.name for name in given.experiments for arm in get(name).arms}
     for pattern in getattr(given, "arms", ()):
         if not fnmatch.filter(arms, pattern):
-            parser.error(f"no arm of {', '.join(given.experiments)} is like {pattern!r}")
+            parser.error(f"no arm is like {pattern!r}; experiments are named before --arms")
     sys.exit(given.do(given))
 
 
