@@ -80,7 +80,9 @@ def work(arguments: list[str]) -> None:
 
     torch.set_num_threads(1)
     deadline = time.monotonic() + float(seconds)
-    Worker(arguments[4:], data, scratch, results, deadline).work()
+    worker = Worker(arguments[4:], data, scratch, results, deadline)
+    worker.work()
+    sys.exit(1 if worker.left_out else 0)
 
 
 if __name__ == "__main__":

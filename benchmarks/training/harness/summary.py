@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
+from typing import Any
 
-from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.experiment import get
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import Run, Store
 
@@ -67,6 +68,8 @@ class Summaries:
         self.name, self.experiment = name, get(name)
         records = Store(name).runs() if runs is None else runs
         reported = [run for run in records if run["part"] == "test" and run["result"]]
+        self.diverged = [run for run in records if run["part"] == "test" and not run["result"]]
+        _check([*reported, *self.diverged], name)
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
@@ -74,12 +77,14 @@ class Summaries:
             for arm in self.experiment.arms
             if (of_arm := [run for run in reported if run["arm"] == arm.name])
         }
-        self.diverged = [run for run in records if run["part"] == "test" and not run["result"]]
 
     def difference(self, arm: str, other: str) -> Difference | None:
-        """The paired difference of two arms; positive: the first is better."""
-        if other not in self.arms:
-            return None
+        """The paired difference of two arms; positive: the first is better.
+
+        None: they have fewer than two seeds in common, or one of them diverged on some seed.
+        """
+        if other not in self.arms or {arm, other} & {run["arm"] for run in self.diverged}:
+            return None  # the seeds that did not diverge are no fair sample
         one, two = (
             {k: self.sign * v for k, v in self.arms[name].values.items()} for name in (arm, other)
         )
@@ -101,9 +106,17 @@ class Summaries:
         return near if near is not None and distances[near] <= _ALIKE else None
 
     def front(self, cost: str = "flops") -> set[str]:
-        """The arms that no other beats at their cost or less, by means."""
+        """The arms that no other beats at their cost or less, by means.
+
+        Only arms with all seeds that full rank has: means over other seeds do not compare.
+        """
+        seeds = self.arms[FULL].values.keys() if FULL in self.arms else set()
         return on_front(
-            {n: (round(s.mean(cost), 4), self.sign * s.result) for n, s in self.arms.items()}
+            {
+                name: (round(one.mean(cost), 4), self.sign * one.result)
+                for name, one in self.arms.items()
+                if one.values.keys() >= seeds
+            }
         )
 
     def meets_full(self, arm: str) -> bool | None:
@@ -115,9 +128,17 @@ class Summaries:
         return None if found is None else found.mean >= -found.error
 
 
-def complete(experiment: Experiment, summaries: Summaries) -> bool:
-    """Whether all seeds of all arms are there."""
-    arms = [a for a in experiment.arms if a.spends is None]
-    return all(
-        a.name in summaries.arms and summaries.arms[a.name].n == len(experiment.seeds) for a in arms
-    )
+def _check(runs: Sequence[Run], name: str) -> None:
+    """See that a seed of an arm counts once, and that an arm is one thing on all seeds.
+
+    Raises:
+        ValueError: a run is recorded twice, or runs of one arm have different settings.
+    """
+    seeds, settings = set[tuple[str, int]](), dict[str, tuple[Any, Any]]()
+    for run in runs:
+        if (key := (run["arm"], run["seed"])) in seeds:
+            raise ValueError(f"{name}: {run['arm']}, seed {run['seed']}, is recorded twice")
+        seeds.add(key)
+        how = run["setting"], run["schedule"]
+        if settings.setdefault(run["arm"], how) != how:
+            raise ValueError(f"{name}: the runs of {run['arm']} differ in setting or schedule")
