@@ -5,9 +5,9 @@
 
 `benchmarks/claims/` has a module for each page with figures. What its `claims()` derives from the
 records must stand in the page, and no figure may be left that neither a claim nor `SETTINGS`
-explains. A figure is a decimal number, a number with a thousands comma, ±, %, x, times, points or
-a unit of time, memory or work, or a number alone in a cell of a table. Code and link targets are
-left out. Each fault is one line that ends with the way out; the exit status is then 1.
+explains. A figure is a decimal number, one with a thousands comma, an exponent, k, M, ±, %, x,
+times, points or a unit of time, memory or work, a count such as 3 of 5, or a number alone in a cell
+of a table. Numbers in words, code and link targets are left out. Each fault is one line that ends with the way out; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ FIGURE = re.compile(
     r"""
     (?<![\w.^]) (?!\d{4}\.\d{5}\b) (?:  # not arXiv's numbers
         (?: \d{1,3}(?:,\d{3})+(?:\.\d+)? | \d*\.\d+ ) (?: [x×](?!\w) | \s?% )?
-      | \d+ (?: [x×](?!\w) | -fold | \s?% | (?=\s?±)
-          | \s (?: times | points? | percent | standard\s(?:errors?|deviations?)
-                 | [nuµm]?s | (?:micro|milli)?seconds? | minutes? | hours?
-                 | [KMG]i?B | kB | bytes | [KMGTP]?FLOPs? )\b )
+      | \d+ (?: [x×](?!\w) | \s[x×](?=\s[a-z]) | [-\s]fold | \s?% | (?=\s?±)
+          | [kM](?![\w/]) | e-?\d+ | \sof\s\d+ (?![\w.,]\d)
+          | \s? (?: [nuµm]?s | min | h | [KMG]i?B | kB | [KMGTP]?FLOPs? | k?[JW] )\b
+          | \s (?: times | points? | pp | percent | per\scent | standard\s(?:errors?|deviations?)
+                 | (?:micro|milli)?seconds? | minutes? | hours? | bytes
+                 | thousand | [mb]illion )\b )
     )
+    | \bfactor\sof\s\d+ \b
     | ±\s? \d*\.?\d+
     | (?<=\|)[ ]* [-+]?\d+ [ ]*(?=\|)
     """,
