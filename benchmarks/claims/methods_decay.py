@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from benchmarks.training.harness.evidence import blocks
 from dynarank.schedules import rank_decay
 
 from .methods_shared import row, spread
@@ -16,19 +17,13 @@ SETTINGS = ("A ResNet-14 on 10,000 small CIFAR-10 images",)
 def claims() -> Iterator[str]:
     """Yield the figures as the page has them."""
     yield _rule()
-    yield _initialized()
+    yield blocks()["deciding"]
     yield from _convolutions()
 
 
 def _rule() -> str:
     last = f"{rank_decay.LAST_PER_SQUARE:.0f} b² of the run, at most at {rank_decay.LATEST:.0%}"
     return f"n is {rank_decay.CUTS}, the last cut comes at {last}"
-
-
-def _initialized() -> str:
-    runs = read_lines("training/results/2026-11-28-factors/runs.jsonl")
-    kept = values(runs, "accuracy", problem="fash", arm="norm kept, rate x4")
-    return f"at rank 1/16 of the first MLP to {spread(kept, 2)} (n = {len(kept)})"
 
 
 def _convolutions() -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from benchmarks.training.harness.evidence import blocks
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
@@ -18,6 +19,7 @@ SETTINGS = ("Apache-2.0",)
 
 def claims() -> Iterator[str]:
     """Yield the figures in the order of the page."""
+    yield blocks()["deciding"]
     for schedule in ("full-rank", "low-rank", "decay"):
         runs = summaries(DEMO, schedule)
         yield f"test accuracy, % (n = {len(runs)})"

@@ -12,6 +12,7 @@ time: runs of more than a minute go on from their last checkpoint.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def main() -> None:
     run.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     run.add_argument("--minutes", type=float, default=float("inf"),
                      help="stop after this time; unfinished runs go on next time")  # fmt: skip
+    run.add_argument("--arms", nargs="+", default=[], metavar="PATTERN",
+                     help="only these arms, such as 'decay*' 'full rank'")  # fmt: skip
     run.add_argument("--scratch", type=Path, default=ROOT / "build" / "evidence",
                      help="where unfinished runs are kept")  # fmt: skip
     run.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "training" / "results",
@@ -59,7 +62,7 @@ def start(given: argparse.Namespace) -> int:
         get(name)  # a wrong name is an error before any run
     code = "import sys; from benchmarks.training.__main__ import work; work(sys.argv[1:])"
     folders = [str(path.resolve()) for path in (given.data, given.scratch, given.results)]
-    arguments = [*folders, str(60 * given.minutes), *chosen]
+    arguments = [*folders, str(60 * given.minutes), json.dumps(given.arms), *chosen]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", code, *arguments]
     workers = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(given.workers)]
@@ -72,7 +75,7 @@ def start(given: argparse.Namespace) -> int:
 
 def work(arguments: list[str]) -> None:
     """Be one worker."""
-    *folders, seconds = arguments[:4]
+    *folders, seconds, arms = arguments[:5]
     data, scratch, results = map(Path, folders)
     import torch
 
@@ -80,7 +83,7 @@ def work(arguments: list[str]) -> None:
 
     torch.set_num_threads(1)
     deadline = time.monotonic() + float(seconds)
-    worker = Worker(arguments[4:], data, scratch, results, deadline)
+    worker = Worker(arguments[5:], data, scratch, results, deadline, json.loads(arms))
     worker.work()
     sys.exit(1 if worker.left_out else 0)
 

@@ -23,7 +23,7 @@ from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.energy import joules
 from benchmarks.training.harness.experiment import get, names
 from benchmarks.training.harness.extras import decay_products
-from benchmarks.training.harness.jobs import WAITING, ready, schedule_of, setting_of
+from benchmarks.training.harness.jobs import WAITING, ready, reported, schedule_of, setting_of
 from benchmarks.training.harness.narrow import flops, width_for
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.trial import Interrupted, Trial
@@ -184,14 +184,32 @@ def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:
     one = experiment(replace(FIXED, rates=(1.0,)), replace(DECAY, rates=(1.0,)), like)
     runs = [run("fixed 1/4", 1.0, Setting()), run("decay", 1.0, Setting())]
     assert schedule_of(like, one, runs) is WAITING
-    jobs = ready("tiny", one, Tiny(), runs)
+    jobs = ready("tiny", one, runs)
     assert Counter(job.arm for job in jobs) == {"fixed 1/4": 2, "decay": 2}
     runs += [run("decay", 1.0, Setting(), seed, "test") for seed in (0, 1)]
     assert schedule_of(like, one, runs) == low_rank(budget=0.4)
-    assert Counter(job.arm for job in ready("tiny", one, Tiny(), runs)) == {
+    assert Counter(job.arm for job in ready("tiny", one, runs)) == {
         "fixed 1/4": 2, "fixed as decay": 2,
     }  # fmt: skip
-    assert setting_of(like, one, Tiny(), runs) == Setting()
+    assert setting_of(like, one, runs) == Setting()
+    old = {**run("fixed as decay", 1.0, Setting(), 0, "test"), "schedule": {"of": "before"}}
+    assert old not in reported(one, [*runs, old])  # it spent what the arm spent before
+
+
+def test_runs_with_a_setting_that_is_no_longer_chosen_do_not_count() -> None:
+    one = experiment(replace(FULL, rates=(1.0, 2.0, 4.0)))
+    runs = [run("full rank", v, Setting(r)) for r, v in ((1.0, 1.0), (2.0, 3.0), (4.0, 2.0))]
+    runs += [run("full rank", 9.0, Setting(2.0), seed, "test") for seed in (0, 1)]
+    assert ready("tiny", one, runs) == []
+    assert [r["seed"] for r in reported(one, [*runs, *runs])] == [0, 1]
+    more = replace(one, tuning=(100, 101))
+    assert {job.seed for job in ready("tiny", more, runs)} == {101}
+    runs += [run("full rank", v, Setting(r), 101) for r, v in ((1.0, 8.0), (2.0, 3.0), (4.0, 2.0))]
+    runs += [run("full rank", 0.0, Setting(0.5), seed) for seed in (100, 101)]
+    assert reported(more, runs) == []
+    assert {(job.seed, job.setting.rate) for job in ready("tiny", more, runs)} == {
+        (0, 1.0), (1, 1.0),
+    }  # fmt: skip
 
 
 def _append(path: Path, who: int) -> None:

@@ -34,4 +34,5 @@ EXPERIMENT = Experiment(
         *arms.matched(_PAPER),
         *peers(),
     ],
+    tuning=(100, 101),
 )

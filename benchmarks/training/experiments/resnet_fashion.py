@@ -23,4 +23,5 @@ EXPERIMENT = Experiment(
         *arms.matched(_PAPER),
     ],
     note="The paper's CP is called separable here: it is what the published code calls CP.",
+    tuning=(100, 101),
 )

@@ -15,7 +15,7 @@ from benchmarks.training.harness.summary import FULL, Summaries
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "evidence.md"
-PAGES = (PAGE, ROOT / "README.md")
+PAGES = (PAGE, ROOT / "README.md", ROOT / "docs" / "methods" / "decay.md")
 PICTURES = ROOT / "docs" / "images" / "evidence"
 DECIDING = {
     "mlp_256": ("MLP, width 256: accuracy, %", 0.5),
@@ -54,7 +54,7 @@ def block(found: Summaries) -> str:
         f"![{experiment.title}](images/evidence/{name}-{shown}.svg)",
         tables.table(found),
         *([experiment.note] if experiment.note else []),
-        *([] if shown == "times" else [tables.verdict(found)]),
+        *([] if shown == "times" else [tables.fronts(found), tables.verdict(found)]),
         tables.verdict_to_full(found),
         *_unfinished(found),
     ]

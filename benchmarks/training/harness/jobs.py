@@ -6,16 +6,18 @@ for all seeds of that arm.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.store import Run
 from benchmarks.training.harness.tuning import chosen, found, next_settings
-from benchmarks.training.problems.problem import Part, Problem
-from dynarank.schedules import low_rank
+from benchmarks.training.problems.problem import Part
+from dynarank.schedules import low_rank, schedule_to_data
 from dynarank.schedules.base import RankSchedule
 
 
@@ -37,44 +39,64 @@ class Job:
         return "".join(c if c.isalnum() or c in "._-" else "-" for c in words)
 
 
-def ready(name: str, experiment: Experiment, problem: Problem, runs: Sequence[Run]) -> list[Job]:
+def ready(name: str, experiment: Experiment, runs: Sequence[Run]) -> list[Job]:
     """The missing runs that can be run now: tuning first, then seed by seed."""
-    tuning = dict.fromkeys(_tuning(name, experiment, problem, runs))
-    return [*tuning, *_reported(name, experiment, problem, runs)]
+    tuning = dict.fromkeys(_tuning(name, experiment, runs))
+    return [*tuning, *_reported(name, experiment, runs)]
 
 
-def _tuning(
-    name: str, experiment: Experiment, problem: Problem, runs: Sequence[Run]
-) -> Iterator[Job]:
+def reported(experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
+    """The runs that count, of all arms."""
+    return [run for arm in experiment.arms for run in counted(arm, experiment, runs)]
+
+
+def counted(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
+    """The runs of an arm that count: of each seed the first with what is chosen for it now.
+
+    Setting and schedule change when more is tuned; what was run before stays on record.
+    """
+    setting, schedule = setting_of(arm, experiment, runs), schedule_of(arm, experiment, runs)
+    if setting is None or schedule is WAITING:
+        return []
+    wanted, first = schedule_data(schedule), dict[int, Run]()
+    for run in runs:
+        mine = run["arm"] == arm.name and run["part"] == "test"
+        if mine and Setting(**run["setting"]) == setting and run.get("schedule", wanted) == wanted:
+            first.setdefault(run["seed"], run)
+    return list(first.values())
+
+
+def schedule_data(schedule: Any) -> Any:
+    """A schedule as it is in a record."""
+    return None if schedule is None else json.loads(json.dumps(schedule_to_data(schedule)))
+
+
+def _tuning(name: str, experiment: Experiment, runs: Sequence[Run]) -> Iterator[Job]:
     for arm in experiment.arms:
         lead = experiment.tuned(arm)
         if schedule_of(lead, experiment, runs) is WAITING:
             continue
-        results = found(lead, runs, problem.metric, problem.higher)
+        results = found(lead, runs, experiment.metric, experiment.higher)
         for setting in next_settings(lead, results, experiment.tuning):
             for seed in experiment.tuning:
                 if seed not in results.get(setting, {}):
                     yield Job(name, lead.name, setting, seed, "valid")
 
 
-def _reported(
-    name: str, experiment: Experiment, problem: Problem, runs: Sequence[Run]
-) -> Iterator[Job]:
-    done = {(run["arm"], run["seed"]) for run in runs if run["part"] == "test"}
+def _reported(name: str, experiment: Experiment, runs: Sequence[Run]) -> Iterator[Job]:
+    done = {(run["arm"], run["seed"]) for run in reported(experiment, runs)}
     for seed in experiment.seeds:
         for arm in experiment.arms:
-            setting = setting_of(arm, experiment, problem, runs)
+            setting = setting_of(arm, experiment, runs)
             known = schedule_of(arm, experiment, runs) is not WAITING
             if setting is not None and known and (arm.name, seed) not in done:
                 yield Job(name, arm.name, setting, seed, "test")
 
 
-def setting_of(
-    arm: Arm, experiment: Experiment, problem: Problem, runs: Sequence[Run]
-) -> Setting | None:
+def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting | None:
     """What was chosen for the arm's family; None: it is not tuned yet."""
     lead = experiment.tuned(arm)
-    results = found(lead, runs, problem.metric, problem.higher)
+    results = found(lead, runs, experiment.metric, experiment.higher)
     if next_settings(lead, results, experiment.tuning):
         return None
     setting = chosen(lead, results)
@@ -99,7 +121,7 @@ def schedule_of(
     """
     if arm.spends is None:
         return arm.schedule
-    spent = [r["flops"] for r in runs if r["arm"] == arm.spends and r["part"] == "test"]
+    spent = [run["flops"] for run in counted(experiment.by_name[arm.spends], experiment, runs)]
     if len(spent) < len(experiment.seeds) or fmean(spent) > _MOST:
         return WAITING
     return low_rank(budget=round(fmean(spent), 3))

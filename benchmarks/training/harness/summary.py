@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
-from typing import Any
 
-from benchmarks.training.harness.experiment import get
+from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.jobs import reported
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import Run, Store
 
@@ -62,21 +62,26 @@ class Summaries:
     Args:
         name: of the experiment.
         runs: its records; None: those in the repository.
+        experiment: the experiment; None: that of this name.
     """
 
-    def __init__(self, name: str, runs: Sequence[Run] | None = None) -> None:
-        self.name, self.experiment = name, get(name)
+    def __init__(
+        self,
+        name: str,
+        runs: Sequence[Run] | None = None,
+        experiment: Experiment | None = None,
+    ) -> None:
+        self.name, self.experiment = name, experiment or get(name)
         records = Store(name).runs() if runs is None else runs
-        reported = [run for run in records if run["part"] == "test" and run["result"]]
-        self.diverged = [run for run in records if run["part"] == "test" and not run["result"]]
-        _check([*reported, *self.diverged], name)
+        counted = reported(self.experiment, records)
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
             arm.name: Summary(arm.name, of_arm, self.metric)
             for arm in self.experiment.arms
-            if (of_arm := [run for run in reported if run["arm"] == arm.name])
+            if (of_arm := [run for run in counted if run["arm"] == arm.name and run["result"]])
         }
+        self.diverged = [run for run in counted if not run["result"]]
 
     def difference(self, arm: str, other: str) -> Difference | None:
         """The paired difference of two arms; positive: the first is better.
@@ -126,19 +131,3 @@ class Summaries:
         """
         found = self.difference(arm, FULL)
         return None if found is None else found.mean >= -found.error
-
-
-def _check(runs: Sequence[Run], name: str) -> None:
-    """See that a seed of an arm counts once, and that an arm is one thing on all seeds.
-
-    Raises:
-        ValueError: a run is recorded twice, or runs of one arm have different settings.
-    """
-    seeds, settings = set[tuple[str, int]](), dict[str, tuple[Any, Any]]()
-    for run in runs:
-        if (key := (run["arm"], run["seed"])) in seeds:
-            raise ValueError(f"{name}: {run['arm']}, seed {run['seed']}, is recorded twice")
-        seeds.add(key)
-        how = run["setting"], run["schedule"]
-        if settings.setdefault(run["arm"], how) != how:
-            raise ValueError(f"{name}: the runs of {run['arm']} differ in setting or schedule")

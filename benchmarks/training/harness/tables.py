@@ -92,6 +92,16 @@ def verdict_to_full(found: Summaries) -> str:
     return f"{_sentences(pairs, 'full rank')} {_met(found)}"
 
 
+def fronts(found: Summaries) -> str:
+    """Which arms stand on the front against each cost."""
+    costs = {"FLOPs": "flops", "memory": "memory_peak", "CPU seconds": "cpu_seconds"}
+    parts = [
+        f"against {words}: {'; '.join(arm for arm in found.arms if arm in found.front(cost))}."
+        for words, cost in costs.items()
+    ]
+    return "On the front " + " On that ".join(parts)
+
+
 def _met(found: Summaries) -> str:
     met = [
         f"{name} ({one.mean('flops'):.3f}, last network {one.mean('end_flops'):.3f})"
@@ -104,7 +114,7 @@ def _met(found: Summaries) -> str:
     what = (
         "within one standard error at 0.65 of the FLOPs or less, with a last network of 0.6 or less"
     )
-    return f"Full rank is met {what}, by: {', '.join(met) if met else 'no arm'}."
+    return f"Full rank is met {what}, by: {'; '.join(met) or 'no arm'}."
 
 
 def _sentences(pairs: dict[str, Difference], other: str) -> str:
@@ -112,9 +122,14 @@ def _sentences(pairs: dict[str, Difference], other: str) -> str:
     ps = dict(zip(pairs, holm([one.p for one in pairs.values()]), strict=True))
     better = [arm for arm, one in pairs.items() if ps[arm] < 0.05 and one.mean > 0]
     worse = [arm for arm, one in pairs.items() if ps[arm] < 0.05 and one.mean < 0]
-    same = [arm for arm in pairs if ps[arm] >= 0.05]
-    parts = ((better, "Better than"), (worse, "Worse than"), (same, "Not distinguishable from"))
-    return " ".join(f"{words} {other}: {', '.join(arms)}." for arms, words in parts if arms)
+    parts = ((better, "Better than"), (worse, "Worse than"))
+    found = [f"{words} {other}: {'; '.join(arms)}." for arms, words in parts if arms]
+    same = len(pairs) - len(better) - len(worse)
+    if same and found:
+        found.append(f"The other {same} are not distinguishable from it.")
+    elif same:
+        found.append(f"No arm is distinguishable from {other}.")
+    return " ".join(found)
 
 
 _COLUMNS = {

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -24,14 +25,13 @@ import torch
 from benchmarks.training.harness.arm import Arm
 from benchmarks.training.harness.experiment import get
 from benchmarks.training.harness.identity import digest, fingerprint
-from benchmarks.training.harness.jobs import Job, ready, schedule_of
+from benchmarks.training.harness.jobs import Job, ready, schedule_data, schedule_of
 from benchmarks.training.harness.spectra import digits
 from benchmarks.training.harness.store import ROOT, Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import as_data
 from benchmarks.training.problems.problem import Problem
 from dynarank.recording.host import commit, hardware, started, versions
-from dynarank.schedules import schedule_to_data
 from dynarank.train.sources import DataError
 
 
@@ -44,6 +44,7 @@ class Worker:
         scratch: where locks and checkpoints of unfinished runs are.
         results: where the records are.
         deadline: when to stop, by ``time.monotonic``.
+        arms: patterns of the arms to run; none: all.
 
     Attributes:
         left_out: experiments and arms that cannot be run, since data or a package is not there.
@@ -59,9 +60,10 @@ class Worker:
         scratch: Path,
         results: Path = ROOT,
         deadline: float = float("inf"),
+        arms: Sequence[str] = (),
     ) -> None:
         self.experiments, self.data = experiments, data
-        self.results, self.deadline = results, deadline
+        self.results, self.deadline, self.arms = results, deadline, arms
         # Unfinished runs of other records are other runs.
         self.scratch = scratch / digest(str(results.resolve()).encode())
         self.left_out: set[tuple[str, ...]] = set()
@@ -91,19 +93,18 @@ class Worker:
         return False
 
     def _missing(self, name: str) -> list[Job]:
-        if (name,) in self.left_out:
-            return []
-        try:
-            problem = self.problem(name)
-        except (OSError, ImportError, DataError) as error:
-            self._leave_out(error, name)
-            return []
-        jobs = ready(name, get(name), problem, Store(name, self.results).runs())
-        return [job for job in jobs if (name, job.arm) not in self.left_out]
+        jobs = ready(name, get(name), Store(name, self.results).runs())
+        return [job for job in jobs if self._wanted(job)]
 
-    def _leave_out(self, error: Exception, *what: str) -> None:
+    def _wanted(self, job: Job) -> bool:
+        if {(job.experiment,), (job.experiment, job.arm)} & self.left_out:
+            return False
+        return not self.arms or any(fnmatch(job.arm, pattern) for pattern in self.arms)
+
+    def _leave_out(self, error: Exception, *what: str) -> bool:
         self.left_out.add(what)
         print(f"{': '.join(what)} is left out: {error}", file=sys.stderr, flush=True)
+        return True
 
     @contextmanager
     def _claimed(self, job: Job) -> Iterator[bool]:
@@ -117,15 +118,18 @@ class Worker:
 
     def _do(self, job: Job) -> bool:
         experiment, store = get(job.experiment), Store(job.experiment, self.results)
-        arm, problem = experiment.by_name[job.arm], self.problem(job.experiment)
+        try:
+            problem = self.problem(job.experiment)
+        except (OSError, ImportError, DataError) as error:
+            return self._leave_out(error, job.experiment)
+        arm = experiment.by_name[job.arm]
         schedule: Any = schedule_of(arm, experiment, store.runs())
         what = described(job, problem, arm, schedule)
         begun, key = started(), fingerprint(what, problem.steps, self.place["versions"])
         try:
             trial = Trial(experiment, problem, arm, job.setting, job.seed, schedule)
         except ImportError as error:
-            self._leave_out(error, job.experiment, job.arm)
-            return True
+            return self._leave_out(error, job.experiment, job.arm)
         try:
             trial.run(self.scratch / f"{job.key}.{key}", self.deadline)
             result = trial.result(job.part)
@@ -151,7 +155,7 @@ def described(job: Job, problem: Problem, arm: Arm, schedule: Any) -> dict[str, 
     return {
         "experiment": job.experiment, "arm": job.arm, "seed": job.seed, "part": job.part,
         "setting": as_data(job.setting), "rate": job.setting.rate * problem.rate,
-        "schedule": None if schedule is None else schedule_to_data(schedule),
+        "schedule": schedule_data(schedule),
         "moments": str(arm.moments), "rewarmup": arm.rewarmup, "penalty": arm.penalty,
         "precision": "bf16 autocast" if problem.bf16 else "fp32",
     }  # fmt: skip
