@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from benchmarks.training.harness.statistics import spread
 from benchmarks.training.harness.summary import FULL, Summaries, Summary
 
+WIDTH = 8.2  # inches
 COSTS = {
     "flops": "training FLOPs", "memory_peak": "peak memory of a step",
     "cpu_seconds": "CPU seconds",
@@ -24,9 +26,13 @@ GROUPS: dict[str, tuple[str, str]] = {
     "decay": ("#d9480f", "D"),
     "full first": ("#f08c00", "D"),
     "paper": ("#2b8a3e", "^"),
-    "other": ("#868e96", "."),
+    "other": ("#5c636a", "."),
 }
 """Color and mark of each kind of arm, by how its name begins."""
+
+
+_ACROSS = ((5, "left"), (-5, "right"), (0, "center"))
+_UP = ((2, "bottom"), (-2, "top"), (7, "bottom"), (-7, "top"))
 
 
 def group(arm: str) -> str:
@@ -36,74 +42,106 @@ def group(arm: str) -> str:
 
 def fronts(found: Summaries, path: Path) -> None:
     """Quality against each cost, relative to full rank, with standard deviations."""
-    with figure(path, found, (12, 4.2), columns=len(COSTS)) as axes:
+    with figure(path, found, 7.2, "AA;BC") as axes:
         for ax, (cost, words) in zip(axes, COSTS.items(), strict=True):
-            _front(ax, found, cost)
+            _front(ax, found, cost, named=("other", "paper") if ax is axes[0] else ("other",))
             ax.set_xlabel(f"{words}, of full rank's")
-        axes[0].set_ylabel(_label(found))
-        _legend(axes[0])
+            ax.set_ylabel(_label(found))
+        _legend(axes)
 
 
 def overview(all_found: list[Summaries], path: Path) -> None:
     """Quality against FLOPs for some problems, with the main arms only."""
-    with figure(path, all_found, (4.2 * len(all_found), 4.2), columns=len(all_found)) as axes:
+    rows = (len(all_found) + 1) // 2
+    with figure(path, all_found, 0.4 + 2.7 * rows, twos(len(all_found))) as axes:
         for ax, found in zip(axes, all_found, strict=True):
-            _front(ax, found, "flops", others=False)
+            _front(ax, found, "flops", without=("other",))
             ax.set_title(found.experiment.title.partition(",")[0], fontsize=10)
             ax.set_xlabel("training FLOPs, of full rank's")
             ax.set_ylabel(_label(found))
-        _legend(axes[0])
+        _legend(axes)
 
 
-def _front(ax: Any, found: Summaries, cost: str, others: bool = True) -> None:
+def _front(
+    ax: Any, found: Summaries, cost: str, named: Sequence[str] = (), without: Sequence[str] = ()
+) -> None:
     full = found.arms[FULL]
     scale = full.mean(cost)
     ax.axhline(full.result, color="#111111", lw=0.8, ls=":")
+    labels: list[tuple[str, float, float, str]] = []
     for kind, (color, mark) in GROUPS.items():
         chosen = [a for a in found.arms.values() if group(a.arm) == kind]
         chosen = [a for a in chosen if " as " not in a.arm]
-        if not chosen or (kind == "other" and not others):
+        if not chosen or kind in without:
             continue
         points = sorted((a.mean(cost) / scale, a.result, spread(list(a.values.values())), a.arm)
                         for a in chosen)  # fmt: skip
         x, y, error, names = zip(*points, strict=True)
+        size = 10 if mark in "*." else 6  # these two look small
         joined = "-" if kind in ("fixed", "decay", "narrower", "shorter") else ""
-        ax.errorbar(x, y, error, color=color, marker=mark, ls=joined, lw=1, ms=6, label=kind,
+        ax.errorbar(x, y, error, color=color, marker=mark, ls=joined, lw=1, ms=size, label=kind,
                     capsize=2, elinewidth=0.8)  # fmt: skip
-        if kind == "other":
+        if kind in named:
             for a, b, name in zip(x, y, names, strict=True):
-                _name(ax, name, a, b, color, left=a > 0.75 * max(x))
+                labels.append((name.removeprefix(f"{kind}, "), a, b, color))
     if not found.experiment.higher and not ax.yaxis_inverted():
         ax.invert_yaxis()  # better is up, everywhere
     ax.grid(alpha=0.25)
+    _name(ax, labels)
 
 
-def _name(ax: Any, name: str, x: float, y: float, color: str, left: bool) -> None:
-    """Write the name beside a mark, on the side that is within the picture."""
-    offset, side = ((-4, 3), "right") if left else ((4, 3), "left")
-    ax.annotate(name, (x, y), fontsize=6.5, color=color, xytext=offset,
-                textcoords="offset points", ha=side)  # fmt: skip
+def _name(ax: Any, labels: Sequence[tuple[str, float, float, str]]) -> None:
+    """Write names beside their marks, each where it covers the fewest marks and other names."""
+    drawn = ax.figure
+    drawn.draw_without_rendering()  # from here the axes have their places
+    marks = [xy for bars in ax.containers for xy in ax.transData.transform(bars[0].get_xydata())]
+    taken: list[Any] = []
+    for name, x, y, color in sorted(labels, key=lambda label: label[1:3]):
+        tried: list[tuple[float, int, Any]] = []
+        for i, ((dx, ha), (dy, va)) in enumerate(product(_ACROSS, _UP)):
+            text = ax.annotate(name, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha,
+                               va=va, fontsize=7, color=color)  # fmt: skip
+            box = text.get_window_extent()
+            outside = not (ax.bbox.x0 < box.x0 and box.x1 < ax.bbox.x1)
+            bad = 9 * outside + box.count_contains(marks) + 2 * box.count_overlaps(taken)
+            tried.append((bad, i, text))
+        *_, best = min(tried)
+        taken.append(best.get_window_extent())
+        for *_, text in tried:
+            if text is not best:
+                text.remove()
 
 
 def _label(found: Summaries) -> str:
     return "loss (better is up)" if found.metric == "loss" else f"{found.metric}, %"
 
 
-def _legend(ax: Any) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    ax.figure.legend(handles, labels, loc="outside upper center", ncols=8, frameon=False)
+def _legend(axes: Sequence[Any], most: int = 8) -> None:
+    """Above the picture, what its parts show; of more than ``most`` the first, middle, last."""
+    handles: dict[str, Any] = {}
+    for ax in axes:
+        found, labels = ax.get_legend_handles_labels()
+        handles |= dict(zip(labels, found, strict=True))
+    labels = list(handles)
+    if len(labels) > most:
+        labels = [labels[0], labels[len(labels) // 2], labels[-1]]
+    shown = [handles[label] for label in labels]
+    place = {"loc": "outside upper center", "ncols": most, "columnspacing": 1.2}
+    axes[0].figure.legend(shown, labels, frameon=False, handlelength=1.6, **place)
 
 
 def lambdas(found: Summaries, arms: list[str], path: Path) -> None:
     """Lambda of each layer over the run, means over seeds; dashed: inflation and deflation."""
     arms = [name for name in arms if name in found.arms]
-    with figure(path, found, (4 * len(arms), 3.6), columns=len(arms), sharey=True) as axes:
+    rows = (len(arms) + 1) // 2
+    with figure(path, found, 0.4 + 2.8 * rows, twos(len(arms)), sharey=True) as axes:
         for ax, name in zip(axes, arms, strict=True):
             _lambdas(ax, found.arms[name])
             ax.set_title(name, fontsize=10)
             ax.set_xlabel("share of the run")
-        axes[0].set_ylabel("lambda at 1/4 of the rank")
-        _legend(axes[0])
+        for ax in axes[::2]:
+            ax.set_ylabel("lambda at 1/4 of the rank")
+        _legend(axes)
 
 
 def _lambdas(ax: Any, one: Summary) -> None:
@@ -130,7 +168,7 @@ def weights(found: Summaries, arms: list[str], path: Path) -> None:
         return
     layers = list(found.arms[arms[0]].runs[0]["values"])
     shown = [layers[0], layers[len(layers) // 2], layers[-1]]
-    with figure(path, found, (12, 3.6), columns=3, sharey=True) as axes:
+    with figure(path, found, 3.2, "ABC", sharey=True) as axes:
         for ax, layer in zip(axes, shown, strict=True):
             for name in arms:
                 values = found.arms[name].runs[0]["values"][layer]
@@ -151,7 +189,7 @@ def times(found: Summaries, path: Path) -> None:
     cells = [name for name in found.arms if " to " in name]
     pairs = {name: tuple(map(float, name.split(" to "))) for name in cells}
     begins, ends = (sorted({pair[i] for pair in pairs.values()}) for i in (0, 1))
-    with figure(path, found, (5.6, 4)) as axes:
+    with figure(path, found, 5, "A") as axes:
         (ax,) = axes
         for name, (begin, end) in pairs.items():
             one = found.arms[name]
@@ -175,21 +213,40 @@ def digest(found: Summaries | list[Summaries]) -> str:
     return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def twos(panels: int) -> str:
+    """Panels in rows of two.
+
+    Example:
+        >>> twos(4), twos(3), twos(1)
+        ('AB;CD', 'AB;C.', 'A')
+    """
+    letters = [chr(ord("A") + i) for i in range(panels)] + ["."] * (panels % 2 and panels > 1)
+    return ";".join("".join(letters[i : i + 2]) for i in range(0, len(letters), 2))
+
+
 @contextmanager
 def figure(
-    path: Path, found: Any, size: tuple[float, float], columns: int = 1, sharey: bool = False
-) -> Iterator[Any]:
-    """Axes of a picture that is written at the end; it carries the digest of its records."""
+    path: Path, found: Any, height: float, panels: str, sharey: bool = False
+) -> Iterator[list[Any]]:
+    """Axes of a picture that is written at the end; it carries the digest of its records.
+
+    Args:
+        path: the file.
+        found: what it is drawn from.
+        height: in inches; it is as wide as a page, so that a page shows letters at their size.
+        panels: the axes as a mosaic: "AA;BC" is a wide one above two.
+        sharey: whether all have one y axis.
+    """
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
     with plt.rc_context({"svg.hashsalt": "dynarank", "svg.fonttype": "none", "font.size": 9}):
-        drawn, axes = plt.subplots(
-            1, columns, figsize=size, squeeze=False, sharey=sharey, layout="constrained"
+        drawn, axes = plt.subplot_mosaic(
+            panels, figsize=(WIDTH, height), sharey=sharey, layout="constrained"
         )
-        yield list(axes[0])
+        yield list(axes.values())
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {"Date": None, "Description": f"records {digest(found)}"}
         drawn.savefig(path, metadata=about)

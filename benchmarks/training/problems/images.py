@@ -165,8 +165,8 @@ _KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
 
 def _idx(folder: Path, name: str) -> Tensor:
-    plain, packed = folder / name, folder / f"{name}.gz"
-    return torch.from_numpy(read_idx(packed if packed.exists() else plain).copy())
+    packed = folder / f"{name}.gz"
+    return torch.from_numpy(read_idx(packed if packed.exists() else folder / name).copy())
 
 
 def cifar10(data: Path, images: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:

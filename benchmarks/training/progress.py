@@ -1,0 +1,70 @@
+"""What the records say so far, for the terminal: how far experiments are, and their tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.training.harness import evidence, pictures
+from benchmarks.training.harness.arm import Arm
+from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.jobs import WAITING, reported, schedule_of
+from benchmarks.training.harness.store import Run, Store
+from benchmarks.training.harness.summary import FULL, Summaries
+
+
+def status(names: Sequence[str], results: Path) -> None:
+    """Print how far these experiments are."""
+    print(f"{'':16}{'reported runs':>16}{'tuning runs':>13}{'CPU time':>11}{'to do, about':>14}")
+    for name in names:
+        print(_line(name, get(name), Store(name, results).runs()))
+
+
+def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:
+    known = [run["arm"] for run in reported(experiment, runs)]
+    possible = {arm.name for arm in experiment.arms if not _never(arm, experiment, runs, known)}
+    done, wanted = len(known), len(possible) * len(experiment.seeds)
+    left, spent = wanted - done, sum(run["cpu_seconds"] for run in runs)
+    to_do = "done" if not left else _time(left * spent / len(runs)) if runs else "not begun"
+    tuning = sum(run["part"] == "valid" for run in runs)
+    return f"{name:16}{f'{done} of {wanted}':>16}{tuning:13}{_time(spent):>11}{to_do:>14}"
+
+
+def _never(arm: Arm, experiment: Experiment, runs: Sequence[Run], known: Sequence[str]) -> bool:
+    """Whether it is fixed low rank for an arm that costs more than any low rank."""
+    all_there = arm.spends is not None and known.count(arm.spends) == len(experiment.seeds)
+    return all_there and schedule_of(arm, experiment, runs) is WAITING
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+
+
+def table(name: str, results: Path, folder: Path | None) -> None:
+    """Print the table of an experiment and what it says; draw its picture into a folder."""
+    found = Summaries(name, Store(name, results).runs())
+    if FULL not in found.arms:
+        sys.exit(
+            f"{results} has no reported run of full rank for {name} yet, and all is relative to "
+            f"it: python -m benchmarks.training run {name} --results {results}"
+        )
+    for part in evidence.block(found).split("\n\n"):
+        if not part.startswith("!["):
+            print(_aligned(part) if part.startswith("|") else part, end="\n\n")
+    if folder is not None:
+        draw = pictures.times if name.endswith("grid") else pictures.fronts
+        draw(found, path := folder / f"{name}.svg")
+        print(path)
+
+
+def _aligned(rows: str) -> str:
+    """A Markdown table with columns of one width."""
+    head, rule, *body = (row[2:-2].split(" | ") for row in rows.splitlines())
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    marks = [mark.rjust(width, "-") for mark, width in zip(rule, widths, strict=True)]
+    lines = [
+        [name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))]
+        for name, *cells in (head, marks, *body)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
