@@ -88,11 +88,6 @@ def test_the_seeds_that_did_not_diverge_are_no_sample() -> None:
     assert "decay 0.5" not in text.partition("Not run yet on all 5 seeds: ")[2].partition(".\n")[0]
 
 
-def test_arms_on_fewer_seeds_than_full_rank_are_not_on_the_front() -> None:
-    found = made_up(**{"full rank": FULL, "decay 0.5": [99.0], "fixed 0.5 FLOPs": FIXED})
-    assert found.front() == {"full rank", "fixed 0.5 FLOPs"}
-
-
 def test_a_smaller_loss_is_better() -> None:
     found = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FIXED})
     found.sign = -1

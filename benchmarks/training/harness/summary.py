@@ -111,16 +111,13 @@ class Summaries:
         return near if near is not None and distances[near] <= _ALIKE else None
 
     def front(self, cost: str = "flops") -> set[str]:
-        """The arms that no other beats at their cost or less, by means.
-
-        Only arms with all seeds that full rank has: means over other seeds do not compare.
-        """
-        seeds = self.arms[FULL].values.keys() if FULL in self.arms else set()
+        """The arms that no other beats at their cost or less, by means; none that diverged."""
+        lost = {run["arm"] for run in self.diverged}
         return on_front(
             {
                 name: (round(one.mean(cost), 4), self.sign * one.result)
                 for name, one in self.arms.items()
-                if one.values.keys() >= seeds
+                if name not in lost
             }
         )
 
