@@ -125,10 +125,8 @@ class Worker:
         arm = experiment.by_name[job.arm]
         schedule: Any = schedule_of(arm, experiment, store.runs())
         what = described(job, problem, arm, schedule)
-        begun, key = (
-            started(),
-            fingerprint(what, problem.steps, arm.narrow, arm.length, self.place["versions"]),
-        )
+        about = problem.steps, arm.narrow, arm.length, self.place["versions"]
+        begun, key = started(), fingerprint(what, *about)
         try:
             trial = Trial(experiment, problem, arm, job.setting, job.seed, schedule)
         except ImportError as error:
