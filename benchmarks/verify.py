@@ -5,9 +5,10 @@
 
 `benchmarks/claims/` has a module for each page with figures. What its `claims()` derives from the
 records must stand in the page, and no figure may be left that neither a claim nor `SETTINGS`
-explains. A figure is a decimal number, a number with a thousands comma, ±, %, x, times, points or
-a unit of time, memory or work, or a number alone in a cell of a table. Code and link targets are
-left out. Each fault is one line that ends with the way out; the exit status is then 1.
+explains. A figure is a decimal number, one with a thousands comma, an exponent, k, M, ±, %, x,
+times, points or a unit of time, memory or work, a count such as 3 of 5, or a number alone in a cell
+of a table. Numbers in words, code and link targets are left out. Pictures must be drawn from the
+records as they are. Each fault is one line that ends with the way out; the exit status is then 1.
 """
 
 from __future__ import annotations
@@ -24,16 +25,22 @@ from itertools import chain, groupby
 from pathlib import Path
 from types import ModuleType
 
+from benchmarks.training.harness import evidence
+
 ROOT = Path(__file__).parents[1]
 FIGURE = re.compile(
     r"""
     (?<![\w.^]) (?!\d{4}\.\d{5}\b) (?:  # not arXiv's numbers
         (?: \d{1,3}(?:,\d{3})+(?:\.\d+)? | \d*\.\d+ ) (?: [x×](?!\w) | \s?% )?
-      | \d+ (?: [x×](?!\w) | -fold | \s?% | (?=\s?±)
-          | \s (?: times | points? | percent | standard\s(?:errors?|deviations?)
-                 | [nuµm]?s | (?:micro|milli)?seconds? | minutes? | hours?
-                 | [KMG]i?B | kB | bytes | [KMGTP]?FLOPs? )\b )
+      | \d+ (?: [x×](?!\w) | \s[x×]\s(?:as|fewer|less|more|faster|slower)\b | [-\s]fold
+          | \s?% | (?=\s?±)
+          | [kM](?![\w/]) | e-?\d+ | \sof\s\d+ (?![\w.,]\d)
+          | \s? (?: [nuµm]?s | min | h | [KMG]i?B | kB | [KMGTP]?FLOPs? | k?[JW] )\b
+          | \s (?: times | points? | pp | percent | per\scent | standard\s(?:errors?|deviations?)
+                 | (?:micro|milli)?seconds? | minutes? | hours? | bytes
+                 | thousand | [mb]illion )\b )
     )
+    | \bfactor\sof\s\d+ (?![\d.])
     | ±\s? \d*\.?\d+
     | (?<=\|)[ ]* [-+]?\d+ [ ]*(?=\|)
     """,
@@ -179,6 +186,13 @@ def without_page() -> Iterator[str]:
             yield f"benchmarks/claims/{path.name}: its page is not {page}; rename or remove it"
 
 
+def stale_pictures() -> Iterator[str]:
+    """Yield a fault for each picture of the evidence that is not drawn from the records."""
+    for name in evidence.stale_pictures():
+        path = (evidence.PICTURES / name).relative_to(ROOT)
+        yield f"{path}: other records than there are; python -m benchmarks.training write"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Check the pages; print the faults, or one line if there are none."""
     parser = argparse.ArgumentParser(
@@ -189,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", choices=pages(), metavar="PAGE", help="check this page alone")
     page = parser.parse_args(arguments).page
     checked = [check(name) for name in ([page] if page else pages())]
-    wrong = [*chain.from_iterable(found for _, found in checked), *([] if page else without_page())]
+    wrong = [*chain.from_iterable(found for _, found in checked)]
+    wrong += [] if page else [*without_page(), *stale_pictures()]
     if wrong:
         print("\n".join(wrong))
         return 1

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 PAGE = "docs/guarantees.md"
 SETTINGS = (
+    "unchanged: fp64 1e-12, fp32 1e-5, relative",
+    "the losses of one process (1e-5; BatchNorm in fp64 1e-12)",
+    "equal those of one to 1e-5",
+    "outputs (1e-6 in fp32, 1e-12 in fp64)",
+    "to 1e-6 of the largest output",
     "above 10% a merge warns",
     "what is chosen costs at most .62 of full rank",
     "the memory of a step within 2%",

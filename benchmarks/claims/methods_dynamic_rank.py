@@ -17,7 +17,7 @@ from .methods_shared import accuracies, flops, row, spread, summaries
 from .records import mean, read_runs
 
 PAGE = "docs/methods/dynamic-rank.md"
-SETTINGS = ("10,000 images and 12 epochs", "all 50,000 images")
+SETTINGS = ("10,000 images and 12 epochs", "all 50,000 images", "applied, 1e-4, to weights")
 RUNS = "2026-11-24-cifar10-resnet20-12-epochs"
 NAMES = {"dynamic-rank-low": "dynamic-rank, deflating to low-rank"}
 

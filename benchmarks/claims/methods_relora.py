@@ -13,6 +13,7 @@ SETTINGS = (
     "every 5,000 steps (in other runs 1,000 to 5,320)",
     "below its 90% quantile, or 99.9% of them",
     "random 99.9%",
+    "language models of 11M to 66M parameters",
 )
 
 

@@ -141,10 +141,10 @@ def work(arguments: list[str]) -> None:
 
     torch.set_num_threads(1)
     deadline = time.monotonic() + float(seconds)
-    try:
-        Worker(arguments[5:], data, scratch, results, deadline, json.loads(arms)).work()
-    except FileNotFoundError as error:
-        sys.exit(f"{error}\n{_NO_DATA}")
+    worker = Worker(arguments[5:], data, scratch, results, deadline, json.loads(arms))
+    worker.work()
+    if worker.left_out:  # whole experiments, or arms that need a package
+        sys.exit(_NO_DATA if any(len(what) == 1 for what in worker.left_out) else 1)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,15 @@ def test_the_front_by_hand() -> None:
     assert on_front(points) == {"b", "c", "e"}
 
 
-def made_up(**results: list[float]) -> Summaries:
+def made_up(**results: list[float] | list[float | None]) -> Summaries:
     """Summaries of the first experiment with these results, at these arms' own FLOPs."""
     flops = {"full rank": 1.0, "decay 0.5": 0.5, "fixed 0.5 FLOPs": 0.49}
     runs = [
         {
-            "arm": arm, "seed": seed, "part": "test", "result": {"accuracy": value},
+            "arm": arm, "seed": seed, "part": "test",
+            "result": {} if value is None else {"accuracy": value},
             "flops": flops[arm], "end_flops": flops[arm] * 0.9, "changes": [], "points": [],
-            "setting": asdict(Setting()), "parameters_mean": 1,
+            "setting": asdict(Setting()), "parameters_mean": 1, "schedule": None,
             "memory_peak": 1, "cpu_seconds": 1.0,
         }
         for arm, values in results.items()
@@ -73,6 +74,18 @@ def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
     assert worse.counterpart("decay 0.5") is None
     assert tables.verdict(worse) == ""
     assert tables.verdict_to_full(worse).endswith("by: no arm.")
+
+
+def test_the_seeds_that_did_not_diverge_are_no_sample() -> None:
+    best = [95.0, 95.1, None, 95.2, 95.3]
+    found = made_up(**{"full rank": FULL, "decay 0.5": best, "fixed 0.5 FLOPs": FIXED})
+    assert found.difference("decay 0.5", "full rank") is None
+    assert not found.meets_full("decay 0.5")
+    assert found.front() == {"full rank", "fixed 0.5 FLOPs"}
+    assert "decay 0.5" not in tables.verdict_to_full(found) + tables.verdict(found)
+    text = evidence.block(found)
+    assert "| decay 0.5 | 4 of 5 |" in text and "Diverged: decay 0.5, seed 2." in text
+    assert "decay 0.5" not in text.partition("Not run yet on all 5 seeds: ")[2].partition(".\n")[0]
 
 
 def test_a_smaller_loss_is_better() -> None:

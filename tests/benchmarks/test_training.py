@@ -15,54 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, trial
 
 import dynarank as dr
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.energy import joules
-from benchmarks.training.harness.experiment import Experiment, get, names
+from benchmarks.training.harness.experiment import get, names
 from benchmarks.training.harness.extras import decay_products
 from benchmarks.training.harness.jobs import WAITING, ready, reported, schedule_of, setting_of
 from benchmarks.training.harness.narrow import flops, width_for
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import chosen, found, next_settings
-from benchmarks.training.problems.rows import Rows
-from dynarank.schedules import decay, low_rank
+from dynarank.schedules import low_rank
 
 ROOT = Path(__file__).parents[2]
-FULL = Arm("full rank", None, "full rank")
-FIXED = Arm("fixed 1/4", low_rank(dr.Rank(0.25, of="min")), "fixed", (1.0, 2.0))
-DECAY = Arm("decay", decay(total=0.7, cuts=[0.2, 0.5]), "decay")
-
-
-class Tiny(Rows):
-    """A three-layer network on random rows, 40 steps."""
-
-    layers, batch_size, rate = ["0", "2"], 8, 0.01
-
-    def __init__(self, _: Path | None = None) -> None:
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(80, 16, generator=generator)
-        parts = {part: (x, (x[:, 0] > 0).long()) for part in ("train", "valid", "test")}
-        super().__init__(parts, epochs=4)
-
-    def network(self, width: float = 1.0) -> nn.Module:
-        w = round(32 * width)
-        return nn.Sequential(
-            nn.Linear(16, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 2)
-        )
-
-
-def experiment(*chosen: Arm, **options: object) -> Experiment:
-    options = {"seeds": (0, 1), "tuning": (100,), "points": 4, **options}
-    return Experiment("tiny", Tiny, list(chosen), **options)  # pyright: ignore
-
-
-def trial(arm: Arm, setting: Setting | None = None, **options: object) -> Trial:
-    setting = setting or Setting()
-    return Trial(experiment(arm, **options), Tiny(), arm, setting, 0, arm.schedule)
 
 
 def finished(one: Trial, folder: Path) -> dict:
@@ -224,6 +192,8 @@ def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:
         "fixed 1/4": 2, "fixed as decay": 2,
     }  # fmt: skip
     assert setting_of(like, one, runs) == Setting()
+    old = {**run("fixed as decay", 1.0, Setting(), 0, "test"), "schedule": {"of": "before"}}
+    assert old not in reported(one, [*runs, old])  # it spent what the arm spent before
 
 
 def test_runs_with_a_setting_that_is_no_longer_chosen_do_not_count() -> None:

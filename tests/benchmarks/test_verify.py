@@ -97,7 +97,8 @@ def test_text_that_is_gone_is_found() -> None:
     [
         "0.5", ".65", "-0.5", "12 %", "12%", "3x", "3\u00d7", "7 times", "4 points", "1,024",
         "91 \u00b1 3", "10-fold", "30 s", "8\nms", "5 minutes", "64 MiB", "2 GB",
-        "6 standard errors", "| a | 12 |",
+        "6 standard errors", "| a | 12 |", "1e-3", "12k", "10M", "10 million", "3 of 5", "5 min",
+        "5ms", "a factor of 2", "3 x faster", "2 fold", "4 pp", "9 kJ",
     ],
 )  # fmt: skip
 def test_a_figure_that_nothing_explains_is_found(figure: str) -> None:

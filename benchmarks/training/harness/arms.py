@@ -121,7 +121,7 @@ def related(rank: Rank, every: int) -> list[Arm]:
         Arm("Cuttlefish", cuttlefish(), "Cuttlefish", moments="reset", rewarmup=every),
         Arm("Pufferfish", pufferfish(), "Pufferfish", moments="reset", rewarmup=every),
         Arm("growing", growing(), "growing"),
-        Arm("ReLoRA", relora(rank, rewarmup=every), "ReLoRA", moments="prune"),
+        Arm("ReLoRA", relora(rank, rewarmup=every), "ReLoRA", moments="prune", rewarmup=every),
         Arm("LoRA from scratch", lora(rank), "LoRA", LOW_RATES),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -63,8 +64,10 @@ def block(found: Summaries) -> str:
 def _unfinished(found: Summaries) -> Iterator[str]:
     """What is missing of the experiment, or diverged."""
     wanted = len(found.experiment.seeds)
-    short = {arm: one.n for arm, one in found.arms.items() if one.n < wanted}
-    missing = [a.name for a in found.experiment.arms if a.name not in found.arms and not a.spends]
+    ran = Counter(run["arm"] for run in found.diverged)
+    ran.update({arm: one.n for arm, one in found.arms.items()})
+    short = {arm: n for arm, n in ran.items() if n < wanted}
+    missing = [a.name for a in found.experiment.arms if a.name not in ran and not a.spends]
     if short or missing:
         words = [*(f"{arm} (n = {n})" for arm, n in short.items()), *missing]
         yield f"Not run yet on all {wanted} seeds: {', '.join(words)}."

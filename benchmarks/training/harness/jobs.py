@@ -6,16 +6,18 @@ for all seeds of that arm.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.store import Run
 from benchmarks.training.harness.tuning import chosen, found, next_settings
 from benchmarks.training.problems.problem import Part
-from dynarank.schedules import low_rank
+from dynarank.schedules import low_rank, schedule_to_data
 from dynarank.schedules.base import RankSchedule
 
 
@@ -44,18 +46,29 @@ def ready(name: str, experiment: Experiment, runs: Sequence[Run]) -> list[Job]:
 
 
 def reported(experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
-    """The runs that count: of each arm and seed the first with the setting that is chosen now.
+    """The runs that count, of all arms."""
+    return [run for arm in experiment.arms for run in counted(arm, experiment, runs)]
 
-    A setting changes when more is tuned; what was run with the old one stays on record.
+
+def counted(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
+    """The runs of an arm that count: of each seed the first with what is chosen for it now.
+
+    Setting and schedule change when more is tuned; what was run before stays on record.
     """
-    found: dict[tuple[str, int], Run] = {}
-    for arm in experiment.arms:
-        setting = setting_of(arm, experiment, runs)
-        for run in runs:
-            mine = run["arm"] == arm.name and run["part"] == "test"
-            if mine and setting is not None and Setting(**run["setting"]) == setting:
-                found.setdefault((arm.name, run["seed"]), run)
-    return list(found.values())
+    setting, schedule = setting_of(arm, experiment, runs), schedule_of(arm, experiment, runs)
+    if setting is None or schedule is WAITING:
+        return []
+    wanted, first = schedule_data(schedule), dict[int, Run]()
+    for run in runs:
+        mine = run["arm"] == arm.name and run["part"] == "test"
+        if mine and Setting(**run["setting"]) == setting and run.get("schedule", wanted) == wanted:
+            first.setdefault(run["seed"], run)
+    return list(first.values())
+
+
+def schedule_data(schedule: Any) -> Any:
+    """A schedule as it is in a record."""
+    return None if schedule is None else json.loads(json.dumps(schedule_to_data(schedule)))
 
 
 def _tuning(name: str, experiment: Experiment, runs: Sequence[Run]) -> Iterator[Job]:
@@ -108,7 +121,7 @@ def schedule_of(
     """
     if arm.spends is None:
         return arm.schedule
-    spent = [run["flops"] for run in reported(experiment, runs) if run["arm"] == arm.spends]
+    spent = [run["flops"] for run in counted(experiment.by_name[arm.spends], experiment, runs)]
     if len(spent) < len(experiment.seeds) or fmean(spent) > _MOST:
         return WAITING
     return low_rank(budget=round(fmean(spent), 3))

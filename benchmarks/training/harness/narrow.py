@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+
 from benchmarks.training.problems.problem import Problem
 from dynarank.cost import trace
 
@@ -27,4 +29,6 @@ def width_for(problem: Problem, share: float) -> float:
 @lru_cache(maxsize=256)
 def flops(problem: Problem, width: float = 1.0) -> int:
     """The training FLOPs of a step of the full-rank network of this width."""
-    return trace(problem.model(0, width), problem.batch(0, 0)[0]).flops({}).training
+    with torch.random.fork_rng(devices=[]):  # a run may be under way
+        model = problem.model(0, width)
+    return trace(model, problem.batch(0, 0)[0]).flops({}).training

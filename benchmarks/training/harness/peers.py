@@ -10,11 +10,12 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from benchmarks.training.harness.arm import Arm
 from benchmarks.training.problems.problem import Problem
+from dynarank.cost.memory import tensor_bytes
 from dynarank.factors.live_sites import LiveSites
 
 
@@ -43,6 +44,13 @@ def peers(rates: tuple[float, ...] = (1.0, 2.0, 4.0)) -> list[Arm]:
     """All of them, at full rank."""
     makers: dict[str, Callable[..., Optimizer]] = {"GaLore": galore, "APOLLO": apollo, "Fira": fira}
     return [Arm(name, None, name, rates, optimizer=make) for name, make in makers.items()]
+
+
+def own_bytes(optimizer: Optimizer) -> int:
+    """The tensors that an optimizer's state holds in objects, such as GaLore's projectors."""
+    held = [value for state in optimizer.state.values() for value in state.values()]
+    objects = [vars(v) for v in held if hasattr(v, "__dict__") and not isinstance(v, Tensor)]
+    return tensor_bytes(v for one in objects for v in one.values() if isinstance(v, Tensor))
 
 
 def _rank(problem: Problem, model: nn.Module) -> int:

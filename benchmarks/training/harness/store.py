@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -46,8 +47,10 @@ class Store:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
             file.seek(0, os.SEEK_END)
-            file.write(line)
-            file.flush()
+            whole = os.fstat(file.fileno()).st_size
+            if file.write(line) < len(line):  # the disk is full
+                file.truncate(whole)
+                raise OSError(errno.ENOSPC, "a record could not be written", str(self.path))
             os.fsync(file.fileno())
 
     @contextmanager

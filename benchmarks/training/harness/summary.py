@@ -84,9 +84,12 @@ class Summaries:
         self.diverged = [run for run in counted if not run["result"]]
 
     def difference(self, arm: str, other: str) -> Difference | None:
-        """The paired difference of two arms; positive: the first is better."""
-        if other not in self.arms:
-            return None
+        """The paired difference of two arms; positive: the first is better.
+
+        None: they have fewer than two seeds in common, or one of them diverged on some seed.
+        """
+        if other not in self.arms or {arm, other} & {run["arm"] for run in self.diverged}:
+            return None  # the seeds that did not diverge are no fair sample
         one, two = (
             {k: self.sign * v for k, v in self.arms[name].values.items()} for name in (arm, other)
         )
@@ -108,9 +111,14 @@ class Summaries:
         return near if near is not None and distances[near] <= _ALIKE else None
 
     def front(self, cost: str = "flops") -> set[str]:
-        """The arms that no other beats at their cost or less, by means."""
+        """The arms that no other beats at their cost or less, by means; none that diverged."""
+        lost = {run["arm"] for run in self.diverged}
         return on_front(
-            {n: (round(s.mean(cost), 4), self.sign * s.result) for n, s in self.arms.items()}
+            {
+                name: (round(one.mean(cost), 4), self.sign * one.result)
+                for name, one in self.arms.items()
+                if name not in lost
+            }
         )
 
     def meets_full(self, arm: str) -> bool | None:

@@ -26,7 +26,7 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
     counterpart = found.counterpart(one.arm)
     return (
         f"**{one.arm}**" if bold else one.arm,
-        str(one.n),
+        _n(one, found),
         f"{one.runs[0]['setting']['rate']:g}{_marks(one)}",
         f"{one.mean('flops'):.3f}",
         f"{one.mean('end_flops'):.3f}",
@@ -37,6 +37,12 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
         "" if one.arm == FULL else text(found.difference(one.arm, FULL), digits(found)),
         "" if counterpart is None else text(found.difference(one.arm, counterpart), digits(found)),
     )
+
+
+def _n(one: Summary, found: Summaries) -> str:
+    """How many runs; of how many, if some diverged."""
+    lost = sum(run["arm"] == one.arm for run in found.diverged)
+    return f"{one.n} of {one.n + lost}" if lost else str(one.n)
 
 
 def _marks(one: Summary) -> str:

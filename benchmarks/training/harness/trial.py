@@ -25,6 +25,7 @@ from benchmarks.training.harness.energy import joules
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.extras import add_penalty, decay_products
 from benchmarks.training.harness.narrow import flops, width_for
+from benchmarks.training.harness.peers import own_bytes
 from benchmarks.training.harness.spectra import digits, readings, spectra
 from benchmarks.training.harness.witness import Witness
 from benchmarks.training.problems.problem import Part, Problem
@@ -144,8 +145,8 @@ class Trial:
             self.optimizer.zero_grad()
             self.lr.step()
         if memory is not None:
-            self.seen["end_memory"] = memory.peak_bytes
-            self.seen["memory"] = max(self.seen["memory"], memory.peak_bytes)
+            used = memory.peak_bytes + own_bytes(self.optimizer)
+            self.seen["end_memory"], self.seen["memory"] = used, max(self.seen["memory"], used)
         self._count(loss.item())
         if changes:
             self.ledger.turn(dr.current_plan(self.model))
@@ -183,11 +184,12 @@ class Trial:
     def result(self, part: Part) -> dict[str, Any]:
         """What is recorded: the result on this part of the data, costs, and what was seen."""
         seen, ledger, steps = self.seen, self.ledger, self.problem.steps
-        good = seen["step"] == steps
+        found = rounded(self.problem.test(self.model, part)) if seen["step"] == steps else {}
+        good = all(map(math.isfinite, found.values()))
         if part == "valid":  # of a tuning run, nothing but the result is used
             seen = {**seen, "points": [], "changes": []}
         return {
-            "steps": steps, "result": rounded(self.problem.test(self.model, part)) if good else {},
+            "steps": steps, "result": found if good else {},
             "flops": self.relative_flops, "training_flops": ledger.training_flops,
             "end_flops": ledger.flops.training / flops(self.problem),
             "parameters_mean": ledger.trainable_mean, "parameters_peak": ledger.trainable_peak,
@@ -229,6 +231,8 @@ class Trial:
         }  # fmt: skip
 
     def _save(self, folder: Path) -> None:
+        if self.arm.optimizer is not None:  # that of another project may hold what cannot be saved
+            return
         extra = {"seen": self.seen, "ledger": self.ledger.state_dict(), "probe": self.probe}
         dr.save(folder, **self._parts(), extra=extra)
 

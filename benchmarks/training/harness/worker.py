@@ -2,7 +2,7 @@
 
 Any number of workers may work at once, of one command or of several: each holds a lock on the run
 it does, which the system releases if the worker is killed. The run's checkpoint stays, and the
-next worker that takes the run goes on from there.
+next worker that takes the run goes on from there, unless the setting or the code is another now.
 """
 
 from __future__ import annotations
@@ -10,25 +10,29 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
+from benchmarks.training.harness.arm import Arm
 from benchmarks.training.harness.experiment import get
-from benchmarks.training.harness.jobs import Job, ready, schedule_of
+from benchmarks.training.harness.identity import digest, fingerprint
+from benchmarks.training.harness.jobs import Job, ready, schedule_data, schedule_of
 from benchmarks.training.harness.spectra import digits
 from benchmarks.training.harness.store import ROOT, Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import as_data
 from benchmarks.training.problems.problem import Problem
 from dynarank.recording.host import commit, hardware, started, versions
-from dynarank.schedules import schedule_to_data
+from dynarank.train.sources import DataError
 
 
 class Worker:
@@ -41,6 +45,12 @@ class Worker:
         results: where the records are.
         deadline: when to stop, by ``time.monotonic``.
         arms: patterns of the arms to run; none: all.
+
+    Attributes:
+        left_out: experiments and arms that cannot be run, since data or a package is not there.
+
+    Raises:
+        OSError: the folder of the records cannot be written to.
     """
 
     def __init__(
@@ -52,11 +62,17 @@ class Worker:
         deadline: float = float("inf"),
         arms: Sequence[str] = (),
     ) -> None:
-        self.experiments, self.data, self.scratch = experiments, data, scratch
+        self.experiments, self.data = experiments, data
         self.results, self.deadline, self.arms = results, deadline, arms
+        # Unfinished runs of other records are other runs.
+        self.scratch = scratch / digest(str(results.resolve()).encode())
+        self.left_out: set[tuple[str, ...]] = set()
         self.problem = cache(lambda name: get(name).load(self.data))
         self.place = {"commit": commit(), "versions": versions()}
-        scratch.mkdir(parents=True, exist_ok=True)
+        self.scratch.mkdir(parents=True, exist_ok=True)
+        results.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=results):  # what cannot be recorded is not run
+            pass
 
     def work(self) -> int:
         """Run until nothing is left that can be run; how many runs were done."""
@@ -77,9 +93,18 @@ class Worker:
         return False
 
     def _missing(self, name: str) -> list[Job]:
-        runs = Store(name, self.results).runs()
-        jobs = ready(name, get(name), runs)
-        return [j for j in jobs if not self.arms or any(fnmatch(j.arm, a) for a in self.arms)]
+        jobs = ready(name, get(name), Store(name, self.results).runs())
+        return [job for job in jobs if self._wanted(job)]
+
+    def _wanted(self, job: Job) -> bool:
+        if {(job.experiment,), (job.experiment, job.arm)} & self.left_out:
+            return False
+        return not self.arms or any(fnmatch(job.arm, pattern) for pattern in self.arms)
+
+    def _leave_out(self, error: Exception, *what: str) -> bool:
+        self.left_out.add(what)
+        print(f"{': '.join(what)} is left out: {error}", file=sys.stderr, flush=True)
+        return True
 
     @contextmanager
     def _claimed(self, job: Job) -> Iterator[bool]:
@@ -93,20 +118,30 @@ class Worker:
 
     def _do(self, job: Job) -> bool:
         experiment, store = get(job.experiment), Store(job.experiment, self.results)
-        arm, problem = experiment.by_name[job.arm], self.problem(job.experiment)
-        schedule: Any = schedule_of(arm, experiment, store.runs())
-        begun, folder = started(), self.scratch / job.key
-        trial = Trial(experiment, problem, arm, job.setting, job.seed, schedule)
         try:
-            trial.run(folder, self.deadline)
+            problem = self.problem(job.experiment)
+        except (OSError, ImportError, DataError) as error:
+            return self._leave_out(error, job.experiment)
+        arm = experiment.by_name[job.arm]
+        schedule: Any = schedule_of(arm, experiment, store.runs())
+        what = described(job, problem, arm, schedule)
+        about = problem.steps, arm.narrow, arm.length, self.place["versions"]
+        begun, key = started(), fingerprint(what, *about)
+        try:
+            trial = Trial(experiment, problem, arm, job.setting, job.seed, schedule)
+        except ImportError as error:
+            return self._leave_out(error, job.experiment, job.arm)
+        try:
+            trial.run(self.scratch / f"{job.key}.{key}", self.deadline)
             result = trial.result(job.part)
         except Interrupted:
             return False
         finally:
             trial.close()
-        data = None if schedule is None else schedule_to_data(schedule)
-        store.append({**described(job, problem, data), **result, **self._environment(begun)})
-        shutil.rmtree(folder, ignore_errors=True)
+        if job in self._missing(job.experiment):  # else a command of another scratch did it
+            store.append({**what, **result, **self._environment(begun)})
+        for folder in self.scratch.glob(f"{job.key}.*"):
+            shutil.rmtree(folder, ignore_errors=True)
         show(job, problem, result)
         return True
 
@@ -116,12 +151,14 @@ class Worker:
         return {"hardware": device, "load": load, "started": begun, **self.place}
 
 
-def described(job: Job, problem: Problem, schedule: Any) -> dict[str, Any]:
-    """What was run."""
+def described(job: Job, problem: Problem, arm: Arm, schedule: Any) -> dict[str, Any]:
+    """What is run."""
     return {
         "experiment": job.experiment, "arm": job.arm, "seed": job.seed, "part": job.part,
         "setting": as_data(job.setting), "rate": job.setting.rate * problem.rate,
-        "schedule": schedule, "precision": "bf16 autocast" if problem.bf16 else "fp32",
+        "schedule": schedule_data(schedule),
+        "moments": str(arm.moments), "rewarmup": arm.rewarmup, "penalty": arm.penalty,
+        "precision": "bf16 autocast" if problem.bf16 else "fp32",
     }  # fmt: skip
 
 

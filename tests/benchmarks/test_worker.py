@@ -1,0 +1,182 @@
+"""The workers: what is missing is run once, and what cannot be run stops nothing else."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import resource
+import signal
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_experiment import FULL, Tiny, experiment, trial
+
+from benchmarks.training.harness import arms, worker
+from benchmarks.training.harness.arm import Arm
+from benchmarks.training.harness.narrow import flops
+from benchmarks.training.harness.peers import own_bytes
+from benchmarks.training.harness.store import Store
+from benchmarks.training.harness.worker import Worker
+from dynarank.forms import Rank
+
+ONE_RATE = replace(FULL, rates=(1.0,))
+
+
+def workers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, scratch: str = "scratch", **experiments: object
+) -> Worker:
+    monkeypatch.setattr(worker, "get", experiments.__getitem__)
+    return Worker(list(experiments), folder, folder / scratch, folder / "results")
+
+
+def left(one: Worker) -> Worker:
+    """The worker, with its first run left after one step."""
+    one.deadline = -math.inf
+    (job, *_) = one._missing("tiny")
+    assert not one._do(job)
+    one.deadline = math.inf
+    return one
+
+
+def results(folder: Path) -> list:
+    costs = ("cpu_seconds", "wall_seconds", "started", "load", "points")
+    return [{k: v for k, v in r.items() if k not in costs} for r in Store("tiny", folder).runs()]
+
+
+def test_the_same_command_gives_the_same_records(tmp_path: Path, monkeypatch) -> None:
+    for name in "ab":
+        workers(tmp_path / name, monkeypatch, tiny=experiment(ONE_RATE)).work()
+    one, other = (results(tmp_path / name / "results") for name in "ab")
+    assert one == other and len(one) == 3
+
+
+@pytest.mark.parametrize("change", ["rate", "steps", "penalty", "code", "results"])
+def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, monkeypatch, change: str) -> None:
+    left(workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE)))
+    arm, place = ONE_RATE, tmp_path
+    if change == "rate":
+        monkeypatch.setattr(Tiny, "rate", 0.02)
+    elif change == "steps":
+        monkeypatch.setattr(Tiny, "steps", property(lambda _: 20, lambda *_: None), raising=False)
+    elif change == "penalty":
+        arm = replace(arm, penalty="soft")
+    elif change == "code":
+        monkeypatch.setattr("benchmarks.training.harness.identity.code", lambda: "other")
+    begun = []
+    monkeypatch.setattr(worker.Trial, "_load", lambda *_: begun.append("a checkpoint"))
+    one = workers(place, monkeypatch, tiny=experiment(arm))
+    if change == "results":
+        one = Worker(["tiny"], place, place / "scratch", place / "other results")
+    one._next()
+    assert begun == [] and len(Store("tiny", one.results).runs()) == 1
+
+
+def test_a_checkpoint_of_the_run_is_used_and_removed(tmp_path: Path, monkeypatch) -> None:
+    one = left(workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE)))
+    begun, load = [], worker.Trial._load
+    monkeypatch.setattr(
+        worker.Trial, "_load", lambda self, path: (begun.append(path), load(self, path))
+    )
+    one._next()
+    assert len(begun) == 1 and not begun[0].exists()
+
+
+def test_two_commands_with_other_scratch_record_a_run_once(tmp_path: Path, monkeypatch) -> None:
+    tiny = experiment(ONE_RATE)
+    one = workers(tmp_path, monkeypatch, tiny=tiny)
+    (job, *_) = one._missing("tiny")
+    assert workers(tmp_path, monkeypatch, "another", tiny=tiny)._next()
+    one._do(job)
+    assert len(Store("tiny", one.results).runs()) == 1
+
+
+def test_what_cannot_be_run_is_left_out_by_name(tmp_path: Path, monkeypatch, capfd) -> None:
+    def none(_: Path) -> Tiny:
+        raise FileNotFoundError("there is no such text")
+
+    def no_package(*_: object) -> torch.optim.Optimizer:
+        raise ImportError("the arm needs the package a")
+
+    needy = Arm("needy", None, "needy", (1.0,), optimizer=no_package)
+    without = replace(experiment(ONE_RATE), problem=none)
+    one = workers(tmp_path, monkeypatch, books=without, tiny=experiment(needy, ONE_RATE))
+    one.work()
+    assert Counter(r["arm"] for r in Store("tiny", one.results).runs()) == {"full rank": 3}
+    assert one.left_out == {("books",), ("tiny", "needy")}
+    told = capfd.readouterr().err
+    assert "books is left out: there is no such text" in told
+    assert "tiny: needy is left out: the arm needs the package a" in told
+
+
+def test_results_that_cannot_be_written_are_an_error_before_the_first_run(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        Worker([], tmp_path, tmp_path / "scratch", tmp_path / "file")
+
+
+def _append_too_much(folder: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    with pytest.raises(OSError, match="could not be written"):
+        Store("a", folder).append({"i": 1, "text": "x" * 1000})
+    Store("a", folder).append({"i": 2})
+
+
+def test_a_record_for_which_there_is_no_space_is_an_error(tmp_path: Path) -> None:
+    Store("a", tmp_path).append({"i": 0})
+    process = multiprocessing.get_context("fork").Process(target=_append_too_much, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert [r["i"] for r in Store("a", tmp_path).runs()] == [0, 2]
+
+
+class _Projector:
+    def __init__(self, rows: int) -> None:
+        self.matrix, self.rank = torch.zeros(rows, 4), 4
+
+
+class _Projecting(torch.optim.AdamW):
+    """An optimizer that keeps a matrix in an object, as GaLore does."""
+
+    def step(self, closure: object = None) -> None:  # pyright: ignore
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("projector", _Projector(p.shape[0]))
+
+
+def test_optimizers_of_other_projects_are_measured_whole_and_not_saved(tmp_path: Path) -> None:
+    arm = Arm("other", None, "other", optimizer=lambda p, m, r: _Projecting(m.parameters(), lr=r))
+    one, plain = trial(arm), trial(FULL)
+    one.step()
+    plain.step()
+    rows = sum(p.shape[0] for p in one.model.parameters())
+    assert own_bytes(one.optimizer) == 16 * rows and own_bytes(plain.optimizer) == 0
+    assert one.seen["memory"] == plain.seen["memory"] + 16 * rows
+    one._save(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_related_methods_are_run_as_their_schedules_say() -> None:
+    for arm in arms.related(Rank(1 / 4), every=7):
+        assert arm.rewarmup == (getattr(arm.schedule, "rewarmup", None) or arm.rewarmup)
+        assert arm.moments == (getattr(arm.schedule, "moments", None) or arm.moments)
+
+
+def test_the_flops_of_the_full_network_draw_nothing() -> None:
+    torch.manual_seed(5)
+    flops(Tiny())
+    drawn = torch.rand(())
+    torch.manual_seed(5)
+    assert drawn == torch.rand(())
+
+
+def test_a_network_that_ends_not_finite_has_no_result(tmp_path: Path) -> None:
+    one = trial(FULL)
+    one.run(tmp_path / "none")
+    with torch.no_grad():
+        one.model[4].bias.fill_(math.nan)  # pyright: ignore
+    assert one.result("test")["result"] == {}

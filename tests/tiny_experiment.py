@@ -1,0 +1,47 @@
+"""A problem of 40 steps, some arms, and experiments and trials of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import dynarank as dr
+from benchmarks.training.harness.arm import Arm, Setting
+from benchmarks.training.harness.experiment import Experiment
+from benchmarks.training.harness.trial import Trial
+from benchmarks.training.problems.rows import Rows
+from dynarank.schedules import decay, low_rank
+
+FULL = Arm("full rank", None, "full rank")
+FIXED = Arm("fixed 1/4", low_rank(dr.Rank(0.25, of="min")), "fixed", (1.0, 2.0))
+DECAY = Arm("decay", decay(total=0.7, cuts=[0.2, 0.5]), "decay")
+
+
+class Tiny(Rows):
+    """A three-layer network on random rows, 40 steps."""
+
+    layers, batch_size, rate = ["0", "2"], 8, 0.01
+
+    def __init__(self, _: Path | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(80, 16, generator=generator)
+        parts = {part: (x, (x[:, 0] > 0).long()) for part in ("train", "valid", "test")}
+        super().__init__(parts, epochs=4)
+
+    def network(self, width: float = 1.0) -> nn.Module:
+        w = round(32 * width)
+        return nn.Sequential(
+            nn.Linear(16, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), nn.Linear(w, 2)
+        )
+
+
+def experiment(*chosen: Arm, **options: object) -> Experiment:
+    options = {"seeds": (0, 1), "tuning": (100,), "points": 4, **options}
+    return Experiment("tiny", Tiny, list(chosen), **options)  # pyright: ignore
+
+
+def trial(arm: Arm, setting: Setting | None = None, **options: object) -> Trial:
+    setting = setting or Setting()
+    return Trial(experiment(arm, **options), Tiny(), arm, setting, 0, arm.schedule)
