@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class Arm:
         narrow: a narrower full-rank network that costs this share of the FLOPs.
         length: trains for this share of the problem's steps; its learning rate ends with them.
         penalty: an orthogonality penalty, "soft" or "srip", with coefficient 1e-3.
+        by_data: whether truncations are activation-aware, on a few training batches; budgets are
+            always met by data.
         moments: how the optimizer's moments follow a change.
         rewarmup: how many steps the learning rate is warmed up after a change.
         optimizer: ``(problem, model, rate) -> optimizer``, in place of the problem's.
@@ -58,7 +60,21 @@ class Arm:
     narrow: float | None = None
     length: float = 1.0
     penalty: str | None = None
+    by_data: bool = True
     moments: Any = "project"
     rewarmup: int = 0
     optimizer: Callable[[Any, nn.Module, float], Optimizer] | None = None
     prepare: Callable[[nn.Module, Any, int], nn.Module] | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a record says of the arm beside its schedule and setting."""
+        return {
+            "moments": str(self.moments), "rewarmup": self.rewarmup, "penalty": self.penalty,
+            "by_data": self.by_data,
+        }  # fmt: skip
+
+    def made(self, run: Mapping[str, Any]) -> bool:
+        """Whether a run is of this arm as it is now; what an older record leaves out is not asked."""
+        options = self.options.items()
+        return run["arm"] == self.name and all(run.get(k, v) == v for k, v in options)

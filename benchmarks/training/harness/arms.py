@@ -27,6 +27,8 @@ LOW_RATES = (1.0, 2.0, 4.0)
 """Low rank usually wants a higher rate than full rank."""
 INFLATE, DEFLATE = 55 / 150, 120 / 150
 """The published code's times on CIFAR-10."""
+AS_PUBLISHED: dict[str, Any] = {"moments": "reset", "by_data": False}
+"""New optimizers and plain truncations, as in the code of these methods."""
 
 
 def full_rank() -> list[Arm]:
@@ -101,7 +103,7 @@ def paper(of: Any = "min", decompositions: Sequence[str] = ("svd",)) -> list[Arm
     """Low, full, adapted at half of the rank: as published, and with a low-rank ending."""
     half = Rank(0.5, of=of)
     published_ = [
-        Arm(f"paper, {name}", published(half, decomposition=name), "paper", moments="reset")
+        Arm(f"paper, {name}", published(half, decomposition=name), "paper", **AS_PUBLISHED)
         for name in decompositions
     ]
     low = dynamic_rank(half, inflate=INFLATE, deflate=DEFLATE, to="low-rank")
@@ -118,8 +120,8 @@ def related(rank: Rank, every: int) -> list[Arm]:
     return [
         Arm("rotating", rotating(rank), "rotating"),
         Arm("closed loop", closed_loop(rank), "closed loop"),
-        Arm("Cuttlefish", cuttlefish(), "Cuttlefish", moments="reset", rewarmup=every),
-        Arm("Pufferfish", pufferfish(), "Pufferfish", moments="reset", rewarmup=every),
+        Arm("Cuttlefish", cuttlefish(), "Cuttlefish", **AS_PUBLISHED, rewarmup=every),
+        Arm("Pufferfish", pufferfish(), "Pufferfish", **AS_PUBLISHED, rewarmup=every),
         Arm("growing", growing(), "growing"),
         Arm("ReLoRA", relora(rank, rewarmup=every), "ReLoRA", moments="prune", rewarmup=every),
         Arm("LoRA from scratch", lora(rank), "LoRA", LOW_RATES),

@@ -60,7 +60,7 @@ def counted(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
         return []
     wanted, first = schedule_data(schedule), dict[int, Run]()
     for run in runs:
-        mine = run["arm"] == arm.name and run["part"] == "test"
+        mine = run["part"] == "test" and arm.made(run)
         if mine and Setting(**run["setting"]) == setting and run.get("schedule", wanted) == wanted:
             first.setdefault(run["seed"], run)
     return list(first.values())

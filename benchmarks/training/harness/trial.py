@@ -103,7 +103,7 @@ class Trial:
         ranks = dr.RankScheduler(
             self.model, self.optimizer, schedule, self.problem.steps, layers=self.problem.layers,
             lr_scheduler=self.lr, lr_every=1, moments=self.arm.moments,
-            batches=lambda: self.problem.inputs(self.seed),
+            batches=(lambda: self.problem.inputs(self.seed)) if self.arm.by_data else None,
             callbacks=[self.witness, dr.LRRewarmup(self.arm.rewarmup)],
         )  # fmt: skip
         if self.setting.start == "norm":

@@ -23,7 +23,7 @@ def found(arm: Arm, runs: Sequence[Run], metric: str, higher: bool) -> Found:
     """What the tuning runs of an arm gave; what diverged is minus infinity."""
     results: Found = {}
     for run in runs:
-        if run["arm"] == arm.name and run["part"] == "valid":
+        if run["part"] == "valid" and arm.made(run):
             value = run["result"].get(metric)
             good = value is not None and math.isfinite(value)
             known = results.setdefault(Setting(**run["setting"]), {})

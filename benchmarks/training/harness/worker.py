@@ -157,7 +157,7 @@ def described(job: Job, problem: Problem, arm: Arm, schedule: Any) -> dict[str, 
         "experiment": job.experiment, "arm": job.arm, "seed": job.seed, "part": job.part,
         "setting": as_data(job.setting), "rate": job.setting.rate * problem.rate,
         "schedule": schedule_data(schedule),
-        "moments": str(arm.moments), "rewarmup": arm.rewarmup, "penalty": arm.penalty,
+        **arm.options,
         "precision": "bf16 autocast" if problem.bf16 else "fp32",
     }  # fmt: skip
 
@@ -165,6 +165,7 @@ def described(job: Job, problem: Problem, arm: Arm, schedule: Any) -> dict[str, 
 def show(job: Job, problem: Problem, result: dict[str, Any]) -> None:
     """Print a line about a run that has ended."""
     value = result["result"].get(problem.metric, float("nan"))
-    what = f"{job.experiment}: {job.arm}, seed {job.seed} ({job.part}), rate x{job.setting.rate:g}"
+    setting = " ".join(map(str, as_data(job.setting).values()))
+    what = f"{job.experiment}: {job.arm}, seed {job.seed} ({job.part}), {setting}"
     cost = f"FLOPs {result['flops']:.3f}, {result['cpu_seconds']:.1f} s"
     print(f"{what}: {problem.metric} {value:.4g}, {cost}", flush=True)
