@@ -67,7 +67,7 @@ def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
         value - 0.001 * (-1) ** i for i, value in enumerate(FULL)]})  # fmt: skip
     assert met.counterpart("decay 0.5") == "fixed 0.5 FLOPs"
     assert tables.verdict(met) == "Better than fixed low rank of the same FLOPs: decay 0.5."
-    words = "Worse than full rank: fixed 0.5 FLOPs. The other 1 are not distinguishable from it."
+    words = "Worse than full rank: fixed 0.5 FLOPs. The other one is not distinguishable from it."
     assert tables.verdict_to_full(met).startswith(words)
     assert tables.verdict_to_full(met).endswith("by: decay 0.5 (0.500, last network 0.450).")
     worse = made_up(**{"full rank": FULL, "decay 0.5": [value - 1 for value in FULL]})

@@ -75,6 +75,6 @@ class Arm:
         }  # fmt: skip
 
     def made(self, run: Mapping[str, Any]) -> bool:
-        """Whether a run is of this arm as it is now; what an older record leaves out is not asked."""
+        """Whether a run is of this arm as it is now, as far as the record says."""
         options = self.options.items()
         return run["arm"] == self.name and all(run.get(k, v) == v for k, v in options)

@@ -38,14 +38,12 @@ def full_rank() -> list[Arm]:
 
 def narrow(*shares: float) -> list[Arm]:
     """Smaller full-rank networks of these FLOPs."""
-    rates = (1.0, 2.0)
-    return [Arm(f"narrower, {share:g}", None, "narrower", rates, narrow=share) for share in shares]
+    return [Arm(f"narrower, {share:g}", None, "narrower", narrow=share) for share in shares]
 
 
 def shorter(*shares: float) -> list[Arm]:
     """Full rank for these shares of the steps."""
-    rates = (1.0, 2.0)
-    return [Arm(f"shorter, {share:g}", None, "shorter", rates, length=share) for share in shares]
+    return [Arm(f"shorter, {share:g}", None, "shorter", length=share) for share in shares]
 
 
 def fixed(schedules: dict[str, Any], **options: Any) -> list[Arm]:

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.training.harness import pictures, tables
-from benchmarks.training.harness.experiment import get, names
-from benchmarks.training.harness.store import Store
+from benchmarks.training.harness.experiment import names
 from benchmarks.training.harness.summary import FULL, Summaries
 
 ROOT = Path(__file__).parents[3]
@@ -123,13 +122,3 @@ def stale_pictures() -> list[str]:
         if not path.exists() or pictures.digest(found) not in path.read_text(encoding="utf-8"):
             stale.append(path.name)
     return stale
-
-
-def status() -> None:
-    """Print how many reported runs each experiment has."""
-    for name in names():
-        experiment, runs = get(name), Store(name).runs()
-        done = sum(run["part"] == "test" for run in runs)
-        wanted = len(experiment.arms) * len(experiment.seeds)
-        hours = sum(run["cpu_seconds"] for run in runs) / 3600
-        print(f"{name:16} {done:4} of {wanted:4} runs, {len(runs) - done:4} to tune, {hours:.2f} h")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,26 @@ def code() -> str:
         *(_TRAINING / "harness" / f"{name}.py" for name in _HARNESS),
     ]
     return digest(b"".join(path.read_bytes() for path in files))
+
+
+def commit() -> str | None:
+    """The commit of the code; "changed" if a tracked file differs, but for records and docs."""
+    root = _TRAINING.parents[1]
+    if (head := _git("rev-parse", "--short=12", "HEAD", cwd=root)) is None:
+        return None
+    paths = (".", ":!benchmarks/*/results", ":!docs", ":!*.md")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *paths, cwd=root)
+    return f"{head}, changed" if changed else head
+
+
+def _git(*arguments: str, cwd: Path) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=cwd, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
 
 
 def digest(content: bytes) -> str:

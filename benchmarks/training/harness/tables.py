@@ -8,8 +8,8 @@ from benchmarks.training.harness.statistics import Difference, holm
 from benchmarks.training.harness.summary import FULL, Summaries, Summary
 
 HEAD = (
-    "arm", "n", "rate", "FLOPs", "last", "parameters", "memory", "CPU s", "result", "to full rank",
-    "to fixed low rank",
+    "arm", "n", "rate", "FLOPs", "last", "parameters", "memory", "CPU s", "result",
+    "minus full rank", "minus fixed low rank",
 )  # fmt: skip
 
 
@@ -126,7 +126,8 @@ def _sentences(pairs: dict[str, Difference], other: str) -> str:
     found = [f"{words} {other}: {'; '.join(arms)}." for arms, words in parts if arms]
     same = len(pairs) - len(better) - len(worse)
     if same and found:
-        found.append(f"The other {same} are not distinguishable from it.")
+        rest = "other one is" if same == 1 else f"other {same} are"
+        found.append(f"The {rest} not distinguishable from it.")
     elif same:
         found.append(f"No arm is distinguishable from {other}.")
     return " ".join(found)

@@ -24,14 +24,14 @@ import torch
 
 from benchmarks.training.harness.arm import Arm
 from benchmarks.training.harness.experiment import get
-from benchmarks.training.harness.identity import digest, fingerprint
+from benchmarks.training.harness.identity import code, commit, digest, fingerprint
 from benchmarks.training.harness.jobs import Job, ready, schedule_data, schedule_of
 from benchmarks.training.harness.spectra import digits
 from benchmarks.training.harness.store import ROOT, Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import as_data
 from benchmarks.training.problems.problem import Problem
-from dynarank.recording.host import commit, hardware, started, versions
+from dynarank.recording.host import hardware, started, versions
 from dynarank.train.sources import DataError
 
 
@@ -68,7 +68,7 @@ class Worker:
         self.scratch = scratch / digest(str(results.resolve()).encode())
         self.left_out: set[tuple[str, ...]] = set()
         self.problem = cache(lambda name: get(name).load(self.data))
-        self.place = {"commit": commit(), "versions": versions()}
+        self.place = {"commit": commit(), "code": code(), "versions": versions()}
         self.scratch.mkdir(parents=True, exist_ok=True)
         results.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=results):  # what cannot be recorded is not run
