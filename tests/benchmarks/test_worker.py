@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import resource
 import signal
+import subprocess
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from tiny_experiment import FULL, Tiny, experiment, trial
 
-from benchmarks.training.harness import arms, worker
+from benchmarks.training.harness import arms, identity, worker
 from benchmarks.training.harness.arm import Arm
 from benchmarks.training.harness.narrow import flops
 from benchmarks.training.harness.peers import own_bytes
@@ -180,3 +181,26 @@ def test_a_network_that_ends_not_finite_has_no_result(tmp_path: Path) -> None:
     with torch.no_grad():
         one.model[4].bias.fill_(math.nan)  # pyright: ignore
     assert one.result("test")["result"] == {}
+
+
+def test_records_and_docs_do_not_make_the_code_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        own = ("-c", "user.name=a", "-c", "user.email=a@a")
+        subprocess.run(["git", *own, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    files = ["benchmarks/training/results/a.jsonl", "docs/a.md", "README.md", "src/a.py"]
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    monkeypatch.setattr(identity, "_TRAINING", tmp_path / "benchmarks" / "training")
+    clean = identity.commit()
+    for name in files[:3]:
+        (tmp_path / name).write_text("2")
+    assert identity.commit() == clean
+    (tmp_path / "src/a.py").write_text("2")
+    assert identity.commit() == f"{clean}, changed"

@@ -36,7 +36,7 @@ def commit() -> str | None:
     root = _TRAINING.parents[1]
     if (head := _git("rev-parse", "--short=12", "HEAD", cwd=root)) is None:
         return None
-    paths = (".", ":!benchmarks/*/results", ":!docs", ":!*.md")
+    paths = (".", ":!benchmarks/*/results/*", ":!docs/*", ":!*.md")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", *paths, cwd=root)
     return f"{head}, changed" if changed else head
 
