@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
 
 from benchmarks.training.harness.statistics import Difference, holm
+from benchmarks.training.harness.store import Run
 from benchmarks.training.harness.summary import FULL, Summaries, Summary
 
 HEAD = (
@@ -161,42 +164,54 @@ def _cell(one: Summary | None, places: int) -> str:
 
 
 def restored(found: Summaries) -> str:
-    """What inflation restored: the mean effective rank of the layers around the full-rank phase."""
-    head = ("arm", "n", "start of full rank", "its end", "after", "end of the run", "full rank's")
-    lines = [head, ("---", *["--:"] * (len(head) - 1)), *_restored(found)]
+    """What inflation restored: effective ranks around the full-rank phase, by layer."""
+    head = ("arm", "layer", "inflated", "before its end", "after it", "end", "full rank's end")
+    lines = [head, ("---", "---", *["--:"] * (len(head) - 2)), *_restored(found)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _restored(found: Summaries) -> Iterator[tuple[str, ...]]:
-    """Effective ranks as shares of the largest possible rank, means over layers and seeds."""
+    """Shares of the largest possible rank, means over seeds."""
     full = found.arms.get(FULL)
     for name, one in found.arms.items():
-        inflations = [[c for c in run["changes"] if c["step"] > 0] for run in one.runs]
-        if not name.startswith("paper") or min(map(len, inflations)) < 2 or full is None:
+        if not name.startswith("paper") or "," in name.partition(", ")[2] or full is None:
             continue
-        first, last = ([changes[i] for changes in inflations] for i in (0, 1))
-        cells = (
-            _change(one, first, "after"), _change(one, last, "before"), _change(one, last, "after"),
-            _end(one), _end(full),
-        )  # fmt: skip
-        yield (name, str(one.n), *(f"{cell:.3f}" for cell in cells))
+        if min(len(_later(run)) for run in one.runs) < 2:
+            continue
+        layers = list(one.runs[0]["full_ranks"])
+        for layer in (*layers, None):
+            cells = (*around(one, layer), _end(one, layer), _end(full, layer))
+            yield (name, layer or "mean", *(f"{cell:.2f}" for cell in cells))
 
 
-def _change(one: Summary, changes: list[dict], side: str) -> float:
-    """The mean effective rank before or after a change, as a share of the largest."""
-    shares = [
-        layer[side][0] / run["full_ranks"][path]
-        for run, change in zip(one.runs, changes, strict=True)
-        for path, layer in change["layers"].items()
-        if layer[side]
-    ]
-    return sum(shares) / len(shares)
+def around(one: Summary, layer: str | None = None) -> tuple[float, float, float]:
+    """The effective rank after inflation, and before and after deflation, as shares.
+
+    Args:
+        one: an arm that inflates and deflates each layer once.
+        layer: the layer; None: the mean of all.
+    """
+    sides = ((0, "after"), (1, "before"), (1, "after"))
+    return tuple(  # pyright: ignore
+        fmean(
+            values[side][0] / run["full_ranks"][path]
+            for run in one.runs
+            for path, values in _later(run)[place]["layers"].items()
+            if layer in (None, path)
+        )
+        for place, side in sides
+    )
 
 
-def _end(one: Summary) -> float:
-    shares = [
+def _later(run: Run) -> list[Any]:
+    """The changes after the first plan."""
+    return [change for change in run["changes"] if change["step"] > 0]
+
+
+def _end(one: Summary, layer: str | None) -> float:
+    return fmean(
         values[0] / run["full_ranks"][path]
         for run in one.runs
         for path, values in run["points"][-1]["spectra"].items()
-    ]
-    return sum(shares) / len(shares)
+        if layer in (None, path)
+    )
