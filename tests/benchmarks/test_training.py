@@ -212,6 +212,18 @@ def test_runs_with_a_setting_that_is_no_longer_chosen_do_not_count() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_runs_of_an_arm_that_was_made_otherwise_do_not_count(part: str) -> None:
+    one = experiment(replace(FULL, rates=(1.0,)))
+    tuned = [run("full rank", 1.0, Setting())] if part == "test" else []
+    runs = [run("full rank", 2.0, Setting(), 0 if part == "test" else 100, part)]
+    others = [{**runs[0], name: "else"} for name in FULL.options]
+    missing = len(ready("tiny", one, tuned))
+    assert len(ready("tiny", one, [*tuned, *others])) == missing
+    assert len(ready("tiny", one, [*tuned, *runs])) != missing or part == "valid"
+    assert one.arms[0].made({**runs[0], **FULL.options}) and one.arms[0].made(runs[0])
+
+
 def _append(path: Path, who: int) -> None:
     for i in range(20):
         Store("a", path).append({"who": who, "i": i, "text": "x" * 5000})
