@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -146,14 +146,16 @@ _COLUMNS = {
 }
 
 
-def deciding(budgets: dict[str, tuple[Summaries, float]]) -> str:
-    """The main arms of some problems, each at one budget; FLOPs in parentheses."""
+def deciding(problems: Sequence[tuple[str, Sequence[float], Summaries]]) -> str:
+    """The main arms of some problems at some budgets; FLOPs in parentheses."""
     head = ("problem", "n", *_COLUMNS)
     lines = [head, ("---", *["--:"] * (len(head) - 1))]
-    for what, (found, budget) in budgets.items():
-        chosen = [found.arms.get(name.format(budget)) for name in _COLUMNS.values()]
-        n = min(one.n for one in chosen if one is not None)
-        lines.append((what, str(n), *(_cell(one, digits(found)) for one in chosen)))
+    for what, budgets, found in problems:
+        for budget in budgets:
+            chosen = [found.arms.get(name.format(budget)) for name in _COLUMNS.values()]
+            n = min(one.n for one in chosen if one is not None)
+            cells = [_cell(one, digits(found)) for one in chosen]
+            lines.append((what, str(n), *cells))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
