@@ -24,6 +24,7 @@ def claims() -> Iterator[str]:
     """Yield the blocks, then the sentences of the answers."""
     yield from blocks().values()
     yield from use()
+    yield from convolutions()
     yield from answers()
 
 
@@ -47,6 +48,20 @@ def use() -> Iterator[str]:
         f"{share(GPT, 'decay 0.65', 'memory_peak')} and "
         f"{share(GPT, 'decay 0.65', 'cpu_seconds')}"
     )
+
+
+def convolutions() -> Iterator[str]:
+    """Yield what the ResNet says."""
+    narrow = share(RESNET, "narrower, 0.5")
+    yield (
+        f"At {share(RESNET, 'decay 0.65')} a decay of the ResNet-8 has "
+        f"{result(RESNET, 'decay 0.65')} %, fixed low rank {result(RESNET, 'fixed 0.65 FLOPs')}; "
+        f"a narrower network has {result(RESNET, 'narrower, 0.5')} at {narrow}, full rank "
+        f"{result(RESNET, FULL)}."
+    )
+    yield f"a narrower network at {narrow}, worse by {behind(RESNET, 'narrower, 0.5')} points"
+    yield f"the paper's order with a low-rank ending is worse by {behind(RESNET, LOW)} points"
+    yield f"at {share(RESNET, LOW)}."
 
 
 def answers() -> Iterator[str]:
