@@ -52,8 +52,10 @@ def fronts(found: Summaries, path: Path) -> None:
 
 def overview(all_found: list[Summaries], path: Path) -> None:
     """Quality against FLOPs for some problems, with the main arms only."""
-    rows = (len(all_found) + 1) // 2
-    with figure(path, all_found, 0.4 + 2.7 * rows, twos(len(all_found))) as axes:
+    three = len(all_found) == 3  # side by side
+    rows = 1 if three else (len(all_found) + 1) // 2
+    panels = "ABC" if three else twos(len(all_found))
+    with figure(path, all_found, 0.4 + 2.7 * rows, panels) as axes:
         for ax, found in zip(axes, all_found, strict=True):
             _front(ax, found, "flops", without=("other",))
             ax.set_title(found.experiment.title.partition(",")[0], fontsize=10)
