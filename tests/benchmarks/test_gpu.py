@@ -102,8 +102,8 @@ def test_each_run_of_equal_time_has_its_points_and_decays_are_cut(everything: Pa
         assert row["seconds"] >= found["seconds_a_run"]
         assert row["warnings"] == []
         assert bool(row["cuts"]) == (row["form"] == "decay")
-            total = sum(cut["seconds"] for cut in row["cuts"])
-            assert row["cut_seconds"] == pytest.approx(total, abs=1e-5)  # of rounded seconds
+        total = sum(cut["seconds"] for cut in row["cuts"])
+        assert row["cut_seconds"] == pytest.approx(total, abs=1e-5)  # of rounded seconds
         assert row["cut_seconds"] <= row["seconds"]
     full, low = (found["rows"][key] for key in ("full rank", "low rank 1/4"))
     assert full["flops_relative_per_step"] == 1 > low["flops_relative_per_step"]
