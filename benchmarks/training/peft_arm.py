@@ -1,4 +1,4 @@
-"""LoRA by the PEFT package, to compare with: an arm without a schedule of ours."""
+"""The arms of fine-tuning, with LoRA by the PEFT package: an arm without a schedule of ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm
 
 
@@ -24,6 +25,19 @@ def peft_lora(rank: int, *, alpha: float = 16.0, rates: Sequence[float] = (4.0, 
         return with_adapters(model, rank, alpha, seed)
 
     return Arm(f"LoRA by PEFT, rank {rank}", None, "PEFT", rates, prepare=prepare)
+
+
+def fine_tuning() -> list[Arm]:
+    """Full fine-tuning, whole and shorter; LoRA by PEFT and by this library; cuts and decays."""
+    rates = (0.25, 0.5, 1.0)
+    return [
+        *arms.with_rates(arms.full_rank(), rates),
+        *arms.with_rates(arms.shorter(0.7), rates),
+        peft_lora(8),
+        *arms.adapters(8, rates=(4.0, 8.0, 16.0)),
+        *arms.with_rates(arms.cut(0.7), rates),
+        *arms.with_rates(arms.decays(0.7), rates),
+    ]
 
 
 def with_adapters(model: nn.Module, rank: int, alpha: float, seed: int) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -253,6 +253,3 @@ def figure(
         about = {"Date": None, "Description": f"records {digest(found)}"}
         drawn.savefig(path, metadata=about)
         plt.close(drawn)
-
-
-Draw = Callable[[Path], None]
