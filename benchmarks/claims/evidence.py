@@ -79,6 +79,12 @@ def answers() -> Iterator[str]:
         f"{share(GPT, LOW)} of the FLOPs, and by {behind(MLP, LOW)} points on the MLP, at "
         f"{share(MLP, LOW)}"
     )
+    first, eight = (share(MLP, arm, "cpu_seconds") for arm in ("full first 0.5", "decay 0.65"))
+    yield f"at half of the FLOPs, takes {first} of full rank's CPU seconds, a decay at"
+    yield (
+        f"a decay at {share(MLP, 'decay 0.65')} takes {eight}, and on the GPT "
+        f"{share(GPT, 'decay 0.65', 'cpu_seconds')}."
+    )
     yield f"from {ranks(MLP, 0)} to {ranks(MLP, 1)} of the largest possible"
     yield (
         f"fixed low rank that spends the same FLOPs is better by "

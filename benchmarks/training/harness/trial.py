@@ -1,8 +1,9 @@
 """One run: an arm of an experiment on a seed, with its costs and what is seen on the way.
 
-Seconds are those of training steps and changes of form; looking (validation, spectra, memory) is
-not in them. FLOPs are those of the steps that ran, of the whole model; calibration and cuts are in
-the seconds, not in the FLOPs, nor is what an optimizer computes.
+Seconds are those of training steps and changes of form; looking (validation, spectra) is not in
+them, but for the hooks that measure the memory of the first step of a phase. FLOPs are those of the
+steps that ran, of the whole model; calibration and cuts are in the seconds, not in the FLOPs, nor
+is what an optimizer computes.
 """
 
 from __future__ import annotations
