@@ -14,9 +14,9 @@ from benchmarks.training.harness.trial import Trial
 from benchmarks.training.problems.rows import Rows
 from dynarank.schedules import decay, low_rank
 
-FULL = Arm("full rank", None, "full rank")
-FIXED = Arm("fixed 1/4", low_rank(dr.Rank(0.25, of="min")), "fixed", (1.0, 2.0))
-DECAY = Arm("decay", decay(total=0.7, cuts=[0.2, 0.5]), "decay")
+FULL = Arm("full rank", None)
+FIXED = Arm("fixed 1/4", low_rank(dr.Rank(0.25, of="min")), (1.0, 2.0))
+DECAY = Arm("decay", decay(total=0.7, cuts=[0.2, 0.5]))
 
 
 class Tiny(Rows):

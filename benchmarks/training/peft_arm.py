@@ -24,7 +24,7 @@ def peft_lora(rank: int, *, alpha: float = 16.0, rates: Sequence[float] = (4.0, 
     def prepare(model: nn.Module, problem: Any, seed: int) -> nn.Module:
         return with_adapters(model, rank, alpha, seed)
 
-    return Arm(f"LoRA by PEFT, rank {rank}", None, "PEFT", rates, prepare=prepare)
+    return Arm(f"LoRA by PEFT, rank {rank}", None, rates, prepare=prepare)
 
 
 def fine_tuning() -> list[Arm]:

@@ -54,7 +54,7 @@ def made_up(**results: list[float] | list[float | None]) -> Summaries:
         for arm, values in results.items()
         for seed, value in enumerate(values)
     ]  # fmt: skip
-    chosen = [Arm(name, None, name, rates=(1.0,)) for name in results]
+    chosen = [Arm(name, None, rates=(1.0,)) for name in results]
     problem = get("mlp_256").problem
     return Summaries("made up", runs, Experiment("made up", problem, chosen, tuning=()))
 

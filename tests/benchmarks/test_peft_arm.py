@@ -29,10 +29,10 @@ pytestmark = [
 
 PEFT = peft_lora(4)
 ARMS = [
-    Arm("full rank", None, "full"),
+    Arm("full rank", None),
     PEFT,
-    Arm("adapted", lora(4), "adapted"),
-    Arm("low", low_rank(16), "low"),
+    Arm("adapted", lora(4)),
+    Arm("low", low_rank(16)),
 ]
 
 

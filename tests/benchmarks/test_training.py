@@ -131,7 +131,7 @@ def run(arm: str, value: float | None, setting: Setting, seed: int = 100, part: 
 
 
 def test_rates_are_tried_beyond_an_end_and_no_further_than_needed() -> None:
-    arm = Arm("a", None, "a", (1.0, 2.0))
+    arm = Arm("a", None, (1.0, 2.0))
     best = {1.0: 1.0, 2.0: 2.0, 4.0: 3.0, 8.0: 2.5}
     runs: list = []
     for tried in ([1.0, 2.0], [4.0], [8.0], []):
@@ -143,7 +143,7 @@ def test_rates_are_tried_beyond_an_end_and_no_further_than_needed() -> None:
 
 
 def test_what_diverged_is_never_chosen() -> None:
-    arm = Arm("a", None, "a", (1.0, 2.0))
+    arm = Arm("a", None, (1.0, 2.0))
     runs = [run("a", 1.0, Setting(1.0)), run("a", None, Setting(2.0))]
     runs += [run("a", math.nan, Setting(0.5))]
     assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(1.0)
@@ -159,13 +159,35 @@ def test_starts_and_decays_are_tried_at_the_best_rate() -> None:
 
 
 def test_all_tuning_seeds_count() -> None:
-    arm = Arm("a", None, "a", (0.5, 1.0, 2.0))
+    arm = Arm("a", None, (0.5, 1.0, 2.0))
     runs = [run("a", 2.0, Setting(1.0), seed) for seed in (100, 101)]
     runs += [run("a", 9.0, Setting(0.5), 100), run("a", -9.0, Setting(0.5), 101)]
     wanted = next_settings(arm, found(arm, runs, "accuracy", True), (100, 101))
     assert wanted == [Setting(2.0)]
     runs += [run("a", 1.0, Setting(2.0), seed) for seed in (100, 101)]
     assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(1.0)
+
+
+def test_each_arm_is_tuned_by_itself_and_arms_of_a_family_on_the_first() -> None:
+    half, most = arms.decays(0.5, 0.65)
+    ranks = arms.fixed_ranks(shares=(1 / 4, 1 / 2))
+    one = experiment(half, most, *ranks)
+    assert [one.tuned(arm).name for arm in one.arms] == [
+        "decay 0.5", "decay 0.65", "fixed 1/4", "fixed 1/4",
+    ]  # fmt: skip
+    runs = [run("decay 0.5", v, Setting(r)) for r, v in ((0.5, 1.0), (1.0, 3.0), (2.0, 2.0))]
+    assert setting_of(half, one, runs) == Setting(1.0)
+    assert setting_of(most, one, runs) is None
+
+
+def test_only_tuning_runs_of_the_wanted_length_count() -> None:
+    short = experiment(replace(FULL, rates=(1.0,)), tuning_length=0.25)
+    assert short.trained("full rank", "valid").length == 0.25
+    assert short.trained("full rank", "test").length == 1.0
+    whole = [run("full rank", 1.0, Setting()) | {"length": 1.0}]
+    assert {job.part for job in ready("tiny", short, whole)} == {"valid"}
+    quarter = [run("full rank", 1.0, Setting()) | {"length": 0.25}]
+    assert {job.part for job in ready("tiny", short, quarter)} == {"test"}
 
 
 def test_seeds_that_are_reported_are_not_tuned_on() -> None:
@@ -181,7 +203,8 @@ def test_seeds_that_are_reported_are_not_tuned_on() -> None:
 def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:
     like = arms.matched([DECAY])[0]
     like = replace(like, starts=("truncated",), decays=("factors",), rates=(1.0,))
-    one = experiment(replace(FIXED, rates=(1.0,)), replace(DECAY, rates=(1.0,)), like)
+    ranks = replace(FIXED, rates=(1.0,), family="fixed")
+    one = experiment(ranks, replace(DECAY, rates=(1.0,)), like)
     runs = [run("fixed 1/4", 1.0, Setting()), run("decay", 1.0, Setting())]
     assert schedule_of(like, one, runs) is WAITING
     jobs = ready("tiny", one, runs)

@@ -101,7 +101,7 @@ def test_what_cannot_be_run_is_left_out_by_name(tmp_path: Path, monkeypatch, cap
     def no_package(*_: object) -> torch.optim.Optimizer:
         raise ImportError("the arm needs the package a")
 
-    needy = Arm("needy", None, "needy", (1.0,), optimizer=no_package)
+    needy = Arm("needy", None, (1.0,), optimizer=no_package)
     without = replace(experiment(ONE_RATE), problem=none)
     one = workers(tmp_path, monkeypatch, books=without, tiny=experiment(needy, ONE_RATE))
     one.work()
@@ -150,7 +150,7 @@ class _Projecting(torch.optim.AdamW):
 
 
 def test_optimizers_of_other_projects_are_measured_whole_and_not_saved(tmp_path: Path) -> None:
-    arm = Arm("other", None, "other", optimizer=lambda p, m, r: _Projecting(m.parameters(), lr=r))
+    arm = Arm("other", None, optimizer=lambda p, m, r: _Projecting(m.parameters(), lr=r))
     one, plain = trial(arm), trial(FULL)
     one.step()
     plain.step()

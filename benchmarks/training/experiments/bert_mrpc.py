@@ -11,11 +11,11 @@ EXPERIMENT = Experiment(
     problem=MRPC,
     arms=[
         *arms.full_rank(),
-        *arms.narrow(0.5),
-        *arms.shorter(0.5),
-        *arms.fixed_ranks(shares=(1 / 4, 1 / 2)),
+        *arms.narrow(0.5, 0.65),
+        *arms.shorter(0.5, 0.65),
         *arms.fixed_budgets(0.5, 0.65),
         *arms.decays(0.5, 0.65),
         *_PAPER,
+        *arms.matched(_PAPER[-1:]),
     ],
 )

@@ -1,10 +1,12 @@
-"""A byte GPT of 10 million parameters on books; rates as the smaller GPTs chose."""
+"""A byte GPT of 10 million parameters on books."""
 
 from pathlib import Path
 
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.problems.language import Language, books
+
+_PAPER = arms.paper()
 
 
 def _problem(data: Path) -> Language:
@@ -19,17 +21,13 @@ EXPERIMENT = Experiment(
     problem=_problem,
     metric="loss",
     higher=False,
-    arms=arms.at_one_rate(
-        [
-            *arms.full_rank(),
-            *arms.fixed_ranks(shares=(1 / 4,)),
-            *arms.fixed_budgets(0.5, 0.65),
-            *arms.decays(0.5, 0.65),
-            *arms.paper()[1:],
-        ],
-        {"full rank": 1.0, "fixed": 2.0, "decay": 1.0, "paper": 1.0},
-    ),
+    arms=[
+        *arms.full_rank(),
+        *arms.fixed_budgets(0.65),
+        *arms.decays(0.65),
+        *arms.narrow(0.65),
+        *_PAPER[-1:],
+    ],
     seeds=(0, 1, 2),
-    tuning=(),
-    note="Rates are not tuned here: fixed low rank has twice the rate of the others.",
+    tuning_length=0.25,
 )

@@ -13,8 +13,8 @@ EXPERIMENT = Experiment(
     problem=partial(FashionMLP, width=1024, rate=0.001),
     arms=[
         *arms.full_rank(),
-        *arms.narrow(0.2),
-        *arms.shorter(0.2),
+        *arms.narrow(0.2, 0.3),
+        *arms.shorter(0.2, 0.3),
         *arms.fixed_ranks(shares=(1 / 16, 1 / 4)),
         *arms.fixed_budgets(0.2, 0.3),
         *arms.decays(0.2, 0.3),

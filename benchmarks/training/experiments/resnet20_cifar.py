@@ -17,7 +17,6 @@ EXPERIMENT = Experiment(
             *arms.decays(0.65),
             *arms.paper("out"),
         ],
-        {"full rank": 1.0, "fixed": 1.0, "decay": 1.0, "paper": 1.0},
     ),
     seeds=(0, 1, 2),
     tuning=(),

@@ -34,10 +34,11 @@ class Arm:
     Args:
         name: unique in its experiment.
         schedule: the rank schedule; None: no layer changes form.
-        family: arms of one family share what is tuned, on the first of them in the experiment.
         rates: the factors of the problem's rate that are tried; if the best is at an end, more.
         starts: the ways to start low rank that are tried, at the best rate.
         decays: the ways to decay that are tried, at the best rate.
+        family: arms of one family share what is tuned, on the first of them in the experiment;
+            none: the arm is tuned by itself.
         spends: fixed low rank that costs as much as this arm did on average.
         narrow: a narrower full-rank network that costs this share of the FLOPs.
         length: trains for this share of the problem's steps; its learning rate ends with them.
@@ -52,10 +53,10 @@ class Arm:
 
     name: str
     schedule: RankSchedule | None
-    family: str
     rates: Sequence[float] = (0.5, 1.0, 2.0)
     starts: Sequence[str] = ("truncated",)
     decays: Sequence[str] = ("factors",)
+    family: str | None = None
     spends: str | None = None
     narrow: float | None = None
     length: float = 1.0
@@ -65,6 +66,11 @@ class Arm:
     rewarmup: int = 0
     optimizer: Callable[[Any, nn.Module, float], Optimizer] | None = None
     prepare: Callable[[nn.Module, Any, int], nn.Module] | None = None
+
+    @property
+    def kind(self) -> str:
+        """Arms of one kind share what is tuned."""
+        return self.family or self.name
 
     @property
     def options(self) -> dict[str, Any]:

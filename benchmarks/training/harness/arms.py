@@ -33,63 +33,61 @@ AS_PUBLISHED: dict[str, Any] = {"moments": "reset", "by_data": False}
 
 def full_rank() -> list[Arm]:
     """Full rank."""
-    return [Arm("full rank", None, "full rank")]
+    return [Arm("full rank", None)]
 
 
 def narrow(*shares: float) -> list[Arm]:
     """Smaller full-rank networks of these FLOPs."""
-    return [Arm(f"narrower, {share:g}", None, "narrower", narrow=share) for share in shares]
+    return [Arm(f"narrower, {share:g}", None, narrow=share) for share in shares]
 
 
 def shorter(*shares: float) -> list[Arm]:
     """Full rank for these shares of the steps."""
-    return [Arm(f"shorter, {share:g}", None, "shorter", length=share) for share in shares]
+    return [Arm(f"shorter, {share:g}", None, length=share) for share in shares]
 
 
-def fixed(schedules: dict[str, Any], **options: Any) -> list[Arm]:
-    """Fixed low rank with the best rate, start and decay, found on the first of these."""
-    options = {"starts": ("truncated", "norm"), "decays": ("factors", "product"), **options}
-    return [
-        Arm(f"fixed {name}", schedule, "fixed", LOW_RATES, **options)
-        for name, schedule in schedules.items()
-    ]
+def fixed(name: str, schedule: Any, **options: Any) -> Arm:
+    """Fixed low rank with the best rate, start and decay."""
+    starts, decays = ("truncated", "norm"), ("factors", "product")
+    return Arm(f"fixed {name}", schedule, LOW_RATES, starts, decays, **options)
 
 
 def fixed_ranks(of: Any = "min", *, shares: Sequence[float] = (1 / 4, 1 / 3, 1 / 2)) -> list[Arm]:
-    """Fixed low rank at these shares of the largest rank, or of the outputs."""
-    names = {share: f"1/{round(1 / share)}" for share in shares}
-    return fixed({names[share]: low_rank(Rank(share, of=of)) for share in shares})
+    """Fixed low rank at these shares of the largest rank, or of the outputs; tuned on the first."""
+    return [
+        fixed(f"1/{round(1 / share)}", low_rank(Rank(share, of=of)), family="fixed")
+        for share in shares
+    ]
 
 
 def fixed_budgets(*budgets: float) -> list[Arm]:
     """Fixed low rank of these FLOPs."""
-    return fixed({f"{budget:g} FLOPs": low_rank(budget=budget) for budget in budgets})
+    return [fixed(f"{budget:g} FLOPs", low_rank(budget=budget)) for budget in budgets]
 
 
 def matched(arms: Sequence[Arm]) -> list[Arm]:
-    """Fixed low rank that spends what each of these arms spends."""
-    like = fixed({f"as {arm.name}": None for arm in arms})
-    return [replace(one, spends=arm.name) for one, arm in zip(like, arms, strict=True)]
+    """Fixed low rank that spends what each of these arms spends; tuned as the fixed ranks."""
+    return [fixed(f"as {arm.name}", None, family="fixed", spends=arm.name) for arm in arms]
 
 
 def decays(*budgets: float) -> list[Arm]:
     """Decays from full rank that cost these FLOPs in total."""
-    return [Arm(f"decay {b:g}", decay(total=b), "decay") for b in budgets]
+    return [Arm(f"decay {b:g}", decay(total=b)) for b in budgets]
 
 
 def full_first(*budgets: float, at: float = 0.1) -> list[Arm]:
     """Full rank for a tenth of the run, then one cut, to these FLOPs in total."""
-    return [Arm(f"full first {b:g}", decay(total=b, cuts=[at]), "full first") for b in budgets]
+    return [Arm(f"full first {b:g}", decay(total=b, cuts=[at])) for b in budgets]
 
 
 def cut(*budgets: float) -> list[Arm]:
     """Cut by data to these FLOPs before the first step: for networks that are trained already."""
-    return [Arm(f"cut to {b:g}", Phases([0.0], [Within(flops=b)]), "cut") for b in budgets]
+    return [Arm(f"cut to {b:g}", Phases([0.0], [Within(flops=b)])) for b in budgets]
 
 
 def adapters(*ranks: int, rates: Sequence[float]) -> list[Arm]:
     """LoRA by this library."""
-    return [Arm(f"LoRA, rank {r}", lora(r, alpha=16.0), "LoRA", rates) for r in ranks]
+    return [Arm(f"LoRA, rank {r}", lora(r, alpha=16.0), rates) for r in ranks]
 
 
 def with_rates(arms: Sequence[Arm], rates: Sequence[float]) -> list[Arm]:
@@ -98,31 +96,37 @@ def with_rates(arms: Sequence[Arm], rates: Sequence[float]) -> list[Arm]:
 
 
 def paper(of: Any = "min", decompositions: Sequence[str] = ("svd",)) -> list[Arm]:
-    """Low, full, adapted at half of the rank: as published, and with a low-rank ending."""
+    """Low, full, adapted at half of the rank: as published, and with a low-rank ending.
+
+    The decompositions share what is tuned, on the first of them.
+    """
     half = Rank(0.5, of=of)
     published_ = [
-        Arm(f"paper, {name}", published(half, decomposition=name), "paper", **AS_PUBLISHED)
+        Arm(f"paper, {name}", published(half, decomposition=name), family="paper", **AS_PUBLISHED)
         for name in decompositions
     ]
     low = dynamic_rank(half, inflate=INFLATE, deflate=DEFLATE, to="low-rank")
-    return [*published_, Arm("paper, low-rank ending", low, "paper")]
+    return [*published_, Arm("paper, low-rank ending", low)]
 
 
 def orthogonal(arms: Sequence[Arm], penalty: str = "soft") -> list[Arm]:
-    """These arms with an orthogonality penalty."""
-    return [replace(arm, name=f"{arm.name}, {penalty}", penalty=penalty) for arm in arms]
+    """These arms with an orthogonality penalty, at their rates."""
+    return [
+        replace(arm, name=f"{arm.name}, {penalty}", family=arm.kind, penalty=penalty)
+        for arm in arms
+    ]
 
 
 def related(rank: Rank, every: int) -> list[Arm]:
     """Related methods; ``every`` is the number of steps of a restart's LR re-warm-up."""
     return [
-        Arm("rotating", rotating(rank), "rotating"),
-        Arm("closed loop", closed_loop(rank), "closed loop"),
-        Arm("Cuttlefish", cuttlefish(), "Cuttlefish", **AS_PUBLISHED, rewarmup=every),
-        Arm("Pufferfish", pufferfish(), "Pufferfish", **AS_PUBLISHED, rewarmup=every),
-        Arm("growing", growing(), "growing"),
-        Arm("ReLoRA", relora(rank, rewarmup=every), "ReLoRA", moments="prune", rewarmup=every),
-        Arm("LoRA from scratch", lora(rank), "LoRA", LOW_RATES),
+        Arm("rotating", rotating(rank)),
+        Arm("closed loop", closed_loop(rank)),
+        Arm("Cuttlefish", cuttlefish(), **AS_PUBLISHED, rewarmup=every),
+        Arm("Pufferfish", pufferfish(), **AS_PUBLISHED, rewarmup=every),
+        Arm("growing", growing()),
+        Arm("ReLoRA", relora(rank, rewarmup=every), moments="prune", rewarmup=every),
+        Arm("LoRA from scratch", lora(rank), LOW_RATES),
     ]
 
 
@@ -139,7 +143,7 @@ def grid(
 ) -> list[Arm]:
     """The paper's order for each pair of times: adapted after deflation, at half of the rank."""
     return [
-        Arm(f"{begin:g} to {end:g}", _order(Rank(0.5, of=of), begin, end), "paper")
+        Arm(f"{begin:g} to {end:g}", _order(Rank(0.5, of=of), begin, end), family="paper")
         for begin in inflate
         for end in deflate
         if begin < end
@@ -154,9 +158,7 @@ def _order(rank: Rank, inflate: float, deflate: float) -> Phases:
     return Phases([start for start, _ in kept], [form for _, form in kept])
 
 
-def at_one_rate(arms: Sequence[Arm], rates: dict[str, float]) -> list[Arm]:
-    """These arms with one rate for each family, and nothing to tune."""
-    return [
-        replace(arm, rates=(rates[arm.family],), starts=("truncated",), decays=("factors",))
-        for arm in arms
-    ]
+def at_one_rate(arms: Sequence[Arm]) -> list[Arm]:
+    """These arms at the problem's rate, with nothing to tune."""
+    untuned: dict[str, Any] = {"rates": (1.0,), "starts": ("truncated",), "decays": ("factors",)}
+    return [replace(arm, **untuned) for arm in arms]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 
 import benchmarks.training.experiments as folder
 from benchmarks.training.harness.arm import Arm
-from benchmarks.training.problems.problem import Problem
+from benchmarks.training.problems.problem import Part, Problem
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Experiment:
         arms: the arms, full rank first.
         seeds: the seeds that are reported.
         tuning: the seeds on which arms are tuned; never reported.
+        tuning_length: the share of the steps for which a run trains that tunes.
         points: at how many times of a run it is looked at.
         note: what a reader of the table has to know.
         metric: the result, as the problem names it.
@@ -36,6 +37,7 @@ class Experiment:
     arms: Sequence[Arm]
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
     tuning: Sequence[int] = (100,)
+    tuning_length: float = 1.0
     points: int = 8
     note: str = ""
     metric: str = "accuracy"
@@ -68,8 +70,14 @@ class Experiment:
         return {arm.name: arm for arm in self.arms}
 
     def tuned(self, arm: Arm) -> Arm:
-        """The arm of its family on which this arm's setting is chosen."""
-        return next(other for other in self.arms if other.family == arm.family)
+        """The arm of its kind on which this arm's setting is chosen."""
+        return next(other for other in self.arms if other.kind == arm.kind)
+
+    def trained(self, arm: str, part: Part) -> Arm:
+        """The arm of this name, with the length of a run that tunes or of one that is reported."""
+        found = self.by_name[arm]
+        share = self.tuning_length if part == "valid" else 1.0
+        return replace(found, length=share * found.length)
 
 
 @cache

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.store import Run
-from benchmarks.training.harness.tuning import chosen, found, next_settings
+from benchmarks.training.harness.tuning import Found, chosen, found, next_settings
 from benchmarks.training.problems.problem import Part
 from dynarank.schedules import low_rank, schedule_to_data
 from dynarank.schedules.base import RankSchedule
@@ -76,7 +76,7 @@ def _tuning(name: str, experiment: Experiment, runs: Sequence[Run]) -> Iterator[
         lead = experiment.tuned(arm)
         if schedule_of(lead, experiment, runs) is WAITING:
             continue
-        results = found(lead, runs, experiment.metric, experiment.higher)
+        results = _found(lead, experiment, runs)
         for setting in next_settings(lead, results, experiment.tuning):
             for seed in experiment.tuning:
                 if seed not in results.get(setting, {}):
@@ -94,9 +94,9 @@ def _reported(name: str, experiment: Experiment, runs: Sequence[Run]) -> Iterato
 
 
 def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting | None:
-    """What was chosen for the arm's family; None: it is not tuned yet."""
+    """What was chosen for the arms of its kind; None: it is not tuned yet."""
     lead = experiment.tuned(arm)
-    results = found(lead, runs, experiment.metric, experiment.higher)
+    results = _found(lead, experiment, runs)
     if next_settings(lead, results, experiment.tuning):
         return None
     setting = chosen(lead, results)
@@ -105,6 +105,11 @@ def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting
         setting.start if setting.start in arm.starts else arm.starts[0],
         setting.decay if setting.decay in arm.decays else arm.decays[0],
     )
+
+
+def _found(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Found:
+    trained = experiment.trained(arm.name, "valid")
+    return found(trained, runs, experiment.metric, experiment.higher)
 
 
 WAITING = object()

@@ -43,7 +43,7 @@ def fira(problem: Problem, model: nn.Module, rate: float) -> Optimizer:
 def peers(rates: tuple[float, ...] = (1.0, 2.0, 4.0)) -> list[Arm]:
     """All of them, at full rank."""
     makers: dict[str, Callable[..., Optimizer]] = {"GaLore": galore, "APOLLO": apollo, "Fira": fira}
-    return [Arm(name, None, name, rates, optimizer=make) for name, make in makers.items()]
+    return [Arm(name, None, rates, optimizer=make) for name, make in makers.items()]
 
 
 def own_bytes(optimizer: Optimizer) -> int:

@@ -20,10 +20,11 @@ Found = dict[Setting, dict[int, float]]  # by seed, the result; larger is better
 
 
 def found(arm: Arm, runs: Sequence[Run], metric: str, higher: bool) -> Found:
-    """What the tuning runs of an arm gave; what diverged is minus infinity."""
+    """What the tuning runs of an arm, of its length, gave; what diverged is minus infinity."""
     results: Found = {}
     for run in runs:
-        if run["part"] == "valid" and arm.made(run):
+        long = run.get("length", arm.length) == arm.length
+        if run["part"] == "valid" and long and arm.made(run):
             value = run["result"].get(metric)
             good = value is not None and math.isfinite(value)
             known = results.setdefault(Setting(**run["setting"]), {})

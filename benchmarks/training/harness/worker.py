@@ -122,7 +122,7 @@ class Worker:
             problem = self.problem(job.experiment)
         except (OSError, ImportError, DataError) as error:
             return self._leave_out(error, job.experiment)
-        arm = experiment.by_name[job.arm]
+        arm = experiment.trained(job.arm, job.part)
         schedule: Any = schedule_of(arm, experiment, store.runs())
         what = described(job, problem, arm, schedule)
         about = problem.steps, arm.narrow, arm.length, self.place["versions"]
@@ -156,7 +156,7 @@ def described(job: Job, problem: Problem, arm: Arm, schedule: Any) -> dict[str, 
     return {
         "experiment": job.experiment, "arm": job.arm, "seed": job.seed, "part": job.part,
         "setting": as_data(job.setting), "rate": job.setting.rate * problem.rate,
-        "schedule": schedule_data(schedule),
+        "schedule": schedule_data(schedule), "length": arm.length,
         **arm.options,
         "precision": "bf16 autocast" if problem.bf16 else "fp32",
     }  # fmt: skip

@@ -123,7 +123,7 @@ class CifarResNet(Cifar, StepDecay):
 class CifarViT(Cifar):
     """A ViT on 10,000 images of CIFAR-10 at 16 x 16: patches of 4 x 4, width 96, 4 blocks."""
 
-    layers, rate, bf16 = "blocks.*", 0.002, False  # attention of so few tokens is slow in bf16
+    layers, rate = "blocks.*", 0.002
 
     def __init__(self, data: Path, epochs: int = 12) -> None:
         super().__init__(data, 10_000, 16, epochs)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dynarank.train.transformer import Block, transformer_init_
 
@@ -84,4 +85,8 @@ class ViT(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits of images."""
         tokens = self.patches(x).flatten(2).mT + self.position
-        return self.head(self.norm(self.blocks(tokens)).mean(1))
+        # Flash attention of 16 tokens takes longer than the rest of the network in bf16:
+        # 180 ms a step instead of 60 (AMD EPYC, one core, 2026-11-29).
+        with sdpa_kernel(SDPBackend.MATH):
+            tokens = self.blocks(tokens)
+        return self.head(self.norm(tokens).mean(1))
