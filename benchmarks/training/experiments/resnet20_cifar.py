@@ -20,5 +20,4 @@ EXPERIMENT = Experiment(
     ),
     seeds=(0, 1, 2),
     tuning=(),
-    note="Rates are not tuned here.",
 )

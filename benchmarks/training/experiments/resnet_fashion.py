@@ -11,8 +11,8 @@ EXPERIMENT = Experiment(
     problem=FashionResNet,
     arms=[
         *arms.full_rank(),
-        *arms.narrow(0.5),
-        *arms.shorter(0.5),
+        *arms.narrow(0.5, 0.65),
+        *arms.shorter(0.5, 0.65),
         *arms.fixed_ranks("out"),
         *arms.fixed_budgets(0.5, 0.65),
         *arms.decays(0.5, 0.65),

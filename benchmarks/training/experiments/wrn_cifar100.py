@@ -18,5 +18,4 @@ EXPERIMENT = Experiment(
     ),
     seeds=(0, 1, 2),
     tuning=(),
-    note="Rates are not tuned here.",
 )

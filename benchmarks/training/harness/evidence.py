@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.training.harness import pictures, tables
-from benchmarks.training.harness.experiment import names
+from benchmarks.training.harness.experiment import Experiment, names
 from benchmarks.training.harness.summary import FULL, Summaries
 
 ROOT = Path(__file__).parents[3]
@@ -52,12 +52,21 @@ def block(found: Summaries) -> str:
         f"### {experiment.title}",
         f"![{experiment.title}](images/evidence/{name}-{shown}.svg)",
         tables.table(found),
-        *([experiment.note] if experiment.note else []),
+        " ".join(filter(None, (experiment.note, _tuned(experiment)))),
         *([] if shown == "times" else [tables.fronts(found), tables.verdict(found)]),
         tables.verdict_to_full(found),
         *_unfinished(found),
     ]
     return "\n\n".join(part for part in parts if part)
+
+
+def _tuned(experiment: Experiment) -> str:
+    """On what the arms were tuned."""
+    n, length = len(experiment.tuning), experiment.tuning_length
+    if not n:
+        return "Rates are not tuned here."
+    steps = "" if length == 1 else f", with {length:g} of the steps"
+    return f"Tuned on {n} seed{'s' if n > 1 else ''}{steps}."
 
 
 def _unfinished(found: Summaries) -> Iterator[str]:
