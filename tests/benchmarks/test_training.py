@@ -23,7 +23,7 @@ from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.energy import joules
 from benchmarks.training.harness.experiment import get, names
 from benchmarks.training.harness.extras import decay_products
-from benchmarks.training.harness.jobs import WAITING, ready, reported, schedule_of, setting_of
+from benchmarks.training.harness.jobs import WAITING, Job, ready, reported, schedule_of, setting_of
 from benchmarks.training.harness.narrow import flops, width_for
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.trial import Interrupted, Trial
@@ -156,6 +156,17 @@ def test_starts_and_decays_are_tried_at_the_best_rate() -> None:
     assert next_settings(arm, found(arm, runs, "accuracy", True), (100,)) == [norm, product]
     runs += [run(arm.name, 3.5, norm), run(arm.name, 2.9, product)]
     assert chosen(arm, found(arm, runs, "accuracy", True)) == norm
+
+
+def test_the_coefficient_of_a_penalty_is_tried_at_the_best_rate() -> None:
+    (arm,) = arms.orthogonal([replace(DECAY, rates=(1.0,))])
+    first, *others = (Setting(coefficient=c) for c in arm.coefficients)
+    assert next_settings(arm, found(arm, [], "accuracy", True), (100,)) == [first]
+    runs = [run(arm.name, 1.0, first)]
+    assert next_settings(arm, found(arm, runs, "accuracy", True), (100,)) == others
+    runs += [run(arm.name, v, s) for v, s in zip((0.0, 2.0, -1.0), others, strict=True)]
+    assert chosen(arm, found(arm, runs, "accuracy", True)) == others[1]
+    assert len({Job("e", "a", s, 0, "test").key for s in (first, *others)}) == 4
 
 
 def test_all_tuning_seeds_count() -> None:

@@ -20,11 +20,13 @@ class Setting:
         rate: multiplies the problem's learning rate.
         start: how low rank starts: by the "truncated" draw, or that scaled to its "norm".
         decay: what weight decay pulls on in low-rank layers: the "factors" or their "product".
+        coefficient: of the orthogonality penalty.
     """
 
     rate: float = 1.0
     start: str = "truncated"
     decay: str = "factors"
+    coefficient: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Arm:
         spends: fixed low rank that costs as much as this arm did on average.
         narrow: a narrower full-rank network that costs this share of the FLOPs.
         length: trains for this share of the problem's steps; its learning rate ends with them.
-        penalty: an orthogonality penalty, "soft" or "srip", with coefficient 1e-3.
+        penalty: an orthogonality penalty, "soft" or "srip".
+        coefficients: those of the penalty that are tried, at the best rate for the first of them.
         by_data: whether truncations are activation-aware, on a few training batches; budgets are
             always met by data.
         moments: how the optimizer's moments follow a change.
@@ -61,6 +64,7 @@ class Arm:
     narrow: float | None = None
     length: float = 1.0
     penalty: str | None = None
+    coefficients: Sequence[float] = (0.0,)
     by_data: bool = True
     moments: Any = "project"
     rewarmup: int = 0

@@ -14,14 +14,15 @@ from benchmarks.training.problems.problem import Problem
 from dynarank.factors.live_sites import LiveSites
 
 _PENALTIES = {"soft": dr.regularizers.SoftOrthogonality, "srip": dr.regularizers.SRIP}
-COEFFICIENT = 1e-3
 
 
-def add_penalty(model: nn.Module, optimizer: Optimizer, problem: Problem, arm: Arm) -> None:
+def add_penalty(
+    model: nn.Module, optimizer: Optimizer, problem: Problem, arm: Arm, coefficient: float
+) -> None:
     """Register the arm's orthogonality penalty, if it has one, on the angles of the factors."""
     if arm.penalty is not None:
         penalty = _PENALTIES[arm.penalty]
-        penalty(model, COEFFICIENT, layers=problem.layers, normalized=True).register(optimizer)
+        penalty(model, coefficient, layers=problem.layers, normalized=True).register(optimizer)
 
 
 def decay_products(model: nn.Module, optimizer: Optimizer, problem: Problem) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.store import Run
-from benchmarks.training.harness.tuning import Found, chosen, found, next_settings
+from benchmarks.training.harness.tuning import Found, as_data, chosen, found, next_settings
 from benchmarks.training.problems.problem import Part
 from dynarank.schedules import low_rank, schedule_to_data
 from dynarank.schedules.base import RankSchedule
@@ -34,7 +34,7 @@ class Job:
     @property
     def key(self) -> str:
         """A name of the job for files."""
-        setting = f"{self.setting.rate:g}-{self.setting.start}-{self.setting.decay}"
+        setting = "-".join(map(str, as_data(self.setting).values()))
         words = f"{self.experiment} {self.arm} {setting} {self.part} {self.seed}"
         return "".join(c if c.isalnum() or c in "._-" else "-" for c in words)
 
@@ -99,12 +99,7 @@ def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting
     results = _found(lead, experiment, runs)
     if next_settings(lead, results, experiment.tuning):
         return None
-    setting = chosen(lead, results)
-    return Setting(
-        setting.rate,
-        setting.start if setting.start in arm.starts else arm.starts[0],
-        setting.decay if setting.decay in arm.decays else arm.decays[0],
-    )
+    return chosen(lead, results)
 
 
 def _found(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Found:

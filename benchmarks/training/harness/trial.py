@@ -94,7 +94,7 @@ class Trial:
         if self.arm.optimizer is not None:
             return self.arm.optimizer(self.problem, self.model, rate)
         optimizer = self.problem.optimizer(self.model, rate)
-        add_penalty(self.model, optimizer, self.problem, self.arm)
+        add_penalty(self.model, optimizer, self.problem, self.arm, self.setting.coefficient)
         if self.setting.decay == "product":
             decay_products(self.model, optimizer, self.problem)
         return optimizer

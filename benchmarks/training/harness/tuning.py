@@ -1,8 +1,8 @@
 """Which setting an arm gets: found on seeds and data that are not reported.
 
 First the rate: all of the arm's rates, and as long as the best is at an end, up to twice, one more
-beyond it, twice or half as large. Then, at that rate, each other start and decay by itself; those
-that are better are taken.
+beyond it, twice or half as large. Then, at that rate, each other start, decay and coefficient by
+itself; those that are better are taken.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
+from typing import Any
 
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.store import Run
 
+_OTHERS = ("start", "decay", "coefficient")
 _BEYOND = 2  # rates beyond an end of the given ones
 Found = dict[Setting, dict[int, float]]  # by seed, the result; larger is better
 
@@ -44,32 +46,32 @@ def next_settings(arm: Arm, results: Found, seeds: Sequence[int]) -> list[Settin
 
 def chosen(arm: Arm, results: Found) -> Setting:
     """The setting of a tuned arm."""
-    *_, last = _stages(arm, results)
-    best = _best(last, results)
-    first = Setting(best.rate)
-    # Of the starts and decays, each that was better by itself.
-    start = _best([s for s in last if s.decay == first.decay], results).start
-    decay = _best([s for s in last if s.start == first.start], results).decay
-    return replace(first, start=start, decay=decay)
+    *_, (first, *others) = _stages(arm, results)
+    better: dict[str, Any] = {}
+    for name in _OTHERS:  # each that was better by itself
+        changed = [s for s in others if getattr(s, name) != getattr(first, name)]
+        better[name] = getattr(_best([first, *changed], results), name)
+    return replace(first, **better)
 
 
 def _stages(arm: Arm, results: Found) -> Iterator[list[Setting]]:
     """What is compared in each stage; the later ones depend on the results of the earlier."""
-    rates = [Setting(rate) for rate in sorted(arm.rates)]
+    first = Setting(1.0, arm.starts[0], arm.decays[0], arm.coefficients[0])
+    rates = [replace(first, rate=rate) for rate in sorted(arm.rates)]
     yield rates
     for _ in range(_BEYOND if len(rates) > 1 else 0):
         best = _best(rates, results)
         if best == rates[0]:
-            rates = [Setting(best.rate / 2), *rates]
+            rates = [replace(best, rate=best.rate / 2), *rates]
         elif best == rates[-1]:
-            rates = [*rates, Setting(best.rate * 2)]
+            rates = [*rates, replace(best, rate=best.rate * 2)]
         else:
             break
         yield rates
     best = _best(rates, results)
-    others = [replace(best, start=start) for start in arm.starts if start != best.start]
-    others += [replace(best, decay=decay) for decay in arm.decays if decay != best.decay]
-    yield [best, *others]
+    tried = [(name, value) for name in _OTHERS for value in getattr(arm, f"{name}s")]
+    others = [replace(best, **{name: value}) for name, value in tried]
+    yield [best, *(other for other in others if other != best)]
 
 
 def _best(settings: Sequence[Setting], results: Found) -> Setting:
