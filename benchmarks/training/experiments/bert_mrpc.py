@@ -8,6 +8,7 @@ _PAPER = arms.paper()
 
 EXPERIMENT = Experiment(
     title="BERT from scratch, MRPC, two epochs, AdamW",
+    label="BERT, MRPC",
     problem=MRPC,
     arms=[
         *arms.full_rank(),

@@ -8,6 +8,7 @@ _PAPER = arms.paper()
 
 EXPERIMENT = Experiment(
     title="BERT from scratch, 24,000 sentences of SST-2, one epoch, AdamW",
+    label="BERT, SST-2",
     problem=SST2,
     arms=[
         *arms.full_rank(),

@@ -6,6 +6,7 @@ from benchmarks.training.problems.encoder import TunedMRPC
 
 EXPERIMENT = Experiment(
     title="all-MiniLM-L6-v2 tuned on 1,600 pairs of MRPC, one epoch, AdamW",
+    label="MiniLM, MRPC",
     problem=TunedMRPC,
     metric="accuracy",
     arms=fine_tuning(),

@@ -6,6 +6,7 @@ from benchmarks.training.problems.encoder import TunedRTE
 
 EXPERIMENT = Experiment(
     title="all-MiniLM-L6-v2 tuned on 1,600 pairs of RTE, one epoch, AdamW",
+    label="MiniLM, RTE",
     problem=TunedRTE,
     metric="accuracy",
     arms=fine_tuning(),

@@ -6,6 +6,7 @@ from benchmarks.training.problems.encoder import STSB
 
 EXPERIMENT = Experiment(
     title="all-MiniLM-L6-v2 tuned on 1,600 pairs of STS-B, one epoch, AdamW",
+    label="MiniLM, STS-B",
     problem=STSB,
     metric="spearman",
     arms=fine_tuning(),

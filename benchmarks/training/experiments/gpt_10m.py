@@ -18,6 +18,7 @@ def _problem(data: Path) -> Language:
 
 EXPERIMENT = Experiment(
     title="Byte GPT of 10 million parameters, width 384, 6 blocks, books, 600 steps, AdamW",
+    label="GPT, 10M parameters",
     problem=_problem,
     metric="loss",
     higher=False,

@@ -15,6 +15,7 @@ def _problem(data: Path) -> Language:
 
 EXPERIMENT = Experiment(
     title="Byte GPT, width 128, 3 blocks, books, 600 steps, AdamW",
+    label="byte GPT, width 128",
     problem=_problem,
     metric="loss",
     higher=False,

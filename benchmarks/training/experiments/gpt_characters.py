@@ -17,6 +17,7 @@ def _problem(data: Path) -> Language:
 
 EXPERIMENT = Experiment(
     title="Character GPT, width 64, 2 blocks, tinyshakespeare, 800 steps, AdamW",
+    label="character GPT",
     problem=_problem,
     metric="loss",
     higher=False,

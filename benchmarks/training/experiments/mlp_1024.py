@@ -10,6 +10,7 @@ _PAPER = arms.paper()
 
 EXPERIMENT = Experiment(
     title="MLP 784-1024-1024-1024-10, 20,000 images of Fashion-MNIST, 8 epochs, AdamW",
+    label="MLP, width 1024",
     problem=partial(FashionMLP, width=1024, rate=0.001),
     arms=[
         *arms.full_rank(),

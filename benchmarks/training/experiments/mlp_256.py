@@ -11,6 +11,7 @@ _RELATED = arms.related(Rank(1 / 4, of="min"), every=40)
 
 EXPERIMENT = Experiment(
     title="MLP 784-256-256-256-10, 20,000 images of Fashion-MNIST, 8 epochs, AdamW",
+    label="MLP, width 256",
     problem=FashionMLP,
     arms=[
         *arms.full_rank(),
@@ -25,5 +26,5 @@ EXPERIMENT = Experiment(
         *_RELATED,
         *arms.matched([*_PAPER, *_RELATED]),
     ],
-    tuning=(100, 101),
+    tuning=(100, 101, 102, 103),
 )

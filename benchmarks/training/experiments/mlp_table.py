@@ -17,6 +17,7 @@ def _problem(_: Path) -> Table:
 
 EXPERIMENT = Experiment(
     title="MLP 64-64-64-64-10, the digits of scikit-learn as a table, 60 epochs, AdamW",
+    label="MLP, a table",
     problem=_problem,
     arms=[
         *arms.full_rank(),
@@ -30,5 +31,5 @@ EXPERIMENT = Experiment(
         *_RELATED,
         *arms.matched(_PAPER),
     ],
-    tuning=(100, 101),
+    tuning=(100, 101, 102, 103),
 )

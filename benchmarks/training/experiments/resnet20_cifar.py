@@ -8,6 +8,7 @@ from benchmarks.training.problems.images import CifarResNet
 
 EXPERIMENT = Experiment(
     title="ResNet-20, all of CIFAR-10 at 32 x 32, 30 epochs, SGD",
+    label="ResNet-20",
     problem=partial(CifarResNet, blocks=3, images=50_000, size=32, epochs=30),
     arms=arms.at_one_rate(
         [

@@ -8,6 +8,7 @@ _PAPER = arms.paper("out")
 
 EXPERIMENT = Experiment(
     title="ResNet-14, 10,000 images of CIFAR-10 at 16 x 16, 12 epochs, SGD",
+    label="ResNet-14",
     problem=CifarResNet,
     arms=[
         *arms.full_rank(),

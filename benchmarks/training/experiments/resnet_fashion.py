@@ -8,6 +8,7 @@ _PAPER = arms.paper("out", ("svd", "tucker", "separable"))
 
 EXPERIMENT = Experiment(
     title="ResNet-8, 10,000 images of Fashion-MNIST at 14 x 14, 8 epochs, SGD",
+    label="ResNet-8",
     problem=FashionResNet,
     arms=[
         *arms.full_rank(),

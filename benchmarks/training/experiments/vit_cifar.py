@@ -8,6 +8,7 @@ _PAPER = arms.paper()
 
 EXPERIMENT = Experiment(
     title="ViT, width 96, 4 blocks, 10,000 images of CIFAR-10 at 16 x 16, 12 epochs, AdamW",
+    label="ViT",
     problem=CifarViT,
     arms=[
         *arms.full_rank(),

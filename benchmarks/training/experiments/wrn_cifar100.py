@@ -6,6 +6,7 @@ from benchmarks.training.problems.images import Cifar100WRN
 
 EXPERIMENT = Experiment(
     title="WRN-16-4, all of CIFAR-100 at 32 x 32, 12 epochs, SGD",
+    label="WRN-16-4",
     problem=Cifar100WRN,
     arms=arms.at_one_rate(
         [

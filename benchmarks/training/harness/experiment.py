@@ -27,6 +27,7 @@ class Experiment:
         tuning_length: the share of the steps for which a run trains that tunes.
         points: at how many times of a run it is looked at.
         note: what a reader of the table has to know.
+        label: the problem in a few words, for a row of a table; none: the title up to a comma.
         metric: the result, as the problem names it.
         higher: whether a larger result is better.
         values: whether the singular values of the final weights are kept, of the first seed.
@@ -40,6 +41,7 @@ class Experiment:
     tuning_length: float = 1.0
     points: int = 8
     note: str = ""
+    label: str = ""
     metric: str = "accuracy"
     higher: bool = True
     values: bool = False
@@ -49,6 +51,11 @@ class Experiment:
             raise ValueError(f"seeds {sorted(both)} are reported and tuned on; they must differ")
         if len(self.by_name) != len(self.arms):
             raise ValueError(f"two arms of {self.title!r} have one name")
+
+    @property
+    def short(self) -> str:
+        """The problem in a few words."""
+        return self.label or self.title.partition(",")[0]
 
     def load(self, data: Path) -> Problem:
         """The problem, with its data.

@@ -58,7 +58,7 @@ def overview(all_found: list[Summaries], path: Path) -> None:
     with figure(path, all_found, 0.4 + 2.7 * rows, panels) as axes:
         for ax, found in zip(axes, all_found, strict=True):
             _front(ax, found, "flops", without=("other",))
-            ax.set_title(found.experiment.title.partition(",")[0], fontsize=10)
+            ax.set_title(found.experiment.short, fontsize=10)
             ax.set_xlabel("training FLOPs, of full rank's")
             ax.set_ylabel(_label(found))
         _legend(axes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -20,8 +20,13 @@ def table(found: Summaries) -> str:
     """The table of an experiment; arms on the front of quality against FLOPs are bold."""
     front = found.front()
     rows = [_row(one, found, one.arm in front) for one in found.arms.values()]
-    lines = [HEAD, ("---", *["--:"] * (len(HEAD) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(HEAD, rows)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1) -> str:
+    """A table in Markdown; all columns but the first few are figures."""
+    rule = [*["---"] * words, *["--:"] * (len(head) - words)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *rows))
 
 
 def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
@@ -146,17 +151,18 @@ _COLUMNS = {
 }
 
 
-def deciding(problems: Sequence[tuple[str, Sequence[float], Summaries]]) -> str:
+def deciding(problems: Sequence[tuple[Summaries, Sequence[float]]]) -> str:
     """The main arms of some problems at some budgets; FLOPs in parentheses."""
     head = ("problem", "n", *_COLUMNS)
-    lines = [head, ("---", *["--:"] * (len(head) - 1))]
-    for what, budgets, found in problems:
+    lines: list[Sequence[str]] = []
+    for found, budgets in problems:
+        what = f"{found.experiment.short}: {found.metric}{'' if found.metric == 'loss' else ', %'}"
         for budget in budgets:
             chosen = [found.arms.get(name.format(budget)) for name in _COLUMNS.values()]
             n = min(one.n for one in chosen if one is not None)
             cells = [_cell(one, digits(found)) for one in chosen]
             lines.append((what, str(n), *cells))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, lines)
 
 
 def _cell(one: Summary | None, places: int) -> str:
@@ -168,8 +174,7 @@ def _cell(one: Summary | None, places: int) -> str:
 def restored(found: Summaries) -> str:
     """What inflation restored: effective ranks around the full-rank phase, by layer."""
     head = ("arm", "layer", "inflated", "before its end", "after it", "end", "full rank's end")
-    lines = [head, ("---", "---", *["--:"] * (len(head) - 2)), *_restored(found)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(head, _restored(found), words=2)
 
 
 def _restored(found: Summaries) -> Iterator[tuple[str, ...]]:

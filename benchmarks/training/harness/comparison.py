@@ -1,0 +1,118 @@
+"""Problems side by side: the main arms against each other, in which order, at which costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from benchmarks.training.harness.statistics import Difference
+from benchmarks.training.harness.summary import FULL, Summaries
+from benchmarks.training.harness.tables import digits, markdown
+
+PAPER = "paper, low-rank ending"
+LIKE = (
+    ("gpt_characters", "gpt_bytes"),
+    ("gpt_characters", "gpt_10m"),
+    ("gpt_bytes", "gpt_10m"),
+    ("mlp_256", "mlp_1024"),
+    ("resnet_fashion", "resnet_cifar"),
+    ("bert_mrpc", "bert_sst2"),
+    ("encoder_mrpc", "encoder_stsb"),
+    ("encoder_rte", "encoder_stsb"),
+)
+"""A smaller problem and a larger one of its kind."""
+
+
+def differences(problems: Sequence[Summaries]) -> str:
+    """What the largest decay and the paper's order win or lose against the others."""
+    head = (
+        "problem", "n", "decay", "minus full rank", "minus fixed low rank",
+        "minus narrower", "minus shorter", "paper minus full rank", "paper minus fixed low rank",
+    )  # fmt: skip
+    rows = [_differences(found) for found in problems if _budget(found) is not None]
+    return markdown(head, rows)
+
+
+def _differences(found: Summaries) -> tuple[str, ...]:
+    budget = _budget(found)
+    decay = f"decay {budget}"
+    others = (FULL, f"fixed {budget} FLOPs", f"narrower, {budget}", f"shorter, {budget}")
+    paper = () if PAPER not in found.arms else (FULL, found.counterpart(PAPER))
+    return (
+        found.experiment.short, str(found.arms[decay].n), str(budget),
+        *(_difference(found, decay, other) for other in others),
+        *(_difference(found, PAPER, other) for other in paper or (None, None)),
+    )  # fmt: skip
+
+
+def _difference(found: Summaries, arm: str, other: str | None) -> str:
+    """The mean difference and its standard error, bold if its 95% interval is without zero."""
+    one = None if other is None else found.difference(arm, other)
+    if one is None:
+        return ""
+    text = f"{one.mean:+.{digits(found)}f} ± {one.error:.{digits(found)}f}"
+    return f"**{text}**" if _clear(one) else text
+
+
+def _clear(one: Difference) -> bool:
+    return one.low > 0 or one.high < 0
+
+
+def _budget(found: Summaries) -> str | None:
+    """The largest budget of a decay that has run."""
+    budgets = [name.split()[1] for name in found.arms if name.startswith("decay ")]
+    return max(budgets, key=float, default=None)
+
+
+def costs(problems: Sequence[Summaries]) -> str:
+    """FLOPs, CPU seconds and memory of the arms of one budget, relative to full rank."""
+    head = ("problem", "fixed low rank", "narrower", "decay", "full first", "the paper's order")
+    names = ("fixed {} FLOPs", "narrower, {}", "decay {}", "full first {}", PAPER)
+    rows = [
+        (found.experiment.short, *(_costs(found, name.format(budget)) for name in names))
+        for found in problems
+        if (budget := _smallest(found)) is not None
+    ]
+    return markdown(head, rows)
+
+
+def _smallest(found: Summaries) -> str | None:
+    """The largest budget at which one early cut has run, else that of a decay."""
+    budgets = [name.split()[2] for name in found.arms if name.startswith("full first ")]
+    return max(budgets, key=float, default=None) or _budget(found)
+
+
+def _costs(found: Summaries, arm: str) -> str:
+    if arm not in found.arms:
+        return ""
+    one, full = found.arms[arm], found.arms[FULL]
+    keys = ("flops", "cpu_seconds", "memory_peak")
+    return " / ".join(f"{one.mean(key) / full.mean(key):.2f}" for key in keys)
+
+
+def orders(problems: Mapping[str, Summaries]) -> str:
+    """Whether the order of the arms on a smaller problem is that on a larger one."""
+    head = ("smaller problem", "larger", "arms", "Kendall's tau", "best first, on the larger")
+    return markdown(head, list(_orders(problems)))
+
+
+def _orders(problems: Mapping[str, Summaries]) -> Iterator[tuple[str, ...]]:
+    for pair in LIKE:
+        if not set(pair) <= problems.keys():
+            continue
+        small, large = (problems[name] for name in pair)
+        arms = [name for name in small.arms if name in large.arms]
+        if len(arms) < 3:
+            continue
+        order = sorted(arms, key=lambda name: large.sign * large.arms[name].result, reverse=True)
+        yield (
+            small.experiment.short, large.experiment.short, str(len(arms)),
+            f"{tau(small, large, arms):.2f}", ", ".join(f"“{name}”" for name in order),
+        )  # fmt: skip
+
+
+def tau(small: Summaries, large: Summaries, arms: Sequence[str]) -> float:
+    """Kendall's tau of the means: 1 if the arms have the same order on both problems."""
+    from scipy import stats
+
+    one, other = ([found.sign * found.arms[a].result for a in arms] for found in (small, large))
+    return float(stats.kendalltau(one, other).statistic)
