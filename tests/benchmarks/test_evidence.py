@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from scipy import stats
 
-from benchmarks.training.harness import evidence, pictures, tables
+from benchmarks.training.harness import comparison, evidence, pictures, tables
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.statistics import holm, on_front, paired
@@ -74,6 +74,32 @@ def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
     assert worse.counterpart("decay 0.5") is None
     assert tables.verdict(worse) == ""
     assert tables.verdict_to_full(worse).endswith("by: no arm.")
+
+
+def test_differences_side_by_side_are_bold_where_their_interval_is_without_zero() -> None:
+    met = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FIXED, "decay 0.5": [
+        value - 0.1 * (-1) ** i for i, value in enumerate(FULL)]})  # fmt: skip
+    *_, row = comparison.differences([met]).splitlines()
+    gain = met.difference("decay 0.5", "fixed 0.5 FLOPs")
+    assert gain is not None and gain.low > 0
+    bold = f"**{gain.mean:+.2f} ± {gain.error:.2f}**"
+    assert row == f"| made up | 5 | 0.5 | -0.02 ± 0.05 | {bold} |  |  |  |  |"
+    *_, row = comparison.costs([met]).splitlines()
+    assert row == "| made up | 0.49 / 1.00 / 1.00 |  | 0.50 / 1.00 / 1.00 |  |  |"
+
+
+def test_the_order_of_the_arms_is_compared_by_means() -> None:
+    def problem(decay: float, fixed: float) -> Summaries:
+        results = {"full rank": FULL, "decay 0.5": [decay] * 5, "fixed 0.5 FLOPs": [fixed] * 5}
+        return made_up(**results)
+
+    arms = ["full rank", "decay 0.5", "fixed 0.5 FLOPs"]
+    assert comparison.tau(problem(80, 70), problem(60, 50), arms) == pytest.approx(1.0)
+    assert comparison.tau(problem(91, 92), problem(60, 50), arms) == pytest.approx(-1.0)
+    small, large = comparison.LIKE[0]
+    *_, row = comparison.orders({small: problem(80, 70), large: problem(60, 70)}).splitlines()
+    best = "“full rank”, “fixed 0.5 FLOPs”, “decay 0.5”"
+    assert row == f"| made up | made up | 3 | 0.33 | {best} |"
 
 
 def test_the_seeds_that_did_not_diverge_are_no_sample() -> None:
