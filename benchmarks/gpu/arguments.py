@@ -12,14 +12,24 @@ __all__ = ["parser"]
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command's arguments."""
-    made = argparse.ArgumentParser("python -m benchmarks.gpu")
-    made.add_argument("--out", type=Path, required=True, help="an empty folder, for results.json")
-    made.add_argument("--minutes", type=float, default=9.0, help="the time for everything")
-    made.add_argument("--data", type=Path, help="a folder with books/split/; none: sources")
+    made = argparse.ArgumentParser(
+        "python -m benchmarks.gpu",
+        description="Measure on one GPU, the most valuable part first; DIR/results.json is written "
+        "after each row. benchmarks/gpu/README.md says what the parts are.",
+    )
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder")
+    made.add_argument("--minutes", type=float, default=9.0, help="for everything; %(default)g")
+    made.add_argument("--data", type=Path, help="a folder with books/split/; none: these sources")
     made.add_argument("--toy", action="store_true", help="the smallest sizes, to try the code")
-    made.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     made.add_argument(
-        "--parts", type=_parts, default=list(SHARES), help=f"some of {','.join(SHARES)}"
+        "--device", default="cuda", choices=("cuda", "cpu"), help="cuda; cpu with --toy"
+    )
+    made.add_argument(
+        "--parts",
+        type=_parts,
+        default=",".join(SHARES),
+        metavar="A,B",
+        help=f"only some of {','.join(SHARES)}",
     )
     return made
 

@@ -20,7 +20,7 @@ from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, trial
 import dynarank as dr
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm, Setting
-from benchmarks.training.harness.energy import joules
+from benchmarks.training.harness.energy import counters, joules
 from benchmarks.training.harness.experiment import get, names
 from benchmarks.training.harness.extras import decay_products
 from benchmarks.training.harness.jobs import WAITING, Job, ready, reported, schedule_of, setting_of
@@ -293,11 +293,17 @@ def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 def test_energy_where_the_system_tells_it(tmp_path: Path) -> None:
-    assert joules(tmp_path) is None
-    for i in range(2):
-        (tmp_path / f"intel-rapl:{i}").mkdir()
-        (tmp_path / f"intel-rapl:{i}" / "energy_uj").write_text("1500000\n")
-    assert joules(tmp_path) == 3.0
+    assert counters(tmp_path) is None
+    assert joules(None, None) is None
+    packages = [tmp_path / f"intel-rapl:{i}" for i in range(2)]
+    for package in packages:
+        package.mkdir()
+        (package / "energy_uj").write_text("1500000\n")
+        (package / "max_energy_range_uj").write_text("1999999\n")
+    before = counters(tmp_path)
+    (packages[0] / "energy_uj").write_text("1750000\n")
+    (packages[1] / "energy_uj").write_text("500000\n")  # it began again
+    assert joules(before, counters(tmp_path)) == 1.25
 
 
 @pytest.mark.slow

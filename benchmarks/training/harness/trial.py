@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import dynarank as dr
 from benchmarks.training.harness.arm import Arm, Setting
-from benchmarks.training.harness.energy import joules
+from benchmarks.training.harness.energy import counters, joules
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.extras import add_penalty, decay_products
 from benchmarks.training.harness.narrow import flops, width_for
@@ -217,13 +217,14 @@ class Trial:
     @contextmanager
     def _timed(self) -> Iterator[None]:
         """Count the time of the block, without that of the witness, and its energy."""
-        used, cpu, wall = joules(), time.process_time(), time.perf_counter()
+        energy, cpu, wall = counters(), time.process_time(), time.perf_counter()
         looked = self.witness.seconds
         yield
         looked = self.witness.seconds - looked
         self.seen["cpu"] += time.process_time() - cpu - looked
         self.seen["wall"] += time.perf_counter() - wall - looked
-        self.seen["joules"] = None if used is None else self.seen["joules"] + joules() - used
+        used = joules(energy, counters())
+        self.seen["joules"] = None if used is None else self.seen["joules"] + used
 
     def _parts(self) -> dict[str, Any]:
         return {
