@@ -11,13 +11,13 @@ _PAPER = arms.paper()
 
 def _problem(data: Path) -> Language:
     return Language(
-        *books(data), width=384, depth=6, heads=6, context=256, batch_size=8, steps=600,
+        *books(data), width=384, depth=6, heads=6, context=256, batch_size=8, steps=400,
         rate=0.001, bf16=True,
     )  # fmt: skip
 
 
 EXPERIMENT = Experiment(
-    title="Byte GPT of 10 million parameters, width 384, 6 blocks, books, 600 steps, AdamW",
+    title="Byte GPT of 10 million parameters, width 384, 6 blocks, books, 400 steps, AdamW",
     label="GPT, 10M parameters",
     problem=_problem,
     metric="loss",
