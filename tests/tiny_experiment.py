@@ -42,6 +42,8 @@ def experiment(*chosen: Arm, **options: object) -> Experiment:
     return Experiment("tiny", Tiny, list(chosen), **options)  # pyright: ignore
 
 
-def trial(arm: Arm, setting: Setting | None = None, **options: object) -> Trial:
+def trial(
+    arm: Arm, setting: Setting | None = None, reported: bool = True, **options: object
+) -> Trial:
     setting = setting or Setting()
-    return Trial(experiment(arm, **options), Tiny(), arm, setting, 0, arm.schedule)
+    return Trial(experiment(arm, **options), Tiny(), arm, setting, 0, arm.schedule, reported)

@@ -114,8 +114,7 @@ def result(name: str, arm: str) -> str:
 
 def share(name: str, arm: str, cost: str = "flops") -> str:
     """Return an arm's cost, relative to full rank."""
-    arms = found(name).arms
-    return f"{arms[arm].mean(cost) / arms[FULL].mean(cost):.2f}"
+    return f"{found(name).share(arm, cost):.2f}"
 
 
 def last(name: str, arm: str) -> str:

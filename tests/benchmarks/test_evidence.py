@@ -147,3 +147,14 @@ def test_tuning_runs_are_never_reported() -> None:
         )
         reported = (run for arm in Summaries(name).arms.values() for run in arm.runs)
         assert all(run["part"] == "test" and run["seed"] not in tuning for run in reported)
+
+
+def test_seconds_are_relative_to_those_of_full_rank_beside_each_run() -> None:
+    found = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
+    assert found.share("decay 0.5", "cpu_seconds") == 1.0
+    for run in (run for one in found.arms.values() for run in one.runs):
+        run["full_rank_seconds"] = 1.0 if run["arm"] == "full rank" else 4.0
+    again = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
+    again.arms = found.arms
+    assert again.share("decay 0.5", "cpu_seconds") == 0.25
+    assert again.share("decay 0.5", "flops") == 0.5

@@ -37,9 +37,17 @@ def finished(one: Trial, folder: Path) -> dict:
     one.run(folder)
     result = one.result("test")
     one.close()
-    times = {"cpu_seconds", "wall_seconds", "joules"}
+    times = {"cpu_seconds", "full_rank_seconds", "wall_seconds", "joules"}
     points = [{k: v for k, v in p.items() if k not in times} for p in result["points"]]
     return {k: v for k, v in result.items() if k not in times} | {"points": points}
+
+
+def test_the_pace_of_full_rank_is_timed_beside_a_run_and_changes_nothing(tmp_path: Path) -> None:
+    paced, plain = trial(DECAY), trial(DECAY, reported=False)
+    assert finished(paced, tmp_path / "a") == finished(plain, tmp_path / "b")
+    assert len(paced.seen["paces"]) == 16
+    assert paced.result("test")["full_rank_seconds"] > 0
+    assert plain.result("test")["full_rank_seconds"] is None
 
 
 @pytest.mark.parametrize("at", [1, 8, 9, 21, 38])

@@ -84,9 +84,8 @@ def _smallest(found: Summaries) -> str | None:
 def _costs(found: Summaries, arm: str) -> str:
     if arm not in found.arms:
         return ""
-    one, full = found.arms[arm], found.arms[FULL]
     keys = ("flops", "cpu_seconds", "memory_peak")
-    return " / ".join(f"{one.mean(key) / full.mean(key):.2f}" for key in keys)
+    return " / ".join(f"{found.share(arm, key):.2f}" for key in keys)
 
 
 def orders(problems: Mapping[str, Summaries]) -> str:

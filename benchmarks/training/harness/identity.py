@@ -12,7 +12,7 @@ from typing import Any
 import dynarank
 
 _TRAINING = Path(__file__).parents[1]
-_HARNESS = ("extras", "narrow", "peers", "spectra", "trial", "witness")
+_HARNESS = ("extras", "narrow", "pace", "peers", "spectra", "trial", "witness")
 
 
 def fingerprint(*parts: Any) -> str:

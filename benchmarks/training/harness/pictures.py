@@ -68,7 +68,6 @@ def _front(
     ax: Any, found: Summaries, cost: str, named: Sequence[str] = (), without: Sequence[str] = ()
 ) -> None:
     full = found.arms[FULL]
-    scale = full.mean(cost)
     ax.axhline(full.result, color="#111111", lw=0.8, ls=":")
     labels: list[tuple[str, float, float, str]] = []
     for kind, (color, mark) in GROUPS.items():
@@ -76,7 +75,7 @@ def _front(
         chosen = [a for a in chosen if " as " not in a.arm]
         if not chosen or kind in without:
             continue
-        points = sorted((a.mean(cost) / scale, a.result, spread(list(a.values.values())), a.arm)
+        points = sorted((found.share(a.arm, cost), a.result, spread(list(a.values.values())), a.arm)
                         for a in chosen)  # fmt: skip
         x, y, error, names = zip(*points, strict=True)
         size = 10 if mark in "*." else 6  # these two look small

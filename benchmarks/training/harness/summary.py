@@ -95,6 +95,24 @@ class Summaries:
         )
         return paired(one, two)
 
+    def share(self, arm: str, cost: str) -> float:
+        """The mean cost of an arm, relative to full rank; as it is if full rank has not run.
+
+        CPU seconds are relative to those of full rank at the pace that was timed beside each run,
+        where all runs of the experiment have it; else to those of the runs of full rank.
+        """
+        if cost == "cpu_seconds" and self.paced:
+            runs = self.arms[arm].runs
+            return fmean(run["cpu_seconds"] / run["full_rank_seconds"] for run in runs)
+        full = self.arms[FULL].mean(cost) if FULL in self.arms else 1.0
+        return self.arms[arm].mean(cost) / full
+
+    @cached_property
+    def paced(self) -> bool:
+        """Whether the pace of full rank was timed beside every run."""
+        runs = [run for one in self.arms.values() for run in one.runs]
+        return all(run.get("full_rank_seconds") for run in runs)
+
     def counterpart(self, arm: str) -> str | None:
         """Fixed low rank of the same FLOPs: that made for the arm, or the nearest one of about."""
         if arm == FULL or arm.startswith("fixed"):
@@ -115,7 +133,7 @@ class Summaries:
         lost = {run["arm"] for run in self.diverged}
         return on_front(
             {
-                name: (round(one.mean(cost), 4), self.sign * one.result)
+                name: (round(self.share(name, cost), 4), self.sign * one.result)
                 for name, one in self.arms.items()
                 if name not in lost
             }

@@ -30,7 +30,6 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]], words: int = 1)
 
 
 def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
-    full = found.arms.get(FULL, one)
     counterpart = found.counterpart(one.arm)
     return (
         f"**{one.arm}**" if bold else one.arm,
@@ -38,9 +37,7 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
         f"{one.runs[0]['setting']['rate']:g}{_marks(one)}",
         f"{one.mean('flops'):.3f}",
         f"{one.mean('end_flops'):.3f}",
-        _share(one, full, "parameters_mean"),
-        _share(one, full, "memory_peak"),
-        _share(one, full, "cpu_seconds"),
+        *(_share(one.arm, found, key) for key in ("parameters_mean", "memory_peak", "cpu_seconds")),
         f"{one.result:.{digits(found)}f} ± {one.spread:.{digits(found)}f}",
         "" if one.arm == FULL else text(found.difference(one.arm, FULL), digits(found)),
         "" if counterpart is None else text(found.difference(one.arm, counterpart), digits(found)),
@@ -61,8 +58,8 @@ def _marks(one: Summary) -> str:
     )
 
 
-def _share(one: Summary, full: Summary, key: str) -> str:
-    return f"{one.mean(key) / full.mean(key):.2f}"
+def _share(arm: str, found: Summaries, key: str) -> str:
+    return f"{found.share(arm, key):.2f}" if FULL in found.arms else ""
 
 
 def text(difference: Difference | None, places: int) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from benchmarks.training.harness.energy import counters, joules
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.extras import add_penalty, decay_products
 from benchmarks.training.harness.narrow import flops, width_for
+from benchmarks.training.harness.pace import Pace
 from benchmarks.training.harness.peers import own_bytes
 from benchmarks.training.harness.spectra import digits, readings, spectra
 from benchmarks.training.harness.witness import Witness
@@ -56,6 +58,7 @@ class Trial:
         setting: what was tuned.
         seed: of the initial weights and batches.
         schedule: the arm's schedule, or the fixed low rank that it stands for; None: none.
+        reported: whether the pace of full rank is timed beside it.
     """
 
     def __init__(
@@ -66,15 +69,17 @@ class Trial:
         setting: Setting,
         seed: int,
         schedule: RankSchedule | None,
+        reported: bool = False,
     ) -> None:
         self.experiment, self.whole, self.arm = experiment, problem.steps, arm
         self.problem = problem = shortened(problem, arm.length)
         self.setting, self.seed, self.schedule = setting, seed, schedule
         self.seen: dict[str, Any] = {
             "step": 0, "cpu": 0.0, "wall": 0.0, "joules": 0.0, "loss": 0.0, "losses": 0,
-            "memory": 0, "end_memory": 0, "points": [], "changes": [],
+            "memory": 0, "end_memory": 0, "points": [], "changes": [], "paces": [],
         }  # fmt: skip
         self.witness = Witness(self.seen["changes"])
+        self.pace = Pace(problem, seed, experiment.points) if reported else None
         self.model = self._model()
         self.use = trace(self.model, problem.batch(seed, 0)[0])
         self.optimizer = self._optimizer()
@@ -175,6 +180,7 @@ class Trial:
             "spectra": spectra(self.model, self.problem.layers),
         }
         self.seen["points"].append(point)
+        self.seen["paces"] += [] if self.pace is None else self.pace.measure()
         self.seen["loss"] = self.seen["losses"] = 0
 
     @property
@@ -196,10 +202,16 @@ class Trial:
             "parameters_mean": ledger.trainable_mean, "parameters_peak": ledger.trainable_peak,
             "parameters_end": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "memory_peak": seen["memory"], "memory_end": seen["end_memory"],
-            "cpu_seconds": seen["cpu"], "wall_seconds": seen["wall"], "joules": seen["joules"],
+            "cpu_seconds": seen["cpu"], "full_rank_seconds": self._full_rank_seconds(),
+            "wall_seconds": seen["wall"], "joules": seen["joules"],
             "points": seen["points"], "changes": seen["changes"],
             **self._last_spectra(),
         }  # fmt: skip
+
+    def _full_rank_seconds(self) -> float | None:
+        """The CPU seconds of full rank at the pace that was timed beside the run."""
+        paces = self.seen["paces"]
+        return digits(self.whole * median(paces), 6) if paces else None
 
     def _last_spectra(self) -> dict[str, Any]:
         """The largest possible rank of each layer, and the singular values if they are kept."""

@@ -128,7 +128,8 @@ class Worker:
         about = problem.steps, arm.narrow, arm.length, self.place["versions"]
         begun, key = started(), fingerprint(what, *about)
         try:
-            trial = Trial(experiment, problem, arm, job.setting, job.seed, schedule)
+            about_arm = arm, job.setting, job.seed, schedule, job.part == "test"
+            trial = Trial(experiment, problem, *about_arm)
         except ImportError as error:
             return self._leave_out(error, job.experiment, job.arm)
         try:
