@@ -7,23 +7,40 @@ from collections.abc import Iterator
 from benchmarks.training.harness.evidence import blocks
 from dynarank.schedules import rank_decay
 
+from .evidence import GPT, MLP, verb
 from .methods_shared import row, spread
 from .records import mean, read_lines, select, values
 
 PAGE = "docs/methods/decay.md"
-SETTINGS = ("A ResNet-14 on 10,000 small CIFAR-10 images",)
+SETTINGS = (
+    "A ResNet-14 on 10,000 small CIFAR-10 images",
+    "at 0.3 of the FLOPs one cut at a tenth of the run, `decay(total=..., cuts=[0.1])`,",
+)
 
 
 def claims() -> Iterator[str]:
     """Yield the figures as the page has them."""
     yield _rule()
     yield blocks()["deciding"]
+    yield from _compared()
     yield from _convolutions()
 
 
 def _rule() -> str:
     last = f"{rank_decay.LAST_PER_SQUARE:.0f} b² of the run, at most at {rank_decay.LATEST:.0%}"
     return f"n is {rank_decay.CUTS}, the last cut comes at {last}"
+
+
+def _compared() -> Iterator[str]:
+    better = verb(GPT, "decay 0.5", "fixed 0.5 FLOPs")
+    assert (
+        better == verb(GPT, "decay 0.5", "full first 0.5") == verb(GPT, "decay 0.5", "shorter, 0.5")
+    )
+    yield f"a decay {better} fixed low rank, one early cut and shorter training of its FLOPs"
+    yield f"of the budgets of the table {verb(MLP, 'decay 0.5', 'fixed 0.5 FLOPs')} fixed low rank"
+    yield f"but {verb(MLP, 'decay 0.5', 'narrower, 0.5')} a narrower network"
+    one = verb(MLP, "full first 0.3", "decay 0.3")
+    yield f", {one} eight."
 
 
 def _convolutions() -> Iterator[str]:

@@ -8,7 +8,7 @@ from benchmarks.training.harness.evidence import blocks
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
-from .evidence import GPT, MLP, behind, share
+from .evidence import GPT, MLP, RESNET, behind, share, verb
 from .records import deviation, mean, only, read_json, read_runs
 from .versions import python
 
@@ -44,12 +44,16 @@ def claims() -> Iterator[str]:
 
 def gains() -> Iterator[str]:
     """Yield what the table comes to."""
-    low = behind(GPT, "fixed 0.65 FLOPs", "decay 0.65")
-    yield f"On the GPT a decay at {share(GPT, 'decay 0.65')} of the FLOPs is better than fixed low"
-    yield f"rank of the same FLOPs by {low}, and full rank is better than the decay by"
-    yield f"full rank is better than the decay by {behind(GPT, 'decay 0.65')}."
-    low = behind(MLP, "fixed 0.65 FLOPs", "decay 0.65")
-    yield f"On the MLP it is {low} and {behind(MLP, 'decay 0.65')} points."
+    decay, low, narrow = "decay 0.65", "fixed 0.65 FLOPs", "narrower, 0.65"
+    yield (
+        f"at {share(GPT, decay)} of the FLOPs it {verb(GPT, decay, low)} fixed low rank of the "
+        f"same FLOPs by {behind(GPT, low, decay)}, than a narrower network by "
+        f"{behind(GPT, narrow, decay)}, and full rank is better than the decay by "
+        f"{behind(GPT, decay)}."
+    )
+    gain = behind(MLP, low, decay)
+    yield f"On the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
+    yield f"On the ResNet it {verb(RESNET, decay, low)} fixed low rank."
 
 
 def summaries(folder: str, schedule: str) -> list[SummaryRecord]:
