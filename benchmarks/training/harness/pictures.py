@@ -73,6 +73,8 @@ def _front(
     for kind, (color, mark) in GROUPS.items():
         chosen = [a for a in found.arms.values() if group(a.arm) == kind]
         chosen = [a for a in chosen if " as " not in a.arm]
+        if "other" in without:  # then it shows the main arms only
+            chosen = [a for a in chosen if found.experiment.by_name[a.arm].penalty is None]
         if not chosen or kind in without:
             continue
         points = sorted((found.share(a.arm, cost), a.result, spread(list(a.values.values())), a.arm)
@@ -190,16 +192,18 @@ def times(found: Summaries, path: Path) -> None:
     cells = [name for name in found.arms if " to " in name]
     pairs = {name: tuple(map(float, name.split(" to "))) for name in cells}
     begins, ends = (sorted({pair[i] for pair in pairs.values()}) for i in (0, 1))
+    results = [found.arms[name].result for name in cells]
+    least, most = min(results), max(results)
     with figure(path, found, 5, "A") as axes:
         (ax,) = axes
         for name, (begin, end) in pairs.items():
             one = found.arms[name]
             x, y = ends.index(end), begins.index(begin)
             ax.scatter([x], [y], c=[one.result], s=2600, marker="s", cmap="viridis",
-                       vmin=min(found.arms[c].result for c in cells),
-                       vmax=max(found.arms[c].result for c in cells))  # fmt: skip
+                       vmin=least, vmax=most)  # fmt: skip
+            bright = one.result > (least + 2 * most) / 3
             ax.text(x, y, f"{one.result:.2f}\n{one.mean('flops'):.2f}x", ha="center",
-                    va="center", fontsize=8, color="white")  # fmt: skip
+                    va="center", fontsize=8, color="black" if bright else "white")  # fmt: skip
         ax.set_xticks(range(len(ends)), [f"{e:g}" for e in ends])
         ax.set_yticks(range(len(begins)), [f"{b:g}" for b in begins])
         ax.set_xlabel("deflate at")
