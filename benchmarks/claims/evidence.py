@@ -17,10 +17,12 @@ SETTINGS = (
     "at no more than 0.65 of its FLOPs, with a last network of 0.6",
     "bold where the 95% interval of this one difference",
     "of no more than 0.65 of the FLOPs",
+    "a GPT of 10 million parameters, for 400 steps",
     "Kendall's tau of the means; 1 is",
     "from 1e-5 to 1e-2",
 )
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
+MEDIUM = "gpt_10m"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
 
@@ -31,6 +33,7 @@ def claims() -> Iterator[str]:
     yield from perceptrons()
     yield from convolutions()
     yield from order_of_the_paper()
+    yield from medium()
     yield from costs()
     yield from helps_nobody()
 
@@ -103,6 +106,20 @@ def order_of_the_paper() -> Iterator[str]:
     yield f"on the ResNet-8 {result(RESNET, soft)}, and it {verb(RESNET, soft)} full rank"
 
 
+def medium() -> Iterator[str]:
+    """Yield what the GPT of 10 million parameters says."""
+    decay, fixed = "decay 0.65", "fixed 0.65 FLOPs"
+    yield (
+        f"a decay at {share(MEDIUM, decay)} of the FLOPs ends at {result(MEDIUM, decay)}, fixed "
+        f"low rank of the same FLOPs at {result(MEDIUM, fixed)}, full rank at "
+        f"{result(MEDIUM, FULL)} (n = {found(MEDIUM).arms[decay].n})"
+    )
+    yield (
+        f"fixed low rank takes {share(MEDIUM, fixed, 'cpu_seconds')} of full rank's CPU seconds "
+        f"there, a decay {share(MEDIUM, decay, 'cpu_seconds')}"
+    )
+
+
 def costs() -> Iterator[str]:
     """Yield what memory and seconds say."""
     yield (
@@ -111,6 +128,11 @@ def costs() -> Iterator[str]:
         f"the decay of {share(GPT, 'decay 0.65')} takes "
         f"{share(GPT, 'decay 0.65', 'memory_peak')} and "
         f"{share(GPT, 'decay 0.65', 'cpu_seconds')}"
+    )
+    yield (
+        f"on the MLP one early cut at half of the FLOPs takes "
+        f"{share(MLP, 'full first 0.5', 'cpu_seconds')}, a narrower network "
+        f"{share(MLP, 'narrower, 0.5', 'cpu_seconds')}"
     )
 
 
@@ -134,8 +156,7 @@ def found(name: str) -> Summaries:
 
 def result(name: str, arm: str) -> str:
     """Return mean and deviation of an arm's results."""
-    one, places = found(name).arms[arm], digits(found(name))
-    return f"{one.result:.{places}f} ± {one.spread:.{places}f}"
+    return found(name).arms[arm].text(digits(found(name)))
 
 
 def share(name: str, arm: str, cost: str = "flops") -> str:

@@ -15,7 +15,7 @@ from .versions import python
 PAGE = "README.md"
 DEMO = "training/results/2026-11-28-demo"
 CIFAR = "training/results/2026-11-24-cifar10-resnet20-12-epochs"
-SETTINGS = ("Apache-2.0",)
+SETTINGS = ("Apache-2.0", "A GPT of 10 million parameters")
 
 
 def claims() -> Iterator[str]:

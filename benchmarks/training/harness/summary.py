@@ -51,6 +51,11 @@ class Summary:
         """The standard deviation of the results over seeds."""
         return spread(list(self.values.values()))
 
+    def text(self, places: int) -> str:
+        """The mean result ± the standard deviation, of several runs."""
+        spread = f" ± {self.spread:.{places}f}" if self.n > 1 else ""
+        return f"{self.result:.{places}f}{spread}"
+
     def mean(self, key: str) -> float:
         """The mean of a cost."""
         return fmean(run[key] for run in self.runs)

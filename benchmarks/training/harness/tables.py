@@ -38,7 +38,7 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
         f"{one.mean('flops'):.3f}",
         f"{one.mean('end_flops'):.3f}",
         *(_share(one.arm, found, key) for key in ("parameters_mean", "memory_peak", "cpu_seconds")),
-        f"{one.result:.{digits(found)}f} ± {one.spread:.{digits(found)}f}",
+        one.text(digits(found)),
         "" if one.arm == FULL else text(found.difference(one.arm, FULL), digits(found)),
         "" if counterpart is None else text(found.difference(one.arm, counterpart), digits(found)),
     )
@@ -94,7 +94,7 @@ def verdict_to_full(found: Summaries) -> str:
         for arm in found.arms
         if arm != FULL and (difference := found.difference(arm, FULL))
     }
-    return f"{_sentences(pairs, 'full rank')} {_met(found)}"
+    return f"{_sentences(pairs, 'full rank')} {_met(found)}".strip()
 
 
 def fronts(found: Summaries) -> str:
@@ -165,7 +165,7 @@ def deciding(problems: Sequence[tuple[Summaries, Sequence[float]]]) -> str:
 def _cell(one: Summary | None, places: int) -> str:
     if one is None:
         return ""
-    return f"{one.result:.{places}f} ± {one.spread:.{places}f} ({one.mean('flops'):.2f}x)"
+    return f"{one.text(places)} ({one.mean('flops'):.2f}x)"
 
 
 def restored(found: Summaries) -> str:
