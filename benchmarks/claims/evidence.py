@@ -18,6 +18,7 @@ SETTINGS = (
     "bold where the 95% interval of this one difference",
     "of no more than 0.65 of the FLOPs",
     "a GPT of 10 million parameters, for 400 steps",
+    "On the GPT of 10 million parameters yes, in a short run",
     "Kendall's tau of the means; 1 is",
     "from 1e-5 to 1e-2",
 )
@@ -113,6 +114,10 @@ def medium() -> Iterator[str]:
         f"a decay at {share(MEDIUM, decay)} of the FLOPs ends at {result(MEDIUM, decay)}, fixed "
         f"low rank of the same FLOPs at {result(MEDIUM, fixed)}, full rank at "
         f"{result(MEDIUM, FULL)} (n = {found(MEDIUM).arms[decay].n})"
+    )
+    yield (
+        f", in a short run, by a decay at "
+        f"{share(MEDIUM, decay)} with a last network of {last(MEDIUM, decay)}."
     )
     yield (
         f"fixed low rank takes {share(MEDIUM, fixed, 'cpu_seconds')} of full rank's CPU seconds "
