@@ -3,12 +3,14 @@
     python -m benchmarks.verify
     python -m benchmarks.verify --page docs/scale.md
 
-`benchmarks/claims/` has a module for each page with figures. What its `claims()` derives from the
-records must stand in the page, and no figure may be left that neither a claim nor `SETTINGS`
-explains. A figure is a decimal number, one with a thousands comma, an exponent, k, M, ±, %, x,
-times, points or a unit of time, memory or work, a count such as 3 of 5, or a number alone in a cell
-of a table. Numbers in words, code and link targets are left out. Pictures must be drawn from the
-records as they are. Each fault is one line that ends with the way out; the exit status is then 1.
+What a page has between `<!-- begin NAME -->` and `<!-- end -->` must be what the records give for
+NAME. `benchmarks/claims/` has a module for each page with other figures. What its `claims()`
+derives from the records must stand in the page, and no figure may be left that neither a claim nor
+`SETTINGS` explains. A figure is a decimal number, one with a thousands comma, an exponent, k, M, ±,
+%, x, times, points or a unit of time, memory or work, a count such as 3 of 5, or a number alone in
+a cell of a table. Numbers in words, code and link targets are left out. Pictures must be drawn from
+the records as they are. Each fault is one line that ends with the way out; the exit status is then
+1.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import chain, groupby
 from pathlib import Path
 from types import ModuleType
@@ -155,11 +158,23 @@ def typed_in(source: str) -> Iterator[str]:
     yield from (text for text in texts if isinstance(text, str) and FIGURE.search(text))
 
 
+def written(page: Page) -> list[str]:
+    """Return the blocks of a page as the records give them."""
+    given = written_blocks()
+    return [given.get(name, f"no block {name}") for name in evidence.placed(page.text)]
+
+
+@cache
+def written_blocks() -> dict[str, str]:
+    """Return all blocks; read once."""
+    return evidence.blocks()
+
+
 def check_module(page: Page, module: ModuleType) -> Iterator[str]:
     """Yield what is wrong with a page that has a module of claims."""
     path = module_path(page.name)
     try:
-        claims = list(getattr(module, "claims", list)())
+        claims = [*written(page), *getattr(module, "claims", list)()]
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         yield f"{page.name}: {path} cannot derive its figures ({why}); restore the records"
@@ -173,7 +188,7 @@ def check(name: str) -> tuple[Page, list[str]]:
     """Return a page, and what is wrong with it."""
     page = Page(name, (ROOT / name).read_text(encoding="utf-8"))
     if importlib.util.find_spec(module_name(name)) is None:
-        return page, list(page.left())
+        return page, list(faults(page, written(page), ()))
     return page, list(check_module(page, importlib.import_module(module_name(name))))
 
 
@@ -184,6 +199,12 @@ def without_page() -> Iterator[str]:
         page = getattr(module, "PAGE", None)
         if page and (page not in pages() or module_name(page) != module.__name__):
             yield f"benchmarks/claims/{path.name}: its page is not {page}; rename or remove it"
+
+
+def without_place() -> Iterator[str]:
+    """Yield a fault for each block that no page has."""
+    for name in evidence.unplaced(written_blocks()):
+        yield f"docs/: no page has a block {name}; write <!-- begin {name} --> and <!-- end -->"
 
 
 def stale_pictures() -> Iterator[str]:
@@ -204,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     page = parser.parse_args(arguments).page
     checked = [check(name) for name in ([page] if page else pages())]
     wrong = [*chain.from_iterable(found for _, found in checked)]
-    wrong += [] if page else [*without_page(), *stale_pictures()]
+    wrong += [] if page else [*without_page(), *without_place(), *stale_pictures()]
     if wrong:
         print("\n".join(wrong))
         return 1

@@ -1,11 +1,10 @@
-"""Evidence: the blocks that are written from the records, and the answers before them."""
+"""Evidence: the answers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
 
-from benchmarks.training.harness.evidence import blocks
 from benchmarks.training.harness.summary import FULL, Summaries
 from benchmarks.training.harness.tables import around, digits
 
@@ -28,8 +27,7 @@ LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
 
 def claims() -> Iterator[str]:
-    """Yield the blocks, then the sentences of the answers."""
-    yield from blocks().values()
+    """Yield the sentences of the answers."""
     yield from transformers()
     yield from perceptrons()
     yield from convolutions()

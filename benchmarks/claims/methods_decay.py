@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.training.harness.evidence import blocks
 from dynarank.schedules import rank_decay
 
 from .evidence import GPT, MLP, verb
@@ -21,7 +20,6 @@ SETTINGS = (
 def claims() -> Iterator[str]:
     """Yield the figures as the page has them."""
     yield _rule()
-    yield blocks()["deciding"]
     yield from _compared()
     yield from _convolutions()
 

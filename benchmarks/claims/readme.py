@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.training.harness.evidence import blocks
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
@@ -20,7 +19,6 @@ SETTINGS = ("Apache-2.0", "A GPT of 10 million parameters")
 
 def claims() -> Iterator[str]:
     """Yield the figures in the order of the page."""
-    yield blocks()["deciding"]
     yield from gains()
     for schedule in ("full-rank", "low-rank", "decay"):
         runs = summaries(DEMO, schedule)

@@ -42,7 +42,8 @@ def test_every_figure_agrees_with_the_records(capsys: pytest.CaptureFixture[str]
 def test_a_figure_altered_by_one_digit_is_found(name: str) -> None:
     """Each figure of the page in turn, its last digit one higher or lower."""
     module = importlib.import_module(verify.module_name(name))
-    claims, text = list(module.claims()), (verify.ROOT / name).read_text(encoding="utf-8")
+    text = (verify.ROOT / name).read_text(encoding="utf-8")
+    claims = [*verify.written(verify.Page(name, text)), *module.claims()]
     figures = list(verify.FIGURE.finditer(verify.Page(name, text).rest))
     assert len(figures) > 20
     for figure in figures:
@@ -51,6 +52,20 @@ def test_a_figure_altered_by_one_digit_is_found(name: str) -> None:
         line = f"{name}:{text.count(chr(10), 0, at) + 1}:"
         found = list(verify.faults(verify.Page(name, altered), claims, module.SETTINGS))
         assert any(fault.startswith((line, f"{name}:")) for fault in found), figure[0]
+
+
+def test_an_altered_block_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"one": "| loss | 1.926 |", "two": "| loss | 2.035 |"}
+    monkeypatch.setattr(verify, "written_blocks", lambda: given)
+    text = "<!-- begin one -->\n| loss | 1.926 |\n<!-- end -->\n"
+    page = verify.Page("docs/page.md", text)
+    assert list(verify.faults(page, verify.written(page), ())) == []
+    page = verify.Page("docs/page.md", text.replace("1.926", "1.962"))
+    (fault,) = verify.faults(page, verify.written(page), ())
+    assert "the page has '| loss | 1.962 |', but the records give '| loss | 1.926 |'" in fault
+    page = verify.Page("docs/page.md", text.replace("one", "three"))
+    assert "no block three" in "".join(verify.faults(page, verify.written(page), ()))
+    assert [fault for fault in verify.without_place() if "block two;" in fault]
 
 
 def test_the_fault_says_what_the_page_has_and_what_the_records_give() -> None:

@@ -1,10 +1,10 @@
-"""What of docs/evidence.md is written from the records: its tables, verdicts and pictures."""
+"""What of README.md and docs/ is written from the records: tables, verdicts and pictures."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from benchmarks.training.harness.experiment import Experiment, names
 from benchmarks.training.harness.summary import FULL, Summaries
 
 ROOT = Path(__file__).parents[3]
-PAGE = ROOT / "docs" / "evidence.md"
-PAGES = (PAGE, ROOT / "README.md", ROOT / "docs" / "methods" / "decay.md")
 PICTURES = ROOT / "docs" / "images" / "evidence"
 DECIDING = {
     "gpt_characters": (0.5, 0.65),
@@ -33,7 +31,7 @@ def recorded() -> list[str]:
 
 
 def blocks() -> dict[str, str]:
-    """Each block of the page by its name, as it has to be."""
+    """Each block of the pages by its name, as it has to be."""
     found = {name: Summaries(name) for name in recorded()}
     deciding = [(found[name], DECIDING[name]) for name in DECIDING if name in found]
     problems = {name: one for name, one in found.items() if not _is_grid(one)}
@@ -60,7 +58,7 @@ def block(found: Summaries) -> str:
     shown = "times" if _is_grid(found) else "front"
     parts = [
         f"### {experiment.title}",
-        f"![{experiment.title}](images/evidence/{name}-{shown}.svg)",
+        f"![{experiment.title}](../images/evidence/{name}-{shown}.svg)",
         tables.table(found),
         " ".join(filter(None, (experiment.note, _tuned(experiment)))),
         *([] if shown == "times" else [tables.fronts(found), tables.verdict(found)]),
@@ -114,17 +112,32 @@ def drawings() -> dict[str, tuple[Summaries | list[Summaries], Callable[[Path], 
 
 
 def write() -> None:
-    """Write the blocks of the page and the pictures."""
-    wanted, placed = blocks(), set[str]()
-    for page in PAGES:
+    """Write the blocks of the pages and the pictures."""
+    wanted = blocks()
+    for page in pages():
         text = page.read_text(encoding="utf-8")
-        placed |= {found[2] for found in _BLOCK.finditer(text)}
         page.write_text(_BLOCK.sub(lambda m: _filled(m, wanted), text), encoding="utf-8")
-    if missing := wanted.keys() - placed:
-        print(f"no page has a place for: {', '.join(sorted(missing))}")
+    if missing := unplaced(wanted):
+        print(f"no page has a place for: {', '.join(missing)}")
     for name, (_, draw) in drawings().items():
         draw(PICTURES / f"{name}.svg")
     print(f"wrote {len(wanted)} blocks and {len(drawings())} pictures")
+
+
+def pages() -> list[Path]:
+    """The pages that may have blocks."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def placed(text: str) -> list[str]:
+    """The blocks that a page has."""
+    return [found[2] for found in _BLOCK.finditer(text)]
+
+
+def unplaced(wanted: Iterable[str]) -> list[str]:
+    """The blocks that no page has."""
+    texts = (page.read_text(encoding="utf-8") for page in pages())
+    return sorted(set(wanted).difference(*map(placed, texts)))
 
 
 def _filled(found: re.Match[str], wanted: dict[str, str]) -> str:
