@@ -22,7 +22,7 @@ SETTINGS = (
     "from 1e-5 to 1e-2",
 )
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
-MEDIUM = "gpt_10m"
+MEDIUM, ENCODER = "gpt_10m", "encoder_stsb"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
 
@@ -33,6 +33,7 @@ def claims() -> Iterator[str]:
     yield from convolutions()
     yield from order_of_the_paper()
     yield from medium()
+    yield from pretrained()
     yield from costs()
     yield from helps_nobody()
 
@@ -120,6 +121,23 @@ def medium() -> Iterator[str]:
     yield (
         f"fixed low rank takes {share(MEDIUM, fixed, 'cpu_seconds')} of full rank's CPU seconds "
         f"there, a decay {share(MEDIUM, decay, 'cpu_seconds')}"
+    )
+
+
+def pretrained() -> Iterator[str]:
+    """Yield what the encoder says."""
+    ours, cut, decay, shorter = "LoRA, rank 8", "cut to 0.7", "decay 0.7", "shorter, 0.7"
+    yield (
+        f"reaches a correlation of {result(ENCODER, ours)} with LoRA of rank 8 here and "
+        f"{result(ENCODER, 'LoRA by PEFT, rank 8')} with PEFT's, {result(ENCODER, FULL)} with full "
+        f"fine-tuning, for {share(ENCODER, ours)} of its FLOPs and "
+        f"{share(ENCODER, ours, 'memory_peak')} of its memory."
+    )
+    assert verb(ENCODER, cut) == verb(ENCODER, decay)
+    yield (
+        f"before the first step has {result(ENCODER, cut)}, a decay {result(ENCODER, decay)}: each "
+        f"{verb(ENCODER, decay)} full fine-tuning, and the decay {verb(ENCODER, decay, shorter)} "
+        f"full fine-tuning for fewer steps, {result(ENCODER, shorter)}."
     )
 
 

@@ -20,6 +20,7 @@ LIKE = (
     ("encoder_rte", "encoder_stsb"),
 )
 """A smaller problem and a larger one of its kind."""
+NAMED = 4  # of the arms in their order
 
 
 def differences(problems: Sequence[Summaries]) -> str:
@@ -90,7 +91,7 @@ def _costs(found: Summaries, arm: str) -> str:
 
 def orders(problems: Mapping[str, Summaries]) -> str:
     """Whether the order of the arms on a smaller problem is that on a larger one."""
-    head = ("smaller problem", "larger", "arms", "Kendall's tau", "best first, on the larger")
+    head = ("smaller problem", "larger", "arms", "Kendall's tau", "best on the larger, in order")
     return markdown(head, list(_orders(problems)))
 
 
@@ -105,7 +106,7 @@ def _orders(problems: Mapping[str, Summaries]) -> Iterator[tuple[str, ...]]:
         order = sorted(arms, key=lambda name: large.sign * large.arms[name].result, reverse=True)
         yield (
             small.experiment.short, large.experiment.short, str(len(arms)),
-            f"{tau(small, large, arms):.2f}", ", ".join(f"“{name}”" for name in order),
+            f"{tau(small, large, arms):.2f}", ", ".join(f"“{name}”" for name in order[:NAMED]),
         )  # fmt: skip
 
 
