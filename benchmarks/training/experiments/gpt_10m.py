@@ -26,6 +26,7 @@ EXPERIMENT = Experiment(
         *arms.full_rank(),
         *arms.fixed_budgets(0.65),
         *arms.decays(0.65),
+        *arms.on_few(arms.decays(0.65)),
         *arms.narrow(0.65),
         *_PAPER[-1:],
     ],

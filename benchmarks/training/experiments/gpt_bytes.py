@@ -10,7 +10,9 @@ _PAPER = arms.paper()
 
 
 def _problem(data: Path) -> Language:
-    return Language(*books(data), width=128, depth=3, steps=600, rate=0.008, bf16=True)
+    return Language(
+        *books(data), width=128, depth=3, steps=600, rate=0.008, bf16=True, calibrated_on=8
+    )
 
 
 EXPERIMENT = Experiment(

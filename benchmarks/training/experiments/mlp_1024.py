@@ -11,7 +11,7 @@ _PAPER = arms.paper()
 EXPERIMENT = Experiment(
     title="MLP 784-1024-1024-1024-10, 20,000 images of Fashion-MNIST, 8 epochs, AdamW",
     label="MLP, width 1024",
-    problem=partial(FashionMLP, width=1024, rate=0.001),
+    problem=partial(FashionMLP, width=1024, rate=0.001, calibrated_on=8),
     arms=[
         *arms.full_rank(),
         *arms.narrow(0.2, 0.3),

@@ -48,6 +48,7 @@ class Arm:
         coefficients: those of the penalty that are tried, at the best rate for the first of them.
         by_data: whether truncations are activation-aware, on a few training batches; budgets are
             always met by data.
+        batches: how many batches a calibration takes; None: as many as the problem's.
         moments: how the optimizer's moments follow a change.
         rewarmup: how many steps the learning rate is warmed up after a change.
         optimizer: ``(problem, model, rate) -> optimizer``, in place of the problem's.
@@ -66,6 +67,7 @@ class Arm:
     penalty: str | None = None
     coefficients: Sequence[float] = (0.0,)
     by_data: bool = True
+    batches: int | None = None
     moments: Any = "project"
     rewarmup: int = 0
     optimizer: Callable[[Any, nn.Module, float], Optimizer] | None = None
@@ -81,7 +83,7 @@ class Arm:
         """What a record says of the arm beside its schedule and setting."""
         return {
             "moments": str(self.moments), "rewarmup": self.rewarmup, "penalty": self.penalty,
-            "by_data": self.by_data,
+            "by_data": self.by_data, **({"batches": self.batches} if self.batches else {}),
         }  # fmt: skip
 
     def made(self, run: Mapping[str, Any]) -> bool:

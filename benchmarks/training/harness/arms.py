@@ -75,6 +75,14 @@ def decays(*budgets: float) -> list[Arm]:
     return [Arm(f"decay {b:g}", decay(total=b)) for b in budgets]
 
 
+def on_few(arms: Sequence[Arm], batches: int = 8) -> list[Arm]:
+    """These arms with calibrations on fewer batches; tuned as they are."""
+    return [
+        replace(arm, name=f"{arm.name}, {batches} batches", family=arm.kind, batches=batches)
+        for arm in arms
+    ]
+
+
 def full_first(*budgets: float, at: float = 0.1) -> list[Arm]:
     """Full rank for a tenth of the run, then one cut, to these FLOPs in total."""
     return [Arm(f"full first {b:g}", decay(total=b, cuts=[at])) for b in budgets]

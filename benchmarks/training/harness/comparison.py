@@ -60,7 +60,9 @@ def _clear(one: Difference) -> bool:
 
 def _budget(found: Summaries) -> str | None:
     """The largest budget of a decay that has run."""
-    budgets = [name.split()[1] for name in found.arms if name.startswith("decay ")]
+    budgets = [
+        words[1] for name in found.arms if (words := name.split())[0] == "decay" and len(words) == 2
+    ]
     return max(budgets, key=float, default=None)
 
 

@@ -24,6 +24,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "narrower": ("#8a5fbf", "s"),
     "shorter": ("#c2255c", "v"),
     "decay": ("#d9480f", "D"),
+    "decay, 8 batches": ("#e599f7", "D"),
     "full first": ("#f08c00", "D"),
     "paper": ("#2b8a3e", "^"),
     "other": ("#5c636a", "."),
@@ -37,7 +38,9 @@ _UP = ((2, "bottom"), (-2, "top"), (7, "bottom"), (-7, "top"))
 
 def group(arm: str) -> str:
     """The kind of an arm."""
-    return next((name for name in GROUPS if arm.startswith(name)), "other")
+    found = [name for name in GROUPS if arm.startswith(name)]
+    of_few = arm.endswith(" batches")  # of the kind that ends so, "decay, 8 batches"
+    return next((name for name in found if not of_few), "decay, 8 batches" if of_few else "other")
 
 
 def fronts(found: Summaries, path: Path) -> None:

@@ -106,11 +106,12 @@ class Trial:
 
     def _ranks(self, schedule: RankSchedule) -> dr.RankScheduler:
         norms = {s.path: s.effective().norm().detach() for s in self._sites()}
+        problem, arm = self.problem, self.arm
         ranks = dr.RankScheduler(
-            self.model, self.optimizer, schedule, self.problem.steps, layers=self.problem.layers,
-            lr_scheduler=self.lr, lr_every=1, moments=self.arm.moments,
-            batches=(lambda: self.problem.inputs(self.seed)) if self.arm.by_data else None,
-            callbacks=[self.witness, dr.LRRewarmup(self.arm.rewarmup)],
+            self.model, self.optimizer, schedule, problem.steps, layers=problem.layers,
+            lr_scheduler=self.lr, lr_every=1, moments=arm.moments,
+            batches=(lambda: problem.inputs(self.seed, arm.batches)) if arm.by_data else None,
+            callbacks=[self.witness, dr.LRRewarmup(arm.rewarmup)],
         )  # fmt: skip
         if self.setting.start == "norm":
             for site in self._sites():

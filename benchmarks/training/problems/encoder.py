@@ -10,7 +10,7 @@ dev set; the validation part is taken from the training rows, always the same.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Tuned(Rows):
     """
 
     layers, batch_size, narrowable = "bert*.encoder.layer.*", 16, False
-    rate, weight_decay, bf16 = 1e-4, 0.01, True
+    rate, weight_decay, bf16, calibrated_on = 1e-4, 0.01, True, 8
     task: str
     length: int
 
@@ -72,10 +72,6 @@ class Tuned(Rows):
         """The outputs of the network."""
         with self.precision():
             return model(*inputs).float()
-
-    def inputs(self, seed: int, batches: int = 8) -> Iterable[Any]:
-        """Inputs of a few training batches, fewer than elsewhere: a pass takes long."""
-        return super().inputs(seed, batches)
 
 
 class STSB(Tuned):

@@ -40,8 +40,15 @@ class FashionMLP(Rows):
 
     layers = "body.*"
 
-    def __init__(self, data: Path, width: int = 256, rate: float = 0.002, epochs: int = 8) -> None:
-        self.width, self.rate = width, rate
+    def __init__(
+        self,
+        data: Path,
+        width: int = 256,
+        rate: float = 0.002,
+        epochs: int = 8,
+        calibrated_on: int = 32,
+    ) -> None:
+        self.width, self.rate, self.calibrated_on = width, rate, calibrated_on
         super().__init__(fashion(data, 20_000), epochs)
 
     def network(self, width: float = 1.0) -> nn.Module:
@@ -74,7 +81,7 @@ class Cifar(Rows):
         epochs: the length of the training.
     """
 
-    bf16 = True
+    bf16, calibrated_on = True, 8
 
     def __init__(self, data: Path, images: int, size: int, epochs: int) -> None:
         self.shift = size // 8

@@ -29,6 +29,7 @@ class Language(Problem):
         rate: the learning rate.
         batch_size: windows a step.
         bf16: whether the forward pass is under bf16 autocast.
+        calibrated_on: how many batches a calibration takes.
     """
 
     layers, metric, higher = "blocks.*", "loss", False
@@ -46,10 +47,11 @@ class Language(Problem):
         context: int = 64,
         batch_size: int = 32,
         bf16: bool = False,
+        calibrated_on: int = 32,
     ) -> None:
         self.parts, self.tokens, self.width, self.depth = parts, tokens, width, depth
         self.steps, self.rate, self.heads, self.context = steps, rate, heads, context
-        self.batch_size, self.bf16 = batch_size, bf16
+        self.batch_size, self.bf16, self.calibrated_on = batch_size, bf16, calibrated_on
 
     def network(self, width: float = 1.0) -> nn.Module:
         """A GPT."""

@@ -31,6 +31,7 @@ class Problem(ABC):
         rate: the learning rate of the usual set-up of full rank; arms multiply it.
         bf16: whether the forward pass is under bf16 autocast.
         narrowable: whether :meth:`network` can make narrower networks.
+        calibrated_on: how many batches a calibration takes.
     """
 
     layers: str | list[str]
@@ -41,6 +42,7 @@ class Problem(ABC):
     batch_size: int
     bf16 = False
     narrowable = True
+    calibrated_on = 32
     weight_decay = 0.05
 
     @abstractmethod
@@ -108,6 +110,6 @@ class Problem(ABC):
         outputs, targets = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         return self.score(outputs, targets)
 
-    def inputs(self, seed: int, batches: int = 32) -> Iterable[Any]:
-        """Inputs of a few training batches, to calibrate on."""
-        return [self.batch(seed, step)[0] for step in range(batches)]
+    def inputs(self, seed: int, batches: int | None = None) -> Iterable[Any]:
+        """Inputs of a few training batches, to calibrate on; None: of ``calibrated_on``."""
+        return [self.batch(seed, step)[0] for step in range(batches or self.calibrated_on)]

@@ -1,0 +1,129 @@
+"""Counts the FLOPs of calibrations on a replay of a run: its schedule, step by step, not trained.
+
+They follow from the forms. A schedule that decides by what it sees is replayed with training.
+Decompositions are not counted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import dynarank as dr
+from benchmarks.training.harness.arm import Setting
+from benchmarks.training.harness.calibration import FILE, shares
+from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.identity import commit
+from benchmarks.training.harness.narrow import flops
+from benchmarks.training.harness.spectra import digits
+from benchmarks.training.harness.store import Run
+from benchmarks.training.harness.summary import Summaries
+from benchmarks.training.harness.trial import Trial
+from benchmarks.training.harness.witness import Witness
+from benchmarks.training.problems.problem import Problem
+from dynarank.recording.host import versions
+from dynarank.schedules import schedule_from_data
+from dynarank.schedules.base import RankSchedule
+
+
+def _baddbmm(_: Any, one: Any, other: Any, **__: Any) -> int:
+    """The FLOPs of batched products of these shapes, (b, m, k) and (b, k, n)."""
+    return 2 * math.prod(one) * other[-1]
+
+
+_IN_PLACE: Any = {torch.ops.aten.baddbmm_: _baddbmm}  # the counter knows it out of place only
+
+
+class Blind(Witness):
+    """A witness that notes when layers change, and computes nothing."""
+
+    def _look(self, ranks: Any, paths: list[str]) -> dict[str, Any]:
+        return {}
+
+
+class Replay(Trial):
+    """A run of which only the changes count.
+
+    Attributes:
+        counted: the FLOPs of all calibrations and recalibrations.
+    """
+
+    counted = 0
+
+    def _ranks(self, schedule: RankSchedule) -> dr.RankScheduler:
+        self.witness = Blind(self.seen["changes"])
+        with self._counting():
+            return super()._ranks(schedule)
+
+    def replay(self, trained: bool) -> list[int]:
+        """Go through all steps; at which of them layers changed."""
+        assert self.ranks is not None
+        for step in range(self.problem.steps):
+            if trained:
+                batch = self.problem.batch(self.seed, step)
+                self.problem.training_loss(self.model, batch).backward()
+            self.optimizer.step()  # without gradients it changes nothing
+            with self._counting():
+                self.ranks.step()
+            self.optimizer.zero_grad()
+            self.lr.step()
+        return _steps(self.seen)
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+            yield
+        self.counted += counter.get_total_flops()
+
+
+def _steps(seen: Any) -> list[int]:
+    return [change["step"] for change in seen["changes"]]
+
+
+def share(experiment: Experiment, problem: Problem, run: Run) -> float:
+    """The FLOPs of a run's calibrations, relative to the training of the full-rank network."""
+    for trained in (False, True):
+        about = experiment.by_name[run["arm"]], Setting(**run["setting"]), run["seed"]
+        one = Replay(experiment, problem, *about, schedule_from_data(run["schedule"]))
+        try:
+            steps = one.replay(trained)
+        finally:
+            one.close()
+        if steps == _steps(run):
+            break  # else it decides by what it sees
+    return digits(one.counted / (flops(problem) * problem.steps), 6)
+
+
+def measure(names: Sequence[str], data: Path) -> None:
+    """Replay what is not counted yet, and write the file after each run."""
+    for name in names:
+        problem: Problem | None = None
+        for run in missing(name):
+            problem = problem or get(name).load(data)
+            _add(name, run["arm"], share(get(name), problem, run))
+
+
+def missing(name: str) -> list[Run]:
+    """A run of each arm that is not in the file yet; those that change nothing cost nothing."""
+    known = shares().get(name, {})
+    return [
+        one.runs[0]
+        for one in Summaries(name).arms.values()
+        if one.runs[0]["changes"] and one.arm not in known
+    ]
+
+
+def _add(name: str, arm: str, value: float) -> None:
+    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    found |= {"commit": commit(), "versions": versions()}
+    found.setdefault("shares", {}).setdefault(name, {})[arm] = value
+    FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    shares.cache_clear()
+    print(f"{name}: {arm}: {value:.3f}", flush=True)
