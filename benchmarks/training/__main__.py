@@ -4,6 +4,7 @@
   python -m benchmarks.training run mlp_256 --data DIR --minutes 9
   python -m benchmarks.training status                  # how far each is
   python -m benchmarks.training table mlp_table         # its table, here
+  python -m benchmarks.training calibration --data DIR  # what calibration costs
   python -m benchmarks.training write                   # the tables of the docs
 
 To repeat a table from nothing, give run, status and table a new folder by
@@ -57,20 +58,25 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run what is missing, then print the status")
     status = commands.add_parser("status", help="how far each experiment is")
     table = commands.add_parser("table", help="print tables of records, and what they say")
+    calibration = commands.add_parser(
+        "calibration", help="count the FLOPs of calibrations, on a replay of a run of each arm"
+    )
     write = commands.add_parser("write", help="write the tables and pictures of docs and README")
     _add_run(run)
     _add_records(run, start)
     _add_records(status, _status)
     _add_records(table, _table, least="+")
     table.add_argument("--pictures", type=Path, metavar="DIR", help="draw DIR/EXPERIMENT.svg too")
+    calibration.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all")
+    _add_data(calibration)
+    calibration.set_defaults(do=_calibration)
     write.set_defaults(do=_write, experiments=[])
     return parser
 
 
 def _add_run(run: argparse.ArgumentParser) -> None:
+    _add_data(run)
     add = run.add_argument
-    words = "the folder of the data sets; default: DYNARANK_DATA, or build/data"
-    add("--data", type=Path, default=DATA, metavar="DIR", help=words)
     words = "processes, one thread each; default: 2"
     add("--workers", type=int, default=2, metavar="N", help=words)
     words = "stop after this time; unfinished runs go on next time"
@@ -79,6 +85,11 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     add("--arms", nargs="+", default=[], metavar="PATTERN", help=words)
     words = "where checkpoints of unfinished runs are; default: build/evidence"
     add("--scratch", type=Path, default=ROOT / "build" / "evidence", metavar="DIR", help=words)
+
+
+def _add_data(command: argparse.ArgumentParser) -> None:
+    words = "the folder of the data sets; default: DYNARANK_DATA, or build/data"
+    command.add_argument("--data", type=Path, default=DATA, metavar="DIR", help=words)
 
 
 def _add_records(
@@ -103,6 +114,12 @@ def _table(given: argparse.Namespace) -> None:
 
     for name in given.experiments:
         progress.table(name, given.results, given.pictures)
+
+
+def _calibration(given: argparse.Namespace) -> None:
+    from benchmarks.training.harness.replay import measure
+
+    measure(given.experiments, given.data)
 
 
 def _write(_: argparse.Namespace) -> None:

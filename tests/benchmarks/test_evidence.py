@@ -69,7 +69,8 @@ def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
     assert tables.verdict(met) == "Better than fixed low rank of the same FLOPs: decay 0.5."
     words = "Worse than full rank: fixed 0.5 FLOPs. The other one is not distinguishable from it."
     assert tables.verdict_to_full(met).startswith(words)
-    assert tables.verdict_to_full(met).endswith("by: decay 0.5 (0.500, last network 0.450).")
+    share = "decay 0.5 (0.500, with calibration 0.500, last network 0.450)"
+    assert tables.verdict_to_full(met).endswith(f"by: {share}.")
     worse = made_up(**{"full rank": FULL, "decay 0.5": [value - 1 for value in FULL]})
     assert worse.counterpart("decay 0.5") is None
     assert tables.verdict(worse) == ""

@@ -20,15 +20,25 @@ from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, trial
 import dynarank as dr
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm, Setting
+from benchmarks.training.harness.arms import on_few
 from benchmarks.training.harness.energy import counters, joules
 from benchmarks.training.harness.experiment import get, names
 from benchmarks.training.harness.extras import decay_products
-from benchmarks.training.harness.jobs import WAITING, Job, ready, reported, schedule_of, setting_of
+from benchmarks.training.harness.jobs import (
+    WAITING,
+    Job,
+    ready,
+    reported,
+    schedule_data,
+    schedule_of,
+    setting_of,
+)
 from benchmarks.training.harness.narrow import flops, width_for
+from benchmarks.training.harness.replay import Replay, share
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import chosen, found, next_settings
-from dynarank.schedules import low_rank
+from dynarank.schedules import closed_loop, decay, low_rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -333,3 +343,34 @@ def test_killed_workers_leave_whole_records_and_the_rest_is_run_once(tmp_path: P
         (r["arm"], r["seed"], r["part"], tuple(r["setting"].values())) for r in store.runs()
     )
     assert max(keys.values()) == 1
+
+
+def test_the_flops_of_calibrations_are_counted_on_a_replay(tmp_path: Path) -> None:
+    """One cut, before which 32 batches of 8 rows pass through the full-rank network."""
+    arm = Arm("one cut", decay(total=0.7, cuts=[0.2]))
+    run = trial(arm)
+    run.run(tmp_path / "run")
+    record = {"arm": arm.name, "seed": 0, "setting": asdict(Setting()), **run.result("test")}
+    record["schedule"] = schedule_data(arm.schedule)
+    few = on_few([arm], 4)[0]
+    assert few.kind == arm.kind and few.made({**few.options, "arm": "one cut, 4 batches"})
+    counted = [
+        share(experiment(one), Tiny(), {**record, "arm": one.name}) * flops(Tiny()) * 40
+        for one in (arm, few)
+    ]
+    forward = 2 * 8 * (16 * 32 + 32 * 32 + 32 * 2)
+    moments = 2 * 8 * (16 * 16 + 32 * 32)  # of the shorter sides of the scheduled layers
+    assert counted[0] - counted[1] == pytest.approx((32 - 4) * (forward + moments), rel=1e-3)
+    assert counted[1] > 4 * (forward + moments)  # the change computes products too
+
+
+def test_a_schedule_that_decides_by_what_it_sees_is_replayed_with_training(tmp_path: Path) -> None:
+    arm = Arm("closed loop", closed_loop(dr.Rank(0.5, of="min")))
+    run = trial(arm)
+    run.run(tmp_path / "run")
+    steps: list[list[int]] = []
+    for trained in (False, True):
+        one = Replay(experiment(arm), Tiny(), arm, Setting(), 0, arm.schedule)
+        steps.append(one.replay(trained))
+        one.close()
+    assert steps[0] != steps[1] == [change["step"] for change in run.seen["changes"]]

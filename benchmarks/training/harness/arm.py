@@ -83,7 +83,7 @@ class Arm:
         """What a record says of the arm beside its schedule and setting."""
         return {
             "moments": str(self.moments), "rewarmup": self.rewarmup, "penalty": self.penalty,
-            "by_data": self.by_data, **({"batches": self.batches} if self.batches else {}),
+            "by_data": self.by_data, "batches": self.batches,
         }  # fmt: skip
 
     def made(self, run: Mapping[str, Any]) -> bool:

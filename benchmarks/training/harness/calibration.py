@@ -1,4 +1,4 @@
-"""What calibration costs: the FLOPs of the passes over a few batches that come before each cut.
+"""What changes cost: mostly the FLOPs of the passes over a few batches that come with each cut.
 
 They are not among the training FLOPs of the records; ``replay`` counts them, one run of each arm.
 """

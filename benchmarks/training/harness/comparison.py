@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.training.harness.statistics import Difference
-from benchmarks.training.harness.summary import FULL, Summaries
+from benchmarks.training.harness.summary import ALL_FLOPS, FULL, Summaries
 from benchmarks.training.harness.tables import digits, markdown
 
 PAPER = "paper, low-rank ending"
@@ -67,7 +67,7 @@ def _budget(found: Summaries) -> str | None:
 
 
 def costs(problems: Sequence[Summaries]) -> str:
-    """FLOPs, CPU seconds and memory of the arms of one budget, relative to full rank."""
+    """All FLOPs, CPU seconds and memory of the arms of one budget, relative to full rank."""
     head = ("problem", "fixed low rank", "narrower", "decay", "full first", "the paper's order")
     names = ("fixed {} FLOPs", "narrower, {}", "decay {}", "full first {}", PAPER)
     rows = [
@@ -87,7 +87,7 @@ def _smallest(found: Summaries) -> str | None:
 def _costs(found: Summaries, arm: str) -> str:
     if arm not in found.arms:
         return ""
-    keys = ("flops", "cpu_seconds", "memory_peak")
+    keys = (ALL_FLOPS, "cpu_seconds", "memory_peak")
     return " / ".join(f"{found.share(arm, key):.2f}" for key in keys)
 
 

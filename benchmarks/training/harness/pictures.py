@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training.harness.statistics import spread
-from benchmarks.training.harness.summary import FULL, Summaries, Summary
+from benchmarks.training.harness.summary import ALL_FLOPS, FULL, Summaries, Summary
 
 WIDTH = 8.2  # inches
 COSTS = {
-    "flops": "training FLOPs", "memory_peak": "peak memory of a step",
+    ALL_FLOPS: "FLOPs of training and calibration", "memory_peak": "peak memory of a step",
     "cpu_seconds": "CPU seconds",
 }  # fmt: skip
 GROUPS: dict[str, tuple[str, str]] = {
@@ -60,9 +60,9 @@ def overview(all_found: list[Summaries], path: Path) -> None:
     panels = "ABC" if three else twos(len(all_found))
     with figure(path, all_found, 0.4 + 2.7 * rows, panels) as axes:
         for ax, found in zip(axes, all_found, strict=True):
-            _front(ax, found, "flops", without=("other",))
+            _front(ax, found, ALL_FLOPS, without=("other",))
             ax.set_title(found.experiment.short, fontsize=10)
-            ax.set_xlabel("training FLOPs, of full rank's")
+            ax.set_xlabel(f"{COSTS[ALL_FLOPS]}, of full rank's")
             ax.set_ylabel(_label(found))
         _legend(axes)
 

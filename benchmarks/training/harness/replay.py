@@ -1,4 +1,4 @@
-"""Counts the FLOPs of calibrations on a replay of a run: its schedule, step by step, not trained.
+"""Counts the FLOPs of calibrations and changes on a replay of a run, which does not train.
 
 They follow from the forms. A schedule that decides by what it sees is replayed with training.
 Decompositions are not counted.
@@ -52,7 +52,7 @@ class Replay(Trial):
     """A run of which only the changes count.
 
     Attributes:
-        counted: the FLOPs of all calibrations and recalibrations.
+        counted: the FLOPs of calibrations, of BatchNorm too, and of the products of changes.
     """
 
     counted = 0

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
+from benchmarks.training.harness.calibration import shares
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.jobs import reported
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import Run, Store
 
-FULL = "full rank"
+FULL, ALL_FLOPS = "full rank", "all_flops"
 _ALIKE = 0.015
 """Arms whose shares of the FLOPs differ by no more are compared at equal FLOPs."""
 
@@ -100,15 +101,24 @@ class Summaries:
         )
         return paired(one, two)
 
+    def calibration(self, arm: str) -> float | None:
+        """The FLOPs of an arm's calibrations, of full rank's training; None: not counted."""
+        if not self.arms[arm].runs[0]["changes"]:
+            return 0.0
+        return shares().get(self.name, {}).get(arm)
+
     def share(self, arm: str, cost: str) -> float:
         """The mean cost of an arm, relative to full rank; as it is if full rank has not run.
 
+        All FLOPs are those of training and of calibration, as far as they are counted.
         CPU seconds are relative to those of full rank at the pace that was timed beside each run,
         where all runs of the experiment have it; else to those of the runs of full rank.
         """
         if cost == "cpu_seconds" and self.paced:
             runs = self.arms[arm].runs
             return fmean(run["cpu_seconds"] / run["full_rank_seconds"] for run in runs)
+        if cost == ALL_FLOPS:
+            return self.share(arm, "flops") + (self.calibration(arm) or 0.0)
         full = self.arms[FULL].mean(cost) if FULL in self.arms else 1.0
         return self.arms[arm].mean(cost) / full
 
@@ -133,7 +143,7 @@ class Summaries:
         near = min(distances, key=distances.__getitem__, default=None)
         return near if near is not None and distances[near] <= _ALIKE else None
 
-    def front(self, cost: str = "flops") -> set[str]:
+    def front(self, cost: str = ALL_FLOPS) -> set[str]:
         """The arms that no other beats at their cost or less, by means; none that diverged."""
         lost = {run["arm"] for run in self.diverged}
         return on_front(

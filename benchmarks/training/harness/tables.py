@@ -8,10 +8,10 @@ from typing import Any
 
 from benchmarks.training.harness.statistics import Difference, holm
 from benchmarks.training.harness.store import Run
-from benchmarks.training.harness.summary import FULL, Summaries, Summary
+from benchmarks.training.harness.summary import ALL_FLOPS, FULL, Summaries, Summary
 
 HEAD = (
-    "arm", "n", "rate", "FLOPs", "last", "parameters", "memory", "CPU s", "result",
+    "arm", "n", "rate", "FLOPs", "calibration", "last", "parameters", "memory", "CPU s", "result",
     "minus full rank", "minus fixed low rank",
 )  # fmt: skip
 
@@ -36,6 +36,7 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
         _n(one, found),
         f"{one.runs[0]['setting']['rate']:g}{_marks(one)}",
         f"{one.mean('flops'):.3f}",
+        "" if (passes := found.calibration(one.arm)) is None else f"{passes:.3f}",
         f"{one.mean('end_flops'):.3f}",
         *(_share(one.arm, found, key) for key in ("parameters_mean", "memory_peak", "cpu_seconds")),
         one.text(digits(found)),
@@ -99,7 +100,7 @@ def verdict_to_full(found: Summaries) -> str:
 
 def fronts(found: Summaries) -> str:
     """Which arms stand on the front against each cost."""
-    costs = {"FLOPs": "flops", "memory": "memory_peak", "CPU seconds": "cpu_seconds"}
+    costs = {"FLOPs": ALL_FLOPS, "memory": "memory_peak", "CPU seconds": "cpu_seconds"}
     parts = [
         f"against {words}: {'; '.join(arm for arm in found.arms if arm in found.front(cost))}."
         for words, cost in costs.items()
@@ -109,7 +110,8 @@ def fronts(found: Summaries) -> str:
 
 def _met(found: Summaries) -> str:
     met = [
-        f"{name} ({one.mean('flops'):.3f}, last network {one.mean('end_flops'):.3f})"
+        f"{name} ({one.mean('flops'):.3f}, with calibration {found.share(name, ALL_FLOPS):.3f}, "
+        f"last network {one.mean('end_flops'):.3f})"
         for name, one in found.arms.items()
         if name != FULL
         and one.mean("flops") <= 0.65
@@ -117,7 +119,8 @@ def _met(found: Summaries) -> str:
         and found.meets_full(name)
     ]
     what = (
-        "within one standard error at 0.65 of the FLOPs or less, with a last network of 0.6 or less"
+        "within one standard error at 0.65 of the training FLOPs or less, with a last network of "
+        "0.6 or less"
     )
     return f"Full rank is met {what}, by: {'; '.join(met) or 'no arm'}."
 
@@ -157,15 +160,15 @@ def deciding(problems: Sequence[tuple[Summaries, Sequence[float]]]) -> str:
         for budget in budgets:
             chosen = [found.arms.get(name.format(budget)) for name in _COLUMNS.values()]
             n = min(one.n for one in chosen if one is not None)
-            cells = [_cell(one, digits(found)) for one in chosen]
+            cells = [_cell(one, found) for one in chosen]
             lines.append((what, str(n), *cells))
     return markdown(head, lines)
 
 
-def _cell(one: Summary | None, places: int) -> str:
+def _cell(one: Summary | None, found: Summaries) -> str:
     if one is None:
         return ""
-    return f"{one.text(places)} ({one.mean('flops'):.2f}x)"
+    return f"{one.text(digits(found))} ({found.share(one.arm, ALL_FLOPS):.2f}x)"
 
 
 def restored(found: Summaries) -> str:
