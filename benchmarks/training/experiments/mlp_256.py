@@ -20,7 +20,7 @@ EXPERIMENT = Experiment(
         *arms.fixed_ranks(shares=(1 / 4, 1 / 16, 1 / 3, 1 / 2)),
         *arms.fixed_budgets(0.3, 0.5, 0.65),
         *_DECAYS,
-        *arms.on_few(_DECAYS[1:]),
+        *arms.on_few(_DECAYS),
         *arms.full_first(0.3, 0.5),
         *_PAPER,
         *arms.orthogonal(_PAPER),

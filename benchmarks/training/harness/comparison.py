@@ -35,7 +35,7 @@ def differences(problems: Sequence[Summaries]) -> str:
 
 def _differences(found: Summaries) -> tuple[str, ...]:
     budget = _budget(found)
-    decay = f"decay {budget}"
+    decay = found.decay(budget)
     others = (FULL, f"fixed {budget} FLOPs", f"narrower, {budget}", f"shorter, {budget}")
     paper = () if PAPER not in found.arms else (FULL, found.counterpart(PAPER))
     return (
@@ -69,13 +69,17 @@ def _budget(found: Summaries) -> str | None:
 def costs(problems: Sequence[Summaries]) -> str:
     """All FLOPs, CPU seconds and memory of the arms of one budget, relative to full rank."""
     head = ("problem", "fixed low rank", "narrower", "decay", "full first", "the paper's order")
-    names = ("fixed {} FLOPs", "narrower, {}", "decay {}", "full first {}", PAPER)
     rows = [
-        (found.experiment.short, *(_costs(found, name.format(budget)) for name in names))
+        (found.experiment.short, *(_costs(found, name) for name in _at(found, budget)))
         for found in problems
         if (budget := _smallest(found)) is not None
     ]
     return markdown(head, rows)
+
+
+def _at(found: Summaries, budget: str) -> tuple[str, ...]:
+    fixed, narrow, first = f"fixed {budget} FLOPs", f"narrower, {budget}", f"full first {budget}"
+    return fixed, narrow, found.decay(budget), first, PAPER
 
 
 def _smallest(found: Summaries) -> str | None:

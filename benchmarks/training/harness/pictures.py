@@ -24,7 +24,7 @@ GROUPS: dict[str, tuple[str, str]] = {
     "narrower": ("#8a5fbf", "s"),
     "shorter": ("#c2255c", "v"),
     "decay": ("#d9480f", "D"),
-    "decay, 8 batches": ("#e599f7", "D"),
+    "decay, 32 batches": ("#e8a77c", "d"),
     "full first": ("#f08c00", "D"),
     "paper": ("#2b8a3e", "^"),
     "other": ("#5c636a", "."),
@@ -38,9 +38,12 @@ _UP = ((2, "bottom"), (-2, "top"), (7, "bottom"), (-7, "top"))
 
 def group(arm: str) -> str:
     """The kind of an arm."""
-    found = [name for name in GROUPS if arm.startswith(name)]
-    of_few = arm.endswith(" batches")  # of the kind that ends so, "decay, 8 batches"
-    return next((name for name in found if not of_few), "decay, 8 batches" if of_few else "other")
+    return next((name for name in GROUPS if arm.startswith(name)), "other")
+
+
+def _kind(found: Summaries, arm: str) -> str:
+    """The kind of an arm; of two decays of one budget, that on more batches is of its own kind."""
+    return "decay, 32 batches" if f"{arm}, 8 batches" in found.arms else group(arm)
 
 
 def fronts(found: Summaries, path: Path) -> None:
@@ -60,7 +63,7 @@ def overview(all_found: list[Summaries], path: Path) -> None:
     panels = "ABC" if three else twos(len(all_found))
     with figure(path, all_found, 0.4 + 2.7 * rows, panels) as axes:
         for ax, found in zip(axes, all_found, strict=True):
-            _front(ax, found, ALL_FLOPS, without=("other",))
+            _front(ax, found, ALL_FLOPS, without=("other", "decay, 32 batches"))
             ax.set_title(found.experiment.short, fontsize=10)
             ax.set_xlabel(f"{COSTS[ALL_FLOPS]}, of full rank's")
             ax.set_ylabel(_label(found))
@@ -74,7 +77,7 @@ def _front(
     ax.axhline(full.result, color="#111111", lw=0.8, ls=":")
     labels: list[tuple[str, float, float, str]] = []
     for kind, (color, mark) in GROUPS.items():
-        chosen = [a for a in found.arms.values() if group(a.arm) == kind]
+        chosen = [a for a in found.arms.values() if _kind(found, a.arm) == kind]
         chosen = [a for a in chosen if " as " not in a.arm]
         if "other" in without:  # then it shows the main arms only
             chosen = [a for a in chosen if found.experiment.by_name[a.arm].penalty is None]

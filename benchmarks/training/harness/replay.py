@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks.training.problems.problem import Problem
 from dynarank.recording.host import versions
 from dynarank.schedules import schedule_from_data
 from dynarank.schedules.base import RankSchedule
+from dynarank.train.sources import DataError
 
 
 def _baddbmm(_: Any, one: Any, other: Any, **__: Any) -> int:
@@ -104,10 +106,14 @@ def share(experiment: Experiment, problem: Problem, run: Run) -> float:
 def measure(names: Sequence[str], data: Path) -> None:
     """Replay what is not counted yet, and write the file after each run."""
     for name in names:
-        problem: Problem | None = None
-        for run in missing(name):
-            problem = problem or get(name).load(data)
-            _add(name, run["arm"], share(get(name), problem, run))
+        if runs := missing(name):
+            try:
+                problem = get(name).load(data)
+            except (OSError, ImportError, DataError) as error:
+                print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+                continue
+            for run in runs:
+                _add(name, run["arm"], share(get(name), problem, run))
 
 
 def missing(name: str) -> list[Run]:

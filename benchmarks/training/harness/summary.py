@@ -128,6 +128,11 @@ class Summaries:
         runs = [run for one in self.arms.values() for run in one.runs]
         return all(run.get("full_rank_seconds") for run in runs)
 
+    def decay(self, budget: str) -> str:
+        """The decay of this budget that has run on the fewest batches a calibration."""
+        few = f"decay {budget}, 8 batches"
+        return few if few in self.arms else f"decay {budget}"
+
     def counterpart(self, arm: str) -> str | None:
         """Fixed low rank of the same FLOPs: that made for the arm, or the nearest one of about."""
         if arm == FULL or arm.startswith("fixed"):

@@ -158,7 +158,9 @@ def deciding(problems: Sequence[tuple[Summaries, Sequence[float]]]) -> str:
     for found, budgets in problems:
         what = f"{found.experiment.short}: {found.metric}{'' if found.metric == 'loss' else ', %'}"
         for budget in budgets:
-            chosen = [found.arms.get(name.format(budget)) for name in _COLUMNS.values()]
+            arms = [name.format(budget) for name in _COLUMNS.values()]
+            arms = [found.decay(f"{budget:g}") if a.startswith("decay") else a for a in arms]
+            chosen = [found.arms.get(arm) for arm in arms]
             n = min(one.n for one in chosen if one is not None)
             cells = [_cell(one, found) for one in chosen]
             lines.append((what, str(n), *cells))
