@@ -17,6 +17,7 @@ EXPERIMENT = Experiment(
         *arms.shorter(0.5, 0.65),
         *arms.fixed_budgets(0.5, 0.65),
         *arms.decays(0.5, 0.65),
+        *arms.on_few(arms.decays(0.5, 0.65)),
         *_PAPER,
         *arms.matched(_PAPER[-1:]),
     ],

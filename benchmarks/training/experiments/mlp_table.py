@@ -26,6 +26,7 @@ EXPERIMENT = Experiment(
         *arms.fixed_ranks(),
         *arms.fixed_budgets(0.5, 0.65),
         *arms.decays(0.5, 0.65),
+        *arms.on_few(arms.decays(0.5, 0.65)),
         *arms.full_first(0.5),
         *_PAPER,
         *_RELATED,
