@@ -31,6 +31,7 @@ from types import ModuleType
 from benchmarks.training.harness import evidence
 
 ROOT = Path(__file__).parents[1]
+_WRITE = "python -m benchmarks.training write"
 FIGURE = re.compile(
     r"""
     (?<![\w.^]) (?!\d{4}\.\d{5}\b) (?:  # not arXiv's numbers
@@ -75,7 +76,7 @@ class Page:
 
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text, self.rest = name, text, text
-        self.derived = self.set = 0  # figures
+        self.derived = self.set = self.written = 0  # figures
         for found in NOT_TEXT.finditer(text):
             self.take_out(found.span())
 
@@ -158,15 +159,18 @@ def typed_in(source: str) -> Iterator[str]:
     yield from (text for text in texts if isinstance(text, str) and FIGURE.search(text))
 
 
-def written(page: Page) -> list[str]:
-    """Return the blocks of a page as the records give them."""
-    given = written_blocks()
-    return [given.get(name, f"no block {name}") for name in evidence.placed(page.text)]
+def differing_blocks(page: Page) -> Iterator[str]:
+    """Take the blocks out of what is left; yield a fault for each that the records do not give."""
+    for found in evidence.BLOCK.finditer(page.text):
+        page.written += len(FIGURE.findall(page.rest[slice(*found.span())]))
+        page.take_out(found.span())
+        if found[3] != blocks().get(found[2]):
+            yield f"{page.at(found.start())}: the records give another block {found[2]}; {_WRITE}"
 
 
 @cache
-def written_blocks() -> dict[str, str]:
-    """Return all blocks; read once."""
+def blocks() -> dict[str, str]:
+    """Return all blocks as the records give them; read once."""
     return evidence.blocks()
 
 
@@ -174,7 +178,7 @@ def check_module(page: Page, module: ModuleType) -> Iterator[str]:
     """Yield what is wrong with a page that has a module of claims."""
     path = module_path(page.name)
     try:
-        claims = [*written(page), *getattr(module, "claims", list)()]
+        claims = list(getattr(module, "claims", list)())
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         yield f"{page.name}: {path} cannot derive its figures ({why}); restore the records"
@@ -188,8 +192,9 @@ def check(name: str) -> tuple[Page, list[str]]:
     """Return a page, and what is wrong with it."""
     page = Page(name, (ROOT / name).read_text(encoding="utf-8"))
     if importlib.util.find_spec(module_name(name)) is None:
-        return page, list(faults(page, written(page), ()))
-    return page, list(check_module(page, importlib.import_module(module_name(name))))
+        return page, [*differing_blocks(page), *page.left()]
+    module = importlib.import_module(module_name(name))
+    return page, [*differing_blocks(page), *check_module(page, module)]
 
 
 def without_page() -> Iterator[str]:
@@ -203,7 +208,7 @@ def without_page() -> Iterator[str]:
 
 def without_place() -> Iterator[str]:
     """Yield a fault for each block that no page has."""
-    for name in evidence.unplaced(written_blocks()):
+    for name in evidence.unplaced(blocks()):
         yield f"docs/: no page has a block {name}; write <!-- begin {name} --> and <!-- end -->"
 
 
@@ -211,7 +216,7 @@ def stale_pictures() -> Iterator[str]:
     """Yield a fault for each picture of the evidence that is not drawn from the records."""
     for name in evidence.stale_pictures():
         path = (evidence.PICTURES / name).relative_to(ROOT)
-        yield f"{path}: other records than there are; python -m benchmarks.training write"
+        yield f"{path}: other records than there are; {_WRITE}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -229,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if wrong:
         print("\n".join(wrong))
         return 1
-    derived = [one.derived for one, _ in checked if one.derived]
+    derived = [found for one, _ in checked if (found := one.derived + one.written)]
     number = f"{len(derived)} page{'' if len(derived) == 1 else 's'}"
     settings = sum(one.set for one, _ in checked)
     print(f"{sum(derived)} figures on {number} agree with the records; {settings} are settings")

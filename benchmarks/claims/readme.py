@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
-from .evidence import GPT, MLP, RESNET, behind, share, verb
+from .evidence import DECAY, GPT, MLP, RESNET, behind, share, verb
 from .records import deviation, mean, only, read_json, read_runs
 from .versions import python
 
@@ -42,7 +42,7 @@ def claims() -> Iterator[str]:
 
 def gains() -> Iterator[str]:
     """Yield what the table comes to."""
-    decay, low, narrow = "decay 0.65", "fixed 0.65 FLOPs", "narrower, 0.65"
+    decay, low, narrow = DECAY, "fixed 0.65 FLOPs", "narrower, 0.65"
     yield (
         f"at {share(GPT, decay)} of the FLOPs it {verb(GPT, decay, low)} fixed low rank of the "
         f"same FLOPs by {behind(GPT, low, decay)}, than a narrower network by "

@@ -125,7 +125,6 @@ def test_a_smaller_loss_is_better() -> None:
 def test_every_block_has_its_place_on_a_page() -> None:
     assert evidence.unplaced(["deciding", "costs"]) == []
     assert evidence.unplaced(["deciding", "made_up"]) == ["made_up"]
-    assert evidence.placed("<!-- begin a -->\n1\n2\n<!-- end --> <!-- begin b -->") == ["a"]
 
 
 def test_the_pictures_are_drawn_from_the_records() -> None:

@@ -22,7 +22,7 @@ DECIDING = {
 }
 """The problems of the table and the picture of the README, with the budgets of their arms."""
 _SWITCHED = (FULL, "fixed 1/2", "paper, svd", "paper, low-rank ending")
-_BLOCK = re.compile(r"(<!-- begin (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 
 
 def recorded() -> list[str]:
@@ -118,7 +118,7 @@ def write() -> None:
     wanted = blocks()
     for page in pages():
         text = page.read_text(encoding="utf-8")
-        page.write_text(_BLOCK.sub(lambda m: _filled(m, wanted), text), encoding="utf-8")
+        page.write_text(BLOCK.sub(lambda m: _filled(m, wanted), text), encoding="utf-8")
     if missing := unplaced(wanted):
         print(f"no page has a place for: {', '.join(missing)}")
     for name, (_, draw) in drawings().items():
@@ -131,21 +131,16 @@ def pages() -> list[Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def placed(text: str) -> list[str]:
-    """The blocks that a page has."""
-    return [found[2] for found in _BLOCK.finditer(text)]
-
-
 def unplaced(wanted: Iterable[str]) -> list[str]:
     """The blocks that no page has."""
-    texts = (page.read_text(encoding="utf-8") for page in pages())
-    return sorted(set(wanted).difference(*map(placed, texts)))
+    texts = [page.read_text(encoding="utf-8") for page in pages()]
+    return sorted(set(wanted) - {found[2] for text in texts for found in BLOCK.finditer(text)})
 
 
 def _filled(found: re.Match[str], wanted: dict[str, str]) -> str:
     if found[2] not in wanted:
         raise ValueError(f"a page has a block {found[2]!r}; there are {', '.join(wanted)}")
-    return f"{found[1]}{wanted[found[2]]}{found[3]}"
+    return f"{found[1]}{wanted[found[2]]}{found[4]}"
 
 
 def stale_pictures() -> list[str]:

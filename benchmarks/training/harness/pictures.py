@@ -125,7 +125,7 @@ def _label(found: Summaries) -> str:
     return "loss (better is up)" if found.metric == "loss" else f"{found.metric}, %"
 
 
-def _legend(axes: Sequence[Any], most: int = 8) -> None:
+def _legend(axes: Sequence[Any], most: int = 9) -> None:
     """Above the picture, what its parts show; of more than ``most`` the first, middle, last."""
     handles: dict[str, Any] = {}
     for ax in axes:
@@ -135,7 +135,8 @@ def _legend(axes: Sequence[Any], most: int = 8) -> None:
     if len(labels) > most:
         labels = [labels[0], labels[len(labels) // 2], labels[-1]]
     shown = [handles[label] for label in labels]
-    place = {"loc": "outside upper center", "ncols": most, "columnspacing": 1.2}
+    columns = len(labels) if len(labels) < most else 5
+    place = {"loc": "outside upper center", "ncols": columns, "columnspacing": 1.2}
     axes[0].figure.legend(shown, labels, frameon=False, handlelength=1.6, **place)
 
 
