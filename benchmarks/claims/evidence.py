@@ -23,7 +23,7 @@ SETTINGS = (
     "decay of 0.65 cost a further",
 )
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
-MEDIUM, ENCODER = "gpt_10m", "encoder_stsb"
+MEDIUM, ENCODER, VIT = "gpt_10m", "encoder_stsb", "vit_cifar"
 DECAY = "decay 0.65, 8 batches"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
@@ -33,6 +33,7 @@ def claims() -> Iterator[str]:
     yield from transformers()
     yield from perceptrons()
     yield from convolutions()
+    yield from vit()
     yield from order_of_the_paper()
     yield from medium()
     yield from pretrained()
@@ -89,6 +90,26 @@ def convolutions() -> Iterator[str]:
         f"On the ResNet-8 no: the nearest is a narrower network at "
         f"{share(RESNET, 'narrower, 0.65')}, worse by {behind(RESNET, 'narrower, 0.65')} points."
     )
+
+
+def vit() -> Iterator[str]:
+    """Yield what the ViT says."""
+    fixed, narrow, decay = "fixed 0.5 FLOPs", "narrower, 0.5", "decay 0.5"
+    yield (
+        f"On the ViT fixed low rank at {share(VIT, fixed)} of the FLOPs has {result(VIT, fixed)} % "
+        f"and {verb(VIT, fixed)} full rank, {result(VIT, FULL)}; a narrower network at "
+        f"{share(VIT, narrow)} has {result(VIT, narrow)}, a decay at {share(VIT, decay)} "
+        f"{result(VIT, decay)}, at {share(VIT, 'decay 0.65')} {result(VIT, 'decay 0.65')}, which "
+        f"{verb(VIT, 'decay 0.65')} full rank."
+    )
+    assert all(found(VIT).meets_full(arm) for arm in (fixed, narrow, decay))
+    yield (
+        f"by a narrower network at {share(VIT, narrow)}, by fixed low rank at {share(VIT, fixed)}, "
+        f"and within its noise by a decay at {share(VIT, decay)} with a last network of "
+        f"{last(VIT, decay)}."
+    )
+    assert verb(VIT, LOW, LIKE_LOW) == "is not distinguishable from"
+    yield f"the rank went from {ranks(VIT, 0)} to {ranks(VIT, 1)}."
 
 
 def order_of_the_paper() -> Iterator[str]:

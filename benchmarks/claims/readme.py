@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
-from .evidence import DECAY, GPT, MLP, RESNET, behind, share, verb
+from .evidence import DECAY, GPT, MLP, RESNET, VIT, behind, found, share, verb
 from .records import deviation, mean, only, read_json, read_runs
 from .versions import python
 
 PAGE = "README.md"
 DEMO = "training/results/2026-11-28-demo"
 CIFAR = "training/results/2026-11-24-cifar10-resnet20-12-epochs"
-SETTINGS = ("Apache-2.0", "A GPT of 10 million parameters")
+SETTINGS = ("Apache-2.0", "The GPT of 10 million parameters")
 
 
 def claims() -> Iterator[str]:
@@ -50,8 +50,11 @@ def gains() -> Iterator[str]:
         f"{behind(GPT, decay)}."
     )
     gain = behind(MLP, low, decay)
-    yield f"On the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
-    yield f"On the ResNet it {verb(RESNET, decay, low)} fixed low rank."
+    yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
+    yield f"on the ResNet it {verb(RESNET, decay, low)} fixed low rank;"
+    decay = found(VIT).decay("0.65")
+    better = verb(VIT, narrow, decay).removesuffix(" than")
+    yield f"a narrower network {better} by {behind(VIT, decay, narrow)} points"
 
 
 def summaries(folder: str, schedule: str) -> list[SummaryRecord]:

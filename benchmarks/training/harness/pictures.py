@@ -58,14 +58,12 @@ def fronts(found: Summaries, path: Path) -> None:
 
 def overview(all_found: list[Summaries], path: Path) -> None:
     """Quality against FLOPs for some problems, with the main arms only."""
-    three = len(all_found) == 3  # side by side
-    rows = 1 if three else (len(all_found) + 1) // 2
-    panels = "ABC" if three else twos(len(all_found))
-    with figure(path, all_found, 0.4 + 2.7 * rows, panels) as axes:
+    panels = mosaic(len(all_found), across=2 if len(all_found) in (2, 4) else 3)
+    with figure(path, all_found, 0.4 + 2.7 * len(panels.split(";")), panels) as axes:
         for ax, found in zip(axes, all_found, strict=True):
             _front(ax, found, ALL_FLOPS, without=("other", "decay, 32 batches"))
             ax.set_title(found.experiment.short, fontsize=10)
-            ax.set_xlabel(f"{COSTS[ALL_FLOPS]}, of full rank's")
+            ax.set_xlabel("FLOPs, of full rank's")
             ax.set_ylabel(_label(found))
         _legend(axes)
 
@@ -144,7 +142,7 @@ def lambdas(found: Summaries, arms: list[str], path: Path) -> None:
     """Lambda of each layer over the run, means over seeds; dashed: inflation and deflation."""
     arms = [name for name in arms if name in found.arms]
     rows = (len(arms) + 1) // 2
-    with figure(path, found, 0.4 + 2.8 * rows, twos(len(arms)), sharey=True) as axes:
+    with figure(path, found, 0.4 + 2.8 * rows, mosaic(len(arms), across=2), sharey=True) as axes:
         for ax, name in zip(axes, arms, strict=True):
             _lambdas(ax, found.arms[name])
             ax.set_title(name, fontsize=10)
@@ -225,15 +223,16 @@ def digest(found: Summaries | list[Summaries]) -> str:
     return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def twos(panels: int) -> str:
-    """Panels in rows of two.
+def mosaic(panels: int, across: int) -> str:
+    """Panels in rows.
 
     Example:
-        >>> twos(4), twos(3), twos(1)
-        ('AB;CD', 'AB;C.', 'A')
+        >>> mosaic(4, 2), mosaic(5, 3), mosaic(1, 2)
+        ('AB;CD', 'ABC;DE.', 'A')
     """
-    letters = [chr(ord("A") + i) for i in range(panels)] + ["."] * (panels % 2 and panels > 1)
-    return ";".join("".join(letters[i : i + 2]) for i in range(0, len(letters), 2))
+    letters = "".join(chr(ord("A") + i) for i in range(panels))
+    rows = [letters[i : i + across] for i in range(0, panels, across)]
+    return ";".join(row.ljust(min(across, panels), ".") for row in rows)
 
 
 @contextmanager

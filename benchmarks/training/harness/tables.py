@@ -151,20 +151,17 @@ _COLUMNS = {
 }
 
 
-def deciding(problems: Sequence[tuple[Summaries, Sequence[float]]]) -> str:
-    """The main arms of some problems at some budgets; FLOPs in parentheses."""
-    head = ("problem", "n", *_COLUMNS)
+def deciding(problems: Sequence[Summaries], budget: float) -> str:
+    """The main arms of some problems at a budget; FLOPs with calibration in parentheses."""
     lines: list[Sequence[str]] = []
-    for found, budgets in problems:
+    for found in problems:
         what = f"{found.experiment.short}: {found.metric}{'' if found.metric == 'loss' else ', %'}"
-        for budget in budgets:
-            arms = [name.format(budget) for name in _COLUMNS.values()]
-            arms = [found.decay(f"{budget:g}") if a.startswith("decay") else a for a in arms]
-            chosen = [found.arms.get(arm) for arm in arms]
-            n = min(one.n for one in chosen if one is not None)
-            cells = [_cell(one, found) for one in chosen]
-            lines.append((what, str(n), *cells))
-    return markdown(head, lines)
+        names = [name.format(budget) for name in _COLUMNS.values()]
+        names = [found.decay(f"{budget:g}") if a.startswith("decay") else a for a in names]
+        chosen = [found.arms.get(name) for name in names]
+        n = min(one.n for one in chosen if one is not None)
+        lines.append((what, str(n), *(_cell(one, found) for one in chosen)))
+    return markdown(("problem", "n", *_COLUMNS), lines)
 
 
 def _cell(one: Summary | None, found: Summaries) -> str:
