@@ -67,9 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_records(status, _status)
     _add_records(table, _table, least="+")
     table.add_argument("--pictures", type=Path, metavar="DIR", help="draw DIR/EXPERIMENT.svg too")
-    calibration.add_argument("experiments", nargs="*", metavar="EXPERIMENT", help="default: all")
     _add_data(calibration)
-    calibration.set_defaults(do=_calibration)
+    _add_records(calibration, _calibration)
     write.set_defaults(do=_write, experiments=[])
     return parser
 
@@ -119,7 +118,7 @@ def _table(given: argparse.Namespace) -> None:
 def _calibration(given: argparse.Namespace) -> None:
     from benchmarks.training.harness.replay import measure
 
-    measure(given.experiments, given.data)
+    measure(given.experiments, given.data, given.results)
 
 
 def _write(_: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.identity import commit
 from benchmarks.training.harness.narrow import flops
 from benchmarks.training.harness.spectra import digits
-from benchmarks.training.harness.store import Run
+from benchmarks.training.harness.store import Run, Store
 from benchmarks.training.harness.summary import Summaries
 from benchmarks.training.harness.trial import Trial
 from benchmarks.training.harness.witness import Witness
@@ -103,10 +103,13 @@ def share(experiment: Experiment, problem: Problem, run: Run) -> float:
     return digits(one.counted / (flops(problem) * problem.steps), 6)
 
 
-def measure(names: Sequence[str], data: Path) -> None:
-    """Replay what is not counted yet, and write the file after each run."""
+def measure(names: Sequence[str], data: Path, results: Path) -> None:
+    """Replay what is not counted yet of these records, and write the file after each run.
+
+    There is one file for all records: what is counted is that of the arm, not of the run.
+    """
     for name in names:
-        if runs := missing(name):
+        if runs := missing(name, results):
             try:
                 problem = get(name).load(data)
             except (OSError, ImportError, DataError) as error:
@@ -116,12 +119,12 @@ def measure(names: Sequence[str], data: Path) -> None:
                 _add(name, run["arm"], share(get(name), problem, run))
 
 
-def missing(name: str) -> list[Run]:
+def missing(name: str, results: Path) -> list[Run]:
     """A run of each arm that is not in the file yet; those that change nothing cost nothing."""
     known = shares().get(name, {})
     return [
         one.runs[0]
-        for one in Summaries(name).arms.values()
+        for one in Summaries(name, Store(name, results).runs()).arms.values()
         if one.runs[0]["changes"] and one.arm not in known
     ]
 
