@@ -106,19 +106,26 @@ def _orders(problems: Mapping[str, Summaries]) -> Iterator[tuple[str, ...]]:
         if not set(pair) <= problems.keys():
             continue
         small, large = (problems[name] for name in pair)
-        arms = [name for name in small.arms if name in large.arms]
+        one, other = _results(small), _results(large)
+        arms = [name for name in one if name in other]
         if len(arms) < 3:
             continue
-        order = sorted(arms, key=lambda name: large.sign * large.arms[name].result, reverse=True)
+        order = sorted(arms, key=other.__getitem__, reverse=True)
         yield (
             small.experiment.short, large.experiment.short, str(len(arms)),
-            f"{tau(small, large, arms):.2f}", ", ".join(f"“{name}”" for name in order[:NAMED]),
+            f"{tau([one[a] for a in arms], [other[a] for a in arms]):.2f}",
+            ", ".join(f"“{name}”" for name in order[:NAMED]),
         )  # fmt: skip
 
 
-def tau(small: Summaries, large: Summaries, arms: Sequence[str]) -> float:
-    """Kendall's tau of the means: 1 if the arms have the same order on both problems."""
+def _results(found: Summaries) -> dict[str, float]:
+    """The mean results, larger is better; of decays of one budget that on fewer batches."""
+    few = ", 8 batches"  # these come after those on more
+    return {one.arm.removesuffix(few): found.sign * one.result for one in found.arms.values()}
+
+
+def tau(one: Sequence[float], other: Sequence[float]) -> float:
+    """Kendall's tau: 1 if both have the same order."""
     from scipy import stats
 
-    one, other = ([found.sign * found.arms[a].result for a in arms] for found in (small, large))
     return float(stats.kendalltau(one, other).statistic)
