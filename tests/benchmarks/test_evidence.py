@@ -15,6 +15,7 @@ from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import Summaries
 
 ONE = {0: 3.0, 1: 4.0, 2: 5.5, 7: 1.0}
+FEW = "decay 0.5, 8 batches"
 OTHER = {0: 2.0, 1: 3.5, 2: 4.0, 8: 9.0}
 
 
@@ -42,7 +43,7 @@ def test_the_front_by_hand() -> None:
 
 def made_up(**results: list[float] | list[float | None]) -> Summaries:
     """Summaries of the first experiment with these results, at these arms' own FLOPs."""
-    flops = {"full rank": 1.0, "decay 0.5": 0.5, "fixed 0.5 FLOPs": 0.49}
+    flops = {"full rank": 1.0, "decay 0.5": 0.5, FEW: 0.5, "fixed 0.5 FLOPs": 0.49}
     runs = [
         {
             "arm": arm, "seed": seed, "part": "test",
@@ -94,13 +95,33 @@ def test_the_order_of_the_arms_is_compared_by_means() -> None:
         results = {"full rank": FULL, "decay 0.5": [decay] * 5, "fixed 0.5 FLOPs": [fixed] * 5}
         return made_up(**results)
 
-    arms = ["full rank", "decay 0.5", "fixed 0.5 FLOPs"]
-    assert comparison.tau(problem(80, 70), problem(60, 50), arms) == pytest.approx(1.0)
-    assert comparison.tau(problem(91, 92), problem(60, 50), arms) == pytest.approx(-1.0)
+    assert comparison.tau([3, 2, 1], [9, 6, 5]) == pytest.approx(1.0)
+    assert comparison.tau([1, 2, 3], [9, 6, 5]) == pytest.approx(-1.0)
     small, large = comparison.LIKE[0]
     *_, row = comparison.orders({small: problem(80, 70), large: problem(60, 70)}).splitlines()
     best = "“full rank”, “fixed 0.5 FLOPs”, “decay 0.5”"
     assert row == f"| made up | made up | 3 | 0.33 | {best} |"
+
+
+def test_calibration_counts_and_a_decay_on_few_batches_stands_for_its_budget(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    less, least = ([value - gap for value in FULL] for gap in (1, 2))
+    found = made_up(**{"full rank": FULL, "decay 0.5": less, FEW: less, "fixed 0.5 FLOPs": least})
+    for run in (run for name in ("decay 0.5", FEW) for run in found.arms[name].runs):
+        run["changes"] = [{"step": 1, "layers": {}}]
+    assert found.calibration("decay 0.5") is None and found.calibration("full rank") == 0
+    assert "Calibration is not counted yet for decay 0.5" in evidence.block(found)
+    counted = {"made up": {"decay 0.5": 0.2, FEW: 0.05}}
+    monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda: counted)
+    assert found.share("decay 0.5", "flops") == 0.5
+    assert found.share("decay 0.5", "all_flops") == pytest.approx(0.7)
+    assert found.front() == {"full rank", FEW, "fixed 0.5 FLOPs"}  # as good, for less
+    assert "not counted" not in evidence.block(found)
+    *_, row = tables.deciding([found], 0.5).splitlines()
+    assert "(0.55x)" in row and "(0.70x)" not in row
+    *_, row = comparison.costs([found]).splitlines()
+    assert " 0.55 / " in row
 
 
 def test_the_seeds_that_did_not_diverge_are_no_sample() -> None:
