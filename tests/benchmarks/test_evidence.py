@@ -178,4 +178,8 @@ def test_seconds_are_relative_to_those_of_full_rank_beside_each_run() -> None:
     again = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
     again.arms = found.arms
     assert again.share("decay 0.5", "cpu_seconds") == 0.25
+    for run in again.arms["full rank"].runs:
+        del run["full_rank_seconds"]  # of another day; each arm has what was timed beside it
+    assert again.share("decay 0.5", "cpu_seconds") == 0.25
+    assert again.share("full rank", "cpu_seconds") == 1.0
     assert again.share("decay 0.5", "flops") == 0.5

@@ -112,21 +112,15 @@ class Summaries:
 
         All FLOPs are those of training and of calibration, as far as they are counted.
         CPU seconds are relative to those of full rank at the pace that was timed beside each run,
-        where all runs of the experiment have it; else to those of the runs of full rank.
+        where all runs of the arm have it; else to those of the runs of full rank.
         """
-        if cost == "cpu_seconds" and self.paced:
-            runs = self.arms[arm].runs
+        runs = self.arms[arm].runs
+        if cost == "cpu_seconds" and all(run.get("full_rank_seconds") for run in runs):
             return fmean(run["cpu_seconds"] / run["full_rank_seconds"] for run in runs)
         if cost == ALL_FLOPS:
             return self.share(arm, "flops") + (self.calibration(arm) or 0.0)
         full = self.arms[FULL].mean(cost) if FULL in self.arms else 1.0
         return self.arms[arm].mean(cost) / full
-
-    @cached_property
-    def paced(self) -> bool:
-        """Whether the pace of full rank was timed beside every run."""
-        runs = [run for one in self.arms.values() for run in one.runs]
-        return all(run.get("full_rank_seconds") for run in runs)
 
     def decay(self, budget: str) -> str:
         """The decay of this budget that has run on the fewest batches a calibration."""
