@@ -23,7 +23,7 @@ SETTINGS = (
     "decay of 0.65 cost a further",
 )
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
-MEDIUM, ENCODER, VIT = "gpt_10m", "encoder_stsb", "vit_cifar"
+MEDIUM, ENCODER, VIT, DEEPER = "gpt_10m", "encoder_stsb", "vit_cifar", "resnet_cifar"
 DECAY = "decay 0.65, 8 batches"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
@@ -33,6 +33,7 @@ def claims() -> Iterator[str]:
     yield from transformers()
     yield from perceptrons()
     yield from convolutions()
+    yield from deeper()
     yield from vit()
     yield from order_of_the_paper()
     yield from medium()
@@ -89,6 +90,21 @@ def convolutions() -> Iterator[str]:
     yield (
         f"On the ResNet-8 no: the nearest is a narrower network at "
         f"{share(RESNET, 'narrower, 0.65')}, worse by {behind(RESNET, 'narrower, 0.65')} points."
+    )
+
+
+def deeper() -> Iterator[str]:
+    """Yield what the ResNet-14 says."""
+    decay, fixed, narrow = "decay 0.65", "fixed 0.65 FLOPs", "narrower, 0.65"
+    yield (
+        f"On the ResNet-14 the decay has {result(DEEPER, decay)} %, fixed low rank "
+        f"{result(DEEPER, fixed)}, a narrower network at {share(DEEPER, narrow)} "
+        f"{result(DEEPER, narrow)}, full rank {result(DEEPER, FULL)}; the decay "
+        f"{verb(DEEPER, decay, fixed)} fixed low rank and {verb(DEEPER, decay, narrow)} the "
+        f"narrower network."
+    )
+    yield (
+        f"On the ResNet-14 no: the nearest is that decay, worse by {behind(DEEPER, decay)} points."
     )
 
 

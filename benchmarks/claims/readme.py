@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
-from .evidence import DECAY, GPT, MLP, RESNET, VIT, behind, found, share, verb
+from .evidence import DECAY, DEEPER, GPT, MLP, RESNET, VIT, behind, found, share, verb
 from .records import deviation, mean, only, read_json, read_runs
 from .versions import python
 
@@ -51,7 +51,8 @@ def gains() -> Iterator[str]:
     )
     gain = behind(MLP, low, decay)
     yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
-    yield f"on the ResNet it {verb(RESNET, decay, low)} fixed low rank;"
+    assert verb(DEEPER, "decay 0.65", low) == verb(RESNET, decay, low)
+    yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank;"
     decay = found(VIT).decay("0.65")
     better = verb(VIT, narrow, decay).removesuffix(" than")
     yield f"a narrower network {better} by {behind(VIT, decay, narrow)} points"
