@@ -44,8 +44,8 @@ def gains() -> Iterator[str]:
     """Yield what the table comes to."""
     decay, low, narrow = DECAY, "fixed 0.65 FLOPs", "narrower, 0.65"
     yield (
-        f"at {share(GPT, decay)} of the FLOPs it {verb(GPT, decay, low)} fixed low rank of the "
-        f"same FLOPs by {behind(GPT, low, decay)}, than a narrower network by "
+        f"at {share(GPT, decay)} of the training FLOPs it {verb(GPT, decay, low)} fixed low rank "
+        f"of the same FLOPs by {behind(GPT, low, decay)}, than a narrower network by "
         f"{behind(GPT, narrow, decay)}, and full rank is better than the decay by "
         f"{behind(GPT, decay)}."
     )
