@@ -43,15 +43,16 @@ def claims() -> Iterator[str]:
 def gains() -> Iterator[str]:
     """Yield what the table comes to."""
     decay, low, narrow = DECAY, "fixed 0.65 FLOPs", "narrower, 0.65"
+    assert verb(GPT, decay, narrow) == verb(GPT, decay, low)
     yield (
         f"at {share(GPT, decay)} of the training FLOPs it {verb(GPT, decay, low)} fixed low rank "
         f"of the same FLOPs by {behind(GPT, low, decay)}, than a narrower network by "
-        f"{behind(GPT, narrow, decay)}, and full rank is better than the decay by "
+        f"{behind(GPT, narrow, decay)}, and {verb(GPT, decay)} full rank, behind which it is by "
         f"{behind(GPT, decay)}."
     )
     gain = behind(MLP, low, decay)
     yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
-    assert verb(DEEPER, "decay 0.65", low) == verb(RESNET, decay, low)
+    assert verb(DEEPER, found(DEEPER).decay("0.65"), low) == verb(RESNET, decay, low)
     yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank;"
     decay = found(VIT).decay("0.65")
     better = verb(VIT, narrow, decay).removesuffix(" than")

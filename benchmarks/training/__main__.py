@@ -7,9 +7,10 @@
   python -m benchmarks.training calibration --data DIR  # what calibration costs
   python -m benchmarks.training write                   # the tables of the docs
 
-To repeat a table from nothing, give run, status and table a new folder by
---results. Every run is recorded when it ends, and never run again. It can be
-killed at any time: runs of more than a minute go on from their last checkpoint.
+To repeat a table from nothing, give run, status, calibration and table a new
+folder by --results. Every run is recorded when it ends, and never run again.
+It can be killed at any time: runs of more than a minute go on from their last
+checkpoint.
 """
 
 from __future__ import annotations

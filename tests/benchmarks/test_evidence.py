@@ -15,7 +15,7 @@ from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import Summaries
 
 ONE = {0: 3.0, 1: 4.0, 2: 5.5, 7: 1.0}
-FEW = "decay 0.5, 8 batches"
+DECAY_ON_FEW = "decay 0.5, 8 batches"
 OTHER = {0: 2.0, 1: 3.5, 2: 4.0, 8: 9.0}
 
 
@@ -43,7 +43,7 @@ def test_the_front_by_hand() -> None:
 
 def made_up(**results: list[float] | list[float | None]) -> Summaries:
     """Summaries of the first experiment with these results, at these arms' own FLOPs."""
-    flops = {"full rank": 1.0, "decay 0.5": 0.5, FEW: 0.5, "fixed 0.5 FLOPs": 0.49}
+    flops = {"full rank": 1.0, "decay 0.5": 0.5, DECAY_ON_FEW: 0.5, "fixed 0.5 FLOPs": 0.49}
     runs = [
         {
             "arm": arm, "seed": seed, "part": "test",
@@ -70,7 +70,7 @@ def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
     assert tables.verdict(met) == "Better than fixed low rank of the same FLOPs: decay 0.5."
     words = "Worse than full rank: fixed 0.5 FLOPs. The other one is not distinguishable from it."
     assert tables.verdict_to_full(met).startswith(words)
-    share = "decay 0.5 (0.500, with calibration 0.500, last network 0.450)"
+    share = "decay 0.5 (0.500, last network 0.450)"
     assert tables.verdict_to_full(met).endswith(f"by: {share}.")
     worse = made_up(**{"full rank": FULL, "decay 0.5": [value - 1 for value in FULL]})
     assert worse.counterpart("decay 0.5") is None
@@ -107,16 +107,23 @@ def test_calibration_counts_and_a_decay_on_few_batches_stands_for_its_budget(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     less, least = ([value - gap for value in FULL] for gap in (1, 2))
-    found = made_up(**{"full rank": FULL, "decay 0.5": less, FEW: less, "fixed 0.5 FLOPs": least})
-    for run in (run for name in ("decay 0.5", FEW) for run in found.arms[name].runs):
+    found = made_up(
+        **{"full rank": FULL, "decay 0.5": less, DECAY_ON_FEW: less, "fixed 0.5 FLOPs": least}
+    )
+    changed = [found.arms[name] for name in ("decay 0.5", DECAY_ON_FEW)]
+    for run in (run for one in changed for run in one.runs):
         run["changes"] = [{"step": 1, "layers": {}}]
     assert found.calibration("decay 0.5") is None and found.calibration("full rank") == 0
     assert "Calibration is not counted yet for decay 0.5" in evidence.block(found)
-    counted = {"made up": {"decay 0.5": 0.2, FEW: 0.05}}
+    counted = {"made up": {"decay 0.5": 0.2, DECAY_ON_FEW: 0.05}}
     monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda: counted)
     assert found.share("decay 0.5", "flops") == 0.5
     assert found.share("decay 0.5", "all_flops") == pytest.approx(0.7)
-    assert found.front() == {"full rank", FEW, "fixed 0.5 FLOPs"}  # as good, for less
+    assert found.front() == {"full rank", DECAY_ON_FEW, "fixed 0.5 FLOPs"}  # as good, for less
+    before = pictures.digest(found)
+    counted["made up"][DECAY_ON_FEW] = 0.2
+    assert pictures.digest(found) != before
+    counted["made up"][DECAY_ON_FEW] = 0.05
     assert "not counted" not in evidence.block(found)
     *_, row = tables.deciding([found], 0.5).splitlines()
     assert "(0.55x)" in row and "(0.70x)" not in row
@@ -158,6 +165,21 @@ def test_a_picture_of_other_records_is_noticed() -> None:
     before = pictures.digest(found)
     next(iter(found.arms.values())).runs[0]["result"]["accuracy"] = 1.0
     assert pictures.digest(found) != before
+
+
+def test_the_calibrations_of_all_recorded_arms_are_counted() -> None:
+    for found in map(Summaries, evidence.recorded()):
+        assert not [arm for arm in found.arms if found.calibration(arm) is None], found.name
+
+
+def test_full_rank_is_met_at_all_the_flops_that_were_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = made_up(**{"full rank": FULL, "decay 0.5": FULL})
+    for run in found.arms["decay 0.5"].runs:
+        run["changes"] = [{"step": 1, "layers": {}}]
+    for spent, met in ((None, False), (0.1, True), (0.2, False)):
+        counted = {} if spent is None else {"made up": {"decay 0.5": spent}}
+        monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda c=counted: c)
+        assert ("by: decay 0.5 (0.600" in tables.verdict_to_full(found)) is met
 
 
 def test_tuning_runs_are_never_reported() -> None:

@@ -34,7 +34,7 @@ from benchmarks.training.harness.jobs import (
     setting_of,
 )
 from benchmarks.training.harness.narrow import flops, width_for
-from benchmarks.training.harness.replay import Replay, share
+from benchmarks.training.harness.replay import OtherRunError, Replay, share
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import chosen, found, next_settings
@@ -374,3 +374,9 @@ def test_a_schedule_that_decides_by_what_it_sees_is_replayed_with_training(tmp_p
         steps.append(one.replay(trained))
         one.close()
     assert steps[0] != steps[1] == [change["step"] for change in run.seen["changes"]]
+    record = {"arm": arm.name, "seed": 0, "setting": asdict(Setting()), **run.result("test")}
+    record |= {"schedule": schedule_data(arm.schedule), "hardware": "another CPU"}
+    assert share(experiment(arm), Tiny(), record) > 0
+    record["changes"] = record["changes"][:-1]
+    with pytest.raises(OtherRunError, match=r"closed loop: .* of seed 0 at .*another CPU"):
+        share(experiment(arm), Tiny(), record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.training.harness.statistics import Difference
-from benchmarks.training.harness.summary import ALL_FLOPS, FULL, Summaries
+from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries
 from benchmarks.training.harness.tables import digits, markdown
 
 PAPER = "paper, low-rank ending"
@@ -60,9 +60,8 @@ def _clear(one: Difference) -> bool:
 
 def _budget(found: Summaries) -> str | None:
     """The largest budget of a decay that has run."""
-    budgets = [
-        words[1] for name in found.arms if (words := name.split())[0] == "decay" and len(words) == 2
-    ]
+    names = [name.removesuffix(FEW) for name in found.arms]
+    budgets = [name.split()[1] for name in names if name.startswith("decay ")]
     return max(budgets, key=float, default=None)
 
 
@@ -120,8 +119,8 @@ def _orders(problems: Mapping[str, Summaries]) -> Iterator[tuple[str, ...]]:
 
 def _results(found: Summaries) -> dict[str, float]:
     """The mean results, larger is better; of decays of one budget that on fewer batches."""
-    few = ", 8 batches"  # these come after those on more
-    return {one.arm.removesuffix(few): found.sign * one.result for one in found.arms.values()}
+    # Those on few come after those on more.
+    return {one.arm.removesuffix(FEW): found.sign * one.result for one in found.arms.values()}
 
 
 def tau(one: Sequence[float], other: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training.harness.statistics import spread
-from benchmarks.training.harness.summary import ALL_FLOPS, FULL, Summaries, Summary
+from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries, Summary
 
 WIDTH = 8.2  # inches
 COSTS = {
@@ -43,7 +43,7 @@ def group(arm: str) -> str:
 
 def _kind(found: Summaries, arm: str) -> str:
     """The kind of an arm; of two decays of one budget, that on more batches is of its own kind."""
-    return "decay, 32 batches" if f"{arm}, 8 batches" in found.arms else group(arm)
+    return "decay, 32 batches" if f"{arm}{FEW}" in found.arms else group(arm)
 
 
 def fronts(found: Summaries, path: Path) -> None:
@@ -220,6 +220,7 @@ def digest(found: Summaries | list[Summaries]) -> str:
     """What a picture of these summaries is drawn from, in short."""
     several = found if isinstance(found, list) else [found]
     runs = [run for one in several for arm in one.arms.values() for run in arm.runs]
+    runs += [{arm: one.calibration(arm) for arm in one.arms} for one in several]
     return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,9 @@
 """Counts the FLOPs of calibrations and changes on a replay of a run, which does not train.
 
-They follow from the forms. A schedule that decides by what it sees is replayed with training.
-Decompositions are not counted.
+They follow from the times and forms of the changes. A schedule that decides by what it sees is
+replayed with training; one that changes at the recorded steps without it is not, and the ranks are
+then those of an untrained network, which moved the count by 0.003 of full rank's training at most
+where both were tried. Decompositions are not counted.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from benchmarks.training.harness.summary import Summaries
 from benchmarks.training.harness.trial import Trial
 from benchmarks.training.harness.witness import Witness
 from benchmarks.training.problems.problem import Problem
+from dynarank.files.atomic import write_text
 from dynarank.recording.host import versions
 from dynarank.schedules import schedule_from_data
 from dynarank.schedules.base import RankSchedule
@@ -41,6 +44,10 @@ def _baddbmm(_: Any, one: Any, other: Any, **__: Any) -> int:
 
 
 _IN_PLACE: Any = {torch.ops.aten.baddbmm_: _baddbmm}  # the counter knows it out of place only
+
+
+class OtherRunError(Exception):
+    """A replay is another run than the recorded one."""
 
 
 class Blind(Witness):
@@ -90,8 +97,13 @@ def _steps(seen: Any) -> list[int]:
 
 
 def share(experiment: Experiment, problem: Problem, run: Run) -> float:
-    """The FLOPs of a run's calibrations, relative to the training of the full-rank network."""
-    for trained in (False, True):
+    """The FLOPs of a run's calibrations, relative to the training of the full-rank network.
+
+    Raises:
+        OtherRunError: the replay changes layers at other steps than the run did.
+    """
+    steps: list[int] = []
+    for trained in (False, True):  # what decides by what it sees needs the training
         about = experiment.by_name[run["arm"]], Setting(**run["setting"]), run["seed"]
         one = Replay(experiment, problem, *about, schedule_from_data(run["schedule"]))
         try:
@@ -99,8 +111,12 @@ def share(experiment: Experiment, problem: Problem, run: Run) -> float:
         finally:
             one.close()
         if steps == _steps(run):
-            break  # else it decides by what it sees
-    return digits(one.counted / (flops(problem) * problem.steps), 6)
+            return digits(one.counted / (flops(problem) * problem.steps), 6)
+    raise OtherRunError(
+        f"{run['arm']}: its replay changed layers at steps {steps}, the record of seed "
+        f"{run['seed']} at {_steps(run)}; replay it on the hardware of the record, "
+        f"{run['hardware']}"
+    )
 
 
 def measure(names: Sequence[str], data: Path, results: Path) -> None:
@@ -116,7 +132,14 @@ def measure(names: Sequence[str], data: Path, results: Path) -> None:
                 print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
                 continue
             for run in runs:
-                _add(name, run["arm"], share(get(name), problem, run))
+                _measure(name, problem, run)
+
+
+def _measure(name: str, problem: Problem, run: Run) -> None:
+    try:
+        _add(name, run["arm"], share(get(name), problem, run))
+    except OtherRunError as error:
+        print(f"{name}: {error}", file=sys.stderr, flush=True)
 
 
 def missing(name: str, results: Path) -> list[Run]:
@@ -133,6 +156,6 @@ def _add(name: str, arm: str, value: float) -> None:
     found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
     found |= {"commit": commit(), "versions": versions()}
     found.setdefault("shares", {}).setdefault(name, {})[arm] = value
-    FILE.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write_text(FILE, json.dumps(found, indent=1, sort_keys=True) + "\n")
     shares.cache_clear()
     print(f"{name}: {arm}: {value:.3f}", flush=True)

@@ -14,6 +14,8 @@ from benchmarks.training.harness.statistics import Difference, on_front, paired,
 from benchmarks.training.harness.store import Run, Store
 
 FULL, ALL_FLOPS = "full rank", "all_flops"
+FEW = ", 8 batches"
+"""Ends the name of an arm that calibrates on fewer batches than the arm named before it."""
 _ALIKE = 0.015
 """Arms whose shares of the FLOPs differ by no more are compared at equal FLOPs."""
 
@@ -124,7 +126,7 @@ class Summaries:
 
     def decay(self, budget: str) -> str:
         """The decay of this budget that has run on the fewest batches a calibration."""
-        few = f"decay {budget}, 8 batches"
+        few = f"decay {budget}{FEW}"
         return few if few in self.arms else f"decay {budget}"
 
     def counterpart(self, arm: str) -> str | None:

@@ -110,17 +110,17 @@ def fronts(found: Summaries) -> str:
 
 def _met(found: Summaries) -> str:
     met = [
-        f"{name} ({one.mean('flops'):.3f}, with calibration {found.share(name, ALL_FLOPS):.3f}, "
-        f"last network {one.mean('end_flops'):.3f})"
+        f"{name} ({found.share(name, ALL_FLOPS):.3f}, last network {one.mean('end_flops'):.3f})"
         for name, one in found.arms.items()
         if name != FULL
-        and one.mean("flops") <= 0.65
+        and found.calibration(name) is not None
+        and found.share(name, ALL_FLOPS) <= 0.65
         and one.mean("end_flops") <= 0.6
         and found.meets_full(name)
     ]
     what = (
-        "within one standard error at 0.65 of the training FLOPs or less, with a last network of "
-        "0.6 or less"
+        "within one standard error at 0.65 of the FLOPs or less, calibration among them, with a "
+        "last network of 0.6 or less"
     )
     return f"Full rank is met {what}, by: {'; '.join(met) or 'no arm'}."
 
