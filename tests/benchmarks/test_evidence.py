@@ -179,7 +179,8 @@ def test_full_rank_is_met_at_all_the_flops_that_were_spent(monkeypatch: pytest.M
     for spent, met in ((None, False), (0.1, True), (0.2, False)):
         counted = {} if spent is None else {"made up": {"decay 0.5": spent}}
         monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda c=counted: c)
-        assert ("by: decay 0.5 (0.600" in tables.verdict_to_full(found)) is met
+        words = "by: decay 0.5 (0.600, last network 0.450)." if met else "by: no arm."
+        assert tables.verdict_to_full(found).endswith(words)
 
 
 def test_tuning_runs_are_never_reported() -> None:
