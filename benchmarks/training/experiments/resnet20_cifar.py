@@ -1,4 +1,4 @@
-"""ResNet-20 on all of CIFAR-10, 30 epochs, with the paper's schedule scaled; hours on a CPU."""
+"""A ResNet-20 on all of CIFAR-10 but 2,000 images, which tune; 12 to 15 CPU minutes a run."""
 
 from functools import partial
 
@@ -7,18 +7,17 @@ from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.problems.images import CifarResNet
 
 EXPERIMENT = Experiment(
-    title="ResNet-20, all of CIFAR-10 at 32 x 32, 30 epochs, SGD",
+    title="ResNet-20, 48,000 images of CIFAR-10 at 32 x 32, 8 epochs, SGD",
     label="ResNet-20",
-    problem=partial(CifarResNet, blocks=3, images=50_000, size=32, epochs=30),
-    arms=arms.at_one_rate(
-        [
-            *arms.full_rank(),
-            *arms.fixed_ranks("out", shares=(1 / 2,)),
-            *arms.fixed_budgets(0.65),
-            *arms.decays(0.65),
-            *arms.paper("out"),
-        ],
-    ),
+    problem=partial(CifarResNet, blocks=3, images=48_000, size=32, epochs=8),
+    arms=[
+        *arms.full_rank(),
+        *arms.narrow(0.65),
+        *arms.fixed_budgets(0.65),
+        *arms.decays(0.65),
+        *arms.paper("out")[-1:],
+    ],
     seeds=(0, 1, 2),
-    tuning=(),
+    tuning_length=0.125,
+    points=4,
 )

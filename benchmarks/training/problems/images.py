@@ -177,10 +177,9 @@ def _idx(folder: Path, name: str) -> Tensor:
 
 
 def cifar10(data: Path, images: int, size: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """CIFAR-10: the first images to train on, the last 2,000 to validate.
-
-    With more than 48,000 training images these overlap; rates are then not chosen on this problem.
-    """
+    """CIFAR-10: the first images, at most 48,000, to train on, the last 2,000 to validate."""
+    if images > 48_000:
+        raise ValueError(f"{images} images to train on, at most 48,000: 2,000 are to tune on")
     folder = data / "cifar-10-batches-bin"
     batches = (images - 1) // 10_000 + 1
     train = [_cifar(folder / f"data_batch_{i + 1}.bin", size) for i in range(batches)]
