@@ -304,6 +304,13 @@ def test_a_line_that_was_not_finished_is_left_out_and_cut_off(tmp_path: Path) ->
     assert [r["i"] for r in store.runs()] == [0, 1]
 
 
+@pytest.mark.parametrize("damaged", ['{"version":1,', "", "[1]", "{}", '"x"'])
+def test_damaged_records_are_refused_by_file_and_line(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"version":1}}\n{damaged}\n{{"version":1}}\n')
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 2, is no record .* take that line out"):
+        Store("a", tmp_path).runs()
+
+
 def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"version":2}\n')
     with pytest.raises(ValueError, match="version 2, this code reads 1"):

@@ -28,17 +28,29 @@ class Store:
         self.path = folder / f"{experiment}.jsonl"
 
     def runs(self) -> list[Run]:
-        """All runs, in the order in which they ended."""
+        """All runs, in the order in which they ended.
+
+        Raises:
+            ValueError: a line is damaged, or of another version.
+        """
         if not self.path.exists():
             return []
         whole = self.path.read_bytes().rpartition(b"\n")[0]
-        runs = [json.loads(line) for line in whole.splitlines()]
-        for run in runs:
-            if run["version"] != VERSION:
-                raise ValueError(
-                    f"{self.path}: a record of version {run['version']}, this code reads {VERSION}"
-                )
-        return runs
+        return [self._read(line, number + 1) for number, line in enumerate(whole.splitlines())]
+
+    def _read(self, line: bytes, number: int) -> Run:
+        try:
+            run = json.loads(line)
+            version = run["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            place = f"{self.path}, line {number}"
+            fix = "take that line out, and `run` does the run again"
+            raise ValueError(f"{place}, is no record of a run ({error!r}); {fix}") from error
+        if version != VERSION:
+            raise ValueError(
+                f"{self.path}: a record of version {version}, this code reads {VERSION}"
+            )
+        return run
 
     def append(self, run: Run) -> None:
         """Add a run."""
