@@ -22,6 +22,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from itertools import chain, groupby
@@ -179,6 +180,13 @@ def check_module(page: Page, module: ModuleType) -> Iterator[str]:
     path = module_path(page.name)
     try:
         claims = list(getattr(module, "claims", list)())
+    except AssertionError as error:
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        yield (
+            f"{page.name}: what it says in words does not follow from the records: {line.line!r} "
+            f"in {path}, line {line.lineno}; correct the page, then the claim"
+        )
+        return
     except Exception as error:
         why = f"{type(error).__name__}: {error}"
         yield f"{page.name}: {path} cannot derive its figures ({why}); restore the records"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from scipy import stats
 
-from benchmarks.training.harness import comparison, evidence, pictures, tables
+from benchmarks.training.harness import answers, comparison, evidence, pictures, tables
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.statistics import holm, on_front, paired
@@ -87,7 +87,63 @@ def test_differences_side_by_side_are_bold_where_their_interval_is_without_zero(
     bold = f"**{gain.mean:+.2f} ± {gain.error:.2f}**"
     assert row == f"| made up | 5 | 0.5 | -0.02 ± 0.05 | {bold} |  |  |  |  |"
     *_, row = comparison.costs([met]).splitlines()
-    assert row == "| made up | 0.49 / 1.00 / 1.00 |  | 0.50 / 1.00 / 1.00 |  |  |"
+    assert row == "| made up | 0.5 | 0.49 / 1.00 / 1.00 |  | 0.50 / 1.00 / 1.00 |  |  |"
+
+
+def test_the_best_of_the_cheap_arms_and_the_best_schedule_of_them() -> None:
+    less = [value - 0.1 * (1 + i) for i, value in enumerate(FULL)]
+    found = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FULL, "decay 0.5": less})
+    first, *_, row = answers.met([found]).splitlines()
+    assert first.count("|") == row.count("|") == 9
+    assert row == "| made up | 5 | fixed 0.5 FLOPs (0.49x) | +0.00 ± 0.00, met |  |  |  |  |"
+    for run in found.arms["decay 0.5"].runs:  # now it is a schedule, and what that costs is unknown
+        run["changes"] = [{"step": 1, "layers": {}}]
+    assert not found.cheap("decay 0.5")
+    for run in found.arms["decay 0.5"].runs:
+        run["changes"] = [{"step": 0, "layers": {}}]  # a start at low rank is no schedule
+    assert not found.changes("decay 0.5")
+
+
+@pytest.mark.parametrize(
+    ("calibration", "end", "cheap"), [(0.15, 0.6, True), (0.16, 0.6, False), (0.15, 0.61, False)]
+)
+def test_cheap_is_all_flops_and_the_last_network(
+    monkeypatch: pytest.MonkeyPatch, calibration: float, end: float, cheap: bool
+) -> None:
+    counted = {"made up": {"decay 0.5": calibration}}
+    monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda: counted)
+    found = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
+    for run in found.arms["decay 0.5"].runs:
+        run |= {"changes": [{"step": 1, "layers": {}}], "end_flops": end}
+    assert found.cheap("decay 0.5") is cheap and not found.cheap("full rank")
+    cell = f"decay 0.5 ({0.5 + calibration:.2f}x)" if cheap else ""
+    assert answers.met([found]).splitlines()[-1].split(" | ")[4] == cell
+
+
+def test_the_front_names_kinds_and_related_methods() -> None:
+    best = [value + 1 for value in FULL]
+    found = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FIXED, "decay 0.5": best})
+    *_, row = answers.fronts([found]).splitlines()
+    assert row == "| made up | fixed; decay | decay | decay |"
+    found.arms["ReLoRA"] = found.arms.pop("decay 0.5")
+    *_, row = answers.fronts([found]).splitlines()
+    assert row.startswith("| made up | fixed; ReLoRA |")
+
+
+def test_what_inflation_restored_beside_what_the_order_won() -> None:
+    found = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FIXED, "decay 0.5": FIXED})
+    assert len(answers.inflation([found]).splitlines()) == 2  # no arm of the paper
+    paper = found.arms["decay 0.5"]
+    for run in [*paper.runs, *found.arms["full rank"].runs]:
+        steps = [(0, 0, 0), (1, 1, 2), (2, 4, 3)]
+        run["changes"] = [
+            {"step": step, "layers": {"a": {"before": [b], "after": [a]}}} for step, b, a in steps
+        ]
+        run["full_ranks"] = {"a": 10}
+        run["points"] = [{"spectra": {"a": [5 if run["arm"] == "full rank" else 3]}}]
+    found.arms[answers.PAPER] = paper
+    cells = answers.inflation([found]).splitlines()[-1].split(" | ")
+    assert cells[1:5] == ["0.20", "0.40", "0.30", "0.50"]
 
 
 def test_the_order_of_the_arms_is_compared_by_means() -> None:

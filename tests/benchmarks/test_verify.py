@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import verify
-from benchmarks.claims import records
+from benchmarks.claims import evidence, records
 
 DEPLOY = "docs/how-to/deploy.md"
 RECORD = "deploy/results/2026-11-29-cpu/deploy.json"
@@ -102,6 +102,15 @@ def test_an_altered_record_is_found(other_records: Path) -> None:
 def test_a_missing_record_is_found(other_records: Path) -> None:
     (fault,) = verify.check(DEPLOY)[1]
     assert "how_to_deploy.py cannot derive its figures" in fault and RECORD in fault
+
+
+def test_words_that_do_not_follow_from_the_records_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(evidence, "verb", lambda *_: "is worse than")
+    (fault,) = verify.check("docs/evidence.md")[1]
+    words = "docs/evidence.md: what it says in words does not follow from the records: 'assert "
+    assert fault.startswith(words) and "benchmarks/claims/evidence.py, line " in fault
 
 
 def test_text_that_is_gone_is_found() -> None:

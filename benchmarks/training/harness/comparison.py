@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.training.harness.statistics import Difference
 from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries
-from benchmarks.training.harness.tables import digits, markdown
+from benchmarks.training.harness.tables import beside, markdown
 
 PAPER = "paper, low-rank ending"
 LIKE = (
@@ -40,22 +39,9 @@ def _differences(found: Summaries) -> tuple[str, ...]:
     paper = () if PAPER not in found.arms else (FULL, found.counterpart(PAPER))
     return (
         found.experiment.short, str(found.arms[decay].n), str(budget),
-        *(_difference(found, decay, other) for other in others),
-        *(_difference(found, PAPER, other) for other in paper or (None, None)),
+        *(beside(found, decay, other) for other in others),
+        *(beside(found, PAPER, other) for other in paper or (None, None)),
     )  # fmt: skip
-
-
-def _difference(found: Summaries, arm: str, other: str | None) -> str:
-    """The mean difference and its standard error, bold if its 95% interval is without zero."""
-    one = None if other is None else found.difference(arm, other)
-    if one is None:
-        return ""
-    text = f"{one.mean:+.{digits(found)}f} ± {one.error:.{digits(found)}f}"
-    return f"**{text}**" if _clear(one) else text
-
-
-def _clear(one: Difference) -> bool:
-    return one.low > 0 or one.high < 0
 
 
 def _budget(found: Summaries) -> str | None:
@@ -67,9 +53,12 @@ def _budget(found: Summaries) -> str | None:
 
 def costs(problems: Sequence[Summaries]) -> str:
     """All FLOPs, CPU seconds and memory of the arms of one budget, relative to full rank."""
-    head = ("problem", "fixed low rank", "narrower", "decay", "full first", "the paper's order")
+    head = (
+        "problem", "budget", "fixed low rank", "narrower", "decay", "full first",
+        "the paper's order",
+    )  # fmt: skip
     rows = [
-        (found.experiment.short, *(_costs(found, name) for name in _at(found, budget)))
+        (found.experiment.short, budget, *(_costs(found, name) for name in _at(found, budget)))
         for found in problems
         if (budget := _smallest(found)) is not None
     ]

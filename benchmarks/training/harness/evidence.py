@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.training.harness import comparison, pictures, tables
+from benchmarks.training.harness import answers, comparison, pictures, tables
 from benchmarks.training.harness.experiment import Experiment, names
 from benchmarks.training.harness.summary import FULL, Summaries
 
@@ -22,8 +22,9 @@ BLOCK = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
 
 
 def recorded() -> list[str]:
-    """The experiments that have runs of full rank to compare with."""
-    return [name for name in names() if FULL in Summaries(name).arms]
+    """The experiments that have runs of full rank to compare with, the deciding ones first."""
+    ordered = dict.fromkeys((*DECIDING, *names()))
+    return [name for name in ordered if FULL in Summaries(name).arms]
 
 
 def blocks() -> dict[str, str]:
@@ -31,11 +32,15 @@ def blocks() -> dict[str, str]:
     found = {name: Summaries(name) for name in recorded()}
     deciding = [found[name] for name in DECIDING if name in found]
     problems = {name: one for name, one in found.items() if not _is_grid(one)}
+    every = list(problems.values())
     return {
         "deciding": tables.deciding(deciding, _BUDGET),
-        "differences": comparison.differences(list(problems.values())),
-        "costs": comparison.costs(list(problems.values())),
+        "differences": comparison.differences(every),
+        "costs": comparison.costs(every),
         "orders": comparison.orders(problems),
+        "fronts": answers.fronts(every),
+        "met": answers.met(every),
+        "inflation": answers.inflation(every),
         **{name: block(one) for name, one in found.items()},
     } | {
         f"{name}/restored": tables.restored(one)

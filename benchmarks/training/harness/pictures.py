@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training.harness.kinds import kind
 from benchmarks.training.harness.statistics import spread
 from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries, Summary
 
@@ -18,7 +19,7 @@ COSTS = {
     ALL_FLOPS: "FLOPs of training and calibration", "memory_peak": "peak memory of a step",
     "cpu_seconds": "CPU seconds",
 }  # fmt: skip
-GROUPS: dict[str, tuple[str, str]] = {
+STYLES: dict[str, tuple[str, str]] = {
     "full rank": ("#111111", "*"),
     "fixed": ("#1f6fb2", "o"),
     "narrower": ("#8a5fbf", "s"),
@@ -29,21 +30,16 @@ GROUPS: dict[str, tuple[str, str]] = {
     "paper": ("#2b8a3e", "^"),
     "other": ("#5c636a", "."),
 }
-"""Color and mark of each kind of arm, by how its name begins."""
+"""Color and mark of each kind of arm."""
 
 
 _ACROSS = ((5, "left"), (-5, "right"), (0, "center"))
 _UP = ((2, "bottom"), (-2, "top"), (7, "bottom"), (-7, "top"))
 
 
-def group(arm: str) -> str:
-    """The kind of an arm."""
-    return next((name for name in GROUPS if arm.startswith(name)), "other")
-
-
 def _kind(found: Summaries, arm: str) -> str:
     """The kind of an arm; of two decays of one budget, that on more batches is of its own kind."""
-    return "decay, 32 batches" if f"{arm}{FEW}" in found.arms else group(arm)
+    return "decay, 32 batches" if f"{arm}{FEW}" in found.arms else kind(arm)
 
 
 def fronts(found: Summaries, path: Path) -> None:
@@ -74,23 +70,23 @@ def _front(
     full = found.arms[FULL]
     ax.axhline(full.result, color="#111111", lw=0.8, ls=":")
     labels: list[tuple[str, float, float, str]] = []
-    for kind, (color, mark) in GROUPS.items():
-        chosen = [a for a in found.arms.values() if _kind(found, a.arm) == kind]
+    for group, (color, mark) in STYLES.items():
+        chosen = [a for a in found.arms.values() if _kind(found, a.arm) == group]
         chosen = [a for a in chosen if " as " not in a.arm]
         if "other" in without:  # then it shows the main arms only
             chosen = [a for a in chosen if found.experiment.by_name[a.arm].penalty is None]
-        if not chosen or kind in without:
+        if not chosen or group in without:
             continue
         points = sorted((found.share(a.arm, cost), a.result, spread(list(a.values.values())), a.arm)
                         for a in chosen)  # fmt: skip
         x, y, error, names = zip(*points, strict=True)
         size = 10 if mark in "*." else 6  # these two look small
-        joined = "-" if kind in ("fixed", "decay", "narrower", "shorter") else ""
-        ax.errorbar(x, y, error, color=color, marker=mark, ls=joined, lw=1, ms=size, label=kind,
+        joined = "-" if group in ("fixed", "decay", "narrower", "shorter") else ""
+        ax.errorbar(x, y, error, color=color, marker=mark, ls=joined, lw=1, ms=size, label=group,
                     capsize=2, elinewidth=0.8)  # fmt: skip
-        if kind in named:
+        if group in named:
             for a, b, name in zip(x, y, names, strict=True):
-                labels.append((name.removeprefix(f"{kind}, "), a, b, color))
+                labels.append((name.removeprefix(f"{group}, "), a, b, color))
     if not found.experiment.higher and not ax.yaxis_inverted():
         ax.invert_yaxis()  # better is up, everywhere
     ax.grid(alpha=0.25)
@@ -180,7 +176,7 @@ def weights(found: Summaries, arms: list[str], path: Path) -> None:
         for ax, layer in zip(axes, shown, strict=True):
             for name in arms:
                 values = found.arms[name].runs[0]["values"][layer]
-                color = GROUPS[group(name)][0]
+                color = STYLES[kind(name)][0]
                 style = "--" if "low-rank" in name else "-"
                 ax.plot([v / values[0] for v in values], color=color, ls=style, label=name)
             ax.set_yscale("log")

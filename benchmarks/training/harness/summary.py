@@ -16,6 +16,8 @@ from benchmarks.training.harness.store import Run, Store
 FULL, ALL_FLOPS = "full rank", "all_flops"
 FEW = ", 8 batches"
 """Ends the name of an arm that calibrates on fewer batches than the arm named before it."""
+CHEAP, CHEAP_END = 0.65, 0.6
+"""The most that an arm and its last network may cost to count as cheap, of full rank's FLOPs."""
 _ALIKE = 0.015
 """Arms whose shares of the FLOPs differ by no more are compared at equal FLOPs."""
 
@@ -154,6 +156,17 @@ class Summaries:
                 if name not in lost
             }
         )
+
+    def cheap(self, arm: str) -> bool:
+        """Whether all FLOPs of an arm are counted, and they and those of its end are few."""
+        if arm == FULL or self.calibration(arm) is None:
+            return False
+        end = self.arms[arm].mean("end_flops")
+        return self.share(arm, ALL_FLOPS) <= CHEAP and end <= CHEAP_END
+
+    def changes(self, arm: str) -> bool:
+        """Whether layers change form or rank during the training of an arm."""
+        return any(change["step"] for run in self.arms[arm].runs for change in run["changes"])
 
     def meets_full(self, arm: str) -> bool | None:
         """Whether the arm is no worse than full rank by more than a standard error.

@@ -8,7 +8,14 @@ from typing import Any
 
 from benchmarks.training.harness.statistics import Difference, holm
 from benchmarks.training.harness.store import Run
-from benchmarks.training.harness.summary import ALL_FLOPS, FULL, Summaries, Summary
+from benchmarks.training.harness.summary import (
+    ALL_FLOPS,
+    CHEAP,
+    CHEAP_END,
+    FULL,
+    Summaries,
+    Summary,
+)
 
 HEAD = (
     "arm", "n", "rate", "FLOPs", "calibration", "last", "parameters", "memory", "CPU s", "result",
@@ -73,6 +80,15 @@ def text(difference: Difference | None, places: int) -> str:
     return f"{mean} ({low} to {high})"
 
 
+def beside(found: Summaries, arm: str, other: str | None) -> str:
+    """The mean difference and its standard error, bold if its 95% interval is without zero."""
+    one = None if other is None else found.difference(arm, other)
+    if one is None:
+        return ""
+    words = f"{one.mean:+.{digits(found)}f} ± {one.error:.{digits(found)}f}"
+    return f"**{words}**" if one.low > 0 or one.high < 0 else words
+
+
 def digits(found: Summaries) -> int:
     """The decimals of a result."""
     return 3 if found.metric == "loss" else 2
@@ -112,15 +128,11 @@ def _met(found: Summaries) -> str:
     met = [
         f"{name} ({found.share(name, ALL_FLOPS):.3f}, last network {one.mean('end_flops'):.3f})"
         for name, one in found.arms.items()
-        if name != FULL
-        and found.calibration(name) is not None
-        and found.share(name, ALL_FLOPS) <= 0.65
-        and one.mean("end_flops") <= 0.6
-        and found.meets_full(name)
+        if found.cheap(name) and found.meets_full(name)
     ]
     what = (
-        "within one standard error at 0.65 of the FLOPs or less, calibration among them, with a "
-        "last network of 0.6 or less"
+        f"within one standard error at {CHEAP:g} of the FLOPs or less, calibration among them, "
+        f"with a last network of {CHEAP_END:g} or less"
     )
     return f"Full rank is met {what}, by: {'; '.join(met) or 'no arm'}."
 
@@ -186,7 +198,7 @@ def _restored(found: Summaries) -> Iterator[tuple[str, ...]]:
             continue
         layers = list(one.runs[0]["full_ranks"])
         for layer in (*layers, None):
-            cells = (*around(one, layer), _end(one, layer), _end(full, layer))
+            cells = (*around(one, layer), at_end(one, layer), at_end(full, layer))
             yield (name, layer or "mean", *(f"{cell:.2f}" for cell in cells))
 
 
@@ -214,7 +226,8 @@ def _later(run: Run) -> list[Any]:
     return [change for change in run["changes"] if change["step"] > 0]
 
 
-def _end(one: Summary, layer: str | None) -> float:
+def at_end(one: Summary, layer: str | None = None) -> float:
+    """The effective rank at the end of training, as a share, of a layer or the mean of all."""
     return fmean(
         values[0] / run["full_ranks"][path]
         for run in one.runs
