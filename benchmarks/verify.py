@@ -165,8 +165,8 @@ def differing_blocks(page: Page) -> Iterator[str]:
     for found in evidence.BLOCK.finditer(page.text):
         page.written += len(FIGURE.findall(page.rest[slice(*found.span())]))
         page.take_out(found.span())
-        if found[3] != blocks().get(found[2]):
-            yield f"{page.at(found.start())}: the records give another block {found[2]}; {_WRITE}"
+        if found["text"] != blocks().get(name := found["name"]):
+            yield f"{page.at(found.start())}: the records give another block {name}; {_WRITE}"
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -204,6 +205,28 @@ def test_a_smaller_loss_is_better() -> None:
     found.sign = -1
     difference = found.difference("fixed 0.5 FLOPs", "full rank")
     assert difference is not None and difference.low > 9
+
+
+@pytest.mark.parametrize("inside", ["", "\n", "an older table\n"])
+def test_a_block_is_filled_whatever_is_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"Before.\n<!-- begin mine -->\n{inside}<!-- end -->\nAfter.\n")
+    monkeypatch.setattr(evidence, "pages", lambda: [page])
+    monkeypatch.setattr(evidence, "blocks", lambda: {"mine": "a\nb"})
+    monkeypatch.setattr(evidence, "drawings", dict)
+    filled = "Before.\n<!-- begin mine -->\na\nb\n<!-- end -->\nAfter.\n"
+    for _ in range(2):
+        evidence.write()
+        assert page.read_text() == filled
+    page.write_text("<!-- begin yours -->\n<!-- end -->\n")
+    with pytest.raises(ValueError, match="a block 'yours'; there are mine"):
+        evidence.write()
+    page.write_text(unended := f"<!-- begin mine -->\n{filled}")
+    with pytest.raises(ValueError, match="the block 'mine' has no <!-- end -->"):
+        evidence.write()
+    assert page.read_text() == unended
 
 
 def test_every_block_has_its_place_on_a_page() -> None:

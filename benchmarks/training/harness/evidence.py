@@ -18,7 +18,7 @@ DECIDING = ("gpt_characters", "gpt_10m", "mlp_256", "vit_cifar", "resnet_fashion
 """The problems of the table and the picture of the README."""
 _BUDGET = 0.65
 _SWITCHED = (FULL, "fixed 1/2", "paper, svd", "paper, low-rank ending")
-BLOCK = re.compile(r"(<!-- begin (\S+) -->\n)(.*?)(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"<!-- begin (?P<name>\S+) -->\n(?P<text>.*?)\n?<!-- end -->", re.DOTALL)
 
 
 def recorded() -> list[str]:
@@ -135,13 +135,15 @@ def pages() -> list[Path]:
 def unplaced(wanted: Iterable[str]) -> list[str]:
     """The blocks that no page has."""
     texts = [page.read_text(encoding="utf-8") for page in pages()]
-    return sorted(set(wanted) - {found[2] for text in texts for found in BLOCK.finditer(text)})
+    return sorted(set(wanted) - {found["name"] for text in texts for found in BLOCK.finditer(text)})
 
 
 def _filled(found: re.Match[str], wanted: dict[str, str]) -> str:
-    if found[2] not in wanted:
-        raise ValueError(f"a page has a block {found[2]!r}; there are {', '.join(wanted)}")
-    return f"{found[1]}{wanted[found[2]]}{found[4]}"
+    if (name := found["name"]) not in wanted:
+        raise ValueError(f"a page has a block {name!r}; there are {', '.join(wanted)}")
+    if "<!-- begin " in found["text"]:  # it would be written over
+        raise ValueError(f"the block {name!r} has no <!-- end --> before the next one begins")
+    return f"<!-- begin {name} -->\n{wanted[name]}\n<!-- end -->"
 
 
 def stale_pictures() -> list[str]:
