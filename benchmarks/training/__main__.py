@@ -129,7 +129,11 @@ def _write(_: argparse.Namespace) -> None:
 
 
 def start(given: argparse.Namespace) -> int:
-    """Run the workers; the exit status is that of the first that failed, or 0."""
+    """Run the workers; the exit status is that of the first that failed, or 0.
+
+    When the command is interrupted or terminated, they end with it.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     code = "import sys; from benchmarks.training.__main__ import work; work(sys.argv[1:])"
     folders = [str(path.resolve()) for path in (given.data, given.scratch, given.results)]
     arguments = [*folders, str(60 * given.minutes), json.dumps(given.arms), *given.experiments]
@@ -143,6 +147,7 @@ def start(given: argparse.Namespace) -> int:
     finally:
         for worker in workers:
             worker.kill()
+            worker.wait()
     _status(given)
     return failed
 

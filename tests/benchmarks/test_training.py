@@ -332,6 +332,23 @@ def test_energy_where_the_system_tells_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_end_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+    command = [
+        sys.executable, "-m", "benchmarks.training", "run", "mlp_table", "--results", str(tmp_path),
+        "--scratch", str(tmp_path / "scratch"), "--minutes", "2",
+    ]  # fmt: skip
+    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    until = time.monotonic() + 120
+    while not Store("mlp_table", tmp_path).runs() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(running.pid, number)  # not its workers
+    assert running.wait(60) == 128 + number
+    with pytest.raises(ProcessLookupError):
+        os.killpg(running.pid, 0)
+
+
+@pytest.mark.slow
 def test_killed_workers_leave_whole_records_and_the_rest_is_run_once(tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "benchmarks.training", "run", "mlp_table", "--data", str(tmp_path),
