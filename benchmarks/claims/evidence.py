@@ -44,11 +44,17 @@ def claims() -> Iterator[str]:
 
 
 def transformers() -> Iterator[str]:
-    """Yield what the GPT says."""
+    """Yield what the GPTs say."""
     assert len({verb(GPT, DECAY, other) for other in (FIXED, NARROW, "shorter, 0.65")}) == 1
     yield (
         f"{verb(GPT, DECAY, FIXED)} fixed low rank, a narrower network and shorter training, and "
         f"{verb(GPT, DECAY)} full rank."
+    )
+    assert verb(MEDIUM, DECAY, FIXED) == verb(MEDIUM, DECAY, NARROW)
+    yield (
+        f"in a short run, it {verb(MEDIUM, DECAY, FIXED)} fixed low rank and the narrower "
+        f"network, and {verb(MEDIUM, DECAY)} full rank, for {share(MEDIUM, DECAY, 'cpu_seconds')} "
+        "of its CPU seconds."
     )
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
-from .evidence import DECAY, DEEPER, GPT, MLP, RESNET, VIT, behind, found, share, verb
+from .evidence import DECAY, DEEPER, GPT, MEDIUM, MLP, RESNET, VIT, behind, found, share, verb
 from .records import deviation, mean, only, read_json, read_runs
 from .versions import python
 
 PAGE = "README.md"
 DEMO = "training/results/2026-11-28-demo"
 CIFAR = "training/results/2026-11-24-cifar10-resnet20-12-epochs"
-SETTINGS = ("Apache-2.0", "The GPT of 10 million parameters")
+SETTINGS = ("Apache-2.0", "On the GPT of 10 million parameters")
 
 
 def claims() -> Iterator[str]:
@@ -45,11 +45,13 @@ def gains() -> Iterator[str]:
     decay, low, narrow = DECAY, "fixed 0.65 FLOPs", "narrower, 0.65"
     assert verb(GPT, decay, narrow) == verb(GPT, decay, low)
     yield (
-        f"at {share(GPT, decay)} of the training FLOPs it {verb(GPT, decay, low)} fixed low rank "
+        f"at {share(GPT, decay)} of the training FLOPs, it {verb(GPT, decay, low)} fixed low rank "
         f"of the same FLOPs by {behind(GPT, low, decay)}, than a narrower network by "
         f"{behind(GPT, narrow, decay)}, and {verb(GPT, decay)} full rank, behind which it is by "
         f"{behind(GPT, decay)}."
     )
+    assert verb(MEDIUM, decay, narrow) == verb(MEDIUM, decay, low)
+    yield f"it {verb(MEDIUM, decay, low)} both too"
     gain = behind(MLP, low, decay)
     yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
     assert verb(DEEPER, found(DEEPER).decay("0.65"), low) == verb(RESNET, decay, low)

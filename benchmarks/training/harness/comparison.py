@@ -14,6 +14,8 @@ LIKE = (
     ("gpt_bytes", "gpt_10m"),
     ("mlp_256", "mlp_1024"),
     ("resnet_fashion", "resnet_cifar"),
+    ("resnet_fashion", "resnet20_cifar"),
+    ("resnet_cifar", "resnet20_cifar"),
     ("bert_mrpc", "bert_sst2"),
     ("encoder_mrpc", "encoder_stsb"),
     ("encoder_rte", "encoder_stsb"),
