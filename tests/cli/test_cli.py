@@ -102,6 +102,39 @@ def test_plan_says_why_layers_are_left_and_names_short_times(
     assert re.search(r"\b\d\.\d{3} to \d", out) and not re.search(r"\d\.\d{4,} to", out)
 
 
+def test_plan_says_what_passes_through_the_network_before_cuts(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "own.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "def data():\n"
+        "    rows = torch.zeros(320, 32), torch.zeros(320, dtype=torch.long)\n"
+        "    return {'train': rows, 'test': rows}\n"
+        "def model():\n"
+        "    return nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))\n"
+    )
+    (here / "own.toml").write_text(
+        'data = "own.py:data"\nmodel = "own.py:model"\nepochs = 10\nlearning_rate = 0.1\n'
+        "batch_size = 32\nbudget = 0.8\n"
+    )
+
+    def planned(*more: str) -> str:
+        assert call(monkeypatch, "plan", "own.toml", *more) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    calibration = json.loads(planned("--schedule", "decay", "--json"))["calibration"]
+    assert calibration["cuts"] == 8 and calibration["batches"] == 512 // 32
+    # 128 passes beside 100 steps, each about a third of a step at most.
+    assert 0.2 < calibration["relative_flops"] < 128 / 300 * 1.5
+    words = "Before each of the 8 cuts 16 batches pass through the network: 0."
+    assert words in planned("--schedule", "decay")
+    assert "pass through" not in planned("--schedule", "full-rank")
+    # Where no data is read, nothing is known of the length.
+    assert call(monkeypatch, "plan", "digits", "--schedule", "decay", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["calibration"]["relative_flops"] is None
+
+
 def test_plan_of_the_second_experiment_has_the_published_parameters(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,7 @@ import dynarank as dr
 from dynarank.cost.dry_run import dry_run
 from dynarank.cost.flops import count_flops
 from dynarank.planning.estimate_result import Estimate
-from dynarank.schedules import dynamic_rank
+from dynarank.schedules import decay, dynamic_rank
 
 STEPS = 310
 SCHEDULE = dynamic_rank(4, inflate=0.4, deflate=0.8)
@@ -189,6 +189,31 @@ def test_what_the_model_reads_itself_is_counted_and_said() -> None:
     found = dr.estimate(one.build(), one.batch(), schedule=SCHEDULE, total_steps=STEPS, layers="*")
     assert found.phases[0].extra_flops > 0
     assert "The model reads weights of layers itself" in str(found)
+
+
+def test_it_tells_what_passes_through_the_network_before_cuts() -> None:
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))), torch.randn(8, 64)
+    schedule, steps = decay(total=0.8, cuts=[0.2, 0.4]), 50
+    found = dr.estimate(model, batch, schedule=schedule, total_steps=steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    ranks = dr.RankScheduler(model, optimizer, schedule, steps)
+    passes: list[bool] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    for _ in range(steps):
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ranks.step()
+    told = found.calibration
+    assert told["cuts"] == 2 and passes.count(False) == 2 * told["batches"] > 0
+    first, second = found.cost.full_rank.forward, found.phases[1].flops.forward
+    whole = found.cost.full_rank.training * steps
+    assert told["relative_flops"] == pytest.approx(8 * (first + second) / whole)
+    assert "Before each of the 2 cuts 8 batches pass through the network: " in str(found)
+    assert found.to_dict()["calibration"] == told
+    fixed = dr.estimate(model, batch, schedule=SCHEDULE, total_steps=steps)
+    assert fixed.calibration["cuts"] == 0 and "pass through" not in str(fixed)
 
 
 def test_without_a_schedule_each_layer_has_its_break_even_rank() -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from torch.utils._pytree import tree_leaves
 
 from dynarank.cli.machine import choose_machine
 from dynarank.cli.options import BudgetOption, DecompositionOption, RankOption
@@ -25,11 +26,13 @@ from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
 from dynarank.forms import Adapted, Form, FullRank, Rank, RankLike, Within, form_name
 from dynarank.planning.estimate import estimate_phases
 from dynarank.planning.estimate_phase import PhaseEstimate, layer_data
+from dynarank.planning.estimate_table import calibration_text
 from dynarank.report.formats import bytes_text, count, number, ratio
 from dynarank.schedules.timelines import Phase
 from dynarank.surgery.selection import select, why_left
 from dynarank.surgery.site import Site
 from dynarank.surgery.sites import survey
+from dynarank.train.loop import calibration_batches
 from dynarank.train.optimizers import make_optimizer, optimizer_slots
 from dynarank.train.rates import forecast_rates
 from dynarank.train.recipes import Recipe, load_recipe
@@ -93,9 +96,11 @@ def plan(
     timings = time_layers(terminal, use, plans, machine) if measure else None
     optimizer = make_optimizer(chosen, drawn.model)
     phases = estimate_phases(drawn.model, [optimizer], cost, drawn.sample, counted=False)
+    calibration = _calibration(chosen, cost, drawn)
     if as_json:
         measured = {"measured": timings_data(timings)} if timings else {}
-        print_json(_data(chosen, schedule, use, cost, phases) | measured)
+        planned = _data(chosen, schedule, use, cost, phases)
+        print_json(planned | {"calibration": calibration} | measured)
         return
     _show_layers(terminal, chosen, schedule, use, cost)
     _show_phases(terminal, chosen, cost, phases)
@@ -108,7 +113,7 @@ def plan(
         )
     if timings:
         show_timings(terminal, use, timings, machine)
-    for line in _remarks(chosen, use, cost):
+    for line in filter(None, [*_remarks(chosen, use, cost), calibration_text(calibration)]):
         terminal.print(line)
     if left:
         terminal.print(left, markup=False)
@@ -147,6 +152,13 @@ def _span(recipe: Recipe, cost: ScheduleCost, phase: Phase) -> str:
 
 def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
     return bool(recipe.schedule(name).requires)
+
+
+def _calibration(recipe: Recipe, cost: ScheduleCost, drawn: Sketch) -> dict[str, Any]:
+    """What passes through the network before cuts; its share is unknown where no data was read."""
+    batches = calibration_batches(recipe.batch_size or len(tree_leaves(drawn.sample)[0]))
+    share = cost.relative_calibration(batches) if drawn.steps_per_epoch else None
+    return {"cuts": len(cost.measured_cuts), "batches": batches, "relative_flops": share}
 
 
 def _data(

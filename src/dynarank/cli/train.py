@@ -256,4 +256,7 @@ def _show(
             seconds_text(summary.wall_seconds),
         )
     print_whole_words(terminal, table)
-    terminal.print("Training FLOPs: matrix products and convolutions, relative to full-rank.")
+    terminal.print(
+        "Training FLOPs: matrix products and convolutions of the steps, relative to full-rank; "
+        "`dynarank plan` says what the passes before cuts add."
+    )

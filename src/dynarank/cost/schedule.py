@@ -83,6 +83,30 @@ class ScheduleCost:
         return share_of(self.training_flops, self.full_rank.training * self.steps)
 
     @property
+    def measured_cuts(self) -> Sequence[Flops]:
+        """The FLOPs of a batch before each cut whose ranks are measured on batches."""
+        before = [self.full_rank, *(cost.flops for cost in self.phases)]
+        return [flops for flops, cost in zip(before, self.phases, strict=False) if cost.estimated]
+
+    def relative_calibration(self, batches: int) -> float:
+        """What the passes of so many batches before each measured cut cost, beside training.
+
+        Relative to the training FLOPs of the run at full rank. It is a little more in fact: the
+        products of activations with themselves, and what the decompositions compute, are not in it.
+
+        Example:
+            >>> import torch
+            >>> from dynarank.cost.flops import trace
+            >>> from dynarank.schedules import decay
+            >>> use = trace(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.ones(2, 64))
+            >>> cost = cost_schedule(use, decay(total=0.7, cuts=[0.5]), ["0"], 100)
+            >>> cost.relative_calibration(8)  # passes of 8 batches cost as much as 4 steps here
+            0.04
+        """
+        passes = batches * sum(flops.forward for flops in self.measured_cuts)
+        return share_of(passes, self.full_rank.training * self.steps)
+
+    @property
     def mean_trainable(self) -> float:
         """The number of trainable parameters, averaged over the steps."""
         return sum(c.trainable_parameters * c.phase.steps for c in self.phases) / self.steps

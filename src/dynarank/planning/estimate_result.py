@@ -11,11 +11,13 @@ from dynarank.planning.estimate_phase import PhaseEstimate, phase_data, weight_d
 from dynarank.planning.estimate_table import (
     break_even_table,
     bytes_text,
+    calibration_text,
     flops_text,
     joined,
     layer_table,
     phase_table,
 )
+from dynarank.scheduler.last_batches import COUNT
 
 __all__ = ["Estimate"]
 
@@ -67,6 +69,15 @@ class Estimate:
             one.measured.seconds * one.cost.phase.steps for one in self.phases if one.measured
         )
 
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """The measured cuts, the last batches that are kept for each, and what their passes cost.
+
+        Relative to the training FLOPs of the run at full rank; None: the run has no length.
+        """
+        share = None if self.total_steps is None else self.cost.relative_calibration(COUNT)
+        return {"cuts": len(self.cost.measured_cuts), "batches": COUNT, "relative_flops": share}
+
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain data, ready for JSON."""
         run = {} if self.total_steps is None else {"training_flops": self.training_flops}
@@ -81,6 +92,7 @@ class Estimate:
             "trainable_parameters_mean": self.cost.mean_trainable,
             "trainable_parameters_peak": self.cost.peak_trainable,
             "seconds": self.seconds,
+            "calibration": self.calibration,
             "layers": [weight_data(path, self.use.layers[path]) for path in self.layers],
             "processes": self.processes,
             "phases": [phase_data(self.use, self.cost.full_rank, one) for one in self.phases],
@@ -134,6 +146,7 @@ class Estimate:
             )
         if any(one.cost.estimated for one in self.phases):
             told.append("Ranks with ~ are measured when their phase begins; its FLOPs are known.")
+            told.append(calibration_text(self.calibration))
         return told
 
     def _reduced(self, processes: int) -> str:

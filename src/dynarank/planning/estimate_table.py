@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
 from dynarank.cost.flops import Flops, LayerUse, ModelUse, share_of
 from dynarank.forms import Form, FullRank, Within, form_name
@@ -15,6 +16,7 @@ __all__ = [
     "WIDTH",
     "break_even_table",
     "bytes_text",
+    "calibration_text",
     "flops_text",
     "joined",
     "layer_table",
@@ -32,6 +34,22 @@ def joined(head: str, layers: Sequence[str], phases: Sequence[str], notes: Seque
     told = [line for note in notes for line in textwrap.wrap(note, WIDTH, break_on_hyphens=False)]
     lines = [head, rule, *layers, rule, *phases, rule, *told]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def calibration_text(calibration: Mapping[str, Any]) -> str:
+    """What passes through the network before cuts; empty if no cut is measured on batches.
+
+    Example:
+        >>> calibration_text({"cuts": 1, "batches": 8, "relative_flops": 0.25})
+        'Before the cut 8 batches pass through the network: 0.250x, not in the training FLOPs.'
+    """
+    if not (cuts := calibration["cuts"]):
+        return ""
+    share = calibration["relative_flops"]
+    before = "the cut" if cuts == 1 else f"each of the {cuts} cuts"
+    costs = "" if share is None else f": {share:.3f}x{'' if cuts == 1 else ' in all'}"
+    batches = f"{calibration['batches']} batches"
+    return f"Before {before} {batches} pass through the network{costs}, not in the training FLOPs."
 
 
 def layer_table(use: ModelUse, paths: Iterable[str], phases: Sequence[PhaseEstimate]) -> list[str]:

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dynarank.layers.running import forward_arguments, is_measuring
 
-__all__ = ["LastBatches"]
+__all__ = ["COUNT", "LastBatches"]
 
-_COUNT = 8  # as many as calibrated the cuts of our experiments; a budget needs no more
+COUNT = 8  # as many as calibrated the cuts of our experiments; a budget needs no more
 
 
 class LastBatches:
@@ -31,7 +31,7 @@ class LastBatches:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._kept: deque[Any] = deque(maxlen=_COUNT)
+        self._kept: deque[Any] = deque(maxlen=COUNT)
         self._handle: Any = None
 
     def __call__(self) -> list[Any]:

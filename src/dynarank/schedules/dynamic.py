@@ -118,8 +118,9 @@ def dynamic_rank(
         rank: the paper's order at this rank: :class:`~dynarank.schedules.lr_aligned.DynamicRank`.
         budget: the training FLOPs of the whole run relative to full rank, a share in (0, 1] or a
             :class:`dynarank.Within`: a decay from full rank, or fixed low rank if most weights are
-            convolutions, see :class:`Budgeted`. Calibrations before cuts are not in it. With no
-            argument, half of that of the layers.
+            convolutions, see :class:`Budgeted`. Calibrations before cuts are not in it,
+            and :func:`dynarank.estimate` says what they add. With no argument, half of that of the
+            layers.
         inflate: when to inflate, in the paper's order.
         deflate: when to deflate.
         to: the ending, ``"adapted"`` or ``"low-rank"``.

@@ -44,11 +44,16 @@ from dynarank.train.schedules import make_schedule, with_default_layers
 from dynarank.train.shares import Shares
 from dynarank.train.task import Evaluation, Task
 
-__all__ = ["DivergedError", "EpochResult", "Machine", "Trainer"]
+__all__ = ["DivergedError", "EpochResult", "Machine", "Trainer", "calibration_batches"]
 
 
 _ALONE = Processes()
-_RECALIBRATE = 512  # examples for cuts and for BatchNorm recalibration
+_CALIBRATED_ON = 512  # examples for cuts and for BatchNorm recalibration
+
+
+def calibration_batches(batch_size: int) -> int:
+    """How many batches pass through the network before a cut that is measured on batches."""
+    return -(-_CALIBRATED_ON // batch_size)
 
 
 class DivergedError(RuntimeError):
@@ -223,7 +228,7 @@ class Trainer:
 
     def _inputs(self) -> Iterator[Any]:
         """The inputs of some batches, on which layers are cut."""
-        count = -(-_RECALIBRATE // self.recipe.batch_size)
+        count = calibration_batches(self.recipe.batch_size)
         return (self.task.inputs(batch) for batch in islice(self.task.epoch(0), count))
 
     def _where_faster(self, schedule: RankSchedule, layers: list[str]) -> RankSchedule:
