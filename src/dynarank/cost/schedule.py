@@ -91,8 +91,9 @@ class ScheduleCost:
     def relative_calibration(self, batches: int) -> float:
         """What the passes of so many batches before each measured cut cost, beside training.
 
-        Relative to the training FLOPs of the run at full rank. It is a little more in fact: the
-        products of activations with themselves, and what the decompositions compute, are not in it.
+        Relative to the training FLOPs of the run at full rank. It is more in fact: not in it are
+        the products of activations with themselves, what the decompositions compute, and the second
+        pass that recalibrates BatchNorm.
 
         Example:
             >>> import torch

@@ -61,7 +61,8 @@ class Decay(RankSchedule):
             hold for every cut.
         total: the training FLOPs of the whole run relative to full rank, a share or a ``Within``;
             ``end`` is computed from it; calibrations before the cuts are not in it, and
-            :func:`dynarank.estimate` says what they add. Neither: ``Within(flops=0.5, of="layers")``.
+            :func:`dynarank.estimate` says what they add. Neither:
+            ``Within(flops=0.5, of="layers")``.
         cuts: the number of cuts, the last one at most at 80% of the run, earlier with a small
             budget; or their times, shares of the run (float) or steps (int), increasing. For
             budgets of your own at each time use :class:`~dynarank.schedules.phases.Phases`.
