@@ -80,7 +80,8 @@ def untested_at_the_end() -> Run:
 CASES = {
     "one run": (
         [run("low-rank", 0.951)],
-        "low-rank reached 95.10% test accuracy at 0.29x the FLOPs of full rank (n = 1), with no "
+        "low-rank reached 95.10% test accuracy at 0.29x the "
+        "training FLOPs of full rank (n = 1), with no "
         "other schedule to compare it with.",
     ),
     "one full-rank run": (
@@ -90,7 +91,8 @@ CASES = {
     ),
     "one schedule, several seeds": (
         seeds("low-rank", 0.9, 0.92, 0.94),
-        "low-rank reached 92.00% test accuracy at 0.29x the FLOPs of full rank (n = 3), with no "
+        "low-rank reached 92.00% test accuracy at 0.29x the "
+        "training FLOPs of full rank (n = 3), with no "
         "other schedule to compare it with.",
     ),
     "one run a schedule": (
@@ -231,7 +233,8 @@ CASES = {
     ),
     "an own loop with losses of steps alone": (
         [run("mine", seed=None, steps=True)],
-        "mine took 0.29x the FLOPs of full rank; no test score or loss was recorded, so what that "
+        "mine took 0.29x the "
+        "training FLOPs of full rank; no test score or loss was recorded, so what that "
         "costs in quality is unknown.",
     ),
     "an own loop without a cost": (
@@ -258,14 +261,17 @@ CASES = {
     ),
     "one run of a score that is no share": (
         [run("low-rank", 12.5, metric=PERPLEXITY)],
-        "low-rank reached a test perplexity of 12.5 at 0.29x the FLOPs of full rank (n = 1), with "
+        "low-rank reached a test perplexity of 12.5 at 0.29x the "
+        "training FLOPs of full rank (n = 1), with "
         "no other schedule to compare it with.",
     ),
     "several recipes": (
         [run("digits: low-rank", 0.9), run("text: low-rank", 0.8, recipe="text")],
-        "digits: low-rank reached 90.00% test accuracy at 0.29x the FLOPs of full rank (n = 1), "
+        "digits: low-rank reached 90.00% test accuracy at 0.29x the "
+        "training FLOPs of full rank (n = 1), "
         "with no other schedule to compare it with. text: low-rank reached 80.00% test accuracy "
-        "at 0.29x the FLOPs of full rank (n = 1), with no other schedule to compare it with.",
+        "at 0.29x the "
+        "training FLOPs of full rank (n = 1), with no other schedule to compare it with.",
     ),
 }  # fmt: skip
 
@@ -316,7 +322,7 @@ def test_it_is_the_first_line_of_the_page(tmp_path):
     )
     write_own_run(tmp_path)
     text = Page(build_page([read_run(tmp_path / "mine")])).text
-    assert "mine took 0.6x the FLOPs of full rank" in text
+    assert "mine took 0.6x the training FLOPs of full rank" in text
 
 
 def test_a_line_that_cannot_be_written_costs_no_page():

@@ -163,7 +163,7 @@ def _unscored(found: Sequence[_Schedule]) -> str:
     costs = [f"{o.name} took {number(o.flops, 2)}x" for o in ended if math.isfinite(o.flops)]
     if not costs:
         return "Nothing can be concluded: no test score, loss or cost was recorded"
-    told = f"{_some(costs)} the FLOPs of full rank"
+    told = f"{_some(costs)} the training FLOPs of full rank"
     return f"{told}; no test score or loss was recorded, so what that costs in quality is unknown"
 
 
@@ -228,7 +228,7 @@ def _cost(one: _Schedule, base: _Schedule | None) -> str:
     if not math.isfinite(relative):
         return ""
     if base is None:
-        return f" at {number(relative, 2)}x the FLOPs of full rank"
+        return f" at {number(relative, 2)}x the training FLOPs of full rank"
     if abs(relative - 1) < _EQUAL:
         return " at the same FLOPs"
     return f" at {number(relative, 2)}x {'the' if base.kind == 'full-rank' else 'its'} FLOPs"
