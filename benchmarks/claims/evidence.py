@@ -25,7 +25,8 @@ SETTINGS = (
     "decay of 0.65 cost a further",
 )
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
-MEDIUM, ENCODER, VIT, DEEPER = "gpt_10m", "encoder_stsb", "vit_cifar", "resnet_cifar"
+MEDIUM, ENCODER, VIT = "gpt_10m", "encoder_stsb", "vit_cifar"
+DEEPER, LARGER = "resnet_cifar", "resnet20_cifar"
 DECAY, FIXED, NARROW = "decay 0.65, 8 batches", "fixed 0.65 FLOPs", "narrower, 0.65"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
@@ -73,11 +74,24 @@ def perceptrons() -> Iterator[str]:
 
 def convolutions() -> Iterator[str]:
     """Yield what the ResNets say."""
-    decay = found(DEEPER).decay("0.65")
+    decay = found(LARGER).decay("0.65")
     yield (
-        f"On the ResNet-14 a decay {verb(DEEPER, decay, FIXED)} fixed low rank and "
-        f"{verb(DEEPER, decay, NARROW)} the narrower network."
+        f"On the ResNet-20 a narrower network at {share(LARGER, NARROW)} of the FLOPs has "
+        f"{result(LARGER, NARROW)} %, fixed low rank at {share(LARGER, FIXED)} "
+        f"{result(LARGER, FIXED)}, a decay {result(LARGER, decay)}: each "
+        f"{verb(LARGER, decay)} full rank, {result(LARGER, FULL)}."
     )
+    assert len({verb(LARGER, arm) for arm in (NARROW, FIXED, decay)}) == 1
+    for other in (FIXED, NARROW):
+        assert verb(LARGER, decay, other) == verb(DEEPER, decay, other)
+    yield (
+        f"A decay {verb(LARGER, decay, FIXED)} fixed low rank and {verb(LARGER, decay, NARROW)} "
+        "the narrower network there and on the ResNet-14;"
+    )
+    for name in (RESNET, DEEPER, LARGER):
+        assert found(name).best(found(name).arms) == FULL
+        others = (verb(name, arm, NARROW) for arm in (FIXED, found(name).decay("0.65"), LOW))
+        assert "is better than" not in others
 
 
 def vit() -> Iterator[str]:
@@ -136,7 +150,7 @@ def calibrations() -> Iterator[str]:
 
 def met() -> Iterator[str]:
     """Yield who is on the front, who meets full rank, and what inflation was worth."""
-    for name in (GPT, MLP, RESNET, DEEPER, VIT):
+    for name in (GPT, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT):
         assert any(arm.startswith("narrower") for arm in found(name).front())
     assert not any(found(name).meets_full(arm) for name in (GPT, MEDIUM) for arm in cheap(name))
     assert found(MEDIUM).meets_full(DECAY)
@@ -146,7 +160,10 @@ def met() -> Iterator[str]:
         f"larger GPT for {share(MEDIUM, DECAY, ALL_FLOPS)} in all"
     )
     met = {
-        name for name in (MLP, RESNET, DEEPER, VIT) for arm in cheap(name) if schedule(name, arm)
+        name
+        for name in (MLP, RESNET, DEEPER, LARGER, VIT)
+        for arm in cheap(name)
+        if schedule(name, arm)
     }
     assert met == {VIT}
     assert verb(GPT, LOW, LIKE_LOW) == verb(GPT, DECAY, LOW) == "is better than"

@@ -7,7 +7,20 @@ from collections.abc import Iterator
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
-from .evidence import DECAY, DEEPER, GPT, MEDIUM, MLP, RESNET, VIT, behind, found, share, verb
+from .evidence import (
+    DECAY,
+    DEEPER,
+    GPT,
+    LARGER,
+    MEDIUM,
+    MLP,
+    RESNET,
+    VIT,
+    behind,
+    found,
+    share,
+    verb,
+)
 from .records import deviation, mean, only, read_json, read_runs
 from .versions import python
 
@@ -54,7 +67,8 @@ def gains() -> Iterator[str]:
     yield f"it {verb(MEDIUM, decay, low)} both too"
     gain = behind(MLP, low, decay)
     yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
-    assert verb(DEEPER, found(DEEPER).decay("0.65"), low) == verb(RESNET, decay, low)
+    for name in (DEEPER, LARGER):
+        assert verb(name, found(name).decay("0.65"), low) == verb(RESNET, decay, low)
     yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank;"
     decay = found(VIT).decay("0.65")
     better = verb(VIT, narrow, decay).removesuffix(" than")

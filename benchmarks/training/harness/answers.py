@@ -40,16 +40,12 @@ def met(problems: Sequence[Summaries]) -> str:
 def _met(found: Summaries) -> tuple[str, ...]:
     cheap = [arm for arm in found.arms if found.cheap(arm)]
     chosen = (
-        _best(found, cheap),
-        _best(found, [arm for arm in cheap if found.changes(arm)]),
+        found.best(cheap),
+        found.best(arm for arm in cheap if found.changes(arm)),
         PAPER if PAPER in found.arms else None,
     )
     cells = [cell for arm in chosen for cell in _behind(found, arm)]
     return (found.experiment.short, str(found.arms[FULL].n), *cells)
-
-
-def _best(found: Summaries, arms: Sequence[str]) -> str | None:
-    return max(arms, key=lambda arm: found.sign * found.arms[arm].result, default=None)
 
 
 def _behind(found: Summaries, arm: str | None) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
@@ -156,6 +156,10 @@ class Summaries:
                 if name not in lost
             }
         )
+
+    def best(self, arms: Iterable[str]) -> str | None:
+        """The arm of the best mean among these, if there are any."""
+        return max(arms, key=lambda arm: self.sign * self.arms[arm].result, default=None)
 
     def cheap(self, arm: str) -> bool:
         """Whether all FLOPs of an arm are counted, and they and those of its end are few."""
