@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,23 @@ def test_two_commands_with_other_scratch_record_a_run_once(tmp_path: Path, monke
     assert workers(tmp_path, monkeypatch, "another", tiny=tiny)._next()
     one._do(job)
     assert len(Store("tiny", one.results).runs()) == 1
+
+
+def test_a_worker_waits_while_others_do_all_that_is_left(tmp_path: Path, monkeypatch) -> None:
+    one = workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE))
+    with ExitStack() as others:
+        for job in one._missing("tiny"):
+            assert others.enter_context(one._claimed(job))
+        assert one._next() is None
+        waits: list[float] = []
+
+        def sleep(seconds: float) -> None:
+            waits.append(seconds)
+            others.close()
+
+        monkeypatch.setattr(worker.time, "sleep", sleep)
+        assert one.work() == 3 and len(waits) == 1
+    assert one._next() is False
 
 
 def test_what_cannot_be_run_is_left_out_by_name(tmp_path: Path, monkeypatch, capfd) -> None:

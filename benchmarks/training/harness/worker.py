@@ -34,6 +34,9 @@ from benchmarks.training.problems.problem import Problem
 from dynarank.recording.host import hardware, started, versions
 from dynarank.train.sources import DataError
 
+_POLL = 5.0
+"""Seconds between two looks for runs, while others do all that is left."""
+
 
 class Worker:
     """Runs what is missing of some experiments.
@@ -78,19 +81,31 @@ class Worker:
         """Run until nothing is left that can be run; how many runs were done."""
         done, parent = 0, os.getppid()
         # Without the process that started it, nobody would know that it works.
-        while time.monotonic() < self.deadline and os.getppid() == parent and self._next():
-            done += 1
+        while time.monotonic() < self.deadline and os.getppid() == parent:
+            match self._next():
+                case True:
+                    done += 1
+                case None:  # when an arm is tuned, its seeds are ready
+                    time.sleep(_POLL)
+                case _:
+                    break
         return done
 
-    def _next(self) -> bool:
-        """Take a run that nobody has, and do it; False if there is none or the time is up."""
+    def _next(self) -> bool | None:
+        """Take a run that nobody has, and do it.
+
+        Returns:
+            False if there is none or the time is up, None if others do all that is left.
+        """
+        others = False
         for name in self.experiments:
             for job in self._missing(name):
                 with self._claimed(job) as mine:
                     # Another worker may have finished it between the look and the claim.
                     if mine and job in self._missing(name):
                         return self._do(job)
-        return False
+                others = True
+        return None if others else False
 
     def _missing(self, name: str) -> list[Job]:
         jobs = ready(name, get(name), Store(name, self.results).runs())
