@@ -92,6 +92,15 @@ def convolutions() -> Iterator[str]:
         assert found(name).best(found(name).arms) == FULL
         others = (verb(name, arm, NARROW) for arm in (FIXED, found(name).decay("0.65"), LOW))
         assert "is better than" not in others
+    assert [place(name) for name in (RESNET, DEEPER, LARGER)] == [5, 5, 2]
+    yield f"second on the ResNet-20 by its mean, for {share(LARGER, LOW, ALL_FLOPS)} of the FLOPs"
+
+
+def place(name: str) -> int:
+    """Return the place of the paper's order among the main arms, by their means; 1 is the best."""
+    results = found(name).arms
+    main = [FULL, NARROW, FIXED, found(name).decay("0.65"), LOW]
+    return sorted(main, key=lambda arm: -results[arm].result).index(LOW) + 1
 
 
 def vit() -> Iterator[str]:
