@@ -41,6 +41,6 @@ def allowance(part: str, ahead: list[str], left: float) -> float:
 
     Example:
         >>> round(allowance("convolutions", ["resnet", "compiled"], 280.0))
-        60
+        45
     """
     return left * SHARES[part] / (SHARES[part] + sum(SHARES[one] for one in ahead))
