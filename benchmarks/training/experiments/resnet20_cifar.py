@@ -6,6 +6,8 @@ from benchmarks.training.harness import arms
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.problems.images import CifarResNet
 
+_PAPER = arms.paper("out")[-1:]
+
 EXPERIMENT = Experiment(
     title="ResNet-20, 48,000 images of CIFAR-10 at 32 x 32, 7 epochs, SGD",
     label="ResNet-20",
@@ -15,7 +17,8 @@ EXPERIMENT = Experiment(
         *arms.narrow(0.65),
         *arms.fixed_budgets(0.65),
         *arms.decays(0.65),
-        *arms.paper("out")[-1:],
+        *_PAPER,
+        *arms.matched(_PAPER),
     ],
     seeds=(0, 1, 2),
     tuning_length=0.125,
