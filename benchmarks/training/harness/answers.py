@@ -49,8 +49,9 @@ def _met(found: Summaries) -> tuple[str, ...]:
 
 
 def _behind(found: Summaries, arm: str | None) -> Iterator[str]:
-    """An arm with all of its FLOPs; its difference from full rank, and whether that is met."""
-    yield "" if arm is None else f"{arm} ({found.share(arm, ALL_FLOPS):.2f}x)"
+    """An arm, but the paper's, with all FLOPs; the difference from full rank, and if it is met."""
+    share = "" if arm is None else f"{found.share(arm, ALL_FLOPS):.2f}x"
+    yield share if arm in (None, PAPER) else f"{arm} ({share})"
     words = ", met" if arm is not None and found.meets_full(arm) else ""
     yield "" if arm is None else f"{beside(found, arm, FULL)}{words}"
 
