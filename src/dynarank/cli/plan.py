@@ -157,7 +157,10 @@ def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
 def _calibration(recipe: Recipe, cost: ScheduleCost, drawn: Sketch) -> dict[str, Any]:
     """What passes through the network before cuts; its share is unknown where no data was read."""
     batches = calibration_batches(recipe.batch_size or len(tree_leaves(drawn.sample)[0]))
-    share = cost.relative_calibration(batches) if drawn.steps_per_epoch else None
+    share = None
+    if epoch := drawn.steps_per_epoch:
+        batches = min(batches, epoch)
+        share = cost.relative_calibration(batches)
     return {"cuts": len(cost.measured_cuts), "batches": batches, "relative_flops": share}
 
 
