@@ -124,10 +124,10 @@ def test_plan_says_what_passes_through_the_network_before_cuts(
         return " ".join(capsys.readouterr().out.split())
 
     calibration = json.loads(planned("--schedule", "decay", "--json"))["calibration"]
-    assert calibration["cuts"] == 8 and calibration["batches"] == 320 // 32  # all, below 512
+    assert calibration["cuts"] == 8 and calibration["batches"] == 8 * (320 // 32)  # an epoch each
     # 80 passes beside 100 steps, each about a third of a step at most.
     assert 0.13 < calibration["relative_flops"] < 80 / 300 * 1.5
-    words = "Before each of the 8 cuts 10 batches pass through the network: 0."
+    words = "Before the 8 cuts 80 batches pass through the network: 0."
     assert words in planned("--schedule", "decay")
     assert "pass through" not in planned("--schedule", "full-rank")
     # Where no data is read, nothing is known of the length.

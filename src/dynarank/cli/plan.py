@@ -157,11 +157,9 @@ def _waits_for_spectra(recipe: Recipe, name: str) -> bool:
 def _calibration(recipe: Recipe, cost: ScheduleCost, drawn: Sketch) -> dict[str, Any]:
     """What passes through the network before cuts; its share is unknown where no data was read."""
     batches = calibration_batches(recipe.batch_size or len(tree_leaves(drawn.sample)[0]))
-    share = None
     if epoch := drawn.steps_per_epoch:
-        batches = min(batches, epoch)
-        share = cost.relative_calibration(batches)
-    return {"cuts": len(cost.measured_cuts), "batches": batches, "relative_flops": share}
+        return cost.calibration(lambda _: min(batches, epoch))
+    return cost.calibration(lambda _: batches) | {"relative_flops": None}
 
 
 def _data(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dynarank.cost.budget import estimated
 from dynarank.cost.flops import Flops, ModelUse, share_of
@@ -82,18 +83,15 @@ class ScheduleCost:
         """The training FLOPs of the run relative to the same run at full rank."""
         return share_of(self.training_flops, self.full_rank.training * self.steps)
 
-    @property
-    def measured_cuts(self) -> Sequence[Flops]:
-        """The FLOPs of a batch before each cut whose ranks are measured on batches."""
-        before = [self.full_rank, *(cost.flops for cost in self.phases)]
-        return [flops for flops, cost in zip(before, self.phases, strict=False) if cost.estimated]
+    def calibration(self, batches: Callable[[int], int]) -> dict[str, Any]:
+        """The cuts that are measured on batches, and what the passes of these batches cost.
 
-    def relative_calibration(self, batches: int) -> float:
-        """What the passes of so many batches before each measured cut cost, beside training.
+        The cost is relative to the training FLOPs of the run at full rank. It is more in fact: not
+        in it are the products of activations with themselves, what the decompositions compute, and
+        the second pass that recalibrates BatchNorm.
 
-        Relative to the training FLOPs of the run at full rank. It is more in fact: not in it are
-        the products of activations with themselves, what the decompositions compute, and the second
-        pass that recalibrates BatchNorm.
+        Args:
+            batches: how many batches a cut at a step is measured on.
 
         Example:
             >>> import torch
@@ -101,11 +99,21 @@ class ScheduleCost:
             >>> from dynarank.schedules import decay
             >>> use = trace(torch.nn.Sequential(torch.nn.Linear(64, 64)), torch.ones(2, 64))
             >>> cost = cost_schedule(use, decay(total=0.7, cuts=[0.5]), ["0"], 100)
-            >>> cost.relative_calibration(8)  # passes of 8 batches cost as much as 4 steps here
-            0.04
+            >>> cost.calibration(lambda step: 8)  # 8 passes cost as much as 4 steps here
+            {'cuts': 1, 'batches': 8, 'relative_flops': 0.04}
         """
-        passes = batches * sum(flops.forward for flops in self.measured_cuts)
-        return share_of(passes, self.full_rank.training * self.steps)
+        before = [self.full_rank, *(cost.flops for cost in self.phases)]
+        cuts = [
+            (batches(cost.phase.start), flops.forward)
+            for flops, cost in zip(before, self.phases, strict=False)
+            if cost.estimated
+        ]
+        passes = sum(number * forward for number, forward in cuts)
+        return {
+            "cuts": len(cuts),
+            "batches": sum(number for number, _ in cuts),
+            "relative_flops": share_of(passes, self.full_rank.training * self.steps),
+        }
 
     @property
     def mean_trainable(self) -> float:

@@ -71,12 +71,12 @@ class Estimate:
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """The measured cuts, the last batches that are kept for each, and what their passes cost.
+        """What passes through the network before cuts: :meth:`ScheduleCost.calibration`.
 
-        Relative to the training FLOPs of the run at full rank; None: the run has no length.
+        On the last batches that a rank scheduler keeps by itself, early in a run on as many as
+        there were.
         """
-        share = None if self.total_steps is None else self.cost.relative_calibration(COUNT)
-        return {"cuts": len(self.cost.measured_cuts), "batches": COUNT, "relative_flops": share}
+        return self.cost.calibration(lambda step: max(1, min(COUNT, step)))
 
     def to_dict(self) -> dict[str, Any]:
         """The estimate as plain data, ready for JSON."""

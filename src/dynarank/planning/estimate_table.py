@@ -40,14 +40,14 @@ def calibration_text(calibration: Mapping[str, Any]) -> str:
     """What passes through the network before cuts; empty if no cut is measured on batches.
 
     Example:
-        >>> calibration_text({"cuts": 1, "batches": 8, "relative_flops": 0.25})
-        'Before the cut 8 batches pass through the network: 0.250x, not in the training FLOPs.'
+        >>> calibration_text({"cuts": 2, "batches": 16, "relative_flops": 0.25})
+        'Before the 2 cuts 16 batches pass through the network: 0.250x, not in the training FLOPs.'
     """
     if not (cuts := calibration["cuts"]):
         return ""
     share = calibration["relative_flops"]
-    before = "the cut" if cuts == 1 else f"each of the {cuts} cuts"
-    costs = "" if share is None else f": {share:.3f}x{'' if cuts == 1 else ' in all'}"
+    before = "the cut" if cuts == 1 else f"the {cuts} cuts"
+    costs = "" if share is None else f": {share:.3f}x"
     batches = f"{calibration['batches']} batches"
     return f"Before {before} {batches} pass through the network{costs}, not in the training FLOPs."
 
