@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 import pickle
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,8 +40,11 @@ __all__ = [
 _T = TypeVar("_T")
 _TOLD = "told_to_all_processes"
 _INDEPENDENT: ContextVar[bool] = ContextVar("independent", default=False)
-# By the ranks of the members: the default group they were made in, and the group.
-_MADE: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+# By default group, and by the ranks of the members: groups, for as long as torch keeps them. gloo's
+# threads end with the last reference to a group; a process that ends before may be aborted (_wait).
+_MADE: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[tuple[Any, ...], Any]] = (
+    weakref.WeakKeyDictionary()
+)
 _LAST: deque[Any] = deque(maxlen=2)  # collective calls: this thread's, and one of another
 
 
@@ -310,14 +314,14 @@ def _group(members: Iterable[int], backend: str | None) -> Any:
     world, ranks = dist.group.WORLD, tuple(sorted(members))
     if backend is None and len(ranks) == dist.get_world_size():
         return world
-    made_in, group = _MADE.get((*ranks, backend), (None, None))
-    if made_in is not world:
+    made = _MADE.setdefault(world, weakref.WeakValueDictionary())
+    if (group := made.get((*ranks, backend))) is None:
         how: dict[str, Any] = {"backend": backend, "use_local_synchronization": True}
         try:
             group = dist.new_group(list(ranks), timeout=_timeout(world), **how)
         except RuntimeError as error:
             raise _absent("a process group", len(ranks), error) from error
-        _MADE[(*ranks, backend)] = world, group
+        made[(*ranks, backend)] = group
     return group
 
 
