@@ -10,7 +10,6 @@ EXPERIMENT = Experiment(
     problem=TunedMRPC,
     metric="accuracy",
     arms=fine_tuning(),
-    seeds=(0, 1, 2),
     points=2,
     note="Embeddings are frozen. Cut is by data, before the first step.",
 )
