@@ -30,7 +30,8 @@ test-laws-full: .venv/.dev  ## each law over its whole product, not only a cover
 	$(PYTEST) --all-laws -m product tests
 
 FAULTS := tests/checkpoint tests/files \
-	tests/train/test_resume_run.py tests/cli/test_resume.py tests/surgery/test_interrupted.py
+	tests/train/test_resume_run.py tests/cli/test_resume.py tests/surgery/test_interrupted.py \
+	tests/distributed/test_restart.py
 
 test-faults: .venv/.dev  ## kills, flips, full disks, mutated files, interrupts: all of docs/checkpoints.md
 	DYNARANK_FAULTS=full $(PYTEST) --timeout=3600 $(FAULTS)
