@@ -17,8 +17,6 @@ LIKE = (
     ("resnet_fashion", "resnet20_cifar"),
     ("resnet_cifar", "resnet20_cifar"),
     ("bert_mrpc", "bert_sst2"),
-    ("encoder_mrpc", "encoder_stsb"),
-    ("encoder_rte", "encoder_stsb"),
 )
 """A smaller problem and a larger one of its kind."""
 NAMED = 4  # of the arms in their order
