@@ -1,5 +1,6 @@
 """A byte GPT of width 128 on books."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.training.harness import arms
@@ -22,13 +23,16 @@ EXPERIMENT = Experiment(
     metric="loss",
     higher=False,
     arms=[
-        *arms.full_rank(),
-        *arms.narrow(0.5, 0.65),
-        *arms.shorter(0.5, 0.65),
-        *arms.fixed_budgets(0.5, 0.65),
-        *arms.decays(0.5, 0.65),
-        *_PAPER,
-        *arms.matched(_PAPER[-1:]),
+        replace(arm, rates=[rate / 4 for rate in arm.rates])  # that of the smaller GPT is too large
+        for arm in (
+            *arms.full_rank(),
+            *arms.narrow(0.5, 0.65),
+            *arms.shorter(0.5, 0.65),
+            *arms.fixed_budgets(0.5, 0.65),
+            *arms.decays(0.5, 0.65),
+            *_PAPER,
+            *arms.matched(_PAPER[-1:]),
+        )
     ],
     tuning_length=0.5,
 )
