@@ -34,5 +34,6 @@ EXPERIMENT = Experiment(
             *arms.matched(_PAPER[-1:]),
         )
     ],
+    tuning=(100, 101),
     tuning_length=0.5,
 )
