@@ -1,6 +1,5 @@
 """A byte GPT of width 128 on books."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.training.harness import arms
@@ -12,7 +11,7 @@ _PAPER = arms.paper()
 
 def _problem(data: Path) -> Language:
     return Language(
-        *books(data), width=128, depth=3, steps=600, rate=0.008, bf16=True, calibrated_on=8
+        *books(data), width=128, depth=3, steps=600, rate=0.002, bf16=True, calibrated_on=8
     )
 
 
@@ -23,17 +22,13 @@ EXPERIMENT = Experiment(
     metric="loss",
     higher=False,
     arms=[
-        replace(arm, rates=[rate / 4 for rate in arm.rates])  # that of the smaller GPT is too large
-        for arm in (
-            *arms.full_rank(),
-            *arms.narrow(0.5, 0.65),
-            *arms.shorter(0.5, 0.65),
-            *arms.fixed_budgets(0.5, 0.65),
-            *arms.decays(0.5, 0.65),
-            *_PAPER,
-            *arms.matched(_PAPER[-1:]),
-        )
+        *arms.full_rank(),
+        *arms.narrow(0.5, 0.65),
+        *arms.shorter(0.5, 0.65),
+        *arms.fixed_budgets(0.5, 0.65),
+        *arms.decays(0.5, 0.65),
+        *_PAPER,
+        *arms.matched(_PAPER[-1:]),
     ],
-    tuning=(100, 101),
-    tuning_length=0.5,
+    tuning=(100, 101),  # the losses of shorter runs jump: one seed chose rates that fail on others
 )
