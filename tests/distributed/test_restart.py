@@ -25,7 +25,7 @@ def torchrun(folder: Path, *kills: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, *command.split(), str(script), str(folder), *kills],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=280,  # before pytest ends the test, to say why
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )
 
