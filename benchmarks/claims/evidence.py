@@ -118,10 +118,8 @@ def vit() -> Iterator[str]:
 
 def pretrained() -> Iterator[str]:
     """Yield what the encoder says."""
-    ours, peft, cut, decay, shorter = (
-        *("LoRA, rank 8", "LoRA by PEFT, rank 8"),
-        *("cut to 0.7", "decay 0.7", "shorter, 0.7"),
-    )
+    ours, peft = "LoRA, rank 8", "LoRA by PEFT, rank 8"
+    cut, decay, shorter = "cut to 0.7", "decay 0.7", "shorter, 0.7"
     yield (
         f"reaches a correlation of {result(ENCODER, ours)} with LoRA of rank 8 here and "
         f"{result(ENCODER, peft)} with PEFT's, {result(ENCODER, FULL)} with full "

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import restarted_run
 import torch
-from faults import some
 from process_pool import Pools
 
 HERE = Path(restarted_run.__file__).parent
@@ -31,16 +30,15 @@ def torchrun(folder: Path, *kills: str) -> subprocess.CompletedProcess[str]:
 
 
 # The forms change in steps 2 and 6 (of 0 to 11); after 1, 3, 5 and so on a checkpoint is written.
-KILLS = some(
-    [
-        pytest.param(("2:0", "6:1", "10:0"), [2, 6, 10], id="after changes, before checkpoints"),
-        pytest.param(("write:9", "damage"), [2], id="while it is written; the one before damaged"),
-    ],
-    [
-        pytest.param(("0:1", "4:0", "9:1"), [4, 8], id="in each phase"),
-        *(pytest.param((f"write:{n}",), [4], id=f"at call {n}") for n in range(1, 40, 6)),
-    ],
-)
+KILLS = [
+    pytest.param(("2:0", "6:1", "10:0"), [2, 6, 10], id="after each change, before its checkpoint"),
+    pytest.param(("write:9", "damage"), [2], id="while it is written, and the one before damaged"),
+    pytest.param(("0:1", "4:0", "9:1"), [4, 8], id="in each phase", marks=pytest.mark.slow),
+    *(
+        pytest.param((f"write:{n}",), [4], id=f"at call {n}", marks=pytest.mark.slow)
+        for n in range(1, 40, 6)
+    ),
+]
 
 
 @pytest.mark.parametrize(("kills", "resumed"), KILLS)
