@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("tokenizers")
@@ -124,9 +125,20 @@ def test_a_step_trains(problem):
     before = problem.training_loss(model, batch)
     for _ in range(10):
         optimizer.zero_grad()
-        problem.training_loss(model, batch).backward()
+        problem.backward(model, batch)
         optimizer.step()
     assert problem.training_loss(model, batch) < before
+
+
+def test_gradients_are_clipped_where_a_problem_says_so(problem, monkeypatch):
+    norms = []
+    for most in (None, 1e-3):
+        monkeypatch.setattr(problem, "max_norm", most)
+        model = problem.model(0)
+        problem.backward(model, problem.batch(0, 0))
+        norms.append(get_total_norm(p.grad for p in model.parameters() if p.grad is not None))
+    assert norms[0] > 2e-3
+    assert norms[1] == pytest.approx(1e-3, rel=1e-2)
 
 
 def test_phrases_of_validation_sentences_are_not_trained_on(tmp_path):

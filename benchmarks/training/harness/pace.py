@@ -44,7 +44,7 @@ class Pace:
         model, optimizer = self._network
         batch = self.problem.batch(self.seed, step)
         begun = time.process_time()
-        self.problem.training_loss(model, batch).backward()
+        self.problem.backward(model, batch)
         optimizer.step()
         optimizer.zero_grad()
         return time.process_time() - begun

@@ -77,7 +77,7 @@ class Replay(Trial):
         for step in range(self.problem.steps):
             if trained:
                 batch = self.problem.batch(self.seed, step)
-                self.problem.training_loss(self.model, batch).backward()
+                self.problem.backward(self.model, batch)
             self.optimizer.step()  # without gradients it changes nothing
             with self._counting():
                 self.ranks.step()

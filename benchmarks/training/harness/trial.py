@@ -145,8 +145,7 @@ class Trial:
         measured = probe_memory(self.model, [self.optimizer], _CPU) if self.probe else nullcontext()
         with self._timed():
             with measured as memory:
-                loss = self.problem.training_loss(self.model, batch)
-                loss.backward()
+                loss = self.problem.backward(self.model, batch)
                 self.optimizer.step()
             changes = self.ranks.step() if self.ranks is not None else []
             self.optimizer.zero_grad()

@@ -30,6 +30,7 @@ class Language(Problem):
         batch_size: windows a step.
         bf16: whether the forward pass is under bf16 autocast.
         calibrated_on: how many batches a calibration takes.
+        max_norm: what the norm of all gradients is clipped to.
     """
 
     layers, metric, higher = "blocks.*", "loss", False
@@ -48,10 +49,12 @@ class Language(Problem):
         batch_size: int = 32,
         bf16: bool = False,
         calibrated_on: int = 32,
+        max_norm: float | None = None,
     ) -> None:
         self.parts, self.tokens, self.width, self.depth = parts, tokens, width, depth
         self.steps, self.rate, self.heads, self.context = steps, rate, heads, context
         self.batch_size, self.bf16, self.calibrated_on = batch_size, bf16, calibrated_on
+        self.max_norm = max_norm
 
     def network(self, width: float = 1.0) -> nn.Module:
         """A GPT."""

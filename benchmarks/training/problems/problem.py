@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW, Optimizer
 
 Part = Literal["valid", "test"]
@@ -32,6 +33,7 @@ class Problem(ABC):
         bf16: whether the forward pass is under bf16 autocast.
         narrowable: whether :meth:`network` can make narrower networks.
         calibrated_on: how many batches a calibration takes.
+        max_norm: what the norm of all gradients is clipped to; None: to nothing.
     """
 
     layers: str | list[str]
@@ -43,6 +45,7 @@ class Problem(ABC):
     bf16 = False
     narrowable = True
     calibrated_on = 32
+    max_norm: float | None = None
     weight_decay = 0.05
 
     @abstractmethod
@@ -99,6 +102,14 @@ class Problem(ABC):
     def training_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss of a batch."""
         return self.loss(self.outputs(model, batch[0]), batch[1])
+
+    def backward(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The training loss of a batch; its gradients are in the model, clipped."""
+        loss = self.training_loss(model, batch)
+        loss.backward()
+        if self.max_norm is not None:
+            clip_grad_norm_(model.parameters(), self.max_norm)
+        return loss.detach()
 
     @torch.no_grad()
     def test(self, model: nn.Module, part: Part) -> dict[str, float]:
