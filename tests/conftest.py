@@ -38,6 +38,26 @@ def _freeze() -> None:
     gc.freeze()
 
 
+_FROZEN = gc.get_freeze_count
+
+
+@pytest.fixture(scope="session", autouse=True)
+def only_new_objects() -> Iterator[None]:
+    """No search among frozen objects, which a change asks for and which would take most of the time.
+
+    They are what was loaded before the tests of a module: nothing of them is looked for.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "get_freeze_count", int)
+        yield
+
+
+@pytest.fixture
+def frozen_objects_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change looks among frozen objects, as it does outside of tests."""
+    monkeypatch.setattr(gc, "get_freeze_count", _FROZEN)
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one state a process, of whichever precision was asked for first."""

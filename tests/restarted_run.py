@@ -1,12 +1,14 @@
-"""A run of two processes that is killed at given places, once each, and restarted by torchrun.
+"""A run of two processes that is killed at given places, once each, and restarted as by torchrun.
 
 ``python restarted_run.py FOLDER KILL ...``: each KILL is ``STEP:RANK`` (after that step, before its
 checkpoint), ``write:N`` (at the N-th call of the writer in process 0) or ``damage`` (the newest
-checkpoint changes before it is read).
+checkpoint changes before it is read). It is torchrun's launcher, but its processes fork from one
+that has imported torch, which takes longer than the run.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -15,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # what an optimizer imports: once here, before the processes fork
 import torch.distributed as dist
 from faults import at_calls, killing
 from torch import Tensor, nn
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
 
 import dynarank as dr
@@ -87,14 +91,27 @@ def damage(folder: Path, kills: tuple[str, ...]) -> None:
     dist.barrier()
 
 
-def main() -> None:
+def work(folder: Path, kills: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
     init_process_group("gloo")
-    folder = Path(sys.argv[1])
-    final = run(folder, tuple(sys.argv[2:]))
+    final = run(folder, kills)
     torch.save(final, folder / f"final-{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 
+def launch(folder: Path, kills: tuple[str, ...]) -> None:
+    multiprocessing.set_forkserver_preload(["restarted_run"])
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=len(kills),
+        start_method="forkserver",
+    )
+    elastic_launch(config, work)(folder, kills)
+
+
 if __name__ == "__main__":
-    main()
+    launch(Path(sys.argv[1]), tuple(sys.argv[2:]))

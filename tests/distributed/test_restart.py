@@ -1,4 +1,4 @@
-"""A killed worker: torchrun restarts all, and they go on from the newest verified checkpoint."""
+"""A killed worker: all are restarted, and go on from the newest verified checkpoint."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ from process_pool import Pools
 HERE = Path(restarted_run.__file__).parent
 
 
-def torchrun(folder: Path, *kills: str) -> subprocess.CompletedProcess[str]:
-    command = f"-m torch.distributed.run --nproc-per-node 2 --max-restarts {len(kills)}"
-    command += " --rdzv-backend c10d --rdzv-endpoint localhost:0"
-    script = HERE / "restarted_run.py"
+def launch(folder: Path, *kills: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, *command.split(), str(script), str(folder), *kills],
+        [sys.executable, restarted_run.__file__, str(folder), *kills],
         capture_output=True,
         text=True,
         timeout=280,  # before pytest ends the test, to say why
@@ -46,7 +43,7 @@ def test_a_killed_run_ends_with_the_weights_of_an_undisturbed_one(
     kills: tuple[str, ...], resumed: list[int], processes: Pools, tmp_path: Path
 ) -> None:
     whole = processes(2)(restarted_run.run, tmp_path / "whole")
-    done = torchrun(tmp_path / "killed", *kills)
+    done = launch(tmp_path / "killed", *kills)
     assert done.returncode == 0, done.stderr[-3000:]
     for step in resumed:
         assert f"resumes after step {step}\n" in done.stdout, done.stdout

@@ -616,6 +616,7 @@ def test_an_average_in_the_models_memory_is_refused() -> None:
         ranks.follow(shares)
 
 
+@pytest.mark.usefixtures("frozen_objects_too")
 def test_a_list_of_the_averages_old_parameters_is_found() -> None:
     model, optimizer, ranks, ema = started()
     kept = list(ema.module.parameters())

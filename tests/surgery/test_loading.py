@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import hypothesis.strategies as st
@@ -28,14 +27,6 @@ from dynarank.layers.form_entry import KEY
 from dynarank.surgery.loading import follow_loads
 
 State = Mapping[str, Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def only_new_objects() -> Iterator[None]:
-    """The search for optimizers does not go through all that other tests have imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def through_torch(state: State) -> State:
