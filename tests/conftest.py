@@ -43,7 +43,7 @@ _FROZEN = gc.get_freeze_count
 
 @pytest.fixture(scope="session", autouse=True)
 def only_new_objects() -> Iterator[None]:
-    """No search among frozen objects, which a change asks for and which would take most of the time.
+    """Changes do not search among frozen objects, which would take most of the time.
 
     They are what was loaded before the tests of a module: nothing of them is looked for.
     """
