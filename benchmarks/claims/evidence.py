@@ -27,7 +27,7 @@ SETTINGS = (
     "of 408 and 277 test pairs",
 )
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
-MEDIUM, ENCODER, VIT = "gpt_10m", "encoder_stsb", "vit_cifar"
+BYTE, MEDIUM, ENCODER, VIT = "gpt_bytes", "gpt_10m", "encoder_stsb", "vit_cifar"
 PAIRS = "encoder_mrpc", "encoder_rte"
 DEEPER, LARGER, SMALL_BERT = "resnet_cifar", "resnet20_cifar", "bert_mrpc"
 DECAY, FIXED, NARROW = "decay 0.65, 8 batches", "fixed 0.65 FLOPs", "narrower, 0.65"
@@ -53,6 +53,13 @@ def transformers() -> Iterator[str]:
     yield (
         f"{verb(GPT, DECAY, FIXED)} fixed low rank, a narrower network and shorter training, and "
         f"{verb(GPT, DECAY)} full rank."
+    )
+    decay, half = "decay 0.65", "decay 0.5"
+    assert verb(BYTE, decay) == verb(BYTE, decay, FIXED) == verb(BYTE, decay, NARROW)
+    yield (
+        f"On the byte GPT it {verb(BYTE, decay)} full rank, by {behind(BYTE, FULL, decay)}, than "
+        f"fixed low rank and than the narrower network, and a decay at {share(BYTE, half)} "
+        f"{verb(BYTE, half)} full rank."
     )
     assert verb(MEDIUM, DECAY, FIXED) == verb(MEDIUM, DECAY, NARROW)
     yield (
@@ -155,7 +162,7 @@ def costs() -> Iterator[str]:
         f"{share(GPT, DECAY, 'memory_peak')} and "
         f"{share(GPT, DECAY, 'cpu_seconds')}"
     )
-    for name in (GPT, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
+    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
         assert found(name).share(NARROW, "cpu_seconds") < 0.95
     for name in (RESNET, DEEPER, LARGER, VIT):
         for arm in (FIXED, found(name).decay("0.65"), LOW):
@@ -180,14 +187,18 @@ def calibrations() -> Iterator[str]:
 
 def met() -> Iterator[str]:
     """Yield who is on the front, who meets full rank, and what inflation was worth."""
-    for name in (GPT, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT):
+    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT):
         assert any(arm.startswith("narrower") for arm in found(name).front())
     assert not any(found(name).meets_full(arm) for name in (GPT, MEDIUM) for arm in cheap(name))
     assert found(MEDIUM).meets_full(DECAY)
+    half = "decay 0.5"
+    assert found(BYTE).meets_full(half) and found(BYTE).cheap(half)
+    yield f"by a decay at {share(BYTE, half, ALL_FLOPS)} on the byte GPT, which ends at"
+    yield f"ends at {share(BYTE, half, 'end_flops')} of full rank's FLOPs a step;"
     difference = behind(GPT, DECAY).replace(" (", " behind, ").removesuffix(")")
     yield (
         f"({difference}, at {share(GPT, DECAY, ALL_FLOPS)}), and meets full rank on the "
-        f"larger GPT for {share(MEDIUM, DECAY, ALL_FLOPS)} in all"
+        f"largest for {share(MEDIUM, DECAY, ALL_FLOPS)} in all"
     )
     images = (MLP, RESNET, DEEPER, LARGER, VIT)
     assert [n for n in images if any(schedule(n, arm) for arm in cheap(n))] == [VIT]
@@ -195,9 +206,10 @@ def met() -> Iterator[str]:
         assert verb(name, found(name).decay("0.65")) == "is worse than"
     assert verb(GPT, LOW, LIKE_LOW) == verb(GPT, DECAY, LOW) == "is better than"
     assert verb(MLP, LOW, LIKE_LOW) == "is worse than"
+    yield f"On the byte GPT it {verb(BYTE, LOW, FIXED)} fixed low rank of {share(BYTE, FIXED)} of"
     others = (verb(name, LOW, LIKE_LOW) for name in (RESNET, VIT, SMALL_BERT))
     assert set(others) == {"is not distinguishable from"}
-    for name in (GPT, MEDIUM, MLP, TABLE, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
+    for name in (GPT, BYTE, MEDIUM, MLP, TABLE, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
         inflated, before, _ = around(found(name).arms[LOW])
         assert inflated < before and found(name).share(LOW, ALL_FLOPS) > CHEAP
     assert all(verdict(found(name)).startswith("No arm") for name in (RESNET, TABLE, LARGER))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from benchmarks.training.harness.summary import FULL
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
 from .evidence import (
+    BYTE,
     DECAY,
     DEEPER,
     GPT,
@@ -27,7 +29,7 @@ from .versions import python
 PAGE = "README.md"
 DEMO = "training/results/2026-11-28-demo"
 CIFAR = "training/results/2026-11-24-cifar10-resnet20-12-epochs"
-SETTINGS = ("Apache-2.0", "On the GPT of 10 million parameters")
+SETTINGS = ("Apache-2.0", "the GPT of 10 million parameters")
 
 
 def claims() -> Iterator[str]:
@@ -63,8 +65,15 @@ def gains() -> Iterator[str]:
         f"{behind(GPT, narrow, decay)}, and {verb(GPT, decay)} full rank, behind which it is by "
         f"{behind(GPT, decay)}."
     )
-    assert verb(MEDIUM, decay, narrow) == verb(MEDIUM, decay, low)
-    yield f"it {verb(MEDIUM, decay, low)} both too"
+    pairs = [(MEDIUM, decay, narrow), (MEDIUM, decay, low)]
+    pairs += [(BYTE, "decay 0.65", other) for other in (narrow, low, FULL)]
+    (better,) = {verb(*pair) for pair in pairs}
+    yield f"it {better} both too, in short runs, and on the byte GPT than full rank, by"
+    half = "decay 0.5"
+    yield (
+        f"by {behind(BYTE, FULL, 'decay 0.65')}; there a decay at {share(BYTE, half)} "
+        f"{verb(BYTE, half)} full rank."
+    )
     gain = behind(MLP, low, decay)
     yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
     for name in (DEEPER, LARGER):

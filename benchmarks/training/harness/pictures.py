@@ -54,7 +54,7 @@ def fronts(found: Summaries, path: Path) -> None:
 
 def overview(all_found: list[Summaries], path: Path) -> None:
     """Quality against FLOPs for some problems, with the main arms only."""
-    panels = mosaic(len(all_found), across=2 if len(all_found) in (2, 4) else 3)
+    panels = mosaic(len(all_found), across=2 if len(all_found) in (2, 4) else 4)
     with figure(path, all_found, 0.4 + 2.7 * len(panels.split(";")), panels) as axes:
         for ax, found in zip(axes, all_found, strict=True):
             _front(ax, found, ALL_FLOPS, without=("other", "decay, 32 batches"))
