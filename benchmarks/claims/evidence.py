@@ -27,6 +27,7 @@ SETTINGS = (
     "of 408 and 277 test pairs",
 )
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
+WIDE = "mlp_1024"
 BYTE, MEDIUM, ENCODER, VIT = "gpt_bytes", "gpt_10m", "encoder_stsb", "vit_cifar"
 PAIRS = "encoder_mrpc", "encoder_rte"
 DEEPER, LARGER, SMALL_BERT = "resnet_cifar", "resnet20_cifar", "bert_mrpc"
@@ -79,6 +80,15 @@ def perceptrons() -> Iterator[str]:
         f"One early cut at {share(MLP, first)} has {result(MLP, first)} % and "
         f"{verb(MLP, first, eight)} a decay of the same FLOPs."
     )
+    low, narrow, decay = "fixed 0.2 FLOPs", "narrower, 0.2", "decay 0.2"
+    assert verb(WIDE, low) == verb(WIDE, low, narrow) == verb(WIDE, low, decay)
+    yield (
+        f"On that of width 1024 fixed low rank at {share(WIDE, low)} has {result(WIDE, low)} % and "
+        f"{verb(WIDE, low)} full rank, {result(WIDE, FULL)}, a narrower network and a decay of its "
+        f"FLOPs, for {share(WIDE, low, 'cpu_seconds')} of full rank's CPU seconds and "
+        f"{share(WIDE, low, 'memory_peak')} of its memory; a decay {verb(WIDE, decay)} full rank "
+        f"and {verb(WIDE, decay, narrow)} the narrower network."
+    )
 
 
 def convolutions() -> Iterator[str]:
@@ -119,7 +129,9 @@ def vit() -> Iterator[str]:
         f"Fixed low rank at {share(VIT, fixed)} of the FLOPs has {result(VIT, fixed)} % and "
         f"{verb(VIT, fixed)} full rank;"
     )
-    yield f"a decay at {share(VIT, 'decay 0.65')} {verb(VIT, 'decay 0.65')} full rank."
+    decay = "decay 0.65"
+    assert verb(VIT, decay) == verb(VIT, decay, FIXED) == verb(VIT, decay, NARROW)
+    yield f"a decay at {share(VIT, decay)} {verb(VIT, decay)} full rank and both of them."
 
 
 def pretrained() -> Iterator[str]:
@@ -186,7 +198,7 @@ def calibrations() -> Iterator[str]:
 
 def met() -> Iterator[str]:
     """Yield who is on the front, who meets full rank, and what inflation was worth."""
-    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT):
+    for name in (GPT, BYTE, MEDIUM, MLP, WIDE, RESNET, DEEPER, LARGER, VIT):
         assert any(arm.startswith("narrower") for arm in found(name).front())
     assert not any(found(name).meets_full(arm) for name in (GPT, MEDIUM) for arm in cheap(name))
     assert found(MEDIUM).meets_full(DECAY)
@@ -201,6 +213,8 @@ def met() -> Iterator[str]:
     )
     images = (MLP, RESNET, DEEPER, LARGER, VIT)
     assert [n for n in images if any(schedule(n, arm) for arm in cheap(n))] == [VIT]
+    two = [arm for arm in cheap(WIDE) if schedule(WIDE, arm) and arm.startswith("decay")]
+    assert two == ["decay 0.2", "decay 0.3"]
     for name in (DEEPER, LARGER):
         assert verb(name, found(name).decay("0.65")) == "is worse than"
     assert verb(GPT, LOW, LIKE_LOW) == verb(GPT, DECAY, LOW) == "is better than"

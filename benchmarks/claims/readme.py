@@ -18,6 +18,7 @@ from .evidence import (
     MLP,
     RESNET,
     VIT,
+    WIDE,
     behind,
     found,
     share,
@@ -76,6 +77,9 @@ def gains() -> Iterator[str]:
     )
     gain = behind(MLP, low, decay)
     yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
+    fifth = "fixed 0.2 FLOPs"
+    (better,) = {verb(WIDE, fifth, arm) for arm in ("decay 0.2", "narrower, 0.2", FULL)}
+    yield f"on one of width 1024 fixed low rank, at {share(WIDE, fifth)} of the FLOPs, {better} a"
     for name in (DEEPER, LARGER):
         assert verb(name, found(name).decay("0.65"), low) == verb(RESNET, decay, low)
     yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank;"
