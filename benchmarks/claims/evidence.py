@@ -86,9 +86,17 @@ def perceptrons() -> Iterator[str]:
         f"On that of width 1024 fixed low rank at {share(WIDE, low)} has {result(WIDE, low)} % and "
         f"{verb(WIDE, low)} full rank, {result(WIDE, FULL)}, a narrower network and a decay of its "
         f"FLOPs, for {share(WIDE, low, 'cpu_seconds')} of full rank's CPU seconds and "
-        f"{share(WIDE, low, 'memory_peak')} of its memory; a decay {verb(WIDE, decay)} full rank "
-        f"and {verb(WIDE, decay, narrow)} the narrower network."
+        f"{share(WIDE, low, 'memory_peak')} of its memory;"
     )
+    small = "fixed 1/16"
+    yield (
+        f"at 1/16 of the rank it has {result(WIDE, small)} for {share(WIDE, small, 'cpu_seconds')} "
+        f"and {share(WIDE, small, 'memory_peak')}. A decay {verb(WIDE, decay)} full rank and "
+        f"{verb(WIDE, decay, narrow)} the narrower network."
+    )
+    for name, arms in {MLP: (NARROW, FIXED), WIDE: (low, narrow)}.items():
+        better, worse = (found(name).arms[arm].result for arm in arms)
+        assert better > worse
 
 
 def convolutions() -> Iterator[str]:
@@ -198,8 +206,9 @@ def calibrations() -> Iterator[str]:
 
 def met() -> Iterator[str]:
     """Yield who is on the front, who meets full rank, and what inflation was worth."""
-    for name in (GPT, BYTE, MEDIUM, MLP, WIDE, RESNET, DEEPER, LARGER, VIT):
+    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT):
         assert any(arm.startswith("narrower") for arm in found(name).front())
+    assert {arm.partition(" ")[0] for arm in found(WIDE).front()} == {"fixed"}
     assert not any(found(name).meets_full(arm) for name in (GPT, MEDIUM) for arm in cheap(name))
     assert found(MEDIUM).meets_full(DECAY)
     half = "decay 0.5"
