@@ -183,6 +183,8 @@ def costs() -> Iterator[str]:
     )
     for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
         assert found(name).share(NARROW, "cpu_seconds") < 0.95
+    for arm in ("narrower, 0.3", "fixed 0.3 FLOPs", "decay 0.3"):
+        assert found(WIDE).share(arm, "cpu_seconds") < 0.7
     for name in (RESNET, DEEPER, LARGER, VIT):
         for arm in (FIXED, found(name).decay("0.65"), LOW):
             assert found(name).share(arm, "cpu_seconds") > 0.9
@@ -231,7 +233,7 @@ def met() -> Iterator[str]:
     yield f"On the byte GPT it {verb(BYTE, LOW, FIXED)} fixed low rank of {share(BYTE, FIXED)} of"
     others = (verb(name, LOW, LIKE_LOW) for name in (RESNET, VIT, SMALL_BERT))
     assert set(others) == {"is not distinguishable from"}
-    for name in (GPT, BYTE, MEDIUM, MLP, TABLE, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
+    for name in (GPT, BYTE, MEDIUM, MLP, WIDE, TABLE, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
         inflated, before, _ = around(found(name).arms[LOW])
         assert inflated < before and found(name).share(LOW, ALL_FLOPS) > CHEAP
     assert all(verdict(found(name)).startswith("No arm") for name in (RESNET, TABLE, LARGER))
