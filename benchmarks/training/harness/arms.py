@@ -162,9 +162,3 @@ def _order(rank: Rank, inflate: float, deflate: float) -> Phases:
     ends = [*(start for start, _ in phases[1:]), 1.0]
     kept = [phase for phase, end in zip(phases, ends, strict=True) if phase[0] < end]
     return Phases([start for start, _ in kept], [form for _, form in kept])
-
-
-def at_one_rate(arms: Sequence[Arm]) -> list[Arm]:
-    """These arms at the problem's rate, with nothing to tune."""
-    untuned: dict[str, Any] = {"rates": (1.0,), "starts": ("truncated",), "decays": ("factors",)}
-    return [replace(arm, **untuned) for arm in arms]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -75,17 +76,15 @@ class Cifar(Rows):
     """CIFAR, flipped and shifted.
 
     Args:
-        data: the folder of the data sets.
-        images: how many training images.
-        size: pixels of a side; images are averaged down to it.
+        parts: images and labels of each part.
         epochs: the length of the training.
     """
 
     bf16, calibrated_on = True, 8
 
-    def __init__(self, data: Path, images: int, size: int, epochs: int) -> None:
-        self.shift = size // 8
-        super().__init__(cifar10(data, images, size), epochs)
+    def __init__(self, parts: Mapping[str, tuple[Tensor, Tensor]], epochs: int) -> None:
+        self.shift = parts["train"][0].shape[-1] // 8
+        super().__init__(parts, epochs)
 
     def batch(self, seed: int, step: int) -> Batch:
         """The batch of a step, augmented."""
@@ -109,7 +108,7 @@ class CifarResNet(Cifar, StepDecay):
         data: the folder of the data sets.
         blocks: residual blocks a stage; the depth is 6 blocks + 2.
         images: how many training images.
-        size: pixels of a side.
+        size: pixels of a side; images are averaged down to it.
         epochs: the length of the training.
     """
 
@@ -119,7 +118,7 @@ class CifarResNet(Cifar, StepDecay):
         self, data: Path, blocks: int = 2, images: int = 10_000, size: int = 16, epochs: int = 12
     ) -> None:
         self.blocks = blocks
-        super().__init__(data, images, size, epochs)
+        super().__init__(cifar10(data, images, size), epochs)
 
     def network(self, width: float = 1.0) -> nn.Module:
         """Stages of 16, 32, 64 channels, in channels_last."""
@@ -133,7 +132,7 @@ class CifarViT(Cifar):
     layers, rate = "blocks.*", 0.002
 
     def __init__(self, data: Path, epochs: int = 12) -> None:
-        super().__init__(data, 10_000, 16, epochs)
+        super().__init__(cifar10(data, 10_000, 16), epochs)
 
     def network(self, width: float = 1.0) -> nn.Module:
         """16 tokens of width 96, 4 heads."""
@@ -141,13 +140,18 @@ class CifarViT(Cifar):
 
 
 class Cifar100WRN(Cifar, StepDecay):
-    """WRN-16-4 on all of CIFAR-100, as in the published code but for its size."""
+    """WRN-16-4 on all of CIFAR-100, as in the published code but for its size.
+
+    Args:
+        data: the folder of the data sets.
+        size: pixels of a side; images are averaged down to it.
+        epochs: the length of the training.
+    """
 
     layers, rate, narrowable = "*conv*", 0.1, False
 
-    def __init__(self, data: Path, epochs: int = 12) -> None:
-        self.shift = 4
-        Rows.__init__(self, cifar100(data), epochs)
+    def __init__(self, data: Path, size: int = 32, epochs: int = 12) -> None:
+        super().__init__(cifar100(data, size), epochs)
 
     def network(self, width: float = 1.0) -> nn.Module:
         """WRN-16-4 without dropout, in channels_last."""
@@ -192,12 +196,12 @@ def cifar10(data: Path, images: int, size: int) -> dict[str, tuple[Tensor, Tenso
     }  # fmt: skip
 
 
-def cifar100(data: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def cifar100(data: Path, size: int) -> dict[str, tuple[Tensor, Tensor]]:
     """CIFAR-100 with its fine labels: 48,000 images to train on, 2,000 to validate."""
-    x, y = _cifar(data / "cifar-100-binary" / "train.bin", 32, labels=2)
+    x, y = _cifar(data / "cifar-100-binary" / "train.bin", size, labels=2)
     return {
         "train": (x[:48_000], y[:48_000]), "valid": (x[48_000:], y[48_000:]),
-        "test": _cifar(data / "cifar-100-binary" / "test.bin", 32, labels=2),
+        "test": _cifar(data / "cifar-100-binary" / "test.bin", size, labels=2),
     }  # fmt: skip
 
 
