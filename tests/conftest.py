@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from covering import selected
+from only_new_objects import freeze
 from process_pool import Pool, Pools
 
 
@@ -23,19 +24,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish() -> None:
-    _freeze()
+    freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_heap() -> None:
     """Of what earlier modules have left, compiled graphs above all, a collection takes a second."""
-    _freeze()
-
-
-def _freeze() -> None:
-    """Leave what is loaded by now out of garbage collections, which many tests ask for."""
-    gc.collect()
-    gc.freeze()
+    freeze()
 
 
 _FROZEN = gc.get_freeze_count

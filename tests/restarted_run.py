@@ -20,6 +20,7 @@ import torch
 import torch._dynamo  # what an optimizer imports: once here, before the processes fork
 import torch.distributed as dist
 from faults import at_calls, killing
+from only_new_objects import search_only_new_objects
 from torch import Tensor, nn
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from torch.nn.parallel import DistributedDataParallel
@@ -93,6 +94,7 @@ def damage(folder: Path, kills: tuple[str, ...]) -> None:
 
 def work(folder: Path, kills: tuple[str, ...]) -> None:
     torch.set_num_threads(1)
+    search_only_new_objects()
     init_process_group("gloo")
     final = run(folder, kills)
     torch.save(final, folder / f"final-{dist.get_rank()}.pt")

@@ -79,7 +79,10 @@ def everything(run: dict[str, Any]) -> tuple[object, ...]:
     model, optimizer, ranks = run["model"], run["optimizer"], run["ranks"]
     values = {name: (id(p), p.tolist()) for name, p in model.named_parameters()}
     groups = [{**g, "params": [*map(id, g["params"])]} for g in optimizer.param_groups]
-    moments = {id(p): (id(s), str(s)) for p, s in optimizer.state.items()}
+    moments = {
+        id(p): (id(s), [(name, torch.as_tensor(v).tolist()) for name, v in s.items()])
+        for p, s in optimizer.state.items()
+    }
     layers = [(type(m), str(getattr(m, "last_factored_forms", None))) for m in model.modules()]
     return values, groups, moments, layers, copy.deepcopy(ranks.state_dict()), ranks.schedule
 

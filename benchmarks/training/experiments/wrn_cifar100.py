@@ -14,6 +14,7 @@ EXPERIMENT = Experiment(
     problem=partial(Cifar100WRN, size=16, epochs=6),
     arms=[
         *arms.full_rank(),
+        *arms.narrow(0.65),
         *arms.fixed_budgets(0.65),
         *arms.decays(0.65),
         *_PAPER,

@@ -148,14 +148,14 @@ class Cifar100WRN(Cifar, StepDecay):
         epochs: the length of the training.
     """
 
-    layers, rate, narrowable = "*conv*", 0.1, False
+    layers, rate = "*conv*", 0.1
 
     def __init__(self, data: Path, size: int = 32, epochs: int = 12) -> None:
         super().__init__(cifar100(data, size), epochs)
 
     def network(self, width: float = 1.0) -> nn.Module:
-        """WRN-16-4 without dropout, in channels_last."""
-        network = WideResNet(16, 4, classes=100, dropout=0.0)
+        """WRN-16-4 or less wide, without dropout, in channels_last."""
+        network = WideResNet(16, round(4 * width), classes=100, dropout=0.0)
         return network.to(memory_format=torch.channels_last)  # pyright: ignore
 
 

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import compress
 from typing import Any
 from weakref import ref
 
@@ -66,8 +67,17 @@ def _objects() -> list[Any]:
 
 
 def _of(classes: tuple[type, ...], objects: list[Any]) -> list[Any]:
-    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, classes)}
-    return [one for one in objects if type(one) in kinds]
+    kinds = _with_subclasses(classes)
+    return list(compress(objects, map(kinds.__contains__, map(type, objects))))
+
+
+def _with_subclasses(classes: tuple[type, ...]) -> set[type]:
+    found, todo = set[type](), list(classes)
+    while todo:
+        if (kind := todo.pop()) not in found:
+            found.add(kind)
+            todo += type.__subclasses__(kind)
+    return found
 
 
 def ddp_wrappers(modules: Iterable[nn.Module]) -> list[DistributedDataParallel]:
