@@ -229,6 +229,13 @@ def test_a_block_is_filled_whatever_is_in_it(
     assert page.read_text() == unended
 
 
+def test_a_block_names_its_problem_wherever_it_is_put() -> None:
+    """A heading by hand stays where it is when a block is put under it."""
+    found = made_up(**{"full rank": FULL})
+    for text in (tables.restored(found), evidence.block(found)):
+        assert "made up" in text.splitlines()[0]
+
+
 def test_every_block_has_its_place_on_a_page() -> None:
     assert evidence.unplaced(["deciding", "costs"]) == []
     assert evidence.unplaced(["deciding", "made_up"]) == ["made_up"]

@@ -185,7 +185,7 @@ def _cell(one: Summary | None, found: Summaries) -> str:
 def restored(found: Summaries) -> str:
     """What inflation restored: effective ranks around the full-rank phase, by layer."""
     head = ("arm", "layer", "inflated", "before its end", "after it", "end", "full rank's end")
-    return markdown(head, _restored(found), words=2)
+    return f"**{found.experiment.short}**\n\n{markdown(head, _restored(found), words=2)}"
 
 
 def _restored(found: Summaries) -> Iterator[tuple[str, ...]]:
