@@ -40,7 +40,7 @@ def _compared() -> Iterator[str]:
     yield f"but {verb(MLP, half, 'narrower, 0.5')} a narrower network"
     one = verb(MLP, "full first 0.3", found(MLP).decay("0.3"))
     yield f", {one} eight."
-    many, few = (found(GPT).calibration(arm) for arm in ("decay 0.65", DECAY))
+    many, few = (found(GPT).further(arm) for arm in ("decay 0.65", DECAY))
     yield f"on 32 batches each add {many:.2f} of full rank's FLOPs to a decay of"
     yield f"on 8 batches, the default, {few:.2f}, and both end as good"
     assert verb(GPT, "decay 0.65", DECAY) == "is not distinguishable from"

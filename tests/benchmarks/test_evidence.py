@@ -170,8 +170,8 @@ def test_calibration_counts_and_a_decay_on_few_batches_stands_for_its_budget(
     changed = [found.arms[name] for name in ("decay 0.5", DECAY_ON_FEW)]
     for run in (run for one in changed for run in one.runs):
         run["changes"] = [{"step": 1, "layers": {}}]
-    assert found.calibration("decay 0.5") is None and found.calibration("full rank") == 0
-    assert "Calibration is not counted yet for decay 0.5" in evidence.block(found)
+    assert found.further("decay 0.5") is None and found.further("full rank") == 0
+    assert "Further FLOPs are not counted yet for decay 0.5" in evidence.block(found)
     counted = {"made up": {"decay 0.5": 0.2, DECAY_ON_FEW: 0.05}}
     monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda: counted)
     assert found.share("decay 0.5", "flops") == 0.5
@@ -255,7 +255,7 @@ def test_a_picture_of_other_records_is_noticed() -> None:
 
 def test_the_calibrations_of_all_recorded_arms_are_counted() -> None:
     for found in map(Summaries, evidence.recorded()):
-        assert not [arm for arm in found.arms if found.calibration(arm) is None], found.name
+        assert not [arm for arm in found.arms if found.further(arm) is None], found.name
 
 
 def test_full_rank_is_met_at_all_the_flops_that_were_spent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ import dynarank as dr
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.arms import on_few
+from benchmarks.training.harness.calibration import key
 from benchmarks.training.harness.energy import counters, joules
 from benchmarks.training.harness.experiment import get, names
 from benchmarks.training.harness.extras import decay_products
@@ -386,6 +387,22 @@ def test_the_flops_of_calibrations_are_counted_on_a_replay(tmp_path: Path) -> No
     moments = 2 * 8 * (16 * 16 + 32 * 32)  # of the shorter sides of the scheduled layers
     assert counted[0] - counted[1] == pytest.approx((32 - 4) * (forward + moments), rel=1e-3)
     assert counted[1] > 4 * (forward + moments)  # the change computes products too
+
+
+def test_the_flops_of_decaying_products_are_counted_on_a_replay(tmp_path: Path) -> None:
+    """U^T U, V V^T and a product with each, for every scheduled layer and in every step."""
+    counted: list[float] = []
+    for name in ("factors", "product"):
+        setting = Setting(decay=name)
+        run = trial(FIXED, setting)
+        run.run(tmp_path / name)
+        record = {"arm": FIXED.name, "seed": 0, "setting": asdict(setting), **run.result("test")}
+        record["schedule"] = schedule_data(FIXED.schedule)
+        counted.append(share(experiment(FIXED), Tiny(), record) * flops(Tiny()) * 40)
+    layers = [run.model.get_submodule(path) for path in ("0", "2")]
+    step = sum(4 * len(one.down) ** 2 * sum(one.weight.shape) for one in layers)
+    assert counted[1] - counted[0] == pytest.approx(40 * step, rel=1e-3)
+    assert key(record) != key({**record, "setting": asdict(Setting())})
 
 
 def test_a_schedule_that_decides_by_what_it_sees_is_replayed_with_training(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""What changes cost: mostly the FLOPs of the passes over a few batches that come with each cut.
+"""What an arm costs besides its training steps: FLOPs that the records do not have.
 
-They are not among the training FLOPs of the records; ``replay`` counts them, one run of each arm.
+Mostly those of the passes over a few batches that come with each cut; for arms that decay products
+or have a penalty, those of these too. ``replay`` counts them, one run of each arm.
 """
 
 from __future__ import annotations
@@ -8,12 +9,17 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from benchmarks.training.harness.store import ROOT
+from benchmarks.training.harness.store import ROOT, Run
 
 FILE = ROOT / "calibration.json"
 
 
 @cache
 def shares() -> dict[str, dict[str, float]]:
-    """What calibration costs, by experiment and arm, relative to full rank's training."""
+    """What is besides, by experiment and :func:`key`, relative to full rank's training."""
     return json.loads(FILE.read_text(encoding="utf-8"))["shares"] if FILE.exists() else {}
+
+
+def key(run: Run) -> str:
+    """The arm of a run, and whether products are decayed: that is tuned, and costs FLOPs."""
+    return run["arm"] + (", products decayed" if run["setting"]["decay"] == "product" else "")

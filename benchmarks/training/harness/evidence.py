@@ -91,8 +91,8 @@ def _unfinished(found: Summaries) -> Iterator[str]:
     if short or missing:
         words = [*(f"{arm} (n = {n})" for arm, n in short.items()), *missing]
         yield f"Not run yet on all {wanted} seeds: {', '.join(words)}."
-    if uncounted := [arm for arm in found.arms if found.calibration(arm) is None]:
-        yield f"Calibration is not counted yet for {', '.join(uncounted)}."
+    if uncounted := [arm for arm in found.arms if found.further(arm) is None]:
+        yield f"Further FLOPs are not counted yet for {', '.join(uncounted)}."
     if found.diverged:
         names_ = sorted({f"{run['arm']}, seed {run['seed']}" for run in found.diverged})
         yield f"Diverged: {'; '.join(names_)}."

@@ -16,7 +16,7 @@ from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries,
 
 WIDTH = 8.2  # inches
 COSTS = {
-    ALL_FLOPS: "FLOPs of training and calibration", "memory_peak": "peak memory of a step",
+    ALL_FLOPS: "FLOPs, all counted", "memory_peak": "peak memory of a step",
     "cpu_seconds": "CPU seconds",
 }  # fmt: skip
 STYLES: dict[str, tuple[str, str]] = {
@@ -216,7 +216,7 @@ def digest(found: Summaries | list[Summaries]) -> str:
     """What a picture of these summaries is drawn from, in short."""
     several = found if isinstance(found, list) else [found]
     runs = [run for one in several for arm in one.arms.values() for run in arm.runs]
-    runs += [{arm: one.calibration(arm) for arm in one.arms} for one in several]
+    runs += [{arm: one.further(arm) for arm in one.arms} for one in several]
     return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,6 +1,7 @@
-"""Counts the FLOPs of calibrations and changes on a replay of a run, which does not train.
+"""Counts the FLOPs besides the training steps on a replay of a run, which does not train.
 
-They follow from the times and forms of the changes. A schedule that decides by what it sees is
+They follow from the times and forms of the changes, and from what the arm adds to the optimizer's
+step. A schedule that decides by what it sees is
 replayed with training; one that changes at the recorded steps without it is not, and the ranks are
 then those of an untrained network, which moved the count by 0.003 of full rank's training at most
 where both were tried. Decompositions are not counted.
@@ -21,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dynarank as dr
 from benchmarks.training.harness.arm import Setting
-from benchmarks.training.harness.calibration import FILE, shares
+from benchmarks.training.harness.calibration import FILE, key, shares
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.identity import commit
 from benchmarks.training.harness.narrow import flops
@@ -61,7 +62,8 @@ class Replay(Trial):
     """A run of which only the changes count.
 
     Attributes:
-        counted: the FLOPs of calibrations, of BatchNorm too, and of the products of changes.
+        counted: the FLOPs of calibrations, of BatchNorm too, of the products of changes, and of
+            penalties and decays of products.
     """
 
     counted = 0
@@ -78,8 +80,8 @@ class Replay(Trial):
             if trained:
                 batch = self.problem.batch(self.seed, step)
                 self.problem.backward(self.model, batch)
-            self.optimizer.step()  # without gradients it changes nothing
             with self._counting():
+                self.optimizer.step()  # with what the arm adds to it; its own is element by element
                 self.ranks.step()
             self.optimizer.zero_grad()
             self.lr.step()
@@ -97,7 +99,7 @@ def _steps(seen: Any) -> list[int]:
 
 
 def share(experiment: Experiment, problem: Problem, run: Run) -> float:
-    """The FLOPs of a run's calibrations, relative to the training of the full-rank network.
+    """The FLOPs of a run besides its training steps, relative to the training of full rank.
 
     Raises:
         OtherRunError: the replay changes layers at other steps than the run did.
@@ -137,7 +139,7 @@ def measure(names: Sequence[str], data: Path, results: Path) -> None:
 
 def _measure(name: str, problem: Problem, run: Run) -> None:
     try:
-        _add(name, run["arm"], share(get(name), problem, run))
+        _add(name, key(run), share(get(name), problem, run))
     except OtherRunError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
 
@@ -148,7 +150,7 @@ def missing(name: str, results: Path) -> list[Run]:
     return [
         one.runs[0]
         for one in Summaries(name, Store(name, results).runs()).arms.values()
-        if one.runs[0]["changes"] and one.arm not in known
+        if one.runs[0]["changes"] and key(one.runs[0]) not in known
     ]
 
 

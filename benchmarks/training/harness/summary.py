@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean
 
-from benchmarks.training.harness.calibration import shares
+from benchmarks.training.harness.calibration import key, shares
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.jobs import reported
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
@@ -105,16 +105,15 @@ class Summaries:
         )
         return paired(one, two)
 
-    def calibration(self, arm: str) -> float | None:
-        """The FLOPs of an arm's calibrations, of full rank's training; None: not counted."""
-        if not self.arms[arm].runs[0]["changes"]:
-            return 0.0
-        return shares().get(self.name, {}).get(arm)
+    def further(self, arm: str) -> float | None:
+        """An arm's FLOPs besides the steps, of full rank's training; None: not counted."""
+        run = self.arms[arm].runs[0]
+        return shares().get(self.name, {}).get(key(run)) if run["changes"] else 0.0
 
     def share(self, arm: str, cost: str) -> float:
         """The mean cost of an arm, relative to full rank; as it is if full rank has not run.
 
-        All FLOPs are those of training and of calibration, as far as they are counted.
+        All FLOPs are those of training and those besides, as far as they are counted.
         CPU seconds are relative to those of full rank at the pace that was timed beside each run,
         where all runs of the arm have it; else to those of the runs of full rank.
         """
@@ -122,7 +121,7 @@ class Summaries:
         if cost == "cpu_seconds" and all(run.get("full_rank_seconds") for run in runs):
             return fmean(run["cpu_seconds"] / run["full_rank_seconds"] for run in runs)
         if cost == ALL_FLOPS:
-            return self.share(arm, "flops") + (self.calibration(arm) or 0.0)
+            return self.share(arm, "flops") + (self.further(arm) or 0.0)
         full = self.arms[FULL].mean(cost) if FULL in self.arms else 1.0
         return self.arms[arm].mean(cost) / full
 
@@ -163,7 +162,7 @@ class Summaries:
 
     def cheap(self, arm: str) -> bool:
         """Whether all FLOPs of an arm are counted, and they and those of its end are few."""
-        if arm == FULL or self.calibration(arm) is None:
+        if arm == FULL or self.further(arm) is None:
             return False
         end = self.arms[arm].mean("end_flops")
         return self.share(arm, ALL_FLOPS) <= CHEAP and end <= CHEAP_END

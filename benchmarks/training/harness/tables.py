@@ -18,7 +18,7 @@ from benchmarks.training.harness.summary import (
 )
 
 HEAD = (
-    "arm", "n", "rate", "FLOPs", "calibration", "last", "parameters", "memory", "CPU s", "result",
+    "arm", "n", "rate", "FLOPs", "further", "last", "parameters", "memory", "CPU s", "result",
     "minus full rank", "minus fixed low rank",
 )  # fmt: skip
 
@@ -43,7 +43,7 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
         _n(one, found),
         f"{one.runs[0]['setting']['rate']:g}{_marks(one)}",
         f"{one.mean('flops'):.3f}",
-        "" if (passes := found.calibration(one.arm)) is None else f"{passes:.3f}",
+        "" if (further := found.further(one.arm)) is None else f"{further:.3f}",
         f"{one.mean('end_flops'):.3f}",
         *(_share(one.arm, found, key) for key in ("parameters_mean", "memory_peak", "cpu_seconds")),
         one.text(digits(found)),
@@ -131,8 +131,8 @@ def _met(found: Summaries) -> str:
         if found.cheap(name) and found.meets_full(name)
     ]
     what = (
-        f"within one standard error at {CHEAP:g} of the FLOPs or less, calibration among them, "
-        f"with a last network of {CHEAP_END:g} or less"
+        f"within one standard error at {CHEAP:g} of the FLOPs or less, all counted, with a last"
+        f" network of {CHEAP_END:g} or less"
     )
     return f"Full rank is met {what}, by: {'; '.join(met) or 'no arm'}."
 
@@ -164,7 +164,7 @@ _COLUMNS = {
 
 
 def deciding(problems: Sequence[Summaries], budget: float) -> str:
-    """The main arms of some problems at a budget; FLOPs with calibration in parentheses."""
+    """The main arms of some problems at a budget; all FLOPs in parentheses."""
     lines: list[Sequence[str]] = []
     for found in problems:
         what = f"{found.experiment.short}: {found.metric}{'' if found.metric == 'loss' else ', %'}"
