@@ -36,7 +36,9 @@ def _compared() -> Iterator[str]:
     assert {verb(GPT, half, other) for other in others} == {better}
     yield f"a decay {better} fixed low rank, one early cut and shorter training of its FLOPs"
     half = found(MLP).decay("0.5")
-    yield f"of the budgets of the table {verb(MLP, half, 'fixed 0.5 FLOPs')} fixed low rank"
+    for arm, low in {half: "fixed 0.5 FLOPs", DECAY: "fixed 0.65 FLOPs"}.items():
+        assert verb(MLP, arm, low) == "is better than"
+    yield f"of half of the FLOPs or more {verb(MLP, half, 'fixed 0.5 FLOPs')} fixed low rank"
     yield f"but {verb(MLP, half, 'narrower, 0.5')} a narrower network"
     one = verb(MLP, "full first 0.3", found(MLP).decay("0.3"))
     yield f", {one} eight."

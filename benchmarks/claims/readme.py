@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.training.harness.summary import FULL
+from benchmarks.training.harness.summary import ALL_FLOPS, FULL
 from dynarank.records import SummaryRecord
 from dynarank.report.comparison import compare_pairs
 
@@ -29,8 +29,11 @@ from .versions import python
 
 PAGE = "README.md"
 DEMO = "training/results/2026-11-28-demo"
-CIFAR = "training/results/2026-11-24-cifar10-resnet20-12-epochs"
-SETTINGS = ("Apache-2.0", "the GPT of 10 million parameters")
+SETTINGS = (
+    "Apache-2.0",
+    "the GPT of 10 million parameters",
+    "by the 95% interval of one difference",
+)
 
 
 def claims() -> Iterator[str]:
@@ -45,9 +48,14 @@ def claims() -> Iterator[str]:
         )
     yield from demo_tests()
     yield f"With Python {python()} or newer"
-    low, full = (summaries(CIFAR, schedule) for schedule in ("low-rank", "full-rank"))
-    yield f"reached {spread(low)} % for {flops(low):.3f} of the FLOPs, full rank {spread(full)}"
-    yield f"no schedule did better ([n = {len(low)}]"
+    small = "fixed 1/16"
+    yield (
+        f"low rank at 1/16 of the rank {verb(WIDE, small)} full rank, for "
+        f"{share(WIDE, small, ALL_FLOPS)} of the FLOPs and {share(WIDE, small, 'cpu_seconds')} of "
+        f"the CPU seconds ([n = {found(WIDE).arms[small].n}]"
+    )
+    rates = {name: (_rate(name, arm), _rate(name, FULL)) for name, arm in _LOW.items()}
+    assert {(low > full) - (low < full) for low, full in rates.values()} == {-1, 0, 1}
     layers = read_json("layers/results/2026-11-24-cpu/layers.json")["rows"]
     conv = only(layers, layer="conv 3x3, 16 channels, 32x32, batch 32", share="1/8")
     times = conv["ms"]
@@ -62,30 +70,45 @@ def gains() -> Iterator[str]:
     assert verb(GPT, decay, narrow) == verb(GPT, decay, low)
     yield (
         f"at {share(GPT, decay)} of the training FLOPs, it {verb(GPT, decay, low)} fixed low rank "
-        f"of the same FLOPs by {behind(GPT, low, decay)}, than a narrower network by "
-        f"{behind(GPT, narrow, decay)}, and {verb(GPT, decay)} full rank, behind which it is by "
-        f"{behind(GPT, decay)}."
+        f"of the same FLOPs by {behind(GPT, low, decay).replace('s.e.', 's.e., standard error,')}, "
+        f"than a narrower network by {behind(GPT, narrow, decay)}, and {verb(GPT, decay)} full "
+        f"rank, behind which it is by {behind(GPT, decay)}."
     )
     pairs = [(MEDIUM, decay, narrow), (MEDIUM, decay, low)]
     pairs += [(BYTE, "decay 0.65", other) for other in (narrow, low, FULL)]
     (better,) = {verb(*pair) for pair in pairs}
-    yield f"it {better} both too, in short runs, and on the byte GPT than full rank, by"
+    yield f"it {better} both too, and on the byte GPT than full rank, by"
     half = "decay 0.5"
     yield (
         f"by {behind(BYTE, FULL, 'decay 0.65')}; there a decay at {share(BYTE, half)} "
         f"{verb(BYTE, half)} full rank."
     )
+    steps = sorted(found(name).arms[FULL].runs[0]["steps"] for name in (GPT, BYTE, MEDIUM))
+    yield f"short runs, of {steps[0]} to {steps[-1]} steps"
     gain = behind(MLP, low, decay)
-    yield f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points"
+    yield (
+        f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points "
+        f"({share(MLP, low, ALL_FLOPS)}x is with the products of its weight decay)"
+    )
     fifth = "fixed 0.2 FLOPs"
     (better,) = {verb(WIDE, fifth, arm) for arm in ("decay 0.2", "narrower, 0.2", FULL)}
-    yield f"on one of width 1024 fixed low rank, at {share(WIDE, fifth)} of the FLOPs, {better} a"
+    cost = share(WIDE, fifth, ALL_FLOPS)
+    yield f"on one of width 1024 fixed low rank, at {cost} of all FLOPs, {better} a"
     for name in (DEEPER, LARGER):
         assert verb(name, found(name).decay("0.65"), low) == verb(RESNET, decay, low)
     yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank;"
     decay = found(VIT).decay("0.65")
     better = verb(VIT, narrow, decay).removesuffix(" than")
     yield f"a narrower network {better} by {behind(VIT, decay, narrow)} points"
+
+
+_LOW = {name: "fixed 0.65 FLOPs" for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT)}
+_LOW |= {WIDE: "fixed 0.3 FLOPs"}
+
+
+def _rate(name: str, arm: str) -> float:
+    """Return the learning rate that was chosen for an arm."""
+    return found(name).arms[arm].runs[0]["setting"]["rate"]
 
 
 def summaries(folder: str, schedule: str) -> list[SummaryRecord]:

@@ -4,7 +4,7 @@
   python -m benchmarks.training run mlp_256 --data DIR --minutes 9
   python -m benchmarks.training status                  # how far each is
   python -m benchmarks.training table mlp_table         # its table, here
-  python -m benchmarks.training calibration --data DIR  # what calibration costs
+  python -m benchmarks.training calibration --data DIR  # FLOPs besides the steps
   python -m benchmarks.training write                   # the tables of the docs
 
 To repeat a table from nothing, give run, status, calibration and table a new
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     status = commands.add_parser("status", help="how far each experiment is")
     table = commands.add_parser("table", help="print tables of records, and what they say")
     calibration = commands.add_parser(
-        "calibration", help="count the FLOPs of calibrations, on a replay of a run of each arm"
+        "calibration", help="count the FLOPs besides the steps, on a replay of a run of each arm"
     )
     write = commands.add_parser("write", help="write the tables and pictures of docs and README")
     _add_run(run)
