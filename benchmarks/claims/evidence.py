@@ -37,6 +37,7 @@ WIDE = "mlp_1024"
 BYTE, MEDIUM, ENCODER, VIT = "gpt_bytes", "gpt_10m", "encoder_stsb", "vit_cifar"
 PAIRS = "encoder_mrpc", "encoder_rte"
 DEEPER, LARGER, SMALL_BERT = "resnet_cifar", "resnet20_cifar", "bert_mrpc"
+WRN = "wrn_cifar100"
 DECAY, FIXED, NARROW = "decay 0.65, 8 batches", "fixed 0.65 FLOPs", "narrower, 0.65"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
@@ -134,6 +135,18 @@ def convolutions() -> Iterator[str]:
         f"A decay {verb(LARGER, decay, FIXED)} fixed low rank and {verb(LARGER, decay, NARROW)} "
         "the narrower network there and on the ResNet-14;"
     )
+    decay = "decay 0.65"
+    yield (
+        f"On a WRN-16-4 on CIFAR-100 (n = {found(WRN).arms[decay].n}) a decay has "
+        f"{result(WRN, decay)} %, the paper's order {result(WRN, LOW)}, fixed low rank "
+        f"{result(WRN, FIXED)}: each {verb(WRN, decay)} full rank, {result(WRN, FULL)}, and none "
+        f"is distinguishable from another, for {share(WRN, decay, 'cpu_seconds')} to "
+        f"{share(WRN, LOW, 'cpu_seconds')} of its seconds;"
+    )
+    assert len({verb(WRN, arm) for arm in (decay, LOW, FIXED)}) == 1
+    pairs = ((decay, LOW), (decay, FIXED), (LOW, FIXED))
+    assert {verb(WRN, *pair) for pair in pairs} == {"is not distinguishable from"}
+    assert found(WRN).best(found(WRN).arms) == FULL
     for name in (RESNET, DEEPER, LARGER):
         assert found(name).best(found(name).arms) == FULL
         others = (verb(name, arm, NARROW) for arm in (FIXED, found(name).decay("0.65"), LOW))
@@ -214,6 +227,8 @@ def costs() -> Iterator[str]:
         assert found(name).share(NARROW, "cpu_seconds") < 0.95
     for arm in ("narrower, 0.3", "fixed 0.3 FLOPs", "decay 0.3"):
         assert found(WIDE).share(arm, "cpu_seconds") < 0.7
+    for arm in (FIXED, "decay 0.65"):
+        assert round(5 * (1 - found(WRN).share(arm, "cpu_seconds"))) == 1
     for name in (RESNET, DEEPER, LARGER, VIT):
         for arm in (FIXED, found(name).decay("0.65"), LOW):
             assert found(name).share(arm, "cpu_seconds") > 0.9
@@ -255,10 +270,10 @@ def met() -> Iterator[str]:
     assert [n for n in images if any(schedule(n, arm) for arm in cheap(n))] == [VIT]
     for name in (SMALL_BERT, TABLE):
         assert any(schedule(name, arm) for arm in cheap(name))
-    assert not any(cheap(name) for name in (MEDIUM, ENCODER, *PAIRS))
+    assert not any(cheap(name) for name in (MEDIUM, WRN, ENCODER, *PAIRS))
     two = [arm for arm in cheap(WIDE) if schedule(WIDE, arm) and arm.startswith("decay")]
     assert two == ["decay 0.2", "decay 0.3"]
-    for name in (DEEPER, LARGER):
+    for name in (DEEPER, LARGER, WRN):
         assert verb(name, found(name).decay("0.65")) == "is worse than"
     assert verb(GPT, LOW, LIKE_LOW) == verb(GPT, DECAY, LOW) == "is better than"
     assert verb(GPT, LOW, FIXED) == "is not distinguishable from"
@@ -266,7 +281,8 @@ def met() -> Iterator[str]:
     yield f"On the byte GPT it {verb(BYTE, LOW, FIXED)} fixed low rank of {share(BYTE, FIXED)} of"
     others = (verb(name, LOW, LIKE_LOW) for name in (RESNET, VIT, SMALL_BERT))
     assert set(others) == {"is not distinguishable from"}
-    for name in (GPT, BYTE, MEDIUM, MLP, WIDE, TABLE, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
+    paper = (GPT, BYTE, MEDIUM, MLP, WIDE, TABLE, RESNET, DEEPER, LARGER, WRN, VIT, SMALL_BERT)
+    for name in paper:
         inflated, before, _ = around(found(name).arms[LOW])
         assert inflated < before and found(name).share(LOW, ALL_FLOPS) > CHEAP
 

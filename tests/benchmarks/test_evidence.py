@@ -200,6 +200,18 @@ def test_the_seeds_that_did_not_diverge_are_no_sample() -> None:
     assert "decay 0.5" not in text.partition("Not run yet on all 5 seeds: ")[2].partition(".\n")[0]
 
 
+def test_an_arm_that_lacks_a_seed_is_best_of_nothing() -> None:
+    best = [value + 5 for value in FULL]
+    for results in ([*best[:4], None], best[:1]):
+        found = made_up(**{"full rank": FULL, "decay 0.5": results, "fixed 0.5 FLOPs": FIXED})
+        assert found.best(found.arms) == "full rank" and "decay 0.5" not in found.front()
+        _, _, row = tables.deciding([found], 0.5).splitlines()
+        assert row.startswith("| made up: accuracy, % | 5 |")
+        assert (", n = 4 of 5)" if None in results else ", n = 1)") in row
+        other = made_up(**{"full rank": FULL, "decay 0.5": best, "fixed 0.5 FLOPs": FIXED})
+        assert "decay" not in comparison.orders({"mlp_256": other, "mlp_1024": found})
+
+
 def test_a_smaller_loss_is_better() -> None:
     found = made_up(**{"full rank": FULL, "fixed 0.5 FLOPs": FIXED})
     found.sign = -1

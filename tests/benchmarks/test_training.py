@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, trial
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynarank as dr
 from benchmarks.training.harness import arms
@@ -35,11 +36,13 @@ from benchmarks.training.harness.jobs import (
     setting_of,
 )
 from benchmarks.training.harness.narrow import flops, width_for
-from benchmarks.training.harness.replay import OtherRunError, Replay, share
+from benchmarks.training.harness.replay import UNKNOWN, OtherRunError, Replay, share
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import chosen, found, next_settings
+from dynarank.cost import trace
 from dynarank.schedules import closed_loop, decay, low_rank
+from dynarank.train.gpt import GPT
 
 ROOT = Path(__file__).parents[2]
 
@@ -387,6 +390,14 @@ def test_the_flops_of_calibrations_are_counted_on_a_replay(tmp_path: Path) -> No
     moments = 2 * 8 * (16 * 16 + 32 * 32)  # of the shorter sides of the scheduled layers
     assert counted[0] - counted[1] == pytest.approx((32 - 4) * (forward + moments), rel=1e-3)
     assert counted[1] > 4 * (forward + moments)  # the change computes products too
+
+
+def test_a_pass_of_a_replay_counts_what_the_trace_of_the_network_counts() -> None:
+    """Attention too, which torch's counter leaves out on a CPU."""
+    model, x = GPT(vocabulary=11, width=16, depth=2, heads=2, context=8), torch.zeros(3, 8).long()
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
+        model(x)
+    assert counter.get_total_flops() == trace(model, x).flops({}).forward
 
 
 def test_the_flops_of_decaying_products_are_counted_on_a_replay(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ LIKE = (
     ("resnet_fashion", "resnet_cifar"),
     ("resnet_fashion", "resnet20_cifar"),
     ("resnet_cifar", "resnet20_cifar"),
+    ("resnet20_cifar", "wrn_cifar100"),
     ("bert_mrpc", "bert_sst2"),
 )
 """A smaller problem and a larger one of its kind."""
@@ -107,9 +108,10 @@ def _orders(problems: Mapping[str, Summaries]) -> Iterator[tuple[str, ...]]:
 
 
 def _results(found: Summaries) -> dict[str, float]:
-    """The mean results, larger is better; of decays of one budget that on fewer batches."""
+    """The means of whole arms, larger is better; of decays of one budget that on fewer batches."""
     # Those on few come after those on more.
-    return {one.arm.removesuffix(FEW): found.sign * one.result for one in found.arms.values()}
+    whole = [one for one in found.arms.values() if one.arm in found.whole]
+    return {one.arm.removesuffix(FEW): found.sign * one.result for one in whole}
 
 
 def tau(one: Sequence[float], other: Sequence[float]) -> float:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[3]
 PICTURES = ROOT / "docs" / "images" / "evidence"
 DECIDING = (
     "gpt_characters", "gpt_bytes", "gpt_10m",
-    "mlp_256", "vit_cifar", "resnet_fashion", "resnet20_cifar",
+    "mlp_256", "vit_cifar", "resnet_fashion", "resnet20_cifar", "wrn_cifar100",
 )  # fmt: skip
 """The problems of the table and the picture of the README."""
 _BUDGET = 0.65

@@ -63,7 +63,7 @@ def counted(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
         mine = run["part"] == "test" and arm.made(run)
         if mine and Setting(**run["setting"]) == setting and run.get("schedule", wanted) == wanted:
             first.setdefault(run["seed"], run)
-    return list(first.values())
+    return [first[seed] for seed in sorted(first)]
 
 
 def schedule_data(schedule: Any) -> Any:
@@ -121,7 +121,8 @@ def schedule_of(
     """
     if arm.spends is None:
         return arm.schedule
-    spent = [run["flops"] for run in counted(experiment.by_name[arm.spends], experiment, runs)]
-    if len(spent) < len(experiment.seeds) or fmean(spent) > _MOST:
+    other = counted(experiment.by_name[arm.spends], experiment, runs)
+    spent = [run["flops"] for run in other if run["result"]]  # one that diverged has few
+    if len(other) < len(experiment.seeds) or not spent or fmean(spent) > _MOST:
         return WAITING
     return low_rank(budget=round(fmean(spent), 3))

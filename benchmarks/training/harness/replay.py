@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dynarank as dr
 from benchmarks.training.harness.arm import Setting
@@ -44,7 +44,17 @@ def _baddbmm(_: Any, one: Any, other: Any, **__: Any) -> int:
     return 2 * math.prod(one) * other[-1]
 
 
-_IN_PLACE: Any = {torch.ops.aten.baddbmm_: _baddbmm}  # the counter knows it out of place only
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """The FLOPs of the two products of an attention of these shapes."""
+    return sdpa_flop_count(query, key, value)
+
+
+_ATEN = torch.ops.aten
+UNKNOWN: Any = {
+    _ATEN.baddbmm_: _baddbmm,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+}
+"""Operations that torch's counter does not count: in place, and attention on a CPU."""
 
 
 class OtherRunError(Exception):
@@ -89,7 +99,7 @@ class Replay(Trial):
 
     @contextmanager
     def _counting(self) -> Iterator[None]:
-        with FlopCounterMode(display=False, custom_mapping=_IN_PLACE) as counter:
+        with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
             yield
         self.counted += counter.get_total_flops()
 

@@ -92,14 +92,22 @@ class Summaries:
             if (of_arm := [run for run in counted if run["arm"] == arm.name and run["result"]])
         }
         self.diverged = [run for run in counted if not run["result"]]
+        self.lost = {run["arm"] for run in self.diverged}
+        """The arms that diverged on some seed: the others are no fair sample."""
+
+    @property
+    def whole(self) -> set[str]:
+        """The arms that have run on all seeds of full rank, and diverged on none."""
+        seeds = self.arms[FULL].values.keys() if FULL in self.arms else set()
+        return {n for n, one in self.arms.items() if seeds <= one.values.keys()} - self.lost
 
     def difference(self, arm: str, other: str) -> Difference | None:
         """The paired difference of two arms; positive: the first is better.
 
         None: they have fewer than two seeds in common, or one of them diverged on some seed.
         """
-        if other not in self.arms or {arm, other} & {run["arm"] for run in self.diverged}:
-            return None  # the seeds that did not diverge are no fair sample
+        if other not in self.arms or {arm, other} & self.lost:
+            return None
         one, two = (
             {k: self.sign * v for k, v in self.arms[name].values.items()} for name in (arm, other)
         )
@@ -146,19 +154,18 @@ class Summaries:
         return near if near is not None and distances[near] <= _ALIKE else None
 
     def front(self, cost: str = ALL_FLOPS) -> set[str]:
-        """The arms that no other beats at their cost or less, by means; none that diverged."""
-        lost = {run["arm"] for run in self.diverged}
+        """The whole arms that no other of these beats at their cost or less, by means."""
         return on_front(
             {
-                name: (round(self.share(name, cost), 4), self.sign * one.result)
-                for name, one in self.arms.items()
-                if name not in lost
+                name: (round(self.share(name, cost), 4), self.sign * self.arms[name].result)
+                for name in self.whole
             }
         )
 
     def best(self, arms: Iterable[str]) -> str | None:
-        """The arm of the best mean among these, if there are any."""
-        return max(arms, key=lambda arm: self.sign * self.arms[arm].result, default=None)
+        """The whole arm of the best mean among these, if there are any."""
+        chosen = [arm for arm in arms if arm in self.whole]
+        return max(chosen, key=lambda arm: self.sign * self.arms[arm].result, default=None)
 
     def cheap(self, arm: str) -> bool:
         """Whether all FLOPs of an arm are counted, and they and those of its end are few."""

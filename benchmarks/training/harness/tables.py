@@ -171,7 +171,7 @@ def deciding(problems: Sequence[Summaries], budget: float) -> str:
         names = [name.format(budget) for name in _COLUMNS.values()]
         names = [found.decay(f"{budget:g}") if a.startswith("decay") else a for a in names]
         chosen = [found.arms.get(name) for name in names]
-        n = min(one.n for one in chosen if one is not None)
+        n = found.arms[FULL].n
         lines.append((what, str(n), *(_cell(one, found) for one in chosen)))
     return markdown(("problem", "n", *_COLUMNS), lines)
 
@@ -179,7 +179,8 @@ def deciding(problems: Sequence[Summaries], budget: float) -> str:
 def _cell(one: Summary | None, found: Summaries) -> str:
     if one is None:
         return ""
-    return f"{one.text(digits(found))} ({found.share(one.arm, ALL_FLOPS):.2f}x)"
+    short = "" if one.arm in found.whole else f", n = {_n(one, found)}"
+    return f"{one.text(digits(found))} ({found.share(one.arm, ALL_FLOPS):.2f}x{short})"
 
 
 def restored(found: Summaries) -> str:
