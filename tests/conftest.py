@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 
+import only_new_objects as heap
 import pytest
 from covering import selected
-from only_new_objects import freeze
 from process_pool import Pool, Pools
 
 
@@ -24,16 +24,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_finish() -> None:
-    freeze()
+    heap.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small_heap() -> None:
     """Of what earlier modules have left, compiled graphs above all, a collection takes a second."""
-    freeze()
-
-
-_FROZEN = gc.get_freeze_count
+    heap.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -48,9 +45,10 @@ def only_new_objects() -> Iterator[None]:
 
 
 @pytest.fixture
-def frozen_objects_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def frozen_objects_too() -> Iterator[None]:
     """A change looks among frozen objects, as it does outside of tests."""
-    monkeypatch.setattr(gc, "get_freeze_count", _FROZEN)
+    with heap.frozen_objects_too():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from only_new_objects import frozen_objects_too
 from process_pool import Pools
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -257,9 +258,11 @@ def frozen_objects() -> float:
     gc.collect()
     gc.freeze()
     try:
-        return run.train(3).spread
+        with frozen_objects_too():
+            return run.train(3).spread
     finally:
-        frozen = gc.get_freeze_count()
+        with frozen_objects_too():
+            frozen = gc.get_freeze_count()
         gc.unfreeze()
         assert frozen
 
