@@ -19,6 +19,7 @@ from .evidence import (
     RESNET,
     VIT,
     WIDE,
+    WRN,
     behind,
     found,
     share,
@@ -94,7 +95,7 @@ def gains() -> Iterator[str]:
     (better,) = {verb(WIDE, fifth, arm) for arm in ("decay 0.2", "narrower, 0.2", FULL)}
     cost = share(WIDE, fifth, ALL_FLOPS)
     yield f"on one of width 1024 fixed low rank, at {cost} of all FLOPs, {better} a"
-    for name in (DEEPER, LARGER):
+    for name in (DEEPER, LARGER, WRN):
         assert verb(name, found(name).decay("0.65"), low) == verb(RESNET, decay, low)
     yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank;"
     decay = found(VIT).decay("0.65")

@@ -19,6 +19,7 @@ from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, trial
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynarank as dr
+from benchmarks.training.__main__ import main
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.arms import on_few
@@ -247,6 +248,8 @@ def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:
     assert Counter(job.arm for job in ready("tiny", one, runs)) == {
         "fixed 1/4": 2, "fixed as decay": 2,
     }  # fmt: skip
+    diverged = {**run("decay", None, Setting(), 1, "test"), "flops": 0.01}
+    assert schedule_of(like, one, [*runs[:-1], diverged]) == low_rank(budget=0.4)
     assert setting_of(like, one, runs) == Setting()
     old = {**run("fixed as decay", 1.0, Setting(), 0, "test"), "schedule": {"of": "before"}}
     assert old not in reported(one, [*runs, old])  # it spent what the arm spent before
@@ -257,7 +260,8 @@ def test_runs_with_a_setting_that_is_no_longer_chosen_do_not_count() -> None:
     runs = [run("full rank", v, Setting(r)) for r, v in ((1.0, 1.0), (2.0, 3.0), (4.0, 2.0))]
     runs += [run("full rank", 9.0, Setting(2.0), seed, "test") for seed in (0, 1)]
     assert ready("tiny", one, runs) == []
-    assert [r["seed"] for r in reported(one, [*runs, *runs])] == [0, 1]
+    for recorded in ([*runs, *runs], runs[::-1]):  # in whatever order
+        assert [r["seed"] for r in reported(one, recorded)] == [0, 1]
     more = replace(one, tuning=(100, 101))
     assert {job.seed for job in ready("tiny", more, runs)} == {101}
     runs += [run("full rank", v, Setting(r), 101) for r, v in ((1.0, 8.0), (2.0, 3.0), (4.0, 2.0))]
@@ -333,6 +337,16 @@ def test_energy_where_the_system_tells_it(tmp_path: Path) -> None:
     (packages[0] / "energy_uj").write_text("1750000\n")
     (packages[1] / "energy_uj").write_text("500000\n")  # it began again
     assert joules(before, counters(tmp_path)) == 1.25
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--workers", "-1"], ["--minutes", "nan"]])
+def test_what_would_run_nothing_is_refused(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["training", "run", "mlp_table", *words])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"argument {words[0]}: '{words[1]}' is not more than 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow

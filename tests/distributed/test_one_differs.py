@@ -257,14 +257,13 @@ def frozen_objects() -> float:
     run = Run()
     gc.collect()
     gc.freeze()
-    try:
-        with frozen_objects_too():
+    with frozen_objects_too():
+        try:
             return run.train(3).spread
-    finally:
-        with frozen_objects_too():
+        finally:
             frozen = gc.get_freeze_count()
-        gc.unfreeze()
-        assert frozen
+            gc.unfreeze()
+            assert frozen
 
 
 def test_wrappers_are_found_after_gc_freeze(processes: Pools) -> None:

@@ -1,10 +1,10 @@
 """Counts the FLOPs besides the training steps on a replay of a run, which does not train.
 
 They follow from the times and forms of the changes, and from what the arm adds to the optimizer's
-step. A schedule that decides by what it sees is
-replayed with training; one that changes at the recorded steps without it is not, and the ranks are
-then those of an untrained network, which moved the count by 0.003 of full rank's training at most
-where both were tried. Decompositions are not counted.
+step. A schedule that decides by what it sees is replayed with training; one that changes at the
+recorded steps without it is not, and the ranks are then those of an untrained network, which moved
+the count by 0.003 of full rank's training at most where both were tried. Decompositions are not
+counted.
 """
 
 from __future__ import annotations

@@ -85,3 +85,9 @@ def on_front(points: Mapping[str, tuple[float, float]]) -> set[str]:
             (c <= cost and q >= quality) and (c < cost or q > quality) for c, q in points.values()
         )
     }
+
+
+def corrected(pairs: Mapping[str, Difference], level: float = 0.05) -> list[str]:
+    """Which of these differences are not zero, by paired t-tests with Holm's correction."""
+    ps = holm([one.p for one in pairs.values()])
+    return [name for name, p in zip(pairs, ps, strict=True) if p < level]

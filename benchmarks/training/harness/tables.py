@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.training.harness.statistics import Difference, holm
+from benchmarks.training.harness.statistics import Difference, corrected
 from benchmarks.training.harness.store import Run
 from benchmarks.training.harness.summary import (
     ALL_FLOPS,
@@ -139,9 +139,9 @@ def _met(found: Summaries) -> str:
 
 def _sentences(pairs: dict[str, Difference], other: str) -> str:
     """By paired t-tests with Holm's correction."""
-    ps = dict(zip(pairs, holm([one.p for one in pairs.values()]), strict=True))
-    better = [arm for arm, one in pairs.items() if ps[arm] < 0.05 and one.mean > 0]
-    worse = [arm for arm, one in pairs.items() if ps[arm] < 0.05 and one.mean < 0]
+    differ = corrected(pairs)
+    better = [arm for arm in differ if pairs[arm].mean > 0]
+    worse = [arm for arm in differ if pairs[arm].mean < 0]
     parts = ((better, "Better than"), (worse, "Worse than"))
     found = [f"{words} {other}: {'; '.join(arms)}." for arms, words in parts if arms]
     same = len(pairs) - len(better) - len(worse)
