@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import py_compile
 import sys
 from pathlib import Path
 
@@ -40,6 +42,42 @@ def test_a_file_that_changes_is_imported_again(tmp_path: Path) -> None:
     assert (one[0], two[0]) == (1, 2)
     assert one[1].keys() == two[1].keys() == {"net.py", "inner_part.py"}
     assert one[1]["net.py"] == two[1]["net.py"] and one[1] != two[1]
+
+
+@pytest.mark.parametrize("files", [("__init__.py",), ()], ids=["package", "folder"])
+def test_each_folder_has_its_own_package_of_a_name(files: tuple[str, ...], tmp_path: Path) -> None:
+    for number, initial in ((1, ()), (2, files), (3, ())):
+        package = tmp_path / str(number) / "parts_of_mine"
+        package.mkdir(parents=True)
+        for name in initial:
+            (package / name).touch()
+        (package / "part.py").write_text(f"WIDTH = {number}\n")
+    found = [load_object("parts_of_mine.part:WIDTH", tmp_path / str(n)) for n in (1, 2, 3, 1)]
+    assert found == [1, 2, 3, 1]
+
+
+@pytest.mark.parametrize("changed", ["net.py", "inner_part.py", "pack_of_mine/part.py"])
+def test_a_compiled_copy_of_equal_time_and_size_is_not_run(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python takes a ``.pyc`` for its source if the size and the second of the edit are equal."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    finders = list(sys.meta_path)
+    for folder in (tmp_path, tmp_path / "pack_of_mine"):
+        folder.mkdir(exist_ok=True)
+    (tmp_path / "pack_of_mine/part.py").write_text("Z = 1\n")
+    (tmp_path / "inner_part.py").write_text("Y = 1\n")
+    (tmp_path / "net.py").write_text("X = 1\nfrom inner_part import Y\n"
+                                     "from pack_of_mine.part import Z\n")  # fmt: skip
+    for path in tmp_path.rglob("*.py"):
+        os.utime(path, (1, 1))
+        py_compile.compile(str(path))
+    assert sum(getattr(load_file(tmp_path / "net.py"), name) for name in "XYZ") == 3
+    path = tmp_path / changed
+    path.write_text(path.read_text().replace("1", "2"))
+    os.utime(path, (1, 1))
+    assert sum(getattr(load_file(tmp_path / "net.py"), name) for name in "XYZ") == 4
+    assert sys.meta_path == finders
 
 
 def test_packages_and_relative_imports_are_part_of_the_digest(tmp_path: Path) -> None:
