@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.training.harness import evidence, pictures
-from benchmarks.training.harness.arm import Arm
+from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import WAITING, reported, schedule_of
+from benchmarks.training.harness.jobs import never, reported
 from benchmarks.training.harness.store import Run, Store
 from benchmarks.training.harness.summary import FULL, Summaries
 
@@ -18,23 +18,17 @@ def status(names: Sequence[str], results: Path) -> None:
     """Print how far these experiments are."""
     print(f"{'':16}{'reported runs':>16}{'tuning runs':>13}{'CPU time':>11}{'to do, about':>14}")
     for name in names:
-        print(_line(name, get(name), Store(name, results).runs()))
+        print(_line(name, get(name), of_one_problem(Store(name, results).runs())))
 
 
 def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:
-    known = [run["arm"] for run in reported(experiment, runs)]
-    possible = {arm.name for arm in experiment.arms if not _never(arm, experiment, runs, known)}
-    done, wanted = len(known), len(possible) * len(experiment.seeds)
+    done = len(reported(experiment, runs))
+    possible = [arm for arm in experiment.arms if not never(arm, experiment, runs)]
+    wanted = len(possible) * len(experiment.seeds)
     left, spent = wanted - done, sum(run["cpu_seconds"] for run in runs)
     to_do = "done" if not left else _time(left * spent / len(runs)) if runs else "not begun"
     tuning = sum(run["part"] == "valid" for run in runs)
     return f"{name:16}{f'{done} of {wanted}':>16}{tuning:13}{_time(spent):>11}{to_do:>14}"
-
-
-def _never(arm: Arm, experiment: Experiment, runs: Sequence[Run], known: Sequence[str]) -> bool:
-    """Whether it is fixed low rank for an arm that costs more than any low rank."""
-    all_there = arm.spends is not None and known.count(arm.spends) == len(experiment.seeds)
-    return all_there and schedule_of(arm, experiment, runs) is WAITING
 
 
 def _time(seconds: float) -> str:

@@ -262,6 +262,8 @@ def test_runs_with_a_setting_that_is_no_longer_chosen_do_not_count() -> None:
     assert ready("tiny", one, runs) == []
     for recorded in ([*runs, *runs], runs[::-1]):  # in whatever order
         assert [r["seed"] for r in reported(one, recorded)] == [0, 1]
+    another = [run("full rank", 9.0, Setting(2.0), 7, "test")]
+    assert reported(one, [*runs, *another]) == reported(one, runs)  # of no seed that is wanted
     more = replace(one, tuning=(100, 101))
     assert {job.seed for job in ready("tiny", more, runs)} == {101}
     runs += [run("full rank", v, Setting(r), 101) for r, v in ((1.0, 8.0), (2.0, 3.0), (4.0, 2.0))]
@@ -277,7 +279,7 @@ def test_runs_of_an_arm_that_was_made_otherwise_do_not_count(part: str) -> None:
     one = experiment(replace(FULL, rates=(1.0,)))
     tuned = [run("full rank", 1.0, Setting())] if part == "test" else []
     runs = [run("full rank", 2.0, Setting(), 0 if part == "test" else 100, part)]
-    others = [{**runs[0], name: "else"} for name in FULL.options]
+    others = [{**runs[0], name: "else"} for name in (*FULL.options, "length")]
     missing = len(ready("tiny", one, tuned))
     assert len(ready("tiny", one, [*tuned, *others])) == missing
     assert len(ready("tiny", one, [*tuned, *runs])) != missing

@@ -57,7 +57,9 @@ def test_the_same_command_gives_the_same_records(tmp_path: Path, monkeypatch) ->
     assert one == other and len(one) == 3
 
 
-@pytest.mark.parametrize("change", ["rate", "steps", "penalty", "code", "results"])
+@pytest.mark.parametrize(
+    "change", ["rate", "steps", "decay", "data", "penalty", "narrow", "code", "results"]
+)
 def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, monkeypatch, change: str) -> None:
     left(workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE)))
     arm, place = ONE_RATE, tmp_path
@@ -65,8 +67,15 @@ def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, monkeypatch, ch
         monkeypatch.setattr(Tiny, "rate", 0.02)
     elif change == "steps":
         monkeypatch.setattr(Tiny, "steps", property(lambda _: 20, lambda *_: None), raising=False)
+    elif change == "decay":
+        monkeypatch.setattr(Tiny, "weight_decay", 0.3)
+    elif change == "data":
+        drawn = Tiny().parts["train"][0]
+        monkeypatch.setattr(torch, "randn", lambda *_, **__: 2 * drawn)
     elif change == "penalty":
         arm = replace(arm, penalty="soft")
+    elif change == "narrow":
+        arm = replace(arm, narrow=0.5)
     elif change == "code":
         monkeypatch.setattr("benchmarks.training.harness.identity.code", lambda: "other")
     begun = []
@@ -86,6 +95,73 @@ def test_a_checkpoint_of_the_run_is_used_and_removed(tmp_path: Path, monkeypatch
     )
     one._next()
     assert len(begun) == 1 and not begun[0].exists()
+
+
+@pytest.mark.parametrize("file", ["model", "extra", "all"])
+def test_a_damaged_checkpoint_is_not_used(tmp_path: Path, monkeypatch, capfd, file: str) -> None:
+    one = left(workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE)))
+    (folder,) = (path for path in one.scratch.iterdir() if path.is_dir())
+    damaged = [p for p in folder.rglob("*") if p.is_file() and (file in p.name or file == "all")]
+    for path in damaged or [p for p in folder.rglob("*") if p.is_file()]:
+        path.write_bytes(path.read_bytes()[:-7])
+    assert one.work() == 3
+    assert "full rank, seed 100 begins again" in capfd.readouterr().err
+    workers(tmp_path / "whole", monkeypatch, tiny=experiment(ONE_RATE)).work()
+    assert results(one.results) == results(tmp_path / "whole" / "results")
+
+
+def test_a_run_that_raises_leaves_the_other_arms(tmp_path: Path, monkeypatch, capfd) -> None:
+    def broken(*_: object) -> torch.nn.Module:
+        raise RuntimeError("shapes differ")
+
+    bad = Arm("bad", None, (1.0,), prepare=broken)
+    one = workers(tmp_path, monkeypatch, tiny=experiment(bad, ONE_RATE))
+    assert one.work() == 4  # the one that raised is done with too
+    assert Counter(r["arm"] for r in Store("tiny", one.results).runs()) == {"full rank": 3}
+    assert one.left_out == {("tiny", "bad")}
+    assert "tiny: bad is left out: shapes differ" in capfd.readouterr().err
+
+
+def test_a_disk_that_is_full_ends_the_worker(tmp_path: Path, monkeypatch) -> None:
+    one = workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE))
+    monkeypatch.setattr(Store, "append", _no_space)
+    with pytest.raises(OSError, match="no space"):
+        one.work()
+
+
+def _no_space(*_: object) -> None:
+    raise OSError(28, "no space")
+
+
+def test_an_arm_that_waits_for_one_that_was_not_asked_for_is_named(
+    tmp_path: Path, monkeypatch, capfd
+) -> None:
+    ranks = [replace(one, rates=(1.0,)) for one in arms.fixed_ranks(shares=(1 / 4, 1 / 2))]
+    like = arms.matched([replace(FULL, name="costly")])[0]
+    tiny = experiment(*ranks, replace(FULL, name="costly", rates=(1.0,)), like)
+    one = workers(tmp_path, monkeypatch, tiny=tiny)
+    one.arms = ["fixed 1/2", "fixed as*"]
+    assert one.work() == 0
+    told = capfd.readouterr().err
+    assert "tiny: fixed 1/2 is left out: it waits for 'fixed 1/4'; name that" in told
+    assert "tiny: fixed as costly is left out: it waits for 'fixed 1/4'" in told
+    one.arms, one.left_out = ["fixed 1/4"], set()
+    assert one.work() > 0 and one.left_out == set()
+    one.arms = ["fixed 1/2", "fixed as*"]
+    assert one.work() == 2
+    assert one.left_out == {("tiny", "fixed as costly")}
+    assert "it waits for 'costly'" in capfd.readouterr().err
+
+
+def test_a_run_that_cannot_be_saved_says_so_when_it_is_left(
+    tmp_path: Path, monkeypatch, capfd
+) -> None:
+    other = Arm("other", None, (1.0,), optimizer=lambda p, m, r: _Projecting(m.parameters(), lr=r))
+    left(workers(tmp_path, monkeypatch, tiny=experiment(other)))
+    left(workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE)))
+    told = capfd.readouterr().err.splitlines()
+    assert told[0].endswith("its optimizer is not saved; give it more time")
+    assert told[1] == "tiny: full rank, seed 100 is left at step 1 of 40 and goes on from there"
 
 
 def test_two_commands_with_other_scratch_record_a_run_once(tmp_path: Path, monkeypatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.training.harness.definition import named
 from dynarank.schedules.base import RankSchedule
 
 
@@ -83,7 +84,8 @@ class Arm:
         """What a record says of the arm beside its schedule and setting."""
         return {
             "moments": str(self.moments), "rewarmup": self.rewarmup, "penalty": self.penalty,
-            "by_data": self.by_data, "batches": self.batches,
+            "by_data": self.by_data, "batches": self.batches, "narrow": self.narrow,
+            "optimizer": named(self.optimizer), "prepare": named(self.prepare),
         }  # fmt: skip
 
     def made(self, run: Mapping[str, Any]) -> bool:

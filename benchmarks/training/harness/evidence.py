@@ -82,7 +82,9 @@ def _tuned(experiment: Experiment) -> str:
 
 
 def _unfinished(found: Summaries) -> Iterator[str]:
-    """What is missing of the experiment, or diverged."""
+    """What is missing of the experiment, does not count, or diverged."""
+    if found.others:
+        yield f"Not counted: {found.others} runs of what the problem was before."
     wanted = len(found.experiment.seeds)
     ran = Counter(run["arm"] for run in found.diverged)
     ran.update({arm: one.n for arm, one in found.arms.items()})

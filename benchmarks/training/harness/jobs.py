@@ -58,12 +58,18 @@ def counted(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
     setting, schedule = setting_of(arm, experiment, runs), schedule_of(arm, experiment, runs)
     if setting is None or schedule is WAITING:
         return []
-    wanted, first = schedule_data(schedule), dict[int, Run]()
+    first: dict[int, Run] = {}
     for run in runs:
-        mine = run["part"] == "test" and arm.made(run)
-        if mine and Setting(**run["setting"]) == setting and run.get("schedule", wanted) == wanted:
+        if run["part"] == "test" and _is_of(run, arm, setting, schedule_data(schedule)):
             first.setdefault(run["seed"], run)
-    return [first[seed] for seed in sorted(first)]
+    return [first[seed] for seed in sorted(first) if seed in experiment.seeds]
+
+
+def _is_of(run: Run, arm: Arm, setting: Setting, schedule: Any) -> bool:
+    """Whether a run is of an arm with this setting and schedule, as far as its record says."""
+    wanted = {"schedule": schedule, "length": arm.length}
+    same = all(run.get(key, value) == value for key, value in wanted.items())
+    return same and arm.made(run) and Setting(**run["setting"]) == setting
 
 
 def schedule_data(schedule: Any) -> Any:
@@ -91,6 +97,27 @@ def _reported(name: str, experiment: Experiment, runs: Sequence[Run]) -> Iterato
             known = schedule_of(arm, experiment, runs) is not WAITING
             if setting is not None and known and (arm.name, seed) not in done:
                 yield Job(name, arm.name, setting, seed, "test")
+
+
+def waits_for(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> str | None:
+    """The other arm that has to be run before this one can be; None: there is none."""
+    lead = experiment.tuned(arm)
+    if lead is not arm and setting_of(arm, experiment, runs) is None:
+        return waits_for(lead, experiment, runs) or lead.name
+    if arm.spends is None or schedule_of(arm, experiment, runs) is not WAITING:
+        return None
+    other = experiment.by_name[arm.spends]
+    return None if _has_run(other, experiment, runs) else other.name
+
+
+def _has_run(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
+    return len(counted(arm, experiment, runs)) == len(experiment.seeds)
+
+
+def never(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
+    """Whether it is fixed low rank for an arm that costs more than any low rank."""
+    waiting = schedule_of(arm, experiment, runs) is WAITING
+    return waiting and waits_for(arm, experiment, runs) is None
 
 
 def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting | None:

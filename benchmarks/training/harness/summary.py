@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import fmean
 
 from benchmarks.training.harness.calibration import key, shares
+from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.jobs import reported
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
@@ -83,7 +84,10 @@ class Summaries:
     ) -> None:
         self.name, self.experiment = name, experiment or get(name)
         records = Store(name).runs() if runs is None else runs
-        counted = reported(self.experiment, records)
+        same = of_one_problem(records)
+        counted = reported(self.experiment, same)
+        self.others = len(records) - len(same)
+        """Runs on record of what the problem was before."""
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -122,13 +124,17 @@ class Trial:
         return LiveSites(self.model, self.problem.layers)()
 
     def run(self, folder: Path, deadline: float = math.inf) -> None:
-        """Train to the end, from the checkpoint in the folder if there is one.
+        """Train to the end, from the checkpoint in the folder if there is one that is whole.
 
         Raises:
             Interrupted: the deadline (of ``time.monotonic``) came first; a checkpoint is saved.
         """
         if folder.exists():
-            self._load(folder)
+            try:
+                self._load(folder)
+            except ValueError as error:  # it is damaged, and has changed nothing
+                print(f"{self.name} begins again: {error}", file=sys.stderr, flush=True)
+                shutil.rmtree(folder)
         saved = time.monotonic()
         while self.seen["step"] < self.problem.steps and math.isfinite(self.seen["loss"]):
             self.step()
@@ -137,7 +143,19 @@ class Trial:
                 self._save(folder)
                 saved = now
                 if now > deadline:
-                    raise Interrupted(f"{self.arm.name}, seed {self.seed}")
+                    raise Interrupted(f"{self.name} {self._left(folder)}")
+
+    @property
+    def name(self) -> str:
+        """Arm and seed."""
+        return f"{self.arm.name}, seed {self.seed}"
+
+    def _left(self, folder: Path) -> str:
+        """Where a run is left whose time is up."""
+        at = f"is left at step {self.seen['step']} of {self.problem.steps}"
+        if folder.exists():
+            return f"{at} and goes on from there"
+        return f"{at} and begins again: its optimizer is not saved; give it more time"
 
     def step(self) -> None:
         """One training step, and a look at the model where one is due."""

@@ -12,8 +12,9 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
@@ -23,17 +24,20 @@ from typing import Any
 import torch
 
 from benchmarks.training.harness.arm import Arm
+from benchmarks.training.harness.definition import changed, defined, of_one_problem
 from benchmarks.training.harness.experiment import get
 from benchmarks.training.harness.identity import code, commit, digest, fingerprint
-from benchmarks.training.harness.jobs import Job, ready, schedule_data, schedule_of
+from benchmarks.training.harness.jobs import Job, ready, schedule_data, schedule_of, waits_for
 from benchmarks.training.harness.spectra import digits
-from benchmarks.training.harness.store import ROOT, Store
+from benchmarks.training.harness.store import ROOT, Run, Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import as_data
 from benchmarks.training.problems.problem import Problem
 from dynarank.recording.host import hardware, started, versions
 from dynarank.train.sources import DataError
 
+_ABSENT = (OSError, ImportError, DataError)
+"""What loading a problem raises without its data or a package."""
 _POLL = 5.0
 """Seconds between two looks for runs, while others do all that is left."""
 
@@ -50,7 +54,8 @@ class Worker:
         arms: patterns of the arms to run; none: all.
 
     Attributes:
-        left_out: experiments and arms that cannot be run, since data or a package is not there.
+        left_out: experiments and arms that cannot be run: data or a package is not there, or a
+            run raised an exception.
 
     Raises:
         OSError: the folder of the records cannot be written to.
@@ -70,7 +75,9 @@ class Worker:
         # Unfinished runs of other records are other runs.
         self.scratch = scratch / digest(str(results.resolve()).encode())
         self.left_out: set[tuple[str, ...]] = set()
+        self.told: set[str] = set()
         self.problem = cache(lambda name: get(name).load(self.data))
+        self.defined = cache(lambda name: defined(self.problem(name)))
         self.place = {"commit": commit(), "code": code(), "versions": versions()}
         self.scratch.mkdir(parents=True, exist_ok=True)
         results.mkdir(parents=True, exist_ok=True)
@@ -89,7 +96,18 @@ class Worker:
                     time.sleep(_POLL)
                 case _:
                     break
+        if time.monotonic() < self.deadline:
+            self._name_waiting()
         return done
+
+    def _name_waiting(self) -> None:
+        """Leave out by name what cannot be run before an arm that was not asked for."""
+        for name in self.experiments if self.arms else ():
+            for arm in get(name).arms:
+                other = waits_for(arm, get(name), self._runs(name))
+                if other is not None and self._wanted(name, arm.name):
+                    why = f"it waits for {other!r}; name that after --arms too"
+                    self._leave_out(why, name, arm.name)
 
     def _next(self) -> bool | None:
         """Take a run that nobody has, and do it.
@@ -99,6 +117,7 @@ class Worker:
         """
         others = False
         for name in self.experiments:
+            self._tell_of_others(name)
             for job in self._missing(name):
                 with self._claimed(job) as mine:
                     # Another worker may have finished it between the look and the claim.
@@ -108,15 +127,31 @@ class Worker:
         return None if others else False
 
     def _missing(self, name: str) -> list[Job]:
-        jobs = ready(name, get(name), Store(name, self.results).runs())
-        return [job for job in jobs if self._wanted(job)]
+        jobs = ready(name, get(name), self._runs(name))
+        return [job for job in jobs if self._wanted(job.experiment, job.arm)]
 
-    def _wanted(self, job: Job) -> bool:
-        if {(job.experiment,), (job.experiment, job.arm)} & self.left_out:
+    def _runs(self, name: str) -> list[Run]:
+        """The recorded runs of the problem as it is now; of the last one if its data is absent."""
+        runs = Store(name, self.results).runs()
+        with suppress(*_ABSENT):
+            return of_one_problem(runs, self.defined(name))
+        return of_one_problem(runs)
+
+    def _tell_of_others(self, name: str) -> None:
+        """Say once that runs are on record that do not count, since the problem was another."""
+        runs = Store(name, self.results).runs()
+        if name not in self.told and (others := len(runs) - len(self._runs(name))):
+            names = ", ".join(changed(runs, self.defined(name))) or "rate, steps or network"
+            words = f"{name}: {others} runs on record do not count: the problem has changed since"
+            print(f"{words} ({names})", file=sys.stderr, flush=True)
+        self.told.add(name)
+
+    def _wanted(self, experiment: str, arm: str) -> bool:
+        if {(experiment,), (experiment, arm)} & self.left_out:
             return False
-        return not self.arms or any(fnmatch(job.arm, pattern) for pattern in self.arms)
+        return not self.arms or any(fnmatch(arm, pattern) for pattern in self.arms)
 
-    def _leave_out(self, error: Exception, *what: str) -> bool:
+    def _leave_out(self, error: Exception | str, *what: str) -> bool:
         self.left_out.add(what)
         print(f"{': '.join(what)} is left out: {error}", file=sys.stderr, flush=True)
         return True
@@ -132,32 +167,39 @@ class Worker:
             yield True
 
     def _do(self, job: Job) -> bool:
-        experiment, store = get(job.experiment), Store(job.experiment, self.results)
         try:
             problem = self.problem(job.experiment)
-        except (OSError, ImportError, DataError) as error:
+        except _ABSENT as error:
             return self._leave_out(error, job.experiment)
-        arm = experiment.trained(job.arm, job.part)
-        schedule: Any = schedule_of(arm, experiment, store.runs())
-        what = described(job, problem, arm, schedule)
-        about = problem.steps, arm.narrow, arm.length, self.place["versions"]
-        begun, key = started(), fingerprint(what, *about)
         try:
-            about_arm = arm, job.setting, job.seed, schedule, job.part == "test"
-            trial = Trial(experiment, problem, *about_arm)
+            return self._recorded(job, problem)
+        except Interrupted as error:
+            print(f"{job.experiment}: {error}", file=sys.stderr, flush=True)
+            return False
         except ImportError as error:
             return self._leave_out(error, job.experiment, job.arm)
-        try:
-            trial.run(self.scratch / f"{job.key}.{key}", self.deadline)
+        except OSError:  # no record or checkpoint can be written, of the other arms neither
+            raise
+        except Exception as error:  # the other arms can be run
+            traceback.print_exc()
+            return self._leave_out(error, job.experiment, job.arm)
+
+    def _recorded(self, job: Job, problem: Problem) -> bool:
+        """Run what is asked for, and record it."""
+        experiment, begun = get(job.experiment), started()
+        arm = experiment.trained(job.arm, job.part)
+        schedule: Any = schedule_of(arm, experiment, self._runs(job.experiment))
+        what = described(job, problem, arm, schedule) | {"problem": self.defined(job.experiment)}
+        folder = self.scratch / f"{job.key}.{fingerprint(what, self.place['versions'])}"
+        about = problem, arm, job.setting, job.seed, schedule, job.part == "test"
+        with closing(Trial(experiment, *about)) as trial:
+            trial.run(folder, self.deadline)
             result = trial.result(job.part)
-        except Interrupted:
-            return False
-        finally:
-            trial.close()
         if job in self._missing(job.experiment):  # else a command of another scratch did it
-            store.append({**what, **result, **self._environment(begun)})
-        for folder in self.scratch.glob(f"{job.key}.*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            record = {**what, **result, **self._environment(begun)}
+            Store(job.experiment, self.results).append(record)
+        for old in self.scratch.glob(f"{job.key}.*"):
+            shutil.rmtree(old, ignore_errors=True)
         show(job, problem, result)
         return True
 

@@ -1,0 +1,136 @@
+"""What a run was of: its problem, with settings, network and data, as a record says it.
+
+An experiment can be edited after some of its runs. Runs of what it was before are other runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.training.harness.narrow import flops
+from benchmarks.training.harness.spectra import digits
+from benchmarks.training.harness.store import Run
+from benchmarks.training.problems.problem import Problem
+
+_ALIKE = 1e-4  # sums of equal numbers differ by less between processors
+
+
+def defined(problem: Problem) -> dict[str, Any]:
+    """The settings of a problem, and sums over its network and some of its data.
+
+    Settings are its public attributes that are numbers, words or lists of words. What its methods
+    do is not in it: a record has a digest of the code beside it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        return {
+            "class": type(problem).__name__,
+            **{name: value for name, value in _attributes(problem) if _plain(value)},
+            "flops": flops(problem),
+            "network": _sum(problem.model(0).parameters()),
+            "data": [_sum(_tensors(batch)) for batch in _batches(problem)],
+        }
+
+
+def _attributes(problem: Problem) -> Iterator[tuple[str, Any]]:
+    return ((name, getattr(problem, name)) for name in dir(problem) if not name.startswith("_"))
+
+
+def _plain(value: Any) -> bool:
+    words = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
+    return words or isinstance(value, bool | int | float | str | None)
+
+
+def _batches(problem: Problem) -> Iterator[Any]:
+    """The first batch to train on, and the first of each part to test on."""
+    yield problem.batch(0, 0)
+    yield next(iter(problem.held_out("valid")))
+    yield next(iter(problem.held_out("test")))
+
+
+def _tensors(nested: Any) -> Iterator[Tensor]:
+    if isinstance(nested, Tensor):
+        yield nested
+    elif isinstance(nested, Mapping):
+        yield from (found for one in nested.values() for found in _tensors(one))
+    elif isinstance(nested, Sequence):
+        yield from (found for one in nested for found in _tensors(one))
+
+
+def _sum(tensors: Any) -> list[float]:
+    """The number of entries, and the sum of their sizes, weighted by place."""
+    count, total = 0, 0.0
+    for tensor in tensors:
+        values = tensor.detach().double().abs().flatten()
+        places = torch.arange(count, count + len(values), dtype=torch.float64)
+        total += (values * (2 + places.cos())).sum().item()
+        count += len(values)
+    return [count, digits(total, 8)]
+
+
+def is_of(run: Run, problem: Mapping[str, Any]) -> bool:
+    """Whether a run is of this problem, as :func:`defined` gives it.
+
+    Of records that do not have it: as far as rate, steps, precision and FLOPs say.
+    """
+    if "problem" in run:
+        return _alike(run["problem"], problem)
+    precision = "bf16 autocast" if problem["bf16"] else "fp32"
+    return (
+        math.isclose(run["rate"], run["setting"]["rate"] * problem["rate"])
+        and ("length" not in run or run["steps"] == round(run["length"] * problem["steps"]))
+        and run.get("precision", precision) == precision
+        and math.isclose(run["training_flops"], run["flops"] * problem["flops"] * problem["steps"])
+    )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two nested plain values are equal, numbers up to rounding."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_alike(v, other[k]) for k, v in one.items())
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) or isinstance(other, float):
+        numbers = isinstance(one, int | float) and isinstance(other, int | float)
+        return numbers and math.isclose(one, other, rel_tol=_ALIKE)
+    return one == other
+
+
+def of_one_problem(runs: Sequence[Run], problem: Mapping[str, Any] | None = None) -> list[Run]:
+    """The runs that are of this problem; None: of that of the last run that says it."""
+    if problem is None:
+        problem = next((run["problem"] for run in reversed(runs) if "problem" in run), None)
+    return [run for run in runs if problem is None or is_of(run, problem)]
+
+
+def changed(runs: Sequence[Run], problem: Mapping[str, Any]) -> list[str]:
+    """The settings in which runs that say theirs differ from this problem."""
+    others = [run["problem"] for run in runs if "problem" in run]
+    names = dict.fromkeys(name for one in (problem, *others) for name in one)
+    return [n for n in names if any(not _alike(one.get(n), problem.get(n)) for one in others)]
+
+
+def named(function: Callable[..., Any] | None) -> str | None:
+    """A function by its name and the plain values that it has got.
+
+    Example:
+        >>> named(partial(int, base=2))
+        'int(base=2)'
+    """
+    if function is None:
+        return None
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return f"{named(function.func)}({', '.join(given)})"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if not inspect.isfunction(function):
+        return name
+    held = inspect.getclosurevars(function).nonlocals
+    values = [f"{k}={v!r}" for k, v in sorted(held.items()) if _plain(v)]
+    return f"{name}({', '.join(values)})" if values else name
