@@ -30,6 +30,7 @@ from benchmarks.training.harness.extras import decay_products
 from benchmarks.training.harness.jobs import (
     WAITING,
     Job,
+    at_an_end,
     ready,
     reported,
     schedule_data,
@@ -158,37 +159,82 @@ def test_rates_are_tried_beyond_an_end_and_no_further_than_needed() -> None:
     best = {1.0: 1.0, 2.0: 2.0, 4.0: 3.0, 8.0: 2.5}
     runs: list = []
     for tried in ([1.0, 2.0], [4.0], [8.0], []):
-        wanted = next_settings(arm, found(arm, runs, "accuracy", True), (100,))
+        wanted = next_settings(arm, found(arm, runs, "accuracy", True, (100,)), (100,))
         assert [one.rate for one in wanted] == tried
         runs += [run("a", best[rate], Setting(rate)) for rate in tried]
-    assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(4.0)
-    assert chosen(arm, found(arm, runs, "accuracy", False)) == Setting(1.0)
+    assert chosen(arm, found(arm, runs, "accuracy", True, (100, 101))) == Setting(4.0)
+    assert chosen(arm, found(arm, runs, "accuracy", False, (100,))) == Setting(1.0)
+
+
+@pytest.mark.parametrize(("tied", "beyond"), [((0.5, 1.0), 0.25), ((1.0, 2.0), 4.0)])
+def test_a_rate_at_an_end_that_is_as_good_as_the_best_is_gone_beyond(
+    tied: tuple[float, float], beyond: float
+) -> None:
+    arm = Arm("a", None, (0.5, 1.0, 2.0))
+    runs = [run("a", 82.0 if r in tied else 70.0, Setting(r)) for r in arm.rates]
+    wanted = next_settings(arm, found(arm, runs, "accuracy", True, (100,)), (100,))
+    assert [one.rate for one in wanted] == [beyond]
+
+
+def test_equal_means_of_other_orders_are_equal() -> None:
+    arm, seeds = Arm("a", None, (0.5, 1.0, 2.0, 4.0)), (100, 101, 102)
+    values = {0.5: (9, 9, 9), 1.0: (0.1, 0.2, 0.3), 2.0: (0.3, 0.2, 0.1), 4.0: (9, 9, 9)}
+    assert (0.1 + 0.2 + 0.3) / 3 != (0.3 + 0.2 + 0.1) / 3
+    runs = [
+        run("a", v, Setting(r), s)
+        for r, vs in values.items()
+        for v, s in zip(vs, seeds, strict=True)
+    ]
+    assert chosen(arm, found(arm, runs, "accuracy", False, seeds)) == Setting(1.0)
+    assert chosen(arm, found(arm, runs[::-1], "accuracy", False, seeds)) == Setting(1.0)
+
+
+def test_without_seeds_to_tune_on_the_rate_is_that_of_the_problem() -> None:
+    one = experiment(FIXED, tuning=())
+    assert {job.setting.rate for job in ready("tiny", one, [])} == {1.0}
+    runs = [run(FIXED.name, 9.0, Setting(2.0))]  # of a seed that was tuned on before
+    assert setting_of(FIXED, one, runs) == Setting(1.0)
+
+
+def test_seeds_that_are_no_longer_tuned_on_do_not_choose() -> None:
+    arm = Arm("a", None, (0.5, 1.0, 2.0))
+    runs = [run("a", v, Setting(r)) for r, v in ((0.5, 1.0), (1.0, 3.0), (2.0, 2.0))]
+    runs += [run("a", 99.0, Setting(2.0), 101)]
+    assert chosen(arm, found(arm, runs, "accuracy", True, (100,))) == Setting(1.0)
+
+
+def test_a_best_rate_at_an_end_is_marked_in_the_table() -> None:
+    one = experiment(Arm("full rank", None))
+    results = {0.5: 3.0, 1.0: 2.0, 2.0: 1.0, 0.25: 4.0, 0.125: 5.0}
+    runs = [run("full rank", v, Setting(r)) for r, v in results.items()]
+    last = [run("full rank", v, Setting(r)) for r, v in {**results, 0.125: 3.5}.items()]
+    assert at_an_end(one.arms[0], one, runs) and not at_an_end(one.arms[0], one, last)
 
 
 def test_what_diverged_is_never_chosen() -> None:
     arm = Arm("a", None, (1.0, 2.0))
     runs = [run("a", 1.0, Setting(1.0)), run("a", None, Setting(2.0))]
     runs += [run("a", math.nan, Setting(0.5))]
-    assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(1.0)
+    assert chosen(arm, found(arm, runs, "accuracy", True, (100, 101))) == Setting(1.0)
 
 
 def test_starts_and_decays_are_tried_at_the_best_rate() -> None:
     arm = replace(FIXED, starts=("truncated", "norm"), decays=("factors", "product"))
     runs = [run(arm.name, v, Setting(r)) for r, v in ((0.5, 1.0), (1.0, 3.0), (2.0, 2.0))]
     norm, product = Setting(1.0, "norm"), Setting(1.0, decay="product")
-    assert next_settings(arm, found(arm, runs, "accuracy", True), (100,)) == [norm, product]
+    assert next_settings(arm, found(arm, runs, "accuracy", True, (100,)), (100,)) == [norm, product]
     runs += [run(arm.name, 3.5, norm), run(arm.name, 2.9, product)]
-    assert chosen(arm, found(arm, runs, "accuracy", True)) == norm
+    assert chosen(arm, found(arm, runs, "accuracy", True, (100, 101))) == norm
 
 
 def test_the_coefficient_of_a_penalty_is_tried_at_the_best_rate() -> None:
     (arm,) = arms.orthogonal([replace(DECAY, rates=(1.0,))])
     first, *others = (Setting(coefficient=c) for c in arm.coefficients)
-    assert next_settings(arm, found(arm, [], "accuracy", True), (100,)) == [first]
+    assert next_settings(arm, found(arm, [], "accuracy", True, (100,)), (100,)) == [first]
     runs = [run(arm.name, 1.0, first)]
-    assert next_settings(arm, found(arm, runs, "accuracy", True), (100,)) == others
+    assert next_settings(arm, found(arm, runs, "accuracy", True, (100,)), (100,)) == others
     runs += [run(arm.name, v, s) for v, s in zip((0.0, 2.0, -1.0), others, strict=True)]
-    assert chosen(arm, found(arm, runs, "accuracy", True)) == others[1]
+    assert chosen(arm, found(arm, runs, "accuracy", True, (100, 101))) == others[1]
     assert len({Job("e", "a", s, 0, "test").key for s in (first, *others)}) == 4
 
 
@@ -196,10 +242,10 @@ def test_all_tuning_seeds_count() -> None:
     arm = Arm("a", None, (0.5, 1.0, 2.0))
     runs = [run("a", 2.0, Setting(1.0), seed) for seed in (100, 101)]
     runs += [run("a", 9.0, Setting(0.5), 100), run("a", -9.0, Setting(0.5), 101)]
-    wanted = next_settings(arm, found(arm, runs, "accuracy", True), (100, 101))
+    wanted = next_settings(arm, found(arm, runs, "accuracy", True, (100, 101)), (100, 101))
     assert wanted == [Setting(2.0)]
     runs += [run("a", 1.0, Setting(2.0), seed) for seed in (100, 101)]
-    assert chosen(arm, found(arm, runs, "accuracy", True)) == Setting(1.0)
+    assert chosen(arm, found(arm, runs, "accuracy", True, (100, 101))) == Setting(1.0)
 
 
 def test_each_arm_is_tuned_by_itself_and_arms_of_a_family_on_the_first() -> None:

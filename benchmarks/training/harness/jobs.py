@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from benchmarks.training.harness import tuning
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.store import Run
@@ -129,9 +130,15 @@ def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting
     return chosen(lead, results)
 
 
+def at_an_end(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
+    """Whether the rate of its kind is at an end of those tried: one beyond may be better."""
+    lead = experiment.tuned(arm)
+    return tuning.at_an_end(lead, _found(lead, experiment, runs))
+
+
 def _found(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Found:
     trained = experiment.trained(arm.name, "valid")
-    return found(trained, runs, experiment.metric, experiment.higher)
+    return found(trained, runs, experiment.metric, experiment.higher, experiment.tuning)
 
 
 WAITING = object()

@@ -10,7 +10,7 @@ from statistics import fmean
 from benchmarks.training.harness.calibration import key, shares
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import reported
+from benchmarks.training.harness.jobs import at_an_end, reported
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import Run, Store
 
@@ -96,6 +96,10 @@ class Summaries:
             if (of_arm := [run for run in counted if run["arm"] == arm.name and run["result"]])
         }
         self.diverged = [run for run in counted if not run["result"]]
+        self.at_an_end = {
+            a for a in self.arms if at_an_end(self.experiment.by_name[a], self.experiment, same)
+        }
+        """The arms whose best rate is the lowest or highest that was tried."""
         self.lost = {run["arm"] for run in self.diverged}
         """The arms that diverged on some seed: the others are no fair sample."""
 

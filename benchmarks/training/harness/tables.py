@@ -41,7 +41,7 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
     return (
         f"**{one.arm}**" if bold else one.arm,
         _n(one, found),
-        f"{one.runs[0]['setting']['rate']:g}{_marks(one)}",
+        f"{one.runs[0]['setting']['rate']:g}{_marks(one, found)}",
         f"{one.mean('flops'):.3f}",
         "" if (further := found.further(one.arm)) is None else f"{further:.3f}",
         f"{one.mean('end_flops'):.3f}",
@@ -58,12 +58,15 @@ def _n(one: Summary, found: Summaries) -> str:
     return f"{one.n} of {one.n + lost}" if lost else str(one.n)
 
 
-def _marks(one: Summary) -> str:
-    """What else was chosen for fixed low rank: n, the norm of the draw; p, decay of the product."""
+def _marks(one: Summary, found: Summaries) -> str:
+    """What was chosen: n, the norm of the draw; p, decay of the product; e, a rate at an end."""
     setting = one.runs[0]["setting"]
-    return ("n" if setting["start"] == "norm" else "") + (
-        "p" if setting["decay"] == "product" else ""
-    )
+    chosen = {
+        "n": setting["start"] == "norm",
+        "p": setting["decay"] == "product",
+        "e": one.arm in found.at_an_end,
+    }
+    return "".join(mark for mark, true in chosen.items() if true)
 
 
 def _share(arm: str, found: Summaries, key: str) -> str:
