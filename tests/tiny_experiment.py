@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,3 +48,14 @@ def trial(
 ) -> Trial:
     setting = setting or Setting()
     return Trial(experiment(arm, **options), Tiny(), arm, setting, 0, arm.schedule, reported)
+
+
+def record(**other: Any) -> dict[str, Any]:
+    """A whole record of a run of experiment a."""
+    ran = {
+        "experiment": "a", "arm": "full rank", "seed": 0, "part": "test", "setting": {"rate": 1.0},
+        "result": {"accuracy": 50.0}, "rate": 0.1, "steps": 40, "flops": 1.0,
+        "training_flops": 100, "end_flops": 1.0, "parameters_mean": 9.0, "memory_peak": 9,
+        "cpu_seconds": 1.0, "points": [], "changes": [], "full_ranks": {},
+    }  # fmt: skip
+    return {**ran, **other}

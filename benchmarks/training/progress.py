@@ -10,7 +10,8 @@ from benchmarks.training.harness import evidence, pictures
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.jobs import never, reported
-from benchmarks.training.harness.store import Run, Store
+from benchmarks.training.harness.record import Run
+from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import FULL, Summaries
 
 

@@ -13,8 +13,10 @@ import torch
 from tiny_experiment import FULL, Tiny, experiment
 
 from benchmarks.training.harness import worker
-from benchmarks.training.harness.definition import changed, defined, is_of, named, of_one_problem
-from benchmarks.training.harness.store import Run, Store
+from benchmarks.training.harness.arm import named
+from benchmarks.training.harness.definition import changed, defined, is_of, of_one_problem
+from benchmarks.training.harness.record import Run
+from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import Summaries
 from benchmarks.training.harness.worker import Worker
 

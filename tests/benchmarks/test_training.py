@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, trial
+from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, record, trial
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynarank as dr
@@ -334,7 +335,7 @@ def test_runs_of_an_arm_that_was_made_otherwise_do_not_count(part: str) -> None:
 
 def _append(path: Path, who: int) -> None:
     for i in range(20):
-        Store("a", path).append({"who": who, "i": i, "text": "x" * 5000})
+        Store("a", path).append(record(seed=i, who=who, text="x" * 5000))
 
 
 def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
@@ -345,31 +346,60 @@ def test_two_processes_append_whole_lines(tmp_path: Path) -> None:
     for other in others:
         other.join()
     runs = Store("a", tmp_path).runs()
-    assert Counter((r["who"], r["i"]) for r in runs) == Counter(
+    assert Counter((r["who"], r["seed"]) for r in runs) == Counter(
         (who, i) for who in (0, 1) for i in range(20)
     )
 
 
 def test_a_line_that_was_not_finished_is_left_out_and_cut_off(tmp_path: Path) -> None:
     store = Store("a", tmp_path)
-    store.append({"i": 0})
+    store.append(record(seed=0))
     with store.path.open("ab") as file:
-        file.write(b'{"version":1,"i":')
-    assert [r["i"] for r in store.runs()] == [0]
-    store.append({"i": 1})
-    assert [r["i"] for r in store.runs()] == [0, 1]
+        file.write(b'{"version":1,"seed":')
+    assert [r["seed"] for r in store.runs()] == [0]
+    store.append(record(seed=1))
+    assert [r["seed"] for r in store.runs()] == [0, 1]
 
 
-@pytest.mark.parametrize("damaged", ['{"version":1,', "", "[1]", "{}", '"x"'])
+def test_a_last_line_that_lacks_its_end_alone_counts(tmp_path: Path) -> None:
+    store = Store("a", tmp_path)
+    for seed in (0, 1):
+        store.append(record(seed=seed))
+    store.path.write_bytes(store.path.read_bytes()[:-1])  # as some editors save it
+    assert [r["seed"] for r in store.runs()] == [0, 1]
+    store.append(record(seed=2))
+    assert [r["seed"] for r in store.runs()] == [0, 1, 2]
+
+
+DAMAGED = ['{"version":1,', "", "[1]", "{}", '"x"', '{"version":1}'] + [
+    json.dumps({"version": 1, **record(), **other})
+    for other in (
+        {"seed": None}, {"seed": "0"}, {"seed": True}, {"part": "train"}, {"experiment": "b"},
+        {"setting": {"speed": 1}}, {"result": {"accuracy": "50"}}, {"result": {"loss": math.nan}},
+        {"flops": math.inf}, {"flops": None}, {"points": {}}, {"changes": None},
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
 def test_damaged_records_are_refused_by_file_and_line(tmp_path: Path, damaged: str) -> None:
-    (tmp_path / "a.jsonl").write_text(f'{{"version":1}}\n{damaged}\n{{"version":1}}\n')
+    good = json.dumps({"version": 1, **record()})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{damaged}\n{good}\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2, is no record .* take that line out"):
+        Store("a", tmp_path).runs()
+
+
+@pytest.mark.parametrize("name", [name for name in record() if name != "schedule"])
+def test_a_record_that_lacks_something_is_refused(tmp_path: Path, name: str) -> None:
+    lacking = {key: value for key, value in record().items() if key != name}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"version": 1, **lacking}) + "\n")
+    with pytest.raises(ValueError, match=rf"line 1, is no record .*{name}"):
         Store("a", tmp_path).runs()
 
 
 def test_records_of_another_version_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"version":2}\n')
-    with pytest.raises(ValueError, match="version 2, this code reads 1"):
+    with pytest.raises(ValueError, match="line 1: a record of version 2, this code reads 1"):
         Store("a", tmp_path).runs()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_experiment import FULL, Tiny, experiment, trial
+from tiny_experiment import FULL, Tiny, experiment, record, trial
 
 from benchmarks.training.harness import arms, identity, worker
 from benchmarks.training.harness.arm import Arm
@@ -216,19 +216,19 @@ def test_results_that_cannot_be_written_are_an_error_before_the_first_run(tmp_pa
 
 def _append_too_much(folder: Path) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     with pytest.raises(OSError, match="could not be written"):
-        Store("a", folder).append({"i": 1, "text": "x" * 1000})
-    Store("a", folder).append({"i": 2})
+        Store("a", folder).append(record(seed=1, text="x" * 2000))
+    Store("a", folder).append(record(seed=2))
 
 
 def test_a_record_for_which_there_is_no_space_is_an_error(tmp_path: Path) -> None:
-    Store("a", tmp_path).append({"i": 0})
+    Store("a", tmp_path).append(record())
     process = multiprocessing.get_context("fork").Process(target=_append_too_much, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == 0
-    assert [r["i"] for r in Store("a", tmp_path).runs()] == [0, 2]
+    assert [r["seed"] for r in Store("a", tmp_path).runs()] == [0, 2]
 
 
 class _Projector:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from benchmarks.training.harness.definition import named
 from dynarank.schedules.base import RankSchedule
 
 
@@ -92,3 +93,25 @@ class Arm:
         """Whether a run is of this arm as it is now, as far as the record says."""
         options = self.options.items()
         return run["arm"] == self.name and all(run.get(k, v) == v for k, v in options)
+
+
+def named(function: Callable[..., Any] | None) -> str | None:
+    """A function by its name and the plain values that it has got.
+
+    Example:
+        >>> named(partial(int, base=2))
+        'int(base=2)'
+    """
+    if function is None:
+        return None
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
+        return f"{named(function.func)}({', '.join(given)})"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    if not inspect.isfunction(function):
+        return name
+    held = inspect.getclosurevars(function).nonlocals
+    values = [
+        f"{k}={v!r}" for k, v in sorted(held.items()) if isinstance(v, bool | int | float | str)
+    ]
+    return f"{name}({', '.join(values)})" if values else name

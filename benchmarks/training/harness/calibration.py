@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from functools import cache
 
-from benchmarks.training.harness.store import ROOT, Run
+from benchmarks.training.harness.record import Run
+from benchmarks.training.harness.store import ROOT
 
 FILE = ROOT / "calibration.json"
 

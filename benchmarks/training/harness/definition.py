@@ -5,18 +5,16 @@ An experiment can be edited after some of its runs. Runs of what it was before a
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.training.harness.narrow import flops
+from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.spectra import digits
-from benchmarks.training.harness.store import Run
 from benchmarks.training.problems.problem import Problem
 
 _ALIKE = 1e-4  # sums of equal numbers differ by less between processors
@@ -114,23 +112,3 @@ def changed(runs: Sequence[Run], problem: Mapping[str, Any]) -> list[str]:
     others = [run["problem"] for run in runs if "problem" in run]
     names = dict.fromkeys(name for one in (problem, *others) for name in one)
     return [n for n in names if any(not _alike(one.get(n), problem.get(n)) for one in others)]
-
-
-def named(function: Callable[..., Any] | None) -> str | None:
-    """A function by its name and the plain values that it has got.
-
-    Example:
-        >>> named(partial(int, base=2))
-        'int(base=2)'
-    """
-    if function is None:
-        return None
-    if isinstance(function, partial):
-        given = [*map(repr, function.args), *(f"{k}={v!r}" for k, v in function.keywords.items())]
-        return f"{named(function.func)}({', '.join(given)})"
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    if not inspect.isfunction(function):
-        return name
-    held = inspect.getclosurevars(function).nonlocals
-    values = [f"{k}={v!r}" for k, v in sorted(held.items()) if _plain(v)]
-    return f"{name}({', '.join(values)})" if values else name

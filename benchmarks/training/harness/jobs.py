@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.training.harness import tuning
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
-from benchmarks.training.harness.store import Run
+from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.tuning import Found, as_data, chosen, found, next_settings
 from benchmarks.training.problems.problem import Part
 from dynarank.schedules import low_rank, schedule_to_data

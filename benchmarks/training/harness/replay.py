@@ -26,8 +26,9 @@ from benchmarks.training.harness.calibration import FILE, key, shares
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.identity import commit
 from benchmarks.training.harness.narrow import flops
+from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.spectra import digits
-from benchmarks.training.harness.store import Run, Store
+from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import Summaries
 from benchmarks.training.harness.trial import Trial
 from benchmarks.training.harness.witness import Witness

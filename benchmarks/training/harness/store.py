@@ -11,10 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1] / "results"
-VERSION = 1
+from benchmarks.training.harness.record import VERSION, Run, check, refuse_constant
 
-Run = dict[str, Any]
+ROOT = Path(__file__).parents[1] / "results"
+
+
+def _whole(content: bytes) -> bytes:
+    """The content without a last line that was not finished."""
+    whole, last = content[: content.rfind(b"\n") + 1], content[content.rfind(b"\n") + 1 :]
+    try:
+        json.loads(last)
+    except ValueError:
+        return whole
+    return content
 
 
 class Store:
@@ -35,30 +44,31 @@ class Store:
         """
         if not self.path.exists():
             return []
-        whole = self.path.read_bytes().rpartition(b"\n")[0]
-        return [self._read(line, number + 1) for number, line in enumerate(whole.splitlines())]
+        lines = _whole(self.path.read_bytes()).splitlines()
+        return [self._read(line, number + 1) for number, line in enumerate(lines)]
 
     def _read(self, line: bytes, number: int) -> Run:
+        place = f"{self.path}, line {number}"
         try:
-            run = json.loads(line)
+            run = json.loads(line, parse_constant=refuse_constant)
             version = run["version"]
+            if version == VERSION:
+                check(run, self.path.stem)
         except (ValueError, KeyError, TypeError) as error:
-            place = f"{self.path}, line {number}"
             fix = "take that line out, and `run` does the run again"
             raise ValueError(f"{place}, is no record of a run ({error!r}); {fix}") from error
         if version != VERSION:
-            raise ValueError(
-                f"{self.path}: a record of version {version}, this code reads {VERSION}"
-            )
+            raise ValueError(f"{place}: a record of version {version}, this code reads {VERSION}")
         return run
 
     def append(self, run: Run) -> None:
         """Add a run."""
         line = json.dumps({"version": VERSION, **run}, separators=(",", ":")).encode() + b"\n"
         with self._locked() as file:
-            content = file.read()
-            file.truncate(content.rfind(b"\n") + 1)
+            content = _whole(file.read())
+            file.truncate(len(content))
             file.seek(0, os.SEEK_END)
+            line = b"\n" + line if content and not content.endswith(b"\n") else line
             whole = os.fstat(file.fileno()).st_size
             if file.write(line) < len(line):  # the disk is full
                 file.truncate(whole)

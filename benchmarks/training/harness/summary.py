@@ -11,8 +11,9 @@ from benchmarks.training.harness.calibration import key, shares
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.jobs import at_an_end, reported
+from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
-from benchmarks.training.harness.store import Run, Store
+from benchmarks.training.harness.store import Store
 
 FULL, ALL_FLOPS = "full rank", "all_flops"
 FEW = ", 8 batches"

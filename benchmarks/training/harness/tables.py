@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
+from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, corrected
-from benchmarks.training.harness.store import Run
 from benchmarks.training.harness.summary import (
     ALL_FLOPS,
     CHEAP,

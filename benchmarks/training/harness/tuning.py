@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.training.harness.arm import Arm, Setting
-from benchmarks.training.harness.store import Run
+from benchmarks.training.harness.record import Run
 
 _OTHERS = ("start", "decay", "coefficient")
 _BEYOND = 2  # rates beyond an end of the given ones

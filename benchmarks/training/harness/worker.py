@@ -28,8 +28,9 @@ from benchmarks.training.harness.definition import changed, defined, of_one_prob
 from benchmarks.training.harness.experiment import get
 from benchmarks.training.harness.identity import code, commit, digest, fingerprint
 from benchmarks.training.harness.jobs import Job, ready, schedule_data, schedule_of, waits_for
+from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.spectra import digits
-from benchmarks.training.harness.store import ROOT, Run, Store
+from benchmarks.training.harness.store import ROOT, Store
 from benchmarks.training.harness.trial import Interrupted, Trial
 from benchmarks.training.harness.tuning import as_data
 from benchmarks.training.problems.problem import Problem
