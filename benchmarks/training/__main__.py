@@ -126,10 +126,10 @@ def _table(given: argparse.Namespace) -> None:
         progress.table(name, given.results, given.pictures)
 
 
-def _calibration(given: argparse.Namespace) -> None:
+def _calibration(given: argparse.Namespace) -> int:
     from benchmarks.training.harness.replay import measure
 
-    measure(given.experiments, given.data, given.results)
+    return 0 if measure(given.experiments, given.data, given.results) else 1
 
 
 def _write(_: argparse.Namespace) -> None:

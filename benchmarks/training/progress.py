@@ -38,7 +38,7 @@ def _time(seconds: float) -> str:
 
 def table(name: str, results: Path, folder: Path | None) -> None:
     """Print the table of an experiment and what it says; draw its picture into a folder."""
-    found = Summaries(name, Store(name, results).runs())
+    found = Summaries(name, folder=results)
     if FULL not in found.arms:
         sys.exit(
             f"{results} has no reported run of full rank for {name} yet, and all is relative to "

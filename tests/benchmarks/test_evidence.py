@@ -31,6 +31,13 @@ def test_paired_differences_are_those_of_scipy() -> None:
     assert paired({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}).p == 0.0  # pyright: ignore
 
 
+def test_rounding_is_no_difference() -> None:
+    dust = {seed: 0.1 * seed for seed in range(5)}
+    other = {seed: 0.1 * seed + 1e-15 * (1 + seed % 2) for seed in range(5)}
+    found = paired(other, dust)
+    assert found is not None and (found.mean, found.p, found.met) == (0.0, 1.0, True)
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, 0.8]) == [1.0, 1.0]
@@ -59,6 +66,12 @@ def made_up(**results: list[float] | list[float | None]) -> Summaries:
     chosen = [Arm(name, None, rates=(1.0,)) for name in results]
     problem = get("mlp_256").problem
     return Summaries("made up", runs, Experiment("made up", problem, chosen, tuning=()))
+
+
+def _count(monkeypatch: pytest.MonkeyPatch, counted: dict[str, float]) -> None:
+    """Have the further FLOPs of these arms be counted so."""
+    place = "benchmarks.training.harness.summary.share"
+    monkeypatch.setattr(place, lambda _, run, __: counted.get(run["arm"]))
 
 
 FULL, FIXED = [90.0, 91.0, 90.5, 90.2, 90.9], [80.0, 81.0, 80.4, 80.1, 81.1]
@@ -105,14 +118,39 @@ def test_the_best_of_the_cheap_arms_and_the_best_schedule_of_them() -> None:
     assert not found.changes("decay 0.5")
 
 
+def test_what_is_picked_is_tested_on_the_other_seeds() -> None:
+    """Of two arms that are each good by luck on one seed, no one is better than full rank."""
+    lucky = {"fixed 0.5 FLOPs": [93.0, 90.0, 90.0], "decay 0.5": [90.0, 90.0, 93.0]}
+    found = made_up(**{"full rank": [90.0, 90.0, 90.0], **lucky})
+    assert found.picked(lucky) == {0: 90.0, 1: 93.0 - 3.0, 2: 90.0}
+    difference = found.beyond_full(found.picked(lucky))
+    assert difference is not None and difference.mean == 0.0 and difference.met
+    assert found.picked(["decay 0.5"]) == found.arms["decay 0.5"].values
+    assert found.picked([]) == {} == made_up(**{"full rank": [1.0]}).picked(["full rank"])
+
+
+def test_where_full_rank_diverged_it_cannot_be_met() -> None:
+    found = made_up(**{"full rank": [90.0, None, 90.0], "decay 0.5": [91.0, 90.0, 91.0]})
+    words = "Whether full rank is met cannot be said: it diverged."
+    assert tables.verdict_to_full(found).endswith(words)
+    assert ", met" not in answers.met([found]).splitlines()[-1]
+
+
+def test_an_arm_of_any_name_may_begin_with_decay() -> None:
+    names = {"full rank": FULL, "decay 0.5": FIXED, DECAY_ON_FEW: FIXED}
+    found = made_up(**names)
+    found.arms["decay slowly"] = found.arms["decay 0.5"]
+    assert comparison.differences([found]).splitlines()[-1].startswith("| made up | 5 | 0.5 |")
+
+
 @pytest.mark.parametrize(
     ("calibration", "end", "cheap"), [(0.15, 0.6, True), (0.16, 0.6, False), (0.15, 0.61, False)]
 )
 def test_cheap_is_all_flops_and_the_last_network(
     monkeypatch: pytest.MonkeyPatch, calibration: float, end: float, cheap: bool
 ) -> None:
-    counted = {"made up": {"decay 0.5": calibration}}
-    monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda: counted)
+    counted = {"decay 0.5": calibration}
+    _count(monkeypatch, counted)
     found = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
     for run in found.arms["decay 0.5"].runs:
         run |= {"changes": [{"step": 1, "layers": {}}], "end_flops": end}
@@ -172,15 +210,15 @@ def test_calibration_counts_and_a_decay_on_few_batches_stands_for_its_budget(
         run["changes"] = [{"step": 1, "layers": {}}]
     assert found.further("decay 0.5") is None and found.further("full rank") == 0
     assert "Further FLOPs are not counted yet for decay 0.5" in evidence.block(found)
-    counted = {"made up": {"decay 0.5": 0.2, DECAY_ON_FEW: 0.05}}
-    monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda: counted)
+    counted = {"decay 0.5": 0.2, DECAY_ON_FEW: 0.05}
+    _count(monkeypatch, counted)
     assert found.share("decay 0.5", "flops") == 0.5
     assert found.share("decay 0.5", "all_flops") == pytest.approx(0.7)
     assert found.front() == {"full rank", DECAY_ON_FEW, "fixed 0.5 FLOPs"}  # as good, for less
     before = pictures.digest(found)
-    counted["made up"][DECAY_ON_FEW] = 0.2
+    counted[DECAY_ON_FEW] = 0.2
     assert pictures.digest(found) != before
-    counted["made up"][DECAY_ON_FEW] = 0.05
+    counted[DECAY_ON_FEW] = 0.05
     assert "not counted" not in evidence.block(found)
     *_, row = tables.deciding([found], 0.5).splitlines()
     assert "(0.55x)" in row and "(0.70x)" not in row
@@ -275,8 +313,8 @@ def test_full_rank_is_met_at_all_the_flops_that_were_spent(monkeypatch: pytest.M
     for run in found.arms["decay 0.5"].runs:
         run["changes"] = [{"step": 1, "layers": {}}]
     for spent, met in ((None, False), (0.1, True), (0.2, False)):
-        counted = {} if spent is None else {"made up": {"decay 0.5": spent}}
-        monkeypatch.setattr("benchmarks.training.harness.summary.shares", lambda c=counted: c)
+        counted = {} if spent is None else {"decay 0.5": spent}
+        _count(monkeypatch, counted)
         words = "by: decay 0.5 (0.600, last network 0.450)." if met else "by: no arm."
         assert tables.verdict_to_full(found).endswith(words)
 

@@ -375,7 +375,9 @@ DAMAGED = ['{"version":1,', "", "[1]", "{}", '"x"', '{"version":1}'] + [
     json.dumps({"version": 1, **record(), **other})
     for other in (
         {"seed": None}, {"seed": "0"}, {"seed": True}, {"part": "train"}, {"experiment": "b"},
-        {"setting": {"speed": 1}}, {"result": {"accuracy": "50"}}, {"result": {"loss": math.nan}},
+        {"setting": {"speed": 1}},
+        {"setting": {"rate": 1.0}}, {"setting": {**asdict(Setting()), "speed": 1}},
+        {"result": {"accuracy": "50"}}, {"result": {"loss": math.nan}},
         {"flops": math.inf}, {"flops": None}, {"points": {}}, {"changes": None},
     )
 ]  # fmt: skip

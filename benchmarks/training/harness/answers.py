@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from benchmarks.training.harness.comparison import PAPER
 from benchmarks.training.harness.kinds import OTHER, kind
+from benchmarks.training.harness.statistics import Difference
 from benchmarks.training.harness.summary import ALL_FLOPS, CHEAP, FULL, Summaries
-from benchmarks.training.harness.tables import around, at_end, beside, markdown
+from benchmarks.training.harness.tables import around, at_end, beside, digits, markdown, short
 
 COSTS = {ALL_FLOPS: "FLOPs", "memory_peak": "memory", "cpu_seconds": "CPU seconds"}
 
@@ -31,29 +32,40 @@ def _front(found: Summaries, cost: str) -> str:
 def met(problems: Sequence[Summaries]) -> str:
     """Of the arms that are cheap, the best, the best that changes in training; and the paper's."""
     head = (
-        "problem", "n", f"best at {CHEAP:g} or less", "minus full rank",
-        "best schedule of these", "minus full rank", "the paper's order", "minus full rank",
+        "problem", "n", f"best at {CHEAP:g} or less", "picked, minus full rank",
+        "best schedule of these", "picked, minus full rank",
+        "the paper's order", "minus full rank",
     )  # fmt: skip
     return markdown(head, [_met(found) for found in problems])
 
 
 def _met(found: Summaries) -> tuple[str, ...]:
     cheap = [arm for arm in found.arms if found.cheap(arm)]
-    chosen = (
-        found.best(cheap),
-        found.best(arm for arm in cheap if found.changes(arm)),
-        PAPER if PAPER in found.arms else None,
-    )
-    cells = [cell for arm in chosen for cell in _behind(found, arm)]
+    schedules = [arm for arm in cheap if found.changes(arm)]
+    cells = (*_best(found, cheap), *_best(found, schedules), *_paper(found))
     return (found.experiment.short, str(found.arms[FULL].n), *cells)
 
 
-def _behind(found: Summaries, arm: str | None) -> Iterator[str]:
-    """An arm, but the paper's, with all FLOPs; the difference from full rank, and if it is met."""
-    share = "" if arm is None else f"{found.share(arm, ALL_FLOPS):.2f}x"
-    yield share if arm in (None, PAPER) else f"{arm} ({share})"
-    words = ", met" if arm is not None and found.meets_full(arm) else ""
-    yield "" if arm is None else f"{beside(found, arm, FULL)}{words}"
+def _best(found: Summaries, arms: Sequence[str]) -> tuple[str, str]:
+    """The best of some arms, with all its FLOPs; and how what is picked differs from full rank."""
+    best = found.best(arms)
+    if best is None:
+        return "", ""
+    share = found.share(best, ALL_FLOPS)
+    return f"{best} ({share:.2f}x)", _words(found, found.beyond_full(found.picked(arms)))
+
+
+def _paper(found: Summaries) -> tuple[str, str]:
+    if PAPER not in found.arms:
+        return "", ""
+    difference = found.difference(PAPER, FULL)
+    return f"{found.share(PAPER, ALL_FLOPS):.2f}x", _words(found, difference)
+
+
+def _words(found: Summaries, difference: Difference | None) -> str:
+    """A difference, and whether full rank is met."""
+    met = difference is not None and difference.met
+    return f"{short(difference, digits(found))}{', met' if met else ''}"
 
 
 def inflation(problems: Sequence[Summaries]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries
@@ -47,9 +48,13 @@ def _differences(found: Summaries) -> tuple[str, ...]:
 
 def _budget(found: Summaries) -> str | None:
     """The largest budget of a decay that has run."""
-    names = [name.removesuffix(FEW) for name in found.arms]
-    budgets = [name.split()[1] for name in names if name.startswith("decay ")]
-    return max(budgets, key=float, default=None)
+    return _largest(found, "decay ")
+
+
+def _largest(found: Summaries, kind: str) -> str | None:
+    """The largest budget of the arms that are named so."""
+    budgets = [re.fullmatch(rf"{kind}([\d.]+)(?:{FEW})?", name) for name in found.arms]
+    return max((one[1] for one in budgets if one), key=float, default=None)
 
 
 def costs(problems: Sequence[Summaries]) -> str:
@@ -73,8 +78,7 @@ def _at(found: Summaries, budget: str) -> tuple[str, ...]:
 
 def _smallest(found: Summaries) -> str | None:
     """The largest budget at which one early cut has run, else that of a decay."""
-    budgets = [name.split()[2] for name in found.arms if name.startswith("full first ")]
-    return max(budgets, key=float, default=None) or _budget(found)
+    return _largest(found, "full first ") or _budget(found)
 
 
 def _costs(found: Summaries, arm: str) -> str:

@@ -112,7 +112,7 @@ def drawings() -> dict[str, tuple[Summaries | list[Summaries], Callable[[Path], 
         arms = [arm for arm in _SWITCHED if arm in one.arms]
         if len(arms) == len(_SWITCHED):
             drawn[f"{name}-lambda"] = one, partial(pictures.lambdas, one, arms)
-        if one.experiment.values:
+        if any("values" in one.arms[arm].runs[0] for arm in arms):
             drawn[f"{name}-weights"] = one, partial(pictures.weights, one, arms)
     chosen = [found[name] for name in DECIDING if name in found]
     drawn["overview"] = chosen, partial(pictures.overview, chosen)

@@ -169,7 +169,7 @@ def weights(found: Summaries, arms: list[str], path: Path) -> None:
     """The singular values of the final weights of the first seed, relative to the largest."""
     arms = [a for a in arms if a in found.arms and "values" in found.arms[a].runs[0]]
     if not arms:
-        return
+        raise ValueError(f"{found.name}: no record of a first seed has its singular values")
     layers = list(found.arms[arms[0]].runs[0]["values"])
     shown = [layers[0], layers[len(layers) // 2], layers[-1]]
     with figure(path, found, 3.2, "ABC", sharey=True) as axes:

@@ -32,6 +32,8 @@ def check(run: Run, experiment: str) -> None:
             raise TypeError(f"{name} is {run[name]!r}")
     if run["experiment"] != experiment or run["part"] not in ("valid", "test"):
         raise ValueError(f"experiment {run['experiment']!r}, part {run['part']!r}")
+    if missing := {"rate", "start", "decay"} - run["setting"].keys():
+        raise KeyError(f"setting: {missing}")
     Setting(**run["setting"])
     if wrong := [v for v in run["result"].values() if not isinstance(v, int | float)]:
         raise TypeError(f"result {wrong[0]!r}")

@@ -9,7 +9,6 @@ counted.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,19 +21,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import dynarank as dr
 from benchmarks.training.harness.arm import Setting
-from benchmarks.training.harness.calibration import FILE, key, shares
+from benchmarks.training.harness.calibration import add, key
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.identity import commit
 from benchmarks.training.harness.narrow import flops
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.spectra import digits
-from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import Summaries
 from benchmarks.training.harness.trial import Trial
 from benchmarks.training.harness.witness import Witness
 from benchmarks.training.problems.problem import Problem
-from dynarank.files.atomic import write_text
-from dynarank.recording.host import versions
 from dynarank.schedules import schedule_from_data
 from dynarank.schedules.base import RankSchedule
 from dynarank.train.sources import DataError
@@ -132,43 +127,37 @@ def share(experiment: Experiment, problem: Problem, run: Run) -> float:
     )
 
 
-def measure(names: Sequence[str], data: Path, results: Path) -> None:
+def measure(names: Sequence[str], data: Path, results: Path) -> bool:
     """Replay what is not counted yet of these records, and write the file after each run.
 
-    There is one file for all records: what is counted is that of the arm, not of the run.
+    Returns:
+        Whether all that is missing could be counted; what could not is named on stderr.
     """
+    whole = True
     for name in names:
         if runs := missing(name, results):
             try:
                 problem = get(name).load(data)
             except (OSError, ImportError, DataError) as error:
                 print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
+                whole = False
                 continue
-            for run in runs:
-                _measure(name, problem, run)
+            whole &= all([_measure(name, problem, run, results) for run in runs])
+    return whole
 
 
-def _measure(name: str, problem: Problem, run: Run) -> None:
+def _measure(name: str, problem: Problem, run: Run, results: Path) -> bool:
     try:
-        _add(name, key(run), share(get(name), problem, run))
+        value = share(get(name), problem, run)
     except OtherRunError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
+        return False
+    add(name, run, value, results)
+    print(f"{name}: {key(run)}: {value:.3f}", flush=True)
+    return True
 
 
 def missing(name: str, results: Path) -> list[Run]:
     """A run of each arm that is not in the file yet; those that change nothing cost nothing."""
-    known = shares().get(name, {})
-    return [
-        one.runs[0]
-        for one in Summaries(name, Store(name, results).runs()).arms.values()
-        if one.runs[0]["changes"] and key(one.runs[0]) not in known
-    ]
-
-
-def _add(name: str, arm: str, value: float) -> None:
-    found = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
-    found |= {"commit": commit(), "versions": versions()}
-    found.setdefault("shares", {}).setdefault(name, {})[arm] = value
-    write_text(FILE, json.dumps(found, indent=1, sort_keys=True) + "\n")
-    shares.cache_clear()
-    print(f"{name}: {arm}: {value:.3f}", flush=True)
+    found = Summaries(name, folder=results)
+    return [one.runs[0] for one in found.arms.values() if found.further(one.arm) is None]

@@ -31,6 +31,11 @@ class Difference:
     p: float
     n: int
 
+    @property
+    def met(self) -> bool:
+        """Whether the one arm is no worse than the other by more than a standard error."""
+        return self.mean >= -self.error
+
 
 def paired(one: Values, other: Values) -> Difference | None:
     """The differences on the seeds that both have; None with fewer than two.
@@ -39,7 +44,8 @@ def paired(one: Values, other: Values) -> Difference | None:
         >>> paired({0: 3.0, 1: 4.0, 2: 5.5}, {0: 2.0, 1: 3.0, 2: 4.0}).mean
         1.1666666666666667
     """
-    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    seeds = sorted(one.keys() & other.keys())
+    differences = [round(one[seed] - other[seed], 9) for seed in seeds]  # results have six digits
     n = len(differences)
     if n < 2:
         return None

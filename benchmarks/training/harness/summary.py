@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from statistics import fmean
 
-from benchmarks.training.harness.calibration import key, shares
+from benchmarks.training.harness.calibration import share
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.jobs import at_an_end, reported
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
-from benchmarks.training.harness.store import Store
+from benchmarks.training.harness.store import ROOT, Store
 
 FULL, ALL_FLOPS = "full rank", "all_flops"
 FEW = ", 8 batches"
@@ -75,6 +76,7 @@ class Summaries:
         name: of the experiment.
         runs: its records; None: those in the repository.
         experiment: the experiment; None: that of this name.
+        folder: where the records are, and what was counted besides.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class Summaries:
         name: str,
         runs: Sequence[Run] | None = None,
         experiment: Experiment | None = None,
+        folder: Path = ROOT,
     ) -> None:
-        self.name, self.experiment = name, experiment or get(name)
-        records = Store(name).runs() if runs is None else runs
+        self.name, self.experiment, self.folder = name, experiment or get(name), folder
+        records = Store(name, folder).runs() if runs is None else runs
         same = of_one_problem(records)
         counted = reported(self.experiment, same)
         self.others = len(records) - len(same)
@@ -125,7 +128,7 @@ class Summaries:
     def further(self, arm: str) -> float | None:
         """An arm's FLOPs besides the steps, of full rank's training; None: not counted."""
         run = self.arms[arm].runs[0]
-        return shares().get(self.name, {}).get(key(run)) if run["changes"] else 0.0
+        return share(self.name, run, self.folder) if run["changes"] else 0.0
 
     def share(self, arm: str, cost: str) -> float:
         """The mean cost of an arm, relative to full rank; as it is if full rank has not run.
@@ -176,6 +179,30 @@ class Summaries:
         chosen = [arm for arm in arms if arm in self.whole]
         return max(chosen, key=lambda arm: self.sign * self.arms[arm].result, default=None)
 
+    def picked(self, arms: Iterable[str]) -> dict[int, float]:
+        """By seed, the result of that whole arm of these which is best on the other seeds.
+
+        Picked and tested on the same seeds, the best of many arms would look better than it is.
+        """
+        chosen = {arm: self.arms[arm].values for arm in arms if arm in self.whole}
+        seeds = self.arms[FULL].values if chosen else {}
+        found: dict[int, float] = {}
+        for seed in seeds if len(seeds) > 1 else ():
+            others = [other for other in seeds if other != seed]
+            means = {a: self.sign * fmean(vs[o] for o in others) for a, vs in chosen.items()}
+            found[seed] = chosen[max(means, key=means.__getitem__)][seed]
+        return found
+
+    def beyond_full(self, results: Mapping[int, float]) -> Difference | None:
+        """The paired difference of results by seed from full rank's; positive: they are better."""
+        if FULL in self.lost:
+            return None
+        one, full = (
+            {seed: self.sign * value for seed, value in values.items()}
+            for values in (results, self.arms[FULL].values)
+        )
+        return paired(one, full)
+
     def cheap(self, arm: str) -> bool:
         """Whether all FLOPs of an arm are counted, and they and those of its end are few."""
         if arm == FULL or self.further(arm) is None:
@@ -193,4 +220,4 @@ class Summaries:
         The standard error is that of the paired difference. None: it cannot be said.
         """
         found = self.difference(arm, FULL)
-        return None if found is None else found.mean >= -found.error
+        return None if found is None else found.met

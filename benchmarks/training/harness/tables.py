@@ -85,10 +85,14 @@ def text(difference: Difference | None, places: int) -> str:
 
 def beside(found: Summaries, arm: str, other: str | None) -> str:
     """The mean difference and its standard error, bold if its 95% interval is without zero."""
-    one = None if other is None else found.difference(arm, other)
+    return short(None if other is None else found.difference(arm, other), digits(found))
+
+
+def short(one: Difference | None, places: int) -> str:
+    """A difference and its standard error, bold if its 95% interval is without zero."""
     if one is None:
         return ""
-    words = f"{one.mean:+.{digits(found)}f} ± {one.error:.{digits(found)}f}"
+    words = f"{one.mean:+.{places}f} ± {one.error:.{places}f}"
     return f"**{words}**" if one.low > 0 or one.high < 0 else words
 
 
@@ -128,6 +132,8 @@ def fronts(found: Summaries) -> str:
 
 
 def _met(found: Summaries) -> str:
+    if FULL in found.lost:
+        return "Whether full rank is met cannot be said: it diverged."
     met = [
         f"{name} ({found.share(name, ALL_FLOPS):.3f}, last network {one.mean('end_flops'):.3f})"
         for name, one in found.arms.items()
