@@ -46,6 +46,7 @@ FIGURE = re.compile(
                  | thousand | [mb]illion )\b )
     )
     | \bfactor\sof\s\d+ (?![\d.])
+    | (?<=\bn\s=\s) \d+
     | ±\s? \d*\.?\d+
     | (?<=\|)[ ]* [-+]?\d+ [ ]*(?=\|)
     """,
