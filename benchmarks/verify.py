@@ -7,10 +7,10 @@ What a page has between `<!-- begin NAME -->` and `<!-- end -->` must be what th
 NAME. `benchmarks/claims/` has a module for each page with other figures. What its `claims()`
 derives from the records must stand in the page, and no figure may be left that neither a claim nor
 `SETTINGS` explains. A figure is a decimal number, one with a thousands comma, an exponent, k, M, ±,
-%, x, times, points or a unit of time, memory or work, a count such as 3 of 5, or a number alone in
-a cell of a table. Numbers in words, code and link targets are left out. Pictures must be drawn from
-the records as they are. Each fault is one line that ends with the way out; the exit status is then
-1.
+%, x, times, points or a unit of time, memory or work, a count such as 3 of 5 or n = 5, or a number
+alone in a cell of a table. Numbers in words, code and link targets are left out. Pictures must be
+drawn from the records as they are. Each fault is one line that ends with the way out; the exit
+status is then 1.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def stale_pictures() -> Iterator[str]:
     """Yield a fault for each picture of the evidence that is not drawn from the records."""
     for name in evidence.stale_pictures():
         path = (evidence.PICTURES / name).relative_to(ROOT)
-        yield f"{path}: other records than there are; {_WRITE}"
+        yield f"{path}: changed by hand, or of other records than there are; {_WRITE}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

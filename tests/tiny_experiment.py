@@ -56,7 +56,8 @@ def record(**other: Any) -> dict[str, Any]:
     ran = {
         "experiment": "a", "arm": "full rank", "seed": 0, "part": "test",
         "setting": asdict(Setting()), "result": {"accuracy": 50.0},
-        "rate": 0.1, "steps": 40, "flops": 1.0, "training_flops": 100, "end_flops": 1.0, "parameters_mean": 9.0, "memory_peak": 9,
+        "rate": 0.1, "steps": 40, "flops": 1.0, "training_flops": 100, "end_flops": 1.0,
+        "parameters_mean": 9.0, "memory_peak": 9,
         "cpu_seconds": 1.0, "points": [], "changes": [], "full_ranks": {},
     }  # fmt: skip
     return {**ran, **other}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .methods_shared import row, spread
+from .methods_shared import number, row, spread
 from .records import Row, mean, read_json, values
 
 PAGE = "docs/methods/activation-aware-truncation.md"
@@ -19,6 +19,9 @@ def claims() -> Iterator[str]:
     digits = read_json(f"{ENDINGS}/digits.json")["runs"]
     files = [f"{ENDINGS}/cifar10-resnet20-seed{seed}.json" for seed in range(3)]
     resnet = [run for file in files for run in read_json(file)["runs"]]
+    every = [values(digits, "loss_after", arm=arm, share=s) for arm in ARMS for s in SHARES]
+    every += [values(resnet, "loss_after", arm=arm, share=s) for arm in ARMS for s in SHARES]
+    yield f"right after truncation, {number(*every)}, mean"
     yield from _table("digits-net", digits)
     yield from _table("ResNet-20, CIFAR-10 at 16 x 16", resnet)
     avoided = [_avoided(runs, share) for runs in (digits, resnet) for share in SHARES]

@@ -11,12 +11,13 @@ from torch.optim.lr_scheduler import OneCycleLR
 
 from dynarank.schedules import lr_aligned
 
-from .methods_shared import accuracies, distinct, flops, row, spread, summaries, verdict
+from .methods_shared import accuracies, distinct, flops, number, row, spread, summaries, verdict
 from .records import read_json
 
 PAGE = "docs/methods/automatic-schedules.md"
 SETTINGS: tuple[str, ...] = ()
 STEPS = 10_000
+DIGITS = "2026-11-24-digits-schedules"
 PUBLISHED = (
     ("CIFAR-10, 150 epochs, decays at 100 and 130", 150, (100, 130), "55, 120"),
     ("CIFAR-100, 200 epochs, decays at 150 and 180", 200, (150, 180), "80, 170"),
@@ -44,6 +45,7 @@ def claims() -> Iterator[str]:
     begin, _ = lr_aligned.full_rank_window(None)
     yield f"full rank begins at {begin:.2f} of the run"
     yield f"when {after:.0%} of the time after the decay has passed, or at {lr_aligned.LATEST}"
+    yield f"On the digits, 12 epochs, {number(*summaries(DIGITS).values())} ("
     yield _digits()
     yield from _fashion()
 
@@ -66,7 +68,7 @@ def _one_cycle() -> list[float]:
 
 
 def _digits() -> str:
-    runs = summaries("2026-11-24-digits-schedules")
+    runs = summaries(DIGITS)
     scores = accuracies(runs)
     full, low, aligned = (spread(scores[name], 2) for name in ("full-rank", "low-rank", "aligned"))
     cost = f"{flops(runs['aligned'])} of the full-rank FLOPs"
@@ -76,8 +78,9 @@ def _digits() -> str:
 def _fashion() -> Iterator[str]:
     folder = "2026-11-24-recipes/fashion-mnist-mlp"
     config = read_json(f"training/results/{folder}/common.json")
-    yield f"({config['train_limit']:,} images, {config['epochs']} epochs, n = 3,"
     runs = summaries(folder)
+    n = number(*runs.values())
+    yield f"({config['train_limit']:,} images, {config['epochs']} epochs, {n},"
     scores = accuracies(runs)
     full, low, dynamic, last = (spread(group, 2) for group in scores.values())
     yield f"full rank has {full} %, low rank at an eighth {low}"

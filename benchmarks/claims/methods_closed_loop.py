@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dynarank.schedules import closed_loop
 
-from .methods_shared import accuracies, flops, spread, summaries, verdict
+from .methods_shared import accuracies, flops, number, spread, summaries, verdict
 
 PAGE = "docs/methods/closed-loop.md"
 SETTINGS: tuple[str, ...] = ()
@@ -19,6 +19,7 @@ def claims() -> Iterator[str]:
     yield f"effective rank stays between {low:.2f} and {high:.2f} of its rank"
     runs = summaries("2026-11-24-digits-schedules")
     scores = accuracies(runs)
+    yield f"On the digits, 12 epochs, {number(*runs.values())} ("
     closed, aligned, full = (
         spread(scores[name], 2) for name in ("closed-loop", "aligned", "full-rank")
     )

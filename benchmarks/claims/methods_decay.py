@@ -12,6 +12,7 @@ from .records import mean, read_lines, select, values
 
 PAGE = "docs/methods/decay.md"
 SETTINGS = (
+    "(about 300 short runs, n = 1 to 3:",
     "to a decay of 0.65 of",
     "A ResNet-14 on 10,000 small CIFAR-10 images",
     "at 0.3 of the FLOPs one cut at a tenth of the run, `decay(total=..., cuts=[0.1])`,",

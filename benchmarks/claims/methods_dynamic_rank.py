@@ -13,7 +13,7 @@ from dynarank.train.recipes import Recipe, load_recipe
 from dynarank.train.schedules import make_schedule
 from dynarank.train.tasks import sketch
 
-from .methods_shared import accuracies, flops, row, spread, summaries
+from .methods_shared import accuracies, flops, number, row, spread, summaries
 from .records import mean, read_runs
 
 PAGE = "docs/methods/dynamic-rank.md"
@@ -57,6 +57,7 @@ def _whole(name: str, costs: Sequence[ScheduleCost]) -> str:
 
 def _scores() -> Iterator[str]:
     runs = summaries(RUNS)
+    yield f"test accuracy, % ({number(*runs.values())})"
     scores = accuracies(runs)
     for name, group in runs.items():
         yield row(

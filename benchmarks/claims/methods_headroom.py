@@ -8,7 +8,7 @@ from dynarank.planning.headroom import RATES
 from dynarank.planning.headroom_result import MATTERS
 
 PAGE = "docs/methods/headroom.md"
-SETTINGS: tuple[str, ...] = ()
+SETTINGS = ("in our pilot (n = 1 to 3 short runs)",)
 
 
 def claims() -> Iterator[str]:

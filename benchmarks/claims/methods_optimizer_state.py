@@ -8,7 +8,7 @@ from typing import Any
 from dynarank.monitors.gradient_window import WINDOW
 from dynarank.train.data import load_digits_data
 
-from .methods_shared import row, spread
+from .methods_shared import number, row, spread
 from .records import deviation, mean, read_json, read_lines, select, values
 
 PAGE = "docs/methods/optimizer-state.md"
@@ -61,6 +61,7 @@ def _signed(differences: list[float], digits: int) -> str:
 def _perceptron() -> Iterator[str]:
     for name, optimizer in (("AdamW", "adamw"), ("SGD", "sgd")):
         fields = {"task": "mlp", "schedule": "low-full-adapted", "optimizer": optimizer}
+        yield f"{number(*_results(**fields | PROJECT))} paired seeds"
         for policy in ("reset", "project", "calibrated"):
             *losses, accuracy = _results(**fields, moments=policy)
             cells = [f"{name}, {policy}", *(f"{mean(loss):.4f}" for loss in losses)]
@@ -108,6 +109,7 @@ def _second_moments() -> Iterator[str]:
     rows = read_lines(f"{MOMENTS}/errors.jsonl")
     for name, (schedule, change) in CHANGES.items():
         one = select(rows, schedule=schedule, change=change)
+        yield f"the MLP, {number(*(select(one, length=n) for n in KEPT))}; median"
         yield row(name, *(f"{mean(values(one, 'median', length=n)):.2f}" for n in KEPT))
 
 

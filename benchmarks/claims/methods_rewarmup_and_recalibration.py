@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .methods_shared import row, spread
+from .methods_shared import number, row, spread
 from .records import read_json, select
 
 PAGE = "docs/methods/rewarmup-and-recalibration.md"
@@ -22,6 +22,7 @@ ARMS = {
 def claims() -> Iterator[str]:
     """Yield the rows of the table."""
     runs = read_json("training/results/2026-11-24-after-a-change/digits.json")["runs"]
+    yield f"{number(*(select(runs, arm=arm) for arm in ARMS))}:"
     for arm, name in ARMS.items():
         group = select(runs, arm=arm)
         times = ("before", "0", "20", "50", "end")

@@ -22,6 +22,17 @@ def spread(values: Sequence[float], digits: int) -> str:
     return f"{mean(values):.{digits}f} ± {deviation(values):.{digits}f}"
 
 
+def number(*groups: Sequence[object]) -> str:
+    """Write how many runs each of these has; it is an error if they differ.
+
+    Example:
+        >>> number([1.0, 2.0], [3.0, 4.0])
+        'n = 2'
+    """
+    (n,) = {len(group) for group in groups}
+    return f"n = {n}"
+
+
 def row(*cells: str) -> str:
     """Write a row of a table.
 

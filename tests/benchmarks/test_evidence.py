@@ -295,6 +295,18 @@ def test_the_pictures_are_drawn_from_the_records() -> None:
     assert evidence.stale_pictures() == [], "python -m benchmarks.training write"
 
 
+def test_a_picture_that_was_changed_by_hand_is_noticed(tmp_path: Path) -> None:
+    found = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
+    pictures.fronts(found, path := tmp_path / "a.svg")
+    drawn = path.read_text(encoding="utf-8")
+    assert pictures.is_of(drawn, found) and drawn.startswith("<?xml")
+    other = made_up(**{"full rank": FIXED, "decay 0.5": FIXED})
+    assert not pictures.is_of(drawn, other)
+    for changed in (drawn.replace("relative", "of"), drawn.replace("0.4", "0.5", 1), drawn[:-9]):
+        assert changed == drawn or not pictures.is_of(changed, found)
+    assert drawn.replace("0.4", "0.5", 1) != drawn
+
+
 def test_a_picture_of_other_records_is_noticed() -> None:
     name = evidence.recorded()[0]
     found = Summaries(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -217,7 +218,22 @@ def digest(found: Summaries | list[Summaries]) -> str:
     several = found if isinstance(found, list) else [found]
     runs = [run for one in several for arm in one.arms.values() for run in arm.runs]
     runs += [{arm: one.further(arm) for arm in one.arms} for one in several]
-    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:16]
+    return _hash(json.dumps(runs, sort_keys=True))
+
+
+def sealed(picture: str) -> str:
+    """A picture that carries a digest of itself at its end."""
+    return f"{picture}<!-- {_hash(picture)} -->\n"
+
+
+def is_of(picture: str, found: Summaries | list[Summaries]) -> bool:
+    """Whether a picture is as it was drawn, from these records."""
+    drawn = picture[: picture.rfind("<!-- ")]
+    return f"records {digest(found)}" in drawn and picture == sealed(drawn)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def mosaic(panels: int, across: int) -> str:
@@ -256,6 +272,8 @@ def figure(
         )
         yield list(axes.values())
         path.parent.mkdir(parents=True, exist_ok=True)
+        text = io.StringIO()
         about = {"Date": None, "Description": f"records {digest(found)}"}
-        drawn.savefig(path, metadata=about)
+        drawn.savefig(text, format="svg", metadata=about)
+        path.write_text(sealed(text.getvalue()), encoding="utf-8")
         plt.close(drawn)
