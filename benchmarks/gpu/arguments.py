@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.gpu.timetable import SHARES
+from benchmarks.positive import positive
 
 __all__ = ["parser"]
 
@@ -18,7 +19,9 @@ def parser() -> argparse.ArgumentParser:
         "after each row. benchmarks/gpu/README.md says what the parts are.",
     )
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="an empty folder")
-    made.add_argument("--minutes", type=float, default=9.0, help="for everything; %(default)g")
+    made.add_argument(
+        "--minutes", type=positive(float), default=9.0, help="for everything; %(default)g"
+    )
     made.add_argument("--data", type=Path, help="a folder with books/split/; none: these sources")
     made.add_argument("--toy", action="store_true", help="the smallest sizes, to try the code")
     made.add_argument(

@@ -26,6 +26,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.positive import positive
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "training" / "results"
 DATA = os.environ.get("DYNARANK_DATA", ROOT / "build" / "data")
@@ -78,23 +80,13 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     _add_data(run)
     add = run.add_argument
     words = "processes, one thread each; default: 2"
-    add("--workers", type=_number(int), default=2, metavar="N", help=words)
+    add("--workers", type=positive(int), default=2, metavar="N", help=words)
     words = "stop after this time; unfinished runs go on next time"
-    add("--minutes", type=_number(float), default=float("inf"), metavar="M", help=words)
+    add("--minutes", type=positive(float), default=float("inf"), metavar="M", help=words)
     words = "only these arms, after the experiments: mlp_256 --arms 'decay*' 'full rank'"
     add("--arms", nargs="+", default=[], metavar="PATTERN", help=words)
     words = "where checkpoints of unfinished runs are; default: build/evidence"
     add("--scratch", type=Path, default=ROOT / "build" / "evidence", metavar="DIR", help=words)
-
-
-def _number(kind: type[int] | type[float]) -> Callable[[str], float]:
-    def positive(text: str) -> float:
-        value = kind(text)
-        if not value > 0:  # nor nan
-            raise argparse.ArgumentTypeError(f"{text!r} is not more than 0")
-        return value
-
-    return positive
 
 
 def _add_data(command: argparse.ArgumentParser) -> None:

@@ -210,7 +210,7 @@ def test_after_a_process_that_died_another_goes_on(
         return 0
 
     monkeypatch.setattr(command, "_process", process)
-    assert command.main(["--out", str(tmp_path), "--parts", "convolutions,products,gpt"]) == 0
+    assert command.main(["--out", str(tmp_path), "--parts", "convolutions,products,gpt"]) == 1
     assert asked == [["gpt", "products", "convolutions"], ["products", "convolutions"]]
     parts = results(tmp_path)["parts"]
     assert parts["gpt"] | {"rows": {}} == {
@@ -220,6 +220,55 @@ def test_after_a_process_that_died_another_goes_on(
     with pytest.raises(SystemExit):  # there are results already
         command.main(["--out", str(tmp_path)])
     assert "has results already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (["done", "done"], 0), (["done", "out of time"], 0), (["done", "failed"], 1),
+        (["stopped", "done"], 1), (["done"], 1),
+    ],
+)  # fmt: skip
+def test_the_exit_status_says_whether_every_part_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statuses: list[str], code: int
+) -> None:
+    def process(options: Namespace, parts: list[str], end: float) -> int:
+        record = Record(options.out)
+        for name, status in zip(("gpt", "products"), statuses, strict=False):
+            if name in parts:
+                record.part(name, status=status, seconds=1.0)
+        return 0
+
+    monkeypatch.setattr(command, "_process", process)
+    assert command.main(["--out", str(tmp_path), "--parts", "gpt,products"]) == code
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--minutes", "0"], "'0' is not a number above 0"),
+        (["--minutes", "nan"], "'nan' is not a number above 0"),
+        (["--device", "cpu"], "give --toy too"),
+    ],
+)
+def test_what_would_measure_nothing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--out", str(tmp_path), *words])
+    assert told in capsys.readouterr().err
+
+
+def test_a_start_that_failed_leaves_the_folder_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "_process", lambda *_: 1)
+    assert command.main(["--out", str(tmp_path), "--parts", "gpt"]) == 1
+    assert "error" in results(tmp_path)["about"]
+    monkeypatch.setattr(
+        command, "_process", lambda o, parts, _: Record(o.out).part(parts[0], status="done")
+    )
+    assert command.main(["--out", str(tmp_path), "--parts", "gpt"]) == 0
 
 
 def test_without_a_gpu_it_says_so_and_stops(tmp_path: Path) -> None:
