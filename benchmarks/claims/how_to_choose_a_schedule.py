@@ -1,0 +1,112 @@
+"""Choose a schedule: what it says in words, from the records of the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.training.harness.summary import ALL_FLOPS, FULL
+
+from . import evidence
+from .evidence import (
+    BYTE,
+    DEEPER,
+    FIXED,
+    GPT,
+    LARGER,
+    LIKE_LOW,
+    LOW,
+    MEDIUM,
+    MLP,
+    NARROW,
+    RESNET,
+    VIT,
+    WIDE,
+    WRN,
+    found,
+    verb,
+)
+
+PAGE = "docs/how-to/choose-a-schedule.md"
+SETTINGS: tuple[str, ...] = ()
+BETTER, WORSE, ALIKE = "is better than", "is worse than", "is not distinguishable from"
+
+
+def claims() -> Iterator[str]:
+    """Check the words; yield those that follow."""
+    evidence.corrections()
+    yield from _transformers()
+    yield from _perceptrons()
+    yield from _images()
+    yield from _paper()
+    _encoder()
+
+
+def _transformers() -> Iterator[str]:
+    for budget in ("0.5", "0.65"):
+        decay = found(GPT).decay(budget)
+        others = (f"fixed {budget} FLOPs", f"shorter, {budget}", f"narrower, {budget}")
+        assert {verb(GPT, decay, other) for other in others} == {BETTER}
+    assert verb(GPT, found(GPT).decay("0.5"), "full first 0.5") == BETTER
+    for name in (BYTE, MEDIUM):
+        decay = found(name).decay("0.65")
+        assert {verb(name, decay, other) for other in (FIXED, NARROW)} == {BETTER}
+    assert found(BYTE).meets_full("decay 0.5")
+    yield "On the smaller of these half of the FLOPs were enough for the loss of full rank."
+
+
+def _perceptrons() -> Iterator[str]:
+    small, low = "fixed 1/16", "fixed 0.2 FLOPs"
+    assert verb(WIDE, small) == ALIKE
+    assert round(1 / found(WIDE).share(small, ALL_FLOPS)) == 7
+    assert round(1 / found(WIDE).share(small, "cpu_seconds")) == 4
+    assert 0.28 < found(WIDE).share(low, ALL_FLOPS) < 0.38
+    assert found(WIDE).arms[low].runs[0]["setting"]["decay"] == "product"
+    assert {verb(WIDE, low, o) for o in (FULL, "narrower, 0.2", "decay 0.2")} == {BETTER}
+    yield "it beat full rank, a narrower network and a decay."
+    for budget in ("0.5", "0.65"):
+        decay = found(MLP).decay(budget)
+        assert verb(MLP, decay, f"fixed {budget} FLOPs") == BETTER
+        assert verb(MLP, decay, f"narrower, {budget}") == ALIKE
+    first, eight = "full first 0.3", found(MLP).decay("0.3")
+    assert verb(MLP, first, eight) == verb(MLP, first, "fixed 0.3 FLOPs") == BETTER
+    assert found(MLP).share(first, "cpu_seconds") < found(MLP).share(eight, "cpu_seconds")
+    yield "beat both eight cuts and fixed low rank, and was faster."
+
+
+def _images() -> Iterator[str]:
+    assert verb(VIT, NARROW) == verb(VIT, "fixed 0.5 FLOPs") == ALIKE
+    assert verb(VIT, "decay 0.65", FIXED) == verb(VIT, "decay 0.65", NARROW) == WORSE
+    assert verb(VIT, "decay 0.5", "fixed 0.5 FLOPs") == WORSE
+    assert verb(VIT, "decay 0.5", "narrower, 0.5") == ALIKE
+    yield "was behind both, one of half behind fixed low rank only."
+    for name in (RESNET, DEEPER, LARGER, WRN):
+        decay = found(name).decay("0.65")
+        assert found(name).best(found(name).arms) == FULL
+        assert BETTER not in (verb(name, decay, FIXED), verb(name, decay, NARROW))
+    for name in (GPT, BYTE, MEDIUM, MLP, VIT, RESNET, DEEPER, LARGER, WRN):
+        for cost in ("memory_peak", "cpu_seconds"):
+            narrow = found(name).share(NARROW, cost)
+            assert narrow < found(name).share(found(name).decay("0.65"), cost)
+
+
+def _paper() -> Iterator[str]:
+    assert verb(GPT, LOW, LIKE_LOW) == BETTER
+    assert BETTER not in (verb(MLP, LOW, LIKE_LOW), verb(RESNET, LOW, LIKE_LOW))
+    assert verb(BYTE, LOW, FIXED) == WORSE
+    assert found(BYTE).share(FIXED, ALL_FLOPS) < found(BYTE).share(LOW, ALL_FLOPS)
+    soft = f"{LOW}, soft"
+    assert verb(MLP, soft) == ALIKE
+    assert min(found(MLP).share(soft, cost) for cost in (ALL_FLOPS, "cpu_seconds")) > 1
+    yield "as good as full rank on the narrow MLP, for more than its FLOPs and time."
+
+
+def _encoder() -> None:
+    lora = "LoRA, rank 8", "LoRA by PEFT, rank 8"
+    cuts, shorter = ("cut to 0.7", "decay 0.7"), "shorter, 0.7"
+    mrpc, rte = evidence.PAIRS
+    assert WORSE not in {verb(evidence.ENCODER, arm) for arm in lora}
+    assert {verb(evidence.ENCODER, arm) for arm in (*cuts, shorter)} == {WORSE}
+    assert all(0.6 < found(evidence.ENCODER).share(arm, ALL_FLOPS) < 0.72 for arm in lora)
+    assert {verb(mrpc, arm) for arm in lora} == {WORSE}
+    assert {verb(rte, arm) for arm in (*cuts, lora[0])} == {WORSE}
+    assert {verb(rte, arm) for arm in (lora[1], shorter)} == {verb(mrpc, shorter)} == {ALIKE}
