@@ -83,6 +83,10 @@ def _images() -> Iterator[str]:
         decay = found(name).decay("0.65")
         assert found(name).best(found(name).arms) == FULL
         assert BETTER not in (verb(name, decay, FIXED), verb(name, decay, NARROW))
+        seconds = (found(name).share(arm, "cpu_seconds") for arm in (FIXED, decay, LOW))
+        assert found(name).share(NARROW, "cpu_seconds") < min(seconds)
+    low = (FIXED, "decay 0.65", LOW)
+    assert {verb(WRN, NARROW, arm) for arm in low} == {BETTER}
     for name in (GPT, BYTE, MEDIUM, MLP, VIT, RESNET, DEEPER, LARGER, WRN):
         for cost in ("memory_peak", "cpu_seconds"):
             narrow = found(name).share(NARROW, cost)
