@@ -136,6 +136,17 @@ def test_where_full_rank_diverged_it_cannot_be_met() -> None:
     assert ", met" not in answers.met([found]).splitlines()[-1]
 
 
+def test_a_run_that_is_on_record_twice_is_named() -> None:
+    found = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
+    first = found.arms["decay 0.5"].runs[1]
+    runs = [run for one in found.arms.values() for run in one.runs]
+    runs += [{**first, "result": {"accuracy": 99.0}}]
+    again = Summaries("made up", runs, found.experiment)
+    assert again.arms["decay 0.5"].runs[1] is first
+    words = "On record more than once, the first counts: decay 0.5, seed 1."
+    assert words in evidence.block(again) and "more than once" not in evidence.block(found)
+
+
 def test_an_arm_of_any_name_may_begin_with_decay() -> None:
     names = {"full rank": FULL, "decay 0.5": FIXED, DECAY_ON_FEW: FIXED}
     found = made_up(**names)
@@ -308,15 +319,14 @@ def test_a_picture_that_was_changed_by_hand_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_picture_of_other_records_is_noticed() -> None:
-    name = evidence.recorded()[0]
-    found = Summaries(name)
+    found = next(iter(evidence.recorded().values()))
     before = pictures.digest(found)
     next(iter(found.arms.values())).runs[0]["result"]["accuracy"] = 1.0
     assert pictures.digest(found) != before
 
 
 def test_the_calibrations_of_all_recorded_arms_are_counted() -> None:
-    for found in map(Summaries, evidence.recorded()):
+    for found in evidence.recorded().values():
         assert not [arm for arm in found.arms if found.further(arm) is None], found.name
 
 
@@ -332,12 +342,12 @@ def test_full_rank_is_met_at_all_the_flops_that_were_spent(monkeypatch: pytest.M
 
 
 def test_tuning_runs_are_never_reported() -> None:
-    for name in evidence.recorded():
-        tuning = set(Summaries(name).experiment.tuning)
+    for name, found in evidence.recorded().items():
+        tuning = set(found.experiment.tuning)
         assert all(
             run["seed"] not in tuning or run["part"] == "valid" for run in Store(name).runs()
         )
-        reported = (run for arm in Summaries(name).arms.values() for run in arm.runs)
+        reported = (run for arm in found.arms.values() for run in arm.runs)
         assert all(run["part"] == "test" and run["seed"] not in tuning for run in reported)
 
 

@@ -24,15 +24,15 @@ _SWITCHED = (FULL, "fixed 1/2", "paper, svd", "paper, low-rank ending")
 BLOCK = re.compile(r"<!-- begin (?P<name>\S+) -->\n(?P<text>.*?)\n?<!-- end -->", re.DOTALL)
 
 
-def recorded() -> list[str]:
+def recorded() -> dict[str, Summaries]:
     """The experiments that have runs of full rank to compare with, the deciding ones first."""
-    ordered = dict.fromkeys((*DECIDING, *names()))
-    return [name for name in ordered if FULL in Summaries(name).arms]
+    found = {name: Summaries(name) for name in dict.fromkeys((*DECIDING, *names()))}
+    return {name: one for name, one in found.items() if FULL in one.arms}
 
 
 def blocks() -> dict[str, str]:
     """Each block of the pages by its name, as it has to be."""
-    found = {name: Summaries(name) for name in recorded()}
+    found = recorded()
     deciding = [found[name] for name in DECIDING if name in found]
     problems = {name: one for name, one in found.items() if not _is_grid(one)}
     every = list(problems.values())
@@ -85,6 +85,8 @@ def _unfinished(found: Summaries) -> Iterator[str]:
     """What is missing of the experiment, does not count, or diverged."""
     if found.others:
         yield f"Not counted: {found.others} runs of what the problem was before."
+    if found.twice:
+        yield f"On record more than once, the first counts: {'; '.join(found.twice)}."
     wanted = len(found.experiment.seeds)
     ran = Counter(run["arm"] for run in found.diverged)
     ran.update({arm: one.n for arm, one in found.arms.items()})
@@ -102,7 +104,7 @@ def _unfinished(found: Summaries) -> Iterator[str]:
 
 def drawings() -> dict[str, tuple[Summaries | list[Summaries], Callable[[Path], None]]]:
     """Each picture by its file's name, with what it is drawn from."""
-    found = {name: Summaries(name) for name in recorded()}
+    found = recorded()
     drawn: dict[str, tuple[Summaries | list[Summaries], Callable[[Path], None]]] = {}
     for name, one in found.items():
         if _is_grid(one):

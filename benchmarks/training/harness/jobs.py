@@ -7,6 +7,7 @@ for all seeds of that arm.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -56,14 +57,30 @@ def counted(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
 
     Setting and schedule change when more is tuned; what was run before stays on record.
     """
+    first: dict[int, Run] = {}
+    for run in _matching(arm, experiment, runs):
+        first.setdefault(run["seed"], run)
+    return [first[seed] for seed in sorted(first)]
+
+
+def recorded_twice(experiment: Experiment, runs: Sequence[Run]) -> list[str]:
+    """Arms and seeds that have more than one run that could count."""
+    pairs = [
+        f"{arm.name}, seed {run['seed']}"
+        for arm in experiment.arms
+        for run in _matching(arm, experiment, runs)
+    ]
+    return sorted(name for name, number in Counter(pairs).items() if number > 1)
+
+
+def _matching(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
+    """The runs of an arm on reported seeds, with what is chosen for it now."""
     setting, schedule = setting_of(arm, experiment, runs), schedule_of(arm, experiment, runs)
     if setting is None or schedule is WAITING:
         return []
-    first: dict[int, Run] = {}
-    for run in runs:
-        if run["part"] == "test" and _is_of(run, arm, setting, schedule_data(schedule)):
-            first.setdefault(run["seed"], run)
-    return [first[seed] for seed in sorted(first) if seed in experiment.seeds]
+    data = schedule_data(schedule)
+    wanted = [run for run in runs if run["part"] == "test" and run["seed"] in experiment.seeds]
+    return [run for run in wanted if _is_of(run, arm, setting, data)]
 
 
 def _is_of(run: Run, arm: Arm, setting: Setting, schedule: Any) -> bool:

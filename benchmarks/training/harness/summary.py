@@ -11,7 +11,7 @@ from statistics import fmean
 from benchmarks.training.harness.calibration import share
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import at_an_end, reported
+from benchmarks.training.harness.jobs import at_an_end, recorded_twice, reported
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import ROOT, Store
@@ -92,6 +92,7 @@ class Summaries:
         counted = reported(self.experiment, same)
         self.others = len(records) - len(same)
         """Runs on record of what the problem was before."""
+        self.twice = recorded_twice(self.experiment, same)
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
