@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 
 from benchmarks.training.harness import statistics
+from benchmarks.training.harness.comparison import tau
 from benchmarks.training.harness.summary import ALL_FLOPS, CHEAP, FULL, Summaries
 from benchmarks.training.harness.tables import around, digits, verdict
 
@@ -35,9 +36,10 @@ GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fash
 WIDE = "mlp_1024"
 BYTE, MEDIUM, ENCODER, VIT = "gpt_bytes", "gpt_10m", "encoder_stsb", "vit_cifar"
 PAIRS = "encoder_mrpc", "encoder_rte"
-DEEPER, LARGER, SMALL_BERT = "resnet_cifar", "resnet20_cifar", "bert_mrpc"
+DEEPER, LARGER, SMALL_BERT, SST = "resnet_cifar", "resnet20_cifar", "bert_mrpc", "bert_sst2"
 WRN = "wrn_cifar100"
 DECAY, FIXED, NARROW = "decay 0.65, 8 batches", "fixed 0.65 FLOPs", "narrower, 0.65"
+HALF_NARROW, HALF_FIXED = "narrower, 0.5", "fixed 0.5 FLOPs"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 
 
@@ -53,6 +55,7 @@ def claims() -> Iterator[str]:
     yield from met()
     yield from helps_nobody()
     corrections()
+    orders()
 
 
 def transformers() -> Iterator[str]:
@@ -232,11 +235,11 @@ def costs() -> Iterator[str]:
         f"and {share(GPT, FIXED, 'cpu_seconds')}:"
     )
     assert round(6 * (1 - found(MEDIUM).share(FIXED, "memory_peak"))) == 1
-    for name in (GPT, BYTE, RESNET, DEEPER, LARGER, VIT, SMALL_BERT):
+    for name in (GPT, BYTE, RESNET, DEEPER, LARGER, VIT, SMALL_BERT, SST):
         assert found(name).share(FIXED, "memory_peak") > 0.95
     for name, arm in {MLP: FIXED, TABLE: FIXED, WIDE: "fixed 0.3 FLOPs"}.items():
         assert found(name).share(arm, "memory_peak") < 0.8
-    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, WRN, VIT, SMALL_BERT):
+    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, WRN, VIT, SMALL_BERT, SST):
         assert found(name).share(NARROW, "cpu_seconds") < 0.95
     for arm in ("narrower, 0.3", "fixed 0.3 FLOPs", "decay 0.3"):
         assert found(WIDE).share(arm, "cpu_seconds") < 0.7
@@ -265,10 +268,11 @@ def calibrations() -> Iterator[str]:
 
 def met() -> Iterator[str]:
     """Yield who is on the front, who meets full rank, and what inflation was worth."""
-    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, WRN, VIT):
+    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, WRN, VIT, SST):
         assert any(arm.startswith("narrower") for arm in found(name).front())
     assert {arm.partition(" ")[0] for arm in found(WIDE).front()} == {"fixed"}
     beside = {name: "0.65" for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, WRN, VIT)}
+    beside[SST] = "0.65"
     fewer = [
         found(name).share(found(name).decay(budget), "flops")
         - found(name).share(f"narrower, {budget}", "flops")
@@ -291,7 +295,8 @@ def met() -> Iterator[str]:
     assert [n for n in images if any(schedule(n, arm) for arm in cheap(n))] == [VIT]
     for name in (SMALL_BERT, TABLE):
         assert any(schedule(name, arm) for arm in cheap(name))
-    none = (MEDIUM, DEEPER, LARGER, WRN, ENCODER, *PAIRS)
+    assert [arm for arm in cheap(SST) if found(SST).meets_full(arm)] == [HALF_NARROW, HALF_FIXED]
+    none = (MEDIUM, LARGER, WRN, ENCODER, *PAIRS)
     assert not any(found(name).changes(arm) for name in none for arm in cheap(name))
     two = [arm for arm in cheap(WIDE) if schedule(WIDE, arm) and arm.startswith("decay")]
     assert two == ["decay 0.2", "decay 0.3"]
@@ -299,15 +304,15 @@ def met() -> Iterator[str]:
         assert verb(name, found(name).decay("0.65")) == "is worse than"
     assert verb(GPT, LOW, LIKE_LOW) == verb(GPT, DECAY, LOW) == "is better than"
     assert verb(GPT, LOW, FIXED) == "is not distinguishable from"
-    assert verb(MLP, LOW, LIKE_LOW) == "is worse than"
+    assert verb(MLP, LOW, LIKE_LOW) == verb(DEEPER, LOW, LIKE_LOW) == "is worse than"
     assert verb(BYTE, LOW, LIKE_LOW) == verb(BYTE, LOW, FIXED)
     yield (
         f"On the byte GPT the paper's order {verb(BYTE, LOW, FIXED)} fixed low rank of its FLOPs, "
         f"and of {share(BYTE, FIXED)} of"
     )
-    others = (verb(name, LOW, LIKE_LOW) for name in (RESNET, LARGER, VIT, SMALL_BERT))
+    others = (verb(name, LOW, LIKE_LOW) for name in (RESNET, LARGER, VIT, SMALL_BERT, SST))
     assert set(others) == {"is not distinguishable from"}
-    paper = (GPT, BYTE, MEDIUM, MLP, WIDE, TABLE, RESNET, DEEPER, LARGER, WRN, VIT, SMALL_BERT)
+    paper = (GPT, BYTE, MEDIUM, MLP, WIDE, TABLE, RESNET, DEEPER, LARGER, WRN, VIT, SMALL_BERT, SST)
     for name in paper:
         inflated, before, _ = around(found(name).arms[LOW])
         assert inflated < before and found(name).share(LOW, ALL_FLOPS) > CHEAP
@@ -326,11 +331,16 @@ def schedule(name: str, arm: str) -> bool | None:
 def helps_nobody() -> Iterator[str]:
     """Yield where no schedule helps."""
     shortened = {name: "0.65" for name in (GPT, BYTE, MLP, VIT, RESNET, DEEPER, TABLE, SMALL_BERT)}
+    shortened[SST] = "0.65"
     shortened |= {WIDE: "0.3", **dict.fromkeys((ENCODER, *PAIRS), "0.7")}
     for name, budget in shortened.items():
         ahead = found(name).difference(found(name).decay(budget), f"shorter, {budget}")
         assert ahead is not None
         assert (ahead.mean > 0) == (name not in (SMALL_BERT, ENCODER, *PAIRS))
+    yield (
+        f"at half of the FLOPs fixed low rank has {result(SST, HALF_FIXED)} % and a narrower "
+        f"network {result(SST, HALF_NARROW)}, full rank {result(SST, FULL)}."
+    )
     for arm in ("ReLoRA", "LoRA from scratch"):
         yield f"{arm} costs {share(MLP, arm)} of full rank on the MLP"
     soft = f"{LOW}, soft"
@@ -340,6 +350,13 @@ def helps_nobody() -> Iterator[str]:
         f"{share(MLP, soft, 'cpu_seconds')} of its seconds;"
     )
     yield f"on the ResNet-8 it has {result(RESNET, soft)}, and it {verb(RESNET, soft)} full rank"
+
+
+def orders() -> None:
+    """Check that the order of the arms of the smaller BERT problem turns on the larger."""
+    small, large = (found(name).arms for name in (SMALL_BERT, SST))
+    both = [arm for arm in small if arm in large]
+    assert tau([small[arm].result for arm in both], [large[arm].result for arm in both]) < -0.3
 
 
 def corrections() -> None:
@@ -352,7 +369,7 @@ def corrections() -> None:
     assert not any("decay 0.65" in corrected(VIT, other) for other in (FULL, FIXED, NARROW))
     assert not any("LoRA" in arm for name in PAIRS for arm in corrected(name, FULL))
     assert {"cut to 0.7", "decay 0.7"} <= set(corrected(PAIRS[1], FULL))
-    assert not corrected(TABLE, FULL)
+    assert not corrected(TABLE, FULL) and not corrected(SST, FULL)
     assert all(verdict(found(name)).startswith("No arm") for name in (RESNET, TABLE, LARGER))
 
 
