@@ -102,6 +102,23 @@ def test_a_changed_experiment_is_run_again_and_says_so(
     assert of_one_problem(runs, defined(Tiny())) == runs[:3]
 
 
+def test_without_the_data_the_last_problem_is_the_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def absent(_: Path) -> Tiny:
+        raise FileNotFoundError("there is no such text")
+
+    work(tmp_path, monkeypatch, Tiny)
+    work(tmp_path, monkeypatch, lambda _: altered("weight_decay", 0.5))
+    capfd.readouterr()
+    assert len(work(tmp_path, monkeypatch, absent)) == 6  # all is done
+    assert capfd.readouterr().err == ""
+    store = Store("tiny", tmp_path / "results")
+    store.path.write_text("".join(store.path.read_text().splitlines(keepends=True)[:5]))
+    assert len(work(tmp_path, monkeypatch, absent)) == 5
+    assert "tiny is left out: there is no such text" in capfd.readouterr().err
+
+
 def _kept(rank: int) -> Any:
     return lambda: rank
 

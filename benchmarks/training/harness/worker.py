@@ -140,12 +140,15 @@ class Worker:
 
     def _tell_of_others(self, name: str) -> None:
         """Say once that runs are on record that do not count, since the problem was another."""
-        runs = Store(name, self.results).runs()
-        if name not in self.told and (others := len(runs) - len(self._runs(name))):
-            names = ", ".join(changed(runs, self.defined(name))) or "rate, steps or network"
-            words = f"{name}: {others} runs on record do not count: the problem has changed since"
-            print(f"{words} ({names})", file=sys.stderr, flush=True)
+        if name in self.told:
+            return
         self.told.add(name)
+        runs = Store(name, self.results).runs()
+        with suppress(*_ABSENT):  # without the data nobody knows
+            if others := len(runs) - len(of_one_problem(runs, self.defined(name))):
+                names = ", ".join(changed(runs, self.defined(name))) or "rate, steps or network"
+                words = f"{others} runs on record do not count: the problem has changed since"
+                print(f"{name}: {words} ({names})", file=sys.stderr, flush=True)
 
     def _wanted(self, experiment: str, arm: str) -> bool:
         if {(experiment,), (experiment, arm)} & self.left_out:
