@@ -50,6 +50,11 @@ def test_every_change_of_a_problem_makes_its_runs_others(name: str, value: Any) 
     assert name in changed([run], now)
 
 
+def test_where_the_data_lies_is_no_setting() -> None:
+    one, other = (altered("folder", f"/data/{name}") for name in "ab")
+    assert defined(one) == defined(other) == defined(Tiny())
+
+
 def test_sums_may_differ_by_rounding() -> None:
     problem = defined(Tiny())
     entries, total = problem["network"]

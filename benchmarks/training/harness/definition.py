@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,8 @@ _ALIKE = 1e-4  # sums of equal numbers differ by less between processors
 def defined(problem: Problem) -> dict[str, Any]:
     """The settings of a problem, and sums over its network and some of its data.
 
-    Settings are its public attributes that are numbers, words or lists of words. What its methods
-    do is not in it: a record has a digest of the code beside it.
+    Settings are its public attributes that are numbers, words or lists of words, but for paths.
+    What its methods do is not in it: a record has a digest of the code beside it.
     """
     with torch.random.fork_rng(devices=[]):
         return {
@@ -41,6 +42,8 @@ def _attributes(problem: Problem) -> Iterator[tuple[str, Any]]:
 
 
 def _plain(value: Any) -> bool:
+    if isinstance(value, str) and Path(value).is_absolute():  # of this machine
+        return False
     words = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
     return words or isinstance(value, bool | int | float | str | None)
 
