@@ -139,11 +139,9 @@ class _Finder(MetaPathFinder):
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target)
-        if spec is None or not isinstance(spec.loader, SourceFileLoader):
-            return None
-        if not _inside(Path(spec.loader.path).resolve(), self.roots):
-            return None
-        spec.loader = _Source(name, spec.loader.path)
+        if spec is not None and isinstance(spec.loader, SourceFileLoader):
+            if _inside(Path(spec.loader.path).resolve(), self.roots):
+                spec.loader = _Source(name, spec.loader.path)
         return spec
 
 
