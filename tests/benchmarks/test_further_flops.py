@@ -69,6 +69,29 @@ def test_calibrations_are_counted_beside_new_records(
     assert len(Store("tiny", results).runs()) == 4
 
 
+def test_arms_of_what_the_problem_was_before_are_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny, results = experiment(DECAY, tuning=()), tmp_path / "results"
+    for module in (worker, replay, summary):
+        monkeypatch.setattr(module, "get", {"tiny": tiny}.__getitem__)
+    Worker(["tiny"], tmp_path, tmp_path / "scratch", results).work()
+    assert replay.measure(["tiny"], tmp_path, results)
+    before = Summaries("tiny", folder=results).further("decay")
+    monkeypatch.setattr(Tiny, "calibrated_on", 4)
+    (results / "calibration.json").rename(tmp_path / "aside.json")
+    calibration._shares.cache_clear()
+    assert not replay.measure(["tiny"], tmp_path, results)
+    assert "tiny: 1 arms are on record of what the problem was" in capsys.readouterr().err
+    (tmp_path / "aside.json").rename(results / "calibration.json")
+    calibration._shares.cache_clear()
+    Worker(["tiny"], tmp_path, tmp_path / "scratch", results).work()
+    found = Summaries("tiny", folder=results)
+    assert found.others == 2 and found.further("decay") is None
+    assert replay.measure(["tiny"], tmp_path, results)
+    assert Summaries("tiny", folder=results).further("decay") < before
+
+
 def test_what_cannot_be_counted_is_named_and_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -361,6 +361,13 @@ def test_a_line_that_was_not_finished_is_left_out_and_cut_off(tmp_path: Path) ->
     assert [r["seed"] for r in store.runs()] == [0, 1]
 
 
+def test_a_run_that_diverged_can_be_read_again(tmp_path: Path) -> None:
+    points = [{"train_loss": math.nan, "valid": {"loss": math.inf}, "flops": 0.5}]
+    Store("a", tmp_path).append(record(points=points, result={}))
+    (run,) = Store("a", tmp_path).runs()
+    assert run["points"] == [{"train_loss": None, "valid": {"loss": None}, "flops": 0.5}]
+
+
 def test_a_last_line_that_lacks_its_end_alone_counts(tmp_path: Path) -> None:
     store = Store("a", tmp_path)
     for seed in (0, 1):

@@ -122,6 +122,37 @@ def test_a_run_that_raises_leaves_the_other_arms(tmp_path: Path, monkeypatch, ca
     assert "tiny: bad is left out: shapes differ" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["problem", "records", "held out"])
+def test_a_bad_experiment_leaves_the_others(tmp_path: Path, monkeypatch, capfd, what: str) -> None:
+    class Empty(Tiny):
+        def held_out(self, part: str) -> object:  # pyright: ignore
+            return iter(())
+
+    bad = experiment(ONE_RATE)
+    if what == "problem":
+        bad = replace(bad, metric="loss", higher=False)
+    elif what == "held out":
+        bad = replace(bad, problem=lambda _: Empty())
+    else:
+        (tmp_path / "results").mkdir()
+        (tmp_path / "results/bad.jsonl").write_text("{}\n")
+    one = workers(tmp_path, monkeypatch, bad=bad, tiny=experiment(ONE_RATE))
+    assert one.work() == 3 and one.left_out == {("bad",)}
+    assert "bad is left out: " in capfd.readouterr().err
+
+
+def test_an_arm_that_waits_for_one_that_failed_is_named(tmp_path: Path, monkeypatch, capfd) -> None:
+    def broken(*_: object) -> torch.nn.Module:
+        raise RuntimeError("shapes differ")
+
+    lead = Arm("lead", None, (1.0,), family="a", prepare=broken)
+    tiny = experiment(lead, Arm("led", None, (1.0,), family="a"))
+    one = workers(tmp_path, monkeypatch, tiny=tiny)
+    one.work()
+    assert one.left_out == {("tiny", "lead"), ("tiny", "led")}
+    assert "led is left out: it waits for 'lead', which is left out" in capfd.readouterr().err
+
+
 def test_a_disk_that_is_full_ends_the_worker(tmp_path: Path, monkeypatch) -> None:
     one = workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE))
     monkeypatch.setattr(Store, "append", _no_space)

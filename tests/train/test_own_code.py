@@ -44,6 +44,17 @@ def test_a_file_that_changes_is_imported_again(tmp_path: Path) -> None:
     assert one[1]["net.py"] == two[1]["net.py"] and one[1] != two[1]
 
 
+@pytest.mark.parametrize("what", ["None", "object()", "type('A', (), {'__slots__': ()})()"])
+def test_own_code_may_put_anything_in_the_place_of_a_module(what: str, tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(f"import sys\nsys.modules['not_there'] = {what}\nX = 1\n")
+    try:
+        assert load_object("net.py:X", tmp_path) == 1
+        (tmp_path / "net.py").write_text("X = 2\n")
+        assert load_object("net.py:X", tmp_path) == 2
+    finally:
+        sys.modules.pop("not_there", None)
+
+
 @pytest.mark.parametrize("files", [("__init__.py",), ()], ids=["package", "folder"])
 def test_each_folder_has_its_own_package_of_a_name(files: tuple[str, ...], tmp_path: Path) -> None:
     for number, initial in ((1, ()), (2, files), (3, ())):

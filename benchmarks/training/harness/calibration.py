@@ -39,6 +39,8 @@ def cause(run: Run) -> str:
     options = (run.get("batches"), run.get("by_data", True), run.get("penalty"))
     network = round(run["training_flops"] / run["flops"])
     about = [run["schedule"], run["steps"], network, *options]
+    if "problem" in run:  # older records do not say it
+        about += [run["problem"]["calibrated_on"], run["problem"]["layers"]]
     return digest(json.dumps(about, sort_keys=True).encode())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from benchmarks.training.harness.arm import Setting
@@ -37,6 +38,20 @@ def check(run: Run, experiment: str) -> None:
     Setting(**run["setting"])
     if wrong := [v for v in run["result"].values() if not isinstance(v, int | float)]:
         raise TypeError(f"result {wrong[0]!r}")
+
+
+def finite(value: Any) -> Any:
+    """The plain data with None for what is not finite.
+
+    Example:
+        >>> finite({"loss": [1.0, float("inf")]})
+        {'loss': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def refuse_constant(name: str) -> None:

@@ -22,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 import dynarank as dr
 from benchmarks.training.harness.arm import Setting
 from benchmarks.training.harness.calibration import add, key
+from benchmarks.training.harness.definition import defined, is_of
 from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.narrow import flops
 from benchmarks.training.harness.record import Run
@@ -142,7 +143,13 @@ def measure(names: Sequence[str], data: Path, results: Path) -> bool:
                 print(f"{name} is left out: {error}", file=sys.stderr, flush=True)
                 whole = False
                 continue
-            whole &= all([_measure(name, problem, run, results) for run in runs])
+            now = defined(problem)
+            mine = [run for run in runs if is_of(run, now)]
+            if len(mine) < len(runs):
+                words = "are on record of what the problem was before: run it again"
+                print(f"{name}: {len(runs) - len(mine)} arms {words}", file=sys.stderr, flush=True)
+            counted = [_measure(name, problem, run, results) for run in mine]
+            whole &= all(counted) and mine == runs
     return whole
 
 

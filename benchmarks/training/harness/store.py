@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.harness.record import VERSION, Run, check, refuse_constant
+from benchmarks.training.harness.record import VERSION, Run, check, finite, refuse_constant
 
 ROOT = Path(__file__).parents[1] / "results"
 
@@ -62,8 +62,9 @@ class Store:
         return run
 
     def append(self, run: Run) -> None:
-        """Add a run."""
-        line = json.dumps({"version": VERSION, **run}, separators=(",", ":")).encode() + b"\n"
+        """Add a run; what is not finite in it, of one that diverged, is null."""
+        whole_run = finite({"version": VERSION, **run})
+        line = json.dumps(whole_run, separators=(",", ":"), allow_nan=False).encode() + b"\n"
         with self._locked() as file:
             content = _whole(file.read())
             file.truncate(len(content))

@@ -102,13 +102,14 @@ class Worker:
         return done
 
     def _name_waiting(self) -> None:
-        """Leave out by name what cannot be run before an arm that was not asked for."""
-        for name in self.experiments if self.arms else ():
+        """Leave out by name what cannot be run before another arm, which has not been."""
+        for name in (one for one in self.experiments if (one,) not in self.left_out):
             for arm in get(name).arms:
                 other = waits_for(arm, get(name), self._runs(name))
                 if other is not None and self._wanted(name, arm.name):
-                    why = f"it waits for {other!r}; name that after --arms too"
-                    self._leave_out(why, name, arm.name)
+                    out = (name, other) in self.left_out
+                    fix = ", which is left out" if out else "; name that after --arms too"
+                    self._leave_out(f"it waits for {other!r}{fix}", name, arm.name)
 
     def _next(self) -> bool | None:
         """Take a run that nobody has, and do it.
@@ -118,14 +119,26 @@ class Worker:
         """
         others = False
         for name in self.experiments:
-            self._tell_of_others(name)
-            for job in self._missing(name):
+            for job in self._jobs(name):
                 with self._claimed(job) as mine:
                     # Another worker may have finished it between the look and the claim.
                     if mine and job in self._missing(name):
                         return self._do(job)
                 others = True
         return None if others else False
+
+    def _jobs(self, name: str) -> list[Job]:
+        """The missing runs of an experiment; none if it or its records are damaged."""
+        if (name,) in self.left_out:
+            return []
+        try:
+            self._tell_of_others(name)
+            return self._missing(name)
+        except OSError:
+            raise
+        except Exception as error:  # the other experiments can be run
+            self._leave_out(error, name)
+            return []
 
     def _missing(self, name: str) -> list[Job]:
         jobs = ready(name, get(name), self._runs(name))

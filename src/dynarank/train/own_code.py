@@ -185,7 +185,7 @@ def _file_of(module: ModuleType) -> Path | None:
 
 def _folder_of(module: ModuleType) -> Path | None:
     """The folder of a package without an ``__init__.py``."""
-    places = list(vars(module).get("__path__", ()))
+    places = list(getattr(module, "__dict__", {}).get("__path__", ()))  # anything may stand there
     return Path(places[0]).resolve() if places else None
 
 
