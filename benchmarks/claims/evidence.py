@@ -69,8 +69,11 @@ def transformers() -> Iterator[str]:
     (better,) = {verb(BYTE, decay, other) for other in (FULL, FIXED, NARROW, "shorter, 0.65")}
     yield (
         f"On the byte GPT it {better} full rank, by {behind(BYTE, FULL, decay)}, and than all "
-        f"three, and a decay at {share(BYTE, half)} {verb(BYTE, half)} full rank."
+        f"three, and a decay at {share(BYTE, half)} {verb(BYTE, half)} full rank and {better} "
+        "those three at half of the FLOPs."
     )
+    halves = (HALF_FIXED, HALF_NARROW, "shorter, 0.5")
+    assert {verb(BYTE, half, other) for other in halves} == {better}
     assert verb(MEDIUM, DECAY, FIXED) == verb(MEDIUM, DECAY, NARROW)
     yield (
         f"it {verb(MEDIUM, DECAY, FIXED)} fixed low rank and the narrower network, and "

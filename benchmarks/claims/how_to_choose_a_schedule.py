@@ -51,7 +51,9 @@ def _transformers() -> Iterator[str]:
         decay = found(name).decay("0.65")
         assert {verb(name, decay, other) for other in (FIXED, NARROW)} == {BETTER}
     assert found(BYTE).meets_full("decay 0.5")
-    yield "On the smaller of these half of the FLOPs were enough for the loss of full rank."
+    halves = (evidence.HALF_FIXED, evidence.HALF_NARROW, "shorter, 0.5")
+    assert {verb(BYTE, "decay 0.5", other) for other in halves} == {BETTER}
+    yield "On the smaller of these half of the FLOPs were enough for the loss of full rank, and"
 
 
 def _perceptrons() -> Iterator[str]:
