@@ -18,7 +18,7 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     def number(text: str) -> float:
         value = kind(text)
         if not 0 < value < math.inf:  # nor nan
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
         return value
 
     return number

@@ -148,7 +148,8 @@ def convolutions() -> Iterator[str]:
     assert [place(name) for name in (RESNET, DEEPER, LARGER)] == [5, 5, 2]
     yield (
         f"second on the ResNet-20 by its mean, for {share(LARGER, LOW, ALL_FLOPS)} of the FLOPs, "
-        f"where fixed low rank of those has {result(LARGER, LIKE_LOW)}."
+        f"where fixed low rank of those has {result(LARGER, LIKE_LOW)} and "
+        f"{verb(LARGER, LIKE_LOW, NARROW)} the narrower network of {share(LARGER, NARROW)}."
     )
 
 

@@ -87,8 +87,13 @@ def _images() -> Iterator[str]:
         decay = found(name).decay("0.65")
         assert found(name).best(found(name).arms) == FULL
         assert BETTER not in (verb(name, decay, FIXED), verb(name, decay, NARROW))
+        for arm in set(found(name).arms) - {FULL, NARROW}:
+            beaten = name == LARGER and arm == LIKE_LOW
+            assert (verb(name, arm, NARROW) == BETTER) == beaten
         seconds = (found(name).share(arm, "cpu_seconds") for arm in (FIXED, decay, LOW))
         assert found(name).share(NARROW, "cpu_seconds") < min(seconds)
+    costs = (evidence.share(LARGER, arm) for arm in (LIKE_LOW, NARROW))
+    yield f"fixed low rank of more FLOPs, {' to '.join(costs)}, was better on the ResNet-20."
     low = (FIXED, "decay 0.65", LOW)
     assert {verb(WRN, NARROW, arm) for arm in low} == {BETTER}
     for name in (GPT, BYTE, MEDIUM, MLP, VIT, RESNET, DEEPER, LARGER, WRN):

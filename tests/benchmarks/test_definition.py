@@ -50,6 +50,14 @@ def test_every_change_of_a_problem_makes_its_runs_others(name: str, value: Any) 
     assert name in changed([run], now)
 
 
+def test_one_other_label_is_other_data() -> None:
+    tiny = Tiny()
+    labels = tiny.parts["train"][1].clone()
+    labels[tiny.indices(0, 0)[3]] += 1
+    tiny.parts = {**tiny.parts, "train": [tiny.parts["train"][0], labels]}
+    assert not is_of({"problem": defined(Tiny())}, defined(tiny))
+
+
 def test_where_the_data_lies_is_no_setting() -> None:
     one, other = (altered("folder", f"/data/{name}") for name in "ab")
     assert defined(one) == defined(other) == defined(Tiny())
@@ -58,8 +66,8 @@ def test_where_the_data_lies_is_no_setting() -> None:
 def test_sums_may_differ_by_rounding() -> None:
     problem = defined(Tiny())
     entries, total = problem["network"]
-    assert is_of({"problem": problem}, {**problem, "network": [entries, total * (1 + 1e-6)]})
-    assert not is_of({"problem": problem}, {**problem, "network": [entries, total * 1.01]})
+    assert is_of({"problem": problem}, {**problem, "network": [entries, total * (1 + 1e-7)]})
+    assert not is_of({"problem": problem}, {**problem, "network": [entries, total * (1 + 1e-5)]})
 
 
 def old(**other: Any) -> Run:

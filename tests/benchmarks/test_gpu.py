@@ -246,8 +246,9 @@ def test_the_exit_status_says_whether_every_part_ran(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--minutes", "0"], "'0' is not a number above 0"),
-        (["--minutes", "nan"], "'nan' is not a number above 0"),
+        (["--minutes", "0"], "'0' is not a finite number above 0"),
+        (["--minutes", "nan"], "'nan' is not a finite number above 0"),
+        (["--minutes", "inf"], "'inf' is not a finite number above 0"),
         (["--device", "cpu"], "give --toy too"),
     ],
 )

@@ -433,7 +433,10 @@ def test_what_would_run_nothing_is_refused(
     monkeypatch.setattr(sys, "argv", ["training", "run", "mlp_table", *words])
     with pytest.raises(SystemExit):
         main()
-    assert f"argument {words[0]}: '{words[1]}' is not a number above 0" in capsys.readouterr().err
+    assert (
+        f"argument {words[0]}: '{words[1]}' is not a finite number above 0"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow

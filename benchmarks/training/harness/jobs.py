@@ -7,7 +7,6 @@ for all seeds of that arm.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -57,23 +56,18 @@ def counted(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
 
     Setting and schedule change when more is tuned; what was run before stays on record.
     """
+    return first_of_each_seed(matching(arm, experiment, runs))
+
+
+def first_of_each_seed(runs: Sequence[Run]) -> list[Run]:
+    """The first of these runs on each seed, by seed."""
     first: dict[int, Run] = {}
-    for run in _matching(arm, experiment, runs):
+    for run in runs:
         first.setdefault(run["seed"], run)
     return [first[seed] for seed in sorted(first)]
 
 
-def recorded_twice(experiment: Experiment, runs: Sequence[Run]) -> list[str]:
-    """Arms and seeds that have more than one run that could count."""
-    pairs = [
-        f"{arm.name}, seed {run['seed']}"
-        for arm in experiment.arms
-        for run in _matching(arm, experiment, runs)
-    ]
-    return sorted(name for name, number in Counter(pairs).items() if number > 1)
-
-
-def _matching(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
+def matching(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
     """The runs of an arm on reported seeds, with what is chosen for it now."""
     setting, schedule = setting_of(arm, experiment, runs), schedule_of(arm, experiment, runs)
     if setting is None or schedule is WAITING:

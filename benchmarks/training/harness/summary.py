@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from statistics import fmean
 from benchmarks.training.harness.calibration import share
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import at_an_end, recorded_twice, reported
+from benchmarks.training.harness.jobs import at_an_end, first_of_each_seed, matching
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import ROOT, Store
@@ -89,10 +90,12 @@ class Summaries:
         self.name, self.experiment, self.folder = name, experiment or get(name), folder
         records = Store(name, folder).runs() if runs is None else runs
         same = of_one_problem(records)
-        counted = reported(self.experiment, same)
+        every = {arm.name: matching(arm, self.experiment, same) for arm in self.experiment.arms}
+        counted = [run for runs in every.values() for run in first_of_each_seed(runs)]
         self.others = len(records) - len(same)
         """Runs on record of what the problem was before."""
-        self.twice = recorded_twice(self.experiment, same)
+        pairs = Counter((name, run["seed"]) for name, runs in every.items() for run in runs)
+        self.twice = [f"{name}, seed {seed}" for (name, seed), n in pairs.items() if n > 1]
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
@@ -121,10 +124,7 @@ class Summaries:
         """
         if other not in self.arms or {arm, other} & self.lost:
             return None
-        one, two = (
-            {k: self.sign * v for k, v in self.arms[name].values.items()} for name in (arm, other)
-        )
-        return paired(one, two)
+        return self._paired(self.arms[arm].values, self.arms[other].values)
 
     def further(self, arm: str) -> float | None:
         """An arm's FLOPs besides the steps, of full rank's training; None: not counted."""
@@ -196,13 +196,11 @@ class Summaries:
 
     def beyond_full(self, results: Mapping[int, float]) -> Difference | None:
         """The paired difference of results by seed from full rank's; positive: they are better."""
-        if FULL in self.lost:
-            return None
-        one, full = (
-            {seed: self.sign * value for seed, value in values.items()}
-            for values in (results, self.arms[FULL].values)
-        )
-        return paired(one, full)
+        return None if FULL in self.lost else self._paired(results, self.arms[FULL].values)
+
+    def _paired(self, *results: Mapping[int, float]) -> Difference | None:
+        one, other = ({k: self.sign * v for k, v in values.items()} for values in results)
+        return paired(one, other)
 
     def cheap(self, arm: str) -> bool:
         """Whether all FLOPs of an arm are counted, and they and those of its end are few."""
