@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from only_new_objects import search_only_new_objects
+from warm_python import FORKS
 
 START, CALL, COLLECTIVE = 120.0, 100.0, 20.0  # seconds; the machine may be busy
 
@@ -27,26 +26,17 @@ class Pool:
     """``size`` processes in one default process group, which call functions when told to."""
 
     def __init__(self, size: int) -> None:
-        spawn = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         place = str(Path(self._folder.name) / "store")
         self._pipes: list[Any] = []
         self._processes: list[Any] = []
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"
-        try:
-            for rank in range(size):
-                ours, theirs = spawn.Pipe()
-                args = (rank, size, place, theirs)
-                one = spawn.Process(target=_work, args=args, daemon=True)
-                one.start()
-                self._pipes.append(ours)
-                self._processes.append(one)
-        finally:
-            if before is None:
-                del os.environ["OMP_NUM_THREADS"]
-            else:
-                os.environ["OMP_NUM_THREADS"] = before
+        for rank in range(size):
+            ours, theirs = FORKS.Pipe()
+            one = FORKS.Process(target=_work, args=(rank, size, place, theirs), daemon=True)
+            one.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(one)
         self.usable = True
         self._results(START)
 

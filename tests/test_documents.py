@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import typer
 from documents import DOCUMENTS, ROOT, blocks, commands, name, scripts, with_blocks
+from warm_python import run
 
 from dynarank.cli import app
 from dynarank.train.recipes import Recipe, recipe_names
 
+# Lightning 2.6 uses an old name of torch's, and wants workers for the smallest data.
+WARNED = [
+    "error", "ignore:`isinstance(treespec, LeafSpec)`", "ignore:The 'train_dataloader' does not",
+]  # fmt: skip
 GROUP = typer.main.get_command(app)
 
 
-@pytest.mark.parametrize(
-    "folder", sorted({page.parent for page in with_blocks("python")}), ids=name
-)
-def test_the_code_runs(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", with_blocks("python"), ids=name)
+def test_the_code_runs(page: Path, tmp_path: Path) -> None:
     """Each block alone, or all in a row where the page says that they follow one another."""
-    files: list[Path] = []
-    for page in with_blocks("python"):
-        for number, code in enumerate(scripts(page) if page.parent == folder else []):
-            files.append(tmp_path / page.stem / f"block{number}.py")
-            files[-1].parent.mkdir(exist_ok=True)
-            files[-1].write_text(code, encoding="utf-8")
-    command = [sys.executable, "-W", "error", ROOT / "tests" / "run_scripts.py", *files]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / page.stem).mkdir()
+    for number, code in enumerate(scripts(page)):
+        script = tmp_path / page.stem / f"block{number}.py"
+        script.write_text(code, encoding="utf-8")
+        done = run([*(word for w in WARNED for word in ("-W", w)), script], cwd=script.parent)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", with_blocks("toml"), ids=name)

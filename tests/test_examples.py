@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ast
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from tiny_encoder import write_tiny_encoder
+from warm_python import run
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -61,20 +60,8 @@ LINES = {"05_custom_decomposition": 39, "06_custom_layer": 39}  # at most; the o
 def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     if path.stem == "09_compress_an_encoder":
         write_tiny_encoder(tmp_path)
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "error",
-            *STARTED_BY.get(path.stem, []),
-            path,
-            *ARGUMENTS[path.stem],
-        ],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    words = ["-W", "error", *STARTED_BY.get(path.stem, []), path, *ARGUMENTS[path.stem]]
+    done = run(words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert SAYS[path.stem] in done.stdout
 

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from command_line import call
 from faults import FULL, some
+from warm_python import Started
 
 import dynarank
 from dynarank.cli.interruption import GoOn
@@ -72,13 +73,9 @@ def real_page() -> None:
 
 
 @contextmanager
-def started(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
+def started(*words: str, cwd: Path) -> Iterator[Started]:
     """A command in a process of its own, which is killed at the end."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(dynarank.__file__).parents[1])}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dynarank", *words],
-        cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = Started(["-m", "dynarank", *words], cwd=cwd)
     try:
         yield process
     finally:
@@ -86,7 +83,7 @@ def started(*words: str, cwd: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_for(ready: Callable[[], object], process: subprocess.Popen[str]) -> None:
+def wait_for(ready: Callable[[], object], process: Started) -> None:
     deadline = time.monotonic() + 180
     while not ready():
         assert process.poll() is None, process.communicate()

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import restarted_run
 import torch
 from process_pool import Pools
+from warm_python import run
 
 HERE = Path(restarted_run.__file__).parent
 
 
 def launch(folder: Path, *kills: str) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, restarted_run.__file__, str(folder), *kills],
-        capture_output=True,
-        text=True,
-        timeout=280,  # before pytest ends the test, to say why
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    return run([restarted_run.__file__, str(folder), *kills], env=env)
 
 
 # The forms change in steps 2 and 6 (of 0 to 11); after 1, 3, 5 and so on a checkpoint is written.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +21,7 @@ from host_runs import (
     ranks_of,
 )
 from process_pool import Pools
+from warm_python import run as python
 
 import dynarank as dr
 from dynarank.integrations.accelerate import attach
@@ -207,10 +206,7 @@ def test_two_processes_of_accelerate_launch() -> None:
     example = Path(__file__).parents[2] / "examples/14_accelerate.py"
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     options += " --dynamo_backend no --main_process_port 0"  # torch chooses the port
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), str(example)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--epochs", "3"], capture_output=True, text=True, env=environment
-    )
+    words = ["-m", "accelerate.commands.launch", *options.split(), example, "--epochs", "3"]
+    done = python(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert "the other 14 are the same" in done.stdout

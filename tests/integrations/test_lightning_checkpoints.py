@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from host_runs import DEFLATE, ENDINGS, INFLATE, STEPS, batches, forms_at, schedule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_runs import QUIET, Loader, Module, every_four, fit, trainer
+from warm_python import run as python
 
 import dynarank as dr
 from dynarank.integrations.lightning import DynamicRankCallback
@@ -105,7 +105,7 @@ def test_a_fresh_process_tests_a_checkpoint(run: Any, tmp_path: Path) -> None:
     )
     path, out = folder / "step=20.ckpt", tmp_path / "out.pt"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, script, path, out], check=True, env=env, capture_output=True)
+    python([script, path, out], env=env, check=True)
     assert torch.equal(torch.load(out), outputs(path))
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from warm_python import run as python
 
 import dynarank as dr
 import dynarank.integrations.transformers
@@ -249,10 +248,7 @@ def test_a_folder_that_lacks_values_is_refused(tmp_path: Path) -> None:
 
 def in_another_process(code: str, *args: object) -> str:
     head = "import sys, warnings, torch, dynarank as dr\n"
-    done = subprocess.run(
-        [sys.executable, "-c", head + code, *map(str, args)],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
+    done = python(["-c", head + code, *map(str, args)], cwd=Path(__file__).parents[1])
     return done.stdout + done.stderr
 
 

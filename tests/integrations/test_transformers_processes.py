@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pretrained_models import gpt2
 from trainer_runs import fit
+from warm_python import run as python
 
 TESTS = Path(__file__).parents[1]
 SCRIPT = """
@@ -18,6 +17,7 @@ import json, os, sys
 from pathlib import Path
 from pretrained_models import gpt2
 from trainer_runs import fit
+from warm_python import run as python
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 how = {"ddp_backend": "gloo", "save_steps": 4, "per_device_train_batch_size": 2}
 found = {}
@@ -43,12 +43,8 @@ def test_two_processes_train_and_resume_alike(tmp_path: Path) -> None:
     launcher = "-m torch.distributed.run --nproc-per-node 2 --rdzv-backend c10d"
     launcher += " --rdzv-endpoint localhost:0"
     paths = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, *launcher.split(), tmp_path / "script.py", tmp_path],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    done = python([*launcher.split(), tmp_path / "script.py", tmp_path], env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     for to, (whole, *again) in json.loads((tmp_path / "losses.json").read_text()).items():
         assert len(again) == 3 and all(losses == whole for losses in again), to

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from every_layer import FORMS, KINDS, Kind, in_form
 from laws import assert_close
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+from warm_python import run as python
 
 import dynarank as dr
 from dynarank.layers import RankedLayer, effective, ranked_class, registry
@@ -283,5 +282,4 @@ def test_torch_saves_one_for_another_process(tmp_path: Path) -> None:
             assert type(dr.merge(model)[0]) is mine.Mine
     """
     for verb in ("save", "load"):
-        command = [sys.executable, "-c", textwrap.dedent(script), verb]
-        subprocess.run(command, cwd=tmp_path, check=True)
+        python(["-c", textwrap.dedent(script), verb], cwd=tmp_path, check=True)

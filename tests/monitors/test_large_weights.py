@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from stored import random
 from torch import Tensor
+from warm_python import run as python
 
 from dynarank.decompositions import UnfitWeightError
 from dynarank.monitors import large_weights
@@ -111,14 +111,12 @@ WEIGHTS = {
 def test_memory_is_bounded_by_twice_the_largest_tensor(
     kind: str, ending: str, tmp_path: Path
 ) -> None:
-    """98 MiB in fp32, and a second tensor: beside what importing brings."""
+    """98 MiB in fp32, and a second tensor: beside what is loaded before."""
     from safetensors.torch import save_file
 
     path = tmp_path / f"m.{ending}"
     tensors = WEIGHTS[kind]() | {"other.weight": torch.zeros(50_000, 256)}
     save_file(tensors, path) if ending == "safetensors" else torch.save(tensors, path)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True
-    )
+    done = python(["-c", PEAK, path], check=True)
     largest = max(tensor.numel() for tensor in tensors.values())
     assert int(done.stdout) * 1024 < 8 * largest, done.stdout

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, Browser
 from report_pages import Page
 from report_runs import write_run
+from warm_python import run as python
 
 from dynarank.files.reading import DamagedFileError
 from dynarank.files.sealed_json import sealed, unsealed
@@ -167,10 +166,9 @@ def test_the_command_warns_and_ends_well_unless_nothing_can_be_read(tmp_path: Pa
     write_run(tmp_path / "whole")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "records.jsonl").touch()
-    command = [sys.executable, "-m", "dynarank", "report"]
-    done = subprocess.run([*command, tmp_path], capture_output=True, text=True, check=False)
+    done = python(["-m", "dynarank", "report", tmp_path])
     assert done.returncode == 0, done.stderr
     assert "dynarank: warning: a run is not shown: " in done.stderr
-    done = subprocess.run([*command, tmp_path / "bad"], capture_output=True, text=True, check=False)
+    done = python(["-m", "dynarank", "report", tmp_path / "bad"])
     assert done.returncode == 2
     assert done.stderr.startswith("dynarank: error: ") and done.stderr.count("\n") == 1

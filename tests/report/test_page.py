@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from report_pages import Page, page_of, runs_of
 from report_runs import PERPLEXITY, write_run
+from warm_python import run as python
 
 from dynarank.records import ChangeRecord, read_run
 from dynarank.report import write_report
@@ -141,7 +142,7 @@ def test_page_is_the_same_bytes_in_another_process(whole, whole_page, tmp_path):
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
     other = tmp_path / "new" / "other.html"
-    subprocess.run([sys.executable, "-c", code, str(whole), str(other)], check=True)
+    python(["-c", code, whole, other], check=True)
     assert other.read_bytes() == first
 
 

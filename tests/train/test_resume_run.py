@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +18,7 @@ from faults import some
 from torch import Tensor
 from torch.utils import _pytree
 from training import Silent
+from warm_python import run
 
 from dynarank.checkpoint.folder import Contents, read_folder
 from dynarank.files.reading import DamagedFileError
@@ -465,8 +464,7 @@ def in_a_process(folder: Path, *signals: int) -> int:
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     path = os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, str(folder), *map(str, signals)]
-    return subprocess.run(command, env=environment, capture_output=True, timeout=300).returncode
+    return run(["-c", RUN, str(folder), *map(str, signals)], env=environment).returncode
 
 
 def test_real_signals(tmp_path: Path) -> None:
