@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from pathlib import Path
 
 import only_new_objects as heap
 import pytest
@@ -49,6 +50,17 @@ def frozen_objects_too() -> Iterator[None]:
     """A change looks among frozen objects, as it does outside of tests."""
     with heap.frozen_objects_too():
         yield
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands write a stand-in for the page, which takes longer than small runs."""
+
+    def write(folder: Path) -> Path:
+        (folder / "report.html").write_text("page")
+        return folder / "report.html"
+
+    monkeypatch.setattr("dynarank.cli.job_runner.write_report", write)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ that has imported torch, which takes longer than the run.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -102,7 +101,6 @@ def work(folder: Path, kills: tuple[str, ...]) -> None:
 
 
 def launch(folder: Path, kills: tuple[str, ...]) -> None:
-    multiprocessing.set_forkserver_preload(["restarted_run"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -110,7 +108,7 @@ def launch(folder: Path, kills: tuple[str, ...]) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=len(kills),
-        start_method="forkserver",
+        start_method="fork",
     )
     elastic_launch(config, work)(folder, kills)
 

@@ -34,7 +34,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setattr("dynarank.train.probe.FEWEST", 10)
-    monkeypatch.setattr("dynarank.cli.job_runner.write_report", lambda folder: folder / "page")
     return tmp_path
 
 
@@ -74,7 +73,7 @@ def test_a_pipe_gets_sentences_and_names_whole(
     long = here / ("a-folder-with-a-long-name-" * 6)
     assert call(monkeypatch, *COMMANDS["compare"], "--out", str(long)) == 0
     out = capsys.readouterr().out
-    assert f"Runs: {long}; report: {long / 'page'}\n" in out
+    assert f"Runs: {long}; report: {long / 'report.html'}\n" in out
 
 
 def test_changes_are_told_once_an_epoch_by_train_and_not_at_all_by_compare(

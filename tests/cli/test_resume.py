@@ -55,23 +55,6 @@ def run(
     return run
 
 
-@pytest.fixture(autouse=True)
-def page(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Most tests do without the page, which takes longer than the runs."""
-
-    def write(folder: Path) -> Path:
-        (folder / "report.html").write_text("page")
-        return folder / "report.html"
-
-    if "real_page" not in request.fixturenames:
-        monkeypatch.setattr("dynarank.cli.job_runner.write_report", write)
-
-
-@pytest.fixture
-def real_page() -> None:
-    """For the tests that need the page."""
-
-
 @contextmanager
 def started(*words: str, cwd: Path) -> Iterator[Started]:
     """A command in a process of its own, which is killed at the end."""

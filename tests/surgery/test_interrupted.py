@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -146,28 +146,35 @@ def takes_no_signal(file: str, line: int) -> bool:
     return linecache.getline(file, line).lstrip().startswith(("with ", "try:"))
 
 
-class Lines:
-    """Counts the lines that run, of files that write and of stacks, and raises at one of them.
+Line = tuple[CodeType, int]
 
-    Not at the line of a ``with`` (tracing shows it again when the block is left, before the context
+
+class Lines:
+    """Counts the lines that run, of files that write and of stacks.
+
+    Not the line of a ``with`` (tracing shows it again when the block is left, before the context
     exits, where Python takes no signal) or of a ``try``, which does nothing and no handler covers,
     and not in a clean-up that has begun.
     """
 
-    def __init__(self, stop: int | None = None) -> None:
-        self.stop, self.seen = stop, list[tuple[str, int]]()
+    def __init__(self) -> None:
+        self.seen = list[Line]()
+
+    def wanted(self, code: CodeType) -> bool:
+        file = code.co_filename
+        return file in WRITERS or (file == contextlib.__file__ and code.co_name in STACK)
+
+    def at(self, line: Line) -> None:
+        self.seen.append(line)
 
     def __call__(self, frame: FrameType, event: str, _: object) -> Lines | None:
-        file, stack = frame.f_code.co_filename, frame.f_code.co_name in STACK
-        if file not in WRITERS and not (file == contextlib.__file__ and stack):
+        code = frame.f_code
+        if not self.wanted(code):
             return None
         if frame.f_back is not None and frame.f_back.f_code.co_name == "_exit_wrapper":
             return None
-        if event == "line" and not takes_no_signal(file, frame.f_lineno):
-            self.seen.append((file, frame.f_lineno))
-            if len(self.seen) - 1 == self.stop:
-                sys.settrace(None)
-                raise KeyboardInterrupt
+        if event == "line" and not takes_no_signal(code.co_filename, frame.f_lineno):
+            self.at((code, frame.f_lineno))
         return self
 
     def run(self, change: Callable[..., object], *args: object) -> Lines:
@@ -180,11 +187,27 @@ class Lines:
         return self
 
 
-def points(lines: list[tuple[str, int]]) -> list[int]:
-    """When each line runs for the last time; under DYNARANK_FAULTS=full, for the first time too."""
-    last = {line: i for i, line in enumerate(lines)}
-    first = {line: i for i, line in reversed(list(enumerate(lines)))}
-    return sorted({*last.values(), *some([], [*first.values()])})
+class Interrupt(Lines):
+    """Raises at the n-th time of a line; of other functions it traces nothing, which is slow."""
+
+    def __init__(self, line: Line, n: int) -> None:
+        self.line, self.left = line, n
+
+    def wanted(self, code: CodeType) -> bool:
+        return code is self.line[0]
+
+    def at(self, line: Line) -> None:
+        self.left -= line == self.line
+        if self.left == 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+
+def points(lines: list[Line]) -> list[tuple[Line, int]]:
+    """Each line of a file and its last time; under DYNARANK_FAULTS=full, its first time too."""
+    times, last = Counter(lines), {(code.co_filename, n): (code, n) for code, n in lines}
+    first = some([], [(line, 1) for line in times])
+    return [*((line, times[line]) for line in last.values()), *first]
 
 
 @pytest.mark.slow
@@ -196,12 +219,12 @@ def test_a_change_interrupted_at_any_line(verb: str) -> None:
     lines = Lines().run(change, *done).seen
     after, before, outcomes = picture(*done), picture(*copied(start)), Counter[str]()
     model, optimizer = copied(start)
-    for point in points(lines):
+    for line, time in points(lines):
         held = identities(model)
         with pytest.raises(KeyboardInterrupt):
-            Lines(point).run(change, model, optimizer)
+            Interrupt(line, time).run(change, model, optimizer)
         now = picture(model, optimizer)
-        assert now in (before, after), f"half changed by an interrupt at {lines[point]}"
+        assert now in (before, after), f"half changed by an interrupt at {line}, time {time}"
         if now == before:
             assert identities(model) == held
         else:

@@ -20,6 +20,7 @@ from dynarank.train.grid import Job, find, open_folder, read_common, run_jobs
 from dynarank.train.recipes import RecipeError, load_recipe
 
 SMALL = ["--epochs", "2", "--train-limit", "192", "--test-limit", "60"]
+pytestmark = pytest.mark.usefixtures("no_page")
 
 
 def compare(monkeypatch: pytest.MonkeyPatch, capsys: Any, out: Path, *more: str) -> dict[str, Any]:

@@ -110,28 +110,14 @@ def forecast_rates(recipe: Recipe, total_steps: int = POINTS) -> tuple[float, ..
         >>> len(rates), rates[0], round(rates[700], 6), round(rates[-1], 6)
         (1001, 0.1, 0.01, 0.001)
     """
+    optimizer, steps = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate), POINTS
     if is_reference(recipe.lr_schedule):
-        return _own_rates(recipe, total_steps)
-    stand_in = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe.learning_rate)
-    scheduler = make_lr_scheduler(recipe, stand_in, POINTS)
-    rates: list[float] = []
-    for _ in range(POINTS):
-        rates.append(float(stand_in.param_groups[0]["lr"]))
-        stand_in.step()
-        scheduler.step()
-    return tuple(rates)
-
-
-def _own_rates(recipe: Recipe, total_steps: int) -> tuple[float, ...]:
-    """The rates of an LR schedule of the user's own, with the optimizer on a small stand-in."""
-    stand_in = make_optimizer(recipe, nn.Linear(2, 2))
-    scheduler = make_lr_scheduler(recipe, stand_in, total_steps)
-    rates: list[float] = []
+        optimizer, steps = make_optimizer(recipe, nn.Linear(2, 2)), total_steps
+    scheduler = make_lr_scheduler(recipe, optimizer, steps)
+    rates = [float(optimizer.param_groups[0]["lr"])]
     with warnings.catch_warnings(), calling(f"lr_schedule {recipe.lr_schedule!r}", recipe.root):
         warnings.simplefilter("ignore")  # the optimizer takes no steps
-        for _ in range(total_steps):
-            rates.append(float(stand_in.param_groups[0]["lr"]))
-            if len(rates) < total_steps:
-                scheduler.step()
-    last = total_steps - 1
-    return tuple(rates[min(i * total_steps // (POINTS - 1), last)] for i in range(POINTS))
+        for _ in range(steps - 1):
+            scheduler.step()
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+    return tuple(rates[min(i * steps // (POINTS - 1), steps - 1)] for i in range(POINTS))
