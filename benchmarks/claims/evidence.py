@@ -170,7 +170,8 @@ def wrn() -> Iterator[str]:
         f"a decay has {result(WRN, decay)}, the paper's order {result(WRN, LOW)}, fixed low rank "
         f"{result(WRN, FIXED)}: each {verb(WRN, decay)} both, and none is distinguishable from "
         f"another, for {share(WRN, decay, 'cpu_seconds')} to {share(WRN, LOW, 'cpu_seconds')} of "
-        "the seconds."
+        "the seconds; fixed low rank of the FLOPs of the paper's order has "
+        f"{result(WRN, LIKE_LOW)} and {verb(WRN, LIKE_LOW, LOW)} it."
     )
     assert found(WRN).best(found(WRN).arms) == FULL
 
@@ -314,7 +315,7 @@ def met() -> Iterator[str]:
         f"On the byte GPT the paper's order {verb(BYTE, LOW, FIXED)} fixed low rank of its FLOPs, "
         f"and of {share(BYTE, FIXED)} of"
     )
-    others = (verb(name, LOW, LIKE_LOW) for name in (RESNET, LARGER, VIT, SMALL_BERT, SST))
+    others = (verb(name, LOW, LIKE_LOW) for name in (RESNET, LARGER, WRN, VIT, SMALL_BERT, SST))
     assert set(others) == {"is not distinguishable from"}
     paper = (GPT, BYTE, MEDIUM, MLP, WIDE, TABLE, RESNET, DEEPER, LARGER, WRN, VIT, SMALL_BERT, SST)
     for name in paper:

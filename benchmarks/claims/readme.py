@@ -90,7 +90,7 @@ def gains() -> Iterator[str]:
     yield f"short runs, of {steps[0]} to {steps[-1]} steps"
     gain = behind(MLP, low, decay)
     yield (
-        f"on the MLP it {verb(MLP, decay, low)} fixed low rank by {gain} points "
+        f"on that of width 256 it {verb(MLP, decay, low)} fixed low rank by {gain} points "
         f"({share(MLP, low, ALL_FLOPS)}x is with the products of its weight decay)"
     )
     fifth = "fixed 0.2 FLOPs"
@@ -100,10 +100,10 @@ def gains() -> Iterator[str]:
     for name in (DEEPER, LARGER, WRN):
         assert verb(name, found(name).decay("0.65"), low) == verb(RESNET, decay, low)
     yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank, and on the"
-    for name, words in {WRN: "a narrower network", VIT: "on the ViT one"}.items():
+    for name, words in {WRN: "on the WRN-16-4 a narrower", VIT: "on the ViT a narrower"}.items():
         decay = found(name).decay("0.65")
         better = verb(name, narrow, decay).removesuffix(" than")
-        yield f"{words} {better} by {behind(name, decay, narrow)} points"
+        yield f"{words} network {better} by {behind(name, decay, narrow)} points"
     assert verb(SST, HALF_FIXED) == "is not distinguishable from"
     yield f"SST-2 fixed low rank at {share(SST, HALF_FIXED)} is as good as full rank."
 
