@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -39,24 +38,36 @@ PATIENCE = 240.0  # seconds; the machine may be busy
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 
-def torchrun(*words: str, more: tuple[str, ...] = ()) -> Started:
+def torchrun(*words: str) -> Started:
     """Start two processes."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
     place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return Started([*launcher, *place, *more, "-m", "dynarank", *words], env=env)
+    return Started([*launcher, *place, "-m", "dynarank", *words], env=env)
 
 
-def two(*words: str) -> list[Started]:
-    """Start two processes as torchrun does, but from one that has imported torch."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    return [
-        Started(["-m", "dynarank", *words], env={**os.environ, **group, "RANK": r, "LOCAL_RANK": r})
-        for r in "01"
-    ]
+FORKING = """
+import sys
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from dynarank.cli import main
+
+def work(*words):
+    sys.argv = ["dynarank", *words]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            raise
+
+config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
+                      max_restarts=int(sys.argv[1]), start_method="fork")
+elastic_launch(config, work)(*sys.argv[2:])
+"""
+
+
+def forking(*words: str, restarts: int = 0) -> Started:
+    """Start two processes by torchrun's launcher, forked from one that has imported torch."""
+    return Started(["-c", FORKING, str(restarts), *words])
 
 
 def said(started: Started) -> tuple[str, str]:
@@ -81,12 +92,9 @@ def wait_for_checkpoint(folder: Path, started: Started) -> None:
 
 
 def worker(started: Started, rank: int) -> int:
-    """The process id of a worker."""
+    """The process id of a worker; they are forked by rank."""
     children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    for child in children:
-        if f"\0RANK={rank}\0" in Path(f"/proc/{child}/environ").read_text():
-            return int(child)
-    raise AssertionError(children)
+    return sorted(map(int, children))[rank]
 
 
 @pytest.fixture(scope="module")
@@ -147,15 +155,8 @@ def test_a_killed_worker_is_started_again_from_the_checkpoint(
     together: tuple[Path, str, str], recipe: str, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
-    started = torchrun(
-        "train",
-        recipe,
-        "--schedule",
-        "dynamic-rank",
-        "--out",
-        str(folder),
-        more=("--max-restarts", "1"),
-    )
+    words = "train", recipe, "--schedule", "dynamic-rank", "--out", str(folder)
+    started = forking(*words, restarts=1)
     wait_for_checkpoint(folder, started)
     os.kill(worker(started, 1), signal.SIGKILL)
     _, err = said(started)
@@ -176,7 +177,7 @@ def test_interrupted_it_goes_on_in_any_number_of_processes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "run"
-    started = torchrun("train", recipe, "--schedule", "dynamic-rank", "--out", str(folder))
+    started = forking("train", recipe, "--schedule", "dynamic-rank", "--out", str(folder))
     wait_for_checkpoint(folder, started)
     started.send_signal(signal.SIGINT)  # torchrun passes it on
     _, err = said(started)
@@ -200,7 +201,7 @@ def test_interrupted_it_goes_on_in_any_number_of_processes(
     ],
 )
 def test_what_is_refused_is_said_once(words: tuple[str, ...], told: str) -> None:
-    both = two(*words)
-    err = "".join(said(one)[1] for one in both)
-    assert all(one.returncode == 2 for one in both)
+    started = forking(*words)
+    _, err = said(started)
+    assert started.returncode != 0
     assert err.count("dynarank: error") == 1 and told in err, err
