@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_encoder import write_tiny_encoder
-from warm_python import run
+from warm_python import IMPORTED, run
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -64,6 +66,12 @@ def test_an_example_runs(path: Path, tmp_path: Path) -> None:
     done = run(words, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert SAYS[path.stem] in done.stdout
+
+
+def test_what_is_imported_before_they_run_gives_no_warning() -> None:
+    words = ["-W", "error", "-c", f"import {', '.join(IMPORTED)}"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +24,11 @@ from typing import IO
 
 FORKS = multiprocessing.get_context("forkserver")
 """Its processes have imported what most need."""
-FORKS.set_forkserver_preload(
-    [
-        "torch", "torch._dynamo", "torch.distributed.fsdp", "sklearn.datasets",
-        "dynarank.cli.train", "dynarank.report.page",
-    ]
+IMPORTED = (
+    "torch", "torch._dynamo", "torch.distributed.fsdp", "sklearn.datasets",
+    "dynarank.cli.train", "dynarank.report.page",
 )  # fmt: skip
+FORKS.set_forkserver_preload([*IMPORTED])
 _OURS = (Path(__file__).parent, Path(__file__).parents[1])  # on the path of tests only
 
 
@@ -55,6 +55,7 @@ class Started:
         given = self.args, said, there, dict(os.environ if env is None else env)
         self._process = FORKS.Process(target=_work, args=given)
         self._process.start()
+        atexit.register(self.kill)  # or Python would wait for one that a failed test has left
 
     @property
     def pid(self) -> int:
@@ -93,6 +94,7 @@ class Started:
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        atexit.unregister(self.kill)
         if self._told is None:
             self._told = _whole(self._out), _whole(self._err)
         return self._told
@@ -144,6 +146,7 @@ def _work(words: list[str], said: list[str], cwd: str, env: dict[str, str]) -> N
     try:
         _main(words)
     finally:
+        threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
 
 

@@ -17,7 +17,6 @@ import json, os, sys
 from pathlib import Path
 from pretrained_models import gpt2
 from trainer_runs import fit
-from warm_python import run as python
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 how = {"ddp_backend": "gloo", "save_steps": 4, "per_device_train_batch_size": 2}
 found = {}
