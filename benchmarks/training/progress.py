@@ -17,19 +17,26 @@ from benchmarks.training.harness.summary import FULL, Summaries
 
 def status(names: Sequence[str], results: Path) -> None:
     """Print how far these experiments are."""
-    print(f"{'':16}{'reported runs':>16}{'tuning runs':>13}{'CPU time':>11}{'to do, about':>14}")
+    print(f"{'':20}{'reported runs':>16}{'tuning runs':>13}{'CPU time':>11}{'to do, about':>14}")
     for name in names:
         print(_line(name, get(name), of_one_problem(Store(name, results).runs())))
 
 
 def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:
-    done = len(reported(experiment, runs))
+    done, spent = reported(experiment, runs), sum(run["cpu_seconds"] for run in runs)
     possible = [arm for arm in experiment.arms if not never(arm, experiment, runs)]
     wanted = len(possible) * len(experiment.seeds)
-    left, spent = wanted - done, sum(run["cpu_seconds"] for run in runs)
-    to_do = "done" if not left else _time(left * spent / len(runs)) if runs else "not begun"
+    left = len(experiment.seeds) * sum(arm.length for arm in possible) - _lengths(done)
+    to_do = "done" if len(done) == wanted else "not begun"
+    if runs and len(done) < wanted:
+        to_do = _time(left * spent / _lengths(runs))
     tuning = sum(run["part"] == "valid" for run in runs)
-    return f"{name:16}{f'{done} of {wanted}':>16}{tuning:13}{_time(spent):>11}{to_do:>14}"
+    return f"{name:20}{f'{len(done)} of {wanted}':>16}{tuning:13}{_time(spent):>11}{to_do:>14}"
+
+
+def _lengths(runs: Sequence[Run]) -> float:
+    """Of how many whole runs these have the steps; older records do not say it."""
+    return sum(run.get("length", 1.0) for run in runs)
 
 
 def _time(seconds: float) -> str:

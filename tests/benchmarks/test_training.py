@@ -20,6 +20,7 @@ from tiny_experiment import DECAY, FIXED, FULL, Tiny, experiment, record, trial
 from torch.utils.flop_counter import FlopCounterMode
 
 import dynarank as dr
+from benchmarks.training import progress
 from benchmarks.training.__main__ import main
 from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm, Setting
@@ -536,3 +537,17 @@ def test_a_schedule_that_decides_by_what_it_sees_is_replayed_with_training(tmp_p
     record["changes"] = record["changes"][:-1]
     with pytest.raises(OtherRunError, match=r"closed loop: .* of seed 0 at .*another CPU"):
         share(experiment(arm), Tiny(), record)
+
+
+def test_what_is_left_is_estimated_by_steps_not_by_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two tuning runs of a tenth of the steps, at 6 seconds; two whole runs are left."""
+    tuned = experiment(FULL, tuning_length=0.1)
+    monkeypatch.setattr(progress, "get", lambda _: tuned)
+    for rate in (0.5, 1.0):
+        setting = {**asdict(Setting()), "rate": rate}
+        run = record(part="valid", seed=100, length=0.1, setting=setting, cpu_seconds=6.0)
+        Store("a", tmp_path).append(run)
+    progress.status(["a"], tmp_path)
+    assert capsys.readouterr().out.split()[-2:] == ["2.0", "min"]
