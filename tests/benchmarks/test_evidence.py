@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from scipy import stats
 
 from benchmarks.training.harness import answers, comparison, evidence, pictures, tables
 from benchmarks.training.harness.arm import Arm, Setting
-from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.experiment import Experiment, get, names
 from benchmarks.training.harness.statistics import holm, on_front, paired
 from benchmarks.training.harness.store import Store
-from benchmarks.training.harness.summary import Summaries
+from benchmarks.training.harness.summary import ALL_FLOPS, Summaries
 
 ONE = {0: 3.0, 1: 4.0, 2: 5.5, 7: 1.0}
 DECAY_ON_FEW = "decay 0.5, 8 batches"
@@ -304,6 +306,22 @@ def test_every_block_has_its_place_on_a_page() -> None:
 
 def test_the_pictures_are_drawn_from_the_records() -> None:
     assert evidence.stale_pictures() == [], "python -m benchmarks.training write"
+
+
+@pytest.mark.parametrize("name", [n for n in names() if "grid" not in n])
+def test_what_stands_on_the_front_is_drawn(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, drawn = Summaries(name), set[tuple[float, float]]()
+    if "full rank" not in found.arms:
+        pytest.skip("no reported run of full rank yet")
+
+    def errorbar(x: Any, y: Any, *_: object, **__: object) -> None:
+        drawn.update(zip(x, y, strict=True))
+
+    ax = MagicMock(errorbar=errorbar)
+    monkeypatch.setattr(pictures, "_name", lambda *_: None)
+    pictures._front(ax, found, ALL_FLOPS)
+    for arm in found.front():
+        assert (found.share(arm, ALL_FLOPS), found.arms[arm].result) in drawn, arm
 
 
 def test_a_picture_that_was_changed_by_hand_is_noticed(tmp_path: Path) -> None:

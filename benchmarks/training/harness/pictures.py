@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.harness.kinds import kind
+from benchmarks.training.harness.kinds import OTHER, kind
 from benchmarks.training.harness.statistics import spread
 from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries, Summary
 
@@ -53,6 +53,12 @@ def fronts(found: Summaries, path: Path) -> None:
         _legend(axes)
 
 
+def _of_related(found: Summaries, arm: str) -> bool:
+    """Whether it is the fixed low rank beside a related method; these are in the tables only."""
+    spends = found.experiment.by_name[arm].spends
+    return spends is not None and kind(spends) == OTHER
+
+
 def overview(all_found: list[Summaries], path: Path) -> None:
     """Quality against FLOPs for some problems, with the main arms only."""
     panels = mosaic(len(all_found), across=2 if len(all_found) in (2, 4) else 4)
@@ -73,7 +79,7 @@ def _front(
     labels: list[tuple[str, float, float, str]] = []
     for group, (color, mark) in STYLES.items():
         chosen = [a for a in found.arms.values() if _kind(found, a.arm) == group]
-        chosen = [a for a in chosen if " as " not in a.arm]
+        chosen = [a for a in chosen if not _of_related(found, a.arm)]
         if "other" in without:  # then it shows the main arms only
             chosen = [a for a in chosen if found.experiment.by_name[a.arm].penalty is None]
         if not chosen or group in without:
