@@ -207,7 +207,7 @@ def points(lines: list[Line]) -> list[tuple[Line, int]]:
     """Each line of a file and its last time; under DYNARANK_FAULTS=full, its first time too."""
     times, last = Counter(lines), {(code.co_filename, n): (code, n) for code, n in lines}
     first = some([], [(line, 1) for line in times])
-    return [*((line, times[line]) for line in last.values()), *first]
+    return [*dict.fromkeys([*((line, times[line]) for line in last.values()), *first])]
 
 
 @pytest.mark.slow
