@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.deadline import Deadline
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import Device, Times
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.sizes import Sizes
 
@@ -40,6 +40,7 @@ class Bench:
     deadline: Deadline
     record: Record
     data: Path | None = None
+    _failed: bool = field(default=False, init=False)
 
     def put(self, key: str, **values: Any) -> None:
         """Record values of a row, at once."""
@@ -52,27 +53,27 @@ class Bench:
         Raises:
             Exception: after an error that leaves the device of no use to this process.
         """
-        failed = False
+        if self._failed:  # only now is the error gone, which held tensors
+            self.device.free()
+        self._failed = True
         try:
             yield
+            self._failed = False
         except torch.OutOfMemoryError:
             self.put(key, error="out of memory")
-            failed = True
         except Exception as error:
             self.put(key, error=f"{type(error).__name__}: {error}"[:2000])
             if not self.device.usable():
                 raise
-            failed = True
-        if failed:  # not before the error is gone, which holds tensors
-            self.device.free()
 
     def alternate(
         self,
         steps: Mapping[str, Callable[[], object]],
-        told: Callable[[str, list[float]], None],
+        told: Callable[[str, Times], None],
         *,
         repeats: int | None = None,
         warm: bool = True,
+        ahead: bool = False,
     ) -> None:
         """Time candidates that take turns, in another order each round, until the deadline.
 
@@ -81,11 +82,12 @@ class Bench:
 
         Args:
             steps: a step of each candidate, by its row's key.
-            told: called with a key and all times so far, in seconds.
+            told: called with a key and all times so far.
             repeats: timed steps of a turn.
             warm: whether to warm up.
+            ahead: whether the device shall not wait for Python.
         """
-        left, found = dict(steps), {key: list[float]() for key in steps}
+        left, found = dict(steps), {key: Times() for key in steps}
         for i in range(self.sizes.rounds):
             order = list(left)
             turn = i % max(1, len(order))
@@ -95,16 +97,24 @@ class Bench:
                 done = False
                 with self.attempt(key):
                     if warm and not i:
-                        self.device.seconds(left[key], _WARM_UP)
-                    found[key] += self.device.seconds(left[key], repeats or self.sizes.repeats)
+                        self.device.times(left[key], _WARM_UP)
+                    repeated = repeats or self.sizes.repeats
+                    found[key] += self.device.times(left[key], repeated, ahead=ahead)
                     told(key, found[key])
                     done = True
                 if not done:
                     del left[key]
 
 
-def spread(seconds: list[float]) -> dict[str, Any]:
-    """Median, least and largest of some times, in milliseconds, and how many there are."""
-    values = (statistics.median(seconds), min(seconds), max(seconds))
+def spread(times: Times) -> dict[str, Any]:
+    """Median, least and largest of some times, in milliseconds, and how many there are.
+
+    ``host_ms`` is the least until Python had asked for a step: where it is as large as ``ms``, the
+    device waits for Python. The least, since Python in turn waits when a GPU's queue is full.
+    ``ahead`` is whether the device never waited.
+    """
+    host = min(times.host) * 1e3
+    values = (statistics.median(times.device), min(times.device), max(times.device))
     return {**dict(zip(("ms", "ms_min", "ms_max"), (v * 1e3 for v in values), strict=True)),
-            "n": len(seconds)}  # fmt: skip
+            "n": len(times.device), "host_ms": host,
+            **({"ahead": all(times.ahead)} if times.ahead else {})}  # fmt: skip

@@ -7,14 +7,37 @@ import resource
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-__all__ = ["CPU", "CUDA", "Device", "device_of"]
+__all__ = ["CPU", "CUDA", "Device", "Times", "device_of"]
 
 _QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+_SPIN = 60_000_000  # cycles: 30 ms at 2 GHz
+
+
+@dataclass
+class Times:
+    """What some calls took, in seconds.
+
+    Args:
+        device: from the end of one call to that of the next, on the device.
+        host: until a call had asked the device for all that it does.
+        ahead: for each group of calls, whether all were asked for before the device began.
+    """
+
+    device: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    ahead: list[bool] = field(default_factory=list)
+
+    def __iadd__(self, other: Times) -> Times:
+        self.device += other.device
+        self.host += other.host
+        self.ahead += other.ahead
+        return self
 
 
 class Device:
@@ -51,8 +74,14 @@ class Device:
             return False
         return True
 
-    def seconds(self, step: Callable[[], object], repeats: int) -> list[float]:
-        """The time of each of ``repeats`` calls."""
+    def times(self, step: Callable[[], object], repeats: int, *, ahead: bool = False) -> Times:
+        """The times of ``repeats`` calls.
+
+        Args:
+            step: the call.
+            repeats: how often.
+            ahead: ask for all of them before the device begins, so that it never waits for Python.
+        """
         raise NotImplementedError
 
     def reset_peak(self) -> None:
@@ -81,14 +110,10 @@ class CPU(Device):
 
     kind = "cpu"
 
-    def seconds(self, step: Callable[[], object], repeats: int) -> list[float]:
-        """The time of each call on the clock."""
-        found: list[float] = []
-        for _ in range(repeats):
-            begun = time.perf_counter()
-            step()
-            found.append(time.perf_counter() - begun)
-        return found
+    def times(self, step: Callable[[], object], repeats: int, *, ahead: bool = False) -> Times:
+        """The time of each call on the clock; nothing can be asked of it in advance."""
+        found = [_clocked(step) for _ in range(repeats)]
+        return Times(found, list(found), [False] * ahead)
 
     def reset_peak(self) -> None:
         """Nothing: the peak cannot be reset."""
@@ -120,17 +145,24 @@ class CUDA(Device):
         super().free()
         torch.cuda.empty_cache()
 
-    def seconds(self, step: Callable[[], object], repeats: int) -> list[float]:
-        """The time between events before and after each call, idle times of the GPU included."""
+    def times(self, step: Callable[[], object], repeats: int, *, ahead: bool = False) -> Times:
+        """The time between events around each call, while the GPU waits for Python included.
+
+        With ``ahead`` it spins until all calls are asked for, if they are in time.
+        """
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         self.wait()
+        if ahead:
+            torch.cuda._sleep(_SPIN)
         events[0].record()
+        host: list[float] = []
         for event in events[1:]:
-            step()
+            host.append(_clocked(step))
             event.record()
+        in_time = [not events[0].query()] if ahead else []
         self.wait()
         pairs = pairwise(events)
-        return [begun.elapsed_time(ended) / 1e3 for begun, ended in pairs]
+        return Times([one.elapsed_time(other) / 1e3 for one, other in pairs], host, in_time)
 
     def reset_peak(self) -> None:
         """Begin to measure the peak of the allocator."""
@@ -167,8 +199,15 @@ class CUDA(Device):
             ran = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
         except (OSError, subprocess.SubprocessError):
             return {}
-        values = ran.stdout.strip().splitlines()[0].split(",")
+        values = ran.stdout.partition("\n")[0].split(",")
         return dict(zip(_QUERY.split(","), (value.strip() for value in values), strict=False))
+
+
+def _clocked(step: Callable[[], object]) -> float:
+    """The seconds of a call."""
+    begun = time.perf_counter()
+    step()
+    return time.perf_counter() - begun
 
 
 def device_of(name: str) -> Device:

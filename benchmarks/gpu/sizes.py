@@ -33,6 +33,8 @@ class Sizes:
         tokens: rows of the products.
         channels: channels and pixels of the convolutions, as in WRN-28-10.
         images: images in a batch of the convolutions and of ResNet-20.
+        many: images in a large batch of ResNet-20.
+        matrix: rows of the matrices that are decomposed.
         epoch: images in an epoch.
         backend: of ``torch.compile``.
     """
@@ -58,6 +60,8 @@ class Sizes:
     tokens: tuple[int, ...] = (8192, 16384, 32768)
     channels: tuple[tuple[int, int], ...] = ((160, 32), (320, 16), (640, 8))
     images: int = 128
+    many: int = 1024
+    matrix: int = 1024
     epoch: int = 50_000
     backend: str = "inductor"
 
@@ -67,5 +71,6 @@ TOY = Sizes(
     widths=(64,), depth=1, context=16, batch=2, head=16, multiple=4, repeats=1, rounds=2,
     width=64, layers=1, window=16, windows=4, longest=0.5, patience=100.0, held_out=1, points=3,
     text=60_000,
-    products=(32,), tokens=(64,), channels=((16, 8),), images=4, epoch=8, backend="eager",
+    products=(32,), tokens=(64,), channels=((16, 8),), images=2, many=4, matrix=16,
+    epoch=4, backend="eager",
 )  # fmt: skip

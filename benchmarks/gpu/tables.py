@@ -43,7 +43,11 @@ def _status(part: _Row) -> str:
     spent = f", {part['seconds']:.1f} s" if "seconds" in part else ""
     error = f" ({part['error']})" if "error" in part else ""
     left_out = f"; no time for {', '.join(part['left_out'])}" if "left_out" in part else ""
-    return f"Status: {part['status']}{spent}{error}{left_out}"
+    clocks = "".join(
+        f"; {key} {low:g} to {high:g}, median {middle:g}"
+        for key, (low, middle, high) in part.get("clocks", {}).items()
+    )
+    return f"Status: {part['status']}{spent}{error}{left_out}{clocks}"
 
 
 def _table(rows: Iterable[_Row], columns: Mapping[str, _Column]) -> list[str]:
@@ -64,6 +68,7 @@ def _table(rows: Iterable[_Row], columns: Mapping[str, _Column]) -> list[str]:
 _TIME: dict[str, _Column] = {
     "ms (range)": lambda r: f"{r['ms']:.3g} ({r['ms_min']:.3g}-{r['ms_max']:.3g})",
     "n": lambda r: f"{r['n']}",
+    "Python ms": lambda r: f"{r['host_ms']:.3g}" + " (the GPU waited)" * (r.get("ahead") is False),
 }
 
 
@@ -137,6 +142,12 @@ def _curves(rows: Mapping[str, _Row]) -> list[str]:
     return _table([{**row, "name": name} for name, row in rows.items()], columns)
 
 
+def _cuts(rows: list[_Row], part: _Row) -> list[str]:
+    columns: dict[str, _Column] = {"function": lambda r: r["function"]}
+    columns["size"] = lambda r: f"{r['rows']} x {r['rows']}"
+    return _table(rows, columns | _TIME)
+
+
 def _products(rows: list[_Row], part: _Row) -> list[str]:
     return _table(
         _relative(rows, "full", "width", "tokens"),
@@ -170,7 +181,9 @@ def _resnet(rows: list[_Row], part: _Row) -> list[str]:
         [{**row, "name": name} for name, row in part["rows"].items() if "error" not in row],
         {
             "form": lambda r: r["name"],
+            "batch": lambda r: f"{r['batch']:,}",
             "seconds an epoch": lambda r: ", ".join(f"{s:.3g}" for s in r["epoch_seconds"]),
+            "Python ms a step": lambda r: f"{r['host_ms_a_step']:.3g}",
             "images": lambda r: f"{r['images']:,}",
             "GFLOP a step": lambda r: f"{r['flops_a_step'] / 1e9:.3g}",
             "trainable": lambda r: f"{r['trainable']:,}",
@@ -195,6 +208,7 @@ def _compiled(rows: list[_Row], part: _Row) -> list[str]:
 _TABLES: dict[str, Callable[[list[_Row], _Row], list[str]]] = {
     "gpt": _gpt,
     "equal_time": _equal_time,
+    "cuts": _cuts,
     "products": _products,
     "convolutions": _convolutions,
     "resnet": _resnet,

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks.gpu.arguments import parser
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.clocks import summary, watched
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.device import Device, device_of
 from benchmarks.gpu.facts import facts
@@ -50,9 +51,11 @@ def _part(name: str, seconds: float, record: Record, device: Device, options: Na
     record.part(name, status="running", seconds_allowed=seconds)
     faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
     status: dict[str, str] = {"status": "done"}
+    clocks: list[dict[str, str]] = []
     try:
         torch.manual_seed(0)
-        importlib.import_module(f"benchmarks.gpu.parts.{name}").run(bench)
+        with watched(device) as clocks:
+            importlib.import_module(f"benchmarks.gpu.parts.{name}").run(bench)
         status = {"status": "out of time"} if deadline.passed else status
     except Exception as error:
         traceback.print_exc()
@@ -60,7 +63,7 @@ def _part(name: str, seconds: float, record: Record, device: Device, options: Na
     finally:
         faulthandler.cancel_dump_traceback_later()
     spent = time.monotonic() - begun
-    record.part(name, **status, seconds=spent, clocks=device.clocks())
+    record.part(name, **status, seconds=spent, clocks=summary(clocks))
     print(f"{name}: {status['status']}, {spent:.1f} s", file=sys.stderr, flush=True)
     if device.usable():
         device.free()

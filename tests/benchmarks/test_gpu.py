@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+import weakref
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,15 +21,17 @@ import torch
 from pretend_cuda import MixedDevicesError, pretended_cuda
 
 from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import bench as bench_module
 from benchmarks.gpu import worker
 from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.clocks import watched
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.device import CPU, CUDA, device_of
 from benchmarks.gpu.forms import plans
 from benchmarks.gpu.models import filled
-from benchmarks.gpu.parts import convolutions, products
+from benchmarks.gpu.parts import convolutions, equal_time, products
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.sizes import TOY
+from benchmarks.gpu.sizes import FULL, TOY
 from benchmarks.gpu.tables import tables
 from benchmarks.gpu.text import read_text
 from benchmarks.gpu.timetable import SHARES, allowance
@@ -43,12 +47,16 @@ ENV |= {"PYTHONWARNINGS": "error"}
 COLUMNS = {
     "gpt": {"width", "form", "flops", "trainable", "peak_bytes", "ms", "n", "tokens_per_second"},
     "equal_time": {"form", "rate", "points", "cuts", "steps", "flops", "loss", "peak_bytes"},
+    "cuts": {"function", "rows", "ms", "n"},
     "products": {"width", "tokens", "form", "rank", "flops", "ms", "n"},
     "convolutions": {"channels", "pixels", "form", "flops", "ms", "n"},
-    "resnet": {"epoch_seconds", "images", "trainable", "flops_a_step"},
+    "resnet": {"epoch_seconds", "host_ms_a_step", "batch", "images", "trainable", "flops_a_step"},
     "compiled": {"form", "execution", "ms", "first_step_seconds", "tokens_per_second"},
 }
-ROWS = {"gpt": 11, "equal_time": 7, "products": 4, "convolutions": 7, "resnet": 4, "compiled": 8}
+ROWS = {
+    "gpt": 11, "equal_time": 6, "cuts": 6, "products": 4, "convolutions": 7, "resnet": 6,
+    "compiled": 8,
+}  # fmt: skip
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -69,30 +77,29 @@ def worker_of(folder: Path, parts: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(line, env=ENV, cwd=ROOT)
 
 
-@pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of the command at toy size."""
-    folder = tmp_path_factory.mktemp("gpu")
-    line = [sys.executable, "-m", "benchmarks.gpu", "--out", str(folder)]
+@pytest.mark.slow
+def test_a_whole_run_has_every_row_of_every_part(tmp_path: Path) -> None:
+    """In one test, so that two processes of tests do not both run it."""
+    line = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
     line += ["--toy", "--device", "cpu", "--minutes", "4"]
     subprocess.run(line, env=ENV, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    return folder
+    found = results(tmp_path)
+    for part in SHARES:
+        rows_are_whole(part, found["parts"][part])
+    runs_of_equal_time_are_right(found["parts"]["equal_time"])
+    tables_have_a_line_for_each_row(found, tables(tmp_path))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", SHARES)
-def test_every_part_has_all_its_rows_whole(everything: Path, part: str) -> None:
-    found = results(everything)["parts"][part]
+def rows_are_whole(part: str, found: dict[str, Any]) -> None:
     assert found["status"] == "done", found
     assert len(found["rows"]) == ROWS[part]
     for key, row in found["rows"].items():
+        assert "error" not in row, row
         assert COLUMNS[part] <= set(row), (key, row)
-        assert "error" not in row
 
 
-@pytest.mark.slow
-def test_each_run_of_equal_time_has_its_points_and_decays_are_cut(everything: Path) -> None:
-    found = results(everything)["parts"]["equal_time"]
+def runs_of_equal_time_are_right(found: dict[str, Any]) -> None:
+    """Each has its points, and decays are cut."""
     assert {"text", "train_bytes", "held_out_bytes", "sha256"} <= set(found["text"])
     for row in found["rows"].values():
         for key in ("seconds", "steps", "flops"):
@@ -109,16 +116,13 @@ def test_each_run_of_equal_time_has_its_points_and_decays_are_cut(everything: Pa
     assert full["flops_relative_per_step"] == 1 > low["flops_relative_per_step"]
 
 
-@pytest.mark.slow
-def test_tables_have_a_line_for_each_row_and_the_conditions(everything: Path) -> None:
-    text = tables(everything)
+def tables_have_a_line_for_each_row(found: dict[str, Any], text: str) -> None:
     for part, number in ROWS.items():
         section = text.split(f"## {part}\n")[1].split("\n## ")[0].split("Held-out loss")[0]
         rows = [line for line in section.splitlines() if line.startswith("| ")]
         assert len(rows) == number + 1
-    about = results(everything)["about"]
-    assert about["versions"]["torch"] in text
-    assert str(ROOT) not in json.dumps(results(everything))
+    assert found["about"]["versions"]["torch"] in text
+    assert str(ROOT) not in json.dumps(found)
 
 
 def test_a_part_that_raises_leaves_the_others(
@@ -342,7 +346,7 @@ class Refuse:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import benchmarks.gpu.worker
-from benchmarks.gpu.parts import compiled, convolutions, equal_time, gpt, products, resnet
+from benchmarks.gpu.parts import compiled, convolutions, cuts, equal_time, gpt, products, resnet
 import dynarank as dr
 dr.RankScheduler, dr.schedules.decay
 """
@@ -373,12 +377,30 @@ def test_rounded_ranks_are_multiples_and_cost_no_more() -> None:
 
 def test_the_gpu_is_waited_for_before_times_are_read() -> None:
     with pretended_cuda() as calls:
-        seconds = CUDA().seconds(lambda: calls.names.append("step"), 2)
-    assert len(seconds) == 2
+        times = CUDA().times(lambda: calls.names.append("step"), 2)
+    assert (len(times.device), len(times.host), times.ahead) == (2, 2, [])
     assert calls.names == [
         "synchronize", "record", "step", "record", "step", "record", "synchronize",
         "elapsed_time", "elapsed_time",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gpu_that_must_not_wait_for_python_spins_first(
+    monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    with pretended_cuda() as calls:
+        make = torch.cuda.Event
+        monkeypatch.setattr(torch.cuda, "Event", lambda **kw: _with_query(make(**kw), late))
+        times = CUDA().times(lambda: calls.names.append("step"), 1, ahead=True)
+    assert times.ahead == [not late]
+    assert calls.names[:4] == ["synchronize", "_sleep", "record", "step"]
+    assert bench_module.spread(times)["ahead"] is not late
+
+
+def _with_query(event: Any, answer: bool) -> Any:
+    event.query = lambda: answer
+    return event
 
 
 def test_the_memory_is_that_of_the_allocator() -> None:
@@ -393,7 +415,9 @@ def test_the_memory_is_that_of_the_allocator() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("answer", [None, "580.1, 1980 MHz, 3201 MHz, 1980 MHz, 99 W, 700 W, 40\n"])
+@pytest.mark.parametrize(
+    "answer", [None, "", "580.1, 1980 MHz, 3201 MHz, 1980 MHz, 99 W, 700 W, 40\n"]
+)
 def test_clocks_are_read_if_they_can_be(
     monkeypatch: pytest.MonkeyPatch, answer: str | None
 ) -> None:
@@ -404,7 +428,44 @@ def test_clocks_are_read_if_they_can_be(
 
     monkeypatch.setattr(subprocess, "run", run)
     found = CUDA().clocks()
-    assert found == {} if answer is None else found["clocks.sm"] == "1980 MHz"
+    assert found["clocks.sm"] == "1980 MHz" if answer else "clocks.sm" not in found
+
+
+def test_clocks_are_read_while_a_part_runs() -> None:
+    class Warm(CPU):
+        def clocks(self) -> dict[str, str]:
+            seen.set()
+            return {"clocks.sm": "1980 MHz"}
+
+    seen = threading.Event()
+    with watched(Warm(), every=0.001) as found:
+        assert seen.wait(30)
+    assert found[0] == {"clocks.sm": "1980 MHz"}
+    count = len(found)
+    time.sleep(0.05)
+    assert len(found) == count
+
+
+def test_there_is_time_for_every_run_of_equal_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes its seconds, and to make a model and to plan takes some too."""
+    bench = Bench("equal_time", CPU(), FULL, Deadline(280.0), Record(tmp_path))
+    bench.record.part("equal_time", status="running")
+    trained: list[str] = []
+
+    def known(bench: Bench, arms: int) -> Any:
+        return Namespace(seconds=equal_time._seconds(bench, arms))
+
+    def train(bench: Bench, arm: equal_time.Arm, known: Any) -> None:
+        trained.append(arm.name)
+        bench.deadline = Deadline(bench.deadline.left - known.seconds - 4.0)
+
+    monkeypatch.setattr(equal_time, "_known", known)
+    monkeypatch.setattr(equal_time, "_train", train)
+    equal_time.run(bench)
+    assert trained == [arm.name for arm in equal_time._arms(64)]
+    assert "left_out" not in bench.record.data["parts"]["equal_time"]
 
 
 def test_a_pretended_gpu_refuses_what_a_gpu_does() -> None:
@@ -428,7 +489,7 @@ def test_nothing_is_on_the_wrong_device(tmp_path: Path, part: str) -> None:
     assert found["about"]["device"]["name"] == "pretended"
     rows = found["parts"][part]["rows"]
     assert found["parts"][part]["status"] == "done"
-    assert len(rows) == ROWS[part]
+    assert len(rows) == ROWS[part] + 3 * (part == "cuts")  # the drivers of a GPU
     assert not [row["error"] for row in rows.values() if "error" in row]
     assert "synchronize" in calls.names
 
@@ -442,6 +503,26 @@ def test_one_that_fails_among_candidates_is_out(tmp_path: Path) -> None:
         raise torch.OutOfMemoryError
 
     steps: dict[str, Callable[[], object]] = {"a": lambda: None, "b": fails, "c": lambda: None}
-    bench.alternate(steps, lambda key, seconds: told.update({key: len(seconds)}))
+    bench.alternate(steps, lambda key, times: told.update({key: len(times.device)}))
     assert told == {"a": 3, "c": 3}
     assert record.data["parts"]["gpt"]["rows"] == {"b": {"error": "out of memory"}}
+
+
+def test_the_memory_of_one_that_failed_is_free_before_the_next(tmp_path: Path) -> None:
+    held, gone = list[weakref.ref[torch.Tensor]](), list[bool]()
+
+    class Freed(CPU):
+        def free(self) -> None:
+            gone.append(held[0]() is None)
+
+    def fails() -> None:
+        activations = torch.ones(1)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError
+
+    bench = Bench("gpt", Freed(), TOY, Deadline(60), Record(tmp_path))
+    bench.record.part("gpt", status="running")
+    for step in (fails, lambda: None, lambda: None):
+        with bench.attempt("a row"):
+            step()
+    assert gone == [True]

@@ -1,6 +1,7 @@
 """3x3 convolutions of WRN-28-10: adapted, merged or in two branches, low-rank and plain.
 
-Forward and backward of one layer under bf16 autocast, channels last, with fp32 weights.
+Forward and backward of one layer under bf16 autocast, channels last, with fp32 weights and bf16
+images. Steps are asked for before the device begins; what Python takes is beside them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import dynarank as dr
 from benchmarks.gpu.bench import Bench, spread
-from benchmarks.gpu.device import Device
+from benchmarks.gpu.device import Device, Times
 from dynarank.cost import trace
 from dynarank.forms import Form
 
@@ -41,23 +42,23 @@ def _forms() -> Iterator[tuple[str, Form]]:
 
 def _layer(bench: Bench, channels: int, pixels: int) -> None:
     shape = bench.sizes.images, channels, pixels, pixels
-    x = torch.randn(shape, device=bench.device.torch)
+    x = torch.randn(shape, device=bench.device.torch).bfloat16()  # as the layer before gives them
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
-    gradient = torch.randn_like(x).bfloat16()
+    gradient = torch.randn_like(x)
     steps: dict[str, Callable[[], None]] = {}
     for name, form in _forms():
         key = f"{channels} channels, {pixels} x {pixels}: {name}"
         with bench.attempt(key):
             model = _made(channels, form, bench.device)
-            use = trace(nn.Sequential(nn.Identity(), model), x.detach().requires_grad_())
+            use = trace(nn.Sequential(nn.Identity(), model), x.detach().float().requires_grad_())
             bench.put(key, channels=channels, pixels=pixels, form=name, batch=shape[0],
                       flops=use.flops({}).training)  # fmt: skip
             steps[key] = _step_of(model, x, gradient, bench.device)
 
-    def told(key: str, seconds: list[float]) -> None:
-        bench.put(key, **spread(seconds))
+    def told(key: str, times: Times) -> None:
+        bench.put(key, **spread(times))
 
-    bench.alternate(steps, told, repeats=min(_REPEATS, 10 * bench.sizes.repeats))
+    bench.alternate(steps, told, repeats=min(_REPEATS, 10 * bench.sizes.repeats), ahead=True)
 
 
 def _made(channels: int, form: Form, device: Device) -> nn.Module:

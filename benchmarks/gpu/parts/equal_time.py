@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -29,17 +29,16 @@ __all__ = ["run"]
 
 _RATE = 4e-4
 _CUTS, _CUT_SHARE = 8, 1 / 3
-_BEFORE = 0.06  # of the part's time, to time steps and cuts
+_BEFORE = 0.1  # of the part's time, to make models, and to time steps and cuts
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A run: ``form`` is full, low or decay, with ranks that are multiples of a number."""
+    """A run: ``form`` is full, low or decay."""
 
     name: str
     form: str
     rate: float
-    multiple: int = 1
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Known:
         use: its trace.
         seconds: of a run.
         cut: the seconds of a cut; None: not timed yet.
-        steps: the seconds of a step, by the number of which ranks are multiples.
+        step: the mean seconds of a step of the decay; None: not timed yet.
     """
 
     text: Text
@@ -60,7 +59,7 @@ class Known:
     use: ModelUse
     seconds: float
     cut: float | None = None
-    steps: dict[int, float] = field(default_factory=dict)
+    step: float | None = None
 
 
 def run(bench: Bench) -> None:
@@ -79,22 +78,26 @@ def run(bench: Bench) -> None:
 def _arms(multiple: int) -> list[Arm]:
     """The runs, the most valuable first."""
     full, low = Arm("full rank", "full", _RATE), Arm("low rank 1/4", "low", _RATE)
-    decay = Arm(f"decay, ranks {multiple} k", "decay", _RATE, multiple)
+    decay = Arm(f"decay, ranks {multiple} k", "decay", _RATE)
     again = [
         replace(arm, name=f"{arm.name}, twice the rate", rate=2 * arm.rate)
         for arm in (low, decay, full)
     ]
-    return [full, low, decay, *again, Arm("decay", "decay", _RATE)]
+    return [full, low, decay, *again]
+
+
+def _seconds(bench: Bench, arms: int) -> float:
+    """The seconds of each run."""
+    return min(bench.deadline.left * (1 - _BEFORE) / arms, bench.sizes.longest)
 
 
 def _known(bench: Bench, arms: int) -> Known:
-    """Read the text, and divide the time; the last arm is for what is left."""
+    """Read the text, and divide the time."""
     text = read_text(bench.data, bench.sizes.text)
     about = text.about()
     text = text.to(bench.device.torch)
     outline, sample = meta_copy(byte_gpt(bench)), next(Batches(bench, text.train))[0].to("meta")
-    left = bench.deadline.left * (1 - _BEFORE)
-    seconds = min(left / (arms - 0.5), bench.sizes.longest)
+    seconds = _seconds(bench, arms)
     shape = {"width": bench.sizes.width, "depth": bench.sizes.layers, "batch": [*sample.shape]}
     bench.record.part(bench.part, text=about, seconds_a_run=seconds, **shape)
     return Known(text, outline, trace(outline, sample), seconds)
@@ -102,7 +105,7 @@ def _known(bench: Bench, arms: int) -> Known:
 
 def _train(bench: Bench, arm: Arm, known: Known) -> None:
     begun = bench.device.now()
-    schedule, steps, told = _scheduled(bench, arm, known) if arm.form == "decay" else (None, 1, {})
+    schedule, steps, told = _scheduled(bench, known) if arm.form == "decay" else (None, 1, {})
     model = byte_gpt(bench)
     if arm.form == "low":
         dr.factorize(model, LOW.rank, layers=BLOCKS)
@@ -119,10 +122,8 @@ def _train(bench: Bench, arm: Arm, known: Known) -> None:
     bench.put(arm.name, ranks_at_the_end=ranks, warnings=said)
 
 
-def _scheduled(
-    bench: Bench, arm: Arm, known: Known
-) -> tuple[dr.schedules.Schedule, int, dict[str, Any]]:
-    """The decay of an arm, the steps that it is expected to do, and what to record of it.
+def _scheduled(bench: Bench, known: Known) -> tuple[dr.schedules.Schedule, int, dict[str, Any]]:
+    """The decay, the steps that it is expected to do, and what to record of it.
 
     Raises:
         RuntimeError: a cut takes longer than a run.
@@ -133,11 +134,11 @@ def _scheduled(
     if known.cut > known.seconds * bench.sizes.patience:
         raise RuntimeError(f"a cut takes {known.cut:.1f} s, a run {known.seconds:.1f} s")
     cuts = max(1, min(_CUTS, int(_CUT_SHARE * known.seconds / known.cut)))
-    schedule = decay_like(known.use, arm.multiple, cuts)
-    if arm.multiple not in known.steps:
-        known.steps[arm.multiple] = _step_seconds(bench, known, schedule, arm.multiple)
+    schedule = decay_like(known.use, bench.sizes.multiple, cuts)
+    if known.step is None:
+        known.step = _step_seconds(bench, known, schedule)
     left = known.seconds - cuts * known.cut
-    steps = max(10 * cuts, round(left / known.steps[arm.multiple]))
+    steps = max(10 * cuts, round(left / known.step))
     return (
         schedule,
         steps,
@@ -165,15 +166,13 @@ def _cut_seconds(bench: Bench, text: Text) -> float:
     return max(found)
 
 
-def _step_seconds(
-    bench: Bench, known: Known, schedule: dr.schedules.Schedule, multiple: int
-) -> float:
+def _step_seconds(bench: Bench, known: Known, schedule: dr.schedules.Schedule) -> float:
     """The mean seconds of a step, of which each phase has its share; budgets have uniform ranks."""
     batches, total, number = Batches(bench, known.text.train), 0.0, 0
     for phase in phases_of(known.use, schedule):
-        plan = rounded(phase.plan, multiple)
+        plan = rounded(phase.plan, bench.sizes.multiple)
         step = gpt_step(filled(known.outline, plan, bench.device), batches, bench.device)
-        bench.device.seconds(step, 2)
-        total += statistics.median(bench.device.seconds(step, 4)) * phase.phase.steps
+        bench.device.times(step, 2)
+        total += statistics.median(bench.device.times(step, 4).device) * phase.phase.steps
         number += phase.phase.steps
     return total / number

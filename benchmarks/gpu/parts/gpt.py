@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.bench import Bench, spread
+from benchmarks.gpu.device import Times
 from benchmarks.gpu.forms import plans
 from benchmarks.gpu.models import filled, gpt_step
 from dynarank.cost import ModelUse, trace
@@ -67,8 +68,8 @@ def _width(bench: Bench, width: int) -> None:
             steps[key] = _made(bench, key, filled(outline, plan, bench.device), batches)
     tokens = sample.numel()
 
-    def told(key: str, seconds: list[float]) -> None:
-        row = spread(seconds)
+    def told(key: str, times: Times) -> None:
+        row = spread(times)
         rate = {
             "tokens_per_second": tokens / row["ms"] * 1e3,
             "tflops": flops[key] / row["ms"] / 1e9,

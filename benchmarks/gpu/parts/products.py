@@ -1,7 +1,8 @@
 """Thin against full products: forward and backward of ``x W`` and of ``(x V) U``, in bf16.
 
-Plain products of torch, without a layer around them. The same tensors are used in each step, so
-small ones stay in the cache of the device.
+Plain products of torch, without a layer around them. All steps are asked for before the device
+begins: Python takes longer than small ones, and its time is beside theirs. The same tensors are
+used in each step, so small ones stay in the cache of the device.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, spread
+from benchmarks.gpu.device import Times
 
 __all__ = ["run"]
 
@@ -39,10 +41,10 @@ def _row(bench: Bench, width: int, tokens: int) -> None:
             bench.put(key, width=width, tokens=tokens, form=name, rank=rank or width, flops=flops)
             steps[key] = partial(_step, *_tensors(bench, width, tokens, rank))
 
-    def told(key: str, seconds: list[float]) -> None:
-        bench.put(key, **spread(seconds))
+    def told(key: str, times: Times) -> None:
+        bench.put(key, **spread(times))
 
-    bench.alternate(steps, told, repeats=min(_REPEATS, 10 * bench.sizes.repeats))
+    bench.alternate(steps, told, repeats=min(_REPEATS, 10 * bench.sizes.repeats), ahead=True)
 
 
 def _tensors(

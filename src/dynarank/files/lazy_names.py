@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules
 from types import MappingProxyType
@@ -33,6 +34,7 @@ def lazy_names(
         AttributeError: module 'dynarank' has no attribute 'dekay'; did you mean 'decay'?
     """
 
+    @cache  # tools ask each module for names that none has
     def modules() -> set[str]:
         found = (module.name for module in iter_modules(sys.modules[package].__path__))
         return {name for name in found if not name.startswith("_")}
