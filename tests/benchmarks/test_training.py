@@ -441,36 +441,27 @@ def test_what_would_run_nothing_is_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_workers_end_with_the_command(tmp_path: Path, number: signal.Signals) -> None:
+def test_however_it_is_stopped_workers_end_records_are_whole_and_the_rest_is_run_once(
+    tmp_path: Path,
+) -> None:
     command = [
         sys.executable, "-m", "benchmarks.training", "run", "mlp_table", "--results", str(tmp_path),
         "--scratch", str(tmp_path / "scratch"), "--minutes", "2",
     ]  # fmt: skip
-    running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
-    until = time.monotonic() + 120
-    while not Store("mlp_table", tmp_path).runs() and time.monotonic() < until:
-        time.sleep(0.05)
-    os.kill(running.pid, number)  # not its workers
-    assert running.wait(60) == 128 + number
-    with pytest.raises(ProcessLookupError):
-        os.killpg(running.pid, 0)
-
-
-@pytest.mark.slow
-def test_killed_workers_leave_whole_records_and_the_rest_is_run_once(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "benchmarks.training", "run", "mlp_table", "--data", str(tmp_path),
-        "--results", str(tmp_path), "--scratch", str(tmp_path / "scratch"), "--minutes", "2",
-    ]  # fmt: skip
     store = Store("mlp_table", tmp_path)
-    for records in (2, 4):
-        workers = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    for records, number in ((1, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGKILL)):
+        running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         until = time.monotonic() + 120
         while len(store.runs()) < records and time.monotonic() < until:
             time.sleep(0.05)
-        os.killpg(workers.pid, signal.SIGKILL)
-        workers.wait()
+        if number == signal.SIGKILL:
+            os.killpg(running.pid, number)
+            running.wait(60)
+        else:
+            os.kill(running.pid, number)  # not its workers
+            assert running.wait(60) == 128 + number
+            with pytest.raises(ProcessLookupError):
+                os.killpg(running.pid, 0)
         assert len(store.runs()) >= records
     keys = Counter(
         (r["arm"], r["seed"], r["part"], tuple(r["setting"].values())) for r in store.runs()

@@ -19,12 +19,17 @@ import dynarank as dr
 from dynarank.surgery import edit, transaction
 from dynarank.surgery.optimizer_state import Contents
 
+# ``python -O`` itself would compile all of torch anew.
 SCRIPT = """
-import dynarank as dr, torch
-from contextlib import ExitStack
+import sys, torch, torch._dynamo
+from importlib.machinery import SourceFileLoader
+compiled = SourceFileLoader.source_to_code
+SourceFileLoader.source_to_code = lambda self, data, path: compiled(self, data, path, _optimize=1)
+sys.pycache_prefix = sys.argv[1]
+import asserts_what_is_wrong
+import dynarank as dr
 from dynarank.surgery import edit, transaction
 
-assert False, "not run under -O"
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 held, weights = list(optimizer.param_groups[0]["params"]), [model[0].weight, model[1].weight]
@@ -37,11 +42,12 @@ print([type(m).__name__ for m in model], model[0].weight is weights[0])
 """
 
 
-def test_it_is_checked_under_python_o() -> None:
+def test_it_is_checked_under_python_o(tmp_path: Path) -> None:
     source = str(Path(dr.__file__).parents[1])
+    (tmp_path / "asserts_what_is_wrong.py").write_text("assert False")
     ran = subprocess.run(
-        [sys.executable, "-O", "-c", SCRIPT],
-        env={**os.environ, "PYTHONPATH": source},
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "compiled")],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((source, str(tmp_path)))},
         capture_output=True,
         text=True,
         check=True,

@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 try:
-    from transformers import Trainer, TrainerCallback
+    from transformers.trainer import Trainer
+    from transformers.trainer_callback import TrainerCallback
 except ImportError as error:
     raise ImportError(
         f"dynarank.integrations.transformers needs transformers and accelerate ({error}): "
