@@ -21,4 +21,5 @@ EXPERIMENT = Experiment(
         *_PAPER,
         *arms.matched(_PAPER[-1:]),
     ],
+    tuning=(100, 101),
 )
