@@ -1,9 +1,9 @@
 """A run of two processes that is killed at given places, once each, and restarted as by torchrun.
 
 ``python restarted_run.py FOLDER KILL ...``: each KILL is ``STEP:RANK`` (after that step, before its
-checkpoint), ``write:N`` (at the N-th call of the writer in process 0) or ``damage`` (the newest
-checkpoint changes before it is read). It is torchrun's launcher, but its processes fork from one
-that has imported torch, which takes longer than the run.
+checkpoint), ``write:N`` (at the N-th call of the writer in process 0; several in turn) or
+``damage`` (the newest checkpoint changes before it is read). It is torchrun's launcher, but its
+processes fork from one that has imported torch, which takes longer than the run.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def run(folder: Path, kills: tuple[str, ...] = ()) -> dict[str, Tensor]:
 
 
 def killing_writer(folder: Path, kills: tuple[str, ...]) -> Any:
-    at = [int(kill.removeprefix("write:")) for kill in kills if kill.startswith("write:")]
-    return killing(at[0] if at and dist.get_rank() == 0 and once(folder, "write") else -1)
+    at = [kill for kill in kills if kill.startswith("write:") and dist.get_rank() == 0]
+    chosen = next((kill for kill in at if once(folder, kill)), "write:-1")
+    return killing(int(chosen.removeprefix("write:")))
 
 
 def damage(folder: Path, kills: tuple[str, ...]) -> None:
