@@ -55,13 +55,14 @@ class Bench:
         """
         if self._failed:  # only now is the error gone, which held tensors
             self.device.free()
-        self._failed = True
+            self._failed = False
         try:
             yield
-            self._failed = False
         except torch.OutOfMemoryError:
+            self._failed = True
             self.put(key, error="out of memory")
         except Exception as error:
+            self._failed = True
             self.put(key, error=f"{type(error).__name__}: {error}"[:2000])
             if not self.device.usable():
                 raise
@@ -110,8 +111,8 @@ def spread(times: Times) -> dict[str, Any]:
     """Median, least and largest of some times, in milliseconds, and how many there are.
 
     ``host_ms`` is the least until Python had asked for a step: where it is as large as ``ms``, the
-    device waits for Python. The least, since Python in turn waits when a GPU's queue is full.
-    ``ahead`` is whether the device never waited.
+    device waits for Python. It is too large where a step alone fills a GPU's queue, of about a
+    thousand operations. ``ahead`` is whether all steps were asked for before the device began.
     """
     host = min(times.host) * 1e3
     values = (statistics.median(times.device), min(times.device), max(times.device))

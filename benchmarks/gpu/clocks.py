@@ -11,13 +11,13 @@ from benchmarks.gpu.device import Device
 
 __all__ = ["summary", "watched"]
 
-_EVERY = 5.0  # seconds
+_EVERY = 2.0  # seconds
 _KEYS = "clocks.sm", "power.draw", "temperature.gpu"
 
 
 @contextmanager
 def watched(device: Device, every: float = _EVERY) -> Generator[list[dict[str, str]]]:
-    """Read the clocks every few seconds; the list is filled meanwhile.
+    """Read the clocks at once and every few seconds; the list is filled meanwhile.
 
     Args:
         device: the device.
@@ -27,8 +27,9 @@ def watched(device: Device, every: float = _EVERY) -> Generator[list[dict[str, s
     over = threading.Event()
 
     def look() -> None:
-        while not over.wait(every):
+        while not over.is_set():
             found.append(device.clocks())
+            over.wait(every)
 
     thread = threading.Thread(target=look, daemon=True)
     thread.start()

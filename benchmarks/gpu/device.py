@@ -26,7 +26,7 @@ class Times:
     Args:
         device: from the end of one call to that of the next, on the device.
         host: until a call had asked the device for all that it does.
-        ahead: for each group of calls, whether all were asked for before the device began.
+        ahead: for each group of calls, whether all were asked for before the first began.
     """
 
     device: list[float] = field(default_factory=list)

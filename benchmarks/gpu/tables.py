@@ -68,7 +68,9 @@ def _table(rows: Iterable[_Row], columns: Mapping[str, _Column]) -> list[str]:
 _TIME: dict[str, _Column] = {
     "ms (range)": lambda r: f"{r['ms']:.3g} ({r['ms_min']:.3g}-{r['ms_max']:.3g})",
     "n": lambda r: f"{r['n']}",
-    "Python ms": lambda r: f"{r['host_ms']:.3g}" + " (the GPU waited)" * (r.get("ahead") is False),
+    "Python ms": lambda r: (
+        f"{r['host_ms']:.3g}" + " (not all in advance)" * (r.get("ahead") is False)
+    ),
 }
 
 
@@ -144,8 +146,9 @@ def _curves(rows: Mapping[str, _Row]) -> list[str]:
 
 def _cuts(rows: list[_Row], part: _Row) -> list[str]:
     columns: dict[str, _Column] = {"function": lambda r: r["function"]}
-    columns["size"] = lambda r: f"{r['rows']} x {r['rows']}"
-    return _table(rows, columns | _TIME)
+    columns["size"] = lambda r: f"{r['rows']} x {r['columns']}"
+    times = {key: column for key, column in _TIME.items() if key != "Python ms"}
+    return _table(rows, columns | times)  # these functions wait for the device themselves
 
 
 def _products(rows: list[_Row], part: _Row) -> list[str]:

@@ -26,12 +26,12 @@ from benchmarks.gpu import worker
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.clocks import watched
 from benchmarks.gpu.deadline import Deadline
-from benchmarks.gpu.device import CPU, CUDA, device_of
+from benchmarks.gpu.device import CPU, CUDA, Times, device_of
 from benchmarks.gpu.forms import plans
 from benchmarks.gpu.models import filled
-from benchmarks.gpu.parts import convolutions, equal_time, products
+from benchmarks.gpu.parts import convolutions, equal_time, products, resnet
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.sizes import FULL, TOY
+from benchmarks.gpu.sizes import FULL, TOY, Sizes
 from benchmarks.gpu.tables import tables
 from benchmarks.gpu.text import read_text
 from benchmarks.gpu.timetable import SHARES, allowance
@@ -54,7 +54,7 @@ COLUMNS = {
     "compiled": {"form", "execution", "ms", "first_step_seconds", "tokens_per_second"},
 }
 ROWS = {
-    "gpt": 11, "equal_time": 6, "cuts": 6, "products": 4, "convolutions": 7, "resnet": 6,
+    "gpt": 11, "equal_time": 6, "cuts": 8, "products": 4, "convolutions": 7, "resnet": 6,
     "compiled": 8,
 }  # fmt: skip
 
@@ -385,22 +385,29 @@ def test_the_gpu_is_waited_for_before_times_are_read() -> None:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_a_gpu_that_must_not_wait_for_python_spins_first(
-    monkeypatch: pytest.MonkeyPatch, late: bool
-) -> None:
+def test_a_gpu_that_must_not_wait_for_python_spins_first() -> None:
     with pretended_cuda() as calls:
-        make = torch.cuda.Event
-        monkeypatch.setattr(torch.cuda, "Event", lambda **kw: _with_query(make(**kw), late))
         times = CUDA().times(lambda: calls.names.append("step"), 1, ahead=True)
-    assert times.ahead == [not late]
-    assert calls.names[:4] == ["synchronize", "_sleep", "record", "step"]
-    assert bench_module.spread(times)["ahead"] is not late
+    assert times.ahead == [True]
+    assert calls.names == [
+        "synchronize", "_sleep", "record", "step", "record", "query", "synchronize",
+        "elapsed_time",
+    ]  # fmt: skip
+    times += Times([1.0], [0.5], [False])
+    assert bench_module.spread(times)["ahead"] is False
 
 
-def _with_query(event: Any, answer: bool) -> Any:
-    event.query = lambda: answer
-    return event
+@pytest.mark.parametrize("sizes", [FULL, TOY])
+def test_all_batches_of_an_epoch_have_one_shape(tmp_path: Path, sizes: Sizes) -> None:
+    """Another shape would be tuned in the middle of a timed epoch."""
+    bench = Bench("resnet", Meta(), sizes, Deadline(60), Record(tmp_path))
+    images, labels = resnet._images(bench)
+    assert len(images) == len(labels) > sizes.epoch - sizes.many
+    assert not any(len(images) % batch for _, batch in resnet._arms(bench).values())
+
+
+class Meta(CPU):
+    kind = "meta"
 
 
 def test_the_memory_is_that_of_the_allocator() -> None:
@@ -483,7 +490,10 @@ def test_a_pretended_gpu_refuses_what_a_gpu_does() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [part for part in SHARES if part != "compiled"])
-def test_nothing_is_on_the_wrong_device(tmp_path: Path, part: str) -> None:
+def test_nothing_is_on_the_wrong_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    monkeypatch.setattr(worker, "TOY", replace(TOY, rounds=1))
     with pretended_cuda() as calls:
         found = measure(tmp_path, part, device="cuda")
     assert found["about"]["device"]["name"] == "pretended"

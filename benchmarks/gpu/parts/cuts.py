@@ -1,6 +1,7 @@
-"""What a cut of a square matrix calls of ``torch.linalg``, and what it could call instead.
+"""Functions of ``torch.linalg`` that cuts call, and drivers that they could ask for.
 
-A decay computes these for each matrix at each cut, on the device of the weights.
+Not each cut calls all of them: the first one decomposes matrices and second moments, later ones
+work on factors. A driver that does not converge is replaced by another, with a warning.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ from benchmarks.gpu.device import Times
 __all__ = ["run"]
 
 _DRIVERS = {"cpu": [None], "cuda": [None, "gesvd", "gesvdj", "gesvda"]}
+_RANK = 3 / 8  # of the width: what two cuts to a quarter of the FLOPs leave first
+
+_Call = tuple[Tensor, Callable[[Tensor], object]]
 
 
 def run(bench: Bench) -> None:
-    """Time each function, the fastest kinds first."""
+    """Time each function."""
     size = bench.sizes.matrix
     matrix = torch.randn(size, size, device=bench.device.torch)
     steps: dict[str, Callable[[], object]] = {}
-    for name, (rows, step) in _functions(matrix, bench.device.kind).items():
-        key = f"{name}, {rows} x {rows}"
-        bench.put(key, function=name, rows=rows)
-        steps[key] = step
+    for name, (given, call) in _functions(matrix, bench.device.kind).items():
+        rows, columns = given.shape
+        key = f"{name}, {rows} x {columns}"
+        bench.put(key, function=name, rows=rows, columns=columns)
+        steps[key] = lambda given=given, call=call: call(given)
 
     def told(key: str, times: Times) -> None:
         bench.put(key, **spread(times))
@@ -34,29 +39,26 @@ def run(bench: Bench) -> None:
     bench.alternate(steps, told, repeats=1)
 
 
-def _functions(matrix: Tensor, device: str) -> dict[str, tuple[int, Callable[[], object]]]:
-    """The size and the call of each function, by its name.
-
-    Singular values are those of the core of a product of two factors, at the first cut's rank.
-    """
-    size, rank = len(matrix), len(matrix) * 5 // 8
+def _functions(matrix: Tensor, device: str) -> dict[str, _Call]:
+    """The matrix that each function is given, and its call, by its name."""
+    rank = int(len(matrix) * _RANK)
     gram, core = matrix @ matrix.T, matrix[:rank, :rank].contiguous()
-    double = gram[:rank, :rank].double()
-    found: dict[str, tuple[int, Callable[[], object]]] = {
-        "eigh, fp32": (size, lambda: torch.linalg.eigh(gram)),
-        "eigh, fp64": (size, lambda: torch.linalg.eigh(gram.double())),
-        "qr, fp32": (size, lambda: torch.linalg.qr(matrix)),
+    tall = torch.cat([matrix] * 4)  # as the wider ones of a block
+    linalg = torch.linalg
+    found: dict[str, _Call] = {
+        "eigh, fp32": (gram, linalg.eigh),
+        "eigh, fp64": (gram.double(), linalg.eigh),
+        "qr, fp32": (matrix, linalg.qr),
+        "tall qr, fp32": (tall, linalg.qr),
+        "tall qr, fp64": (tall.double(), linalg.qr),
         "pinv of a symmetric one, fp64": (
-            rank, lambda: torch.linalg.pinv(double, hermitian=True),
+            gram[:rank, :rank].double(), lambda given: linalg.pinv(given, hermitian=True),
         ),
-        "svd, fp32, on the CPU": (rank, lambda: _moved(torch.linalg.svd(core.cpu()), device)),
+        "svd, fp32, on the CPU": (
+            core, lambda given: [part.to(device) for part in linalg.svd(given.cpu())],
+        ),
     }  # fmt: skip
     for driver in _DRIVERS[device]:
         name = f"svd, fp32, {driver or 'as it is by default'}"
-        found[name] = rank, lambda driver=driver: torch.linalg.svd(core, driver=driver)
+        found[name] = core, lambda given, driver=driver: linalg.svd(given, driver=driver)
     return found
-
-
-def _moved(parts: tuple[Tensor, ...], device: str) -> list[Tensor]:
-    """The parts on the device."""
-    return [part.to(device) for part in parts]

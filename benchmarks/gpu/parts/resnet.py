@@ -1,12 +1,13 @@
 """ResNet-20: the seconds of an epoch at full rank, low rank and adapted.
 
-50,000 random images of CIFAR's shape (but for the rest of a batch) that are on the device, batches
+50,000 random images of CIFAR's shape (but for the rest of a batch) are on the device; batches
 of 128, bf16 autocast, channels last, SGD with momentum. Arms take turns, an epoch each. At this
 size a GPU may wait for Python, so full and low rank also have batches of 1024.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -39,11 +40,11 @@ def run(bench: Bench) -> None:
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             bench.put(name, batch=batch, images=len(images), trainable=trained,
                       flops_a_step=use.flops({}).training)  # fmt: skip
-            epoch = _epoch(bench, model, images, labels, batch)
-            epoch(_WARM_UP)
-            first = bench.device.times(partial(epoch, 1), 3)
-            bench.put(name, host_ms_a_step=spread(first)["host_ms"])
-            epochs[name] = epoch
+            step = _step_of(bench, model)
+            epochs[name] = partial(_epoch, step, images, labels, batch)
+            first = partial(step, images[:batch], labels[:batch])
+            bench.device.times(first, min(_WARM_UP, len(images) // batch))
+            bench.put(name, host_ms_a_step=spread(bench.device.times(first, 2))["host_ms"])
 
     def told(name: str, times: Times) -> None:
         bench.put(name, epoch_seconds=times.device, n=len(times.device))
@@ -66,7 +67,8 @@ def _arms(bench: Bench) -> dict[str, tuple[Form, int]]:
 
 
 def _images(bench: Bench) -> tuple[Tensor, Tensor]:
-    number = bench.sizes.epoch // bench.sizes.images * bench.sizes.images  # whole batches
+    whole = math.lcm(bench.sizes.images, bench.sizes.many)
+    number = bench.sizes.epoch // whole * whole  # no batch has a shape of its own
     where = {"device": bench.device.torch}
     images = torch.randn(number, 3, 32, 32, **where)
     labels = torch.randint(10, (number,), **where)
@@ -80,19 +82,23 @@ def _made(bench: Bench, form: Form) -> nn.Module:
     return model.to(memory_format=torch.channels_last).train()
 
 
-def _epoch(
-    bench: Bench, model: nn.Module, images: Tensor, labels: Tensor, batch: int
-) -> Callable[..., None]:
+def _step_of(bench: Bench, model: nn.Module) -> Callable[[Tensor, Tensor], None]:
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1, momentum=0.9, weight_decay=1e-4)
 
-    def epoch(steps: int | None = None) -> None:
-        order = torch.randperm(len(images), device=images.device)
-        for chosen in order.split(batch)[:steps]:
-            with bench.device.autocast():
-                outputs = model(images[chosen])
-            F.cross_entropy(outputs.float(), labels[chosen]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    def step(x: Tensor, y: Tensor) -> None:
+        with bench.device.autocast():
+            outputs = model(x)
+        F.cross_entropy(outputs.float(), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    return epoch
+    return step
+
+
+def _epoch(
+    step: Callable[[Tensor, Tensor], None], images: Tensor, labels: Tensor, batch: int
+) -> None:
+    order = torch.randperm(len(images), device=images.device)
+    for chosen in order.split(batch):
+        step(images[chosen], labels[chosen])
