@@ -19,5 +19,6 @@ EXPERIMENT = Experiment(
         *_PAPER,
         *arms.matched(_PAPER[-1:]),
     ],
+    tuning=(100, 101),
     tuning_length=0.5,
 )
