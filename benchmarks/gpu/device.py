@@ -146,9 +146,9 @@ class CUDA(Device):
         torch.cuda.empty_cache()
 
     def times(self, step: Callable[[], object], repeats: int, *, ahead: bool = False) -> Times:
-        """The time between events around each call, while the GPU waits for Python included.
+        """The time between events around each call, in which the GPU may wait for Python.
 
-        With ``ahead`` it spins until all calls are asked for, if they are in time.
+        With ``ahead`` it spins first, for as long as it should take to ask for all calls.
         """
         events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
         self.wait()
