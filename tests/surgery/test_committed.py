@@ -19,7 +19,7 @@ import dynarank as dr
 from dynarank.surgery import edit, transaction
 from dynarank.surgery.optimizer_state import Contents
 
-# ``python -O`` itself would compile all of torch anew.
+# ``python -O`` itself would compile all of torch once more.
 SCRIPT = """
 import sys, torch, torch._dynamo
 from importlib.machinery import SourceFileLoader
