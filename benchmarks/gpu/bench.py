@@ -114,8 +114,11 @@ def spread(times: Times) -> dict[str, Any]:
     device waits for Python. It is too large where a step alone fills a GPU's queue, of about a
     thousand operations. ``ahead`` is whether all steps were asked for before the device began.
     """
-    host = min(times.host) * 1e3
-    values = (statistics.median(times.device), min(times.device), max(times.device))
-    return {**dict(zip(("ms", "ms_min", "ms_max"), (v * 1e3 for v in values), strict=True)),
-            "n": len(times.device), "host_ms": host,
-            **({"ahead": all(times.ahead)} if times.ahead else {})}  # fmt: skip
+    row: dict[str, Any] = {
+        "ms": statistics.median(times.device) * 1e3,
+        "ms_min": min(times.device) * 1e3,
+        "ms_max": max(times.device) * 1e3,
+        "n": len(times.device),
+        "host_ms": min(times.host) * 1e3,
+    }
+    return row | {"ahead": all(times.ahead)} if times.ahead else row

@@ -21,9 +21,8 @@ import torch
 from pretend_cuda import MixedDevicesError, pretended_cuda
 
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import bench as bench_module
 from benchmarks.gpu import worker
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import Bench, spread
 from benchmarks.gpu.clocks import watched
 from benchmarks.gpu.deadline import Deadline
 from benchmarks.gpu.device import CPU, CUDA, Times, device_of
@@ -394,7 +393,7 @@ def test_a_gpu_that_must_not_wait_for_python_spins_first() -> None:
         "elapsed_time",
     ]  # fmt: skip
     times += Times([1.0], [0.5], [False])
-    assert bench_module.spread(times)["ahead"] is False
+    assert spread(times)["ahead"] is False
 
 
 @pytest.mark.parametrize("sizes", [FULL, TOY])

@@ -7,6 +7,7 @@ work on factors. A driver that does not converge is replaced by another, with a 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def run(bench: Bench) -> None:
         rows, columns = given.shape
         key = f"{name}, {rows} x {columns}"
         bench.put(key, function=name, rows=rows, columns=columns)
-        steps[key] = lambda given=given, call=call: call(given)
+        steps[key] = partial(call, given)
 
     def told(key: str, times: Times) -> None:
         bench.put(key, **spread(times))
@@ -52,7 +53,7 @@ def _functions(matrix: Tensor, device: str) -> dict[str, _Call]:
         "tall qr, fp32": (tall, linalg.qr),
         "tall qr, fp64": (tall.double(), linalg.qr),
         "pinv of a symmetric one, fp64": (
-            gram[:rank, :rank].double(), lambda given: linalg.pinv(given, hermitian=True),
+            gram[:rank, :rank].double(), partial(linalg.pinv, hermitian=True),
         ),
         "svd, fp32, on the CPU": (
             core, lambda given: [part.to(device) for part in linalg.svd(given.cpu())],
@@ -60,5 +61,5 @@ def _functions(matrix: Tensor, device: str) -> dict[str, _Call]:
     }  # fmt: skip
     for driver in _DRIVERS[device]:
         name = f"svd, fp32, {driver or 'as it is by default'}"
-        found[name] = core, lambda given, driver=driver: linalg.svd(given, driver=driver)
+        found[name] = core, partial(linalg.svd, driver=driver)
     return found

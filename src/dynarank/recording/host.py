@@ -16,11 +16,19 @@ __all__ = ["commit", "hardware", "started", "versions"]
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the device, for a CPU with the number of threads."""
+    """The name of the device, for a CPU with its instruction set and the number of threads.
+
+    Two CPUs of one name need not have the same instructions, and without AVX-512 bf16 is slow.
+
+    Example:
+        >>> hardware(torch.device("cpu"))  # doctest: +SKIP
+        'AMD EPYC, AVX512, 1 thread'
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{cpu_model()}, {threads} thread{'s' if threads != 1 else ''}"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu_model()}, {instructions}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def versions() -> dict[str, str]:
