@@ -59,7 +59,8 @@ def run(folder: Path, kills: tuple[str, ...] = ()) -> dict[str, Tensor]:
     found = checkpoints.newest()
     if found is not None:
         restore(found[1], **kept)
-        print(f"process {rank} resumes after step {found[0]}", flush=True)
+        # print() writes a line's end by itself: that of another process may come between.
+        os.write(1, f"process {rank} resumes after step {found[0]}\n".encode())
     for step in range(found[0] if found else 0, STEPS):
         x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
         ddp(x.chunk(2)[rank]).square().mean().backward()

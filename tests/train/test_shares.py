@@ -28,15 +28,40 @@ def several(size: int, rank: int = 0) -> Processes:
 class Language(nn.Module):
     """Its own loss leaves out the first token, and targets of -100."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.table = nn.Embedding(7, 7)
+        nn.init.normal_(self.table.weight, std=scale)
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
         output = self.table(input_ids)
-        loss = F.cross_entropy(output[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return {"loss": loss, "logits": output}
+        return {"loss": self.mean(output[:, :-1].transpose(1, 2), labels[:, 1:]), "logits": output}
+
+    def mean(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target)
+
+
+class OfExamples(Language):
+    """The mean of the examples' means."""
+
+    def mean(self, output: Tensor, target: Tensor) -> Tensor:
+        losses = F.cross_entropy(output, target, reduction="none")
+        return (losses.sum(1) / (target != -100).sum(1)).mean()
+
+
+class OfFirstTokens(Language):
+    """A mean over targets of its own choice."""
+
+    def mean(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output[:, :, :3], target[:, :3])
+
+
+def padded(seed: int = 0, length: int = 6) -> dict[str, Tensor]:
+    ids = torch.randint(0, 7, (4, length), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[0, :4], labels[3, 4:] = -100, -100
+    return {"input_ids": ids, "labels": labels}
 
 
 def task(fields: Any, **options: Any) -> Any:
@@ -74,13 +99,32 @@ def test_where_a_whole_share_is_ignored_nothing_is_lost() -> None:
     torch.testing.assert_close(parts, whole)
 
 
-def test_a_language_models_own_loss_counts_tokens_that_follow() -> None:
-    ids = torch.randint(0, 7, (4, 6))
-    labels = ids.clone()
-    labels[0, :4], labels[3, 4:] = -100, -100
-    batch = {"input_ids": ids, "labels": labels}
-    whole, parts = composed(task(batch), Language(), batch, 2)
-    torch.testing.assert_close(parts, whole)
+@pytest.mark.parametrize("kind", [Language, OfExamples])
+@pytest.mark.parametrize("scale", [1.0, 1e-2])  # then all tokens have a loss of nearly log 7
+def test_a_language_models_own_loss_is_recognized(kind: type[Language], scale: float) -> None:
+    batch = padded()
+    whole, parts = composed(task(batch), kind(scale), batch, 2)
+    torch.testing.assert_close(parts, whole, rtol=5e-7, atol=0)
+
+
+def test_a_loss_known_by_one_batch_is_not_sought_again() -> None:
+    """Every search passes all of a batch and all shares through the model."""
+    model, calls = Language(1e-2), list[int]()
+    model.register_forward_hook(lambda *_: calls.append(1))
+    shares = Shares(task(padded()), several(2), 2)
+    for seed in range(16):
+        shares.of(model, padded(seed))
+    assert len(calls) == 5 * 4  # at batches 1, 2, 4, 8 and 16
+
+
+def test_a_wrong_count_is_found_when_losses_differ() -> None:
+    model, batch = OfFirstTokens(1e-4), padded(length=12)
+    shares = Shares(task(batch), several(2), 2)
+    shares.of(model, batch)  # all losses are log 7: this batch cannot tell
+    nn.init.normal_(model.table.weight)
+    with pytest.raises(RecipeError, match="no mean over its examples"):
+        for _ in range(16):
+            shares.of(model, batch)
 
 
 def test_a_loss_that_is_no_mean_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -188,7 +188,8 @@ class OwnTask:
     def loss_terms(self, batch: Any) -> tuple[float, ...]:
         """The number of examples; of classes, that of the targets that are not ignored (-100).
 
-        A language model's own loss may leave out the first token, which follows no other.
+        A language model's own loss may leave out the first token, which follows no other, or be
+        the mean of the examples' means.
         """
         target = split_batch(batch)[1]
         if not isinstance(target, Tensor) or target.is_floating_point() or not target.ndim:
@@ -196,7 +197,7 @@ class OwnTask:
         counted = target != -100
         whole = float(counted.sum())
         if self._loss is None and target.ndim > 1:
-            return whole, float(counted[:, 1:].sum())
+            return whole, float(counted[:, 1:].sum()), float(_count(batch))
         return (whole,)
 
     def _forward(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:

@@ -25,7 +25,11 @@ from dynarank.train.task import Task
 
 __all__ = ["Shares", "count_examples", "rows_of"]
 
-_CLOSE = 1e-3  # relative: two ways to sum the losses of a batch, in bf16 too
+# Relative errors of the mean of the shares' losses. At the start of training all examples may have
+# nearly one loss (log V of V tokens), so that the mean says little of how they are counted: only
+# what float32 allows tells.
+_CLOSE = 1e-3  # in bf16, or with a small term that is no mean, such as one of balanced experts
+_EXACT = 1e-5  # in float32
 _ALONE = "train it in one process, without torchrun"
 _FIRST = (
     "the first batch of an epoch (dynarank splits it: let every process read all data in one order)"
@@ -52,6 +56,7 @@ class Shares:
             )
         self._task, self._processes = task, processes
         self._rules: list[int] | None = None  # of the task's ways to count, those that may hold
+        self._batches = 0
 
     def of(self, model: nn.Module, batch: Any) -> tuple[Any, float]:
         """This process's share of a batch, and its part of the batch's mean loss.
@@ -61,6 +66,7 @@ class Shares:
         Raises:
             RecipeError: the loss of the batch is no mean over its examples.
         """
+        self._batches += 1
         if self._rules is None or self._doubtful(batch):
             self._rules = self._holding(model, batch)
         rank, size, count = self._processes.rank, self._processes.size, count_examples(batch)
@@ -90,7 +96,13 @@ class Shares:
         return [share for share in shares if share is not None]
 
     def _doubtful(self, batch: Any) -> bool:
-        """Whether the ways to count that may hold differ on this batch."""
+        """Whether the ways to count that may hold differ on this batch.
+
+        Also at batches 2, 4, 8, and so on: where examples have equal lengths or losses, one that
+        does not hold looks as if it did.
+        """
+        if self._batches.bit_count() == 1:
+            return True
         if len(rules := self._rules or []) == 1:
             return False
         shares = self._shares(batch)
@@ -98,7 +110,11 @@ class Shares:
         return any(found != parts[0] for found in parts)
 
     def _holding(self, model: nn.Module, batch: Any) -> list[int]:
-        """The ways to count by which the mean of the shares' losses is that of the batch."""
+        """The ways to count by which the mean of the shares' losses is the batch's; closest first.
+
+        Raises:
+            RecipeError: there is none.
+        """
         rules = self._rules or list(range(len(self._task.loss_terms(batch))))
         shares = self._shares(batch)
         with preserve_state(model, training=False, grad=False):
@@ -114,7 +130,9 @@ class Shares:
         if whole != again or not math.isfinite(whole):  # it draws numbers: nothing to compare
             return rules[:1]
         found = {rule: self._mean(losses, shares, batch, rule) for rule in rules}
-        near = [r for r in rules if math.isclose(found[r], whole, rel_tol=_CLOSE, abs_tol=1e-6)]
+        rules = sorted(rules, key=lambda rule: abs(found[rule] - whole))
+        exact = _near(found[rules[0]], whole, _EXACT) and not _coarse(model)
+        near = [r for r in rules if _near(found[r], whole, _EXACT if exact else _CLOSE)]
         if not near:
             raise RecipeError(
                 f"the loss of a batch is no mean over its examples ({whole:g}, but "
@@ -129,6 +147,15 @@ class Shares:
 
     def _loss(self, model: nn.Module, batch: Any) -> float:
         return self._task.loss(model, batch)[0].item()
+
+
+def _near(found: float, whole: float, tolerance: float) -> bool:
+    return math.isclose(found, whole, rel_tol=tolerance, abs_tol=1e-3 * tolerance)
+
+
+def _coarse(model: nn.Module) -> bool:
+    """Whether parameters are of less precision than float32."""
+    return any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
 
 
 def _share(batch: Any, rank: int, size: int, count: int) -> Any:
