@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.training.harness import evidence, pictures
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import never, reported
+from benchmarks.training.harness.jobs import never, reported, untimed
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import FULL, Summaries
@@ -28,7 +28,8 @@ def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:
     wanted = len(possible) * len(experiment.seeds)
     left = len(experiment.seeds) * sum(arm.length for arm in possible) - _lengths(done)
     to_do = "done" if len(done) == wanted else "not begun"
-    if runs and len(done) < wanted:
+    left += sum(arm.length for arm, _ in untimed(experiment, runs))
+    if runs and round(left, 6):
         to_do = _time(left * spent / _lengths(runs))
     tuning = sum(run["part"] == "valid" for run in runs)
     return f"{name:20}{f'{len(done)} of {wanted}':>16}{tuning:13}{_time(spent):>11}{to_do:>14}"

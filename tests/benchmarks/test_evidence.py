@@ -15,7 +15,7 @@ from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment, get, names
 from benchmarks.training.harness.statistics import holm, on_front, paired
 from benchmarks.training.harness.store import Store
-from benchmarks.training.harness.summary import ALL_FLOPS, Summaries
+from benchmarks.training.harness.summary import ALL_FLOPS, SECONDS, Summaries
 
 ONE = {0: 3.0, 1: 4.0, 2: 5.5, 7: 1.0}
 DECAY_ON_FEW = "decay 0.5, 8 batches"
@@ -60,7 +60,7 @@ def made_up(**results: list[float] | list[float | None]) -> Summaries:
             "result": {} if value is None else {"accuracy": value},
             "flops": flops[arm], "end_flops": flops[arm] * 0.9, "changes": [], "points": [],
             "setting": asdict(Setting()), "parameters_mean": 1, "schedule": None,
-            "memory_peak": 1, "cpu_seconds": 1.0,
+            "memory_peak": 1, "cpu_seconds": 1.0, "full_rank_seconds": 1.0,
         }
         for arm, values in results.items()
         for seed, value in enumerate(values)
@@ -77,6 +77,7 @@ def _count(monkeypatch: pytest.MonkeyPatch, counted: dict[str, float]) -> None:
 
 
 FULL, FIXED = [90.0, 91.0, 90.5, 90.2, 90.9], [80.0, 81.0, 80.4, 80.1, 81.1]
+PAIR: dict[str, list[float]] = {"full rank": FULL, "decay 0.5": FIXED}
 
 
 def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
@@ -374,14 +375,28 @@ def test_tuning_runs_are_never_reported() -> None:
 
 def test_seconds_are_relative_to_those_of_full_rank_beside_each_run() -> None:
     found = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
-    assert found.share("decay 0.5", "cpu_seconds") == 1.0
-    for run in (run for one in found.arms.values() for run in one.runs):
-        run["full_rank_seconds"] = 1.0 if run["arm"] == "full rank" else 4.0
-    again = made_up(**{"full rank": FULL, "decay 0.5": FIXED})
-    again.arms = found.arms
-    assert again.share("decay 0.5", "cpu_seconds") == 0.25
-    for run in again.arms["full rank"].runs:
-        del run["full_rank_seconds"]  # of another day; each arm has what was timed beside it
-    assert again.share("decay 0.5", "cpu_seconds") == 0.25
-    assert again.share("full rank", "cpu_seconds") == 1.0
-    assert again.share("decay 0.5", "flops") == 0.5
+    assert found.share("decay 0.5", SECONDS) == 1.0
+    for run in found.arms["decay 0.5"].runs:
+        run["full_rank_seconds"] = 4.0
+    assert found.share("decay 0.5", SECONDS) == 0.25
+    assert found.share("decay 0.5", "flops") == 0.5
+
+
+def test_seconds_of_different_hours_are_not_compared(tmp_path: Path) -> None:
+    """They are unknown until a run is repeated beside full rank; its result does not count."""
+    runs = [run for one in made_up(**PAIR).arms.values() for run in one.runs]
+    for run in runs:
+        if run["arm"] == "decay 0.5":
+            del run["full_rank_seconds"]
+    found = Summaries("made up", runs, made_up(**PAIR).experiment)
+    assert found.knows("full rank", SECONDS) and not found.knows("decay 0.5", SECONDS)
+    with pytest.raises(ValueError, match=r"timed beside no run of 'decay 0\.5'"):
+        found.share("decay 0.5", SECONDS)
+    assert answers.fronts([found]).splitlines()[-1].endswith("| not timed |")
+    assert "CPU seconds" not in tables.fronts(found)
+    assert comparison.costs([found]).splitlines()[-1].split(" | ")[4] == "0.50 / – / 1.00"
+    pictures.fronts(found, tmp_path / "a.svg")
+    again = {**runs[-1], "seed": 0, "full_rank_seconds": 2.0, "result": {"accuracy": 0.0}}
+    found = Summaries("made up", [*runs, again], found.experiment)
+    assert found.share("decay 0.5", SECONDS) == 0.5
+    assert found.arms["decay 0.5"].result == pytest.approx(sum(FIXED) / 5)

@@ -153,7 +153,7 @@ def test_the_decay_of_a_product_is_that_of_the_weight(sgd: bool) -> None:
 def run(arm: str, value: float | None, setting: Setting, seed: int = 100, part: str = "valid"):
     result = {} if value is None else {"accuracy": value}
     data = {"arm": arm, "part": part, "seed": seed, "setting": asdict(setting), "result": result}
-    return {"version": 1, **data, "flops": 0.4}
+    return {"version": 1, **data, "flops": 0.4, "full_rank_seconds": 1.0}
 
 
 def test_rates_are_tried_beyond_an_end_and_no_further_than_needed() -> None:
@@ -322,6 +322,25 @@ def test_runs_with_a_setting_that_is_no_longer_chosen_do_not_count() -> None:
     }  # fmt: skip
 
 
+def test_an_arm_without_seconds_beside_full_rank_runs_once_more() -> None:
+    one = experiment(replace(FULL, rates=(1.0,)))
+    tuned = run("full rank", 1.0, Setting())
+    old = [run("full rank", 1.0, Setting(), seed, "test") for seed in (0, 1)]
+    for each in old:
+        del each["full_rank_seconds"]
+    (job,) = ready("tiny", one, [tuned, *old])
+    assert (job.arm, job.seed, job.part) == ("full rank", 0, "test")
+    assert [job.seed for job in ready("tiny", one, [tuned, old[0]])] == [
+        1
+    ]  # first of all, its seeds
+    again = {**old[0], "full_rank_seconds": 1.0}
+    assert ready("tiny", one, [tuned, *old, again]) == []
+    assert ready("tiny", one, [tuned, *old, old[0]]) == []  # it is not repeated without end
+    assert reported(one, [tuned, *old, again]) == old
+    lost = [{**each, "result": {}} for each in old]
+    assert ready("tiny", one, [tuned, *lost]) == []
+
+
 @pytest.mark.parametrize("part", ["valid", "test"])
 def test_runs_of_an_arm_that_was_made_otherwise_do_not_count(part: str) -> None:
     one = experiment(replace(FULL, rates=(1.0,)))
@@ -449,7 +468,8 @@ def test_however_it_is_stopped_workers_end_records_are_whole_and_the_rest_is_run
         "--scratch", str(tmp_path / "scratch"), "--minutes", "2",
     ]  # fmt: skip
     store = Store("mlp_table", tmp_path)
-    for records, number in ((1, signal.SIGINT), (2, signal.SIGTERM), (4, signal.SIGKILL)):
+    for more, number in ((1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGKILL)):
+        records = len(store.runs()) + more  # then it works, and knows what to do with a signal
         running = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
         until = time.monotonic() + 120
         while len(store.runs()) < records and time.monotonic() < until:

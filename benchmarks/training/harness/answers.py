@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from benchmarks.training.harness.comparison import PAPER
 from benchmarks.training.harness.kinds import OTHER, kind
 from benchmarks.training.harness.statistics import Difference
-from benchmarks.training.harness.summary import ALL_FLOPS, CHEAP, FULL, Summaries
+from benchmarks.training.harness.summary import ALL_FLOPS, CHEAP, FULL, SECONDS, Summaries
 from benchmarks.training.harness.tables import around, at_end, beside, digits, markdown, short
 
-COSTS = {ALL_FLOPS: "FLOPs", "memory_peak": "memory", "cpu_seconds": "CPU seconds"}
+COSTS = {ALL_FLOPS: "FLOPs", "memory_peak": "memory", SECONDS: "CPU seconds"}
 
 
 def fronts(problems: Sequence[Summaries]) -> str:
@@ -24,6 +24,8 @@ def fronts(problems: Sequence[Summaries]) -> str:
 
 def _front(found: Summaries, cost: str) -> str:
     """Kinds, related methods by name, in the order of the arms."""
+    if not found.all_know(cost):
+        return "not timed"
     front = found.front(cost)
     named = {arm: kind(arm) for arm in found.arms if arm in front}
     return "; ".join(dict.fromkeys(arm if of == OTHER else of for arm, of in named.items()))

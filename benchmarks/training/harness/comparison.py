@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries
+from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, SECONDS, Summaries
 from benchmarks.training.harness.tables import beside, markdown
 
 PAPER = "paper, low-rank ending"
@@ -84,8 +84,9 @@ def _smallest(found: Summaries) -> str | None:
 def _costs(found: Summaries, arm: str) -> str:
     if arm not in found.arms:
         return ""
-    keys = (ALL_FLOPS, "cpu_seconds", "memory_peak")
-    return " / ".join(f"{found.share(arm, key):.2f}" for key in keys)
+    keys = (ALL_FLOPS, SECONDS, "memory_peak")
+    known = (f"{found.share(arm, key):.2f}" if found.knows(arm, key) else "–" for key in keys)
+    return " / ".join(known)
 
 
 def orders(problems: Mapping[str, Summaries]) -> str:

@@ -1,7 +1,7 @@
 """Which runs of an experiment are missing, and can be run now.
 
 An arm is tuned before its seeds are run; fixed low rank that spends what another arm spent waits
-for all seeds of that arm.
+for all seeds of that arm. Where no run of an arm was timed beside full rank, it runs once more.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ class Job:
 
 
 def ready(name: str, experiment: Experiment, runs: Sequence[Run]) -> list[Job]:
-    """The missing runs that can be run now: tuning first, then seed by seed."""
+    """The missing runs that can be run now: tuning first, then seed by seed, then for seconds."""
     tuning = dict.fromkeys(_tuning(name, experiment, runs))
-    return [*tuning, *_reported(name, experiment, runs)]
+    timing = (
+        Job(name, arm.name, Setting(**run["setting"]), run["seed"], "test")
+        for arm, run in untimed(experiment, runs)
+    )
+    return [*tuning, *_reported(name, experiment, runs), *timing]
 
 
 def reported(experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
@@ -65,6 +69,20 @@ def first_of_each_seed(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         first.setdefault(run["seed"], run)
     return [first[seed] for seed in sorted(first)]
+
+
+def timed(runs: Sequence[Run]) -> list[Run]:
+    """Those of an arm's runs beside which steps of full rank were timed."""
+    return [run for run in runs if run.get("full_rank_seconds") and run["result"]]
+
+
+def untimed(experiment: Experiment, runs: Sequence[Run]) -> Iterator[tuple[Arm, Run]]:
+    """The arms that have run on all seeds and have no seconds, each with a run to repeat."""
+    for arm in experiment.arms:
+        mine = matching(arm, experiment, runs)
+        whole = {run["seed"] for run in mine} == set(experiment.seeds)
+        if whole and len(mine) == len(experiment.seeds) and not timed(mine):
+            yield from ((arm, run) for run in first_of_each_seed(mine)[:1] if run["result"])
 
 
 def matching(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:

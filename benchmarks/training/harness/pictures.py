@@ -13,12 +13,12 @@ from typing import Any
 
 from benchmarks.training.harness.kinds import OTHER, kind
 from benchmarks.training.harness.statistics import spread
-from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, Summaries, Summary
+from benchmarks.training.harness.summary import ALL_FLOPS, FEW, FULL, SECONDS, Summaries, Summary
 
 WIDTH = 8.2  # inches
 COSTS = {
     ALL_FLOPS: "FLOPs, all counted", "memory_peak": "peak memory of a step",
-    "cpu_seconds": "CPU seconds",
+    SECONDS: "CPU seconds",
 }  # fmt: skip
 STYLES: dict[str, tuple[str, str]] = {
     "full rank": ("#111111", "*"),
@@ -44,9 +44,10 @@ def _kind(found: Summaries, arm: str) -> str:
 
 
 def fronts(found: Summaries, path: Path) -> None:
-    """Quality against each cost, relative to full rank, with standard deviations."""
-    with figure(path, found, 7.2, "AA;BC") as axes:
-        for ax, (cost, words) in zip(axes, COSTS.items(), strict=True):
+    """Quality against each cost that is known, relative to full rank, with standard deviations."""
+    known = {cost: words for cost, words in COSTS.items() if found.all_know(cost)}
+    with figure(path, found, 7.2, "AA;BC" if len(known) > 2 else "AA;BB") as axes:
+        for ax, (cost, words) in zip(axes, known.items(), strict=True):
             _front(ax, found, cost, named=("other", "paper") if ax is axes[0] else ("other",))
             ax.set_xlabel(f"{words}, of full rank's")
             ax.set_ylabel(_label(found))

@@ -12,12 +12,12 @@ from statistics import fmean
 from benchmarks.training.harness.calibration import share
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import at_an_end, first_of_each_seed, matching
+from benchmarks.training.harness.jobs import at_an_end, first_of_each_seed, matching, timed
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import ROOT, Store
 
-FULL, ALL_FLOPS = "full rank", "all_flops"
+FULL, ALL_FLOPS, SECONDS = "full rank", "all_flops", "cpu_seconds"
 FEW = ", 8 batches"
 """Ends the name of an arm that calibrates on fewer batches than the arm named before it."""
 CHEAP, CHEAP_END = 0.65, 0.6
@@ -34,11 +34,13 @@ class Summary:
         arm: its name.
         runs: its reported runs.
         metric: what is reported.
+        timed: those of its runs beside which full rank was timed, also one repeated only for that.
     """
 
     arm: str
     runs: Sequence[Run]
     metric: str
+    timed: Sequence[Run]
 
     @cached_property
     def values(self) -> dict[int, float]:
@@ -96,10 +98,11 @@ class Summaries:
         """Runs on record of what the problem was before."""
         pairs = Counter((name, run["seed"]) for name, runs in every.items() for run in runs)
         self.twice = [f"{name}, seed {seed}" for (name, seed), n in pairs.items() if n > 1]
+        """The runs that are on record again; the first counts, but for seconds."""
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
-            arm.name: Summary(arm.name, of_arm, self.metric)
+            arm.name: Summary(arm.name, of_arm, self.metric, timed(every[arm.name]))
             for arm in self.experiment.arms
             if (of_arm := [run for run in counted if run["arm"] == arm.name and run["result"]])
         }
@@ -135,16 +138,27 @@ class Summaries:
         """The mean cost of an arm, relative to full rank; as it is if full rank has not run.
 
         All FLOPs are those of training and those besides, as far as they are counted.
-        CPU seconds are relative to those of full rank at the pace that was timed beside each run,
-        where all runs of the arm have it; else to those of the runs of full rank.
+        CPU seconds are relative to those of full rank at the pace that was timed beside each run.
+
+        Raises:
+            ValueError: no run of the arm has it.
         """
-        runs = self.arms[arm].runs
-        if cost == "cpu_seconds" and all(run.get("full_rank_seconds") for run in runs):
-            return fmean(run["cpu_seconds"] / run["full_rank_seconds"] for run in runs)
+        if not self.knows(arm, cost):
+            raise ValueError(f"full rank was timed beside no run of {arm!r}: `run` repeats one")
+        if cost == SECONDS:
+            return fmean(r["cpu_seconds"] / r["full_rank_seconds"] for r in self.arms[arm].timed)
         if cost == ALL_FLOPS:
             return self.share(arm, "flops") + (self.further(arm) or 0.0)
         full = self.arms[FULL].mean(cost) if FULL in self.arms else 1.0
         return self.arms[arm].mean(cost) / full
+
+    def knows(self, arm: str, cost: str) -> bool:
+        """Whether a cost of an arm is known: older records have no seconds beside full rank's."""
+        return cost != SECONDS or bool(self.arms[arm].timed)
+
+    def all_know(self, cost: str) -> bool:
+        """Whether a cost of all arms is known."""
+        return all(self.knows(arm, cost) for arm in self.arms)
 
     def decay(self, budget: str) -> str:
         """The decay of this budget that has run on the fewest batches a calibration."""

@@ -13,6 +13,7 @@ from benchmarks.training.harness.summary import (
     CHEAP,
     CHEAP_END,
     FULL,
+    SECONDS,
     Summaries,
     Summary,
 )
@@ -45,7 +46,7 @@ def _row(one: Summary, found: Summaries, bold: bool) -> tuple[str, ...]:
         f"{one.mean('flops'):.3f}",
         "" if (further := found.further(one.arm)) is None else f"{further:.3f}",
         f"{one.mean('end_flops'):.3f}",
-        *(_share(one.arm, found, key) for key in ("parameters_mean", "memory_peak", "cpu_seconds")),
+        *(_share(one.arm, found, key) for key in ("parameters_mean", "memory_peak", SECONDS)),
         one.text(digits(found)),
         "" if one.arm == FULL else text(found.difference(one.arm, FULL), digits(found)),
         "" if counterpart is None else text(found.difference(one.arm, counterpart), digits(found)),
@@ -70,7 +71,8 @@ def _marks(one: Summary, found: Summaries) -> str:
 
 
 def _share(arm: str, found: Summaries, key: str) -> str:
-    return f"{found.share(arm, key):.2f}" if FULL in found.arms else ""
+    known = FULL in found.arms and found.knows(arm, key)
+    return f"{found.share(arm, key):.2f}" if known else ""
 
 
 def text(difference: Difference | None, places: int) -> str:
@@ -123,10 +125,11 @@ def verdict_to_full(found: Summaries) -> str:
 
 def fronts(found: Summaries) -> str:
     """Which arms stand on the front against each cost."""
-    costs = {"FLOPs": ALL_FLOPS, "memory": "memory_peak", "CPU seconds": "cpu_seconds"}
+    costs = {"FLOPs": ALL_FLOPS, "memory": "memory_peak", "CPU seconds": SECONDS}
     parts = [
         f"against {words}: {'; '.join(arm for arm in found.arms if arm in found.front(cost))}."
         for words, cost in costs.items()
+        if found.all_know(cost)
     ]
     return "On the front " + " On that ".join(parts)
 
