@@ -26,10 +26,11 @@ def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:
     done, spent = reported(experiment, runs), sum(run["cpu_seconds"] for run in runs)
     possible = [arm for arm in experiment.arms if not never(arm, experiment, runs)]
     wanted = len(possible) * len(experiment.seeds)
-    left = len(experiment.seeds) * sum(arm.length for arm in possible) - _lengths(done)
-    to_do = "done" if len(done) == wanted else "not begun"
-    left += sum(arm.length for arm, _ in untimed(experiment, runs))
-    if runs and round(left, 6):
+    left = sum(arm.length for arm, _ in untimed(experiment, runs))
+    if len(done) < wanted:
+        left += len(experiment.seeds) * sum(arm.length for arm in possible) - _lengths(done)
+    to_do = "not begun" if not runs else "done"
+    if runs and left:
         to_do = _time(left * spent / _lengths(runs))
     tuning = sum(run["part"] == "valid" for run in runs)
     return f"{name:20}{f'{len(done)} of {wanted}':>16}{tuning:13}{_time(spent):>11}{to_do:>14}"

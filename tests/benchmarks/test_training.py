@@ -553,12 +553,20 @@ def test_a_schedule_that_decides_by_what_it_sees_is_replayed_with_training(tmp_p
 def test_what_is_left_is_estimated_by_steps_not_by_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two tuning runs of a tenth of the steps, at 6 seconds; two whole runs are left."""
+    """Three tuning runs of a tenth of the steps, at 6 seconds; two whole runs are left."""
     tuned = experiment(FULL, tuning_length=0.1)
     monkeypatch.setattr(progress, "get", lambda _: tuned)
-    for rate in (0.5, 1.0):
+    for rate, accuracy in ((0.5, 40.0), (2.0, 40.0), (1.0, 50.0)):
         setting = {**asdict(Setting()), "rate": rate}
         run = record(part="valid", seed=100, length=0.1, setting=setting, cpu_seconds=6.0)
+        run["result"] = {"accuracy": accuracy}
         Store("a", tmp_path).append(run)
     progress.status(["a"], tmp_path)
     assert capsys.readouterr().out.split()[-2:] == ["2.0", "min"]
+    for seed in (0, 1):
+        Store("a", tmp_path).append(record(seed=seed, setting=setting, cpu_seconds=60.0))
+    progress.status(["a"], tmp_path)  # one of the two is repeated beside full rank
+    assert capsys.readouterr().out.split()[-2:] == ["1.0", "min"]
+    Store("a", tmp_path).append(record(setting=setting, cpu_seconds=60.0, full_rank_seconds=60.0))
+    progress.status(["a"], tmp_path)
+    assert capsys.readouterr().out.split()[-1] == "done"

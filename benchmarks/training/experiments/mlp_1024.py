@@ -11,6 +11,7 @@ _PAPER = arms.paper()
 EXPERIMENT = Experiment(
     title="MLP 784-1024-1024-1024-10, 20,000 images of Fashion-MNIST, 8 epochs, AdamW",
     label="MLP, width 1024",
+    tuning=(100, 101),
     problem=partial(FashionMLP, width=1024, rate=0.001, calibrated_on=8),
     arms=[
         *arms.full_rank(),

@@ -40,6 +40,7 @@ from dynarank.train.optimizers import make_optimizer, optimizer_slots
 from dynarank.train.own_draws import seed_generators
 from dynarank.train.rates import forecast_rates, make_lr_scheduler
 from dynarank.train.recipe import Recipe
+from dynarank.train.same_buffers import check_buffers
 from dynarank.train.schedules import make_schedule, with_default_layers
 from dynarank.train.shares import Shares
 from dynarank.train.task import Evaluation, Task
@@ -347,12 +348,14 @@ class Trainer:
                 loss, score = self.task.loss(self.model, batch)
             loss.backward()
             return loss, score
-        share, part = self._shares.of(self.model, batch)
-        whole = GlobalBatchNorm(self.processes.group, counts=part > 0)
+        share, first = self._shares.of(self.model, batch), self._replica is None
+        whole = GlobalBatchNorm(self.processes.group, counts=share.of_loss > 0)
         with self.machine.autocast(), whole:
-            loss, score = self.task.loss(self._replicated(), share)
-        (loss * (part * self.processes.size)).backward()
-        return loss * part, None if score is None else score * part
+            loss, score = self.task.loss(self._replicated(), share.batch)
+        (loss * (share.of_loss * self.processes.size)).backward()
+        if first:
+            check_buffers(self.model, self.processes)
+        return loss * share.of_loss, None if score is None else score * share.of_score
 
     def _replicated(self) -> DistributedDataParallel:
         """The model in DDP: made at the first step, when the model has the forms that it needs."""
@@ -378,8 +381,10 @@ class Trainer:
         """The sums of losses and scores over the epoch and all processes."""
         mine = self._sums.read()
         found = self.processes.gather("the losses of an epoch", mine)
-        losses, scores = zip(*found, strict=True)
-        return math.fsum(losses), None if None in scores else math.fsum(scores)
+        losses, all_scores = zip(*found, strict=True)
+        # A process that came after the last step has summed up nothing.
+        scores = [score for score in all_scores if score is not None]
+        return math.fsum(losses), math.fsum(scores) if scores else None
 
     def _change(self) -> list[Change]:
         """Step the rank scheduler; a change of form starts a new phase."""

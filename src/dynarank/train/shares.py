@@ -2,7 +2,8 @@
 
 DDP averages gradients over N processes. With ``n_p`` of the ``n`` terms of a batch's mean loss on
 process ``p``, its loss counts ``N n_p / n``-fold, so that the average is the gradient of the whole
-batch's loss, also where N does not divide the batch.
+batch's loss, also where N does not divide the batch. What the terms are (examples, targets, tokens
+that follow) is found by the gradients of parts of a batch.
 
 Every process draws the whole batch, in the order of a run in one process, and takes its rows.
 """
@@ -10,9 +11,8 @@ Every process draws the whole batch, in the order of a run in one process, and t
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -20,20 +20,35 @@ from torch import Tensor, nn
 
 from dynarank.distributed.processes import Processes
 from dynarank.layers.running import preserve_state
+from dynarank.train.loss_mean import errors_of_mean
 from dynarank.train.recipe_error import RecipeError
 from dynarank.train.task import Task
 
-__all__ = ["Shares", "count_examples", "rows_of"]
+__all__ = ["Share", "Shares", "count_examples", "rows_of"]
 
-# Relative errors of the mean of the shares' losses. At the start of training all examples may have
-# nearly one loss (log V of V tokens), so that the mean says little of how they are counted: only
-# what float32 allows tells.
-_CLOSE = 1e-3  # in bf16, or with a small term that is no mean, such as one of balanced experts
-_EXACT = 1e-5  # in float32
+_MOST = 2e-2  # of gradients; bf16 parameters give 4e-3, a small term for balanced experts 6e-3
+_LIKE = 1e-5  # rounding in float32
+_ALL_LOOKED_AT, _LAST_LOOK = 16, 1024  # batches
+_CANDIDATES = 256  # examples
 _ALONE = "train it in one process, without torchrun"
 _FIRST = (
     "the first batch of an epoch (dynarank splits it: let every process read all data in one order)"
 )
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process has of a batch.
+
+    Args:
+        batch: its examples; where none falls to it, the whole batch.
+        of_loss: its part of the batch's mean loss.
+        of_score: its part of the batch's mean score.
+    """
+
+    batch: Any
+    of_loss: float
+    of_score: float
 
 
 class Shares:
@@ -58,10 +73,8 @@ class Shares:
         self._rules: list[int] | None = None  # of the task's ways to count, those that may hold
         self._batches = 0
 
-    def of(self, model: nn.Module, batch: Any) -> tuple[Any, float]:
-        """This process's share of a batch, and its part of the batch's mean loss.
-
-        Where nothing of a batch falls to this process, it is the whole batch, and the part is 0.
+    def of(self, model: nn.Module, batch: Any) -> Share:
+        """This process's share of a batch.
 
         Raises:
             RecipeError: the loss of the batch is no mean over its examples.
@@ -69,10 +82,12 @@ class Shares:
         self._batches += 1
         if self._rules is None or self._doubtful(batch):
             self._rules = self._holding(model, batch)
-        rank, size, count = self._processes.rank, self._processes.size, count_examples(batch)
-        share = _share(batch, rank, size, count)
-        part = self._part(share, batch, self._rules[0]) if share is not None else 0.0
-        return (share, part) if part else (batch, 0.0)
+        share, rule = self._share(batch, self._processes.rank), self._rules[0]
+        part = self._part(share, batch, rule) if share is not None else 0.0
+        if not part:
+            return Share(batch, 0.0, 0.0)
+        scored = self._part(share, batch, rule if self._task.metric.name == "loss" else 0)
+        return Share(share, part, scored)
 
     def agreed(self, batches: Iterator[Any]) -> Iterator[Any]:
         """The batches; of the first, all processes must have the same.
@@ -86,85 +101,93 @@ class Shares:
             yield first
             yield from batches
 
+    def _share(self, batch: Any, rank: int) -> Any:
+        """A process's rows, to which all others' are equal in number or differ by one; or None."""
+        size, count = self._processes.size, count_examples(batch)
+        start, stop = rank * count // size, (rank + 1) * count // size
+        return rows_of(batch, slice(start, stop)) if start < stop else None
+
     def _part(self, share: Any, batch: Any, rule: int) -> float:
         """The part of the batch's terms that are the share's."""
         return self._task.loss_terms(share)[rule] / (self._task.loss_terms(batch)[rule] or 1)
 
-    def _shares(self, batch: Any) -> list[Any]:
-        count, size = count_examples(batch), self._processes.size
-        shares = [_share(batch, rank, size, count) for rank in range(size)]
-        return [share for share in shares if share is not None]
-
     def _doubtful(self, batch: Any) -> bool:
         """Whether the ways to count that may hold differ on this batch.
 
-        Also at batches 2, 4, 8, and so on: where examples have equal lengths or losses, one that
-        does not hold looks as if it did.
+        Later only at batches 16, 32, 64 and so on: where examples have equal lengths or no
+        gradient, a way that does not hold looks as if it did.
         """
         if self._batches.bit_count() == 1:
-            return True
-        if len(rules := self._rules or []) == 1:
+            return self._batches <= _LAST_LOOK
+        if self._batches > _ALL_LOOKED_AT or len(rules := self._rules or []) == 1:
             return False
-        shares = self._shares(batch)
-        parts = [[self._part(share, batch, rule) for share in shares] for rule in rules]
+        shares = [self._share(batch, rank) for rank in range(self._processes.size)]
+        parts = [[self._part(s, batch, rule) for s in shares if s is not None] for rule in rules]
         return any(found != parts[0] for found in parts)
 
     def _holding(self, model: nn.Module, batch: Any) -> list[int]:
-        """The ways to count by which the mean of the shares' losses is the batch's; closest first.
+        """The ways to count by which the loss is the mean of two parts' losses; closest first.
 
         Raises:
             RecipeError: there is none.
         """
         rules = self._rules or list(range(len(self._task.loss_terms(batch))))
-        shares = self._shares(batch)
-        with preserve_state(model, training=False, grad=False):
-            whole, again = self._loss(model, batch), self._loss(model, batch)
+        if self._rules is None:  # what fails on a whole batch, does not fail since it is split
+            with preserve_state(model, training=False, grad=False):
+                self._task.loss(model, batch)
+        if (some := self._some(batch)) is None:
+            return rules
+        whole, *parts = some
+        weights = [[self._part(part, whole, rule) for part in parts] for rule in rules]
+        errors = errors_of_mean(self._guarded(model), model, whole, parts, weights)
+        if errors is None:
+            return rules
+        found = dict(zip(rules, errors, strict=True))
+        first, *others = sorted(rules, key=found.__getitem__)
+        if found[first] > _MOST:
+            raise RecipeError(
+                f"the loss of a batch is no mean over its examples (the gradients of two parts of "
+                f"it, by their numbers of targets, miss its own by {found[first]:.0%}), so that "
+                f"{self._processes.size} processes would train on another loss; {_ALONE}, or "
+                "average it over examples"
+            )
+        near = max(_LIKE, 3 * found[first])
+        return [first, *(rule for rule in others if found[rule] <= near)]
+
+    def _guarded(self, model: nn.Module) -> Callable[[Any], Tensor]:
+        """The loss of some examples of a batch."""
+
+        def loss(some: Any) -> Tensor:
             try:
-                losses = [self._loss(model, share) for share in shares]
+                return self._task.loss(model, some)[0]
             except (ValueError, RuntimeError, IndexError, TypeError) as error:
                 raise RecipeError(
                     f"a batch cannot be split among {self._processes.size} processes: its tensors "
-                    f"of {count_examples(batch)} examples were cut along their first dimension, "
+                    f"were cut along their first dimension to {count_examples(some)} examples, "
                     f"and the model or the loss failed ({error}); {_ALONE}"
                 ) from error
-        if whole != again or not math.isfinite(whole):  # it draws numbers: nothing to compare
-            return rules[:1]
-        found = {rule: self._mean(losses, shares, batch, rule) for rule in rules}
-        rules = sorted(rules, key=lambda rule: abs(found[rule] - whole))
-        exact = _near(found[rules[0]], whole, _EXACT) and not _coarse(model)
-        near = [r for r in rules if _near(found[r], whole, _EXACT if exact else _CLOSE)]
-        if not near:
-            raise RecipeError(
-                f"the loss of a batch is no mean over its examples ({whole:g}, but "
-                f"{found[rules[0]]:g} by the shares of {self._processes.size} processes), so that "
-                f"they would train on another loss; {_ALONE}, or average it over examples"
-            )
-        return near
 
-    def _mean(self, losses: list[float], shares: list[Any], batch: Any, rule: int) -> float:
-        parts = [self._part(share, batch, rule) for share in shares]
-        return sum(loss * part for loss, part in zip(losses, parts, strict=True) if part)
+        return loss
 
-    def _loss(self, model: nn.Module, batch: Any) -> float:
-        return self._task.loss(model, batch)[0].item()
+    def _some(self, batch: Any) -> tuple[Any, Any, Any] | None:
+        """As many examples of a batch as a process trains on, and two parts of them.
 
-
-def _near(found: float, whole: float, tolerance: float) -> bool:
-    return math.isclose(found, whole, rel_tol=tolerance, abs_tol=1e-3 * tolerance)
+        Those with the fewest terms of the loss are in the one, those with the most in the other;
+        None: not even two have any.
+        """
+        count = count_examples(batch)
+        size = max(2, -(-count // self._processes.size))
+        candidates = range(min(count, max(size, _CANDIDATES)))
+        terms = {i: self._task.loss_terms(rows_of(batch, [i])) for i in candidates}
+        order = sorted((i for i in candidates if all(terms[i])), key=lambda i: terms[i][0])
+        if len(order) < 2:
+            return None
+        size = min(size, len(order))
+        few, many = order[: size - size // 2], order[len(order) - size // 2 :]
+        return rows_of(batch, [*few, *many]), rows_of(batch, few), rows_of(batch, many)
 
 
-def _coarse(model: nn.Module) -> bool:
-    """Whether parameters are of less precision than float32."""
-    return any(p.is_floating_point() and p.element_size() < 4 for p in model.parameters())
-
-
-def _share(batch: Any, rank: int, size: int, count: int) -> Any:
-    """A process's rows, to which all others' are equal in number or differ by one; None: none."""
-    start, stop = rank * count // size, (rank + 1) * count // size
-    return rows_of(batch, slice(start, stop)) if start < stop else None
-
-
-def rows_of(batch: Any, rows: slice) -> Any:
+def rows_of(batch: Any, rows: slice | Sequence[int]) -> Any:
     """Some examples of a batch: those rows of each tensor and of each list of plain values.
 
     What has another length is of no single example, and stays.
@@ -180,7 +203,8 @@ def rows_of(batch: Any, rows: slice) -> Any:
         if isinstance(value, Tensor):
             return value[rows] if value.ndim and len(value) == count else value
         if isinstance(value, list) and len(value) == count and not any(_tensors(value)):
-            return cast("list[Any]", value)[rows]
+            some = cast("list[Any]", value)
+            return some[rows] if isinstance(rows, slice) else [some[i] for i in rows]
         return _rebuilt(value, cut)
 
     return cut(batch)
