@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from statistics import fmean
 
-from benchmarks.training.harness import statistics
-from benchmarks.training.harness.comparison import tau
-from benchmarks.training.harness.summary import ALL_FLOPS, CHEAP, FULL, Summaries
+from benchmarks.training.harness import statistics, tuning
+from benchmarks.training.harness.arm import Setting
+from benchmarks.training.harness.comparison import LIKE, same_order
+from benchmarks.training.harness.store import Store
+from benchmarks.training.harness.summary import ALL_FLOPS, CHEAP, FEW, FULL, Summaries
 from benchmarks.training.harness.tables import around, digits, verdict
 
 from .records import deviation, mean, read_lines, select
@@ -41,6 +44,7 @@ WRN = "wrn_cifar100"
 DECAY, FIXED, NARROW = "decay 0.65, 8 batches", "fixed 0.65 FLOPs", "narrower, 0.65"
 HALF_NARROW, HALF_FIXED = "narrower, 0.5", "fixed 0.5 FLOPs"
 LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
+BETTER = "is better than"
 
 
 def claims() -> Iterator[str]:
@@ -54,8 +58,8 @@ def claims() -> Iterator[str]:
     yield from calibrations()
     yield from met()
     yield from helps_nobody()
+    yield from orders()
     corrections()
-    orders()
 
 
 def transformers() -> Iterator[str]:
@@ -80,14 +84,60 @@ def transformers() -> Iterator[str]:
         f"{verb(MEDIUM, DECAY)} full rank, for {share(MEDIUM, DECAY, 'cpu_seconds')} of its CPU "
         "seconds."
     )
+    first, second = (
+        (f"{mean(v):.3f} ± {deviation(v):.3f}", len(v)) for v in map(unclipped, (FULL, decay))
+    )
+    yield f"full rank had {first[0]} (n = {first[1]}) and a decay {second[0]} (n = {second[1]};"
+    yield from largest_gpt()
+
+
+def unclipped(arm: str) -> list[float]:
+    """Return the test losses of the byte GPT without clipping, at the one rate that both have."""
     runs = read_lines("training/results/2026-11-30-byte-gpt-rates/runs.jsonl")
-    without = {
-        arm: [run["result"]["loss"] for run in select(runs, arm=arm, part="test")
-              if run["setting"]["rate"] == 0.25]
-        for arm in (FULL, decay)
-    }  # fmt: skip
-    first, second = (f"{mean(v):.3f} ± {deviation(v):.3f}" for v in without.values())
-    yield f"full rank had {first} and a decay {second}"
+    of_arm = select(runs, arm=arm, part="test")
+    return [run["result"]["loss"] for run in of_arm if run["setting"]["rate"] == 0.25]
+
+
+def largest_gpt() -> Iterator[str]:
+    """Yield how the rates of the largest GPT were chosen, and when its decay is ahead."""
+    assert "clipped" in found(BYTE).experiment.title
+    assert "clipped" not in found(MEDIUM).experiment.title
+    decays = {DECAY, "decay 0.65"}
+    (mine,) = {rate(MEDIUM, arm) for arm in decays}
+    (others,) = {rate(MEDIUM, arm) for arm in found(MEDIUM).arms if arm not in decays}
+    yield (
+        f"one seed chose its rates in {steps_of_tuning()} steps: {mine:g} of the problem's own for "
+        f"the decay, {others:g} for all others."
+    )
+    losses = dict(sorted((one.rate, -result) for one, result in tuned(MEDIUM, FULL).items()))
+    texts, rates = [f"{loss:.3f}" for loss in losses.values()], [f"{one:g}" for one in losses]
+    first, second, third, last = losses.values()
+    assert second < first and second < third and last < third
+    yield f"go up and down, {listed(texts)} at rates of {listed(rates)}."
+    leads = [f"{lead:.3f}" for lead in (ahead(50), ahead(200), ahead(400))]
+    yield (
+        f"leads full rank in validation by {leads[0]} at step 50, {leads[1]} at 200 and {leads[2]} "
+        "at the end"
+    )
+
+
+def steps_of_tuning() -> int:
+    """Return for how many steps the one run trains that tries a rate of the largest GPT."""
+    assert len(found(MEDIUM).experiment.tuning) == 1
+    steps = found(MEDIUM).arms[FULL].runs[0]["steps"]
+    return round(found(MEDIUM).experiment.tuning_length * steps)
+
+
+def ahead(step: int) -> float:
+    """Return by how much the decay is ahead of full rank at a step, in validation."""
+    runs = (found(MEDIUM).arms[arm].runs for arm in (FULL, DECAY))
+    full, decay = (
+        fmean(
+            point["valid"]["loss"] for run in of_arm for point in select(run["points"], step=step)
+        )
+        for of_arm in runs
+    )
+    return full - decay
 
 
 def perceptrons() -> Iterator[str]:
@@ -103,9 +153,7 @@ def perceptrons() -> Iterator[str]:
     )
     one = "Pufferfish"
     yield f"a new warm-up, has {result(MLP, one)} at {share(MLP, one, ALL_FLOPS)}."
-    low, narrow, decay = "fixed 0.2 FLOPs", "narrower, 0.2", "decay 0.2"
-    assert verb(WIDE, low) == verb(WIDE, low, narrow) == verb(WIDE, low, decay)
-    small = "fixed 1/16"
+    low, small = "fixed 0.2 FLOPs", "fixed 1/16"
     yield (
         f"at 1/16 of the rank has {result(WIDE, small)} % and {verb(WIDE, small)} full rank, "
         f"{result(WIDE, FULL)}, for {share(WIDE, small, ALL_FLOPS)} of its FLOPs, "
@@ -114,12 +162,28 @@ def perceptrons() -> Iterator[str]:
     )
     yield (
         f"At {share(WIDE, low)} of the training FLOPs, {share(WIDE, low, ALL_FLOPS)} with those of "
-        f"decaying products, it has {result(WIDE, low)} and {verb(WIDE, low)} full rank, a "
-        f"narrower network and a decay, for {share(WIDE, low, 'cpu_seconds')} of the seconds and "
-        f"{share(WIDE, low, 'memory_peak')} of the memory. A decay {verb(WIDE, decay)} full rank "
-        f"and {verb(WIDE, decay, narrow)} the narrower network."
+        f"decaying products, it has {result(WIDE, low)}, for {share(WIDE, low, 'cpu_seconds')} of "
+        f"the seconds and {share(WIDE, low, 'memory_peak')} of the memory."
     )
-    for name, arms in {MLP: (NARROW, FIXED), WIDE: (low, narrow)}.items():
+    kinds = {
+        "narrower, 0.3": "a narrower network",
+        "full first 0.2": "one early cut",
+        "decay 0.2": "a decay",
+        "decay 0.3": "a decay",
+    }
+    at = {arm: f"{words} at {share(WIDE, arm, ALL_FLOPS)}" for arm, words in kinds.items()}
+    yield f"It {compared(WIDE, low, {FULL: 'full rank', **at})}."
+    both = {"0.2": "The decay at", "0.3": "that at"}
+    sentences = (
+        f"{words} {share(WIDE, f'decay {budget}', ALL_FLOPS)} "
+        + compared(WIDE, f"decay {budget}", {
+            FULL: "full rank",
+            (narrow := f"narrower, {budget}"): f"a narrower network at {share(WIDE, narrow)}",
+        })
+        for budget, words in both.items()
+    )  # fmt: skip
+    yield f"{'; '.join(sentences)}."
+    for name, arms in {MLP: (NARROW, FIXED), WIDE: (low, "narrower, 0.2")}.items():
         better, worse = (found(name).arms[arm].result for arm in arms)
         assert better > worse
 
@@ -188,16 +252,27 @@ def vit() -> Iterator[str]:
     fixed = "fixed 0.5 FLOPs"
     yield (
         f"Fixed low rank at {share(VIT, fixed)} of the FLOPs has {result(VIT, fixed)} % and "
-        f"{verb(VIT, fixed)} full rank;"
+        f"{verb(VIT, fixed)} full rank."
     )
     decay = "decay 0.65"
     assert verb(VIT, decay) == verb(VIT, decay, FIXED) == verb(VIT, decay, NARROW)
     half = "decay 0.5"
     yield (
-        f"a decay at {share(VIT, decay)} {verb(VIT, decay)} full rank and both of them, one at "
+        f"At {share(VIT, decay, ALL_FLOPS)} it {verb(VIT, decay)} full rank, by "
+        f"{behind(VIT, decay)}, than a narrower network and than fixed low rank, one at "
         f"{share(VIT, half, ALL_FLOPS)} {verb(VIT, half, fixed)} fixed low rank only."
     )
     assert "is worse than" not in (verb(VIT, half), verb(VIT, half, "narrower, 0.5"))
+    assert (len(found(VIT).experiment.tuning), found(VIT).experiment.tuning_length) == (2, 0.5)
+    yield f"In those the larger decay led full rank by {led():.2f} points;"
+    assert found(VIT).best((half, decay)) == half
+
+
+def led() -> float:
+    """Return by how much the ViT's larger decay led full rank in the runs that chose the rates."""
+    decay, full = (max(tuned(VIT, arm).values()) for arm in ("decay 0.65", FULL))
+    assert all(decay > max(tuned(VIT, arm).values()) for arm in (NARROW, FIXED, HALF_FIXED))
+    return decay - full
 
 
 def pretrained() -> Iterator[str]:
@@ -244,15 +319,17 @@ def costs() -> Iterator[str]:
         assert found(name).share(FIXED, "memory_peak") > 0.95
     for name, arm in {MLP: FIXED, TABLE: FIXED, WIDE: "fixed 0.3 FLOPs"}.items():
         assert found(name).share(arm, "memory_peak") < 0.8
-    for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, WRN, VIT, SMALL_BERT, SST):
+    for name in (GPT, BYTE, MEDIUM, MLP, DEEPER, LARGER, WRN, VIT, SMALL_BERT, SST):
         assert found(name).share(NARROW, "cpu_seconds") < 0.95
     for arm in ("narrower, 0.3", "fixed 0.3 FLOPs", "decay 0.3"):
         assert found(WIDE).share(arm, "cpu_seconds") < 0.7
     for arm in (FIXED, "decay 0.65"):
         assert round(5 * (1 - found(WRN).share(arm, "cpu_seconds"))) == 1
-    for name in (RESNET, DEEPER, LARGER, VIT):
+    for name in (DEEPER, LARGER, VIT):
         for arm in (FIXED, found(name).decay("0.65"), LOW):
             assert found(name).share(arm, "cpu_seconds") > 0.9
+    known = [arm for arm in found(RESNET).arms if found(RESNET).knows(arm, "cpu_seconds")]
+    assert known == ["decay 0.5, 8 batches", DECAY]  # the page says that the others are not timed
 
 
 def calibrations() -> Iterator[str]:
@@ -296,14 +373,19 @@ def met() -> Iterator[str]:
         f"(a decay comes near, {difference}, at {share(GPT, DECAY, ALL_FLOPS)}), and on the "
         f"largest GPT one meets it for {share(MEDIUM, DECAY, ALL_FLOPS)} in all"
     )
-    images = (MLP, RESNET, DEEPER, LARGER, VIT)
-    assert [n for n in images if any(schedule(n, arm) for arm in cheap(n))] == [VIT]
+    on_images = {
+        name: [f"“{arm}”" for arm in cheap(name) if schedule(name, arm)]
+        for name in (MLP, WIDE, RESNET, DEEPER, LARGER, WRN, VIT)
+    }
+    assert {name for name, arms in on_images.items() if arms} == {WIDE, VIT}
+    assert any(arm.startswith("fixed") and found(WIDE).meets_full(arm) for arm in cheap(WIDE))
+    yield f"on the MLP of width 1024 ({', '.join(on_images[WIDE])}), as fixed low rank does,"
+    (one,) = on_images[VIT]
+    yield f"and one on the ViT ({one}), within its noise;"
     for name in (SMALL_BERT, SST, TABLE):
         assert any(schedule(name, arm) for arm in cheap(name))
     none = (MEDIUM, LARGER, WRN, ENCODER, *PAIRS)
     assert not any(found(name).changes(arm) for name in none for arm in cheap(name))
-    two = [arm for arm in cheap(WIDE) if schedule(WIDE, arm) and arm.startswith("decay")]
-    assert two == ["decay 0.2", "decay 0.3"]
     for name in (DEEPER, LARGER, WRN):
         assert verb(name, found(name).decay("0.65")) == "is worse than"
     assert verb(GPT, LOW, LIKE_LOW) == verb(GPT, DECAY, LOW) == "is better than"
@@ -334,13 +416,27 @@ def schedule(name: str, arm: str) -> bool | None:
 
 def helps_nobody() -> Iterator[str]:
     """Yield where no schedule helps."""
-    shortened = {name: "0.65" for name in (GPT, BYTE, MLP, VIT, RESNET, DEEPER, TABLE, SMALL_BERT)}
-    shortened[SST] = "0.65"
-    shortened |= {WIDE: "0.3", **dict.fromkeys((ENCODER, *PAIRS), "0.7")}
-    for name, budget in shortened.items():
-        ahead = found(name).difference(found(name).decay(budget), f"shorter, {budget}")
-        assert ahead is not None
-        assert (ahead.mean > 0) == (name not in (SMALL_BERT, ENCODER, *PAIRS))
+    encoders = (ENCODER, *PAIRS)
+    scratch = (GPT, BYTE, MLP, WIDE, VIT, RESNET, DEEPER, TABLE, SMALL_BERT, SST)
+    behind_shorter = {
+        (name, arm.removesuffix(FEW))
+        for name in (*scratch, *encoders)
+        for arm in found(name).arms
+        if (shorter := f"shorter, {arm.removesuffix(FEW).removeprefix('decay ')}")
+        in found(name).arms
+        and (difference := found(name).difference(arm, shorter)) is not None
+        and difference.mean < 0
+    }
+    assert behind_shorter == {
+        *((name, "decay 0.7") for name in encoders),
+        *((SMALL_BERT, f"decay {budget}") for budget in ("0.5", "0.65")),
+        (TABLE, "decay 0.5"),
+    }
+    for name in encoders:
+        assert all(verb(name, arm, "shorter, 0.7") != BETTER for arm in ("cut to 0.7", "decay 0.7"))
+    fixed = [arm for arm in found(VIT).arms if arm.startswith("fixed")]
+    changing = [arm for arm in found(VIT).arms if found(VIT).changes(arm)]
+    assert not any(verb(VIT, arm, low) == BETTER for arm in changing for low in fixed)
     yield (
         f"at half of the FLOPs fixed low rank has {result(SST, HALF_FIXED)} %, a decay "
         f"{result(SST, 'decay 0.5')} and a narrower network {result(SST, HALF_NARROW)}, full rank "
@@ -357,11 +453,26 @@ def helps_nobody() -> Iterator[str]:
     yield f"on the ResNet-8 it has {result(RESNET, soft)}, and it {verb(RESNET, soft)} full rank"
 
 
-def orders() -> None:
-    """Check that the order of the arms of the smaller BERT problem turns on the larger."""
-    small, large = (found(name).arms for name in (SMALL_BERT, SST))
-    both = [arm for arm in small if arm in large]
-    assert tau([small[arm].result for arm in both], [large[arm].result for arm in both]) < -0.3
+def orders() -> Iterator[str]:
+    """Yield how far the arms have one order on a smaller and a larger problem."""
+    pairs = {pair: same_order(*map(found, pair)) for pair in LIKE}
+    arms = {pair: len(order) for pair, (order, _) in pairs.items()}
+    taus = {pair: tau for pair, (_, tau) in pairs.items()}
+    gpts = [pair for pair in pairs if pair[0] in (GPT, BYTE)]
+    nets = [pair for pair in pairs if pair[1] in (LARGER, WRN)]
+    lows, highs = (
+        [f"{of(taus[p] for p in some):.2f}" for some in (gpts, nets)] for of in (min, max)
+    )
+    few, many = (of(arms[pair] for pair in gpts) for of in (min, max))
+    (larger,) = {arms[pair] for pair in nets}
+    alike, mlps = (RESNET, DEEPER), (MLP, WIDE)
+    yield (
+        f"Kendall's tau is {lows[0]} to {highs[0]} on the GPTs ({few} to {many} arms), and "
+        f"{taus[alike]:.2f} from the ResNet-8 to the ResNet-14 ({arms[alike]} arms); to larger "
+        f"ResNets it is {lows[1]} to {highs[1]} ({larger} arms), and on the MLPs {taus[mlps]:.2f} "
+        f"({arms[mlps]} arms)."
+    )
+    assert taus[SMALL_BERT, SST] < -0.3
 
 
 def corrections() -> None:
@@ -408,10 +519,37 @@ def behind(name: str, arm: str, other: str = FULL) -> str:
     return f"{-difference.mean:.{places}f} (s.e. {difference.error:.{places}f})"
 
 
+def rate(name: str, arm: str) -> float:
+    """Return the learning rate that was chosen for an arm, as a factor of the problem's own."""
+    return found(name).arms[arm].runs[0]["setting"]["rate"]
+
+
+def tuned(name: str, arm: str) -> dict[Setting, float]:
+    """Return what an arm's settings gave in the runs that chose one, by means; larger is better."""
+    experiment = found(name).experiment
+    lead = experiment.trained(arm, "valid")
+    runs = Store(name).runs()
+    every = tuning.found(lead, runs, experiment.metric, experiment.higher, experiment.tuning)
+    return {setting: fmean(results.values()) for setting, results in every.items()}
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as they are listed in a sentence."""
+    return " and ".join([*filter(None, [", ".join(words[:-1])]), words[-1]])
+
+
+def compared(name: str, arm: str, others: Mapping[str, str]) -> str:
+    """Return how an arm compares with others, which are given with their words."""
+    verbs: dict[str, list[str]] = {}
+    for other, words in others.items():
+        verbs.setdefault(verb(name, arm, other), []).append(words)
+    return ", and ".join(f"{how} {listed(words)}" for how, words in verbs.items())
+
+
 def verb(name: str, arm: str, other: str = FULL) -> str:
     """Return how an arm compares with another, by the 95% interval of their difference."""
     difference = found(name).difference(arm, other)
     assert difference is not None
     if difference.low > 0:
-        return "is better than"
+        return BETTER
     return "is worse than" if difference.high < 0 else "is not distinguishable from"

@@ -45,7 +45,7 @@ def _compared() -> Iterator[str]:
     yield f", {one} eight."
     many, few = (found(GPT).further(arm) for arm in ("decay 0.65", DECAY))
     yield f"on 32 batches each add {many:.2f} of full rank's FLOPs to a decay of"
-    yield f"on 8 batches, the default, {few:.2f}, and both end as good"
+    yield f"on 8 batches, the default, {few:.2f}, and the two are"
     assert verb(GPT, "decay 0.65", DECAY) == "is not distinguishable from"
 
 

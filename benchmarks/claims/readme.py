@@ -23,8 +23,13 @@ from .evidence import (
     WIDE,
     WRN,
     behind,
+    compared,
     found,
+    led,
+    rate,
     share,
+    steps_of_tuning,
+    unclipped,
     verb,
 )
 from .records import deviation, mean, only, read_json, read_runs
@@ -57,7 +62,7 @@ def claims() -> Iterator[str]:
         f"{share(WIDE, small, ALL_FLOPS)} of the FLOPs and {share(WIDE, small, 'cpu_seconds')} of "
         f"the CPU seconds ([n = {found(WIDE).arms[small].n}]"
     )
-    rates = {name: (_rate(name, arm), _rate(name, FULL)) for name, arm in _LOW.items()}
+    rates = {name: (rate(name, arm), rate(name, FULL)) for name, arm in _LOW.items()}
     assert {(low > full) - (low < full) for low, full in rates.values()} == {-1, 0, 1}
     layers = read_json("layers/results/2026-11-24-cpu/layers.json")["rows"]
     conv = only(layers, layer="conv 3x3, 16 channels, 32x32, batch 32", share="1/8")
@@ -77,15 +82,27 @@ def gains() -> Iterator[str]:
         f"than a narrower network by {behind(GPT, narrow, decay)}, and {verb(GPT, decay)} full "
         f"rank, behind which it is by {behind(GPT, decay)}."
     )
+    smaller = found(GPT).decay("0.5")
+    gain = found(GPT).difference(smaller, narrow)
+    assert gain is not None and gain.low > 0
+    yield (
+        f"The narrower one has {share(GPT, narrow, ALL_FLOPS)}x of all FLOPs; a decay at "
+        f"{share(GPT, smaller, ALL_FLOPS)}x {verb(GPT, smaller, narrow)} it by {gain.mean:.3f} "
+        f"(interval {gain.low:.3f} to {gain.high:.3f})."
+    )
     pairs = [(MEDIUM, decay, narrow), (MEDIUM, decay, low)]
     pairs += [(BYTE, "decay 0.65", other) for other in (narrow, low, FULL)]
     (better,) = {verb(*pair) for pair in pairs}
-    yield f"it {better} both too, and on the byte GPT than full rank, by"
+    yield f"a decay {better} both too, and on the byte GPT than full rank, by"
     half = "decay 0.5"
     yield (
         f"by {behind(BYTE, FULL, 'decay 0.65')}; there a decay at {share(BYTE, half)} "
         f"{verb(BYTE, half)} full rank."
     )
+    full, behind_full = (f"{mean(unclipped(arm)):.3f}" for arm in (FULL, "decay 0.65"))
+    yield f"in which a decay was behind full rank, with {behind_full} against {full}."
+    assert {rate(MEDIUM, decay) / rate(MEDIUM, arm) for arm in (FULL, low, narrow)} == {2}
+    yield f"the learning rate of the others; one seed chose it, in {steps_of_tuning()} steps."
     steps = sorted(found(name).arms[FULL].runs[0]["steps"] for name in (GPT, BYTE, MEDIUM))
     yield f"short runs, of {steps[0]} to {steps[-1]} steps"
     gain = behind(MLP, low, decay)
@@ -94,27 +111,27 @@ def gains() -> Iterator[str]:
         f"({share(MLP, low, ALL_FLOPS)}x is with the products of its weight decay)"
     )
     fifth = "fixed 0.2 FLOPs"
-    (better,) = {verb(WIDE, fifth, arm) for arm in ("decay 0.2", "narrower, 0.2", FULL)}
-    cost = share(WIDE, fifth, ALL_FLOPS)
-    yield f"on one of width 1024 fixed low rank, at {cost} of all FLOPs, {better} a"
+    costs = {arm: share(WIDE, arm, ALL_FLOPS) for arm in (fifth, "decay 0.2", "decay 0.3")}
+    others = {FULL: "full rank", "narrower, 0.3": "a narrower network"}
+    others |= {arm: f"a decay at {cost}" for arm, cost in costs.items() if arm != fifth}
+    yield (
+        f"on one of width 1024 fixed low rank, at {costs[fifth]} of all FLOPs, "
+        f"{compared(WIDE, fifth, others)}."
+    )
     for name in (DEEPER, LARGER, WRN):
         assert verb(name, found(name).decay("0.65"), low) == verb(RESNET, decay, low)
     yield f"on the ResNets it {verb(RESNET, decay, low)} fixed low rank, and on the"
-    for name, words in {WRN: "on the WRN-16-4 a narrower", VIT: "on the ViT a narrower"}.items():
+    settled = {WRN: "on the WRN-16-4", VIT: "on the ViT it is not settled:"}
+    for name, words in settled.items():
         decay = found(name).decay("0.65")
         better = verb(name, narrow, decay).removesuffix(" than")
-        yield f"{words} network {better} by {behind(name, decay, narrow)} points"
-    assert verb(SST, HALF_FIXED) == "is not distinguishable from"
-    yield f"SST-2 fixed low rank at {share(SST, HALF_FIXED)} is as good as full rank."
+        yield f"{words} a narrower network {better} by {behind(name, decay, narrow)} points"
+    yield f"runs of half the length, in which the decay led full rank by {led():.2f};"
+    yield f"SST-2 fixed low rank at {share(SST, HALF_FIXED)} {verb(SST, HALF_FIXED)} full rank."
 
 
 _LOW = {name: "fixed 0.65 FLOPs" for name in (GPT, BYTE, MEDIUM, MLP, RESNET, DEEPER, LARGER, VIT)}
 _LOW |= {WIDE: "fixed 0.3 FLOPs"}
-
-
-def _rate(name: str, arm: str) -> float:
-    """Return the learning rate that was chosen for an arm."""
-    return found(name).arms[arm].runs[0]["setting"]["rate"]
 
 
 def summaries(folder: str, schedule: str) -> list[SummaryRecord]:

@@ -100,16 +100,21 @@ def _orders(problems: Mapping[str, Summaries]) -> Iterator[tuple[str, ...]]:
         if not set(pair) <= problems.keys():
             continue
         small, large = (problems[name] for name in pair)
-        one, other = _results(small), _results(large)
-        arms = [name for name in one if name in other]
-        if len(arms) < 3:
+        order, agreement = same_order(small, large)
+        if len(order) < 3:
             continue
-        order = sorted(arms, key=other.__getitem__, reverse=True)
         yield (
-            small.experiment.short, large.experiment.short, str(len(arms)),
-            f"{tau([one[a] for a in arms], [other[a] for a in arms]):.2f}",
+            small.experiment.short, large.experiment.short, str(len(order)), f"{agreement:.2f}",
             ", ".join(f"“{name}”" for name in order[:NAMED]),
         )  # fmt: skip
+
+
+def same_order(small: Summaries, large: Summaries) -> tuple[list[str], float]:
+    """The whole arms of both problems, best on the larger first, and Kendall's tau."""
+    one, other = _results(small), _results(large)
+    arms = [name for name in one if name in other]
+    order = sorted(arms, key=other.__getitem__, reverse=True)
+    return order, tau([one[arm] for arm in arms], [other[arm] for arm in arms])
 
 
 def _results(found: Summaries) -> dict[str, float]:
