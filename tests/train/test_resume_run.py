@@ -386,6 +386,7 @@ class Plan:
 
     def take(self) -> Contents:
         self.taken.append(self.step)
+        self.now += 1.0  # so long takes a checkpoint, whenever the writer's thread is done
         return Contents(data={"state": {}})
 
     def at(self, now: float, *, event: bool = False) -> None:
@@ -403,7 +404,7 @@ def test_when_a_checkpoint_is_due(tmp_path: Path) -> None:
     events = Plan(tmp_path / "b", CheckpointPlan(minutes=1))
     for second in range(1, 31):
         events.at(second, event=True)
-    assert events.taken[0] == 1 and len(events.taken) < 3  # each is as long as a step here
+    assert events.taken[0] == 1 and len(events.taken) < 3  # each is as long as a step
     never = Plan(tmp_path / "c", CheckpointPlan(minutes=None))
     never.at(1e6, event=True)
     assert not never.taken and not (tmp_path / "c").exists()
