@@ -62,25 +62,34 @@ def results(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text())
 
 
-def measure(folder: Path, parts: str, seconds: float = 60, device: str = "cpu") -> dict[str, Any]:
+def measure(folder: Path, parts: str, seconds: float = 240, device: str = "cpu") -> dict[str, Any]:
     """Run parts at toy size in this process."""
     end, chosen = time.time() + seconds, parts.split(",")
     worker.measure(Namespace(out=folder, device=device, end=end, parts=chosen, toy=True, data=None))
     return results(folder)
 
 
-def worker_of(folder: Path, parts: str) -> subprocess.Popen[bytes]:
-    end = str(time.time() + 60)
+ENDLESS = """
+from dataclasses import replace
+from benchmarks.gpu import worker
+worker.TOY = replace(worker.TOY, rounds=10**6)
+worker._main()
+"""
+
+
+def endless_worker(folder: Path, parts: str, seconds: float) -> subprocess.Popen[bytes]:
+    """A process that measures again and again, so that it is always in the middle."""
+    end = str(time.time() + seconds)
     options = ["--out", str(folder), "--parts", parts, "--end", end, "--toy", "--device", "cpu"]
-    line = [sys.executable, "-m", "benchmarks.gpu.worker", *options]
-    return subprocess.Popen(line, env=ENV, cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", ENDLESS, *options], env=ENV, cwd=ROOT)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_whole_run_has_every_row_of_every_part(tmp_path: Path) -> None:
     """In one test, so that two processes of tests do not both run it."""
     line = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)]
-    line += ["--toy", "--device", "cpu", "--minutes", "4"]
+    line += ["--toy", "--device", "cpu", "--minutes", "14"]  # it ends when all parts are done
     subprocess.run(line, env=ENV, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     found = results(tmp_path)
     for part in SHARES:
@@ -182,14 +191,17 @@ def test_a_device_that_no_longer_works_ends_the_process(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_kill_in_the_middle_leaves_a_valid_file_with_the_rows_so_far(tmp_path: Path) -> None:
-    process, path = worker_of(tmp_path, "gpt"), tmp_path / "results.json"
-    until = time.monotonic() + 50
-    while not (path.exists() and '"ms"' in path.read_text()):
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process, path = endless_worker(tmp_path, "gpt", seconds=300), tmp_path / "results.json"
+    try:
+        until = time.monotonic() + 240
+        while not (path.exists() and '"ms"' in path.read_text()):
+            assert time.monotonic() < until and process.poll() is None
+            time.sleep(0.01)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
     part = results(tmp_path)["parts"]["gpt"]
     assert part["status"] == "running"
     assert any("ms" in row for row in part["rows"].values())

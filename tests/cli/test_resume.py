@@ -55,10 +55,31 @@ def run(
     return run
 
 
+# In its 24th epoch a run of 25 waits for a signal, so that it does not end before one has come.
+WAITING = """
+import time
+from pathlib import Path
+from dynarank.cli import main
+from dynarank.train.interruption import StopSignals
+
+asked = StopSignals.requested
+
+def requested(stop):
+    while asked(stop) is None and Path("one/records.jsonl").read_text().count('"epoch",') > 22:
+        time.sleep(0.01)
+    return asked(stop)
+
+StopSignals.requested = requested
+main()
+"""
+
+
 @contextmanager
-def started(*words: str, cwd: Path) -> Iterator[Started]:
+def started(
+    *words: str, cwd: Path, python: tuple[str, str] = ("-m", "dynarank")
+) -> Iterator[Started]:
     """A command in a process of its own, which is killed at the end."""
-    process = Started(["-m", "dynarank", *words], cwd=cwd)
+    process = Started([*python, *words], cwd=cwd)
     try:
         yield process
     finally:
@@ -284,7 +305,7 @@ def test_a_process_that_is_stopped_goes_on(signum: int, run: Any, here: Path) ->
     words = ["train", "digits", "--epochs", "25", *SMALL[2:], "--schedule", "low-rank", "--out",
              "one", "--checkpoint-every", "0"]  # fmt: skip
     records = here / "one" / "records.jsonl"
-    with started(*words, cwd=here) as process:
+    with started(*words, cwd=here, python=("-c", WAITING)) as process:
         wait_for(lambda: records.exists() and records.read_text().count('"epoch",') > 2, process)
         process.send_signal(signum)
         _, err = process.communicate()

@@ -35,7 +35,10 @@ rank = 0.5
 STEPS = 23  # of an epoch
 SCHEDULES = "decay,dynamic-rank"
 PATIENCE = 240.0  # seconds; the machine may be busy
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+pytestmark = [
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks"),
+    pytest.mark.timeout(600),
+]
 
 
 def torchrun(*words: str) -> Started:
@@ -47,9 +50,27 @@ def torchrun(*words: str) -> Started:
 
 
 FORKING = """
-import sys
+import os, sys, time
+from pathlib import Path
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dynarank.cli import main
+from dynarank.train.interruption import StopSignals
+
+restarts, limit, folder, *words = sys.argv[1:]
+asked = StopSignals.requested
+
+def requested(stop):
+    # After the first checkpoint it waits for a signal, or to be told to go on.
+    if folder and Path(folder, "run", "checkpoints").exists():
+        Path(folder, f"held-{os.environ['RANK']}-{os.getpid()}").touch()
+        end = time.monotonic() + float(limit)
+        while asked(stop) is None and not Path(folder, "go").exists():
+            if time.monotonic() > end:
+                raise TimeoutError("no signal came")
+            time.sleep(0.01)
+    return asked(stop)
+
+StopSignals.requested = requested
 
 def work(*words):
     sys.argv = ["dynarank", *words]
@@ -60,14 +81,17 @@ def work(*words):
             raise
 
 config = LaunchConfig(1, 1, 2, rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                      max_restarts=int(sys.argv[1]), start_method="fork")
-elastic_launch(config, work)(*sys.argv[2:])
+                      max_restarts=int(restarts), start_method="fork")
+elastic_launch(config, work)(*words)
 """
 
 
-def forking(*words: str, restarts: int = 0) -> Started:
-    """Start two processes by torchrun's launcher, forked from one that has imported torch."""
-    return Started(["-c", FORKING, str(restarts), *words])
+def forking(*words: str, held_in: Path | None = None, restarts: int = 0) -> Started:
+    """Start two processes by torchrun's launcher, forked from one that has imported torch.
+
+    With a folder, their run is its ``run``: it waits at its first checkpoint for what comes then.
+    """
+    return Started(["-c", FORKING, str(restarts), str(PATIENCE), str(held_in or ""), *words])
 
 
 def said(started: Started) -> tuple[str, str]:
@@ -87,14 +111,11 @@ def wait_for(there: Callable[[], bool], started: Started) -> None:
         time.sleep(0.02)
 
 
-def wait_for_checkpoint(folder: Path, started: Started) -> None:
-    wait_for(lambda: any(folder.glob("checkpoints/step-*")), started)
-
-
-def worker(started: Started, rank: int) -> int:
-    """The process id of a worker; they are forked by rank."""
-    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
-    return sorted(map(int, children))[rank]
+def wait_until_held(folder: Path, started: Started) -> list[int]:
+    """Wait for the first checkpoint; the process ids, by rank, of the workers that wait there."""
+    wait_for(lambda: any(folder.glob("run/checkpoints/step-*")), started)
+    wait_for(lambda: len([*folder.glob("held-*")]) == 2, started)
+    return [int(path.name.rpartition("-")[2]) for path in sorted(folder.glob("held-*"))]
 
 
 @pytest.fixture(scope="module")
@@ -156,9 +177,9 @@ def test_a_killed_worker_is_started_again_from_the_checkpoint(
 ) -> None:
     folder = tmp_path / "run"
     words = "train", recipe, "--schedule", "dynamic-rank", "--out", str(folder)
-    started = forking(*words, restarts=1)
-    wait_for_checkpoint(folder, started)
-    os.kill(worker(started, 1), signal.SIGKILL)
+    started = forking(*words, held_in=tmp_path, restarts=1)
+    os.kill(wait_until_held(tmp_path, started)[1], signal.SIGKILL)
+    (tmp_path / "go").touch()
     _, err = said(started)
     assert started.returncode == 0, err
     assert "goes on from its checkpoint of step" in err
@@ -177,8 +198,9 @@ def test_interrupted_it_goes_on_in_any_number_of_processes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "run"
-    started = forking("train", recipe, "--schedule", "dynamic-rank", "--out", str(folder))
-    wait_for_checkpoint(folder, started)
+    words = "train", recipe, "--schedule", "dynamic-rank", "--out", str(folder)
+    started = forking(*words, held_in=tmp_path)
+    wait_until_held(tmp_path, started)
     started.send_signal(signal.SIGINT)  # torchrun passes it on
     _, err = said(started)
     step = re.search(r"interrupted \(SIGINT\): step (\d+) is done and saved", err)

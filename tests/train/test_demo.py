@@ -36,6 +36,7 @@ def test_the_demo_compares_the_schedules_of_its_recipe_on_three_seeds() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_decay_ends_near_full_rank_and_fixed_low_rank_of_the_same_cost_does_not(
     tmp_path: Path,
 ) -> None:
