@@ -38,6 +38,8 @@ from benchmarks.training.harness.jobs import (
     schedule_data,
     schedule_of,
     setting_of,
+    timed,
+    timed_on,
 )
 from benchmarks.training.harness.narrow import flops, width_for
 from benchmarks.training.harness.replay import UNKNOWN, OtherRunError, Replay, share
@@ -335,10 +337,30 @@ def test_an_arm_without_seconds_beside_full_rank_runs_once_more() -> None:
     ]  # first of all, its seeds
     again = {**old[0], "full_rank_seconds": 1.0}
     assert ready("tiny", one, [tuned, *old, again]) == []
-    assert ready("tiny", one, [tuned, *old, old[0]]) == []  # it is not repeated without end
+    failed = {**again, "result": {}}
+    assert ready("tiny", one, [tuned, *old, failed]) == []  # it is not repeated without end
     assert reported(one, [tuned, *old, again]) == old
     lost = [{**each, "result": {}} for each in old]
     assert ready("tiny", one, [tuned, *lost]) == []
+
+
+def test_seconds_of_different_machines_are_not_compared() -> None:
+    """Of two arms, one is timed on an old machine: both are on the new one, or the other there."""
+    pair = (replace(FULL, rates=(1.0,)), replace(DECAY, rates=(1.0,)))
+    one = experiment(*pair, seeds=(0,))
+    tuned = [run(arm.name, 1.0, Setting()) for arm in pair]
+    here = [
+        {**run(arm.name, 1.0, Setting(), 0, "test"), "hardware": where}
+        for arm, where in zip(pair, ("old", "new"), strict=True)
+    ]
+    assert [job.arm for job in ready("tiny", one, [*tuned, *here], "new")] == ["full rank"]
+    assert [job.arm for job in ready("tiny", one, [*tuned, *here], "old")] == ["decay"]
+    assert len(ready("tiny", one, [*tuned, *here], "newer")) == 2
+    both = [*here, {**here[0], "hardware": "new"}]
+    for where in ("old", "new", "newer"):
+        assert ready("tiny", one, [*tuned, *both], where) == []
+    assert timed_on([[here[0], both[-1]], [here[1]]]) == "new"
+    assert timed(both, "old") == [here[0]]
 
 
 @pytest.mark.parametrize("part", ["valid", "test"])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.training.harness import answers, comparison, pictures, tables
 from benchmarks.training.harness.experiment import Experiment, names
-from benchmarks.training.harness.summary import FULL, Summaries
+from benchmarks.training.harness.summary import FULL, SECONDS, Summaries
 
 ROOT = Path(__file__).parents[3]
 PICTURES = ROOT / "docs" / "images" / "evidence"
@@ -64,7 +64,7 @@ def block(found: Summaries) -> str:
         f"### {experiment.title}",
         f"![{experiment.title}](../images/evidence/{name}-{shown}.svg)",
         tables.table(found),
-        " ".join(filter(None, (experiment.note, _tuned(experiment)))),
+        " ".join(filter(None, (experiment.note, _tuned(experiment), _timed(found)))),
         *([] if shown == "times" else [tables.fronts(found), tables.verdict(found)]),
         tables.verdict_to_full(found),
         *_unfinished(found),
@@ -79,6 +79,12 @@ def _tuned(experiment: Experiment) -> str:
         return "Rates are not tuned here."
     steps = "" if length == 1 else f", with {length:g} of the steps"
     return f"Tuned on {n} seed{'s' if n > 1 else ''}{steps}."
+
+
+def _timed(found: Summaries) -> str:
+    """On what the arms were timed."""
+    known = any(found.knows(arm, SECONDS) for arm in found.arms)
+    return f"Seconds are those of {found.hardware}." if known and found.hardware else ""
 
 
 def _unfinished(found: Summaries) -> Iterator[str]:

@@ -1,13 +1,13 @@
 """Which runs of an experiment are missing, and can be run now.
 
 An arm is tuned before its seeds are run; fixed low rank that spends what another arm spent waits
-for all seeds of that arm. Where no run of an arm was timed beside full rank, it runs once more.
+for all seeds of that arm. Arms that were not all timed on one machine run once more.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -40,12 +40,14 @@ class Job:
         return "".join(c if c.isalnum() or c in "._-" else "-" for c in words)
 
 
-def ready(name: str, experiment: Experiment, runs: Sequence[Run]) -> list[Job]:
+def ready(
+    name: str, experiment: Experiment, runs: Sequence[Run], hardware: str | None = None
+) -> list[Job]:
     """The missing runs that can be run now: tuning first, then seed by seed, then for seconds."""
     tuning = dict.fromkeys(_tuning(name, experiment, runs))
     timing = (
         Job(name, arm.name, Setting(**run["setting"]), run["seed"], "test")
-        for arm, run in untimed(experiment, runs)
+        for arm, run in untimed(experiment, runs, hardware)
     )
     return [*tuning, *_reported(name, experiment, runs), *timing]
 
@@ -71,18 +73,45 @@ def first_of_each_seed(runs: Sequence[Run]) -> list[Run]:
     return [first[seed] for seed in sorted(first)]
 
 
-def timed(runs: Sequence[Run]) -> list[Run]:
-    """Those of an arm's runs beside which steps of full rank were timed."""
-    return [run for run in runs if run.get("full_rank_seconds") and run["result"]]
+def timed(runs: Sequence[Run], hardware: str) -> list[Run]:
+    """Those of an arm's runs on this hardware beside which steps of full rank were timed."""
+    return [r for r in runs if r.get("full_rank_seconds") and r["result"] and _on(r) == hardware]
 
 
-def untimed(experiment: Experiment, runs: Sequence[Run]) -> Iterator[tuple[Arm, Run]]:
-    """The arms that have run on all seeds and have no seconds, each with a run to repeat."""
-    for arm in experiment.arms:
-        mine = matching(arm, experiment, runs)
-        whole = {run["seed"] for run in mine} == set(experiment.seeds)
-        if whole and len(mine) == len(experiment.seeds) and not timed(mine):
-            yield from ((arm, run) for run in first_of_each_seed(mine)[:1] if run["result"])
+def timed_on(arms: Collection[Sequence[Run]]) -> str:
+    """The hardware on which most arms are timed, of the runs of each; of equals, the last used."""
+    runs = sorted((run for mine in arms for run in mine), key=_started, reverse=True)
+    used = list(dict.fromkeys(map(_on, runs))) or [""]
+    return max(used, key=lambda one: sum(bool(timed(mine, one)) for mine in arms))
+
+
+def untimed(
+    experiment: Experiment, runs: Sequence[Run], hardware: str | None = None
+) -> Iterator[tuple[Arm, Run]]:
+    """The arms to be timed on this hardware, or on that of most, each with a run to repeat.
+
+    They have run on all seeds. Where one machine has timed all of them, none is left; what was
+    timed on different machines cannot be compared.
+    """
+    every = [(arm, matching(arm, experiment, runs)) for arm in experiment.arms]
+    seeds = set(experiment.seeds)
+    whole = [(arm, mine) for arm, mine in every if {run["seed"] for run in mine} == seeds]
+    where = timed_on([mine for _, mine in whole])
+    if all(timed(mine, where) for _, mine in whole):
+        return
+    for arm, mine in whole:
+        tried = any(_on(r) == (hardware or where) and "full_rank_seconds" in r for r in mine)
+        first = next((run for run in first_of_each_seed(mine) if run["result"]), None)
+        if first is not None and not tried:
+            yield arm, first
+
+
+def _on(run: Run) -> str:
+    return run.get("hardware", "")
+
+
+def _started(run: Run) -> str:
+    return run.get("started", "")
 
 
 def matching(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:

@@ -12,7 +12,13 @@ from statistics import fmean
 from benchmarks.training.harness.calibration import share
 from benchmarks.training.harness.definition import of_one_problem
 from benchmarks.training.harness.experiment import Experiment, get
-from benchmarks.training.harness.jobs import at_an_end, first_of_each_seed, matching, timed
+from benchmarks.training.harness.jobs import (
+    at_an_end,
+    first_of_each_seed,
+    matching,
+    timed,
+    timed_on,
+)
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import ROOT, Store
@@ -34,7 +40,7 @@ class Summary:
         arm: its name.
         runs: its reported runs.
         metric: what is reported.
-        timed: those of its runs beside which full rank was timed, also one repeated only for that.
+        timed: its runs beside which full rank was timed, on the hardware of all arms' seconds.
     """
 
     arm: str
@@ -96,13 +102,15 @@ class Summaries:
         counted = [run for runs in every.values() for run in first_of_each_seed(runs)]
         self.others = len(records) - len(same)
         """Runs on record of what the problem was before."""
+        self.hardware = timed_on(every.values())
+        """That on which seconds are compared."""
         pairs = Counter((name, run["seed"]) for name, runs in every.items() for run in runs)
         self.twice = [f"{name}, seed {seed}" for (name, seed), n in pairs.items() if n > 1]
         """The runs that are on record again; the first counts, but for seconds."""
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
-            arm.name: Summary(arm.name, of_arm, self.metric, timed(every[arm.name]))
+            arm.name: Summary(arm.name, of_arm, self.metric, timed(every[arm.name], self.hardware))
             for arm in self.experiment.arms
             if (of_arm := [run for run in counted if run["arm"] == arm.name and run["result"]])
         }

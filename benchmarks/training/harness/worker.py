@@ -141,7 +141,7 @@ class Worker:
             return []
 
     def _missing(self, name: str) -> list[Job]:
-        jobs = ready(name, get(name), self._runs(name))
+        jobs = ready(name, get(name), self._runs(name), hardware(torch.device("cpu")))
         return [job for job in jobs if self._wanted(job.experiment, job.arm)]
 
     def _runs(self, name: str) -> list[Run]:
