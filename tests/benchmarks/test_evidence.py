@@ -400,3 +400,4 @@ def test_seconds_of_different_hours_are_not_compared(tmp_path: Path) -> None:
     found = Summaries("made up", [*runs, again], found.experiment)
     assert found.share("decay 0.5", SECONDS) == 0.5
     assert found.arms["decay 0.5"].result == pytest.approx(sum(FIXED) / 5)
+    assert (found.repeated, found.twice) == ({"decay 0.5"}, [])

@@ -84,7 +84,9 @@ def _tuned(experiment: Experiment) -> str:
 def _timed(found: Summaries) -> str:
     """On what the arms were timed."""
     known = any(found.knows(arm, SECONDS) for arm in found.arms)
-    return f"Seconds are those of {found.hardware}." if known and found.hardware else ""
+    arms = f", for {len(found.repeated)} arms of a run that was repeated for them"
+    more = arms if found.repeated else ""
+    return f"Seconds are those of {found.hardware}{more}." if known and found.hardware else ""
 
 
 def _unfinished(found: Summaries) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,9 +103,10 @@ class Summaries:
         """Runs on record of what the problem was before."""
         self.hardware = timed_on(every.values())
         """That on which seconds are compared."""
-        pairs = Counter((name, run["seed"]) for name, runs in every.items() for run in runs)
-        self.twice = [f"{name}, seed {seed}" for (name, seed), n in pairs.items() if n > 1]
-        """The runs that are on record again; the first counts, but for seconds."""
+        self.repeated, self.twice = set[str](), list[str]()
+        """The arms of which a run was repeated for its seconds; other runs on record again."""
+        for name, runs in every.items():
+            self._note_again(name, runs)
         self.metric: str = self.experiment.metric
         self.sign = 1 if self.experiment.higher else -1
         self.arms = {
@@ -121,6 +121,16 @@ class Summaries:
         """The arms whose best rate is the lowest or highest that was tried."""
         self.lost = {run["arm"] for run in self.diverged}
         """The arms that diverged on some seed: the others are no fair sample."""
+
+    def _note_again(self, name: str, runs: Sequence[Run]) -> None:
+        """Note what of an arm is on record again; the first run of each seed counts."""
+        first = first_of_each_seed(runs)
+        again = [run for run in runs if all(run is not one for one in first)]
+        beside = [] if timed(first, self.hardware) else timed(again, self.hardware)
+        if beside:
+            self.repeated.add(name)
+        seeds = [run["seed"] for run in again if all(run is not one for one in beside)]
+        self.twice += [f"{name}, seed {seed}" for seed in dict.fromkeys(seeds)]
 
     @property
     def whole(self) -> set[str]:
