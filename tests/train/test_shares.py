@@ -197,6 +197,29 @@ def test_a_loss_with_random_draws_is_judged_by_its_mean(
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "loss"), [(0.3, 0.0, F.cross_entropy), (0.0, 1e-6, _weighted)]
+)
+def test_draws_are_told_from_rounding_though_losses_are_alike(
+    before: float, after: float, loss: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before a zero layer, draws change gradients only; what sums in any order round is no draw."""
+
+    class Noisy(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            found = super().forward(input + before * torch.randn_like(input))
+            return found + after * torch.randn_like(found)
+
+    batch = torch.randn(12, 4), torch.tensor([0, 0, 1, 2, 2, 1, 0, 0, 1, 1, 2, 2])
+    made, model = task(batch), Noisy(4, 3)
+    monkeypatch.setattr(made, "_loss", loss)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    refused = pytest.raises(RecipeError, match="no mean over its examples")
+    with refused if loss is _weighted else nullcontext():
+        Shares(made, several(2), 12).of(model, batch)
+
+
 def test_batches_of_time_steps_are_no_batches_of_examples() -> None:
     class Last(nn.Module):
         def __init__(self) -> None:

@@ -21,6 +21,7 @@ from dynarank.layers.running import preserve_state
 __all__ = ["errors_of_mean"]
 
 _MOST_VALUES = 2**24  # of gradients, of the smallest parameters: they are held three times
+_NOISE = 1e-3  # of two gradients of one batch; kernels of a GPU that add in any order give 1e-6
 _DRAWS = 16
 
 
@@ -57,13 +58,13 @@ def errors_of_mean(
     """
     chosen = _parameters(model)
     with preserve_state(model, training=False, grad=True, eager=True), _differentiable(model):
-        first, again = (loss(whole) for _ in range(2))
-        if not chosen or not torch.isfinite(first):
+        if not chosen or not torch.isfinite(value := loss(whole)):
             return None
-        if not torch.equal(first, again):
+        found = _gradients(value, chosen)
+        again = _gradients(loss(whole), chosen)
+        if _norm(_difference(found, [again], [1.0])) > _NOISE * _norm(found):
             return _errors_on_average(loss, whole, parts, weights)
         del again
-        found = _gradients(first, chosen)
         of_parts = [_gradients(loss(part), chosen) for part in parts]
     scale = max(map(_norm, of_parts))
     if not scale or not math.isfinite(scale):
@@ -100,12 +101,14 @@ def _errors_on_average(
     whole: Any,
     parts: Sequence[Any],
     weights: Sequence[Sequence[float]],
-) -> list[float]:
+) -> list[float] | None:
     """The relative errors of mean losses, less four standard errors of the draws."""
     with torch.no_grad():
         draws = [[loss(batch).double() for batch in (whole, *parts)] for _ in range(_DRAWS)]
     values = torch.tensor(draws, dtype=torch.float64)
     scale = float(values.mean(0).abs().max()) or 1.0
+    if not math.isfinite(scale):
+        return None
     found: list[float] = []
     for row in weights:
         missed = values[:, 0] - values[:, 1:] @ torch.tensor(row, dtype=torch.float64)

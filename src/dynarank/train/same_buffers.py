@@ -34,7 +34,7 @@ def check_buffers(model: nn.Module, processes: Processes) -> None:
         if buffer.is_floating_point()
     }
     of_all = processes.gather("buffers after a step", own)
-    wrong = [name for name in own if not _alike([one.get(name, math.nan) for one in of_all])]
+    wrong = [name for name in own if not _alike([one.get(name, -1.0) for one in of_all])]
     if wrong:
         raise RecipeError(
             f"after a step, {', '.join(map(repr, wrong[:3]))}{' and others' * (len(wrong) > 3)} "
@@ -45,4 +45,6 @@ def check_buffers(model: nn.Module, processes: Processes) -> None:
 
 
 def _alike(values: list[float]) -> bool:
+    if any(map(math.isnan, values)):
+        return all(map(math.isnan, values))
     return all(math.isclose(one, values[0], rel_tol=_ROUNDING, abs_tol=1e-12) for one in values)
