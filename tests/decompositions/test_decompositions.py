@@ -159,14 +159,13 @@ def relative(joined: Tensor, weight: Tensor) -> float:
     return ((joined - weight).norm() / weight.norm()).item()
 
 
-@over_names
-@pytest.mark.parametrize("kind", [normal, decaying], ids=["normal", "decaying"])
-@pytest.mark.parametrize(
-    ("shape", "rank"),
-    [((16, 12, 3, 3), 6), ((24, 16, 5), 6), ((10, 6, 3, 3), 5), ((6, 5, 2, 3, 2), 4),
-     ((32, 32, 3, 3), 8)],
-    ids=str,
-)  # fmt: skip
+LARGER = [
+    ((16, 12, 3, 3), 6), ((24, 16, 5), 6), ((10, 6, 3, 3), 5), ((6, 5, 2, 3, 2), 4),
+    ((32, 32, 3, 3), 8),
+]  # fmt: skip
+
+
+@over({"name": NEW, "kind": [normal, decaying], "shape, rank": LARGER})
 @pytest.mark.slow
 def test_no_worse_than_tensorly(name: str, kind: object, shape: tuple[int, ...], rank: int) -> None:
     weight = normal(*shape) if kind is normal else decaying(shape)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import over
 from safetensors.torch import load, save
 from small_run import STEPS, assert_same_bits, net, train_step
 from torch import nn
@@ -148,10 +149,7 @@ def resumed(order: str, ending: str, kind: str, saved: dict[str, Any]) -> Run:
     return run
 
 
-@pytest.mark.parametrize("ending", SCHEDULES)
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize("passed", PASSED)
-@pytest.mark.parametrize("order", ORDERS)
+@over({"order": ORDERS, "passed": PASSED, "kind": ["sgd", "adamw"], "ending": SCHEDULES})
 def test_every_order_goes_on_as_the_run_uninterrupted(
     order: str, passed: str, kind: str, ending: str, whole: dict[Any, Any]
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from covering import over
 from small_run import net, sgd, train_step
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as lrs
@@ -78,9 +79,9 @@ def run(
     return told, came
 
 
-@pytest.mark.parametrize("late", [True, False], ids=["after-ranks", "before-ranks"])
-@pytest.mark.parametrize("every", [1, 31], ids=["step", "epoch"])
-@pytest.mark.parametrize("name", EVERY)
+@over(
+    {"name": EVERY, "every": [1, 31], "late": [True, False]}
+)  # stepped after the ranks, or before
 @pytest.mark.filterwarnings("error")
 def test_the_phases_told_are_those_that_come(name: str, every: int, late: bool) -> None:
     told, came = run(EVERY[name], 10, 31, every, dynamic_rank(2), late=late, lr_every=every)

@@ -203,23 +203,45 @@ class Interrupt(Lines):
             raise KeyboardInterrupt
 
 
-def points(lines: list[Line]) -> list[tuple[Line, int]]:
-    """Each line of a file and its last time; under DYNARANK_FAULTS=full, its first time too."""
-    times, last = Counter(lines), {(code.co_filename, n): (code, n) for code, n in lines}
+def prepared(verb: str) -> tuple[Callable[..., object], Pair]:
+    """A change that has imported what it needs, and what it is to change."""
+    change, start = CHANGES[verb], trained(ranked=verb != "factorize")
+    change(*copied(start))
+    return change, start
+
+
+@cache
+def points(verb: str) -> list[tuple[Line, int]]:
+    """The lines that a change runs, last first, with the last time; in full, the first time too."""
+    change, start = prepared(verb)
+    lines = Lines().run(change, *copied(start)).seen
+    times, last = Counter(lines), dict[tuple[str, int], Line]()
+    for code, n in reversed(lines):
+        last.setdefault((code.co_filename, n), (code, n))
     first = some([], [(line, 1) for line in times])
     return [*dict.fromkeys([*((line, times[line]) for line in last.values()), *first])]
+
+
+def covering(verb: str) -> list[tuple[Line, int]]:
+    """Its last line, and of lines that several changes run its share, in turn; in full, all."""
+    verbs = dict[Line, list[str]]()
+    for other in CHANGES:
+        for line, _ in points(other):
+            verbs.setdefault(line, []).append(other)
+    share = {line for i, (line, of) in enumerate(verbs.items()) if of[i % len(of)] == verb}
+    end, *others = points(verb)
+    return some([end, *(point for point in others if point[0] in share)], others)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", CHANGES)
 def test_a_change_interrupted_at_any_line(verb: str) -> None:
-    change, start = CHANGES[verb], trained(ranked=verb != "factorize")
-    change(*copied(start))  # imports what it needs
+    change, start = prepared(verb)
     done = copied(start)
-    lines = Lines().run(change, *done).seen
+    change(*done)
     after, before, outcomes = picture(*done), picture(*copied(start)), Counter[str]()
     model, optimizer = copied(start)
-    for line, time in points(lines):
+    for line, time in covering(verb):
         held = identities(model)
         with pytest.raises(KeyboardInterrupt):
             Interrupt(line, time).run(change, model, optimizer)

@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from covering import over
 from hypothesis import given, settings
 from laws import DECOMPOSITIONS, LAYERS, LayerCase, fitting, randomize
 from torch import Tensor, nn
@@ -160,10 +161,14 @@ def test_what_is_of_a_plausible_size_stays_as_it_is(
         assert side.limited(lifted, moments) is lifted
 
 
-@pytest.mark.parametrize("kind", sorted(OPTIMIZERS))
-@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
-@pytest.mark.parametrize("by", [0.3, 1e-3, 1e-5])
-@pytest.mark.parametrize("how", ["factors", "weight"])
+@over(
+    {
+        "kind": sorted(OPTIMIZERS),
+        "decomposition": DECOMPOSITIONS,
+        "by": [0.3, 1e-3, 1e-5],
+        "how": ["factors", "weight"],
+    }
+)
 def test_factors_that_are_made_small_all_at_once(
     kind: str, decomposition: str, by: float, how: str
 ) -> None:
@@ -247,10 +252,14 @@ def untouched(model: Any) -> None:
     """Nothing."""
 
 
-@pytest.mark.parametrize("kind", RECIPES)
-@pytest.mark.parametrize("steps", [1, 3, 30])
-@pytest.mark.parametrize("edit", [direction, factor, dead_units, untouched])
-@pytest.mark.parametrize("start", ["random", "zero"])
+@over(
+    {
+        "kind": RECIPES,
+        "steps": [1, 3, 30],
+        "edit": [direction, factor, dead_units, untouched],
+        "start": ["random", "zero"],
+    }
+)
 def test_the_loss_does_not_jump(
     kind: str, steps: int, edit: Callable[[Any], None], start: str
 ) -> None:
