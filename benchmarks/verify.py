@@ -8,9 +8,10 @@ NAME. `benchmarks/claims/` has a module for each page with other figures. What i
 derives from the records must stand in the page, and no figure may be left that neither a claim nor
 `SETTINGS` explains. A figure is a decimal number, one with a thousands comma, an exponent, k, M, ±,
 %, x, times, points or a unit of time, memory or work, a count such as 3 of 5 or n = 5, or a number
-alone in a cell of a table. Numbers in words, code and link targets are left out. Pictures must be
-drawn from the records as they are. Each fault is one line that ends with the way out; the exit
-status is then 1.
+alone in a cell of a table. On the pages with the main results it is any number, in words too, and
+any word that compares, such as better, fewer or none. Code and link targets are left out. Pictures
+must be drawn from the records as they are. Each fault is one line that ends with the way out; the
+exit status is then 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import importlib
 import importlib.util
 import inspect
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,21 +31,27 @@ from itertools import chain, groupby
 from pathlib import Path
 from types import ModuleType
 
+from benchmarks.claims.words import IN_WORDS, WORD
 from benchmarks.training.harness import evidence
 
 ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "docs" / "images" / "demo.svg"
+_DRAW = "docs/images/demo.py"
 _WRITE = "python -m benchmarks.training write"
+UNIT = r"""
+    (?: \s? (?: [nuµm]?s | min | h | [KMG]i?B | kB | [KMGTP]?FLOPs? | k?[JW] )\b
+      | \s (?: times | points? | pp | percent | per\scent | standard\s(?:errors?|deviations?)
+             | (?:micro|milli)?seconds? | minutes? | hours? | bytes
+             | thousand | [mb]illion )\b )
+"""
 FIGURE = re.compile(
-    r"""
-    (?<![\w.^]) (?!\d{4}\.\d{5}\b) (?:  # not arXiv's numbers
-        (?: \d{1,3}(?:,\d{3})+(?:\.\d+)? | \d*\.\d+ ) (?: [x×](?!\w) | \s?% )?
+    rf"""
+    (?<![\w.^]) (?!\d{{4}}\.\d{{5}}\b) (?:  # not arXiv's numbers
+        (?: \d{{1,3}}(?:,\d{{3}})+(?:\.\d+)? | \d*\.\d+ ) (?: [x×](?!\w) | \s?% )?
       | \d+ (?: [x×](?!\w) | \s[x×]\s(?:as|fewer|less|more|faster|slower)\b | [-\s]fold
           | \s?% | (?=\s?±)
           | [kM](?![\w/]) | e-?\d+ | \sof\s\d+ (?![\w.,]\d)
-          | \s? (?: [nuµm]?s | min | h | [KMG]i?B | kB | [KMGTP]?FLOPs? | k?[JW] )\b
-          | \s (?: times | points? | pp | percent | per\scent | standard\s(?:errors?|deviations?)
-                 | (?:micro|milli)?seconds? | minutes? | hours? | bytes
-                 | thousand | [mb]illion )\b )
+          | {UNIT} )
     )
     | \bfactor\sof\s\d+ (?![\d.])
     | (?<=\bn\s=\s) \d+
@@ -52,7 +60,10 @@ FIGURE = re.compile(
     """,
     re.VERBOSE,
 )
+TELLING = re.compile(f"{FIGURE.pattern}|(?i:{WORD.pattern})", re.VERBOSE)
 NOT_TEXT = re.compile(r"^ *```.*?^ *```|`(?:(?!\n\n)[^`])+`|\]\([^)]*\)", re.MULTILINE | re.DOTALL)
+BEFORE = r"(?<![\w.+−-])(?<!\d,)"  # a figure at the start of a piece is whole
+AFTER = rf"(?!\w|[.,]\d|\s?[%×x](?!\w)|{UNIT})"
 NUMBER = re.compile(r"\d[\d,]*(?:\\\.\d+)?|\\\.\d+")  # in an escaped text
 
 
@@ -78,6 +89,7 @@ class Page:
 
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text, self.rest = name, text, text
+        self.figure = TELLING if name in IN_WORDS else FIGURE
         self.derived = self.set = self.written = 0  # figures
         for found in NOT_TEXT.finditer(text):
             self.take_out(found.span())
@@ -89,12 +101,13 @@ class Page:
 
     def places(self, piece: str, any_number: bool = False) -> list[tuple[int, int]]:
         """Return where a piece stands, whatever its line breaks and, if so asked, its numbers."""
-        words = r"\s+".join(map(re.escape, piece.split()))
+        found = r"\s+".join(map(re.escape, piece.split()))
         if any_number:
-            words = NUMBER.sub(lambda _: r"(?:[\d.,]*\d)", words)
-        start = r"(?<![\d.])" if piece[0] in "0123456789." else ""
-        whole = rf"{start}{words}(?!\d|[.,]\d)"
-        return [found.span() for found in re.finditer(whole, self.text)]
+            found = NUMBER.sub(lambda _: r"(?:[\d.,]*\d)", found)
+        start = BEFORE if piece[0] in "0123456789." else ""
+        end = AFTER if piece[-1].isdigit() else r"(?![\d%]|[.,]\d)"
+        whole = re.compile(f"{start}(?-x:{found}){end}", re.VERBOSE)
+        return [one.span() for one in whole.finditer(self.text)]
 
     def explain(self, pieces: Iterable[str]) -> tuple[int, list[str]]:
         """Take the pieces out of what is left.
@@ -104,14 +117,14 @@ class Page:
         """
         count, found = 0, {piece: self.places(piece) for piece in pieces}
         for span in chain.from_iterable(found.values()):
-            count += len(FIGURE.findall(self.rest[slice(*span)]))
+            count += len(self.figure.findall(self.rest[slice(*span)]))
             self.take_out(span)
         return count, [piece for piece, places in found.items() if not places]
 
     def differing(self, piece: str) -> str:
         """Say what the page has instead of a claim, and take that out."""
         for span in self.places(piece, any_number=True):
-            if FIGURE.search(self.rest[slice(*span)]):
+            if self.figure.search(self.rest[slice(*span)]):
                 self.take_out(span)
                 return f"{self.at(span[0])}: the page has {flat(self.text[slice(*span)])!r}, but"
         return f"{self.name}: the page does not have what"
@@ -122,7 +135,9 @@ class Page:
 
     def left(self) -> Iterator[str]:
         """Yield a fault for each line with figures that nothing explains."""
-        for place, group in groupby(FIGURE.finditer(self.rest), lambda one: self.at(one.start())):
+        for place, group in groupby(
+            self.figure.finditer(self.rest), lambda one: self.at(one.start())
+        ):
             found = list(group)
             around = flat(self.text[max(0, found[0].start() - 30) : found[-1].end() + 30])
             figures = ", ".join(flat(one[0]) for one in found)
@@ -149,16 +164,27 @@ def faults(page: Page, claims: Sequence[str], settings: Sequence[str]) -> Iterat
 
 
 def typed_in(source: str) -> Iterator[str]:
-    """Yield the texts of a claims module in which a figure is typed, not derived."""
+    """Yield the texts of a claims module in which a figure is typed, not derived.
+
+    A text without any figure is typed whole: then its words are, unless `says` has their proof.
+    """
     nodes = list(ast.walk(ast.parse(source)))
     formats = {id(node.format_spec) for node in nodes if isinstance(node, ast.FormattedValue)}
-    parts = chain.from_iterable(
-        node.values if isinstance(node, ast.JoinedStr) else [node.value]
-        for node in nodes
-        if isinstance(node, ast.JoinedStr | ast.Yield) and id(node) not in formats
-    )
-    texts = [part.value for part in parts if isinstance(part, ast.Constant)]
-    yield from (text for text in texts if isinstance(text, str) and FIGURE.search(text))
+    for node in nodes:
+        parts = [] if id(node) in formats else _parts(node)
+        texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+        pattern = TELLING if isinstance(node, ast.Yield) else FIGURE
+        yield from (text for text in texts if isinstance(text, str) and pattern.search(text))
+
+
+def _parts(node: ast.AST) -> list[ast.expr | None]:
+    """Return the parts of the text that a piece of code writes: a format, a claim, a call."""
+    if isinstance(node, ast.JoinedStr):
+        return [*node.values]
+    if isinstance(node, ast.Yield):
+        return [node.value]
+    says = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "says"
+    return node.args[:1] if says else []
 
 
 def differing_blocks(page: Page) -> Iterator[str]:
@@ -176,16 +202,23 @@ def blocks() -> dict[str, str]:
     return evidence.blocks()
 
 
+def settings(module: ModuleType) -> tuple[str, ...]:
+    """Return the pieces of a page that tell no result."""
+    return (*module.SETTINGS, *getattr(module, "NO_RESULTS", ()))
+
+
 def check_module(page: Page, module: ModuleType) -> Iterator[str]:
     """Yield what is wrong with a page that has a module of claims."""
     path = module_path(page.name)
     try:
         claims = list(getattr(module, "claims", list)())
     except AssertionError as error:
-        line = traceback.extract_tb(error.__traceback__)[-1]
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame for frame in frames if frame.name != "says"][-1]
         yield (
-            f"{page.name}: what it says in words does not follow from the records: {line.line!r} "
-            f"in {path}, line {line.lineno}; correct the page, then the claim"
+            f"{page.name}: what it says in words does not follow from the records: "
+            f"{str(error) or line.line!r} in {path}, line {line.lineno}; correct the page, then "
+            "the claim"
         )
         return
     except Exception as error:
@@ -194,7 +227,7 @@ def check_module(page: Page, module: ModuleType) -> Iterator[str]:
         return
     for piece in typed_in(inspect.getsource(module)):
         yield f"{path}: a figure is typed into {piece!r}; derive it, or name it in SETTINGS"
-    yield from faults(page, claims, module.SETTINGS)
+    yield from faults(page, claims, settings(module))
 
 
 def check(name: str) -> tuple[Page, list[str]]:
@@ -222,10 +255,13 @@ def without_place() -> Iterator[str]:
 
 
 def stale_pictures() -> Iterator[str]:
-    """Yield a fault for each picture of the evidence that is not drawn from the records."""
+    """Yield a fault for each picture that is not drawn from the records."""
     for name in evidence.stale_pictures():
-        path = (evidence.PICTURES / name).relative_to(ROOT)
+        path = (evidence.PICTURES / name).relative_to(evidence.ROOT)
         yield f"{path}: changed by hand, or of other records than there are; {_WRITE}"
+    picture = runpy.run_path(str(ROOT / _DRAW))["picture"]()
+    if picture != DEMO.read_text(encoding="utf-8"):
+        yield f"{DEMO.name}: changed by hand, or of other records than there are; python {_DRAW}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

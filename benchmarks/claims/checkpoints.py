@@ -11,6 +11,8 @@ PAGE = "docs/checkpoints.md"
 SETTINGS = (
     "| `kill -9` at random times, then resumed | 200 |",
     "| bit and byte flips over all files; cuts | 3,000; 500 |",
+    "| ENOSPC, EIO, EDQUOT, EROFS at every system call | 4 x every call |",
+    "torchrun restarts | 2; 10 |",
     "| mutated manifests and JSON (hypothesis) | 10,000 |",
     "| JSON bombs of 60 MB, under a limit of 1 GiB | 12 |",
 )

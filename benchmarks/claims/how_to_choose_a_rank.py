@@ -8,7 +8,7 @@ from .records import only, read_json
 
 PAGE = "docs/how-to/choose-a-rank.md"
 RESULT = "compression/results/2026-11-28-sentence-encoder/result.json"
-SETTINGS = ("within 1% of full rank's loss", "(try 3x)")
+SETTINGS = ("within 1% of full rank's loss", "(try 3x)", "the 36 block layers")
 FP32 = 4  # bytes
 CUTS = ("plain", "calibrated", "calibrated, in a budget")
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dynarank.schedules import rank_decay
 
-from .evidence import DECAY, GPT, MLP, found, verb
+from .experiments import DECAY, GPT, MLP, found, verb
 from .methods_shared import row, spread
 from .records import mean, read_lines, select, values
 

@@ -92,6 +92,8 @@ def _cut_off() -> float:
 def _effective_ranks() -> Iterator[str]:
     runs = {run.header.schedule: run for run in read_runs(f"training/results/{RUNS}/seed0")}
     shares = {name: _shares(run) for name, run in runs.items()}
+    (layers,) = {len(one.layers) for run in runs.values() for one in run.all(SpectrumRecord)}
+    yield f"The mean effective rank of the {layers} layers, as a share"
     full, low, dynamic = (
         f"{shares[name][-1]:.2f}" for name in ("full-rank", "low-rank", "dynamic-rank")
     )

@@ -54,5 +54,9 @@ def _rules() -> Iterator[str]:
         run["rule"]: select(runs, rule=run["rule"], optimizer=run["optimizer"]) for run in runs
     }
     yield f"({number(*rules.values())} seeds, a perceptron"
-    yield f"under SGD, {loss('spectral')} against {loss('none')} after 20 steps"
-    yield f"was worse after 20 steps ({loss('rms')})"
+    _, early, *_, last = map(int, runs[0]["readings"])
+    yield (
+        f"under SGD, {loss('spectral')} against {loss('none')} after {early} steps, and no rule "
+        f"differed from none after {last} steps"
+    )
+    yield f"was worse after {early} steps ({loss('rms')})"

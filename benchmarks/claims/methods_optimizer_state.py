@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks.training.studies.moments import PHASE, RANK
 from dynarank.monitors.gradient_window import WINDOW
 from dynarank.train.data import load_digits_data
 
 from .methods_shared import number, row, spread
 from .records import deviation, mean, read_json, read_lines, select, values
+from .words import part
 
 PAGE = "docs/methods/optimizer-state.md"
 SETTINGS = (
@@ -61,7 +63,12 @@ def _signed(differences: list[float], digits: int) -> str:
 def _perceptron() -> Iterator[str]:
     for name, optimizer in (("AdamW", "adamw"), ("SGD", "sgd")):
         fields = {"task": "mlp", "schedule": "low-full-adapted", "optimizer": optimizer}
-        yield f"{number(*_results(**fields | PROJECT))} paired seeds"
+        steps = PHASE["mlp"]
+        yield (
+            f"a 64-128-128-10 MLP, a {part(RANK.value)} of the rank, {steps} steps per phase, "
+            f"{number(*_results(**fields | PROJECT))} paired seeds; training loss 5 / 20 / "
+            f"{steps - 1} steps after"
+        )
         for policy in ("reset", "project", "calibrated"):
             *losses, accuracy = _results(**fields, moments=policy)
             cells = [f"{name}, {policy}", *(f"{mean(loss):.4f}" for loss in losses)]
@@ -86,7 +93,11 @@ def _deflated() -> Iterator[str]:
 def _convolutional() -> Iterator[str]:
     fields = {"task": "conv", "schedule": "low-full-adapted", "optimizer": "adamw"}
     *losses, accuracy = _results(**fields | PROJECT)
-    yield f"n = {len(accuracy)} pairs"
+    steps = PHASE["conv"]
+    yield (
+        f"({steps} steps per phase, n = {len(accuracy)} pairs; fewer than planned), inflating from "
+        f"low-rank, training loss at 5 / 20 / {steps - 1} steps"
+    )
     yield row("project", *(spread(loss, 3) for loss in losses), spread(accuracy, 2))
     for policy in ("reset", "calibrated"):
         cells = [_signed(column, 2) for column in _ahead(**fields, moments=policy)]

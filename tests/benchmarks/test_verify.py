@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from benchmarks import verify
 from benchmarks.claims import evidence, records
+from benchmarks.claims.words import IN_WORDS, NUMBERS, PARTS, WORD, says
+from benchmarks.training.harness import evidence as evidence_of_training
 
 DEPLOY = "docs/how-to/deploy.md"
 RECORD = "deploy/results/2026-11-29-cpu/deploy.json"
@@ -21,6 +25,28 @@ SETTINGS = ["version 3.11"]
 
 def faults(text: str, claims: list[str] = CLAIMS, settings: list[str] = SETTINGS) -> list[str]:
     return list(verify.faults(verify.Page("docs/page.md", text), claims, settings))
+
+
+def text_of(name: str) -> str:
+    return (verify.ROOT / name).read_text(encoding="utf-8")
+
+
+def outside_blocks(name: str, text: str | None = None) -> verify.Page:
+    page = verify.Page(name, text_of(name) if text is None else text)
+    assert list(verify.differing_blocks(page)) == []
+    return page
+
+
+@cache
+def claimed(name: str) -> tuple[list[str], tuple[str, ...]]:
+    """What a page claims, and what of it tells no result; derived once."""
+    module = importlib.import_module(verify.module_name(name))
+    return list(module.claims()), verify.settings(module)
+
+
+def faults_of(name: str, text: str) -> list[str]:
+    """What is wrong with a page, were this its text."""
+    return list(verify.faults(outside_blocks(name, text), *claimed(name)))
 
 
 @pytest.fixture
@@ -41,20 +67,97 @@ def test_every_figure_agrees_with_the_records(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("name", ["README.md", "docs/scale.md", DEPLOY])
 def test_a_figure_altered_by_one_digit_is_found(name: str) -> None:
     """Each figure of the page in turn, its last digit one higher or lower."""
-    module = importlib.import_module(verify.module_name(name))
-    text = (verify.ROOT / name).read_text(encoding="utf-8")
-    claims = list(module.claims())
-    whole = verify.Page(name, text)
-    assert list(verify.differing_blocks(whole)) == []
-    figures = list(verify.FIGURE.finditer(whole.rest))
+    text = text_of(name)
+    figures = list(verify.FIGURE.finditer(outside_blocks(name).rest))
     assert len(figures) > 20
-    assert list(verify.faults(whole, claims, module.SETTINGS)) == []
+    assert faults_of(name, text) == []
     for figure in figures:
         at = max(place for place in range(*figure.span()) if text[place].isdigit())
         altered = f"{text[:at]}{int(text[at]) ^ 1}{text[at + 1 :]}"
-        page = verify.Page(name, altered)
-        assert list(verify.differing_blocks(page)) == []
-        assert list(verify.faults(page, claims, module.SETTINGS)), figure[0]
+        assert faults_of(name, altered), figure[0]
+
+
+@pytest.mark.parametrize("name", IN_WORDS)
+def test_a_word_that_tells_a_result_is_found_if_it_is_altered(name: str) -> None:
+    """Every fifth word of the page in turn, replaced by another one or, a number, by the next."""
+    text = text_of(name)
+    told = list(WORD.finditer(outside_blocks(name).rest))
+    assert len(told) > 80
+    assert faults_of(name, text) == []
+    for one in told[::5]:
+        altered = f"{text[: one.start()]}{other(one[0])}{text[one.end() :]}"
+        assert faults_of(name, altered), (one[0], text[one.start() - 40 : one.end() + 40])
+
+
+def other(word: str) -> str:
+    """Another number, or a comparison turned round."""
+    if word.isdigit():
+        return str(int(word) + 1)
+    if word in (both := [*NUMBERS, *PARTS.values()]):
+        return both[both.index(word) - 1]
+    pairs = (("better", "worse"), ("faster", "slower"), ("ahead", "behind"), ("more", "fewer"))
+    return dict((*pairs, *(pair[::-1] for pair in pairs))).get(word, "some")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "instead"),
+    [
+        ("README.md", "low rank ends three points", "low rank ends thirty points"),
+        ("README.md", "over 16 epochs", "over 96 epochs"),
+        ("README.md", "eight early cuts, costs", "eighty early cuts, costs"),
+        ("README.md", "narrower than about 500", "narrower than about 400"),
+        ("docs/evidence.md", "the WRN-16-4 worse.", "the WRN-16-4 better."),
+        ("docs/evidence.md", "a sixth on the largest GPT", "a fifth on the largest GPT"),
+        ("docs/evidence.md", "corrected, no arm is", "corrected, one arm is"),
+        ("docs/how-to/choose-a-schedule.md", "for a seventh of", "for a third of"),
+        ("docs/how-to/choose-a-schedule.md", "was ahead of all three", "was ahead of all two"),
+        ("docs/methods/automatic-schedules.md", "at 0.735,", "at 0.735%,"),
+        ("docs/methods/automatic-schedules.md", "98.52 ± 0.16", "-98.52 ± 0.16"),
+        ("docs/methods/optimizer-state.md", "calibrated 0.0175", "calibrated 0.0175%"),
+        ("docs/methods/optimizer-state.md", "100 steps per phase", "200 steps per phase"),
+        ("docs/methods/optimizer-state.md", "5 / 20 / 49 steps", "5 / 20 / 50 steps"),
+        ("docs/methods/dynamic-rank.md", "the 19 layers", "the 18 layers"),
+        ("docs/methods/regularizers.md", "at 24 more products", "at 14 more products"),
+        ("docs/methods/factors.md", "after 200 steps", "after 100 steps"),
+        ("docs/how-to/choose-a-rank.md", "the 36 block layers", "the 35 block layers"),
+        ("docs/checkpoints.md", "4 x every call", "5 x every call"),
+        ("docs/checkpoints.md", "| 2; 10 |", "| 2; 12 |"),
+    ],
+)
+def test_what_a_reader_may_mistype_is_found(name: str, words: str, instead: str) -> None:
+    whole = text_of(name)
+    altered = re.sub(r"\s+".join(map(re.escape, words.split())), instead, whole)
+    assert altered != whole
+    assert faults_of(name, altered)
+
+
+@pytest.mark.parametrize("before", ["-", "+", "\u2212", "1,", "1", "."])
+def test_what_stands_before_a_figure_belongs_to_it(before: str) -> None:
+    text, claims = "It had 98.52 of all.\n", ["98.52 of all"]
+    assert faults(text, claims, []) == []
+    assert faults(text.replace("98", f"{before}98"), claims, [])
+
+
+@pytest.mark.parametrize(
+    "after", ["%", " %", "k", "x", " x", "\u00d7", "e3", "1", ",5", " points", " ms", " times"]
+)
+def test_what_stands_after_a_figure_belongs_to_it(after: str) -> None:
+    text, claims = "It ended at 0.735, then.\n", ["ended at 0.735"]
+    assert faults(text, claims, []) == []
+    assert faults(text.replace("735", f"735{after}"), claims, [])
+
+
+def test_a_changed_picture_of_the_demo_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence_of_training, "stale_pictures", list)
+    assert list(verify.stale_pictures()) == []
+    picture = verify.DEMO.read_text(encoding="utf-8")
+    monkeypatch.setattr(verify, "DEMO", tmp_path / "demo.svg")
+    for altered in ("decay: 0.210x in all", "decay: 0.200x in part"):
+        verify.DEMO.write_text(picture.replace("decay: 0.200x in all", altered), encoding="utf-8")
+        (fault,) = verify.stale_pictures()
+        assert fault.endswith("python docs/images/demo.py")
 
 
 def test_an_altered_block_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +216,21 @@ def test_words_that_do_not_follow_from_the_records_are_named(
     assert fault.startswith(words) and "benchmarks/claims/evidence.py, line " in fault
 
 
+def test_a_sentence_that_is_not_proved_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence, "corrected", lambda *_: [])
+    (fault,) = verify.check("docs/evidence.md")[1]
+    assert "does not follow from the records: 'With Holm's correction" in fault.replace('"', "'")
+    with pytest.raises(AssertionError, match="No arm is better"):
+        says("No arm is better.")
+
+
+def test_a_sentence_that_is_not_claimed_is_found() -> None:
+    page = verify.Page("README.md", "A decay beat\nall others, by a third.\n")
+    first, second = page.left()
+    assert first.startswith("README.md:1: no record is named for beat in")
+    assert second.startswith("README.md:2: no record is named for all, third in")
+
+
 def test_text_that_is_gone_is_found() -> None:
     (fault,) = faults(TEXT.replace("of 604,682 parameters", ""))
     assert fault.startswith(
@@ -151,6 +269,9 @@ def test_numbers_that_measure_nothing_and_code_are_left_out(text: str) -> None:
 def test_a_figure_typed_into_a_claim_is_found() -> None:
     source = 'def claims():\n    yield f"{x:.2f} and 0.5 %"\n    yield f"{0.5} s"\n    yield "2x"\n'
     assert sorted(verify.typed_in(source)) == [" and 0.5 %", "2x"]
+    source = 'def claims():\n    yield says("by a third", x > 1)\n    yield "twice"\n'
+    assert list(verify.typed_in(source)) == ["twice"]
+    assert list(verify.typed_in('yield says("by 0.5 points", x > 1)')) == ["by 0.5 points"]
 
 
 def test_the_command_prints_faults_and_fails(

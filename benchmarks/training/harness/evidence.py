@@ -163,9 +163,11 @@ def _filled(found: re.Match[str], wanted: dict[str, str]) -> str:
 
 def stale_pictures() -> list[str]:
     """The pictures that are missing, changed, or drawn from other records than there are now."""
-    stale: list[str] = []
-    for name, (found, _) in drawings().items():
-        path = PICTURES / f"{name}.svg"
-        if not path.exists() or not pictures.is_of(path.read_text(encoding="utf-8"), found):
-            stale.append(path.name)
-    return stale
+    drawn = {PICTURES / f"{name}.svg": found for name, (found, _) in drawings().items()}
+    return [
+        path.name
+        for path in sorted({*drawn, *PICTURES.glob("*")})
+        if path not in drawn
+        or not path.exists()
+        or not pictures.is_of(path.read_text(encoding="utf-8"), drawn[path])
+    ]
