@@ -10,11 +10,10 @@ not.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -22,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.module_tracker import ModuleTracker
 
+from dynarank.cost.call_record import CallRecord, recorded_calls
 from dynarank.cost.counter import count_step
 from dynarank.forms import BudgetKind, Form, FullRank, LowRank, Plan
-from dynarank.layers import Call, Flops, WeightSpec, choose_execution, ranked_class, readers
+from dynarank.layers import Call, Flops, WeightSpec, choose_execution
 from dynarank.layers.running import call_model, forward_arguments, preserve_state
 from dynarank.surgery.sites import Site, survey
 
@@ -42,6 +41,11 @@ __all__ = [
     "weights_only",
 ]
 
+_NOT_EXACT = (
+    "the FLOPs of {0} in other forms are an estimate: it or its loss takes gradients itself "
+    "(torch.autograd.grad), a function gives None as a gradient, or the `calls` of a layer are not "
+    "what it computes; to be exact, apply a plan to a copy and use dynarank.cost.count_flops"
+)
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # positional, by keyword
 
 
@@ -71,10 +75,7 @@ class LayerUse:
     def flops(self, form: Form) -> Flops:
         """The FLOPs of its calls in ``form``."""
         resolved = self.spec.resolve(form)
-        costs = (
-            (choose_execution(self.spec, resolved, call).flops, call.again) for call in self.calls
-        )
-        return sum((Flops(0, one.training) if again else one for one, again in costs), Flops())
+        return sum((_call_flops(self.spec, resolved, call) for call in self.calls), Flops())
 
     def parameters(self, form: Form) -> tuple[int, int]:
         """The number of trainable and of all entries in ``form``."""
@@ -125,6 +126,12 @@ class ModelUse:
         return trainable, sum(count[1] for count in counts) + self.other_total
 
 
+def _call_flops(spec: WeightSpec, form: Form, call: Call) -> Flops:
+    cost = choose_execution(spec, form, call).flops
+    training = cost.training if call.reached else cost.forward
+    return Flops(0 if call.again else cost.forward, training)
+
+
 def share_of(part: float, whole: float, of_nothing: float = 1.0) -> float:
     """``part / whole``; a model without matrix products costs in each form what it costs in any."""
     return part / whole if whole else of_nothing
@@ -156,7 +163,9 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     that cannot be copied takes the step itself: what it writes besides its buffers remains.
 
     Fused attention and recurrent kernels are counted too, which FlopCounterMode misses. Where
-    tensor values decide how much is computed, the counts are those of this batch.
+    tensor values decide how much is computed, the counts are those of this batch. A call that the
+    loss does not depend on costs its forward pass alone. What gradients cost in another form is not
+    known if the model or the loss takes them itself (``torch.autograd.grad``): there is a warning.
 
     Args:
         model: any model that runs on the sample.
@@ -179,8 +188,11 @@ def trace(model: nn.Module, sample: Any, loss: Callable[[Any], Tensor] | None = 
     sites = [site for site in survey(model) if site.form is not None]
     arguments = forward_arguments(model, sample)
     with torch.inference_mode(False), preserve_state(model, eager=True):
-        counted, calls = _recorded_step(model, sites, arguments, loss or _sum_all)
-    return _use(model, sites, calls, counted)
+        counted, record = _recorded_step(model, sites, arguments, loss or _sum_all)
+    use = _use(model, sites, record.calls, counted)
+    if record.inexact or not 0 <= use.rest.forward <= use.rest.training:
+        warnings.warn(_NOT_EXACT.format(type(model).__name__), stacklevel=2)
+    return use
 
 
 def weights_only(model: nn.Module) -> ModelUse:
@@ -248,7 +260,7 @@ def count_flops(
 
 def _recorded_step(
     model: nn.Module, sites: Sequence[Site], arguments: _Arguments, loss: Callable[[Any], Tensor]
-) -> tuple[Flops, dict[str, list[Call]]]:
+) -> tuple[Flops, CallRecord]:
     """Count a training step and record the calls, on the first of these where it runs.
 
     A meta copy, a copy with real tensors, or, if the model cannot be copied, the model itself.
@@ -268,11 +280,16 @@ def _recorded_step(
 
 def _record_step(
     twin: nn.Module, sites: Sequence[Site], arguments: _Arguments, loss: Callable[[Any], Tensor]
-) -> tuple[Flops, dict[str, list[Call]]]:
-    calls: dict[str, list[Call]] = {site.path: [] for site in sites}
+) -> tuple[Flops, CallRecord]:
     args, named = arguments
-    with _recorded_calls(twin, sites, calls):
-        return count_step(twin, lambda: twin(*args, **named), loss), calls
+    with recorded_calls(twin, sites) as record:
+
+        def whole_loss(output: Any) -> Tensor:
+            scalar = loss(output)
+            record.begin_backward()
+            return scalar
+
+        return count_step(twin, lambda: twin(*args, **named), whole_loss), record
 
 
 def _own_tensors(arguments: _Arguments, device: str | None = None) -> _Arguments:
@@ -310,65 +327,3 @@ def _sum_all(output: Any) -> Tensor:
         if isinstance(leaf, Tensor) and leaf.is_floating_point()
     )
     return cast(Tensor, sum(tensors))
-
-
-@contextmanager
-def _recorded_calls(
-    twin: nn.Module, sites: Sequence[Site], calls: dict[str, list[Call]]
-) -> Generator[None]:
-    """A context with hooks that record each module's uses of its weights, tied ones together."""
-    paths: dict[nn.Module, dict[str, str]] = {}
-    parents, devices = readers(twin), dict[nn.Module, str]()
-    for site in sites:
-        for one in site.places:
-            module, name = twin.get_submodule(one.module_paths[0]), one.spec.name
-            if module in parents:  # it is never called; its parent uses its weight
-                module, name = parents[module], f"{one.module_paths[0].rpartition('.')[2]}.{name}"
-            paths.setdefault(module, {})[name] = site.path
-            devices[module] = next(iter(one.parameters().values())).device.type
-    with ExitStack() as stack:
-        for module, names in paths.items():
-            record = _Record(names, calls, devices[module])
-            before = module.register_forward_pre_hook(record.before, with_kwargs=True)
-            after = module.register_forward_hook(record.after, with_kwargs=True)
-            stack.callback(before.remove)
-            stack.callback(after.remove)
-        yield
-
-
-class _Record:
-    """Records the calls of a module, those under activation checkpointing at what they cost.
-
-    ``torch.utils.checkpoint`` runs a layer a second time in the backward pass. If the first time
-    was without gradients (reentrant), the second is a training pass; else it is a forward pass
-    alone, which ends before the last layer whose output nobody needs.
-    """
-
-    def __init__(self, names: Mapping[str, str], calls: dict[str, list[Call]], device: str) -> None:
-        self.names, self.calls, self.device = names, calls, device
-        self._without = 0  # calls without gradients so far
-
-    def before(self, module: nn.Module, inputs: Any, named: Any) -> None:
-        if not _in_backward():
-            self._without += not torch.is_grad_enabled()
-            self._add(module, inputs, named, trains=torch.is_grad_enabled())
-
-    def after(self, module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
-        if _in_backward():
-            self._add(module, inputs, named, trains=self._without > 0)
-            self._without = max(0, self._without - 1)
-
-    def _add(self, module: nn.Module, inputs: Any, named: Any, *, trains: bool) -> None:
-        ranked = ranked_class(type(module))
-        assert ranked is not None
-        bound = inspect.signature(module.forward).bind(*inputs, **named)
-        bound.apply_defaults()
-        how: dict[str, Any] = {"device": self.device, "again": _in_backward()}
-        how |= {} if trains else {"input_grad": False, "trains": False}
-        for name, found in ranked.calls(module, bound.arguments).items():
-            if name in self.names:
-                self.calls[self.names[name]] += [replace(call, **how) for call in found]
-
-
-def _in_backward() -> bool:
-    return ModuleTracker().is_bw

@@ -333,7 +333,7 @@ def _call_seconds(
         times: dict[Form, list[float]] = {form: [] for form in forms}
         for _ in range(setting.rounds + 1):
             for form, layer in layers.items():
-                times[form].append(_step_seconds(layer, x, setting))
+                times[form].append(_step_seconds(layer, x, setting, call.reached))
     return {form: statistics.median(found[1:]) for form, found in times.items()}
 
 
@@ -365,15 +365,15 @@ def _input(spec: WeightSpec, call: Call, setting: Setting) -> Tensor:
     return x.requires_grad_(call.input_grad)
 
 
-def _step_seconds(layer: nn.Module, x: Tensor, setting: Setting) -> float:
-    """The time of one forward and backward pass, in seconds."""
+def _step_seconds(layer: nn.Module, x: Tensor, setting: Setting, backward: bool) -> float:
+    """The time of one forward pass, and of a backward pass if there is one, in seconds."""
     layer.zero_grad()
     x.grad = None
     _wait(setting.device)
     begun = time.perf_counter()
     with _autocast(setting):
         y = layer(x)
-    if y.requires_grad:
+    if backward and y.requires_grad:
         y.backward(y.detach())
     _wait(setting.device)
     return time.perf_counter() - begun

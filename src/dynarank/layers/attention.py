@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -82,10 +82,11 @@ class RankedMultiheadAttention(RankedLayer, nn.MultiheadAttention):  # pyright: 
         for part in _parts(m, query, key, value):
             x, trains = part.input, _trains(m, part.name)
             call = Call(tuple(x.shape), _LINEAR, x.requires_grad, trains, part.rows)
-            found.setdefault(part.name, []).append(call)
+            values = part.outputs[0] == 2 * m.embed_dim  # no attention weight needs them
+            found.setdefault(part.name, []).append(replace(call, output=0 if values else None))
         inside = any(p.requires_grad for p in m.parameters(recurse=False))
         grad = inside or any(x.requires_grad for x in (query, key, value))
-        last = Call(tuple(query.shape), _LINEAR, grad, _trains(m.out_proj))
+        last = Call(tuple(query.shape), _LINEAR, grad, _trains(m.out_proj), output=0)
         return {**found, "out_proj.weight": [last]}
 
     def forward(

@@ -64,6 +64,9 @@ class Call:
             layer share is used in both ways.
         again: whether it repeats a call in the backward pass (activation checkpointing): it costs
             training, and no forward pass.
+        output: the only one of the module's outputs that it is needed for, by position; None: each.
+        reached: whether what it computes gets a gradient. Without one (it is detached, or no part
+            of the loss) there is no backward pass; the execution is chosen before that is known.
     """
 
     shape: tuple[int, ...]
@@ -74,6 +77,8 @@ class Call:
     device: str = "cpu"
     lookup: bool = False
     again: bool = False
+    output: int | None = None
+    reached: bool = True
 
     def own_executions(self, spec: WeightSpec, form: Form) -> list[Execution] | None:
         """The executions, if they differ from those of a plain multiplication; else None."""
