@@ -158,3 +158,21 @@ def step_once(model: nn.Module) -> torch.optim.Optimizer:
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_the_default_device_and_dtype_change_nothing(decomposition: str) -> None:
+    """What was made on the default device by mistake would be a meta tensor."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 6, 2))
+    optimizer, own = step_once(model), decomposition
+    forms = [LowRank(2, own), LowRank(3, own), FullRank(), Adapted(2, own)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for form in forms:
+            with torch.device("meta"):
+                dr.apply_plan(model, {"0": form, "2": form}, optimizer=optimizer)
+            moments = [state["momentum_buffer"] for state in optimizer.state.values()]
+            tensors = [*model.parameters(), *moments]
+            assert {(t.device.type, t.dtype) for t in tensors} == {("cpu", torch.float32)}
+    finally:
+        torch.set_default_dtype(torch.float32)
