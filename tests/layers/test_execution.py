@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from covering import over
+from every_layer import KINDS, Kind
 from torch import nn
 
 import dynarank as dr
@@ -11,6 +15,7 @@ from dynarank import Adapted, LowRank
 from dynarank.decompositions import Geometry
 from dynarank.forms import Form
 from dynarank.layers import Call, WeightSpec, choose_execution, executions
+from dynarank.surgery.sites import survey
 
 ROWS, WIDTH, RANK = 2048, 64, 8
 
@@ -93,3 +98,17 @@ def test_the_formulas_of_the_method_page() -> None:
     assert found["two-branch", False] == pytest.approx(2 / 3 + k)
     assert found["merged", True] == pytest.approx(2 / 3 + 2 * k / 3 + r / (3 * rows) + joined_again)
     assert found["merged", False] == pytest.approx(1 + r / rows + joined_again)
+
+
+@over({"kind": KINDS, "execution": ["auto", "merged", "two-branch"], "recompute": [True, False]})
+def test_a_base_gets_no_gradient_whatever_its_flag_says(
+    kind: Kind, execution: Any, recompute: bool
+) -> None:
+    """A toggle of the whole model, as of GANs, unfreezes the bases too."""
+    model, form = kind.make(), Adapted(2, execution=execution, recompute=recompute)
+    dr.apply_plan(model, {site.path: form for site in survey(model)})
+    bases = [name for name, p in model.named_parameters() if not p.requires_grad]
+    model.requires_grad_(False).requires_grad_(True)
+    model(*kind.inputs()).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert without == bases != []

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_run import FULL, LAST, LOW, SCHEDULE, STEPS, forms, net, sgd, train_step, untouched
 from stepping import one_step
+from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 
 import dynarank as dr
@@ -374,3 +375,28 @@ def test_a_plan_for_an_unknown_layer_is_refused_by_name() -> None:
     model = net()
     with pytest.raises(ValueError, match="the model has no layer 'head'"):
         RankScheduler(model, sgd(model), lambda clock, readings: {"head": LowRank(2)}, STEPS)
+
+
+def toggled_run(toggle: bool) -> list[float]:
+    """The losses of a run that clips all gradients; those that no optimizer clears add up."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32)), torch.randn(16, 32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = dr.schedules.dynamic_rank(rank=8, inflate=2, deflate=4)
+    ranks = RankScheduler(model, optimizer, schedule, total_steps=10, layers="*")
+    losses: list[float] = []
+    for _ in range(10):
+        if toggle:
+            model.requires_grad_(False).requires_grad_(True)
+        loss = (model(x) - x).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+        optimizer.step()
+        ranks.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_a_model_frozen_and_unfrozen_in_each_step_trains_as_without() -> None:
+    assert toggled_run(True) == toggled_run(False)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from covering import over
 from laws import DECOMPOSITIONS
 from torch import nn
 from torch.nn import Parameter
@@ -118,10 +119,60 @@ def test_shared_memory_stays_shared() -> None:
     assert not dr.factorize(nn.Sequential(nn.Linear(8, 8)), 2)[0].up.is_shared()
 
 
-@pytest.mark.parametrize("form", [LowRank(2), Adapted(2), LowRank(2, "tucker")], ids=str)
-def test_a_three_dimensional_convolution_keeps_its_memory_format(form: Form) -> None:
-    model = nn.Sequential(nn.Conv3d(4, 6, 3)).to(memory_format=torch.channels_last_3d)
-    dr.apply_plan(model, {"0": form})
-    dr.apply_plan(model, {"0": FullRank()})
-    assert model[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
-    assert not model[0].weight.is_contiguous()
+CONVOLUTIONS = {
+    "3 x 3": (nn.Conv2d, 3),
+    "1 x 5": (nn.Conv2d, (1, 5)),
+    "1 x 1": (nn.Conv2d, 1),
+    "3 x 3 x 3": (nn.Conv3d, 3),
+    "1 x 1 x 3": (nn.Conv3d, (1, 1, 3)),
+}
+
+
+@over({
+    "kernel": CONVOLUTIONS,
+    "adapted": [True, False],
+    "decomposition": DECOMPOSITIONS,
+    "groups": [1, 4],
+    "last": [True, False],
+})  # fmt: skip
+def test_the_memory_format_survives_every_form(
+    kernel: str, adapted: bool, decomposition: str, groups: int, last: bool
+) -> None:
+    """Strides of sides of 1 too, by which torch tells the format of a 1 x 1 kernel."""
+    make, size = CONVOLUTIONS[kernel]
+    model = nn.Sequential(make(4, 8, size, groups=groups))
+    if last:
+        formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+        model = model.to(memory_format=formats[make])
+    optimizer, strides = step_once(model), model[0].weight.stride()
+    kind = Adapted if adapted else LowRank
+    for form in (kind(1, decomposition), FullRank()):
+        dr.apply_plan(model, {"0": form}, optimizer=optimizer)
+    momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+    assert model[0].weight.stride() == momentum.stride() == strides
+
+
+def step_once(model: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    sum(p.square().sum() for p in model.parameters()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("decomposition", DECOMPOSITIONS)
+def test_the_default_device_and_dtype_change_nothing(decomposition: str) -> None:
+    """What was made on the default device by mistake would be a meta tensor."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 6, 2))
+    optimizer, own = step_once(model), decomposition
+    forms = [LowRank(2, own), LowRank(3, own), FullRank(), Adapted(2, own)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        for form in forms:
+            with torch.device("meta"):
+                dr.apply_plan(model, {"0": form, "2": form}, optimizer=optimizer)
+            moments = [state["momentum_buffer"] for state in optimizer.state.values()]
+            tensors = [*model.parameters(), *moments]
+            assert {(t.device.type, t.dtype) for t in tensors} == {("cpu", torch.float32)}
+    finally:
+        torch.set_default_dtype(torch.float32)

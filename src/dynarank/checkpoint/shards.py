@@ -162,11 +162,11 @@ class Stored:
 
     def _read(self, name: str, like: Any) -> Tensor:
         if like is None:
-            whole = torch.zeros(self._shape(name), dtype=self._dtypes[name])
+            whole = torch.zeros(self._shape(name), dtype=self._dtypes[name], device="cpu")
             self._fill(name, whole, torch.Size([0] * whole.ndim))
             return whole
         (chunk,) = like.__create_chunk_list__()
-        local = torch.zeros(chunk.sizes, dtype=self._dtypes[name])
+        local = torch.zeros(chunk.sizes, dtype=self._dtypes[name], device="cpu")
         self._fill(name, local, chunk.offsets)
         return _as_shard(local, like)
 

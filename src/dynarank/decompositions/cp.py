@@ -145,11 +145,12 @@ def _extended(factors: Factors, rank: int) -> Factors:
     """
     *inner, up = (factor.detach() for factor in factors)
     present = up.shape[1]
-    generator = torch.Generator().manual_seed(present)
+    generator = torch.Generator("cpu").manual_seed(present)
     extended: list[Tensor] = []
     for factor in inner:
         shape = (rank - present, *factor.shape[1:])
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(factor)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        drawn = drawn.to(factor)
         size = factor.flatten(1).norm(dim=1).mean()
         drawn *= torch.where(size > 0, size, 1.0) / drawn.flatten(1).norm(dim=1).mean()
         extended.append(torch.cat([factor, drawn]))

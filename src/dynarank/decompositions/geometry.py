@@ -72,8 +72,9 @@ def swap_channels(weight: Tensor, groups: int) -> Tensor:
 
     The second layout is that of transposed convolutions in torch. The result is a view if possible.
     """
-    grouped = weight.unflatten(0, (groups, -1)).transpose(1, 2)  # (groups, in, out, *kernel)
-    return grouped.flatten(0, 1)
+    ins, out, *kernel = weight.shape[0] // groups, *weight.shape[1:]  # vmap knows no unflatten
+    grouped = weight.view(groups, ins, out, *kernel).transpose(1, 2)
+    return grouped.reshape(groups * out, ins, *kernel)
 
 
 def linear_map(x: Tensor, weight: Tensor, geometry: Geometry, bias: Tensor | None = None) -> Tensor:

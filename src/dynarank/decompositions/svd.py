@@ -107,7 +107,7 @@ class SVD(Decomposition):
     def pull(self, factors: Factors, cotangent: Tensor) -> Factors:
         """``up' G`` and ``G down'``."""
         down, up = factors
-        gradient = cotangent.flatten(1)  # (n, m)
+        gradient = cotangent.reshape(len(cotangent), -1)  # (n, m); vmap knows no flatten
         pulled = up.flatten(1).T @ gradient, gradient @ down.flatten(1).T
         return pulled[0].reshape(down.shape), pulled[1].reshape(up.shape)
 

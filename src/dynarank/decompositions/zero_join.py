@@ -30,12 +30,13 @@ def zero_join_factors(shapes: Sequence[tuple[int, ...]], seed: int) -> Factors:
     Reference:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685, 2021.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     drawn = [_glorot(shape, generator) for shape in shapes[:-1]]
-    return (*drawn, torch.zeros(shapes[-1], dtype=torch.float64))
+    return (*drawn, torch.zeros(shapes[-1], dtype=torch.float64, device="cpu"))
 
 
 def _glorot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     positions = math.prod(shape[2:])
     bound = math.sqrt(6 / ((shape[0] + shape[1]) * positions))
-    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * bound
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return (2 * drawn - 1) * bound

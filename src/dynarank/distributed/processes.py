@@ -230,8 +230,8 @@ class Processes:
 
     def _gathered(self, value: Any) -> list[Any]:
         """The objects of all, as ``dist.all_gather_object`` finds them."""
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        length = torch.tensor([own.numel()])
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8, device="cpu")
+        length = torch.tensor([own.numel()], device="cpu")
         lengths = [torch.empty_like(length) for _ in range(self.size)]
         _wait(dist.all_gather(lengths, length, self.control, async_op=True))
         padded = own.new_zeros(int(max(lengths)))

@@ -67,8 +67,9 @@ def srip_gradient(tall: Tensor, iterations: int = 10) -> Tensor:
     (mu, v) is the eigenpair of ``F'F - I`` with the largest ``|mu|``.
     """
     excess = _excess(tall)  # (..., r, r)
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(tall.shape[-1], 1, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # as the generator
+    start = torch.randn(tall.shape[-1], 1, generator=generator, **options)
     vector = start.to(tall).expand(*tall.shape[:-2], -1, -1)
     tiny = torch.finfo(tall.dtype).tiny
     for _ in range(iterations):

@@ -6,7 +6,8 @@ Autograd on ``linear_map(x, base + scale * join(factors))`` would first form ``G
 gradient of the whole weight (2Nmn FLOPs), and project it onto the factors. The factors' gradients
 can also be computed without G, as those of the chain ``x -> factors -> dy`` (4Nr(m + n) for an
 SVD). :class:`MergedProduct` does either; it saves the input and, if asked, the merged weight, and
-nothing else that grows with the batch. The base is frozen.
+nothing else that grows with the batch. The base is frozen. Its backward pass can be differentiated
+again; under ``torch.func`` and in forward mode, autograd's own operations run instead of it.
 
 This works for any decomposition and for convolutions too, where merging in weight space replaces
 whole feature maps by one small sum (Cherniuk et al., RunLoRA, arXiv 2312.03415, for linear layers).
@@ -21,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dynarank.decompositions import Decomposition, Factors, Geometry
 from dynarank.decompositions.geometry import linear_map, swap_channels
+from dynarank.layers.transforms import is_transformed
 
 __all__ = ["MergedProduct", "Merging", "input_gradient", "merged_product", "weight_gradient"]
 
@@ -52,17 +53,17 @@ class Merging:
     def weight(self, base: Tensor, factors: Factors) -> Tensor:
         """``base + scale * join(factors)`` in the factors' dtype and in canonical layout."""
         joined = self.decomposition.join(factors)
-        if joined.dtype == base.dtype:
-            return joined.mul_(self.scale).add_(base)  # in place: half the memory traffic
-        return torch.add(base, joined, alpha=self.scale).to(joined.dtype)
+        if joined.dtype != base.dtype:
+            return torch.add(base, joined, alpha=self.scale).to(joined.dtype)
+        if joined.requires_grad or is_transformed():
+            return joined.mul(self.scale).add(base)  # torch 2.13's inductor loses alpha here
+        return joined.mul_(self.scale).add_(base)  # in place: half the memory traffic
 
 
 def merged_product(
     x: Tensor, base: Tensor, factors: Factors, bias: Tensor | None, how: Merging
 ) -> Tensor:
     """The merged product ``linear_map(x, base + scale * join(factors)) + bias``.
-
-    The base gets no gradient. Double backward is not supported: use two-branch execution for that.
 
     Args:
         x: (..., in), (batch, in, *positions) or, for a convolution, (in, *positions).
@@ -78,10 +79,12 @@ def merged_product(
         dtype = torch.get_autocast_dtype(device)
         x, factors = x.to(dtype), tuple(f.to(dtype) for f in factors)
         bias = None if bias is None else bias.to(dtype)
-    kept = how.weight(base.detach(), tuple(f.detach() for f in factors))
+    if is_transformed():
+        return linear_map(x, how.weight(base, factors), how.geometry, bias)
+    kept = how.weight(base, tuple(f.detach() for f in factors))
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors))):
         return linear_map(x, kept, how.geometry, bias)  # autograd functions have an overhead
-    return MergedProduct.apply(x, kept, base.detach(), bias, how, *factors)  # type: ignore[no-any-return]
+    return MergedProduct.apply(x, kept, base, bias, how, *factors)  # type: ignore[no-any-return]
 
 
 class MergedProduct(torch.autograd.Function):
@@ -104,7 +107,6 @@ class MergedProduct(torch.autograd.Function):
         ctx.save_for_backward(x, kept, base, *factors)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
@@ -115,7 +117,8 @@ class MergedProduct(torch.autograd.Function):
         dx = db = None
         dfactors: tuple[Tensor | None, ...] = (None,) * len(factors)
         if ctx.needs_input_grad[0]:
-            weight = how.weight(base, factors) if weight is None else weight
+            if weight is None or torch.is_grad_enabled():  # the one kept knows no factors
+                weight = how.weight(base, factors)
             dx = input_gradient(dy, weight, how.geometry, x)
         if ctx.has_bias and ctx.needs_input_grad[3]:
             db = _sum_rows(dy, base.ndim)

@@ -30,6 +30,7 @@ from dynarank.layers.form_entry import KEY, SavedForm, from_tensor, read_notes, 
 from dynarank.layers.merged import Merging, merged_product
 from dynarank.layers.own_forward import set_class
 from dynarank.layers.tracing import input_shape, is_static
+from dynarank.layers.transforms import is_transformed
 from dynarank.layers.weight import ResolvedWeight, WeightSpec
 
 __all__ = [
@@ -581,6 +582,6 @@ def _chain(
     if isinstance(form, Adapted):
         *first, last = factors
         factors = (*first, last * form.scale)  # cheaper than scaling the output
-    if form.recompute and torch.is_grad_enabled():
+    if form.recompute and torch.is_grad_enabled() and not is_transformed():
         return checkpoint(apply, x, factors, stages, bias, use_reentrant=False)  # type: ignore[no-any-return]
     return apply(x, factors, stages, bias)

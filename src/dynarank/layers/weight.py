@@ -17,6 +17,7 @@ from dynarank.decompositions import Decomposition, Factors, Geometry, get_decomp
 from dynarank.decompositions.geometry import swap_channels
 from dynarank.decompositions.zero_join import zero_join_factors
 from dynarank.forms import Adapted, Form, FullRank, LowRank
+from dynarank.layers.transforms import is_transformed
 
 __all__ = ["ResolvedWeight", "WeightSpec"]
 
@@ -194,6 +195,8 @@ class ResolvedWeight:
     def base(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """The base from a module's parameters, in the module's layout."""
         base, span = parameters[self.names[0]], self.spec.span
+        if base.requires_grad and isinstance(self.form, Adapted) and not is_transformed():
+            base = base.detach()  # frozen, whatever model.requires_grad_() has set
         return base if span is None else base[span]
 
     def joined(self, parameters: Mapping[str, Tensor]) -> Tensor:

@@ -112,7 +112,7 @@ class SpectralMonitor:
 
     def _guess(self) -> float:
         """The expected duration of the first reading in seconds, from the time of a small one."""
-        small = torch.eye(_SMALL)
+        small = torch.eye(_SMALL, device="cpu")
         began = self._pace.clock()
         singular_values(small)
         rate = (self._pace.clock() - began) / _work((_SMALL, _SMALL))

@@ -57,7 +57,7 @@ class Forecast:
             or an ``every`` that is no number of steps.
 
     Example:
-        >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
+        >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1, device="cpu"))], lr=1.0)
         >>> scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [50], 0.1)
         >>> forecast = Forecast(scheduler, total_steps=100)
         >>> forecast.rates  # unknown until the scheduler has been stepped
@@ -277,7 +277,7 @@ def _detached(lr_scheduler: Any) -> Any:
     try:
         for group in optimizer.param_groups:
             options = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
-            groups.append({"params": [Parameter(torch.zeros(1))], **options})
+            groups.append({"params": [Parameter(torch.zeros(1, device="cpu"))], **options})
         own = torch.optim.SGD(groups, lr=0.0)
         own._opt_called = True  # type: ignore[attr-defined]  # torch looks whether it was stepped
         return copy.deepcopy(lr_scheduler, {id(optimizer): own})

@@ -303,9 +303,26 @@ def like_old(
     model = old[0] if whole else old[-1]
     value = value.detach().to(model.device, dtype or model.dtype)
     value = value.clone() if value.is_inference() else value  # which autograd could not save
-    if last is not None and any(
-        p.ndim == value.ndim and p.is_contiguous(memory_format=last) and not p.is_contiguous()
-        for p in old
-    ):
-        return value.contiguous(memory_format=last)
-    return value.contiguous()
+    if last is not None and any(map(_is_channels_last, old)):
+        return _laid_out(value, last)
+    return _laid_out(value, torch.contiguous_format)
+
+
+def _is_channels_last(p: Tensor) -> bool:
+    """Whether it is channels-last by its strides, those of sides of 1 included.
+
+    They alone tell the format of CP's factors, each of which is the same memory in either.
+    """
+    if (last := _CHANNELS_LAST.get(p.ndim)) is None:
+        return False
+    return _strides(p, torch.contiguous_format) != p.stride() == _strides(p, last)
+
+
+def _laid_out(value: Tensor, layout: torch.memory_format) -> Tensor:
+    """The value in this memory format, strides of sides of 1 included."""
+    value = value.contiguous(memory_format=layout)
+    return value.as_strided(value.shape, _strides(value, layout))
+
+
+def _strides(tensor: Tensor, layout: torch.memory_format) -> tuple[int, ...]:
+    return torch.empty(tensor.shape, device="meta", memory_format=layout).stride()

@@ -229,7 +229,7 @@ def _states(
     ]
     if options[0].get("momentum") and options[0].get("fused"):
         # Fused SGD wants a buffer in all or in none.
-        moved = [state or {"momentum_buffer": torch.zeros(())} for state in moved]
+        moved = [state or {"momentum_buffer": torch.zeros((), device="cpu")} for state in moved]
     whole = not any(p.requires_grad for p in new)  # frozen; else a frozen factor has no state
     pairs = zip(new, moved, strict=True)
     kept = [(p, _fit(s, p, like, layout)) for p, s in pairs if s and (p.requires_grad or whole)]

@@ -35,7 +35,7 @@ def unwatch_steps(watcher: Watcher) -> None:
 
 def trains(optimizer: Optimizer) -> bool:
     """Whether its next step may change a parameter: torch's DCP makes states by one of rate 0."""
-    rates = [torch.as_tensor(group.get("lr", 1)) for group in optimizer.param_groups]
+    rates = [torch.as_tensor(group.get("lr", 1), device="cpu") for group in optimizer.param_groups]
     return any(bool(rate.any()) for rate in rates)
 
 

@@ -188,7 +188,7 @@ class _Adagrad(StateLayout):
         # Until torch 2.12 it makes its state only once.
         step = self.common(states)["step"]
         new = torch.zeros_like(step) if restart else step
-        return {"step": new, "sum": torch.tensor(self._began(group))}
+        return {"step": new, "sum": torch.tensor(self._began(group), device=step.device)}
 
     def _began(self, group: Mapping[str, Any]) -> float:
         return float(group["initial_accumulator_value"])

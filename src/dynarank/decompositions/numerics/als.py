@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,10 +107,11 @@ def _right_vectors(slices: Tensor, fine: bool) -> Tensor:
 
 def _other_starts(tensor: Tensor, rank: int) -> Iterator[Factors]:
     """One start from singular vectors of the unfoldings, padded at random; then random starts."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
+    options: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # as the generator
     for trial in range(1 + RANDOM_STARTS):
         factors = [
-            torch.randn(size, rank, generator=generator, dtype=torch.float64).to(tensor)
+            torch.randn(size, rank, generator=generator, **options).to(tensor)
             for size in tensor.shape
         ]
         for mode, factor in enumerate(factors if trial == 0 else []):

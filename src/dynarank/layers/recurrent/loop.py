@@ -133,9 +133,10 @@ def mirror(sizes: Tensor) -> Tensor:
         tensor([4, 3, 2, 1, 0])
     """
     offsets = sizes.cumsum(0) - sizes
-    step = torch.repeat_interleave(torch.arange(len(sizes)), sizes)
-    sequence = torch.arange(len(step)) - offsets[step]
-    lengths = (sizes.unsqueeze(0) > torch.arange(int(sizes[0])).unsqueeze(1)).sum(1)
+    step = torch.repeat_interleave(torch.arange(len(sizes), device=sizes.device), sizes)
+    sequence = torch.arange(len(step), device=sizes.device) - offsets[step]
+    rows = torch.arange(int(sizes[0]), device=sizes.device)
+    lengths = (sizes.unsqueeze(0) > rows.unsqueeze(1)).sum(1)
     return offsets[lengths[sequence] - 1 - step] + sequence
 
 
