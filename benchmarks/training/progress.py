@@ -19,7 +19,7 @@ def status(names: Sequence[str], results: Path) -> None:
     """Print how far these experiments are."""
     print(f"{'':20}{'reported runs':>16}{'tuning runs':>13}{'CPU time':>11}{'to do, about':>14}")
     for name in names:
-        print(_line(name, get(name), of_one_problem(Store(name, results).runs())))
+        print(_line(name, get(name), of_one_problem(Store(name, results).runs(get(name).metric))))
 
 
 def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:

@@ -426,9 +426,18 @@ DAMAGED = ['{"version":1,', "", "[1]", "{}", '"x"', '{"version":1}'] + [
         {"seed": None}, {"seed": "0"}, {"seed": True}, {"part": "train"}, {"experiment": "b"},
         {"setting": {"speed": 1}},
         {"setting": {"rate": 1.0}}, {"setting": {**asdict(Setting()), "speed": 1}},
+        {"setting": {**asdict(Setting()), "rate": "1"}},
+        {"setting": {**asdict(Setting()), "rate": 0}},
+        {"setting": {**asdict(Setting()), "start": 1}},
         {"result": {"accuracy": "50"}}, {"result": {"loss": math.nan}},
-        {"flops": math.inf}, {"flops": None}, {"points": {}}, {"changes": None},
+        {"result": {"accuracy": True}}, {"result": {"accuracy": None}}, {"result": {"loss": 1.0}},
+        {"result": {"accuracy": 10**400}}, {"full_rank_seconds": "1"}, {"full_rank_seconds": 0},
+        {"flops": math.inf}, {"flops": None}, {"flops": -1}, {"flops": 0}, {"steps": 0},
+        {"cpu_seconds": -1.0}, {"rate": True}, {"points": {}}, {"changes": None},
     )
+] + [
+    json.dumps({"version": 1, **record(points=[{"flops": 1.5}])}).replace(*figures)
+    for figures in (("1.5", "1e999"), ("50.0", "1e999"), ("50.0", "-1e999"))
 ]  # fmt: skip
 
 
@@ -437,7 +446,7 @@ def test_damaged_records_are_refused_by_file_and_line(tmp_path: Path, damaged: s
     good = json.dumps({"version": 1, **record()})
     (tmp_path / "a.jsonl").write_text(f"{good}\n{damaged}\n{good}\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2, is no record .* take that line out"):
-        Store("a", tmp_path).runs()
+        Store("a", tmp_path).runs("accuracy")
 
 
 @pytest.mark.parametrize("name", [name for name in record() if name != "schedule"])

@@ -95,7 +95,7 @@ class Summaries:
         folder: Path = ROOT,
     ) -> None:
         self.name, self.experiment, self.folder = name, experiment or get(name), folder
-        records = Store(name, folder).runs() if runs is None else runs
+        records = Store(name, folder).runs(self.experiment.metric) if runs is None else runs
         same = of_one_problem(records)
         every = {arm.name: matching(arm, self.experiment, same) for arm in self.experiment.arms}
         counted = [run for runs in every.values() for run in first_of_each_seed(runs)]

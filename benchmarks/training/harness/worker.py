@@ -146,7 +146,7 @@ class Worker:
 
     def _runs(self, name: str) -> list[Run]:
         """The recorded runs of the problem as it is now; of the last one if its data is absent."""
-        runs = Store(name, self.results).runs()
+        runs = Store(name, self.results).runs(get(name).metric)
         with suppress(*_ABSENT):
             return of_one_problem(runs, self.defined(name))
         return of_one_problem(runs)
@@ -156,7 +156,7 @@ class Worker:
         if name in self.told:
             return
         self.told.add(name)
-        runs = Store(name, self.results).runs()
+        runs = Store(name, self.results).runs(get(name).metric)
         with suppress(*_ABSENT):  # without the data nobody knows
             if others := len(runs) - len(of_one_problem(runs, self.defined(name))):
                 names = ", ".join(changed(runs, self.defined(name))) or "rate, steps or network"
