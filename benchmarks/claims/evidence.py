@@ -9,6 +9,7 @@ from statistics import fmean
 from benchmarks.training.harness import statistics, tuning
 from benchmarks.training.harness.arm import Setting
 from benchmarks.training.harness.comparison import LIKE, same_order
+from benchmarks.training.harness.jobs import as_run
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import ALL_FLOPS, CHEAP, FEW, FULL, Summaries
 from benchmarks.training.harness.tables import around, digits, verdict
@@ -527,8 +528,9 @@ def rate(name: str, arm: str) -> float:
 def tuned(name: str, arm: str) -> dict[Setting, float]:
     """Return what an arm's settings gave in the runs that chose one, by means; larger is better."""
     experiment = found(name).experiment
-    lead = experiment.trained(arm, "valid")
     runs = Store(name).runs()
+    lead = as_run(experiment.by_name[arm], experiment, runs, "valid")
+    assert lead is not None
     every = tuning.found(lead, runs, experiment.metric, experiment.higher, experiment.tuning)
     return {setting: fmean(results.values()) for setting, results in every.items()}
 

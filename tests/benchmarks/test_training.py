@@ -23,7 +23,7 @@ import dynarank as dr
 from benchmarks.training import progress
 from benchmarks.training.__main__ import main
 from benchmarks.training.harness import arms
-from benchmarks.training.harness.arm import Arm, Setting
+from benchmarks.training.harness.arm import Arm, Setting, schedule_data
 from benchmarks.training.harness.arms import on_few
 from benchmarks.training.harness.calibration import key
 from benchmarks.training.harness.energy import counters, joules
@@ -32,10 +32,11 @@ from benchmarks.training.harness.extras import decay_products
 from benchmarks.training.harness.jobs import (
     WAITING,
     Job,
+    as_run,
     at_an_end,
+    others,
     ready,
     reported,
-    schedule_data,
     schedule_of,
     setting_of,
     timed,
@@ -266,8 +267,9 @@ def test_each_arm_is_tuned_by_itself_and_arms_of_a_family_on_the_first() -> None
 
 def test_only_tuning_runs_of_the_wanted_length_count() -> None:
     short = experiment(replace(FULL, rates=(1.0,)), tuning_length=0.25)
-    assert short.trained("full rank", "valid").length == 0.25
-    assert short.trained("full rank", "test").length == 1.0
+    arm = short.arms[0]
+    for part, length in (("valid", 0.25), ("test", 1.0)):
+        assert replace(arm, length=length) == as_run(arm, short, [], part)
     whole = [run("full rank", 1.0, Setting()) | {"length": 1.0}]
     assert {job.part for job in ready("tiny", short, whole)} == {"valid"}
     quarter = [run("full rank", 1.0, Setting()) | {"length": 0.25}]
@@ -368,11 +370,39 @@ def test_runs_of_an_arm_that_was_made_otherwise_do_not_count(part: str) -> None:
     one = experiment(replace(FULL, rates=(1.0,)))
     tuned = [run("full rank", 1.0, Setting())] if part == "test" else []
     runs = [run("full rank", 2.0, Setting(), 0 if part == "test" else 100, part)]
-    others = [{**runs[0], name: "else"} for name in (*FULL.options, "length")]
+    others = [{**runs[0], name: "else"} for name in FULL.options]
     missing = len(ready("tiny", one, tuned))
     assert len(ready("tiny", one, [*tuned, *others])) == missing
     assert len(ready("tiny", one, [*tuned, *runs])) != missing
     assert one.arms[0].made({**runs[0], **FULL.options}) and one.arms[0].made(runs[0])
+
+
+def test_arms_are_tuned_again_on_another_schedule_of_the_first_of_their_family() -> None:
+    first, second = (replace(a, rates=(1.0,)) for a in arms.fixed_ranks(shares=(1 / 4, 1 / 2)))
+    first, second = (replace(a, starts=("norm",), decays=("factors",)) for a in (first, second))
+    one = experiment(first, second)
+    tuned = {**run(first.name, 1.0, Setting(start="norm")), **first.options}
+    assert setting_of(second, one, [tuned]) == setting_of(first, one, [tuned]) is not None
+    other = experiment(replace(first, schedule=low_rank(dr.Rank(1 / 16))), second)
+    assert setting_of(other.arms[0], other, [tuned]) is None
+    assert setting_of(second, other, [tuned]) is None
+    assert others(other, [tuned]) == {first.name: [["schedule"]]}
+    assert others(one, [tuned, run("full rank", 1.0, Setting(), 0, "test")]) == {}
+    half = replace(one, tuning_length=0.5)
+    assert others(half, [tuned]) == {first.name: [["length"]]}
+
+
+def test_an_arm_is_another_with_another_function_of_its_own() -> None:
+    def one(problem: Tiny, model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+        return problem.optimizer(model, rate)
+
+    def other(problem: Tiny, model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+        return problem.optimizer(model, 2 * rate)
+
+    arm = replace(FULL, optimizer=one)
+    recorded = {**run("full rank", 1.0, Setting()), **arm.options, "source": "other"}
+    assert arm.changed(recorded) == ["source"] and "source" not in FULL.options
+    assert arm.options["optimizer"] != replace(FULL, optimizer=other).options["optimizer"]
 
 
 def _append(path: Path, who: int) -> None:

@@ -58,7 +58,7 @@ def test_the_same_command_gives_the_same_records(tmp_path: Path, monkeypatch) ->
 
 
 @pytest.mark.parametrize(
-    "change", ["rate", "steps", "decay", "data", "penalty", "narrow", "code", "results"]
+    "change", ["rate", "steps", "decay", "data", "penalty", "narrow", "code", "method", "results"]
 )
 def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, monkeypatch, change: str) -> None:
     left(workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE)))
@@ -76,6 +76,8 @@ def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, monkeypatch, ch
         arm = replace(arm, penalty="soft")
     elif change == "narrow":
         arm = replace(arm, narrow=0.5)
+    elif change == "method":
+        monkeypatch.setattr(Tiny, "factor", lambda *_: 0.5)
     elif change == "code":
         monkeypatch.setattr("benchmarks.training.harness.identity.code", lambda: "other")
     begun = []

@@ -93,6 +93,9 @@ def _unfinished(found: Summaries) -> Iterator[str]:
     """What is missing of the experiment, does not count, or diverged."""
     if found.others:
         yield f"Not counted: {found.others} runs of what the problem was before."
+    if found.others_of:
+        words = "; ".join(f"{arm} ({n})" for arm, n in found.others_of.items())
+        yield f"Not counted: runs of what these arms were before: {words}."
     if found.twice:
         yield f"On record more than once, the first counts: {'; '.join(found.twice)}."
     wanted = len(found.experiment.seeds)

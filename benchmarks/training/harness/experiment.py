@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import benchmarks.training.experiments as folder
 from benchmarks.training.harness.arm import Arm
-from benchmarks.training.problems.problem import Part, Problem
+from benchmarks.training.problems.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,6 @@ class Experiment:
     def tuned(self, arm: Arm) -> Arm:
         """The arm of its kind on which this arm's setting is chosen."""
         return next(other for other in self.arms if other.kind == arm.kind)
-
-    def trained(self, arm: str, part: Part) -> Arm:
-        """The arm of this name, with the length of a run that tunes or of one that is reported."""
-        found = self.by_name[arm]
-        share = self.tuning_length if part == "valid" else 1.0
-        return replace(found, length=share * found.length)
 
 
 @cache

@@ -15,6 +15,7 @@ from benchmarks.training.harness.jobs import (
     at_an_end,
     first_of_each_seed,
     matching,
+    others,
     timed,
     timed_on,
 )
@@ -101,6 +102,8 @@ class Summaries:
         counted = [run for runs in every.values() for run in first_of_each_seed(runs)]
         self.others = len(records) - len(same)
         """Runs on record of what the problem was before."""
+        self.others_of = {arm: len(of) for arm, of in others(self.experiment, same).items()}
+        """By arm, how many are of what it was before."""
         self.hardware = timed_on(every.values())
         """That on which seconds are compared."""
         self.repeated, self.twice = set[str](), list[str]()
