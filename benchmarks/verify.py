@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks.training.harness import evidence
+from benchmarks.training.harness.experiment import broken, names
 
 ROOT = Path(__file__).parents[1]
 _WRITE = "python -m benchmarks.training write"
@@ -237,6 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--page", choices=pages(), metavar="PAGE", help="check this page alone")
     page = parser.parse_args(arguments).page
+    if unusable := broken(names()):
+        print("\n".join(f"{why}; mend it or take it out" for why in unusable.values()))
+        return 1
     checked = [check(name) for name in ([page] if page else pages())]
     wrong = [*chain.from_iterable(found for _, found in checked)]
     wrong += [] if page else [*without_page(), *without_place(), *stale_pictures()]

@@ -27,7 +27,7 @@ from benchmarks.training.harness.arm import Arm, Setting, schedule_data
 from benchmarks.training.harness.arms import on_few
 from benchmarks.training.harness.calibration import key
 from benchmarks.training.harness.energy import counters, joules
-from benchmarks.training.harness.experiment import get, names
+from benchmarks.training.harness.experiment import Experiment, get, names
 from benchmarks.training.harness.extras import decay_products
 from benchmarks.training.harness.jobs import (
     WAITING,
@@ -257,7 +257,7 @@ def test_each_arm_is_tuned_by_itself_and_arms_of_a_family_on_the_first() -> None
     half, most = arms.decays(0.5, 0.65)
     ranks = arms.fixed_ranks(shares=(1 / 4, 1 / 2))
     one = experiment(half, most, *ranks)
-    assert [one.tuned(arm).name for arm in one.arms] == [
+    assert [one.tuned(arm).name for arm in one.arms[:4]] == [
         "decay 0.5", "decay 0.65", "fixed 1/4", "fixed 1/4",
     ]  # fmt: skip
     runs = [run("decay 0.5", v, Setting(r)) for r, v in ((0.5, 1.0), (1.0, 3.0), (2.0, 2.0))]
@@ -286,12 +286,26 @@ def test_seeds_that_are_reported_are_not_tuned_on() -> None:
         assert one.arms[0].name == "full rank"
 
 
+def test_an_experiment_has_full_rank_and_arms_in_order() -> None:
+    full, *_ = arms.full_rank()
+    with pytest.raises(ValueError, match=r"named 'full rank'.*begin the arms with \*arms.full"):
+        Experiment("mine", Tiny, [DECAY])
+    with pytest.raises(ValueError, match="two arms are named 'decay'"):
+        Experiment("mine", Tiny, [full, DECAY, DECAY])
+    for wrong in ([full, *arms.matched([DECAY]), DECAY], [full, *arms.matched([DECAY])]):
+        with pytest.raises(ValueError, match="'fixed as decay' spends what 'decay' does; put"):
+            Experiment("mine", Tiny, wrong)
+    Experiment("mine", Tiny, [full, DECAY, *arms.matched([DECAY])])
+
+
 def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:
     like = arms.matched([DECAY])[0]
     like = replace(like, starts=("truncated",), decays=("factors",), rates=(1.0,))
     ranks = replace(FIXED, rates=(1.0,), family="fixed")
-    one = experiment(ranks, replace(DECAY, rates=(1.0,)), like)
-    runs = [run("fixed 1/4", 1.0, Setting()), run("decay", 1.0, Setting())]
+    full = replace(FULL, rates=(1.0,))
+    one = experiment(ranks, replace(DECAY, rates=(1.0,)), like, full)
+    runs = [run(name, 1.0, Setting()) for name in ("fixed 1/4", "decay", "full rank")]
+    runs += [run("full rank", 1.0, Setting(), seed, "test") for seed in (0, 1)]
     assert schedule_of(like, one, runs) is WAITING
     jobs = ready("tiny", one, runs)
     assert Counter(job.arm for job in jobs) == {"fixed 1/4": 2, "decay": 2}

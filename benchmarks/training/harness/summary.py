@@ -10,7 +10,7 @@ from statistics import fmean
 
 from benchmarks.training.harness.calibration import share
 from benchmarks.training.harness.definition import of_one_problem
-from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.experiment import FULL, Experiment, get
 from benchmarks.training.harness.jobs import (
     at_an_end,
     first_of_each_seed,
@@ -23,7 +23,7 @@ from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import ROOT, Store
 
-FULL, ALL_FLOPS, SECONDS = "full rank", "all_flops", "cpu_seconds"
+ALL_FLOPS, SECONDS = "all_flops", "cpu_seconds"
 FEW = ", 8 batches"
 """Ends the name of an arm that calibrates on fewer batches than the arm named before it."""
 CHEAP, CHEAP_END = 0.65, 0.6
