@@ -34,6 +34,7 @@ from benchmarks.training.harness.jobs import (
     Job,
     as_run,
     at_an_end,
+    never,
     others,
     ready,
     reported,
@@ -296,6 +297,21 @@ def test_an_experiment_has_full_rank_and_arms_in_order() -> None:
         with pytest.raises(ValueError, match="'fixed as decay' spends what 'decay' does; put"):
             Experiment("mine", Tiny, wrong)
     Experiment("mine", Tiny, [full, DECAY, *arms.matched([DECAY])])
+
+
+def test_why_an_arm_is_never_run() -> None:
+    like, led = (Arm(f"fixed as {i}", None, (1.0,), family="fixed", spends="decay") for i in "ab")
+    after = Arm("fixed as fixed", None, (1.0,), spends="fixed as a")
+    one = experiment(replace(DECAY, rates=(1.0,)), like, led, after)
+    runs = [run("decay", None, Setting()), run("decay", None, Setting(), 0, "test")]
+    assert never(like, one, runs) is None  # it waits
+    runs += [run("decay", None, Setting(), 1, "test")]
+    assert never(like, one, runs) == "'decay' diverged on all seeds"
+    assert never(led, one, runs) == "'fixed as a' is not, since 'decay' diverged on all seeds"
+    assert str(never(after, one, runs)).startswith("'fixed as a' is not, since")
+    dear = [{**r, "result": {"accuracy": 1.0}, "flops": 0.98} for r in runs]
+    assert never(like, one, dear) == "'decay' costs more than any low rank"
+    assert never(one.by_name["decay"], one, runs) is None
 
 
 def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:

@@ -102,7 +102,9 @@ def _unfinished(found: Summaries) -> Iterator[str]:
     ran = Counter(run["arm"] for run in found.diverged)
     ran.update({arm: one.n for arm, one in found.arms.items()})
     short = {arm: n for arm, n in ran.items() if n < wanted}
-    missing = [a.name for a in found.experiment.arms if a.name not in ran and not a.spends]
+    missing = [
+        a.name for a in found.experiment.arms if a.name not in ran and a.name not in found.never
+    ]
     if short or missing:
         words = [*(f"{arm} (n = {n})" for arm, n in short.items()), *missing]
         yield f"Not run yet on all {wanted} seeds: {', '.join(words)}."

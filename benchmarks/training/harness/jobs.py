@@ -181,10 +181,17 @@ def _has_run(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
     return len(counted(arm, experiment, runs)) == len(experiment.seeds)
 
 
-def never(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
-    """Whether it is fixed low rank for an arm that costs more than any low rank."""
-    waiting = schedule_of(arm, experiment, runs) is WAITING
-    return waiting and waits_for(arm, experiment, runs) is None
+def never(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> str | None:
+    """Why an arm is never run: low rank cannot cost as much as another arm, or that diverged."""
+    lead, other = experiment.tuned(arm), experiment.by_name.get(arm.spends or "", arm)
+    for one in (lead, other):
+        if one is not arm and (why := never(one, experiment, runs)):
+            return f"{one.name!r} is not, since {why}"
+    if schedule_of(arm, experiment, runs) is not WAITING or waits_for(arm, experiment, runs):
+        return None
+    diverged = not _spent(other, experiment, runs)
+    what = "diverged on all seeds" if diverged else "costs more than any low rank"
+    return f"{other.name!r} {what}"
 
 
 def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting | None:
@@ -222,8 +229,13 @@ def schedule_of(
     """
     if arm.spends is None:
         return arm.schedule
-    other = counted(experiment.by_name[arm.spends], experiment, runs)
-    spent = [run["flops"] for run in other if run["result"]]  # one that diverged has few
-    if len(other) < len(experiment.seeds) or not spent or fmean(spent) > _MOST:
+    other = experiment.by_name[arm.spends]
+    spent = _spent(other, experiment, runs)
+    if not _has_run(other, experiment, runs) or not spent or fmean(spent) > _MOST:
         return WAITING
     return low_rank(budget=round(fmean(spent), 3))
+
+
+def _spent(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[float]:
+    """The FLOPs of the runs of an arm, but for those that diverged: they have few."""
+    return [run["flops"] for run in counted(arm, experiment, runs) if run["result"]]

@@ -15,6 +15,7 @@ from benchmarks.training.harness.jobs import (
     at_an_end,
     first_of_each_seed,
     matching,
+    never,
     others,
     timed,
     timed_on,
@@ -28,7 +29,7 @@ FEW = ", 8 batches"
 """Ends the name of an arm that calibrates on fewer batches than the arm named before it."""
 CHEAP, CHEAP_END = 0.65, 0.6
 """The most that an arm and its last network may cost to count as cheap, of full rank's FLOPs."""
-_ALIKE = 0.015
+ALIKE = 0.015
 """Arms whose shares of the FLOPs differ by no more are compared at equal FLOPs."""
 
 
@@ -104,6 +105,12 @@ class Summaries:
         """Runs on record of what the problem was before."""
         self.others_of = {arm: len(of) for arm, of in others(self.experiment, same).items()}
         """By arm, how many are of what it was before."""
+        self.never = {
+            arm.name: why
+            for arm in self.experiment.arms
+            if (why := never(arm, self.experiment, same))
+        }
+        """Why some arms are never run."""
         self.hardware = timed_on(every.values())
         """That on which seconds are compared."""
         self.repeated, self.twice = set[str](), list[str]()
@@ -187,19 +194,18 @@ class Summaries:
         return few if few in self.arms else f"decay {budget}"
 
     def counterpart(self, arm: str) -> str | None:
-        """Fixed low rank of the same FLOPs: that made for the arm, or the nearest one of about."""
+        """Fixed low rank of about the same FLOPs: that made for the arm, or else the nearest."""
         if arm == FULL or arm.startswith("fixed"):
             return None
-        if (like := f"fixed as {arm}") in self.arms:
-            return like
         cost = self.arms[arm].mean("flops")
         distances = {
-            name: abs(one.mean("flops") - cost)
+            name: distance
             for name, one in self.arms.items()
-            if name.startswith("fixed")
+            if name.startswith("fixed") and (distance := abs(one.mean("flops") - cost)) <= ALIKE
         }
-        near = min(distances, key=distances.__getitem__, default=None)
-        return near if near is not None and distances[near] <= _ALIKE else None
+        if (like := f"fixed as {arm}") in distances:
+            return like
+        return min(distances, key=distances.__getitem__, default=None)
 
     def front(self, cost: str = ALL_FLOPS) -> set[str]:
         """The whole arms that no other of these beats at their cost or less, by means."""

@@ -28,7 +28,7 @@ from benchmarks.training.harness.arm import Arm
 from benchmarks.training.harness.definition import changed, defined, of_one_problem
 from benchmarks.training.harness.experiment import get
 from benchmarks.training.harness.identity import code, commit, digest, fingerprint
-from benchmarks.training.harness.jobs import Job, as_run, others, ready, waits_for
+from benchmarks.training.harness.jobs import Job, as_run, never, others, ready, waits_for
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.spectra import digits
 from benchmarks.training.harness.store import ROOT, Store
@@ -106,11 +106,17 @@ class Worker:
         """Leave out by name what cannot be run before another arm, which has not been."""
         for name in (one for one in self.experiments if (one,) not in self.left_out):
             for arm in get(name).arms:
-                other = waits_for(arm, get(name), self._runs(name))
-                if other is not None and self._wanted(name, arm.name):
-                    out = (name, other) in self.left_out
-                    fix = ", which is left out" if out else "; name that after --arms too"
-                    self._leave_out(f"it waits for {other!r}{fix}", name, arm.name)
+                if self._wanted(name, arm.name):
+                    self._name(arm, name)
+
+    def _name(self, arm: Arm, name: str) -> None:
+        about = arm, get(name), self._runs(name)
+        if why := never(*about):
+            print(f"{name}: {arm.name} is never run: {why}", file=sys.stderr, flush=True)
+        elif (other := waits_for(*about)) is not None:
+            out = (name, other) in self.left_out
+            fix = ", which is left out" if out else "; name that after --arms too"
+            self._leave_out(f"it waits for {other!r}{fix}", name, arm.name)
 
     def _next(self) -> bool | None:
         """Take a run that nobody has, and do it.
@@ -209,6 +215,9 @@ class Worker:
         runs = self._runs(job.experiment)
         arm = as_run(experiment.by_name[job.arm], experiment, runs, job.part)
         assert arm is not None, f"{job} waits"
+        if round(arm.length * problem.steps) < 1:
+            why = f"{arm.length:g} of {problem.steps} steps is no step"
+            return self._leave_out(f"{why}; train it longer", job.experiment, job.arm)
         what = described(job, problem, arm) | {"problem": self.defined(job.experiment)}
         folder = self.scratch / f"{job.key}.{fingerprint(what, self.place['versions'])}"
         about = problem, arm, job.setting, job.seed, arm.schedule, job.part == "test"
