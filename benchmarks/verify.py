@@ -33,6 +33,7 @@ from types import ModuleType
 
 from benchmarks.claims.words import IN_WORDS, WORD
 from benchmarks.training.harness import evidence
+from benchmarks.training.harness.experiment import broken, names
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "docs" / "images" / "demo.svg"
@@ -273,6 +274,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--page", choices=pages(), metavar="PAGE", help="check this page alone")
     page = parser.parse_args(arguments).page
+    if unusable := broken(names()):
+        print("\n".join(f"{why}; mend it or take it out" for why in unusable.values()))
+        return 1
     checked = [check(name) for name in ([page] if page else pages())]
     wrong = [*chain.from_iterable(found for _, found in checked)]
     wrong += [] if page else [*without_page(), *without_place(), *stale_pictures()]

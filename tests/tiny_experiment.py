@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,10 @@ class Tiny(Rows):
 
 
 def experiment(*chosen: Arm, **options: object) -> Experiment:
+    """An experiment of these arms, and full rank if that is not one of them."""
+    more = [] if any(arm.name == FULL.name for arm in chosen) else [replace(FULL, rates=(1.0,))]
     options = {"seeds": (0, 1), "tuning": (100,), "points": 4, **options}
-    return Experiment("tiny", Tiny, list(chosen), **options)  # pyright: ignore
+    return Experiment("tiny", Tiny, [*chosen, *more], **options)  # pyright: ignore
 
 
 def trial(

@@ -9,6 +9,7 @@ from statistics import fmean
 from benchmarks.training.harness import statistics, tuning
 from benchmarks.training.harness.arm import Setting
 from benchmarks.training.harness.record import Run
+from benchmarks.training.harness.jobs import as_run
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import FULL, Summaries
 from benchmarks.training.harness.tables import digits
@@ -71,10 +72,10 @@ def of_experiment(name: str) -> list[Run]:
 def tuned(name: str, arm: str) -> dict[Setting, float]:
     """Return what an arm's settings gave in the runs that chose one, by means; larger is better."""
     experiment = found(name).experiment
-    lead = experiment.trained(arm, "valid")
-    every = tuning.found(
-        lead, of_experiment(name), experiment.metric, experiment.higher, experiment.tuning
-    )
+    runs = of_experiment(name)
+    lead = as_run(experiment.by_name[arm], experiment, runs, "valid")
+    assert lead is not None
+    every = tuning.found(lead, runs, experiment.metric, experiment.higher, experiment.tuning)
     return {setting: fmean(results.values()) for setting, results in every.items()}
 
 

@@ -40,16 +40,21 @@ def main() -> None:
     """Read the command line."""
     parser = _parser()
     given = parser.parse_args()
-    from benchmarks.training.harness.experiment import get, names
+    from benchmarks.training.harness.experiment import broken, get, names
 
     if unknown := sorted(set(given.experiments) - set(names())):
         parser.error(f"no such experiment: {', '.join(unknown)}; there are {', '.join(names())}")
-    given.experiments = given.experiments or list(names())
+    wrong = broken(given.experiments or names())
+    for name, why in wrong.items():
+        print(f"{name} is left out: {why}", file=sys.stderr, flush=True)
+    if wrong and given.do is _write:
+        sys.exit("nothing is written")
+    given.experiments = [name for name in given.experiments or names() if name not in wrong]
     arms = {arm.name for name in given.experiments for arm in get(name).arms}
     for pattern in getattr(given, "arms", ()):
         if not fnmatch.filter(arms, pattern):
             parser.error(f"no arm is like {pattern!r}; experiments are named before --arms")
-    sys.exit(given.do(given))
+    sys.exit((given.do(given) if given.experiments else 0) or int(bool(wrong)))
 
 
 def _parser() -> argparse.ArgumentParser:

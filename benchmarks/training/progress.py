@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.training.harness import evidence, pictures
@@ -12,14 +12,14 @@ from benchmarks.training.harness.experiment import Experiment, get
 from benchmarks.training.harness.jobs import never, reported, untimed
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.store import Store
-from benchmarks.training.harness.summary import FULL, Summaries
+from benchmarks.training.harness.summary import ALIKE, FULL, Summaries
 
 
 def status(names: Sequence[str], results: Path) -> None:
     """Print how far these experiments are."""
     print(f"{'':20}{'reported runs':>16}{'tuning runs':>13}{'CPU time':>11}{'to do, about':>14}")
     for name in names:
-        print(_line(name, get(name), of_one_problem(Store(name, results).runs())))
+        print(_line(name, get(name), of_one_problem(Store(name, results).runs(get(name).metric))))
 
 
 def _line(name: str, experiment: Experiment, runs: Sequence[Run]) -> str:
@@ -56,10 +56,22 @@ def table(name: str, results: Path, folder: Path | None) -> None:
     for part in evidence.block(found).split("\n\n"):
         if not part.startswith("!["):
             print(_aligned(part) if part.startswith("|") else part, end="\n\n")
+    for note in _notes(found):
+        print(note, end="\n\n")
     if folder is not None:
         draw = pictures.times if name.endswith("grid") else pictures.fronts
         draw(found, path := folder / f"{name}.svg")
         print(path)
+
+
+def _notes(found: Summaries) -> Iterator[str]:
+    """Which arms have no counterpart, and which never run."""
+    without = [arm for arm in found.arms if not arm.startswith("fixed") and arm != FULL]
+    if without := [arm for arm in without if found.counterpart(arm) is None]:
+        what = f"Without fixed low rank of the same FLOPs, within {ALIKE:g} of full rank's"
+        yield f"{what}: {'; '.join(without)}."
+    if found.never:
+        yield f"Never run: {'; '.join(f'{arm} ({why})' for arm, why in found.never.items())}."
 
 
 def _aligned(rows: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_experiment import FULL, Tiny, experiment
+from tiny_experiment import DECAY, FULL, Tiny, experiment
 
-from benchmarks.training.harness import worker
-from benchmarks.training.harness.arm import named
+from benchmarks.training.harness import evidence, worker
+from benchmarks.training.harness.arm import Arm, named
 from benchmarks.training.harness.definition import changed, defined, is_of, of_one_problem
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import Summaries
 from benchmarks.training.harness.worker import Worker
+from benchmarks.training.problems.tabular import Table
+from dynarank.schedules import decay
 
 ONE_RATE = replace(FULL, rates=(1.0,))
 
@@ -38,6 +41,7 @@ def altered(name: str, value: Any) -> Tiny:
 CHANGES = [
     ("rate", 0.02), ("steps", 30), ("batch_size", 4), ("weight_decay", 0.1), ("max_norm", 1.0),
     ("calibrated_on", 4), ("bf16", True), ("layers", ["0"]), ("network", None),
+    ("drops", (0.6, 0.85)), ("weights", [[1, 2.0], [3, 4.0]]), ("labels", list(range(1000))),
     ("data", "train"), ("data", "valid"), ("data", "test"),
 ]  # fmt: skip
 
@@ -48,6 +52,13 @@ def test_every_change_of_a_problem_makes_its_runs_others(name: str, value: Any) 
     run = {"problem": before}
     assert is_of(run, defined(Tiny())) and not is_of(run, now)
     assert name in changed([run], now)
+
+
+def test_settings_are_as_in_a_record() -> None:
+    now = defined(altered("max_norm", [1.0, float("inf")]))
+    assert is_of({"problem": json.loads(json.dumps(now, allow_nan=False))}, now)
+    assert len(json.dumps(defined(altered("labels", list(range(1000)))))) < 1500
+    assert "source" not in defined(Table())
 
 
 def test_one_other_label_is_other_data() -> None:
@@ -94,8 +105,8 @@ def test_defining_a_problem_draws_nothing() -> None:
     assert drawn == torch.rand(())
 
 
-def work(folder: Path, monkeypatch: pytest.MonkeyPatch, problem: Any) -> list[Run]:
-    one = replace(experiment(ONE_RATE), problem=problem)
+def work(folder: Path, monkeypatch: pytest.MonkeyPatch, problem: Any, *arms: Arm) -> list[Run]:
+    one = replace(experiment(ONE_RATE, *arms), problem=problem)
     monkeypatch.setattr(worker, "get", {"tiny": one}.__getitem__)
     Worker(["tiny"], folder, folder / "scratch", folder / "results").work()
     return Store("tiny", folder / "results").runs()
@@ -113,6 +124,34 @@ def test_a_changed_experiment_is_run_again_and_says_so(
     found = Summaries("tiny", runs, experiment(ONE_RATE))
     assert found.arms["full rank"].runs == runs[4:] and found.others == 3
     assert of_one_problem(runs, defined(Tiny())) == runs[:3]
+
+
+def test_an_experiment_with_another_method_is_run_again_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert len(work(tmp_path, monkeypatch, Tiny)) == 3
+    monkeypatch.setattr(Tiny, "factor", lambda *_: 0.5)
+    runs = work(tmp_path, monkeypatch, Tiny)
+    assert len(runs) == 6
+    assert "3 runs on record do not count" in (told := capfd.readouterr().err)
+    assert told.endswith("has changed since (source)\n")
+    assert Summaries("tiny", runs, experiment(ONE_RATE)).arms["full rank"].runs == runs[4:]
+
+
+def test_an_arm_with_another_schedule_is_tuned_and_run_again_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, now = (replace(DECAY, rates=(1.0,), schedule=decay(total=t)) for t in (0.7, 0.8))
+    work(tmp_path, monkeypatch, Tiny, before)
+    runs = work(tmp_path, monkeypatch, Tiny, now)
+    assert [run["arm"] for run in runs[6:]] == ["decay"] * 3
+    told = "tiny: 3 runs on record do not count: 'decay' has changed since (schedule)\n"
+    assert capfd.readouterr().err == told
+    found = Summaries("tiny", runs, experiment(ONE_RATE, now))
+    words = "Not counted: runs of what these arms were before: decay (3)."
+    assert words in evidence._unfinished(found)
+    whole = Summaries("tiny", runs[:6], experiment(ONE_RATE, before))
+    assert not any("Not counted" in one for one in evidence._unfinished(whole))
 
 
 def test_without_the_data_the_last_problem_is_the_one(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -10,6 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 from scipy import stats
 
+from benchmarks.training import progress
 from benchmarks.training.harness import answers, comparison, evidence, pictures, tables
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment, get, names
@@ -53,7 +54,10 @@ def test_the_front_by_hand() -> None:
 
 def made_up(**results: list[float] | list[float | None]) -> Summaries:
     """Summaries of the first experiment with these results, at these arms' own FLOPs."""
-    flops = {"full rank": 1.0, "decay 0.5": 0.5, DECAY_ON_FEW: 0.5, "fixed 0.5 FLOPs": 0.49}
+    flops = {
+        "full rank": 1.0, "decay 0.5": 0.5, DECAY_ON_FEW: 0.5, "fixed 0.5 FLOPs": 0.49,
+        "fixed as decay 0.5": 0.516,
+    }  # fmt: skip
     runs = [
         {
             "arm": arm, "seed": seed, "part": "test",
@@ -93,6 +97,33 @@ def test_the_verdicts_say_what_is_and_is_not_distinguishable() -> None:
     assert worse.counterpart("decay 0.5") is None
     assert tables.verdict(worse) == ""
     assert tables.verdict_to_full(worse).endswith("by: no arm.")
+
+
+def test_only_fixed_low_rank_of_about_the_same_flops_is_a_counterpart() -> None:
+    like = {**PAIR, "fixed as decay 0.5": FIXED}
+    found = made_up(**like)
+    assert found.counterpart("decay 0.5") is None
+    note = "Without fixed low rank of the same FLOPs, within 0.015 of full rank's: decay 0.5."
+    assert list(progress._notes(found)) == [note]
+    for run in found.arms["fixed as decay 0.5"].runs:
+        run["flops"] = 0.514
+    assert found.counterpart("decay 0.5") == "fixed as decay 0.5"
+    assert list(progress._notes(found)) == []
+    found = made_up(**like, **{"fixed 0.5 FLOPs": FIXED})
+    assert found.counterpart("decay 0.5") == "fixed 0.5 FLOPs"
+
+
+def test_arms_that_have_not_run_are_named_with_the_reason() -> None:
+    """One waits for an arm that has not run, one for an arm that diverged."""
+    lost = made_up(**{"full rank": FULL, "decay 0.5": [None] * 5})
+    runs = [*lost.arms["full rank"].runs, *lost.diverged]
+    more = [Arm("raises", None, (1.0,))]
+    more += [Arm(f"fixed as {a}", None, (1.0,), spends=a) for a in ("raises", "decay 0.5")]
+    experiment = replace(lost.experiment, arms=[*lost.experiment.arms, *more])
+    found = Summaries("made up", runs, experiment)
+    assert "Not run yet on all 5 seeds: raises, fixed as raises." in evidence.block(found)
+    note = "Never run: fixed as decay 0.5 ('decay 0.5' diverged on all seeds)."
+    assert list(progress._notes(found)) == [note]
 
 
 def test_differences_side_by_side_are_bold_where_their_interval_is_without_zero() -> None:

@@ -87,7 +87,7 @@ def test_arms_of_what_the_problem_was_before_are_not_counted(
     calibration._shares.cache_clear()
     Worker(["tiny"], tmp_path, tmp_path / "scratch", results).work()
     found = Summaries("tiny", folder=results)
-    assert found.others == 2 and found.further("decay") is None
+    assert found.others == 4 and found.further("decay") is None
     assert replay.measure(["tiny"], tmp_path, results)
     assert Summaries("tiny", folder=results).further("decay") < before
 

@@ -14,6 +14,7 @@ pytest.importorskip("transformers")
 
 from made_up_glue import write_encoder, write_rte
 
+from benchmarks.training.harness import arms
 from benchmarks.training.harness.arm import Arm, Setting
 from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.trial import Trial
@@ -45,7 +46,7 @@ def problem(tmp_path_factory) -> Problem:
 
 
 def trial(problem: Problem, arm: Arm) -> Trial:
-    experiment = Experiment("pairs", lambda data: problem, [arm], points=1)
+    experiment = Experiment("pairs", lambda data: problem, [*arms.full_rank(), arm], points=1)
     return Trial(experiment, problem, arm, Setting(8.0), 0, arm.schedule)
 
 

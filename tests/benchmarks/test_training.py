@@ -23,19 +23,21 @@ import dynarank as dr
 from benchmarks.training import progress
 from benchmarks.training.__main__ import main
 from benchmarks.training.harness import arms
-from benchmarks.training.harness.arm import Arm, Setting
+from benchmarks.training.harness.arm import Arm, Setting, schedule_data
 from benchmarks.training.harness.arms import on_few
 from benchmarks.training.harness.calibration import key
 from benchmarks.training.harness.energy import counters, joules
-from benchmarks.training.harness.experiment import get, names
+from benchmarks.training.harness.experiment import Experiment, get, names
 from benchmarks.training.harness.extras import decay_products
 from benchmarks.training.harness.jobs import (
     WAITING,
     Job,
+    as_run,
     at_an_end,
+    never,
+    others,
     ready,
     reported,
-    schedule_data,
     schedule_of,
     setting_of,
     timed,
@@ -256,7 +258,7 @@ def test_each_arm_is_tuned_by_itself_and_arms_of_a_family_on_the_first() -> None
     half, most = arms.decays(0.5, 0.65)
     ranks = arms.fixed_ranks(shares=(1 / 4, 1 / 2))
     one = experiment(half, most, *ranks)
-    assert [one.tuned(arm).name for arm in one.arms] == [
+    assert [one.tuned(arm).name for arm in one.arms[:4]] == [
         "decay 0.5", "decay 0.65", "fixed 1/4", "fixed 1/4",
     ]  # fmt: skip
     runs = [run("decay 0.5", v, Setting(r)) for r, v in ((0.5, 1.0), (1.0, 3.0), (2.0, 2.0))]
@@ -266,8 +268,9 @@ def test_each_arm_is_tuned_by_itself_and_arms_of_a_family_on_the_first() -> None
 
 def test_only_tuning_runs_of_the_wanted_length_count() -> None:
     short = experiment(replace(FULL, rates=(1.0,)), tuning_length=0.25)
-    assert short.trained("full rank", "valid").length == 0.25
-    assert short.trained("full rank", "test").length == 1.0
+    arm = short.arms[0]
+    for part, length in (("valid", 0.25), ("test", 1.0)):
+        assert replace(arm, length=length) == as_run(arm, short, [], part)
     whole = [run("full rank", 1.0, Setting()) | {"length": 1.0}]
     assert {job.part for job in ready("tiny", short, whole)} == {"valid"}
     quarter = [run("full rank", 1.0, Setting()) | {"length": 0.25}]
@@ -284,12 +287,41 @@ def test_seeds_that_are_reported_are_not_tuned_on() -> None:
         assert one.arms[0].name == "full rank"
 
 
+def test_an_experiment_has_full_rank_and_arms_in_order() -> None:
+    full, *_ = arms.full_rank()
+    with pytest.raises(ValueError, match=r"named 'full rank'.*begin the arms with \*arms.full"):
+        Experiment("mine", Tiny, [DECAY])
+    with pytest.raises(ValueError, match="two arms are named 'decay'"):
+        Experiment("mine", Tiny, [full, DECAY, DECAY])
+    for wrong in ([full, *arms.matched([DECAY]), DECAY], [full, *arms.matched([DECAY])]):
+        with pytest.raises(ValueError, match="'fixed as decay' spends what 'decay' does; put"):
+            Experiment("mine", Tiny, wrong)
+    Experiment("mine", Tiny, [full, DECAY, *arms.matched([DECAY])])
+
+
+def test_why_an_arm_is_never_run() -> None:
+    like, led = (Arm(f"fixed as {i}", None, (1.0,), family="fixed", spends="decay") for i in "ab")
+    after = Arm("fixed as fixed", None, (1.0,), spends="fixed as a")
+    one = experiment(replace(DECAY, rates=(1.0,)), like, led, after)
+    runs = [run("decay", None, Setting()), run("decay", None, Setting(), 0, "test")]
+    assert never(like, one, runs) is None  # it waits
+    runs += [run("decay", None, Setting(), 1, "test")]
+    assert never(like, one, runs) == "'decay' diverged on all seeds"
+    assert never(led, one, runs) == "'fixed as a' is not, since 'decay' diverged on all seeds"
+    assert str(never(after, one, runs)).startswith("'fixed as a' is not, since")
+    dear = [{**r, "result": {"accuracy": 1.0}, "flops": 0.98} for r in runs]
+    assert never(like, one, dear) == "'decay' costs more than any low rank"
+    assert never(one.by_name["decay"], one, runs) is None
+
+
 def test_an_arm_that_spends_as_much_as_another_waits_for_it() -> None:
     like = arms.matched([DECAY])[0]
     like = replace(like, starts=("truncated",), decays=("factors",), rates=(1.0,))
     ranks = replace(FIXED, rates=(1.0,), family="fixed")
-    one = experiment(ranks, replace(DECAY, rates=(1.0,)), like)
-    runs = [run("fixed 1/4", 1.0, Setting()), run("decay", 1.0, Setting())]
+    full = replace(FULL, rates=(1.0,))
+    one = experiment(ranks, replace(DECAY, rates=(1.0,)), like, full)
+    runs = [run(name, 1.0, Setting()) for name in ("fixed 1/4", "decay", "full rank")]
+    runs += [run("full rank", 1.0, Setting(), seed, "test") for seed in (0, 1)]
     assert schedule_of(like, one, runs) is WAITING
     jobs = ready("tiny", one, runs)
     assert Counter(job.arm for job in jobs) == {"fixed 1/4": 2, "decay": 2}
@@ -368,11 +400,39 @@ def test_runs_of_an_arm_that_was_made_otherwise_do_not_count(part: str) -> None:
     one = experiment(replace(FULL, rates=(1.0,)))
     tuned = [run("full rank", 1.0, Setting())] if part == "test" else []
     runs = [run("full rank", 2.0, Setting(), 0 if part == "test" else 100, part)]
-    others = [{**runs[0], name: "else"} for name in (*FULL.options, "length")]
+    others = [{**runs[0], name: "else"} for name in FULL.options]
     missing = len(ready("tiny", one, tuned))
     assert len(ready("tiny", one, [*tuned, *others])) == missing
     assert len(ready("tiny", one, [*tuned, *runs])) != missing
     assert one.arms[0].made({**runs[0], **FULL.options}) and one.arms[0].made(runs[0])
+
+
+def test_arms_are_tuned_again_on_another_schedule_of_the_first_of_their_family() -> None:
+    first, second = (replace(a, rates=(1.0,)) for a in arms.fixed_ranks(shares=(1 / 4, 1 / 2)))
+    first, second = (replace(a, starts=("norm",), decays=("factors",)) for a in (first, second))
+    one = experiment(first, second)
+    tuned = {**run(first.name, 1.0, Setting(start="norm")), **first.options}
+    assert setting_of(second, one, [tuned]) == setting_of(first, one, [tuned]) is not None
+    other = experiment(replace(first, schedule=low_rank(dr.Rank(1 / 16))), second)
+    assert setting_of(other.arms[0], other, [tuned]) is None
+    assert setting_of(second, other, [tuned]) is None
+    assert others(other, [tuned]) == {first.name: [["schedule"]]}
+    assert others(one, [tuned, run("full rank", 1.0, Setting(), 0, "test")]) == {}
+    half = replace(one, tuning_length=0.5)
+    assert others(half, [tuned]) == {first.name: [["length"]]}
+
+
+def test_an_arm_is_another_with_another_function_of_its_own() -> None:
+    def one(problem: Tiny, model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+        return problem.optimizer(model, rate)
+
+    def other(problem: Tiny, model: torch.nn.Module, rate: float) -> torch.optim.Optimizer:
+        return problem.optimizer(model, 2 * rate)
+
+    arm = replace(FULL, optimizer=one)
+    recorded = {**run("full rank", 1.0, Setting()), **arm.options, "source": "other"}
+    assert arm.changed(recorded) == ["source"] and "source" not in FULL.options
+    assert arm.options["optimizer"] != replace(FULL, optimizer=other).options["optimizer"]
 
 
 def _append(path: Path, who: int) -> None:
@@ -426,9 +486,18 @@ DAMAGED = ['{"version":1,', "", "[1]", "{}", '"x"', '{"version":1}'] + [
         {"seed": None}, {"seed": "0"}, {"seed": True}, {"part": "train"}, {"experiment": "b"},
         {"setting": {"speed": 1}},
         {"setting": {"rate": 1.0}}, {"setting": {**asdict(Setting()), "speed": 1}},
+        {"setting": {**asdict(Setting()), "rate": "1"}},
+        {"setting": {**asdict(Setting()), "rate": 0}},
+        {"setting": {**asdict(Setting()), "start": 1}},
         {"result": {"accuracy": "50"}}, {"result": {"loss": math.nan}},
-        {"flops": math.inf}, {"flops": None}, {"points": {}}, {"changes": None},
+        {"result": {"accuracy": True}}, {"result": {"accuracy": None}}, {"result": {"loss": 1.0}},
+        {"result": {"accuracy": 10**400}}, {"full_rank_seconds": "1"}, {"full_rank_seconds": 0},
+        {"flops": math.inf}, {"flops": None}, {"flops": -1}, {"flops": 0}, {"steps": 0},
+        {"cpu_seconds": -1.0}, {"rate": True}, {"points": {}}, {"changes": None},
     )
+] + [
+    json.dumps({"version": 1, **record(points=[{"flops": 1.5}])}).replace(*figures)
+    for figures in (("1.5", "1e999"), ("50.0", "1e999"), ("50.0", "-1e999"))
 ]  # fmt: skip
 
 
@@ -437,7 +506,7 @@ def test_damaged_records_are_refused_by_file_and_line(tmp_path: Path, damaged: s
     good = json.dumps({"version": 1, **record()})
     (tmp_path / "a.jsonl").write_text(f"{good}\n{damaged}\n{good}\n")
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2, is no record .* take that line out"):
-        Store("a", tmp_path).runs()
+        Store("a", tmp_path).runs("accuracy")
 
 
 @pytest.mark.parametrize("name", [name for name in record() if name != "schedule"])

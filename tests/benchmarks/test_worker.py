@@ -58,7 +58,7 @@ def test_the_same_command_gives_the_same_records(tmp_path: Path, monkeypatch) ->
 
 
 @pytest.mark.parametrize(
-    "change", ["rate", "steps", "decay", "data", "penalty", "narrow", "code", "results"]
+    "change", ["rate", "steps", "decay", "data", "penalty", "narrow", "code", "method", "results"]
 )
 def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, monkeypatch, change: str) -> None:
     left(workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE)))
@@ -76,6 +76,8 @@ def test_a_checkpoint_of_another_run_is_not_used(tmp_path: Path, monkeypatch, ch
         arm = replace(arm, penalty="soft")
     elif change == "narrow":
         arm = replace(arm, narrow=0.5)
+    elif change == "method":
+        monkeypatch.setattr(Tiny, "factor", lambda *_: 0.5)
     elif change == "code":
         monkeypatch.setattr("benchmarks.training.harness.identity.code", lambda: "other")
     begun = []
@@ -151,6 +153,29 @@ def test_an_arm_that_waits_for_one_that_failed_is_named(tmp_path: Path, monkeypa
     one.work()
     assert one.left_out == {("tiny", "lead"), ("tiny", "led")}
     assert "led is left out: it waits for 'lead', which is left out" in capfd.readouterr().err
+
+
+def test_an_arm_that_is_never_run_is_named(tmp_path: Path, monkeypatch, capfd) -> None:
+    class Lost(Tiny):
+        def held_out(self, part: str) -> object:  # pyright: ignore
+            return ((x * math.nan, y) for x, y in super().held_out(part))
+
+    lost = replace(FULL, name="nan", rates=(1.0,))
+    tiny = experiment(ONE_RATE, lost, *arms.matched([lost]))
+    one = workers(tmp_path, monkeypatch, tiny=replace(tiny, problem=Lost))
+    assert one.work() == 6 and one.left_out == set()
+    told = "tiny: fixed as nan is never run: 'nan' diverged on all seeds\n"
+    assert capfd.readouterr().err == told
+
+
+@pytest.mark.parametrize("options", [{"length": 0.01}, {"length": -1.0}])
+def test_an_arm_of_no_step_is_left_out(tmp_path: Path, monkeypatch, capfd, options: dict) -> None:
+    short = Arm("short", None, (1.0,), **options)
+    one = workers(tmp_path, monkeypatch, tiny=experiment(ONE_RATE, short))
+    one.work()
+    assert Counter(r["arm"] for r in Store("tiny", one.results).runs()) == {"full rank": 3}
+    words = f"short is left out: {short.length:g} of 40 steps is no step"
+    assert one.left_out == {("tiny", "short")} and words in capfd.readouterr().err
 
 
 def test_a_disk_that_is_full_ends_the_worker(tmp_path: Path, monkeypatch) -> None:

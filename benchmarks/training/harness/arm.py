@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.training.harness.source import source
+from dynarank.schedules import schedule_to_data
 from dynarank.schedules.base import RankSchedule
 
 
@@ -80,19 +83,30 @@ class Arm:
         """Arms of one kind share what is tuned."""
         return self.family or self.name
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
-        """What a record says of the arm beside its schedule and setting."""
+        """What a record says of the arm beside its setting."""
+        own = source(self.optimizer, self.prepare)
         return {
+            "schedule": schedule_data(self.schedule), "length": self.length,
             "moments": str(self.moments), "rewarmup": self.rewarmup, "penalty": self.penalty,
             "by_data": self.by_data, "batches": self.batches, "narrow": self.narrow,
             "optimizer": named(self.optimizer), "prepare": named(self.prepare),
+            **({"source": own} if own else {}),
         }  # fmt: skip
 
     def made(self, run: Mapping[str, Any]) -> bool:
         """Whether a run is of this arm as it is now, as far as the record says."""
-        options = self.options.items()
-        return run["arm"] == self.name and all(run.get(k, v) == v for k, v in options)
+        return run["arm"] == self.name and not self.changed(run)
+
+    def changed(self, run: Mapping[str, Any]) -> list[str]:
+        """The options in which a run of what had this name differs from this arm."""
+        return [name for name, now in self.options.items() if run.get(name, now) != now]
+
+
+def schedule_data(schedule: RankSchedule | None) -> Any:
+    """A schedule as it is in a record."""
+    return None if schedule is None else json.loads(json.dumps(schedule_to_data(schedule)))
 
 
 def named(function: Callable[..., Any] | None) -> str | None:

@@ -5,6 +5,7 @@ An experiment can be edited after some of its runs. Runs of what it was before a
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,30 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.training.harness.identity import digest
 from benchmarks.training.harness.narrow import flops
-from benchmarks.training.harness.record import Run
+from benchmarks.training.harness.record import Run, finite
+from benchmarks.training.harness.source import source
 from benchmarks.training.harness.spectra import digits
 from benchmarks.training.problems.problem import Problem
 
 _ALIKE = 1e-6
 """What equal sums may differ by, relative. With kernels of AVX-512, of AVX2 and of neither they
 differ by 5e-8 at most (six problems, AMD EPYC, torch 2.13.0, 2026-11-30)."""
+_LONG = 1000
+"""The characters of a setting of which a record has the digest."""
 
 
 def defined(problem: Problem) -> dict[str, Any]:
-    """The settings of a problem, and sums over its network and some of its data.
+    """The settings of a problem, sums over its network and some of its data, and its own source.
 
-    Settings are its public attributes that are numbers, words or lists of words, but for paths.
-    What its methods do is not in it: a record has a digest of the code beside it.
+    Settings are its public attributes that are numbers, words or lists of these, but for paths.
+    What the methods of ``problems`` do is not in it: a record has a digest of them beside it.
     """
+    own = source(problem)
     with torch.random.fork_rng(devices=[]):
-        return {
+        found = {
             "class": type(problem).__name__,
-            **{name: value for name, value in _attributes(problem) if _plain(value)},
+            **{name: _short(value) for name, value in _attributes(problem) if _plain(value)},
             "flops": flops(problem),
             "network": _sum(problem.model(0).parameters()),
             "data": [_sum(_tensors(batch)) for batch in _batches(problem)],
+            **({"source": own} if own else {}),
         }
+    return finite(found)  # as it is in a record
 
 
 def _attributes(problem: Problem) -> Iterator[tuple[str, Any]]:
@@ -46,8 +54,15 @@ def _attributes(problem: Problem) -> Iterator[tuple[str, Any]]:
 def _plain(value: Any) -> bool:
     if isinstance(value, str) and Path(value).is_absolute():  # of this machine
         return False
-    words = isinstance(value, list | tuple) and all(isinstance(one, str) for one in value)
-    return words or isinstance(value, bool | int | float | str | None)
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return isinstance(value, bool | int | float | str | None)
+
+
+def _short(value: Any) -> Any:
+    """A setting, or the digest of a long one, such as labels."""
+    text = json.dumps(value)
+    return value if len(text) < _LONG else digest(text.encode())
 
 
 def _batches(problem: Problem) -> Iterator[Any]:

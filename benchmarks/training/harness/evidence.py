@@ -93,13 +93,18 @@ def _unfinished(found: Summaries) -> Iterator[str]:
     """What is missing of the experiment, does not count, or diverged."""
     if found.others:
         yield f"Not counted: {found.others} runs of what the problem was before."
+    if found.others_of:
+        words = "; ".join(f"{arm} ({n})" for arm, n in found.others_of.items())
+        yield f"Not counted: runs of what these arms were before: {words}."
     if found.twice:
         yield f"On record more than once, the first counts: {'; '.join(found.twice)}."
     wanted = len(found.experiment.seeds)
     ran = Counter(run["arm"] for run in found.diverged)
     ran.update({arm: one.n for arm, one in found.arms.items()})
     short = {arm: n for arm, n in ran.items() if n < wanted}
-    missing = [a.name for a in found.experiment.arms if a.name not in ran and not a.spends]
+    missing = [
+        a.name for a in found.experiment.arms if a.name not in ran and a.name not in found.never
+    ]
     if short or missing:
         words = [*(f"{arm} (n = {n})" for arm, n in short.items()), *missing]
         yield f"Not run yet on all {wanted} seeds: {', '.join(words)}."

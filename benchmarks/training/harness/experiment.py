@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
 import benchmarks.training.experiments as folder
 from benchmarks.training.harness.arm import Arm
-from benchmarks.training.problems.problem import Part, Problem
+from benchmarks.training.problems.problem import Problem
+
+FULL = "full rank"
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,17 @@ class Experiment:
     def __post_init__(self) -> None:
         if both := set(self.seeds) & set(self.tuning):
             raise ValueError(f"seeds {sorted(both)} are reported and tuned on; they must differ")
-        if len(self.by_name) != len(self.arms):
-            raise ValueError(f"two arms of {self.title!r} have one name")
+        names = [arm.name for arm in self.arms]
+        if twice := [name for name, n in Counter(names).items() if n > 1]:
+            raise ValueError(f"two arms are named {twice[0]!r}; an arm's name is its own")
+        if FULL not in names:
+            fix = "begin the arms with *arms.full_rank()"
+            raise ValueError(f"no arm is named {FULL!r}, to which all is relative; {fix}")
+        for place, arm in enumerate(self.arms):
+            if arm.spends is not None and arm.spends not in names[:place]:
+                raise ValueError(
+                    f"{arm.name!r} spends what {arm.spends!r} does; put that before it"
+                )
 
     @property
     def short(self) -> str:
@@ -80,11 +92,9 @@ class Experiment:
         """The arm of its kind on which this arm's setting is chosen."""
         return next(other for other in self.arms if other.kind == arm.kind)
 
-    def trained(self, arm: str, part: Part) -> Arm:
-        """The arm of this name, with the length of a run that tunes or of one that is reported."""
-        found = self.by_name[arm]
-        share = self.tuning_length if part == "valid" else 1.0
-        return replace(found, length=share * found.length)
+
+class ExperimentError(Exception):
+    """The file of an experiment cannot be used."""
 
 
 @cache
@@ -99,7 +109,24 @@ def get(name: str) -> Experiment:
 
     Raises:
         ValueError: there is none.
+        ExperimentError: its file raises.
     """
     if name not in names():
         raise ValueError(f"no experiment is named {name!r}; there are {', '.join(names())}")
-    return importlib.import_module(f"{folder.__name__}.{name}").EXPERIMENT
+    module = f"{folder.__name__}.{name}"
+    try:
+        return importlib.import_module(module).EXPERIMENT
+    except Exception as error:
+        path = f"{module.replace('.', '/')}.py"
+        raise ExperimentError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def broken(chosen: Iterable[str]) -> dict[str, str]:
+    """By name, why the files of some experiments cannot be used."""
+    found: dict[str, str] = {}
+    for name in chosen:
+        try:
+            get(name)
+        except ExperimentError as error:
+            found[name] = str(error)
+    return found

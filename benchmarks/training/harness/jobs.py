@@ -6,9 +6,8 @@ for all seeds of that arm. Arms that were not all timed on one machine run once 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +17,7 @@ from benchmarks.training.harness.experiment import Experiment
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.tuning import Found, as_data, chosen, found, next_settings
 from benchmarks.training.problems.problem import Part
-from dynarank.schedules import low_rank, schedule_to_data
+from dynarank.schedules import low_rank
 from dynarank.schedules.base import RankSchedule
 
 
@@ -116,24 +115,33 @@ def _started(run: Run) -> str:
 
 def matching(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[Run]:
     """The runs of an arm on reported seeds, with what is chosen for it now."""
-    setting, schedule = setting_of(arm, experiment, runs), schedule_of(arm, experiment, runs)
-    if setting is None or schedule is WAITING:
+    setting, now = setting_of(arm, experiment, runs), as_run(arm, experiment, runs, "test")
+    if setting is None or now is None:
         return []
-    data = schedule_data(schedule)
     wanted = [run for run in runs if run["part"] == "test" and run["seed"] in experiment.seeds]
-    return [run for run in wanted if _is_of(run, arm, setting, data)]
+    return [run for run in wanted if now.made(run) and Setting(**run["setting"]) == setting]
 
 
-def _is_of(run: Run, arm: Arm, setting: Setting, schedule: Any) -> bool:
-    """Whether a run is of an arm with this setting and schedule, as far as its record says."""
-    wanted = {"schedule": schedule, "length": arm.length}
-    same = all(run.get(key, value) == value for key, value in wanted.items())
-    return same and arm.made(run) and Setting(**run["setting"]) == setting
+def as_run(arm: Arm, experiment: Experiment, runs: Sequence[Run], part: Part) -> Arm | None:
+    """An arm with the schedule and length of its runs; None: its schedule waits for others."""
+    schedule: Any = schedule_of(arm, experiment, runs)
+    if schedule is WAITING:
+        return None
+    share = experiment.tuning_length if part == "valid" else 1.0
+    return replace(arm, schedule=schedule, length=share * arm.length)
 
 
-def schedule_data(schedule: Any) -> Any:
-    """A schedule as it is in a record."""
-    return None if schedule is None else json.loads(json.dumps(schedule_to_data(schedule)))
+def others(experiment: Experiment, runs: Sequence[Run]) -> dict[str, list[list[str]]]:
+    """By arm, what has changed of it since each of its runs that do not count for this."""
+    found = {arm.name: _others(arm, experiment, runs) for arm in experiment.arms}
+    return {name: changes for name, changes in found.items() if changes}
+
+
+def _others(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[list[str]]:
+    parts: tuple[Part, ...] = ("valid", "test")
+    now = {part: as_run(arm, experiment, runs, part) for part in parts}
+    mine = [(run, now[run["part"]]) for run in runs if run["arm"] == arm.name]
+    return [what for run, one in mine if one is not None and (what := one.changed(run))]
 
 
 def _tuning(name: str, experiment: Experiment, runs: Sequence[Run]) -> Iterator[Job]:
@@ -173,10 +181,17 @@ def _has_run(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
     return len(counted(arm, experiment, runs)) == len(experiment.seeds)
 
 
-def never(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
-    """Whether it is fixed low rank for an arm that costs more than any low rank."""
-    waiting = schedule_of(arm, experiment, runs) is WAITING
-    return waiting and waits_for(arm, experiment, runs) is None
+def never(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> str | None:
+    """Why an arm is never run: low rank cannot cost as much as another arm, or that diverged."""
+    lead, other = experiment.tuned(arm), experiment.by_name.get(arm.spends or "", arm)
+    for one in (lead, other):
+        if one is not arm and (why := never(one, experiment, runs)):
+            return f"{one.name!r} is not, since {why}"
+    if schedule_of(arm, experiment, runs) is not WAITING or waits_for(arm, experiment, runs):
+        return None
+    diverged = not _spent(other, experiment, runs)
+    what = "diverged on all seeds" if diverged else "costs more than any low rank"
+    return f"{other.name!r} {what}"
 
 
 def setting_of(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Setting | None:
@@ -195,8 +210,9 @@ def at_an_end(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> bool:
 
 
 def _found(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> Found:
-    trained = experiment.trained(arm.name, "valid")
-    return found(trained, runs, experiment.metric, experiment.higher, experiment.tuning)
+    now = as_run(arm, experiment, runs, "valid")
+    about = experiment.metric, experiment.higher, experiment.tuning
+    return {} if now is None else found(now, runs, *about)
 
 
 WAITING = object()
@@ -213,8 +229,13 @@ def schedule_of(
     """
     if arm.spends is None:
         return arm.schedule
-    other = counted(experiment.by_name[arm.spends], experiment, runs)
-    spent = [run["flops"] for run in other if run["result"]]  # one that diverged has few
-    if len(other) < len(experiment.seeds) or not spent or fmean(spent) > _MOST:
+    other = experiment.by_name[arm.spends]
+    spent = _spent(other, experiment, runs)
+    if not _has_run(other, experiment, runs) or not spent or fmean(spent) > _MOST:
         return WAITING
     return low_rank(budget=round(fmean(spent), 3))
+
+
+def _spent(arm: Arm, experiment: Experiment, runs: Sequence[Run]) -> list[float]:
+    """The FLOPs of the runs of an arm, but for those that diverged: they have few."""
+    return [run["flops"] for run in counted(arm, experiment, runs) if run["result"]]

@@ -11,7 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.training.harness.record import VERSION, Run, check, finite, refuse_constant
+from benchmarks.training.harness.record import (
+    VERSION,
+    Run,
+    check,
+    finite,
+    number_of,
+    refuse_constant,
+)
 
 ROOT = Path(__file__).parents[1] / "results"
 
@@ -36,8 +43,11 @@ class Store:
     def __init__(self, experiment: str, folder: Path = ROOT) -> None:
         self.path = folder / f"{experiment}.jsonl"
 
-    def runs(self) -> list[Run]:
+    def runs(self, metric: str | None = None) -> list[Run]:
         """All runs, in the order in which they ended.
+
+        Args:
+            metric: what is reported of them.
 
         Raises:
             ValueError: a line is damaged, or of another version.
@@ -45,16 +55,16 @@ class Store:
         if not self.path.exists():
             return []
         lines = _whole(self.path.read_bytes()).splitlines()
-        return [self._read(line, number + 1) for number, line in enumerate(lines)]
+        return [self._read(line, number + 1, metric) for number, line in enumerate(lines)]
 
-    def _read(self, line: bytes, number: int) -> Run:
+    def _read(self, line: bytes, number: int, metric: str | None) -> Run:
         place = f"{self.path}, line {number}"
         try:
-            run = json.loads(line, parse_constant=refuse_constant)
+            run = json.loads(line, parse_constant=refuse_constant, parse_float=number_of)
             version = run["version"]
             if version == VERSION:
-                check(run, self.path.stem)
-        except (ValueError, KeyError, TypeError) as error:
+                check(run, self.path.stem, metric)
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             fix = "take that line out, and `run` does the run again"
             raise ValueError(f"{place}, is no record of a run ({error!r}); {fix}") from error
         if version != VERSION:

@@ -10,11 +10,13 @@ from statistics import fmean
 
 from benchmarks.training.harness.calibration import share
 from benchmarks.training.harness.definition import of_one_problem
-from benchmarks.training.harness.experiment import Experiment, get
+from benchmarks.training.harness.experiment import FULL, Experiment, get
 from benchmarks.training.harness.jobs import (
     at_an_end,
     first_of_each_seed,
     matching,
+    never,
+    others,
     timed,
     timed_on,
 )
@@ -22,12 +24,12 @@ from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.statistics import Difference, on_front, paired, spread
 from benchmarks.training.harness.store import ROOT, Store
 
-FULL, ALL_FLOPS, SECONDS = "full rank", "all_flops", "cpu_seconds"
+ALL_FLOPS, SECONDS = "all_flops", "cpu_seconds"
 FEW = ", 8 batches"
 """Ends the name of an arm that calibrates on fewer batches than the arm named before it."""
 CHEAP, CHEAP_END = 0.65, 0.6
 """The most that an arm and its last network may cost to count as cheap, of full rank's FLOPs."""
-_ALIKE = 0.015
+ALIKE = 0.015
 """Arms whose shares of the FLOPs differ by no more are compared at equal FLOPs."""
 
 
@@ -95,12 +97,20 @@ class Summaries:
         folder: Path = ROOT,
     ) -> None:
         self.name, self.experiment, self.folder = name, experiment or get(name), folder
-        records = Store(name, folder).runs() if runs is None else runs
+        records = Store(name, folder).runs(self.experiment.metric) if runs is None else runs
         same = of_one_problem(records)
         every = {arm.name: matching(arm, self.experiment, same) for arm in self.experiment.arms}
         counted = [run for runs in every.values() for run in first_of_each_seed(runs)]
         self.others = len(records) - len(same)
         """Runs on record of what the problem was before."""
+        self.others_of = {arm: len(of) for arm, of in others(self.experiment, same).items()}
+        """By arm, how many are of what it was before."""
+        self.never = {
+            arm.name: why
+            for arm in self.experiment.arms
+            if (why := never(arm, self.experiment, same))
+        }
+        """Why some arms are never run."""
         self.hardware = timed_on(every.values())
         """That on which seconds are compared."""
         self.repeated, self.twice = set[str](), list[str]()
@@ -184,19 +194,18 @@ class Summaries:
         return few if few in self.arms else f"decay {budget}"
 
     def counterpart(self, arm: str) -> str | None:
-        """Fixed low rank of the same FLOPs: that made for the arm, or the nearest one of about."""
+        """Fixed low rank of about the same FLOPs: that made for the arm, or else the nearest."""
         if arm == FULL or arm.startswith("fixed"):
             return None
-        if (like := f"fixed as {arm}") in self.arms:
-            return like
         cost = self.arms[arm].mean("flops")
         distances = {
-            name: abs(one.mean("flops") - cost)
+            name: distance
             for name, one in self.arms.items()
-            if name.startswith("fixed")
+            if name.startswith("fixed") and (distance := abs(one.mean("flops") - cost)) <= ALIKE
         }
-        near = min(distances, key=distances.__getitem__, default=None)
-        return near if near is not None and distances[near] <= _ALIKE else None
+        if (like := f"fixed as {arm}") in distances:
+            return like
+        return min(distances, key=distances.__getitem__, default=None)
 
     def front(self, cost: str = ALL_FLOPS) -> set[str]:
         """The whole arms that no other of these beats at their cost or less, by means."""

@@ -13,10 +13,11 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from fnmatch import fnmatch
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -27,7 +28,7 @@ from benchmarks.training.harness.arm import Arm
 from benchmarks.training.harness.definition import changed, defined, of_one_problem
 from benchmarks.training.harness.experiment import get
 from benchmarks.training.harness.identity import code, commit, digest, fingerprint
-from benchmarks.training.harness.jobs import Job, ready, schedule_data, schedule_of, waits_for
+from benchmarks.training.harness.jobs import Job, as_run, never, others, ready, waits_for
 from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.spectra import digits
 from benchmarks.training.harness.store import ROOT, Store
@@ -105,11 +106,17 @@ class Worker:
         """Leave out by name what cannot be run before another arm, which has not been."""
         for name in (one for one in self.experiments if (one,) not in self.left_out):
             for arm in get(name).arms:
-                other = waits_for(arm, get(name), self._runs(name))
-                if other is not None and self._wanted(name, arm.name):
-                    out = (name, other) in self.left_out
-                    fix = ", which is left out" if out else "; name that after --arms too"
-                    self._leave_out(f"it waits for {other!r}{fix}", name, arm.name)
+                if self._wanted(name, arm.name):
+                    self._name(arm, name)
+
+    def _name(self, arm: Arm, name: str) -> None:
+        about = arm, get(name), self._runs(name)
+        if why := never(*about):
+            print(f"{name}: {arm.name} is never run: {why}", file=sys.stderr, flush=True)
+        elif (other := waits_for(*about)) is not None:
+            out = (name, other) in self.left_out
+            fix = ", which is left out" if out else "; name that after --arms too"
+            self._leave_out(f"it waits for {other!r}{fix}", name, arm.name)
 
     def _next(self) -> bool | None:
         """Take a run that nobody has, and do it.
@@ -146,22 +153,23 @@ class Worker:
 
     def _runs(self, name: str) -> list[Run]:
         """The recorded runs of the problem as it is now; of the last one if its data is absent."""
-        runs = Store(name, self.results).runs()
+        runs = Store(name, self.results).runs(get(name).metric)
         with suppress(*_ABSENT):
             return of_one_problem(runs, self.defined(name))
         return of_one_problem(runs)
 
     def _tell_of_others(self, name: str) -> None:
-        """Say once that runs are on record that do not count, since the problem was another."""
+        """Say once that runs are on record that do not count, of another problem or arm."""
         if name in self.told:
             return
         self.told.add(name)
-        runs = Store(name, self.results).runs()
+        runs = Store(name, self.results).runs(get(name).metric)
         with suppress(*_ABSENT):  # without the data nobody knows
-            if others := len(runs) - len(of_one_problem(runs, self.defined(name))):
-                names = ", ".join(changed(runs, self.defined(name))) or "rate, steps or network"
-                words = f"{others} runs on record do not count: the problem has changed since"
-                print(f"{name}: {words} ({names})", file=sys.stderr, flush=True)
+            if lost := len(runs) - len(of_one_problem(runs, self.defined(name))):
+                names = changed(runs, self.defined(name)) or ["rate, steps or network"]
+                tell_of(name, lost, "the problem", names)
+        for arm, changes in others(get(name), self._runs(name)).items():
+            tell_of(name, len(changes), repr(arm), dict.fromkeys(chain(*changes)))
 
     def _wanted(self, experiment: str, arm: str) -> bool:
         if {(experiment,), (experiment, arm)} & self.left_out:
@@ -204,11 +212,15 @@ class Worker:
     def _recorded(self, job: Job, problem: Problem) -> bool:
         """Run what is asked for, and record it."""
         experiment, begun = get(job.experiment), started()
-        arm = experiment.trained(job.arm, job.part)
-        schedule: Any = schedule_of(arm, experiment, self._runs(job.experiment))
-        what = described(job, problem, arm, schedule) | {"problem": self.defined(job.experiment)}
+        runs = self._runs(job.experiment)
+        arm = as_run(experiment.by_name[job.arm], experiment, runs, job.part)
+        assert arm is not None, f"{job} waits"
+        if round(arm.length * problem.steps) < 1:
+            why = f"{arm.length:g} of {problem.steps} steps is no step"
+            return self._leave_out(f"{why}; train it longer", job.experiment, job.arm)
+        what = described(job, problem, arm) | {"problem": self.defined(job.experiment)}
         folder = self.scratch / f"{job.key}.{fingerprint(what, self.place['versions'])}"
-        about = problem, arm, job.setting, job.seed, schedule, job.part == "test"
+        about = problem, arm, job.setting, job.seed, arm.schedule, job.part == "test"
         with closing(Trial(experiment, *about)) as trial:
             trial.run(folder, self.deadline)
             result = trial.result(job.part)
@@ -226,12 +238,17 @@ class Worker:
         return {"hardware": device, "load": load, "started": begun, **self.place}
 
 
-def described(job: Job, problem: Problem, arm: Arm, schedule: Any) -> dict[str, Any]:
+def tell_of(name: str, runs: int, what: str, changes: Iterable[str]) -> None:
+    """Say that runs on record do not count, since this has changed."""
+    words = f"{runs} runs on record do not count: {what} has changed since"
+    print(f"{name}: {words} ({', '.join(changes)})", file=sys.stderr, flush=True)
+
+
+def described(job: Job, problem: Problem, arm: Arm) -> dict[str, Any]:
     """What is run."""
     return {
         "experiment": job.experiment, "arm": job.arm, "seed": job.seed, "part": job.part,
         "setting": as_data(job.setting), "rate": job.setting.rate * problem.rate,
-        "schedule": schedule_data(schedule), "length": arm.length,
         **arm.options,
         "precision": "bf16 autocast" if problem.bf16 else "fp32",
     }  # fmt: skip
