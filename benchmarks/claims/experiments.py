@@ -8,8 +8,8 @@ from statistics import fmean
 
 from benchmarks.training.harness import statistics, tuning
 from benchmarks.training.harness.arm import Setting
-from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.jobs import as_run
+from benchmarks.training.harness.record import Run
 from benchmarks.training.harness.store import Store
 from benchmarks.training.harness.summary import FULL, Summaries
 from benchmarks.training.harness.tables import digits

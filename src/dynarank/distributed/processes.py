@@ -230,7 +230,7 @@ class Processes:
 
     def _gathered(self, value: Any) -> list[Any]:
         """The objects of all, as ``dist.all_gather_object`` finds them."""
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8, device="cpu")
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
         length = torch.tensor([own.numel()], device="cpu")
         lengths = [torch.empty_like(length) for _ in range(self.size)]
         _wait(dist.all_gather(lengths, length, self.control, async_op=True))
