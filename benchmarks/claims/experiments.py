@@ -19,6 +19,7 @@ from .words import NUMBERS
 
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
 WIDE = "mlp_1024"
+LONG, LONG_DECAY = "gpt_characters_long", "decay 0.65"
 BYTE, MEDIUM, ENCODER, VIT = "gpt_bytes", "gpt_10m", "encoder_stsb", "vit_cifar"
 PAIRS = "encoder_mrpc", "encoder_rte"
 DEEPER, LARGER, SMALL_BERT, SST = "resnet_cifar", "resnet20_cifar", "bert_mrpc", "bert_sst2"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from benchmarks.training.harness.summary import FULL
 from dynarank.schedules import rank_decay
 
-from .experiments import DECAY, GPT, MLP, found, verb
+from .experiments import BETTER, DECAY, GPT, LONG, LONG_DECAY, MLP, NARROW, found, verb
 from .methods_shared import row, spread
 from .records import mean, read_lines, select, values
+from .words import NUMBERS, says
 
 PAGE = "docs/methods/decay.md"
 SETTINGS = (
@@ -36,6 +38,12 @@ def _compared() -> Iterator[str]:
     better = verb(GPT, half, "fixed 0.5 FLOPs")
     assert {verb(GPT, half, other) for other in others} == {better}
     yield f"a decay {better} fixed low rank, one early cut and shorter training of its FLOPs"
+    steps = {name: found(name).arms[FULL].runs[0]["steps"] for name in (GPT, LONG)}
+    yield says(
+        f"In a run of {NUMBERS[steps[LONG] // steps[GPT]]} times the steps the narrower network is "
+        "better than the decay.",
+        verb(LONG, NARROW, LONG_DECAY) == BETTER,
+    )
     half = found(MLP).decay("0.5")
     for arm, low in {half: "fixed 0.5 FLOPs", DECAY: "fixed 0.65 FLOPs"}.items():
         assert verb(MLP, arm, low) == "is better than"

@@ -15,11 +15,15 @@ from .experiments import (
     BYTE,
     DECAY,
     DEEPER,
+    FIXED,
     GPT,
     HALF_FIXED,
     LARGER,
+    LONG,
+    LONG_DECAY,
     MEDIUM,
     MLP,
+    NARROW,
     RESNET,
     SST,
     VIT,
@@ -164,8 +168,9 @@ def gains() -> Iterator[str]:
     decay, low, narrow = DECAY, "fixed 0.65 FLOPs", "narrower, 0.65"
     assert verb(GPT, decay, narrow) == verb(GPT, decay, low)
     yield (
-        f"**A decay pays on GPTs.** On the character GPT, at {share(GPT, decay)} of the training "
-        f"FLOPs, it {verb(GPT, decay, low)} fixed low rank of the same FLOPs by "
+        "**A decay pays on GPTs, in short runs.** On the character GPT, at "
+        f"{share(GPT, decay)} of the training FLOPs, it "
+        f"{verb(GPT, decay, low)} fixed low rank of the same FLOPs by "
         f"{behind(GPT, low, decay).replace('s.e.', 's.e., standard error,')}, than a narrower "
         f"network by {behind(GPT, narrow, decay)}, and {verb(GPT, decay)} full rank, behind which "
         f"it is by {behind(GPT, decay)}."
@@ -212,7 +217,22 @@ def tunings_of_gpts() -> Iterator[str]:
         "steps."
     )
     steps = sorted(found(name).arms[FULL].runs[0]["steps"] for name in (GPT, BYTE, MEDIUM))
-    yield f"short runs, of {steps[0]} to {steps[-1]} steps"
+    yield f"These are short runs, of {steps[0]} to {steps[-1]} steps."
+    yield longer_run()
+
+
+def longer_run() -> str:
+    """Return how the arms of the character GPT compare in more steps."""
+    decay, one = LONG_DECAY, found(LONG)
+    (seeds,) = {arm.n for arm in one.arms.values()}
+    tuned_on, length = NUMBERS[len(one.experiment.tuning)], PARTS[1 / one.experiment.tuning_length]
+    return (
+        f"In one of {one.arms[FULL].runs[0]['steps']:,} steps (n = {seeds}) the character GPT's "
+        f"decay {verb(LONG, decay, FIXED)} fixed low rank by {behind(LONG, FIXED, decay)}, but "
+        f"{verb(LONG, decay, NARROW)} a narrower network by {behind(LONG, decay, NARROW)}, and "
+        f"{verb(LONG, decay, 'shorter, 0.65')} shorter training; rates were chosen on {tuned_on} "
+        f"seed in runs of {length} the length."
+    )
 
 
 def elsewhere() -> Iterator[str]:
