@@ -30,7 +30,7 @@ LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 BETTER, WORSE, ALIKE = "is better than", "is worse than", "is not distinguishable from"
 GPTS, RESNETS = (GPT, BYTE, MEDIUM), (RESNET, DEEPER, LARGER)
 ENCODERS = (ENCODER, *PAIRS)
-NARROWED = (*GPTS, MLP, WIDE, TABLE, *RESNETS, WRN, VIT, SMALL_BERT, SST)
+NARROWED = (*GPTS, LONG, MLP, WIDE, TABLE, *RESNETS, WRN, VIT, SMALL_BERT, SST)
 """The problems of which narrower networks have run: all but the encoders."""
 
 
