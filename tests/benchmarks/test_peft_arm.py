@@ -46,7 +46,8 @@ def problem(tmp_path_factory) -> Problem:
 
 
 def trial(problem: Problem, arm: Arm) -> Trial:
-    experiment = Experiment("pairs", lambda data: problem, [*arms.full_rank(), arm], points=1)
+    every = {one.name: one for one in (*arms.full_rank(), arm)}
+    experiment = Experiment("pairs", lambda data: problem, [*every.values()], points=1)
     return Trial(experiment, problem, arm, Setting(8.0), 0, arm.schedule)
 
 
