@@ -51,7 +51,7 @@ ARMS = [Mine for steps in range(3)]
 
 @pytest.fixture
 def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Write the two files and import the first anew."""
+    """Write the two files and import the first one again."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
