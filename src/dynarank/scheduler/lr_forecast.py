@@ -57,7 +57,7 @@ class Forecast:
             or an ``every`` that is no number of steps.
 
     Example:
-        >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1, device="cpu"))], lr=1.0)
+        >>> optimizer = torch.optim.SGD([Parameter(torch.zeros(1))], lr=1.0)
         >>> scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [50], 0.1)
         >>> forecast = Forecast(scheduler, total_steps=100)
         >>> forecast.rates  # unknown until the scheduler has been stepped
