@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dynarank.cost.meta_results import RememberedMetaResults
 from dynarank.layers import Flops
 
 __all__ = ["count_step"]
@@ -43,7 +44,7 @@ def count_step(
     if hasattr(torch.ops.aten, "_grouped_mm"):
         formulas[torch.ops.aten._grouped_mm] = _grouped_mm_flops
     counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    with torch.enable_grad(), _counted_kernels(model), counter:
+    with torch.enable_grad(), _counted_kernels(model), RememberedMetaResults(), counter:
         output = forward()
         flops = counter.get_total_flops()
         scalar = loss(output)

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_map_only
 
 from dynarank.cost.flops import run_batch
 from dynarank.cost.memory import saved_tensors, tensor_bytes
-from dynarank.cost.stand_in import stand_in
+from dynarank.cost.meta_results import RememberedMetaResults
+from dynarank.cost.stand_in import on_meta, stand_in
 from dynarank.forms import Plan
 from dynarank.layers.running import preserve_state
 from dynarank.surgery.own_references import groups_of, wrapped
@@ -112,12 +113,11 @@ def _activations(
     meta = any(p.is_meta for p in model.parameters())
     kernels = _FusedKernels(twin)
     try:
-        with kernels:
-            found = _saved(
-                twin, tree_map_only(Tensor, lambda x: x.detach().to("meta"), batch), loss
-            )
         if meta or not kernels.seen:
-            return found, "meta"
+            with kernels:
+                found = _saved(twin, on_meta(batch), loss)
+            if meta or not kernels.seen:
+                return found, "meta"
     except Exception:  # whatever the model does that meta tensors do not allow
         if meta:
             raise
@@ -129,7 +129,7 @@ def _saved(model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None) -
     """The bytes that a forward pass saves besides parameters and buffers."""
     if not any(module.training for module in model.modules()):
         model.train()
-    with saved_tensors() as saved:
+    with saved_tensors() as saved, RememberedMetaResults():
         output = run_batch(model, batch, loss)  # which keeps them alive
     del output
     return saved.bytes_without([*model.parameters(), *model.buffers()])
