@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from covering import over
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -162,9 +163,7 @@ def check(model: nn.Module, x: Any, form: Form, loss: Loss | None = None) -> Mod
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("grad", [False, True], ids=["", "gradient of the input"])
-@pytest.mark.parametrize("name", [*LINEAR, *OTHER])
+@over({"name": [*LINEAR, *OTHER], "grad": [False, True], "form": FORMS})
 def test_what_no_gradient_reaches_costs_no_backward_pass(name: str, grad: bool, form: Form) -> None:
     check(built(name), batch().requires_grad_(grad), form)
 
