@@ -13,12 +13,20 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.param_groups import Contents, Group
 
-__all__ = ["follow", "groups_of", "inner_optimizer", "innermost", "is_optimizer", "wrapped"]
+__all__ = [
+    "follow",
+    "groups_of",
+    "inner_optimizer",
+    "innermost",
+    "is_optimizer",
+    "takes_hooks",
+    "wrapped",
+]
 
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
 
@@ -46,12 +54,29 @@ def wrapped(optimizer: Any) -> list[Any]:
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside a wrapper that has it as ``optimizer`` (accelerate's, for example)."""
+    """The optimizer whose state a wrapper's is: that in its ``optimizer`` (accelerate's, say).
+
+    Or the only one in it, if the wrapper is one of torch's that takes no hooks itself.
+    """
     seen = {id(optimizer)}
-    while (inner := getattr(optimizer, "optimizer", None)) is not None and id(inner) not in seen:
+    while (inner := _inside(optimizer)) is not None and id(inner) not in seen:
         optimizer = inner
         seen.add(id(inner))
     return optimizer
+
+
+def _inside(optimizer: Any) -> Any:
+    if (named := getattr(optimizer, "optimizer", None)) is not None or takes_hooks(optimizer):
+        return named
+    torchs = isinstance(optimizer, Optimizer) and len(innermost(optimizer)) == 1
+    return next(iter(wrapped(optimizer)[1:]), None) if torchs else None
+
+
+def takes_hooks(optimizer: Any) -> bool:
+    """Whether torch's hooks can be put on it: not if it has skipped ``Optimizer.__init__``."""
+    if isinstance(optimizer, Optimizer):
+        return hasattr(optimizer, "_optimizer_step_post_hooks")
+    return hasattr(optimizer, "register_step_post_hook")
 
 
 def innermost(optimizer: Any) -> list[Any]:
