@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
+_SHARDED = "ZeroRedundancyOptimizer"
 
 
 def is_optimizer(value: object) -> bool:
@@ -106,6 +107,12 @@ def follow(optimizers: Sequence[Any], edits: Sequence[Edit], regrouped: Contents
         return []
     lists, contents = _Lists(optimizers, regrouped), Contents()
     for one in optimizers:
+        if _SHARDED in (kind.__name__ for kind in type(one).__mro__):
+            raise ValueError(
+                f"{type(one).__name__} deals its parameters to processes by tables that cannot "
+                "follow a change of form; shard the model by fully_shard (FSDP2), which shards "
+                "optimizer states too, or use a plain optimizer"
+            )
         if isinstance(one, LBFGS):  # it counts all entries once
             contents.append((vars(one), {**vars(one), "_numel_cache": None}))
         for name, value in _kept(one).items():
@@ -190,5 +197,6 @@ def _refusal(optimizer: Any, attribute: str, what: str) -> ValueError:
     return ValueError(
         f"{type(optimizer).__name__} holds {what} in its attribute {attribute!r}, which cannot "
         "follow a change of form (a list of a group's parameters could); change the form before "
-        "you make this optimizer, or make a new one after and pass none to the change"
+        "you make this optimizer, or make a new one after and pass none to the change; a "
+        "RankScheduler, which makes changes itself, needs an optimizer that keeps no such thing"
     )
