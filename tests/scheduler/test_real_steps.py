@@ -393,7 +393,43 @@ def test_the_state_of_an_optimizer_of_an_earlier_run_is_named() -> None:
     earlier.step()
     optimizer = SGD(model.parameters(), 0.1)
     ranks = scheduler(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"^(a group|the state) of another optimizer"):
+    words = r"^(a group|the state) of another optimizer \(AdamW\).*an earlier run, delete it"
+    with pytest.raises(RuntimeError, match=words):
+        train(model, optimizer, ranks, 0, 2)
+    assert ranks.last_step == 0
+    del earlier  # as the error says; the step is not lost
+    ranks.step()
+    assert ranks.last_step == 1
+
+
+@pytest.mark.parametrize("unlifted", [False, True])
+def test_an_exported_program_that_would_mix_old_and_new_parameters_is_named(unlifted: bool) -> None:
+    model, x = net(), torch.ones(2, 8)
+    optimizer = AdamW(model.parameters())
+    ranks = scheduler(model, optimizer)
+    train(model, optimizer, ranks, 0, 2)
+    want = model(x).detach()
+    kept = torch.export.export(copy.deepcopy(model), (x,)).module()  # as the error says
+    program: Any = torch.export.export(model, (x,))
+    program = program.module() if unlifted else program
+    words = r"^an exported program \(\w+\) still holds parameters of '0'.* copy.deepcopy\(model\)"
+    with pytest.raises(RuntimeError, match=words):
+        train(model, optimizer, ranks, 2, TOTAL)
+    del program
+    ranks.step()
+    assert ranks.last_step == 4
+    optimizer.zero_grad()
+    train(model, optimizer, ranks, 4, TOTAL)
+    assert torch.equal(kept(x), want) and not torch.equal(model(x), want)
+
+
+def test_the_owner_of_a_container_is_named() -> None:
+    model = net()
+    trainer = nn.Module()
+    trainer.clipped = list(model.parameters())  # type: ignore[assignment]
+    optimizer = AdamW(model.parameters())
+    ranks = scheduler(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"^a list of 4 \('clipped' of Module\) still holds"):
         train(model, optimizer, ranks, 0, 2)
 
 
