@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -25,6 +26,7 @@ from small_run import (
 )  # fmt: skip
 from stepping import idle_step, one_step
 from torch import nn
+from torch.nn.utils import prune
 
 import dynarank as dr
 from dynarank import LowRank, RankScheduler, UnfitWeightError
@@ -282,3 +284,104 @@ def test_patience_is_part_of_the_state() -> None:
     again = RankScheduler(other, sgd(other), SCHEDULE, STEPS)
     again.load_state_dict(state)
     assert again.state_dict() == ranks.state_dict()
+
+
+def pruned(layer: nn.Module) -> Callable[[], object]:
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return lambda: prune.remove(layer, "weight")
+
+
+def hooked(layer: Any) -> Callable[[], object]:
+    return layer.weight.register_hook(lambda grad: grad).remove
+
+
+def with_forward(layer: Any) -> Callable[[], object]:
+    layer.forward = lambda x: nn.Linear.forward(layer, x)
+    return lambda: delattr(layer, "forward")
+
+
+STUCK = [pruned, hooked, with_forward]
+
+
+@pytest.mark.parametrize("get_in_the_way", STUCK)
+@pytest.mark.parametrize("moments", ["project", "calibrated"])
+def test_what_gets_in_the_way_of_a_layer_in_the_middle_of_a_run_holds_back_no_other(
+    get_in_the_way: Callable[[nn.Module], Callable[[], object]], moments: Any
+) -> None:
+    model = net()
+    optimizer = sgd(model)
+    schedule = Phases([0, 20], [FULL, LOW])
+    ranks = RankScheduler(model, optimizer, schedule, 24, layers=["0", "2"], moments=moments)
+    one_step(ranks)
+    undo = get_in_the_way(model[2])
+    changed: dict[str, int] = {}
+    warned: list[int] = []
+    for step in range(2, 25):
+        train_step(model, optimizer, step)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            changed |= {change.path: ranks.last_step for change in ranks.step()}
+        warned += [step for one in caught if "no change of form now, next try" in str(one.message)]
+        assert all("layer '2': its" in str(one.message) for one in caught)
+        saved = ranks.state_dict()
+        assert saved["forms"].keys() == {"0", "2"} and ("2" in saved["postponed"]) == (
+            step in (20, 21, 22)
+        )
+        if step == 22:
+            undo()
+    assert warned == [20, 21] and changed == {"0": 20, "2": 23} and forms(model)[:2] == [LOW, LOW]
+
+
+def test_a_schedule_that_names_a_stuck_layer_first_waits_for_it() -> None:
+    model = net()
+    optimizer = sgd(model)
+    late = lambda clock, readings: {"0": LOW, "2": LOW} if clock.step > 2 else {}  # noqa: E731
+    ranks = RankScheduler(model, optimizer, late, 6, layers=["0", "2"])
+    undo = pruned(model[2])
+    for step in range(1, 4):
+        train_step(model, optimizer, step)
+        assert "layer '2': its weight is computed from" in "".join(told(ranks)[1]) or step < 3
+    undo()
+    assert [change.path for change in told(ranks)[0]] == ["2"]
+
+
+def test_layers_of_one_budget_wait_together_for_a_stuck_one() -> None:
+    model = net()
+    optimizer, batches = sgd(model), [torch.randn(5, 6, dtype=torch.float64)]
+    budget = dr.Within(params=0.6, of="layers")
+    schedule = Phases([0, 3], [FULL, budget])
+    how: dict[str, Any] = {"layers": ["0", "2"], "batches": lambda: batches}
+    ranks = RankScheduler(model, optimizer, schedule, 12, **how)
+    undo = pruned(model[2])
+    for step in range(1, 5):
+        train_step(model, optimizer, step)
+        messages = "".join(told(ranks)[1])
+        assert ("its layer '2': its weight is computed from" in messages) == (step in (3, 4))
+    undo()
+    changes = [change.path for _ in range(3) for change in told(ranks)[0]]
+    assert changes == ["0", "2"]
+
+
+def test_a_run_with_a_stuck_layer_resumes_bit_by_bit() -> None:
+    model = net()
+    optimizer = sgd(model)
+    schedule = Phases([0, 3], [FULL, LOW])
+    ranks = RankScheduler(model, optimizer, schedule, 12, layers=["0", "2"])
+    undo = pruned(model[2])
+    for step in range(1, 5):
+        train_step(model, optimizer, step)
+        told(ranks)
+    undo()
+    states = copy.deepcopy((model.state_dict(), optimizer.state_dict(), ranks.state_dict()))
+    again = net()
+    other = sgd(again)
+    resumed = RankScheduler(again, other, schedule, 12, state=states[2])
+    again.load_state_dict(states[0])
+    other.load_state_dict(states[1])
+    for step in range(5, 9):
+        for one in ((model, optimizer), (again, other)):
+            train_step(*one, step)
+        assert ranks.step() == resumed.step()
+    values = dict(again.named_parameters())
+    assert all(torch.equal(p, values[name]) for name, p in model.named_parameters())
+    assert forms(model)[:2] == [LOW, LOW]

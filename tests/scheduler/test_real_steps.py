@@ -163,9 +163,14 @@ class Unseen:
         self.state: dict[Any, Any] = {}
 
 
-def test_without_step_hooks_each_call_counts() -> None:
+class Unmade(Unseen, torch.optim.Optimizer):
+    """One of torch's that skips the constructor which makes the hooks."""
+
+
+@pytest.mark.parametrize("kind", [Unseen, Unmade])
+def test_without_step_hooks_each_call_counts(kind: Any) -> None:
     model = net()
-    ranks = scheduler(model, Unseen(model.parameters()), moments="reset")
+    ranks = scheduler(model, kind(model.parameters()), moments="reset")
     for step in range(1, 4):
         ranks.step()
         assert ranks.last_step == step
@@ -200,6 +205,26 @@ def test_a_warm_up_from_rate_zero_counts_and_the_step_that_makes_states_does_not
     assert rates.get_last_lr() == [0.0]
     train(model, optimizer, ranks, 0, 1)
     assert ranks.last_step == 1
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_idle_step_within_a_run_counts_and_making_states_never_does(momentum: float) -> None:
+    """At rate 0 with gradients of zero, where plain SGD has no state to tell it by."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = net()
+    optimizer = SGD(model.parameters(), 0.1, momentum)
+    ranks = scheduler(model, optimizer)
+    for step in range(TOTAL):
+        get_optimizer_state_dict(model, optimizer)  # without states, each takes such a step
+        ranks.step()
+        assert ranks.last_step == step
+        optimizer.param_groups[0]["lr"] = 0.1 * (step != 4)
+        (backward(model, step) if step != 4 else (model(torch.ones(2, 8)) * 0).sum().backward())
+        optimizer.step()
+        ranks.step()
+        optimizer.zero_grad()
+    assert ranks.last_step == TOTAL
 
 
 # States and copies.
@@ -368,7 +393,43 @@ def test_the_state_of_an_optimizer_of_an_earlier_run_is_named() -> None:
     earlier.step()
     optimizer = SGD(model.parameters(), 0.1)
     ranks = scheduler(model, optimizer)
-    with pytest.raises(RuntimeError, match=r"^(a group|the state) of another optimizer"):
+    words = r"^(a group|the state) of another optimizer \(AdamW\).*an earlier run, delete it"
+    with pytest.raises(RuntimeError, match=words):
+        train(model, optimizer, ranks, 0, 2)
+    assert ranks.last_step == 0
+    del earlier  # as the error says; the step is not lost
+    ranks.step()
+    assert ranks.last_step == 1
+
+
+@pytest.mark.parametrize("unlifted", [False, True])
+def test_an_exported_program_that_would_mix_old_and_new_parameters_is_named(unlifted: bool) -> None:
+    model, x = net(), torch.ones(2, 8)
+    optimizer = AdamW(model.parameters())
+    ranks = scheduler(model, optimizer)
+    train(model, optimizer, ranks, 0, 2)
+    want = model(x).detach()
+    kept = torch.export.export(copy.deepcopy(model), (x,)).module()  # as the error says
+    program: Any = torch.export.export(model, (x,))
+    program = program.module() if unlifted else program
+    words = r"^an exported program \(\w+\) still holds parameters of '0'.* copy.deepcopy\(model\)"
+    with pytest.raises(RuntimeError, match=words):
+        train(model, optimizer, ranks, 2, TOTAL)
+    del program
+    ranks.step()
+    assert ranks.last_step == 4
+    optimizer.zero_grad()
+    train(model, optimizer, ranks, 4, TOTAL)
+    assert torch.equal(kept(x), want) and not torch.equal(model(x), want)
+
+
+def test_the_owner_of_a_container_is_named() -> None:
+    model = net()
+    trainer = nn.Module()
+    trainer.clipped = list(model.parameters())  # type: ignore[assignment]
+    optimizer = AdamW(model.parameters())
+    ranks = scheduler(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"^a list of 4 \('clipped' of Module\) still holds"):
         train(model, optimizer, ranks, 0, 2)
 
 

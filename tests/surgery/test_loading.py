@@ -8,6 +8,7 @@ import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -213,6 +214,25 @@ def test_tied_weights_and_shared_modules_stay_one(dedupe: bool) -> None:
     assert torch.equal(model(words), saved(words))
 
 
+def test_safetensors_load_model_takes_a_tied_model_that_has_the_forms_of_the_file(
+    tmp_path: Path,
+) -> None:
+    """It expects the names from before the load: a lenient load of the file brings the forms."""
+    saved, model, words = Tied(), Tied(), torch.arange(5)
+    dr.apply_plan(saved, {"embed": Adapted(2, alpha=1.0)})
+    shake(saved)
+    safetensors.torch.save_model(saved, str(file := tmp_path / "model.safetensors"))
+    dr.apply_plan(model, {})
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "\w+\.base"'):
+        safetensors.torch.load_model(model, file)
+    model = Tied()
+    dr.apply_plan(model, {})
+    model.load_state_dict(safetensors.torch.load_file(file), strict=False)
+    assert safetensors.torch.load_model(model, file) == (set(), [])
+    assert_taken(model, saved)
+    assert model.head.up is model.embed.up and torch.equal(model(words), saved(words))
+
+
 def test_tied_weights_of_two_forms_are_refused() -> None:
     apart, model = Tied(), dr.factorize(Tied(), 2, layers="embed")
     apart.head.weight = nn.Parameter(apart.head.weight.detach().clone())
@@ -348,6 +368,32 @@ def test_a_full_rank_state_of_ours_makes_the_model_full_rank() -> None:
     dr.inflate(part, layers="0")  # the other layer's entry tells
     model.load_state_dict(through_safetensors(part.state_dict()))
     assert_taken(model, part)
+
+
+def test_a_full_rank_state_of_ours_without_its_metadata_is_told_the_ways_to_load_it() -> None:
+    """Either way that the warning names gives what was saved, bit by bit."""
+    runs: list[Any] = []
+    for _ in range(3):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        schedule = dr.schedules.dynamic_rank(2, inflate=2, deflate=4)
+        runs.append((model, optimizer, dr.RankScheduler(model, optimizer, schedule, 6)))
+    (saved, optimizer, ranks), (early, *_), (late, _, resumed) = runs
+    for step in range(3):
+        train_step(saved, optimizer, step)
+        ranks.step()
+    state = through_safetensors(saved.state_dict())
+    assert not any(KEY in key for key in state) and dr.current_plan(saved)["0"] == FullRank()
+    dr.inflate(early)
+    early.load_state_dict(state)
+    with pytest.warns(
+        UserWarning, match=r"were truncated .*safetensors.* dr\.inflate\(model\) firs"
+    ):
+        late.load_state_dict(state)
+    assert not torch.equal(late[0].weight, saved[0].weight)
+    resumed.load_state_dict(ranks.state_dict())
+    for model in (early, late):
+        assert_taken(model, saved)
 
 
 def test_a_full_rank_state_of_ours_is_a_plain_one() -> None:

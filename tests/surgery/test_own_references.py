@@ -55,6 +55,29 @@ class Several(Optimizer):
             one.step()
 
 
+class Thin(Optimizer):
+    """As torch's PostLocalSGDOptimizer: it skips the constructor, and has the other's state."""
+
+    def __init__(self, optim: Optimizer) -> None:
+        self.optim, self.param_groups = optim, optim.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optim.state
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optim.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optim.load_state_dict(state_dict)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optim.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optim.zero_grad(set_to_none)
+
+
 def by_layer(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": list(layer.parameters())} for layer in model if len([*layer.parameters()])]
 
@@ -79,6 +102,9 @@ FOLLOW: dict[str, Callable[[nn.Module], Any]] = {
     "aliases": lambda m: Home(by_layer(m), lambda o: [g["params"] for g in o.param_groups]),
     "sam": lambda m: SAM(m.parameters()),
     "several": lambda m: Several(SGD(m[0].parameters(), 0.1), Adam(m[2].parameters())),
+    "thin": lambda m: Thin(AdamW(m.parameters(), 0.01)),
+    "thin, twice": lambda m: Thin(Thin(AdamW(m.parameters(), 0.01))),
+    "thin, several": lambda m: Thin(Several(SGD(m[0].parameters(), 0.1), Adam(m[2].parameters()))),
     "accelerate": lambda m: Accelerator(cpu=True).prepare(AdamW(m.parameters(), 0.01)),
 }  # fmt: skip
 
@@ -110,6 +136,34 @@ def test_every_parameter_goes_on_training(kind: str) -> None:
     for form in (LowRank(3), FullRank(), Adapted(2), LowRank(2)):
         dr.apply_plan(model, {"0": form, "2": form}, optimizer=optimizer)
         assert_all_train(model, step)
+
+
+def test_a_wrapper_that_skips_torchs_constructor_is_that_which_it_wraps() -> None:
+    """A whole run with it: steps are counted, its state is signed and brings the forms."""
+    schedule = dr.schedules.dynamic_rank(3, inflate=2, deflate=4)
+    runs: list[tuple[Any, ...]] = []
+    for wrap in (Thin, lambda one: one):
+        model, x = mlp(), torch.randn(4, 16, generator=torch.Generator().manual_seed(1))
+        optimizer: Any = wrap(AdamW(model.parameters(), 0.01))
+        with pytest.raises(ValueError, match="nothing"):
+            dr.RankScheduler(model, optimizer, schedule, 6, layers="nothing")
+        ranks = dr.RankScheduler(model, optimizer, schedule, 6, layers="0")
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+            ranks.step()
+        assert ranks.last_step == 5
+        runs.append((model, optimizer, ranks.state_dict()))
+    (model, optimizer, _), (plain, other, _) = runs
+    assert all(map(torch.equal, model.parameters(), plain.parameters()))
+    state = optimizer.state_dict()
+    assert state["dynarank"] == other.state_dict()["dynarank"]
+    fresh = mlp()
+    again = Thin(AdamW(fresh.parameters(), 0.01))
+    dr.factorize(fresh, 3, layers="0", optimizer=again)  # type: ignore[arg-type]
+    again.load_state_dict(state)
+    assert dr.current_plan(fresh) == dr.current_plan(model)
 
 
 def test_the_state_of_a_wrapped_optimizer_moves() -> None:

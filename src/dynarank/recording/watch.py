@@ -20,7 +20,7 @@ from dynarank.cost.memory import SavedTensors, saved_tensors
 from dynarank.forms import Change
 from dynarank.scheduler.callbacks import Callback, Ranks
 from dynarank.scheduler.rank_scheduler import RankScheduler
-from dynarank.surgery.own_references import inner_optimizer
+from dynarank.surgery.own_references import inner_optimizer, takes_hooks
 
 __all__ = ["Listening", "watch"]
 
@@ -67,7 +67,7 @@ def watch(
         stack.callback(ranks.callbacks.pop, _NAME, None)
     else:
         stack.callback(inner.register_step_post_hook(_AfterStep(listener)).remove)
-    if isinstance(inner, Optimizer):
+    if isinstance(inner, Optimizer) and takes_hooks(inner):
         stack.callback(inner.register_state_dict_pre_hook(_BeforeState(listener)).remove)
     hooks = _ForwardHooks(model, listener)
     before = model.register_forward_pre_hook(hooks.before, with_kwargs=True)

@@ -201,7 +201,8 @@ class Budgets:
         if new and self._given is None:  # counted on a batch that a resumed run has too
             self._use.clear()
         for budget, paths in sorted(new, key=lambda one: one[0].of):  # of="layers" first
-            self._measure(made, budget, paths, {**now, **made.plan}, together)
+            stuck = {site.path: site.obstacle for site in sites if site.obstacle}
+            self._measure(made, budget, paths, {**now, **made.plan}, together, stuck)
         return made
 
     def _measure(
@@ -211,10 +212,15 @@ class Budgets:
         paths: tuple[str, ...],
         planned: Plan,
         together: Processes,
+        stuck: Mapping[str, str],
     ) -> None:
         """Add what is found for one budget: in several processes, what process 0 finds."""
-        how = made, budget, paths, planned, together
-        find = lambda: self._find(*how)  # noqa: E731
+
+        def find() -> Plan:
+            if waits := [f"its layer {path!r}: {stuck[path]}" for path in paths if path in stuck]:
+                raise UnfitWeightError("; ".join(waits))
+            return self._find(made, budget, paths, planned, together)
+
         try:
             forms = together.from_first("the ranks", fit_everywhere("a budget", find, together))
         except (UnfitWeightError, LinAlgError) as error:

@@ -22,6 +22,7 @@ __all__ = [
     "CallbackLike",
     "Ranks",
     "load_callback",
+    "may_prepare",
     "named_callbacks",
     "stateful_callbacks",
 ]
@@ -125,6 +126,13 @@ def named_callbacks(values: Iterable[CallbackLike]) -> dict[str, Callback]:
         seen[name] += 1
         named[name if seen[name] == 1 else f"{name}-{seen[name]}"] = one
     return named
+
+
+def may_prepare(callbacks: Iterable[Callback]) -> bool:
+    """Whether one that is the user's own may make a weight ready for a change before it is made."""
+    before = ("on_start", "after_step", "before_change")
+    methods = [getattr(type(one), name) for one in callbacks for name in before]
+    return not all(str(method.__module__).startswith("dynarank.") for method in methods)
 
 
 def stateful_callbacks(callbacks: Mapping[str, Callback]) -> dict[str, Callback]:

@@ -29,6 +29,7 @@ from dynarank.scheduler.budgets import Batches, Budgets, Resolved, stand_in
 from dynarank.scheduler.callbacks import (
     CallbackLike,
     load_callback,
+    may_prepare,
     named_callbacks,
     stateful_callbacks,
 )
@@ -38,7 +39,14 @@ from dynarank.scheduler.lr_interval import WAYS
 from dynarank.scheduler.postponed import Postponed, change_fit_layers
 from dynarank.scheduler.real_steps import RealSteps
 from dynarank.scheduler.saved_state import SavedState, schedule_identity
-from dynarank.scheduler.scheduled_layers import check_phases, named_in, scheduled_layers
+from dynarank.scheduler.scheduled_layers import (
+    begun_at,
+    check_changes,
+    check_phases,
+    named_in,
+    scheduled_layers,
+    with_known_forms,
+)
 from dynarank.schedules.base import (
     Answer,
     Clock,
@@ -56,7 +64,14 @@ from dynarank.surgery.edit import restore_on_exit
 from dynarank.surgery.guard import Guard
 from dynarank.surgery.loading import follow_loads, forms_loaded, loaded_since
 from dynarank.surgery.optimizer_signature import sign_states, unsign_states
-from dynarank.surgery.optimizer_state import Moments, Optimizers, as_list, check_held, check_movable
+from dynarank.surgery.optimizer_state import (
+    Moments,
+    Optimizers,
+    as_list,
+    check_followable,
+    check_held,
+    check_movable,
+)
 from dynarank.surgery.own_references import wrapped
 from dynarank.surgery.replaced import forget_replaced
 from dynarank.surgery.restore import restore_forms
@@ -77,9 +92,10 @@ class RankScheduler:
     The constructor applies the schedule's first plan, or goes on from a saved ``state``. Call
     :meth:`step` once a batch, after ``optimizer.step()``: steps that an optimizer took are counted,
     so gradients may be accumulated, and steps skipped. A layer that cannot be changed now (its
-    weight or optimizer state is not finite, or its decomposition does not converge) does not end
-    the run or hold back the others: its change is postponed with a warning and retried after 1, 2,
-    4, ... steps, at most 1% of the run (within 8 and 64 steps), and once more at the last step.
+    weight or optimizer state is not finite, its decomposition does not converge, or it was pruned
+    or got gradient hooks meanwhile) does not end the run or hold back the others: its change is
+    postponed with a warning and retried after 1, 2, 4, ... steps, at most 1% of the run (within 8
+    and 64 steps), and once more at the last step.
 
     Args:
         model: the model, wrapped (DDP, ``torch.compile``, Lightning Fabric's) or not; it may be
@@ -118,8 +134,9 @@ class RankScheduler:
         ValueError: there is no layer to schedule; ``schedule`` or a callback is something else; a
             plan is impossible (unknown layer, rank above a layer's limit); a layer trains in no
             optimizer or in two, or the optimizer's state cannot be converted (by the first step,
-            if it is not an optimizer of torch). Every phase that can be predicted is checked before
-            any change.
+            if it is not an optimizer of torch); a layer that is to change has gradient hooks (and
+            no callback of the user's may take them off before), or the optimizer keeps it where it
+            could not follow. Every phase that can be predicted is checked before any change.
 
     Warns:
         UserWarning: no layers are named, and no low-rank phase saves 5% of the model's weights.
@@ -226,7 +243,11 @@ class RankScheduler:
         scheduled = scheduled_layers(sites, self.schedule, self.total_steps, named)
         check_held(scheduled, self.optimizer)
         self._layers = {site.path: site.spec.unit_shape for site in scheduled}
-        check_phases(self.model, phases := self._phases(), sites)
+        found = check_phases(self.model, phases := self._phases(), sites)
+        ahead = [one for one in found if one[0].stop > begun_at(state)]
+        check_changes(ahead, self.optimizer, hooks=not may_prepare(self.callbacks.values()))
+        if self.schedule.spectra_every is not None:  # it may change any of them
+            check_followable([(s, s.form) for s in scheduled if s.form], self.optimizer)
         if named is None and not has_factors(sites):
             warn_of_little(sites, [stand_in(phase.plan) for phase in phases], stacklevel=6)
 
@@ -389,7 +410,7 @@ class RankScheduler:
         a budget ahead and no ``batches``, also the last training batches.
         """
         plan = None if self._plan is None else dict(self._plan)
-        sites = find_sites(self.model, survey(self.model), {**self._layers, **(plan or {})})
+        sites = find_sites(self.model, self._sites(), {**self._layers, **(plan or {})})
         last = {path: site.last_factored_form for path, site in sites.items()}
         callbacks = stateful_callbacks(self.callbacks).items()
         return {
@@ -496,13 +517,18 @@ class RankScheduler:
         flops = self._budgets.shares(self._layers)
         return Readings(self._layers, rate, self.forecast.rates, forms, flops=flops)
 
+    def _sites(self) -> list[Site]:
+        """Those of the model as it is now, scheduled ones also if they cannot change form."""
+        return with_known_forms(survey(self.model), {*self._layers, *(self._plan or {})})
+
     def _with_spectra(self, readings: Readings, sites: Sequence[Site]) -> Readings:
         """The readings, with the rank metrics of the scheduled layers and the forms they have."""
         own = find_sites(self.model, sites, self._layers)
         values = sys.maxsize if "singular_values" in self.schedule.requires else 0
         # The layers' own forms: before the first plan there are no others.
         forms = {path: site.form for path, site in own.items() if site.form is not None}
-        return replace(readings, forms=forms, spectra=read_spectra(own.values(), values=values))
+        spectra = read_spectra((one for one in own.values() if not one.obstacle), values=values)
+        return replace(readings, forms=forms, spectra=spectra)
 
     def _advance(self, sites: Sequence[Site] | None = None) -> list[Change]:
         """Ask the schedule for a plan, and apply it."""
@@ -510,7 +536,7 @@ class RankScheduler:
         readings, every = self._readings(), self.schedule.spectra_every
         reads = every is not None and self.last_step % max(1, step_of(every, self.total_steps)) == 0
         if reads:
-            sites = survey(self.model) if sites is None else sites
+            sites = self._sites() if sites is None else sites
             readings = self._with_spectra(readings, sites)
         self.spectra = readings.spectra
         plan, self._state, decisions = self._ask(clock, readings, reads=reads)
@@ -545,11 +571,12 @@ class RankScheduler:
         self._states_checked = True
         if all(type(one).__module__.startswith("torch.optim") for one in inner):  # known by class
             return
-        sites = survey(self.model)
+        sites = self._sites()
         later = [stand_in(phase.plan) for phase in self._phases() if phase.start > self.last_step]
         ahead = [site for plan in later for site, _ in differences(self.model, plan, sites)]
         if self.schedule.spectra_every is not None:  # it decides as it goes
             ahead = find_sites(self.model, sites, self._layers).values()
+        ahead = [site for site in ahead if not site.obstacle]
         check_movable(self.optimizer, self.moments, ahead)
 
     def _apply(self, request: Request, sites: Sequence[Site] | None) -> list[Change]:
@@ -563,19 +590,21 @@ class RankScheduler:
         with one_scan():
             now = {"step": step, "plan": request_to_data(request), "postponed": [*postponed.layers]}
             self.processes.agree("the rank scheduler's step", now)
-            sites = survey(self.model) if sites is None else sites
+            sites = self._sites() if sites is None else sites
             waiting = postponed.budgets(step)
             last = self._request, self._plan
             found = self._budgets.resolve(request, *last, waiting, sites, self.processes)
-            due = postponed.due(differences(self.model, found.plan, sites), request, step)
+            tried = postponed.due(differences(self.model, found.plan, sites), request, step)
+            due = [pair for pair in tried if not pair[0].obstacle]
             statistics = running_statistics(self.model) if self.averages.holders else {}
             left = LeftCopies([place.module for site, _ in due for place in site.places])
             changes, unfit = self._change(due, found)
         self._decide(found, request)
         self._request, self._plan = dict(request), dict(found.plan)
         unmeasured = find_sites(self.model, sites, found.unmeasured)
-        tried = [*due, *((site, found.unmeasured[path]) for path, site in unmeasured.items())]
-        postponed.record(tried, unfit := unfit | found.unfit, step)
+        tried += [(site, found.unmeasured[path]) for path, site in unmeasured.items()]
+        stuck = {s.path: f"layer {s.path!r}: {s.obstacle}" for s, _ in tried if s.obstacle}
+        postponed.record(tried, unfit := {**stuck, **unfit, **found.unfit}, step)
         if changes:
             self._guard.expect([site for site, _ in due], changes)
             self._left = left
@@ -667,7 +696,10 @@ class RankScheduler:
         request = self.schedule.update(self._state, clock, readings).plan
         now = {**readings.forms, **{p: one for p, one in (self._request or {}).items()}}
         paths = [path for path, one in request.items() if one != now.get(path, one)]
-        self.gradients.watch(paths, changed=changed)
+        with suppress(ValueError):  # it is said once they are to change
+            return self.gradients.watch(paths, changed=changed)
+        able = {site.path for site in self._sites() if not site.obstacle}
+        self.gradients.watch([path for path in paths if path in able], changed=changed)
 
 
 def _plan_data(answer: Answer) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from traceback import walk_stack
 from typing import Any
 from weakref import WeakSet
 
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from dynarank.surgery.guard import Guard
 from dynarank.surgery.optimizer_steps import trains, unwatch_steps, watch_steps
-from dynarank.surgery.own_references import groups_of, innermost, wrapped
+from dynarank.surgery.own_references import groups_of, innermost, takes_hooks, wrapped
 
 __all__ = ["RealSteps"]
 
@@ -47,7 +48,7 @@ class RealSteps:
         """Register hooks on these optimizers, which may be copies of those before."""
         self._optimizers = list(optimizers)
         steps = [one for given in optimizers for one in innermost(given)]
-        hooked = [one for one in steps if hasattr(one, "register_step_post_hook")]
+        hooked = [one for one in steps if takes_hooks(one)]
         self._sees_all = bool(steps) and len(hooked) == len(steps)
         self._hooks: list[Any] = []
         for one in hooked:
@@ -121,8 +122,8 @@ class RealSteps:
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         if found_inf is not None and bool(found_inf):
             return  # a gradient scaler has made a fused optimizer skip the step
-        if self._first and not trains(optimizer) and _has_zero_gradients(optimizer):
-            return  # torch's DCP makes states by a step of rate 0 with gradients of zero
+        if self._first and _makes_states(optimizer):
+            return
         self._stepped = True
         self._guard.after_step(optimizer)
 
@@ -132,6 +133,17 @@ def _note(optimizer: Optimizer) -> None:
         one.note(optimizer)
     if not _IDLE:
         unwatch_steps(_note)
+
+
+def _makes_states(optimizer: Optimizer) -> bool:
+    """Whether a first step is no more than that: torch's DCP takes one, of rate 0 with zeros.
+
+    Where there is nothing to make (SGD without momentum), each is a first step: who calls tells.
+    """
+    if trains(optimizer) or not _has_zero_gradients(optimizer):
+        return False
+    callers = (frame.f_code.co_name for frame, _ in walk_stack(None))
+    return bool(optimizer.state) or "_init_optim_state" in callers
 
 
 def _has_zero_gradients(optimizer: Optimizer) -> bool:

@@ -2,28 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from dynarank.forms import LowRank
+from dynarank.forms import Form, LowRank, same_weight
 from dynarank.scheduler.budgets import stand_in
 from dynarank.schedules.base import Readings, Schedule
 from dynarank.schedules.timelines import Phase, timeline
+from dynarank.surgery.edit import check_replaceable
+from dynarank.surgery.optimizer_state import check_followable
 from dynarank.surgery.selection import LayerFilter, candidates, has_factors, select
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import differences
 
-__all__ = ["check_phases", "named_in", "scheduled_layers"]
+__all__ = [
+    "begun_at",
+    "check_changes",
+    "check_phases",
+    "named_in",
+    "scheduled_layers",
+    "with_known_forms",
+]
+
+Wanted = Sequence[tuple[Site, Form]]
 
 
-def check_phases(model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site]) -> None:
-    """Raise ValueError for a phase whose plan the model, with these sites, cannot follow."""
+def check_phases(
+    model: nn.Module, phases: Iterable[Phase], sites: Sequence[Site]
+) -> list[tuple[Phase, Wanted]]:
+    """What each phase changes of a model with these sites.
+
+    Raises:
+        ValueError: the model cannot follow a phase's plan.
+    """
+    found: list[tuple[Phase, Wanted]] = []
     for phase in phases:
-        try:
-            differences(model, stand_in(phase.plan), sites)
-        except ValueError as error:
-            raise ValueError(f"from step {phase.start}, {error}") from None
+        with _named(phase):
+            found.append((phase, differences(model, stand_in(phase.plan), sites)))
+    return found
+
+
+def check_changes(
+    ahead: Iterable[tuple[Phase, Wanted]], optimizers: Sequence[Any], *, hooks: bool
+) -> None:
+    """Raise ValueError for a change with which something would be lost.
+
+    Args:
+        ahead: from :func:`check_phases`.
+        optimizers: those that hold the weights, with lists of their own that must follow.
+        hooks: whether gradient hooks count: a callback may take them off before.
+    """
+    for phase, wanted in ahead:
+        replaced = [(s, after) for s, after in wanted if s.form and not same_weight(s.form, after)]
+        with _named(phase):
+            check_followable(replaced, optimizers)
+            for site, _ in replaced if hooks else ():
+                check_replaceable(site.path, site.parameters())
+
+
+@contextmanager
+def _named(phase: Phase) -> Generator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"from step {phase.start}, {error}") from None
+
+
+def with_known_forms(sites: Iterable[Site], paths: Container[str]) -> list[Site]:
+    """The sites; those at these paths also with a form if they cannot change it, by an obstacle."""
+    return [
+        replace(site, form=site.present_form) if any(p in paths for p in site.paths) else site
+        for site in sites
+    ]
 
 
 def named_in(state: object) -> LayerFilter:
@@ -32,6 +86,12 @@ def named_in(state: object) -> LayerFilter:
     if not isinstance(found, Mapping):
         return None
     return lambda module, path: path in found
+
+
+def begun_at(state: object) -> int:
+    """The step at which a rank scheduler's state goes on; 0 if it is none."""
+    found = state.get("last_step") if isinstance(state, Mapping) else None
+    return found if isinstance(found, int) else 0
 
 
 def scheduled_layers(

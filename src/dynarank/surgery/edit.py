@@ -121,10 +121,9 @@ def prepare_edit(
         seed: of new adapters; None: ``torch.initial_seed()``.
 
     Raises:
-        ValueError: the weight is on the meta device or has gradient hooks, or the activation
-            statistics are of another weight.
-        UnfitWeightError: it is not finite, its decomposition fails, a new value overflows its
-            dtype, or a change that must keep the function would not.
+        ValueError: the weight is on the meta device, or the activation statistics are of another.
+        UnfitWeightError: it has gradient hooks or is not finite, its decomposition fails, a new
+            value overflows its dtype, or a change that must keep the function would not.
     """
     old, before = site.parameters(), site.form
     assert before is not None
@@ -231,16 +230,21 @@ def check_values_known(path: str, parameters: dict[str, Parameter]) -> None:
 
 
 def check_replaceable(path: str, parameters: dict[str, Parameter]) -> None:
-    """Raise ValueError for parameters with which something would be lost."""
+    """Raise UnfitWeightError for parameters with which something would be lost."""
     hooks = ("_backward_hooks", "_post_accumulate_grad_hooks")
     for name, p in parameters.items():
+        why = ""
         if not p.is_leaf:
-            raise ValueError(f"layer {path!r}: its {name} is computed from other tensors")
-        if any(getattr(p, kind, None) for kind in hooks):
-            raise ValueError(
-                f"layer {path!r}: its {name} has gradient hooks, which would be lost with it; "
-                "remove them first and register them on the new parameters"
+            why = "is computed from other tensors"
+        elif any(getattr(p, kind, None) for kind in hooks):
+            why = (
+                "has gradient hooks, which would be lost with it; remove them first and register "
+                "them on the new parameters: under a RankScheduler by a callback, in its "
+                "before_change and after_change"
             )
+        if why:
+            said = f"layer {path!r}: its {name} {why}"
+            raise UnfitWeightError(said, {path: said})
 
 
 def _measured(site: Site, after: Form, weight: Tensor, new: dict[str, Parameter]) -> Change:

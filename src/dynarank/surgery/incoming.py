@@ -122,10 +122,7 @@ def incoming(site: Site, load: Load) -> Incoming | None:
     if len(site.shape) < 2:  # lazy
         return None
     found: dict[str, tuple[Form, Mapping[str, Tensor]]] = {}
-    before = site.form
-    if before is None:
-        forms = site.module.forms if isinstance(site.module, RankedLayer) else {}
-        before = forms.get(site.spec.name, FullRank())
+    before = site.present_form
     for path, table in load.places(site):
         form = _form_in(site, before, load, path, table) if table else None
         if form is not None:

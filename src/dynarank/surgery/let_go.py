@@ -10,6 +10,7 @@ import gc
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,17 @@ from dynarank.surgery.problem import listed
 
 __all__ = ["check_let_go"]
 
+_OTHER, _EXPORTED = "another optimizer", "an exported program"
+_WAY = (
+    "make it again after each change, or ask model.parameters() each time; if nothing needs it, "
+    "delete it"
+)
+_WAYS = {
+    _OTHER: "if it is of an earlier run, delete it (del optimizer) and the LR schedulers made of "
+    "it; if it trains, give it to the RankScheduler too",
+    _EXPORTED: "it shares the others with the model, so it would compute with a mixture; delete "
+    "it, and export again, or export copy.deepcopy(model), which stays as it is",
+}
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
 
 
@@ -36,47 +48,78 @@ def check_let_go(model: nn.Module, optimizers: Sequence[Any]) -> None:
         return
     with thawed():
         gc.collect()
-        used, spare = _found(replaced_of(model), optimizers)
+        said, used = _told(replaced_of(model), optimizers)
     if used:
-        raise RuntimeError(
-            f"{_said(used)}: what is done with it would miss the new ones; make it again after "
-            "each change, or ask model.parameters() each time; if nothing needs it, delete it"
-        )
-    if spare:
-        said = f"{_said(spare)}, as a group of the optimizer did; make it again if it is used"
+        way = next((way for what, way in _WAYS.items() if what in said), _WAY)
+        raise RuntimeError(f"{said}: what is done with it would miss the new ones; {way}")
+    if said:
+        said += ", as a group of the optimizer did; make it again if it is used"
         warnings.warn(said, RuntimeWarning, stacklevel=4)
+
+
+def _told(replaced: Sequence[Replaced], optimizers: Sequence[Any]) -> tuple[str, bool]:
+    """What is to be said, and whether it is an error; a traceback of it keeps no holder alive."""
+    used, spare = _found(replaced, optimizers)
+    return (_said(used or spare) if used or spare else ""), bool(used)
 
 
 def _found(
     replaced: Sequence[Replaced], optimizers: Sequence[Any]
-) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
-    """The containers by name, with the layers whose parameters they hold; then those of groups."""
+) -> tuple[list[tuple[Any, set[str]]], list[tuple[Any, set[str]]]]:
+    """The containers, each with the layers whose parameters it holds; then those of groups."""
     alive = [p for one in replaced if (p := one.old()) is not None]
     paths = {id(one.old()): one.path for one in replaced}
-    used: dict[str, set[str]] = {}
-    spare: dict[str, set[str]] = {}
+    used: list[tuple[Any, set[str]]] = []
+    spare: list[tuple[Any, set[str]]] = []
     groups = _groups(optimizers, replaced)
     holders = gc.get_referrers(*alive) if alive else ()
     for holder in _of_users([h for h in holders if h is not alive and isinstance(h, _CONTAINERS)]):
         ids = _ids(holder)
         found = spare if len(groups) > 1 and _layers(ids, replaced) in groups else used
-        found.setdefault(_name(holder), set()).update(paths[i] for i in ids if i in paths)
+        found.append((holder, {paths[i] for i in ids if i in paths}))
     return used, spare
 
 
-def _said(found: Mapping[str, set[str]]) -> str:
-    holder, paths = next(iter(found.items()))
+def _said(found: Sequence[tuple[Any, set[str]]]) -> str:
     more = f" (and {len(found) - 1} others)" if len(found) > 1 else ""
-    return f"{holder}{more} still holds parameters of {listed(paths)} that a change replaced"
+    paths = set[str]().union(*(own for _, own in found))
+    held = f"still holds parameters of {listed(paths)} that a change replaced"
+    return f"{_name(found[0][0])}{more} {held}"
 
 
 def _name(holder: Any) -> str:
-    others = [one for one in live(Optimizer) if is_optimizer(one)]
-    if any(holder is group["params"] for group in groups_of(others)):
-        return "a group of another optimizer"
-    if any(holder is one.state for one in others):
-        return "the state of another optimizer"
-    return f"a {type(holder).__name__} of {len(holder)}"
+    for one in filter(is_optimizer, live(Optimizer)):
+        if any(holder is group["params"] for group in one.param_groups):
+            return f"a group of {_OTHER} ({type(one).__name__})"
+        if holder is one.state:
+            return f"the state of {_OTHER} ({type(one).__name__})"
+    name, owner = f"a {type(holder).__name__} of {len(holder)}", _owner(holder)
+    if type(owner).__module__.startswith("torch.export") or _is_in_a_graph(owner):
+        return f"{_EXPORTED} ({type(owner).__name__})"
+    if owner is None:
+        return name
+    return (
+        f"{name} ({next(k for k, v in vars(owner).items() if v is holder)!r} of {_said_of(owner)})"
+    )
+
+
+def _owner(holder: Any) -> Any:
+    """The object or module that has a container as an attribute or a variable, if any."""
+    around = gc.get_referrers(holder)
+    tables = [one for one in around if isinstance(one, dict)]
+    for one in [*around, *(gc.get_referrers(*tables) if tables else ())]:
+        if any(value is holder for value in [*getattr(one, "__dict__", {}).values()]):
+            return one
+    return None
+
+
+def _is_in_a_graph(owner: Any) -> bool:
+    graphs = live(GraphModule) if isinstance(owner, nn.Module) else []
+    return any(owner is module for graph in graphs for module in graph.modules())
+
+
+def _said_of(owner: Any) -> str:
+    return owner.__name__ if isinstance(owner, ModuleType) else type(owner).__name__
 
 
 def _ids(holder: Any) -> set[int]:

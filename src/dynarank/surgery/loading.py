@@ -178,8 +178,9 @@ def _warn_of_refactored(errors: Mapping[str, float], truncated: bool) -> None:
         )
     warnings.warn(
         f"the loaded state has full-rank weights for these factored layers, which {how}: "
-        f"{', '.join(errors)}. To load them as they are, call dr.inflate(model) first, or load the "
-        "rank scheduler's state before the next optimizer step",
+        f"{', '.join(errors)}. To load them as they are, as a full-rank state of a ranked model is "
+        "meant (safetensors keeps no metadata that says it), call dr.inflate(model) first, or load "
+        "the rank scheduler's state before the next optimizer step",
         UserWarning,
         stacklevel=2,
     )

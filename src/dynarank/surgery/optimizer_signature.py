@@ -22,7 +22,7 @@ from dynarank.form_data import form_from_data, form_to_data
 from dynarank.forms import Adapted, Form, FullRank
 from dynarank.surgery.loading import note_forms_loaded
 from dynarank.surgery.optimizer_steps import unwatch_steps, watch_steps
-from dynarank.surgery.own_references import inner_optimizer
+from dynarank.surgery.own_references import inner_optimizer, takes_hooks
 from dynarank.surgery.restore import restore_forms
 from dynarank.surgery.sites import Site, survey
 
@@ -93,7 +93,7 @@ def unsign_states(model: nn.Module, optimizers: Iterable[Any] | None = None) -> 
 
 def _attach(given: Any, model: nn.Module) -> None:
     optimizer = inner_optimizer(given)
-    if isinstance(optimizer, Optimizer):
+    if isinstance(optimizer, Optimizer) and takes_hooks(optimizer):
         if (before := _SIGNERS.pop(optimizer, None)) is not None:
             before.remove()
         _SIGNERS[optimizer] = _Signer(optimizer, given, model)

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.optim import LBFGS, Optimizer
 
 from dynarank.decompositions import precise
-from dynarank.forms import same_weight
+from dynarank.forms import Change, Form, same_weight
 from dynarank.surgery.edit import Edit, restore_on_exit
 from dynarank.surgery.moments import (
     GradientSamples,
@@ -46,6 +46,7 @@ __all__ = [
     "Moments",
     "Optimizers",
     "as_list",
+    "check_followable",
     "check_held",
     "check_movable",
     "new_contents",
@@ -140,6 +141,18 @@ def check_held(sites: Iterable[Site], optimizers: Sequence[Optimizer]) -> None:
     families = [wrapped(optimizer) for optimizer in optimizers]
     for site in sites if optimizers else ():
         _owner(site, families)
+
+
+def check_followable(wanted: Iterable[tuple[Site, Form]], optimizers: Sequence[Any]) -> None:
+    """Raise ValueError for an optimizer that holds these weights where it could not follow them."""
+    edits = [
+        Edit(site, Change(site.path, after, after, 0.0), site.parameters(), {})
+        for site, after in wanted
+    ]
+    for family in map(wrapped, optimizers):
+        held = {id(p) for group in groups_of(family) for p in group["params"]}
+        mine = [one for one in edits if any(id(p) in held for p in one.old.values())]
+        follow(family, mine, [])
 
 
 def _owner(site: Site, families: Sequence[list[Any]]) -> list[Any] | None:

@@ -13,14 +13,23 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor
-from torch.optim import LBFGS
+from torch.optim import LBFGS, Optimizer
 
 from dynarank.surgery.edit import Edit
 from dynarank.surgery.param_groups import Contents, Group
 
-__all__ = ["follow", "groups_of", "inner_optimizer", "innermost", "is_optimizer", "wrapped"]
+__all__ = [
+    "follow",
+    "groups_of",
+    "inner_optimizer",
+    "innermost",
+    "is_optimizer",
+    "takes_hooks",
+    "wrapped",
+]
 
 _CONTAINERS = (list, tuple, set, frozenset, deque, Mapping)
+_SHARDED = "ZeroRedundancyOptimizer"
 
 
 def is_optimizer(value: object) -> bool:
@@ -46,12 +55,29 @@ def wrapped(optimizer: Any) -> list[Any]:
 
 
 def inner_optimizer(optimizer: Any) -> Any:
-    """The optimizer inside a wrapper that has it as ``optimizer`` (accelerate's, for example)."""
+    """The optimizer whose state a wrapper's is: that in its ``optimizer`` (accelerate's, say).
+
+    Or the only one in it, if the wrapper is one of torch's that takes no hooks itself.
+    """
     seen = {id(optimizer)}
-    while (inner := getattr(optimizer, "optimizer", None)) is not None and id(inner) not in seen:
+    while (inner := _inside(optimizer)) is not None and id(inner) not in seen:
         optimizer = inner
         seen.add(id(inner))
     return optimizer
+
+
+def _inside(optimizer: Any) -> Any:
+    if (named := getattr(optimizer, "optimizer", None)) is not None or takes_hooks(optimizer):
+        return named
+    torchs = isinstance(optimizer, Optimizer) and len(innermost(optimizer)) == 1
+    return next(iter(wrapped(optimizer)[1:]), None) if torchs else None
+
+
+def takes_hooks(optimizer: Any) -> bool:
+    """Whether torch's hooks can be put on it: not if it has skipped ``Optimizer.__init__``."""
+    if isinstance(optimizer, Optimizer):
+        return hasattr(optimizer, "_optimizer_step_post_hooks")
+    return hasattr(optimizer, "register_step_post_hook")
 
 
 def innermost(optimizer: Any) -> list[Any]:
@@ -81,6 +107,12 @@ def follow(optimizers: Sequence[Any], edits: Sequence[Edit], regrouped: Contents
         return []
     lists, contents = _Lists(optimizers, regrouped), Contents()
     for one in optimizers:
+        if _SHARDED in (kind.__name__ for kind in type(one).__mro__):
+            raise ValueError(
+                f"{type(one).__name__} deals its parameters to processes by tables that cannot "
+                "follow a change of form; shard the model by fully_shard (FSDP2), which shards "
+                "optimizer states too, or use a plain optimizer"
+            )
         if isinstance(one, LBFGS):  # it counts all entries once
             contents.append((vars(one), {**vars(one), "_numel_cache": None}))
         for name, value in _kept(one).items():
@@ -165,5 +197,6 @@ def _refusal(optimizer: Any, attribute: str, what: str) -> ValueError:
     return ValueError(
         f"{type(optimizer).__name__} holds {what} in its attribute {attribute!r}, which cannot "
         "follow a change of form (a list of a group's parameters could); change the form before "
-        "you make this optimizer, or make a new one after and pass none to the change"
+        "you make this optimizer, or make a new one after and pass none to the change; a "
+        "RankScheduler, which makes changes itself, needs an optimizer that keeps no such thing"
     )

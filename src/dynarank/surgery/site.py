@@ -74,6 +74,12 @@ class Site:
         return self, *self.tied
 
     @property
+    def present_form(self) -> Form:
+        """The form it is in, whether it can change it or not."""
+        forms = self.module.forms if isinstance(self.module, RankedLayer) else {}
+        return self.form or forms.get(self.spec.name, FullRank())
+
+    @property
     def last_factored_form(self) -> LowRank | Adapted | None:
         """The last form with factors that the weight had, if any."""
         known = self.module.last_factored_forms if isinstance(self.module, RankedLayer) else {}

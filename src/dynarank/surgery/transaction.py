@@ -126,7 +126,7 @@ def change_forms(
         check_gatherable(due, moments, together.members)
         return wrappers_that_follow([site for site, _ in due])
 
-    wrappers = together.attempt("a change of forms", ready)
+    wrappers = fit_everywhere("a change of forms", ready, together)
     with torch.inference_mode(False):  # parameters made in inference mode could never train
 
         def prepare(site: Site, form: Form) -> Edit | WholeEdit:

@@ -92,10 +92,10 @@ def apply_plan(
 
     Raises:
         ValueError: a path does not exist or cannot change form, a rank is above the layer's limit,
-            a trainable layer is in no optimizer, a weight has gradient hooks, the model is already
-            wrapped, or the calibration is of another model. Nothing has changed then.
-        UnfitWeightError: a weight is not finite, cannot be decomposed, or overflows its dtype.
-            Nothing has changed then.
+            a trainable layer is in no optimizer, the model is already wrapped, or the calibration
+            is of another model. Nothing has changed then.
+        UnfitWeightError: a weight has gradient hooks, is not finite, cannot be decomposed, or
+            overflows its dtype. Nothing has changed then.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -44,7 +44,7 @@ RESOLVED = {torch.float32: 2e-3, torch.float64: 1e-7}
 
 
 class UnfitWeightError(ValueError):
-    """Raised for a weight that cannot be decomposed: not finite, or the decomposition fails.
+    """Raised for a weight that cannot change now: not finite, say, or its decomposition fails.
 
     Args:
         message: what is wrong.
