@@ -20,6 +20,7 @@ from .words import NUMBERS
 GPT, MLP, TABLE, RESNET = "gpt_characters", "mlp_256", "mlp_table", "resnet_fashion"
 WIDE = "mlp_1024"
 LONG, LONG_DECAY = "gpt_characters_long", "decay 0.65"
+LONG_MLP = "mlp_256_long"
 BYTE, MEDIUM, ENCODER, VIT = "gpt_bytes", "gpt_10m", "encoder_stsb", "vit_cifar"
 PAIRS = "encoder_mrpc", "encoder_rte"
 DEEPER, LARGER, SMALL_BERT, SST = "resnet_cifar", "resnet20_cifar", "bert_mrpc", "bert_sst2"
@@ -30,8 +31,10 @@ LOW, LIKE_LOW = "paper, low-rank ending", "fixed as paper, low-rank ending"
 BETTER, WORSE, ALIKE = "is better than", "is worse than", "is not distinguishable from"
 GPTS, RESNETS = (GPT, BYTE, MEDIUM), (RESNET, DEEPER, LARGER)
 ENCODERS = (ENCODER, *PAIRS)
-NARROWED = (*GPTS, LONG, MLP, WIDE, TABLE, *RESNETS, WRN, VIT, SMALL_BERT, SST)
+NARROWED = (*GPTS, LONG, MLP, LONG_MLP, WIDE, TABLE, *RESNETS, WRN, VIT, SMALL_BERT, SST)
 """The problems of which narrower networks have run: all but the encoders."""
+LARGEST = dict.fromkeys(NARROWED, "0.65") | {WIDE: "0.3", LONG_MLP: "0.5"}
+"""The largest budget of each problem's decays."""
 
 
 @cache
@@ -167,6 +170,13 @@ def first_cut(name: str, arm: str) -> float:
     """Return after which share of a run layers change first."""
     (time,) = {run["changes"][0]["step"] / run["steps"] for run in found(name).arms[arm].runs}
     return time
+
+
+def longer(name: str, short: str) -> str:
+    """Return how many times as long as another experiment's the runs of one are, in words."""
+    long, other = (found(one).arms[FULL].runs[0]["steps"] for one in (name, short))
+    assert long % other == 0
+    return NUMBERS[long // other]
 
 
 def width(name: str) -> str:

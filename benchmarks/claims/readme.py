@@ -21,6 +21,7 @@ from .experiments import (
     LARGER,
     LONG,
     LONG_DECAY,
+    LONG_MLP,
     MEDIUM,
     MLP,
     NARROW,
@@ -31,9 +32,11 @@ from .experiments import (
     WRN,
     behind,
     compared,
+    corrected,
     corrected_to_fixed,
     found,
     led,
+    longer,
     parameters,
     rate,
     rates_tried,
@@ -262,6 +265,11 @@ def perceptrons() -> Iterator[str]:
         f"on that of width 256 it {verb(MLP, decay, low)} fixed low rank by "
         f"{behind(MLP, low, decay)} points ({share(MLP, low, ALL_FLOPS)}x is with the products of "
         "its weight decay), but no better than a narrower network;"
+    )
+    yield says(
+        f"in runs {longer(LONG_MLP, MLP)} times as long, corrected, no arm is distinguishable from "
+        "full rank;",
+        not corrected(LONG_MLP, FULL),
     )
     fifth = "fixed 0.2 FLOPs"
     costs = {arm: share(WIDE, arm, ALL_FLOPS) for arm in (fifth, "decay 0.2", "decay 0.3")}
