@@ -166,7 +166,10 @@ def test_the_stable_rank_is_scaled_by_that_at_the_start() -> None:
     [
         ({}, "one budget.*got 0"),
         ({"params": 0.5, "flops": 0.5}, "got 2"),
-        ({"params": 0.01}, r"0\.010 of full-rank\) is below the cost of the smallest ranks, \d+"),
+        (
+            {"params": 0.01},
+            r"budget of 0\.01 of .* is below .* the smallest ranks, 0\.\d+ \(",
+        ),
         ({"params": 1.5}, "is a share of the full-rank"),
         ({"params": -3}, "positive"),
         ({"flops": 0.5}, "needs a sample"),

@@ -173,7 +173,7 @@ def test_learning_rate_and_decay_reach_the_optimizer(digits: ImageData) -> None:
 
 
 def test_a_run_that_is_refused_leaves_nothing_behind(digits: ImageData, tmp_path: Path) -> None:
-    recipe = load_recipe("digits").with_factors(1000, None)
+    recipe = load_recipe("digits").with_settings({"rank": 1000})
     with pytest.raises(ValueError, match="rank 1000 is above the limit"):
         run(tmp_path / "x", "low-rank", digits, recipe=recipe)
     assert not (tmp_path / "x").exists()

@@ -5,6 +5,7 @@ Costs are exact (:mod:`dynarank.cost`), but for seconds, which are measured.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, SupportsIndex
@@ -12,6 +13,7 @@ from typing import Any, Literal, SupportsIndex
 import torch
 from torch import nn
 
+from dynarank.cost.budget import below_least
 from dynarank.cost.flops import ModelUse, form_parameters, trace
 from dynarank.cost.timing import layer_timer
 from dynarank.forms import Form, FullRank, Plan
@@ -60,6 +62,8 @@ class Budget:
     """What the chosen layers may cost together, and what everything else costs.
 
     Args:
+        asked: the amount as it was given, a share (float) or a number (int).
+        of: ``"model"`` or ``"layers"``.
         unit: what is counted.
         cost: of a weight in a form.
         limit: of all that the budget is of.
@@ -67,6 +71,8 @@ class Budget:
         full: the cost of what it is of, every layer full-rank.
     """
 
+    asked: float | int
+    of: str
     unit: str
     cost: Callable[[Site, Form], float]
     limit: float
@@ -81,11 +87,20 @@ class Budget:
     def refusal(self, least: float) -> str:
         """Why the smallest ranks, which cost ``least``, are too much."""
         whole = self.outside + least
-        return (
-            f"a budget of {self.limit:g} {self.unit} ({self.limit / self.full:.3f} of full-rank) "
-            f"is below the cost of the smallest ranks, {whole:g} ({whole / self.full:.3f}); allow "
-            "that much, or include more layers or lower multiple_of"
-        )
+        if self.unit == "seconds":
+            return (
+                f"a budget of {self.limit!r} seconds is below the time of the smallest ranks, "
+                f"{_rounded_up(whole)}; allow that much, or include more layers or lower "
+                "multiple_of"
+            )
+        told = below_least(self.asked, self.unit, self.of, self.full, self.outside, least)
+        return f"{told} or lower multiple_of"
+
+
+def _rounded_up(seconds: float) -> float:
+    """Seconds to four digits, not less."""
+    scale = 10.0 ** (3 - math.floor(math.log10(seconds)))
+    return math.nextafter(math.ceil(seconds * scale) / scale, math.inf)
 
 
 def find_budget(
@@ -112,7 +127,7 @@ def find_budget(
         others = [site for site in sites if site.path not in paths]
         outside = fixed + sum(cost(site, forms.get(site.path, form_of(site))) for site in others)
         full += fixed + sum(cost(site, FullRank()) for site in others)
-    return Budget(_UNITS[kind], cost, _limit(kind, amount, full), outside, full)
+    return Budget(amount, request.of, _UNITS[kind], cost, _limit(kind, amount, full), outside, full)
 
 
 def form_of(site: Site) -> Form:

@@ -173,8 +173,7 @@ def grid(inflate: list[float], deflate: list[float], epochs: int) -> list[Cell]:
 
 
 def _at(recipe: Recipe, cell: Cell) -> Recipe:
-    points = {"inflate": cell[0], "deflate": cell[1]}
-    return Recipe.model_validate({**recipe.model_dump(), **points})
+    return recipe.with_settings({"inflate": cell[0], "deflate": cell[1]})
 
 
 def _place(folder: Path, cell: Cell, seed: int) -> Path:

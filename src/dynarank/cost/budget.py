@@ -9,16 +9,28 @@ forms that they will have; those of a budget of their own layers, B.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dynarank.cost.flops import Flops, LayerUse, ModelUse
 from dynarank.decompositions import Decomposition
 from dynarank.forms import Form, FullRank, LowRank, Plan, Rank, RankLike, Request, Within
+from dynarank.schedules.budget_error import BudgetError
 
-__all__ = ["Room", "estimated", "rank_step", "shared_budgets", "uniform_plan"]
+__all__ = [
+    "Room",
+    "below_least",
+    "check_request",
+    "estimated",
+    "rank_step",
+    "shared_budgets",
+    "stand_in",
+    "uniform_plan",
+]
 
 _BISECTIONS = 40
+_PLACES = 10_000  # shares are told to four digits, rounded up
 _CHOICES = 8  # ranks that a weight can have at least, if its size allows
 
 
@@ -97,13 +109,37 @@ class Room:
         least = self.cost(_at_share(self, 0.0))
         if least > self.allowed:
             unit = {"flops": "training FLOPs", "params": "parameters", "bytes": "bytes"}
-            whole, kind = self.outside + least, self.budget.kind
-            limit = self.outside + self.allowed
-            raise ValueError(
-                f"a budget of {limit:,.0f} {unit[kind]} ({limit / self.full:.3f} of full rank) is "
-                f"below the cost of the smallest ranks, {whole:,.0f} ({whole / self.full:.3f}); "
-                "allow that much, or include more layers"
-            )
+            asked, (kind, of) = self.budget.amount, (self.budget.kind, self.budget.of)
+            raise BudgetError(below_least(asked, unit[kind], of, self.full, self.outside, least))
+
+
+def below_least(asked: float, unit: str, of: str, full: float, outside: float, least: float) -> str:
+    """Why a budget is too small, and the smallest one that is not.
+
+    Args:
+        asked: a share (float) or a number (int).
+        unit: what is counted.
+        of: ``"model"`` or ``"layers"``.
+        full: the cost of what the budget is of, at full rank.
+        outside: the cost of what it is of, besides the layers that share it.
+        least: the cost of these layers at the smallest ranks.
+
+    Example:
+        >>> below_least(0.2, "bytes", "model", 3000, 700, 50)
+        'a budget of 0.2 of the bytes at full rank is below the cost of the smallest ranks, 0...'
+    """
+    whole, whose = outside + least, "layers' " if of == "layers" else ""
+    if isinstance(asked, float):
+        places = math.ceil(whole / full * _PLACES)
+        while places / _PLACES * full - outside < least:  # rounding
+            places += 1
+        told = f"{asked!r} of the {whose}{unit} at full rank", f"{places / _PLACES}"
+    else:
+        told = f"{asked:,} {whose}{unit}", f"{math.ceil(whole):,}"
+    return (
+        f"a budget of {told[0]} is below the cost of the smallest ranks, {told[1]} "
+        f"({whole:,.0f} of {full:,.0f} {unit}); allow that much, or include more layers"
+    )
 
 
 def uniform_plan(room: Room) -> dict[str, Form]:
@@ -153,6 +189,20 @@ def estimated(use: ModelUse, request: Request) -> tuple[Plan, Flops]:
             missing -= room.cost(plan)
     flops = use.flops(plan)
     return plan, Flops(flops.forward, flops.training + round(missing))
+
+
+def check_request(use: ModelUse, request: Request) -> None:
+    """Raise BudgetError if the smallest ranks cost more than a budget in a schedule's answer."""
+    for budget, paths in shared_budgets(request).items():
+        Room.of(use, budget, paths, stand_in(request)).check()
+
+
+def stand_in(request: Request) -> Plan:
+    """The plan with the smallest rank in place of each budget, for checks before it is measured."""
+    return {
+        path: LowRank(1, _name(one)) if isinstance(one, Within) else one
+        for path, one in request.items()
+    }
 
 
 def rank_step(decomposition: Decomposition, shape: Sequence[int], multiple_of: int) -> int:

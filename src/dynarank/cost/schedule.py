@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dynarank.cost.budget import estimated
+from dynarank.cost.budget import check_request, estimated
 from dynarank.cost.flops import Flops, ModelUse, share_of
 from dynarank.forms import Adapted, FullRank, Plan, Within
-from dynarank.schedules.base import Readings, Schedule
-from dynarank.schedules.timelines import Phase, timeline
+from dynarank.schedules.base import RankSchedule, Readings, Schedule, as_schedule
+from dynarank.schedules.timelines import Phase, from_step, timeline
+from dynarank.schedules.total_budget import met
 
 __all__ = ["PhaseCost", "ScheduleCost", "cost_schedule"]
 
@@ -165,10 +166,8 @@ def cost_schedule(
     full = use.flops(dict.fromkeys(use.layers, FullRank()))
 
     def phase_cost(phase: Phase) -> PhaseCost:
-        try:
+        with from_step(phase):
             plan, flops = estimated(use, phase.plan)
-        except ValueError as error:
-            raise ValueError(f"from step {phase.start}, {error}") from None
         trainable, total = use.parameters(plan)
         return PhaseCost(
             phase,
@@ -181,4 +180,24 @@ def cost_schedule(
             (total + (1 + optimizer_slots) * trainable) * itemsize,
         )
 
-    return ScheduleCost([phase_cost(p) for p in timeline(schedule, readings, total_steps)], full)
+    phases = phases_within(use, schedule, readings, total_steps)
+    return ScheduleCost([phase_cost(phase) for phase in phases], full)
+
+
+def phases_within(
+    use: ModelUse, schedule: Schedule, readings: Readings, total_steps: int
+) -> list[Phase]:
+    """The phases of a schedule, as ``timeline`` tells them, whose budgets can be met.
+
+    Raises:
+        BudgetError: one cannot; of a total, with the smallest possible one.
+    """
+
+    def checked(schedule: RankSchedule) -> list[Phase]:
+        phases = timeline(schedule, readings, total_steps)
+        for phase in phases:
+            with from_step(phase):
+                check_request(use, phase.plan)
+        return phases
+
+    return met(as_schedule(schedule), checked)

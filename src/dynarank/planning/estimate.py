@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dynarank.cost.dry_run import DryRun, dry_run
 from dynarank.cost.flops import Flops, ModelUse, count_flops, trace
-from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule
+from dynarank.cost.schedule import PhaseCost, ScheduleCost, cost_schedule, phases_within
 from dynarank.cost.stand_in import on_meta, stand_in
 from dynarank.cost.step_memory import StepMemory, step_memory
 from dynarank.distributed.unwrap import unwrapped
@@ -25,7 +25,6 @@ from dynarank.scheduler.scheduled_layers import check_phases, scheduled_layers
 from dynarank.schedules.base import Readings, Schedule, as_schedule
 from dynarank.schedules.catalog import schedule_name
 from dynarank.schedules.options import check_count
-from dynarank.schedules.timelines import timeline
 from dynarank.surgery.optimizer_state import Optimizers, as_list, check_held
 from dynarank.surgery.selection import LayerFilter, select
 from dynarank.surgery.sites import current_plan, survey
@@ -177,7 +176,7 @@ def _planned(
     shapes = {site.path: site.spec.unit_shape for site in chosen}
     forecast = Forecast(lr_scheduler, total_steps, lr_every)
     readings = Readings(shapes, forecast=forecast.rates, flops=use.shares(tuple(shapes)))
-    check_phases(model, timeline(rule, readings, total_steps), sites)
+    check_phases(model, phases_within(use, rule, readings, total_steps), sites)
     if why := unknown_rates(forecast, rule, readings, total_steps):
         warnings.warn(why, UserWarning, stacklevel=3)
     cost = cost_schedule(use, rule, list(shapes), total_steps, forecast=forecast.rates)

@@ -10,25 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from dynarank.allocation.within_budget import plan_within
-from dynarank.cost.budget import Room, shared_budgets, uniform_plan
+from dynarank.cost.budget import Room, shared_budgets, stand_in, uniform_plan
 from dynarank.cost.flops import ModelUse, trace, weights_only
 from dynarank.decompositions import LinAlgError, UnfitWeightError
 from dynarank.distributed.processes import Processes
-from dynarank.forms import BudgetKind, Form, LowRank, Plan, Request, Within
+from dynarank.forms import BudgetKind, Form, Plan, Request, Within
 from dynarank.monitors.calibration import Calibration
 from dynarank.scheduler.last_batches import LastBatches
 from dynarank.scheduler.pooled import calibrate_together
-from dynarank.schedules.timelines import Phase
+from dynarank.schedules.base import RankSchedule
+from dynarank.schedules.timelines import Phase, from_step
+from dynarank.schedules.total_budget import met
 from dynarank.surgery.shared_edits import fit_everywhere
 from dynarank.surgery.sites import Site
 from dynarank.surgery.transaction import truncates
 
-__all__ = ["Batches", "Budgets", "Resolved", "stand_in"]
+__all__ = ["Batches", "Budgets", "Resolved"]
 
 Batches: TypeAlias = Callable[[], Iterable[Any]]
 
@@ -81,29 +84,35 @@ class Budgets:
             self._shares = self._use["flops"].shares(paths)
         return self._shares
 
-    def expect(self, phases: Callable[[], Iterable[Phase]]) -> None:
+    def expect(
+        self, schedule: RankSchedule, phases: Callable[[RankSchedule], Iterable[Phase]]
+    ) -> None:
         """Check the budgets of the phases to come, as far as that is possible by now.
 
         Args:
-            phases: the function that tells the phases, which may depend on the FLOPs of a batch.
+            schedule: the schedule.
+            phases: the function that tells its phases, which may depend on the FLOPs of a batch.
 
         Raises:
             ValueError: the smallest ranks cost more than a budget allows, or there are two budgets
                 of the model in one plan.
         """
-        ahead = [phase for phase in phases() if any(_budgets_of(phase.plan))]
         known = self._given is not None or bool(self._seen())
-        if known and any(one.kind == "flops" for p in ahead for one in _budgets_of(p.plan)):
-            self._cost("flops")
-            ahead = [phase for phase in phases() if any(_budgets_of(phase.plan))]
-        for phase in ahead:
-            try:
-                self._check(phase.plan, flops=known)
-            except ValueError as error:
-                raise ValueError(f"from step {phase.start}, {error}") from None
+        ahead = met(schedule, lambda one: self._checked(partial(phases, one), flops=known))
         if self._given is None:
             self._seen.watch(bool(ahead))
         self._unchecked = not known and bool(ahead)
+
+    def _checked(self, phases: Callable[[], Iterable[Phase]], *, flops: bool) -> list[Phase]:
+        """The phases with budgets, which can be met as far as that is known."""
+        ahead = [phase for phase in phases() if any(_budgets_of(phase.plan))]
+        if flops and any(one.kind == "flops" for p in ahead for one in _budgets_of(p.plan)):
+            self._cost("flops")
+            ahead = [phase for phase in phases() if any(_budgets_of(phase.plan))]
+        for phase in ahead:
+            with from_step(phase):
+                self._check(phase.plan, flops=flops)
+        return ahead
 
     def _check(self, request: Request, *, flops: bool) -> None:
         for budget, paths in shared_budgets(request).items():
@@ -111,7 +120,12 @@ class Budgets:
                 use = self._cost(budget.kind)
                 Room.of(use, budget, paths, stand_in(request)).check()
 
-    def after_first_step(self, phases: Callable[[], Iterable[Phase]], together: Processes) -> None:
+    def after_first_step(
+        self,
+        schedule: RankSchedule,
+        phases: Callable[[RankSchedule], Iterable[Phase]],
+        together: Processes,
+    ) -> None:
         """Check FLOPs budgets on the first training batch, if no others were given.
 
         Raises:
@@ -120,16 +134,18 @@ class Budgets:
         if not self._unchecked:
             return
         self._unchecked = False
-        together.attempt("a budget", lambda: self._check_first(phases))
+        together.attempt("a budget", lambda: self._check_first(schedule, phases))
 
-    def _check_first(self, phases: Callable[[], Iterable[Phase]]) -> None:
+    def _check_first(
+        self, schedule: RankSchedule, phases: Callable[[RankSchedule], Iterable[Phase]]
+    ) -> None:
         if not self._seen():
             raise ValueError(
                 "the schedule has budgets, to be measured on training batches, but the forward "
                 f"pass of the {type(self._model).__name__} was not seen in the first step (it is "
                 "compiled, or called in parts); give RankScheduler(..., batches=lambda: batches)"
             )
-        self.expect(phases)
+        self.expect(schedule, phases)
 
     def agree(self, paths: Collection[str], together: Processes) -> None:
         """Take the FLOPs that process 0 has counted: batches may differ in length."""
@@ -287,15 +303,3 @@ def _at(paths: Iterable[str]) -> Callable[[nn.Module, str], bool]:
     """A filter of the layers at these paths."""
     chosen = frozenset(paths)
     return lambda module, path: path in chosen
-
-
-def stand_in(request: Request) -> Plan:
-    """The plan with the smallest rank in place of each budget, for checks before it is measured."""
-    return {
-        path: LowRank(1, _name(one)) if isinstance(one, Within) else one
-        for path, one in request.items()
-    }
-
-
-def _name(budget: Within) -> str:
-    return "svd" if budget.decomposition == "best" else budget.decomposition

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynarank.cost.budget import stand_in
 from dynarank.decompositions import LinAlgError, UnfitWeightError
 from dynarank.decompositions.truncation import ActivationStats
 from dynarank.distributed.processes import Processes, is_independent, processes_of
@@ -25,7 +26,7 @@ from dynarank.monitors.gradient_window import GradientWindow
 from dynarank.monitors.spectral_reading import read_spectra
 from dynarank.scheduler.averages import Averages, running_statistics
 from dynarank.scheduler.batch_norm import recalibrate_batch_norms
-from dynarank.scheduler.budgets import Batches, Budgets, Resolved, stand_in
+from dynarank.scheduler.budgets import Batches, Budgets, Resolved
 from dynarank.scheduler.callbacks import (
     CallbackLike,
     load_callback,
@@ -51,6 +52,7 @@ from dynarank.schedules.base import (
     Answer,
     Clock,
     Decision,
+    RankSchedule,
     Readings,
     Schedule,
     as_schedule,
@@ -229,7 +231,7 @@ class RankScheduler:
 
     def _prepare(self) -> None:
         """What follows the checks and comes before the first plan."""
-        self._budgets.expect(self._phases)
+        self._budgets.expect(self.schedule, self._phases_of)
         for one in self.callbacks.values():
             one.on_start(self)
 
@@ -295,7 +297,10 @@ class RankScheduler:
         return self._phases()
 
     def _phases(self) -> list[Phase]:
-        return timeline(self.schedule, self._readings(), self.total_steps)
+        return self._phases_of(self.schedule)
+
+    def _phases_of(self, schedule: RankSchedule) -> list[Phase]:
+        return timeline(schedule, self._readings(), self.total_steps)
 
     def step(self) -> list[Change]:
         """Count the step that an optimizer took, and bring the model to the next step's plan.
@@ -325,7 +330,7 @@ class RankScheduler:
         for _ in range(steps):
             self.last_step += 1
             self._check_states()
-            self._budgets.after_first_step(self._phases, self.processes)
+            self._budgets.after_first_step(self.schedule, self._phases_of, self.processes)
             self._budgets.agree(self._layers, self.processes)
             for one in self.callbacks.values():
                 one.after_step(self)

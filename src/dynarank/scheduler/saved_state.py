@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
+from dynarank.cost.budget import stand_in
 from dynarank.form_data import (
     form_from_data,
     form_to_data,
@@ -18,7 +19,6 @@ from dynarank.form_data import (
     request_to_data,
 )
 from dynarank.forms import Adapted, Form, FullRank, LowRank, Plan, Request, Within
-from dynarank.scheduler.budgets import stand_in
 from dynarank.scheduler.callbacks import Callback, stateful_callbacks
 from dynarank.scheduler.postponed import Waiting
 from dynarank.schedules.base import Decision, FunctionSchedule, RankSchedule, State

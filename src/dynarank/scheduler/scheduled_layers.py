@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from dynarank.cost.budget import stand_in
 from dynarank.forms import Form, LowRank, same_weight
-from dynarank.scheduler.budgets import stand_in
 from dynarank.schedules.base import Readings, Schedule
-from dynarank.schedules.timelines import Phase, timeline
+from dynarank.schedules.budget_error import BudgetError
+from dynarank.schedules.timelines import Phase, from_step, timeline
 from dynarank.surgery.edit import check_replaceable
 from dynarank.surgery.optimizer_state import check_followable
 from dynarank.surgery.selection import LayerFilter, candidates, has_factors, select
@@ -41,7 +42,7 @@ def check_phases(
     """
     found: list[tuple[Phase, Wanted]] = []
     for phase in phases:
-        with _named(phase):
+        with from_step(phase):
             found.append((phase, differences(model, stand_in(phase.plan), sites)))
     return found
 
@@ -58,18 +59,10 @@ def check_changes(
     """
     for phase, wanted in ahead:
         replaced = [(s, after) for s, after in wanted if s.form and not same_weight(s.form, after)]
-        with _named(phase):
+        with from_step(phase):
             check_followable(replaced, optimizers)
             for site, _ in replaced if hooks else ():
                 check_replaceable(site.path, site.parameters())
-
-
-@contextmanager
-def _named(phase: Phase) -> Generator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"from step {phase.start}, {error}") from None
 
 
 def with_known_forms(sites: Iterable[Site], paths: Container[str]) -> list[Site]:
@@ -102,7 +95,10 @@ def scheduled_layers(
         return select(sites, layers)
     able = {s.path: s.spec.unit_shape for s in sites if s.form is not None}
     given: dict[str, set[LowRank]] = {path: set() for path in able}
-    for phase in timeline(schedule, Readings(able), total_steps):
+    phases: list[Phase] = []
+    with suppress(BudgetError):  # told as soon as a batch says what can be met
+        phases = timeline(schedule, Readings(able), total_steps)
+    for phase in phases:
         for path, form in phase.plan.items():
             if path in given and isinstance(form, LowRank):  # others are refused with their phase
                 given[path].add(form)

@@ -26,6 +26,7 @@ from typing import Any, Literal, Self, cast
 
 from dynarank.forms import Form, FullRank, Request, Within
 from dynarank.schedules.base import Answer, Clock, RankSchedule, Readings, State, When, step_of
+from dynarank.schedules.budget_error import BudgetError
 from dynarank.schedules.options import check_count, check_when, check_within, share_within
 from dynarank.schedules.state_rules import Rule, check_fields, is_count, is_number
 
@@ -226,7 +227,7 @@ def _of_layers(decay: Decay, own: float, rest: float) -> Decay:
         return decay
     total, high = ((share - rest) / own for share in (decay.budget.amount, decay.high))
     if total <= 0:
-        raise ValueError(
+        raise BudgetError(
             f"a total of {decay.budget} cannot be met: everything but the scheduled layers costs "
             f"{rest:.4f}; allow more than that, or schedule more layers"
         )
@@ -290,7 +291,7 @@ def _end(total: float, high: float, steps: tuple[int, ...], total_steps: int) ->
         return high
     low, end = _LEAST, high
     if mean(low) > total:
-        raise ValueError(
+        raise BudgetError(
             f"a total of {total:g} cannot be met in {total_steps} steps with cuts at {steps}; the "
             f"nearest possible is {math.ceil(mean(low) * 1e4) / 1e4:.4f}: cut earlier, or begin "
             f"below high={high:g}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dynarank.forms import Request
 from dynarank.schedules.base import Clock, RankSchedule, Readings, Schedule, as_schedule, ask
+from dynarank.schedules.budget_error import BudgetError
 from dynarank.schedules.options import check_count
 
 __all__ = ["Phase", "timeline"]
@@ -29,6 +31,16 @@ class Phase:
     def steps(self) -> int:
         """The number of steps of the phase."""
         return self.stop - self.start
+
+
+@contextmanager
+def from_step(phase: Phase) -> Generator[None]:
+    """Errors in this block say from which step on they hold."""
+    try:
+        yield
+    except ValueError as error:
+        kind = BudgetError if isinstance(error, BudgetError) else ValueError
+        raise kind(f"from step {phase.start}, {error}") from None
 
 
 def timeline(schedule: Schedule, readings: Readings, total_steps: int) -> list[Phase]:

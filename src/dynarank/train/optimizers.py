@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynarank.train.own_code import calling, check_options, is_reference
-from dynarank.train.recipe import Recipe
+from dynarank.train.recipe import OPTIMIZERS, Recipe
 from dynarank.train.recipe_error import RecipeError
 
 __all__ = ["OPTIMIZER_SLOTS", "make_optimizer", "optimizer_slots"]
@@ -61,9 +61,8 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
     if is_reference(recipe.optimizer):
         return _own(recipe, model)
     groups = _decay_groups(model, recipe.weight_decay)
-    kind, fixed = _NAMED[recipe.optimizer], {"momentum": recipe.momentum}
-    if recipe.optimizer == "adamw":
-        fixed = {"betas": recipe.betas}
+    kind = _NAMED[recipe.optimizer]
+    fixed = {key: getattr(recipe, key) for key in OPTIMIZERS[recipe.optimizer]}
     options: dict[str, Any] = {"lr": recipe.learning_rate, **fixed, **recipe.optimizer_options}
     check_options(kind, options, f"optimizer {recipe.optimizer!r} with optimizer_options", more=1)
     return kind(groups, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +14,15 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     StrictFloat,
     StrictInt,
     ValidationError,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
-from dynarank.forms import AdaptedExecution, Rank, RankLike
+from dynarank.forms import AdaptedExecution, Rank
 from dynarank.schedules.base import RankSchedule
 from dynarank.schedules.catalog import SCHEDULES, get_preset
 from dynarank.train.losses import LOSSES
@@ -38,8 +41,17 @@ __all__ = [
     "reader_of",
 ]
 
-LR_SCHEDULES = ("constant", "multistep", "cosine", "linear", "wsd", "onecycle")
-OPTIMIZERS = ("sgd", "adamw")
+LR_SCHEDULES: Mapping[str, Sequence[str]] = {
+    "constant": ("warmup",),
+    "multistep": ("warmup", "decay_at", "decay_factor"),
+    "cosine": ("warmup", "final_rate"),
+    "linear": ("warmup", "final_rate"),
+    "wsd": ("warmup", "decay_at", "final_rate"),
+    "onecycle": ("warmup",),
+}
+"""The LR schedules, each with the settings that only some of them read."""
+OPTIMIZERS: Mapping[str, Sequence[str]] = {"sgd": ("momentum",), "adamw": ("betas",)}
+"""The optimizers, each with the settings that only some of them read."""
 OWN_KEYS = ("data", "model", "loss", "metric", "optimizer", "lr_schedule", "schedules")
 """The settings that may name own code."""
 
@@ -123,19 +135,17 @@ class Recipe(BaseModel):
     recalibrate_batch_norms: bool = Field(default=True, strict=True)
     as_published: dict[str, Any] = Field(default_factory=dict[str, Any])
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _defaults(cls, values: Any) -> Any:
-        """What is the default depends on other keys."""
+    def _defaults(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """The defaults that follow other settings count as not given, so that they go on to."""
         if not isinstance(values, dict):
-            return values
+            return handler(values)
         given = cast("dict[str, Any]", values)
-        own = is_reference(str(given.get("data"))) and reader_of(str(given.get("data"))) is None
-        return {
-            "lr_schedule": "multistep" if given.get("decay_at") else "cosine",
-            "batch_size": 0 if own else _BATCH,
-            **given,
-        }
+        derived = _derived(given)
+        made = handler({**derived, **given})
+        made.model_fields_set.difference_update(derived.keys() - given.keys())
+        return made
 
     @model_validator(mode="after")
     def _known(self) -> Self:
@@ -163,13 +173,16 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _used(self) -> Self:
         """Every setting has an effect."""
-        for key, default, used, where in self._conditions():
-            if getattr(self, key) != default and not used:
-                raise ValueError(f"{key} has no effect here: it is for {where}")
-        own = (
-            {"lr"} if is_reference(self.optimizer) else {"lr", "momentum", "betas", "weight_decay"}
-        )
-        if taken := sorted(own & self.optimizer_options.keys()):
+        for key, used, where in self._conditions():
+            default, value = type(self).model_fields[key].default, getattr(self, key)
+            if value != default and not used:
+                reset = "" if default is None else f", or set it to {_toml(default)}"
+                raise ValueError(
+                    f"{key} has no effect here: it is for {where}; got {_toml(value)}, leave it "
+                    f"out{reset}"
+                )
+        own = () if is_reference(self.optimizer) else ("weight_decay", *OPTIMIZERS[self.optimizer])
+        if taken := sorted({"lr", *own} & self.optimizer_options.keys()):
             key = "learning_rate" if taken[0] == "lr" else taken[0]
             raise ValueError(f"optimizer_options has {taken[0]!r}: set {key} in the recipe")
         if self.metric is not None and is_reference(self.metric) and self.higher_is_better is None:
@@ -178,21 +191,24 @@ class Recipe(BaseModel):
             )
         return self
 
-    def _conditions(self) -> Iterator[tuple[str, object, bool, str]]:
+    def _conditions(self) -> Iterator[tuple[str, bool, str]]:
+        """Each setting that not every recipe reads, whether this one does, and which do."""
+        own = self.has_own_data
+        kind = "" if own else DATA[self.data.partition(":")[0]]
         own_metric = self.metric is not None and is_reference(self.metric)
-        own_rate, own_optimizer = is_reference(self.lr_schedule), is_reference(self.optimizer)
-        smooth = not self.has_own_data or self.loss in (None, "cross-entropy")
-        images = not self.has_own_data or self.data.startswith("imagefolder:")
+        smooth = self.data != "stsb" if not own else self.loss in (None, "cross-entropy")
+        images = self.data.startswith("imagefolder:") or kind == DATA["digits"]
         for key in ("loss", "metric", "steps_per_epoch"):
-            yield key, None, self.has_own_data, "own data; built-in data sets have their own"
-        yield "num_workers", 0, self.has_own_data, "own data; built-in data sets are in memory"
-        yield "higher_is_better", None, own_metric, "a metric of your own"
-        yield "label_smoothing", 0.0, smooth, "the loss cross-entropy"
-        yield "augment", False, images, "images of built-in data sets and of imagefolder:"
-        yield "momentum", 0.9, not own_optimizer, "sgd; put it into optimizer_options"
-        yield "betas", (0.9, 0.999), not own_optimizer, "adamw; put it into optimizer_options"
-        for key, default in (("warmup", 0.0), ("decay_at", ()), ("final_rate", 0.0)):
-            yield key, default, not own_rate, f"named LR schedules, not for {self.lr_schedule!r}"
+            yield key, own, "own data; built-in data sets have their own"
+        yield "num_workers", own, "own data; built-in data sets are in memory"
+        yield "higher_is_better", own_metric, "a metric of your own"
+        yield "label_smoothing", smooth, "the loss cross-entropy"
+        yield "augment", images, "images, built-in or read as imagefolder:DIR"
+        yield "shuffle", kind != DATA["text"], "other data than text"
+        yield from _read_by("optimizer", self.optimizer, OPTIMIZERS, "; use optimizer_options")
+        yield from _read_by("lr_schedule", self.lr_schedule, LR_SCHEDULES)
+        if self.lr_schedule == "multistep":
+            yield "decay_factor", bool(self.decay_at), "the epochs in decay_at, of which are none"
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -230,7 +246,11 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"recipe {self.name!r} is not a published experiment; omit --as-published"
             )
-        return Recipe.model_validate({**self.model_dump(), **self.as_published})
+        return Recipe.model_validate({**self._chosen(), **self.as_published})
+
+    def _chosen(self) -> dict[str, Any]:
+        """The settings, without defaults that follow other settings."""
+        return self.model_dump(exclude=_derived({}).keys() - self.model_fields_set)
 
     @property
     def has_own_data(self) -> bool:
@@ -286,21 +306,6 @@ class Recipe(BaseModel):
             return self.model_copy(update={"sources": None})
         return self.model_copy(update={"sources": source_digests(references, self.root)})
 
-    def with_factors(self, rank: RankLike | None, decomposition: str | None) -> Recipe:
-        """The recipe with another rank or decomposition; None: unchanged."""
-        changed: dict[str, Any] = {}
-        if rank is not None:
-            changed["rank"] = rank
-        if decomposition is not None:
-            changed["decomposition"] = decomposition
-        return Recipe.model_validate({**self.model_dump(), **changed})
-
-    def with_budget(self, flops: float | None) -> Recipe:
-        """The recipe with a budget, a share of the full-rank training FLOPs; None: unchanged."""
-        if flops is None:
-            return self
-        return Recipe.model_validate({**self.model_dump(), "budget": flops})
-
     def with_settings(self, settings: Mapping[str, Any]) -> Recipe:
         """The recipe with other settings, by key; ``model_options.width`` is one within a table.
 
@@ -312,7 +317,7 @@ class Recipe(BaseModel):
             >>> load_recipe("digits").with_settings({"learning_rate": 0.2, "rank.value": 0.5}).rank
             Rank(value=0.5, of='out', multiple_of=1)
         """
-        values = self.model_dump()
+        values = self._chosen()
         for key, value in settings.items():
             _place(values, key, value)
         try:
@@ -363,6 +368,31 @@ class Recipe(BaseModel):
             )
         if name not in self.schedule_names:
             get_preset(name)
+
+
+def _derived(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults that follow from other settings."""
+    own = is_reference(data := str(given.get("data"))) and reader_of(data) is None
+    return {
+        "lr_schedule": "multistep" if given.get("decay_at") else "cosine",
+        "batch_size": 0 if own else _BATCH,
+    }
+
+
+def _read_by(
+    key: str, chosen: str, table: Mapping[str, Sequence[str]], instead: str = ""
+) -> Iterator[tuple[str, bool, str]]:
+    """Each setting of a table, whether the chosen one reads it, and which do."""
+    for setting in dict.fromkeys(name for names in table.values() for name in names):
+        readers = [name for name, names in table.items() if setting in names]
+        where = f"{key} {', '.join(readers)}, not for {chosen!r}"
+        hint = instead if is_reference(chosen) else ""
+        yield setting, chosen in readers, where + hint
+
+
+def _toml(value: Any) -> str:
+    """A setting's value as it stands in a recipe."""
+    return json.dumps(to_jsonable_python(value))
 
 
 def reader_of(data: str) -> str | None:

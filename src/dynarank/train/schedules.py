@@ -199,11 +199,11 @@ def _check(
     )
     budgets = Budgets(model, lambda: [task.sample()])
 
-    def phases() -> list[Phase]:
+    def phases(schedule: RankSchedule) -> list[Phase]:
         rate, shares = recipe.learning_rate, budgets.shares(layers)
         return timeline(schedule, Readings(layers, rate, forecast, flops=shares), total_steps)
 
-    check_phases(model, phases(), sites)
-    budgets.expect(phases)
-    changes = schedule.spectra_every is not None or any(phase.start for phase in phases())
+    budgets.expect(schedule, phases)
+    check_phases(model, phases(schedule), sites)
+    changes = schedule.spectra_every is not None or any(phase.start for phase in phases(schedule))
     check_movable([optimizer], schedule.moments or recipe.moments, scheduled if changes else ())
