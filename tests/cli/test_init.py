@@ -138,3 +138,18 @@ def test_built_in_recipes_are_checked_too(
 ) -> None:
     assert call(monkeypatch, "train", "digits", "--train-limit", "64", *words) == 2
     assert not list(here.iterdir())
+
+
+def test_letters_of_any_script_stay_in_the_name_of_the_module(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert call(monkeypatch, "init", "моя сеть-2.toml", "--python") == 0
+    assert {path.name for path in here.iterdir()} == {"моя сеть-2.toml", "моя_сеть_2.py"}
+    assert load_recipe("моя сеть-2.toml").model == "моя_сеть_2.py:network"
+
+
+def test_a_folder_is_no_file_to_write(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(monkeypatch, "init", ".") == 2
+    assert ". is a folder; name the file to write, recipe.toml" in capsys.readouterr().err

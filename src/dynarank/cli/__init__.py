@@ -113,7 +113,8 @@ def _run() -> None:
             sys.exit(stop.exit_code)
         except OSError as error:
             of_disk = error.errno in FULL_DISK
-            sys.exit(_complain(_of_the_disk(error), 1) if of_disk else _complain(error, 2))
+            told = _of_the_disk(error) if of_disk else _of_a_file(error)
+            sys.exit(_complain(told, 1 if of_disk else 2))
         except (ValueError, ImportError) as error:
             sys.exit(_complain(_OF_ANOTHER, 1) if _by_another(error) else _complain(error, 2))
         except RuntimeError as error:
@@ -139,6 +140,12 @@ def _by_another(error: Exception) -> bool:
 def _of_the_disk(error: OSError) -> str:
     told = "what was saved before is kept: when there is space, the same command goes on"
     return str(error) if "the same command" in str(error) else f"{error}; {told}"
+
+
+def _of_a_file(error: OSError) -> str:
+    """What the system says of a file; of one to write also what to do, which is in a note."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    return f"cannot write {error.filename} ({error.strerror}); {notes[0]}" if notes else str(error)
 
 
 def _complain(error: object, code: int) -> int:

@@ -55,7 +55,11 @@ __all__ = ["compare"]
 def compare(
     recipe: RecipeArgument,
     schedules: Annotated[
-        str, typer.Option(help="Comma-separated schedules; `dynarank schedules` lists them.")
+        str,
+        typer.Option(
+            help="Comma-separated schedules; `dynarank schedules` lists them.",
+            show_default="full-rank, low-rank, dynamic-rank",
+        ),
     ] = "full-rank,low-rank,dynamic-rank",
     seeds: Annotated[int, typer.Option(min=1, max=1_000, help="Number of seeds: 0, 1, ...")] = 3,
     data: DataOption = None,

@@ -86,7 +86,9 @@ def _check_place(to: Path, force: bool) -> None:
             f"--to is a file with one of the suffixes {', '.join(KINDS)}, or a folder, got {to}"
         )
     if not to.absolute().parent.is_dir():
-        raise RecipeError(f"the folder {to.parent} does not exist; make it first")
+        raise RecipeError(
+            f"cannot write {to}: the folder {to.parent} does not exist; pass another, or make it"
+        )
     real = to.resolve()
     if real.name in OWN_FILES and (real.parent / "records.jsonl").exists():
         raise RecipeError(

@@ -93,6 +93,8 @@ def init(
     With --python, a small network and data of your own lie beside it in NAME.py, to be changed.
     Nothing is overwritten.
     """
+    if name.is_dir():
+        raise RecipeError(f"{name} is a folder; name the file to write, {name / 'recipe.toml'}")
     if name.suffix != ".toml":
         raise RecipeError(f"a recipe is a .toml file, got {name}; write {name.stem}.toml")
     code = name.with_name(f"{_module(name.stem)}.py")
@@ -100,7 +102,9 @@ def init(
         if path.exists():
             raise RecipeError(f"{path} exists already and is not overwritten; pass another name")
     if not name.parent.is_dir():
-        raise RecipeError(f"the folder {name.parent} does not exist; make it first")
+        raise RecipeError(
+            f"cannot write {name}: the folder {name.parent} does not exist; pass another or make it"
+        )
     lines = _OWN.format(module=code.stem) if python else _DIGITS
     if python:
         write_text(code, _PYTHON)
@@ -110,5 +114,5 @@ def init(
 
 def _module(stem: str) -> str:
     """A file's name as that of a module that can be imported."""
-    made = "".join(c if (c.isalnum() and c.isascii()) or c == "_" else "_" for c in stem)
+    made = "".join(c if f"_{c}".isidentifier() else "_" for c in stem)
     return made if made.isidentifier() else f"own_{made}"

@@ -42,7 +42,7 @@ SetOption: TypeAlias = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Another value of a setting of the recipe, as in TOML, such as warmup=0.1 or "
-        "model_options.dropout=0.2; repeatable.",
+        "model_options.width=8; repeatable.",
     ),
 ]
 LearningRateOption: TypeAlias = Annotated[

@@ -126,7 +126,9 @@ def _check(paths: list[Path], energy: float, suggest: Path | None, plot: Path | 
     if len(paths) > 1:
         raise ValueError("--suggest is for one file: name the one that is to be cut")
     if not suggest.parent.is_dir() or suggest.is_dir():
-        raise ValueError(f"--suggest must be a file in an existing folder; got {suggest}")
+        raise ValueError(
+            f"--suggest must be a file in an existing folder, got {suggest}; pass another"
+        )
     if not os.access(suggest.parent, os.W_OK):
         raise ValueError(
             f"--suggest: the folder {suggest.parent} cannot be written to; name another"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dynarank.checkpoint.folder import put_in_place, settle
-from dynarank.files.atomic import remove_orphans, temporary_beside, write_text
+from dynarank.files.atomic import make_folder, remove_orphans, temporary_beside, write_text
 from dynarank.files.json_data import read_json
 from dynarank.files.printable import printable
 from dynarank.files.reading import DamagedFileError
@@ -40,7 +40,7 @@ def write_adapter(
         tensors: by PEFT's names.
         base: the base model; None: it is stored elsewhere.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent, folder)
     remove_orphans(folder.parent, f"{folder.name}.")
     settle(folder)
     _check_ours(folder)

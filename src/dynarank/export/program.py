@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from dynarank.export.batch_axis import Batch
 from dynarank.export.plain import Keep, to_plain
 from dynarank.export.same_outputs import allowance, difference, tensors_in
-from dynarank.files.atomic import replacing, write_bytes
+from dynarank.files.atomic import make_folder, replacing, write_bytes
 from dynarank.files.printable import printable
 from dynarank.layers.running import call_model, forward_arguments, preserve_state
 from dynarank.surgery.selection import LayerFilter
@@ -213,7 +213,7 @@ def written(
         ValueError: it computes something else.
     """
     names, sizes, found = dict[str, None](), list[int](), 0.0
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, path)
     with replacing(path) as beside:
         write(beside)
         run = load(beside)

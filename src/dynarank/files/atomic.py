@@ -18,11 +18,12 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dynarank.files.volume import MISSING, missing, sync_file, sync_folder
+from dynarank.files.volume import FULL_DISK, MISSING, missing, sync_file, sync_folder
 
 __all__ = [
     "HOST",
     "alive",
+    "make_folder",
     "remove",
     "remove_orphans",
     "replacing",
@@ -62,8 +63,8 @@ def replacing(path: Path) -> Generator[Path]:
         'all of it'
     """
     target = Path(os.path.realpath(path))
-    mode = _mode(target)
-    with temporary_beside(target) as beside:
+    with _naming(path, target), temporary_beside(target) as beside:
+        mode = _mode(target)
         os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = stat.S_IMODE(beside.stat().st_mode) if mode is None else mode
         yield beside
@@ -119,10 +120,40 @@ def temporary_beside(path: Path) -> Generator[Path]:
     beside = path.with_name(name)
     _in_use.add(name)
     try:
-        yield beside
+        with _naming(path, beside):
+            yield beside
     finally:
         remove(beside)
         _in_use.discard(name)
+
+
+def make_folder(folder: Path, asked: Path | None = None) -> None:
+    """Make a folder and those that it lies in, unless they are there.
+
+    Args:
+        folder: the folder.
+        asked: what is to be written in it, and is named by errors; None: the folder.
+
+    Example:
+        >>> make_folder(getfixture("tmp_path") / "a" / "b")
+    """
+    with _naming(asked or folder, folder, *folder.parents):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def _naming(asked: Path, *written: Path) -> Generator[None]:
+    """Errors of what is written here name what was asked for, with a note on what to do."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        if not isinstance(name, str) or not any(map(Path(name).is_relative_to, (asked, *written))):
+            raise
+        told = OSError(error.errno, error.strerror, str(asked))
+        if error.errno not in FULL_DISK:
+            told.add_note("pass another name, in a folder that is there and can be written to")
+        raise told from error
 
 
 def remove(path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from dynarank.cost.timing import cpu_model
+from dynarank.files.version import __version__
 
 __all__ = ["commit", "hardware", "started", "versions"]
 
@@ -33,8 +34,8 @@ def hardware(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of this package, of torch, numpy and Python."""
-    names = ("dynarank", "torch", "numpy")
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+    found = {name: version(name) for name in ("torch", "numpy")}  # dynarank may not be installed
+    return {"dynarank": __version__, **found, "python": platform.python_version()}
 
 
 def started() -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dynarank.files.atomic import make_folder
 from dynarank.files.printable import printable
 from dynarank.records import (
     HeatmapRecord,
@@ -68,7 +69,7 @@ def write_figures(
     for told in unreadable:
         warn(told)
     runs = comparable(found)
-    target.mkdir(parents=True, exist_ok=True)
+    make_folder(target)
     written: list[Path] = []
     for name, draw in figures_of(runs):
         try:

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from string import Template
 
-from dynarank.files.atomic import write_text
+from dynarank.files.atomic import make_folder, write_text
 from dynarank.files.printable import printable
 from dynarank.records import EpochRecord, Run, RunRecord, read_runs
 from dynarank.report.embed import packaged, policy, script, style
@@ -52,7 +52,7 @@ def write_report(
     runs, unreadable = read_runs(folder)
     page = build_page(runs, unreadable, warn)
     output = folder / "report.html" if output is None else Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent, output)
     write_text(output, page)
     return output
 
