@@ -111,7 +111,7 @@ def test_what_fit_schedule_advises_is_accepted(seed: int) -> None:
     model, x = net(seed)
 
     def ask(share: float) -> None:
-        schedule = dr.planning.fit_schedule(model, x, STEPS, flops=share)
+        schedule = dr.fit_schedule(model, x, STEPS, flops=share)
         dr.estimate(model, x, schedule=schedule, total_steps=STEPS)
 
     with pytest.raises(ValueError, match=r"a budget of 0.001 .*nearest possible is") as error:
