@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from typing import Any
 
 import numpy as np
@@ -231,8 +232,11 @@ def test_the_learning_rate_is_understood_in_mid_run_and_the_window_moves() -> No
 
 def test_a_budget_of_seconds_is_met_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The clock is replaced: a step takes as long as the model has trainable parameters."""
-    import dynarank.planning.fit_schedule as fitting
-    import dynarank.planning.fit_total as totals
+    # By name: as an attribute of its folder, fit_schedule may be the function.
+    fitting, totals = (
+        importlib.import_module(f"dynarank.planning.{name}")
+        for name in ("fit_schedule", "fit_total")
+    )
     from dynarank.cost.dry_run import DryRun
 
     def dry_run(model: nn.Module, optimizers: Any, plans: Any, *rest: Any) -> list[DryRun]:

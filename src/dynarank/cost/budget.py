@@ -10,7 +10,7 @@ forms that they will have; those of a budget of their own layers, B.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dynarank.cost.flops import Flops, LayerUse, ModelUse
@@ -24,13 +24,14 @@ __all__ = [
     "check_request",
     "estimated",
     "rank_step",
+    "rounded_up",
     "shared_budgets",
     "stand_in",
     "uniform_plan",
 ]
 
 _BISECTIONS = 40
-_PLACES = 10_000  # shares are told to four digits, rounded up
+_PLACES = 10_000
 _CHOICES = 8  # ranks that a weight can have at least, if its size allows
 
 
@@ -130,16 +131,27 @@ def below_least(asked: float, unit: str, of: str, full: float, outside: float, l
     """
     whole, whose = outside + least, "layers' " if of == "layers" else ""
     if isinstance(asked, float):
-        places = math.ceil(whole / full * _PLACES)
-        while places / _PLACES * full - outside < least:  # rounding
-            places += 1
-        told = f"{asked!r} of the {whose}{unit} at full rank", f"{places / _PLACES}"
+        share = rounded_up(whole / full, lambda share: share * full - outside >= least)
+        told = f"{asked!r} of the {whose}{unit} at full rank", f"{share}"
     else:
         told = f"{asked:,} {whose}{unit}", f"{math.ceil(whole):,}"
     return (
         f"a budget of {told[0]} is below the cost of the smallest ranks, {told[1]} "
         f"({whole:,.0f} of {full:,.0f} {unit}); allow that much, or include more layers"
     )
+
+
+def rounded_up(share: float, enough: Callable[[float], bool]) -> float:
+    """A share to four digits: the smallest from this one on that is enough.
+
+    Example:
+        >>> rounded_up(0.12341, lambda share: share >= 0.12341)
+        0.1235
+    """
+    places = math.ceil(share * _PLACES)
+    while not enough(places / _PLACES):
+        places += 1
+    return places / _PLACES
 
 
 def uniform_plan(room: Room) -> dict[str, Form]:

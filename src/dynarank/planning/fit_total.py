@@ -7,10 +7,10 @@ is taken as linear in the layers' FLOPs, through two measured points.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dynarank.cost.budget import rounded_up
 from dynarank.cost.dry_run import dry_run
 from dynarank.cost.flops import trace
 from dynarank.forms import FullRank, LowRank, Within
@@ -20,7 +20,6 @@ from dynarank.schedules.dynamic import Budgeted
 
 __all__ = ["fit_flops", "fit_seconds"]
 
-_PLACES = 10_000  # shares are told to four digits, rounded up
 LOW, LEAST = 1 / 4, 1 / 16  # shares of the layers' cost: what is timed, and how far that is trusted
 
 
@@ -45,10 +44,8 @@ def fit_flops(amount: float, run: TargetRun, decomposition: str = "svd") -> Budg
     share = min((amount - rest) / own, 1.0)
     if least <= share and amount <= 1:
         return family.member(share)
-    places = math.ceil((rest + least * own) * _PLACES)
-    while (places / _PLACES - rest) / own < least:  # rounding
-        places += 1
-    nearest = 1.0 if amount > 1 else places / _PLACES
+    smallest = rounded_up(rest + least * own, lambda share: (share - rest) / own >= least)
+    nearest = 1.0 if amount > 1 else smallest
     raise ValueError(
         f"a budget of {amount!r} of the FLOPs of full rank cannot be met; the nearest possible is "
         f"{nearest}: the {len(layers)} scheduled layers have {own:.0%} of the FLOPs"
